@@ -1,0 +1,110 @@
+"""Every error Thimble raises on purpose.
+
+    ThimbleError                    exit code 1 (a fault of ours, if raised bare)
+    ├── InputError                  exit code 2: refused before any work was done
+    │   ├── ConfigError             a knob has a bad name or value
+    │   ├── DataError               the user's examples cannot be used
+    │   ├── BaseModelError          the base model is missing, damaged or not supported
+    │   ├── AdapterError            an adapter is damaged or does not belong to this base
+    │   ├── MissingPackageError     an optional package is needed; says what to install
+    │   └── DoesNotFitError         the work does not fit this machine or the memory budget
+    └── RunError                    exit code 3: the work began and failed honestly
+
+A message says what failed, the value, what was expected, where, and what to do next. One error can carry
+several problems, so a user mends everything in one go.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class ThimbleError(Exception):
+    """Base of all errors Thimble raises on purpose; holds one or more problems, one sentence each."""
+
+    exit_code = 1
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+class InputError(ThimbleError):
+    """Refused before any work was done."""
+
+    exit_code = 2
+
+
+class ConfigError(InputError, ValueError):
+    """A knob has a bad name or value."""
+
+
+class DataError(InputError, ValueError):
+    """The user's examples cannot be used."""
+
+
+class BaseModelError(InputError):
+    """The base model is missing, damaged or not supported."""
+
+
+class AdapterError(InputError):
+    """An adapter is damaged or does not belong to this base."""
+
+
+class MissingPackageError(InputError, ImportError):
+    """An optional package is needed."""
+
+
+class DoesNotFitError(InputError, MemoryError):
+    """The work does not fit this machine or the memory budget."""
+
+
+class RunError(ThimbleError):
+    """The work began and failed honestly; what was learned until then is kept."""
+
+    exit_code = 3
+
+
+class Problems:
+    """Collects the problems of several independent checks, so that they are all told at once.
+
+    Example:
+        >>> problems = Problems(["rank is 0: expected at least 1"])
+        >>> base = problems.attempt(open, "/no/such/file") if False else None
+        >>> problems.found
+        ['rank is 0: expected at least 1']
+    """
+
+    def __init__(self, found: Iterable[str] = ()) -> None:
+        self.found = list(found)
+
+    def attempt(self, check: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
+        """Call `check`; keep the problems of an InputError and return None instead of raising it."""
+        try:
+            return check(*args, **kwargs)
+        except InputError as error:
+            self.found.extend(error.problems)
+            return None
+
+    def add(self, *problems: str) -> None:
+        """Note further problems."""
+        self.found.extend(problems)
+
+    def raise_if_any(self) -> None:
+        """Raise one InputError that holds every problem noted so far."""
+        if self.found:
+            raise InputError(*dict.fromkeys(self.found))
+
+
+def plural(count: int, noun: str, nouns: str | None = None) -> str:
+    """Say a count in words: `1 row`, `3 rows`."""
+    return f"{count:,} {noun if count == 1 else nouns or noun + 's'}"
+
+
+def listing(items: Iterable[Any], most: int = 8) -> str:
+    """Join the first `most` items with commas and say how many were left out."""
+    items = [str(item) for item in items]
+    shown = ", ".join(items[:most])
+    return shown + (f" and {len(items) - most} more" if len(items) > most else "")
