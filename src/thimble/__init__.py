@@ -1,3 +1,29 @@
 """Thimble: fine-tune language models with LoRA on the machine you have."""
 
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from thimble.api import chat, evaluate, plan, train
+    from thimble.core.adapter import Adapter, load_adapter, save_adapter
+    from thimble.core.base import open_base
+
 __version__ = "0.1.0"
+
+# Public name to the module that holds it; loaded when first used, so that importing thimble stays instant.
+_HOMES = {
+    "train": "thimble.api", "plan": "thimble.api", "evaluate": "thimble.api", "chat": "thimble.api",
+    "Adapter": "thimble.core.adapter", "load_adapter": "thimble.core.adapter", "save_adapter": "thimble.core.adapter",
+    "open_base": "thimble.core.base",
+}  # fmt: skip
+
+__all__ = [
+    "Adapter", "__version__", "chat", "evaluate", "load_adapter", "open_base", "plan", "save_adapter", "train",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'thimble' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_HOMES[name]), name)

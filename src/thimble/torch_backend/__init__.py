@@ -1,0 +1,1 @@
+"""The PyTorch engine: frozen weights read as they lie in the file, adapters trained beside them."""

@@ -1,0 +1,5 @@
+"""`python -m thimble` is `thimble`."""
+
+from thimble.cli import run
+
+run()

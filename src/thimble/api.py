@@ -1,0 +1,112 @@
+"""The verbs as Python functions: `thimble.train("examples.jsonl", rank=8)` returns what `thimble train` reports."""
+
+import importlib
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from thimble.core.config import ChatConfig, EvaluateConfig, Knobs, PlanConfig, TrainConfig
+from thimble.errors import ConfigError
+
+CONFIGS: dict[str, type[Knobs]] = {
+    "train": TrainConfig,
+    "plan": PlanConfig,
+    "evaluate": EvaluateConfig,
+    "chat": ChatConfig,
+}
+
+
+def load_verb(verb: str) -> Callable[..., Any]:
+    """The function of a verb; imports what it needs only now."""
+    return getattr(importlib.import_module(f"thimble.verbs.{verb}"), verb)
+
+
+def build_config(
+    verb: str, values: Mapping[str, Any], config_file: str | None = None, problems: Iterable[str] = ()
+) -> Any:
+    """Layer the sources of a config: the run folder being resumed, then a YAML file, then what was given.
+
+    Args:
+        verb: Name of the verb.
+        values: Knobs given by flags or keywords; they win.
+        config_file: A YAML file of knobs.
+        problems: What the caller already found wrong.
+
+    Returns:
+        The config; what is wrong with it is in its `problems`.
+
+    Raises:
+        ConfigError: If the YAML file cannot be read.
+    """
+    layers: dict[str, Any] = {}
+    resumed = Path(str(values.get("out"))) / "config.yaml" if values.get("resume") and values.get("out") else None
+    if resumed and resumed.exists():
+        layers |= _read_yaml(resumed)
+    if config_file:
+        layers |= _read_yaml(Path(config_file))
+    lengths = ("epochs", "max_steps", "max_minutes")
+    if any(values.get(name) is not None for name in lengths):  # a length that is given replaces any in a file
+        layers = {name: value for name, value in layers.items() if name not in lengths}
+    config = CONFIGS[verb].build({**layers, **values}, where=config_file or "")
+    return config.replace(problems=(*problems, *config.problems))
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"config file {path} does not exist") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {path} cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        what = getattr(error, "problem", None) or error
+        raise ConfigError(f"config file {path}{where} is not YAML: {what}; expected lines such as `rank: 16`") from None
+    if value is None:
+        return {}
+    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+        raise ConfigError(f"config file {path} holds no knobs: expected lines such as `rank: 16`")
+    return {name: knob for name, knob in value.items() if knob is not None}
+
+
+def _call(verb: str, values: dict[str, Any]) -> Any:
+    listeners = {name: values.pop(name) for name in ("on_event", "should_stop") if name in values}
+    return load_verb(verb)(build_config(verb, values, values.pop("config", None)), **listeners)
+
+
+def train(data: str | Path, **knobs: Any) -> Any:
+    """Train an adapter; see `thimble train --help` for the knobs.
+
+    Args:
+        data: File or folder of examples.
+        **knobs: `base`, `rank`, `epochs` and so on, by the names of the flags; also `config` (a YAML file),
+            `on_event` and `should_stop`.
+
+    Returns:
+        A thimble.verbs.train.TrainReport.
+
+    Raises:
+        InputError: If the run is refused.
+        RunError: If it diverged.
+    """
+    return _call("train", {"data": str(data), **knobs})
+
+
+def plan(data: str | Path, **knobs: Any) -> Any:
+    """Say what training would need; see `train` for the arguments. Returns a thimble.verbs.plan.PlanReport."""
+    return _call("plan", {"data": str(data), **knobs})
+
+
+def evaluate(data: str | Path, **knobs: Any) -> Any:
+    """Measure a base and adapters on the same rows. Returns a thimble.verbs.evaluate.EvaluateReport."""
+    return _call("evaluate", {"data": str(data), **knobs})
+
+
+def chat(**knobs: Any) -> Any:
+    """Open a conversation: `chat(adapter=["runs/mine-1"]).ask("Hello")`. Returns a thimble.verbs.chat.Conversation."""
+    from thimble.verbs.chat import open_conversation
+
+    return open_conversation(build_config("chat", knobs, knobs.pop("config", None)))

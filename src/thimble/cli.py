@@ -1,0 +1,227 @@
+"""The command line: argv to config to verb to printed report. The only file that prints or exits."""
+
+import argparse
+import difflib
+import errno
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from thimble import __version__
+from thimble.api import CONFIGS, build_config
+from thimble.core.config import Knobs, knob_type, knobs_of
+from thimble.errors import InputError, ThimbleError
+from thimble.render import Progress, render_evaluate, render_plan, render_train, to_json
+
+SUMMARIES = {
+    "train": "Learn from examples; writes a run folder with the adapter and a report.",
+    "plan": "Say what a training run would decide, need and cost, without training.",
+    "evaluate": "Measure a base and adapters on the same rows.",
+    "chat": "Talk to a base or an adapter, and switch between them.",
+}
+EXIT_INTERRUPTED = {signal.SIGINT: 130, signal.SIGTERM: 143}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: The arguments; default: those of the process.
+
+    Returns:
+        The exit code: 0 done, 2 refused, 3 failed honestly, 130 or 143 interrupted, 1 a fault of ours.
+    """
+    parser = make_parser()
+    options, unknown = parser.parse_known_args(argv)
+    if not options.verb:
+        parser.print_help()
+        return 0
+    is_json, is_debug = options.json, options.debug
+    try:
+        return _run(options, unknown)
+    except ThimbleError as error:
+        if is_debug:
+            raise
+        _complain(error.problems)
+        if is_json:
+            print(json.dumps({"error": list(error.problems), "exit_code": error.exit_code}, ensure_ascii=False))
+        return error.exit_code
+    except OSError as error:
+        if is_debug:
+            raise
+        is_full = error.errno == errno.ENOSPC
+        _complain([f"the disk is full ({error.filename or error})" if is_full else str(error)])
+        return 3
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        if is_debug:
+            raise
+        _complain([f"a fault of Thimble's own: {type(error).__name__}: {error} (add --debug to see where, and report it)"])
+        return 1
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all verbs, derived from the knobs of their configs."""
+    parser = argparse.ArgumentParser(
+        prog="thimble", description="Fine-tune language models with LoRA on the machine you have.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"thimble {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB")
+    for verb, config in CONFIGS.items():
+        sub = verbs.add_parser(verb, help=SUMMARIES[verb], description=SUMMARIES[verb], allow_abbrev=False)
+        _add_knobs(sub, config)
+        sub.add_argument("--config", metavar="FILE.yaml", help="Read knobs from a YAML file; flags override it.")
+        sub.add_argument("--json", action="store_true", help="Print one JSON object on stdout and nothing else there.")
+        sub.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
+    return parser
+
+
+def _add_knobs(parser: argparse.ArgumentParser, config: type[Knobs]) -> None:
+    for name, spec in knobs_of(config).items():
+        kind, _ = knob_type(spec)
+        meta = spec.metadata
+        shown = "" if spec.default in (None, "", (), False) else f" (default: {_shown(spec.default)})"
+        options: dict[str, Any] = {"help": (meta["help"] + shown).replace("%", "%%"), "default": argparse.SUPPRESS}
+        if meta["positional"]:
+            parser.add_argument(name, nargs="?", metavar=meta["metavar"], **options)
+        elif kind is bool:
+            parser.add_argument(_flag(name), action="store_true", **options)
+        else:
+            choices = "{" + ",".join(meta["choices"]) + "}" if meta["choices"] else None
+            metavar = meta["metavar"] or choices or "N"
+            action = "append" if name == "adapter" else "store"
+            parser.add_argument(_flag(name), metavar=metavar, action=action, **options)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _shown(default: Any) -> str:
+    return ",".join(default) if isinstance(default, tuple) else f"{default:g}" if isinstance(default, float) else str(default)
+
+
+def _run(options: argparse.Namespace, unknown: list[str]) -> int:
+    values = vars(options)
+    verb, config_file, is_json = values.pop("verb"), values.pop("config"), values.pop("json")
+    values.pop("debug")
+    config = build_config(verb, values, config_file, _unknown_flags(verb, unknown))
+    if verb == "chat":
+        return _chat(config, is_json)
+    stop = _StopFlag()
+    progress = Progress(sys.stderr)
+    from thimble import verbs  # noqa: F401  (the package must be there before its verbs are loaded)
+    from thimble.api import load_verb
+
+    if verb == "plan":
+        report = load_verb(verb)(config, progress.hear)
+    else:
+        report = load_verb(verb)(config, progress.hear, stop)
+    progress.end()
+    if is_json:
+        print(to_json(report))
+    else:
+        print({"train": render_train, "plan": render_plan, "evaluate": render_evaluate}[verb](report))
+    return EXIT_INTERRUPTED[stop.signal] if stop.signal else 0
+
+
+def _unknown_flags(verb: str, unknown: list[str]) -> list[str]:
+    """A problem for each argument that no knob takes, with the nearest flag."""
+    flags = [_flag(name) for name in knobs_of(CONFIGS[verb])] + ["--config", "--json", "--debug"]
+    problems = []
+    for word in unknown:
+        if word.startswith("-"):
+            near = difflib.get_close_matches(word.split("=")[0], flags, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"see thimble {verb} --help"
+            problems.append(f"{word.split('=')[0]} is not a flag of thimble {verb}: {hint}")
+        elif not any(other.startswith("-") for other in unknown):
+            problems.append(f"{word!r} is one argument too many for thimble {verb}")
+    return problems
+
+
+class _StopFlag:
+    """Turns the first Ctrl-C or termination into a polite request, the second into an end."""
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        for number in EXIT_INTERRUPTED:
+            signal.signal(number, self._hear)
+
+    def _hear(self, number: int, frame: object) -> None:
+        if self.signal:
+            os._exit(EXIT_INTERRUPTED[signal.Signals(number)])
+        self.signal = signal.Signals(number)
+        print("\nstopping after this step and keeping what was learned (once more to leave at once)", file=sys.stderr)
+
+    def __call__(self) -> bool:
+        return self.signal is not None
+
+
+def _chat(config: Any, is_json: bool) -> int:
+    from thimble.verbs.chat import open_conversation
+
+    progress = Progress(sys.stderr)
+    talk = open_conversation(config, progress.hear)
+    progress.end()
+    if config.prompt is not None:
+        answer = talk.ask(config.prompt, _no_text if is_json else _write)
+        print(json.dumps({"answer": answer, "adapter": talk.active}, ensure_ascii=False) if is_json else "")
+        return 0
+    if is_json:
+        raise InputError("chat with --json needs --prompt: it answers once")
+    print(f"Talking to {talk.active}. /use NAME switches ({', '.join(talk.names)}), /reset forgets, /quit leaves.")
+    while True:
+        try:
+            line = input(f"\n{talk.active} > ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return 0
+        if line in ("/quit", "/exit"):
+            return 0
+        _answer(talk, line)
+
+
+def _answer(talk: Any, line: str) -> None:
+    """One turn: a command or something to answer; Ctrl-C stops the answer, not the chat."""
+    try:
+        if line == "/reset":
+            talk.reset()
+            print("forgotten")
+        elif line.startswith("/use"):
+            talk.use(line.removeprefix("/use").strip())
+        elif line.startswith("/"):
+            print("commands: /use NAME, /reset, /quit")
+        elif line:
+            talk.ask(line, _write)
+            print()
+    except KeyboardInterrupt:
+        print(" [stopped]")
+    except InputError as error:
+        _complain(error.problems)
+
+
+def _write(piece: str) -> None:
+    print(piece, end="", flush=True)
+
+
+def _no_text(piece: str) -> None:
+    """Hear a piece of the answer and say nothing."""
+
+
+def _complain(problems: Sequence[str]) -> None:
+    for problem in problems:
+        print(f"thimble: {problem}", file=sys.stderr)
+
+
+def run() -> NoReturn:
+    """Entry point of the command: exits with the code of `main`."""
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    run()
+

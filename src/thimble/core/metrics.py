@@ -1,0 +1,147 @@
+"""Figures that say whether training worked: from sums and counts, and from answers against references."""
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Metric = Callable[[str, str], Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class LossSum:
+    """A loss as sum and count, so that means over any batching are the same.
+
+    Attributes:
+        nats: Summed cross-entropy.
+        tokens: Number of tokens it was summed over.
+    """
+
+    nats: float = 0.0
+    tokens: int = 0
+
+    def __add__(self, other: "LossSum") -> "LossSum":
+        return LossSum(self.nats + other.nats, self.tokens + other.tokens)
+
+    @property
+    def mean(self) -> float:
+        """Mean loss in nats per token (nan without tokens)."""
+        return self.nats / self.tokens if self.tokens else math.nan
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean loss."""
+        return math.exp(min(self.mean, 700.0)) if self.tokens else math.nan
+
+
+def exact(answer: str, reference: str) -> dict[str, float]:
+    """Whether the answer equals the reference, but for white space at its ends."""
+    return {"exact match": float(answer.strip() == reference.strip())}
+
+
+def valid_json(answer: str, reference: str) -> dict[str, float]:
+    """Whether the answer is JSON, and which share of the reference's fields it has right.
+
+    Args:
+        answer: What the model wrote.
+        reference: What it should have written.
+
+    Returns:
+        `valid JSON`, `all fields right` and `fields right`, each 0 to 1.
+    """
+    found, expected = _load(answer), _load(reference)
+    given, fields = _flatten(found), _flatten(expected)
+    right = _count_right(given, fields)
+    return {
+        "valid JSON": float(found is not None),
+        "all fields right": float(found is not None and given.keys() == fields.keys() and right == len(fields)),
+        "fields right": right / len(fields),
+    }
+
+
+def tool_calls(answer: str, reference: str) -> dict[str, float]:
+    """How much of a tool call is right.
+
+    Args:
+        answer: What the model wrote: `<tool_call>` blocks around JSON, or bare JSON.
+        reference: The right calls, in the same form.
+
+    Returns:
+        `valid JSON` (every call parses and has a name and arguments), `right function`, `all arguments right` and
+        `fields right` (share of the reference's argument fields), each 0 to 1.
+    """
+    found, expected = parse_tool_calls(answer) or [], parse_tool_calls(reference) or []
+    is_named = bool(found) and [call["name"] for call in found] == [call["name"] for call in expected]
+    given = _flatten([call["arguments"] for call in found]) if is_named else {}
+    fields = _flatten([call["arguments"] for call in expected])
+    right = _count_right(given, fields)
+    return {
+        "valid JSON": float(bool(found)),
+        "right function": float(is_named),
+        "all arguments right": float(given.keys() == fields.keys() and right == len(fields)),
+        "fields right": right / len(fields),
+    }
+
+
+def _count_right(given: Mapping[str, Any], fields: Mapping[str, Any]) -> int:
+    return sum(path in given and _same(given[path], value) for path, value in fields.items())
+
+
+def parse_tool_calls(text: str) -> list[dict[str, Any]] | None:
+    """Read the tool calls in a model's answer.
+
+    Args:
+        text: One or more `<tool_call>{...}</tool_call>` blocks, or JSON alone (an object or a list of them).
+
+    Returns:
+        Calls with `name` and `arguments`, or None if any part does not parse.
+    """
+    blocks = re.findall(r"<tool_call>(.*?)(?:</tool_call>|$)", text, re.DOTALL) or [text]
+    calls: list[dict[str, Any]] = []
+    for block in blocks:
+        value = _load(block)
+        for call in value if isinstance(value, list) else [value]:
+            call = call.get("function", call) if isinstance(call, dict) else call
+            if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+                return None
+            arguments = call.get("arguments", call.get("parameters"))
+            arguments = _load(arguments) if isinstance(arguments, str) else arguments
+            if not isinstance(arguments, dict):
+                return None
+            calls.append({"name": call["name"], "arguments": arguments})
+    return calls
+
+
+def average(scores: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Mean of each figure over rows."""
+    rows = list(scores)
+    names: Sequence[str] = list(rows[0]) if rows else []
+    return {name: sum(row[name] for row in rows) / len(rows) for name in names}
+
+
+def _load(text: Any) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, TypeError, RecursionError):
+        return None
+
+
+def _flatten(value: Any, path: str = "") -> dict[str, Any]:
+    """Leaves of nested JSON by path."""
+    if isinstance(value, dict) and value:
+        return {k: v for key, inner in value.items() for k, v in _flatten(inner, f"{path}.{key}").items()}
+    if isinstance(value, list) and value:
+        return {k: v for index, inner in enumerate(value) for k, v in _flatten(inner, f"{path}[{index}]").items()}
+    return {path: value}
+
+
+def _same(given: Any, expected: Any) -> bool:
+    """Equality that takes 5 and 5.0 for the same, but not 1 and true."""
+    if isinstance(given, bool) or isinstance(expected, bool):
+        return given is expected
+    return bool(given == expected)
+
+
+METRICS: dict[str, Metric] = {"exact": exact, "json": valid_json, "tools": tool_calls}

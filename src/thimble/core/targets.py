@@ -1,0 +1,53 @@
+"""Which linear layers get an adapter; a name that matches nothing is an error."""
+
+import difflib
+import fnmatch
+from collections.abc import Iterable, Sequence
+
+from thimble.errors import ConfigError, listing
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj")
+MLP = ("gate_proj", "up_proj", "down_proj", "gate_up_proj")
+GROUPS = {"attention": ATTENTION, "mlp": MLP}
+
+
+def select_layers(targets: Sequence[str], layers: Iterable[str]) -> list[str]:
+    """Choose layers by name.
+
+    Args:
+        targets: `all-linear`, `attention`, `mlp`, the last part of a name (`q_proj`), the end of a path
+            (`self_attn.q_proj`), or a pattern over whole paths (`model.layers.2[0-9].*`).
+        layers: Paths of all linear layers of the base, such as `model.layers.0.self_attn.q_proj`.
+
+    Returns:
+        The chosen paths, in the order of `layers`.
+
+    Raises:
+        ConfigError: Naming every target that matches nothing, with the nearest names.
+    """
+    layers = list(layers)
+    chosen: set[str] = set()
+    problems = []
+    for target in targets:
+        matched = [path for path in layers if _matches(target, path)]
+        chosen.update(matched)
+        if not matched:
+            problems.append(_no_match(target, layers))
+    if problems:
+        raise ConfigError(*problems)
+    return [path for path in layers if path in chosen]
+
+
+def _matches(target: str, path: str) -> bool:
+    if target == "all-linear":
+        return True
+    if target in GROUPS:
+        return path.rsplit(".", 1)[-1] in GROUPS[target]
+    return path == target or path.endswith("." + target) or fnmatch.fnmatchcase(path, target)
+
+
+def _no_match(target: str, layers: list[str]) -> str:
+    kinds = list(dict.fromkeys(path.rsplit(".", 1)[-1] for path in layers))
+    near = difflib.get_close_matches(target, [*kinds, *GROUPS, "all-linear"], n=1)
+    meant = f"did you mean {near[0]}? " if near else ""
+    return f"targets names {target!r}, which matches none of the {len(layers)} layers: {meant}the base has {listing(kinds)}"

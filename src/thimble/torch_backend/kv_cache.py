@@ -1,0 +1,72 @@
+"""Keys and values of what has been read, for generation: rows of different lengths side by side."""
+
+import torch
+from torch import Tensor
+
+from thimble.torch_backend.attention import Angles, AttentionSpec, attend, split_heads
+
+
+class KvCache:
+    """Room for the keys and values of a batch of rows.
+
+    Args:
+        num_layers: Blocks of the decoder.
+        rows: Rows in the batch.
+        capacity: Most tokens of a row, prompt and answer together.
+        spec: Attention of any layer, for its sizes.
+        compute: Type of keys and values.
+    """
+
+    def __init__(self, num_layers: int, rows: int, capacity: int, spec: AttentionSpec, compute: torch.dtype) -> None:
+        shape = (num_layers, rows, spec.num_kv_heads, capacity, spec.head_dim)
+        self.keys, self.values = torch.zeros(shape, dtype=compute), torch.zeros(shape, dtype=compute)
+        self.lengths = torch.zeros(rows, dtype=torch.int64)  # tokens read before this pass
+        self.capacity = capacity
+
+    def keep(self, rows: Tensor) -> None:
+        """Forget all rows but these, int64 (kept,)."""
+        longest = int(self.lengths[rows].max())
+        keys, values = self.keys[:, rows], self.values[:, rows]
+        self.keys, self.values, self.lengths = keys, values, self.lengths[rows]
+        assert longest <= self.capacity, f"a row of {longest} tokens is in a cache for {self.capacity}"
+
+
+def attend_cached(
+    qkv: Tensor, spec: AttentionSpec, angles: Angles | None, starts: list[int], cache: KvCache, layer: int
+) -> Tensor:
+    """Attention that extends and reads the cache: over whole prompts at first, then one token a row.
+
+    Args:
+        qkv: (tokens, (heads + 2 kv_heads) · head_dim).
+        spec: The layer's attention.
+        angles: Rotations, or None.
+        starts: Where rows begin among the tokens.
+        cache: Keys and values.
+        layer: Number of the block.
+
+    Returns:
+        (tokens, heads · head_dim).
+    """
+    q, k, v = split_heads(qkv, spec, angles)
+    for row, (start, end) in enumerate(zip(starts, starts[1:], strict=False)):
+        at = int(cache.lengths[row])
+        cache.keys[layer, row, :, at : at + end - start] = k[:, start:end]
+        cache.values[layer, row, :, at : at + end - start] = v[:, start:end]
+    if not cache.lengths.any():
+        return attend(qkv, spec, angles, starts)
+    return _attend_next(q, spec, cache, layer)
+
+
+def _attend_next(q: Tensor, spec: AttentionSpec, cache: KvCache, layer: int) -> Tensor:
+    """One new token a row against all keys of its row; q is (kv_heads, rows, group, head_dim)."""
+    longest = int(cache.lengths.max()) + 1
+    keys, values = cache.keys[layer, :, :, :longest], cache.values[layer, :, :, :longest]
+    scores = (q.transpose(0, 1) @ keys.transpose(2, 3)).float()  # (rows, kv_heads, group, keys)
+    if spec.softcap:
+        scores = torch.tanh(scores / spec.softcap) * spec.softcap
+    place, now = torch.arange(longest), cache.lengths[:, None]
+    hidden = place > now
+    if spec.window is not None:
+        hidden |= place <= now - spec.window
+    weights = scores.masked_fill_(hidden[:, None, None], float("-inf")).softmax(-1)
+    return (weights.to(q.dtype) @ values).flatten(1)

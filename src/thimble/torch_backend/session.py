@@ -1,0 +1,196 @@
+"""A base in memory with an adapter on it: gradients, updates, losses and answers.
+
+The only object a training loop needs; hides that this backend changes tensors in place.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from thimble.core.adapter import Adapter
+from thimble.core.base import Base
+from thimble.core.metrics import LossSum
+from thimble.torch_backend.adapter_state import AdapterState
+from thimble.torch_backend.compute import DTYPES
+from thimble.torch_backend.decoder import Decoder
+from thimble.torch_backend.generate import Sampler, generate
+from thimble.torch_backend.loss import label_loss
+
+BETAS = (0.9, 0.999)
+EPSILON = 1e-8
+
+
+class PackedRows(Protocol):
+    """What a session needs to know of a batch; see thimble.data.batches.Batch."""
+
+    ids: NDArray[np.int32]
+    labels: NDArray[np.int32]
+    starts: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """What one step's micro-batches gave.
+
+    Attributes:
+        loss: Summed loss and label tokens of the step.
+        norm: Global norm of the mean gradient, before it is scaled down.
+    """
+
+    loss: LossSum
+    norm: float
+
+
+class TorchSession:
+    """A frozen base, ready to run.
+
+    Args:
+        base: The opened base.
+        compute: `fp32` or `bf16`.
+        store: `dense`, `int8` or `file`.
+        is_recomputed: Keep only each block's input in the forward pass and compute the rest again: about a third
+            more time for a fraction of the memory.
+    """
+
+    def __init__(self, base: Base, compute: str, store: str, is_recomputed: bool = False) -> None:
+        self.decoder = Decoder(base, store, DTYPES[compute])
+        self.decoder.is_recomputed = is_recomputed
+        self._adapter: Adapter | None = None
+        self._state: AdapterState | None = None
+        self._optimiser: torch.optim.AdamW | None = None
+
+    # ---- adapters -------------------------------------------------------------------------------------------------
+
+    def attach(self, adapter: Adapter | None) -> None:
+        """Use an adapter, or none: then every result is the bare base's, bit for bit."""
+        self._adapter, self._optimiser = adapter, None
+        self._state = AdapterState(adapter, self.decoder.compute) if adapter else None
+        self.decoder.attach(self._state.pairs if self._state else {})
+
+    def train(self, adapter: Adapter, weight_decay: float = 0.0) -> None:
+        """Start to train an adapter, from the values it has."""
+        self._adapter = adapter
+        self._state = AdapterState(adapter, self.decoder.compute, is_trained=True)
+        self._optimiser = torch.optim.AdamW(
+            [self._state.master], lr=0.0, betas=BETAS, eps=EPSILON, weight_decay=weight_decay, fused=True
+        )
+        self.decoder.attach(self._state.pairs)
+
+    def switch(self, is_on: bool) -> None:
+        """Take the adapter off, which gives the bare base bit for bit, or put it back on."""
+        self.decoder.attach(self._state.pairs if self._state and is_on else {})
+
+    def adapter(self) -> Adapter:
+        """The adapter as it is now, float32."""
+        assert self._state is not None, "no adapter is attached"
+        assert self._adapter is not None, "no adapter is attached"
+        return self._state.export(self._adapter)
+
+    # ---- training -------------------------------------------------------------------------------------------------
+
+    def gradients(self, micro_batches: Sequence[PackedRows], label_tokens: int) -> Gradients:
+        """Gradients of the mean loss over all label tokens of a step.
+
+        Args:
+            micro_batches: Together they are the step.
+            label_tokens: Labelled tokens in all of them.
+
+        Returns:
+            The step's loss and the norm of its gradient; the gradient itself stays here for `apply`.
+        """
+        assert self._state is not None, "nothing is being trained"
+        assert self._state.grad is not None, "nothing is being trained"
+        self._state.grad.zero_()
+        total = LossSum()
+        for batch in micro_batches:
+            loss = self._label_loss(batch)
+            loss.backward()
+            total += LossSum(float(loss.detach()), int((batch.labels >= 0).sum()))
+        self._state.grad.div_(label_tokens)
+        return Gradients(total, float(torch.linalg.vector_norm(self._state.grad, dtype=torch.float64)))
+
+    def apply(self, gradients: Gradients, learning_rate: float, max_norm: float) -> None:
+        """Take one AdamW step (Loshchilov and Hutter, arXiv:1711.05101) on the adapter.
+
+        Args:
+            gradients: From `gradients`, of the same step.
+            learning_rate: Size of the step.
+            max_norm: The gradient is scaled down to this norm.
+        """
+        assert self._state is not None, "nothing is being trained"
+        assert self._optimiser is not None, "nothing is being trained"
+        grad = self._state.grad
+        if gradients.norm > max_norm and grad is not None:
+            grad.mul_(max_norm / gradients.norm)
+        self._optimiser.param_groups[0]["lr"] = learning_rate
+        self._state.master.grad = grad
+        self._optimiser.step()
+        self._state.refresh()
+
+    def _label_loss(self, batch: PackedRows) -> torch.Tensor:
+        hidden = self.decoder.hidden(batch.ids, self.decoder.pack(batch.starts))
+        return label_loss(self.decoder, hidden, batch.labels)
+
+    # ---- measuring ------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def loss(self, batch: PackedRows) -> LossSum:
+        """Summed loss over the labelled tokens of a batch."""
+        return LossSum(float(self._label_loss(batch)), int((batch.labels >= 0).sum()))
+
+    @torch.no_grad()
+    def logits(self, ids: NDArray[np.int32]) -> NDArray[np.float32]:
+        """Logits after every token of one row: int32 (tokens,) to float32 (tokens, vocabulary)."""
+        packed = self.decoder.pack(np.array([0, len(ids)], np.int64))
+        return self.decoder.logits(self.decoder.hidden(ids, packed)).numpy()
+
+    def generate(
+        self,
+        prompts: Sequence[NDArray[np.int32]],
+        max_new_tokens: int,
+        stop_ids: frozenset[int],
+        on_token: Callable[[int, int], bool | None] | None = None,
+        **sampling: Any,
+    ) -> list[list[int]]:
+        """Continue prompts; see thimble.torch_backend.generate.
+
+        Args:
+            prompts: int32 (length,) each.
+            max_new_tokens: Most tokens written per prompt.
+            stop_ids: Tokens that end an answer.
+            on_token: Called with (prompt number, token); returning True ends everything.
+            **sampling: `temperature`, `top_p` and `seed`; greedy without them.
+
+        Returns:
+            The new tokens of each prompt.
+        """
+        return generate(self.decoder, prompts, max_new_tokens, stop_ids, Sampler(**sampling), on_token)
+
+    def is_finite(self) -> bool:
+        """Whether every number of the adapter is finite."""
+        return self._state is None or bool(torch.isfinite(self._state.master).all())
+
+    # ---- checkpoints ----------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, NDArray[np.float32]]:
+        """All that training changes: the flat adapter and AdamW's moments and step count, as copies."""
+        assert self._state is not None, "nothing is being trained"
+        assert self._optimiser is not None, "nothing is being trained"
+        kept = self._optimiser.state.get(self._state.master, {})
+        values = {"adapter": self._state.master.numpy().copy()}
+        return values | {name: np.array(value.numpy(), copy=True, ndmin=1) for name, value in kept.items()}
+
+    def restore(self, state: Mapping[str, NDArray[np.float32]]) -> None:
+        """Go back to what `state` returned."""
+        assert self._state is not None, "nothing is being trained"
+        assert self._optimiser is not None, "nothing is being trained"
+        self._state.master.copy_(torch.from_numpy(state["adapter"]))
+        self._state.refresh()
+        self._optimiser.state.pop(self._state.master, None)
+        if "exp_avg" in state:
+            moments = {name: torch.from_numpy(state[name].copy()) for name in ("exp_avg", "exp_avg_sq")}
+            self._optimiser.state[self._state.master] = {"step": torch.tensor(float(state["step"][0])), **moments}

@@ -1,0 +1,131 @@
+"""`thimble evaluate`: a base against adapters on the same rows."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from thimble.core.adapter import Adapter
+from thimble.core.config import EvaluateConfig
+from thimble.core.metrics import Metric
+from thimble.data.records import Record
+from thimble.errors import ConfigError, Problems, plural
+from thimble.verbs.events import OnEvent, ShouldStop, Teller, ignore, never
+from thimble.verbs.measure import Question, answer_all, choose_metric, held_out_loss, make_questions, scores_of
+from thimble.verbs.prepare import (
+    Examples,
+    Model,
+    choose_store,
+    encode_examples,
+    open_adapters,
+    open_data,
+    open_model,
+    open_session,
+)
+
+SHOWN_ANSWERS = 3
+
+
+@dataclass
+class Result:
+    """How one model did.
+
+    Attributes:
+        name: `base`, or the adapter folder.
+        loss: Nats per label token.
+        perplexity: exp of the loss.
+        label_tokens: Tokens the loss was taken over.
+        scores: Task figures, 0 to 1.
+        answers: Some rows as asked, reference, written.
+    """
+
+    name: str
+    loss: float
+    perplexity: float
+    label_tokens: int
+    scores: dict[str, float]
+    answers: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass
+class EvaluateReport:
+    """All results on the same rows, the base first."""
+
+    data: str
+    base: str
+    rows: int
+    answered_rows: int
+    metric: str
+    results: list[Result]
+    told: dict[str, list[str]]
+
+
+def evaluate(config: EvaluateConfig, on_event: OnEvent = ignore, should_stop: ShouldStop = never) -> EvaluateReport:
+    """Measure the bare base and each adapter on the same rows.
+
+    Args:
+        config: The knobs.
+        on_event: Hears of progress.
+        should_stop: Asked between batches; what is measured by then is returned.
+
+    Returns:
+        The report.
+
+    Raises:
+        InputError: With every problem found.
+    """
+    tell = Teller(on_event)
+    model, examples, adapters, questions, (metric_name, metric) = _prepare(config, tell)
+    from thimble.torch_backend.compute import choose_compute
+
+    compute, why = choose_compute(config.compute)
+    store, why_store = choose_store(config, model.base)
+    tell.decision(f"compute: {why}")
+    tell.decision(why_store)
+    session = open_session(model, compute, store)
+    results = []
+    for name, adapter in {"base": None, **adapters}.items():
+        if should_stop():
+            break
+        tell.stage(f"measuring {name}")
+        session.attach(adapter)
+        loss = held_out_loss(session, examples.valid, config.batch_tokens, tell, should_stop)
+        answers = answer_all(
+            session, model.tokenizer, questions if metric else questions[:SHOWN_ANSWERS], metric,
+            config.max_new_tokens, tell, should_stop,
+        )  # fmt: skip
+        shown = [asdict(answer) for answer in answers[:SHOWN_ANSWERS]]
+        results.append(Result(name, loss.mean, loss.perplexity, loss.tokens, scores_of(answers), shown))
+    answered = len(questions) if metric else 0
+    return EvaluateReport(
+        config.data, model.base.name, len(examples.valid), answered, metric_name, results, tell.told
+    )  # fmt: skip
+
+
+def _prepare(
+    config: EvaluateConfig, tell: Teller
+) -> tuple[Model, Examples, dict[str, Adapter], list[Question], tuple[str, Metric | None]]:
+    """Check everything that can be wrong."""
+    problems = Problems(config.problems)
+    tell.stage("reading the base and the examples")
+    model = problems.attempt(open_model, config.base)
+    records = problems.attempt(_records, config.data)
+    adapters = open_adapters(config.adapter, model.base if model else None, problems)
+    examples = None
+    if model and records is not None:
+        dataset, rows = records
+        examples = problems.attempt(encode_examples, dataset, (), rows, model, config)
+    questions = make_questions(examples.valid_records, examples.encoder, config.eval_rows) if examples else []
+    chosen = problems.attempt(choose_metric, config.metric, questions)
+    problems.raise_if_any()
+    assert model and examples and chosen, "unreachable: a missing part is a problem"
+    tell.note(f"data: {plural(len(examples.valid), 'row')} of {examples.dataset.format}")
+    for note in (*examples.dataset.notes, *examples.encoder.notes):
+        tell.note(note)
+    return model, examples, adapters, questions, chosen
+
+
+def _records(path: str) -> tuple[Any, tuple[Record, ...]]:
+    """The rows to measure on: the test file of a folder, else its valid file, else all rows."""
+    if not path:
+        raise ConfigError("no data is given: name a file or folder of examples, as in: thimble evaluate test.jsonl")
+    dataset = open_data(path)
+    return dataset, dataset.test or dataset.valid or dataset.train

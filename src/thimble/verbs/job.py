@@ -1,0 +1,192 @@
+"""A training run, checked and decided but not begun: what `train` carries out and `plan` describes."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from thimble.core.config import TrainConfig
+from thimble.core.estimate import MemoryPlan, adapter_parameters, available_bytes, estimate_memory
+from thimble.core.metrics import Metric
+from thimble.core.targets import select_layers
+from thimble.data.encode import Row, encode_all
+from thimble.data.records import Dataset, general_records, split_rows
+from thimble.errors import ConfigError, DoesNotFitError, Problems, plural
+from thimble.verbs import run_folder
+from thimble.verbs.course import Course
+from thimble.verbs.events import Teller
+from thimble.verbs.measure import Question, choose_metric, make_questions
+from thimble.verbs.prepare import (
+    Examples,
+    Model,
+    choose_store,
+    encode_examples,
+    make_encoder,
+    open_data,
+    open_model,
+    tell_examples,
+)
+
+MICRO_BATCH_TOKENS = (1024, 512)  # matrix products gain little beyond, activations grow all the way
+RUN_FOLDER_BYTES = 20_000_000  # report, logs and room to spare, beside adapter and checkpoints
+ADAPTER_FILES = 8  # adapter, its temporary copy, and two checkpoints of three times its size
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that was decided before the first weight is loaded.
+
+    Attributes:
+        config: Knobs with compute type, store, rate and steps resolved.
+        model: The base with tokenizer and template.
+        examples: The user's rows.
+        general: Rows of general text, for the forgetting check.
+        layers: Paths of the adapted layers.
+        course: The steps.
+        memory: Expected peak.
+        micro_tokens: Most tokens of a micro-batch.
+        questions: Held-out rows to answer before and after.
+        metric: Scores an answer; with its name.
+        folder: The run folder, not made yet.
+    """
+
+    config: TrainConfig
+    model: Model
+    examples: Examples
+    general: list[Row]
+    layers: list[str]
+    course: Course
+    memory: MemoryPlan
+    micro_tokens: int
+    questions: list[Question]
+    metric: Metric | None
+    metric_name: str
+    folder: Path
+
+
+def prepare_job(config: TrainConfig, tell: Teller, needs_folder: bool = True) -> Job:
+    """Check everything that can be wrong, decide everything that was left open.
+
+    Args:
+        config: The knobs.
+        tell: Hears what was found and decided.
+        needs_folder: Whether a run folder will be written.
+
+    Returns:
+        The job.
+
+    Raises:
+        InputError: With every problem found.
+    """
+    from thimble.torch_backend.compute import choose_compute
+
+    problems = Problems(config.problems)
+    tell.stage("reading the base and the examples")
+    model = problems.attempt(open_model, config.base)
+    dataset = problems.attempt(_read, config.data)
+    layers = problems.attempt(select_layers, config.targets, model.base.spec.linear_shapes()) if model else None
+    if model and layers:
+        problems.attempt(_check_rank, config.rank, layers, model)
+    folder = run_folder.choose_folder(config.out, config.data)
+    if needs_folder:
+        trained = adapter_parameters(model.base.spec, layers, config.rank) if model and layers else 0
+        needed = RUN_FOLDER_BYTES + trained * 4 * ADAPTER_FILES
+        problems.attempt(run_folder.check_folder, folder, config.resume, needed)
+    examples = problems.attempt(_split_and_encode, dataset, model, config) if model and dataset else None
+    questions = make_questions(examples.valid_records, examples.encoder, config.eval_rows) if examples else []
+    chosen = problems.attempt(choose_metric, config.metric, questions)
+    problems.raise_if_any()
+    assert model and dataset and layers and examples and chosen, "unreachable: a missing part is a problem"
+
+    tell.note(f"base: {describe_base(model)}")
+    tell_examples(examples, tell)
+    compute, why_compute = choose_compute(config.compute)
+    store, why_store = choose_store(config, model.base)
+    for why in (f"compute: {why_compute}", why_store):
+        tell.decision(why)
+    lengths = [len(row.ids) for row in examples.train]
+    course = Course(config, lengths, model.base.spec.family, model.base.spec.hidden_size)
+    _tell_course(course, config, len(lengths), tell)
+    trained = adapter_parameters(model.base.spec, layers, config.rank)
+    longest = max(lengths + [len(row.ids) for row in examples.valid])
+    memory, micro_tokens = _fit_memory(model, config, (compute, store), trained, longest, tell)
+    resolved = config.replace(
+        out=str(folder), compute=compute, store=store, learning_rate=course.rate, warmup_steps=course.warmup_steps,
+        **({} if config.epochs or course.minutes else {"max_steps": course.total_steps}),
+    )  # fmt: skip
+    general, _ = encode_all(general_records(), make_encoder(model, config.replace(loss_on="auto")))
+    metric_name, metric = chosen
+    return Job(
+        resolved, model, examples, general, layers, course, memory, micro_tokens,
+        questions if metric else questions[:3], metric, metric_name, folder,
+    )  # fmt: skip
+
+
+def _read(path: str) -> Dataset:
+    if not path:
+        raise ConfigError("no data is given: name a file or folder of examples, as in: thimble train examples.jsonl")
+    return open_data(path)
+
+
+def _check_rank(rank: int, layers: list[str], model: Model) -> None:
+    shapes = model.base.spec.linear_shapes()
+    small = min(layers, key=lambda layer: min(shapes[layer]))
+    if rank > min(shapes[small]):
+        raise ConfigError(
+            f"rank is {rank}: larger than the smaller side of {small} {shapes[small]}; expected at most {min(shapes[small])}"
+        )
+
+
+def _split_and_encode(dataset: Dataset, model: Model, config: TrainConfig) -> Examples:
+    if dataset.valid is not None:
+        return encode_examples(dataset, dataset.train, dataset.valid, model, config)
+    train, valid = split_rows(dataset.train, config.valid_split, config.seed)
+    return encode_examples(dataset, train, valid, model, config)
+
+
+def describe_base(model: Model) -> str:
+    """A base in one line: name, family, size and number types."""
+    base = model.base
+    kinds = " and ".join(list(base.dtypes())[:2])
+    size = f"{base.num_parameters / 1e6:.0f}M parameters, {base.size_bytes / 1e6:.0f} MB of {kinds}"
+    return f"{base.name} ({base.spec.family}, {size})"
+
+
+def _tell_course(course: Course, config: TrainConfig, rows: int, tell: Teller) -> None:
+    if course.minutes:
+        tell.decision(f"length: {course.minutes:g} minutes")
+    else:
+        passes = f"{course.epochs:.1f} passes over {plural(rows, 'row')}"
+        tell.decision(f"length: {plural(course.total_steps or 0, 'step')}, {passes}")
+    if course.is_default_rate:
+        tell.decision(f"learning rate: {course.rate:g}, from the width of the base and the rows in a step")
+    elif course.rate > 0.02:
+        tell.warning(f"learning_rate is {course.rate:g}: far above what works for adapters (about 0.0001 to 0.002)")
+
+
+def _fit_memory(
+    model: Model, config: TrainConfig, how: tuple[str, str], trained: int, longest: int, tell: Teller
+) -> tuple[MemoryPlan, int]:
+    """The fastest way to run a step that fits the memory allowed."""
+    compute, store = how
+    allowed = config.memory_budget or available_bytes()
+    sizes = [max(longest, min(size, config.batch_tokens)) for size in (*MICRO_BATCH_TOKENS, longest)]
+    ways = [(size, recomputed) for recomputed in (False, True) for size in sizes]
+    plans = [(estimate_memory(model.base, store, compute, trained, size, again), size) for size, again in ways]
+    for plan, size in plans:
+        if plan.total <= allowed:
+            kept = "recomputing each block in the backward pass" if plan.is_recomputed else "keeping all activations"
+            tell.decision(
+                f"memory: about {plan.total / 1e9:.2f} of {allowed / 1e9:.2f} GB, in micro-batches of {size} tokens, {kept}"
+            )
+            return plan, size
+    least = min(plans, key=lambda pair: pair[0].total)[0]
+    whose = "memory_budget allows" if config.memory_budget else "this machine has free"
+    raise DoesNotFitError(
+        f"the run needs at least {least.total / 1e9:.2f} GB and {whose} {allowed / 1e9:.2f} GB: lower seq_len "
+        f"(the longest row has {longest} tokens), lower rank, use store int8 or a quantised GGUF, or a smaller base"
+    )
+
+
+def cpu_count() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

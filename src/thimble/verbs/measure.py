@@ -1,0 +1,196 @@
+"""How good a model is on held-out rows: loss, and answers scored by a metric."""
+
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from thimble.core.metrics import METRICS, LossSum, Metric, average, parse_tool_calls, valid_json
+from thimble.data.batches import micro_batches
+from thimble.data.encode import Encoder, Row
+from thimble.data.records import Record
+from thimble.data.tokenizer import Tokenizer
+from thimble.errors import ConfigError
+from thimble.verbs.events import ShouldStop, Teller, never
+
+if TYPE_CHECKING:
+    from thimble.torch_backend.session import TorchSession
+
+ROWS_AT_ONCE = 64  # answers written side by side
+CACHE_TOKENS = 16_384  # most tokens in the key-value cache of one such group
+SHORT_ANSWER_WORDS = 8  # references up to this long are scored by exact match unless the user says otherwise
+
+
+@dataclass(frozen=True)
+class Question:
+    """A held-out row to be answered.
+
+    Attributes:
+        prompt: int32 (tokens,).
+        reference: What the model should write.
+        asked: The prompt's last user turn, for people.
+    """
+
+    prompt: NDArray[np.int32]
+    reference: str
+    asked: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A question with what a model wrote."""
+
+    asked: str
+    reference: str
+    written: str
+    scores: Mapping[str, float]
+
+
+def held_out_loss(
+    session: "TorchSession", rows: Sequence[Row], max_tokens: int, tell: Teller, should_stop: ShouldStop = never
+) -> LossSum:
+    """Summed loss over rows, in micro-batches of at most `max_tokens`."""
+    total = LossSum()
+    batches = micro_batches(rows, max_tokens)
+    for number, batch in enumerate(batches):
+        if should_stop():
+            break
+        total += session.loss(batch)
+        tell.progress(number + 1, len(batches))
+    return total
+
+
+def make_questions(records: Sequence[Record], encoder: Encoder, most: int) -> list[Question]:
+    """The first `most` records that end in an answer, as questions."""
+    questions: list[Question] = []
+    for record in records:
+        if len(questions) >= most:
+            break
+        found = encoder.question(record)
+        if found:
+            questions.append(Question(found[0], found[1], _asked(record)))
+    return questions
+
+
+def _asked(record: Record) -> str:
+    users = [turn.get("content") or "" for turn in record.messages or () if turn["role"] == "user"]
+    return users[-1] if users else (record.prompt or "")
+
+
+def choose_metric(wanted: str, questions: Sequence[Question]) -> tuple[str, Metric | None]:
+    """The metric a user asked for, or the one that suits the references.
+
+    Args:
+        wanted: The knob `metric`.
+        questions: For `auto`: their references decide.
+
+    Returns:
+        Its name and function; None measures the loss alone.
+
+    Raises:
+        ConfigError: If the user's own function cannot be had.
+    """
+    if wanted in METRICS:
+        return wanted, METRICS[wanted]
+    if wanted == "none" or (wanted == "auto" and not questions):
+        return "none", None
+    if wanted != "auto":
+        return wanted, _user_metric(wanted)
+    references = [question.reference for question in questions]
+    if all(parse_tool_calls(text) for text in references):
+        return "tools", METRICS["tools"]
+    if all(text.lstrip()[:1] in ("{", "[") and valid_json(text, text)["valid JSON"] for text in references):
+        return "json", METRICS["json"]
+    if all(len(text.split()) <= SHORT_ANSWER_WORDS for text in references):
+        return "exact", METRICS["exact"]
+    return "none", None
+
+
+def _user_metric(wanted: str) -> Metric:
+    """Load `file.py:name`; the user named the file, so it is run."""
+    expected = "expected auto, none, exact, json, tools, or your own function as file.py:name"
+    path, _, name = wanted.rpartition(":")
+    if not path.endswith(".py"):
+        raise ConfigError(f"metric is {wanted!r}: {expected}")
+    if not Path(path).is_file():
+        raise ConfigError(f"metric is {wanted!r}: there is no file {path}; {expected}")
+    spec = importlib.util.spec_from_file_location("user_metric", path)
+    assert spec is not None, path
+    assert spec.loader is not None, path
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ConfigError(f"metric {path} does not run: {type(error).__name__}: {error}") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise ConfigError(f"metric is {wanted!r}: {path} defines no function {name}(answer, reference)")
+    return _checked(function, wanted)
+
+
+def _checked(function: Callable[[str, str], Any], wanted: str) -> Metric:
+    """Let a user's metric return a number, a truth value or a dict of them."""
+
+    def score(answer: str, reference: str) -> dict[str, float]:
+        value = function(answer, reference)
+        values = value if isinstance(value, Mapping) else {wanted.rpartition(":")[2]: value}
+        try:
+            return {str(name): float(number) for name, number in values.items()}
+        except (TypeError, ValueError):
+            raise ConfigError(f"metric {wanted} returned {value!r}: expected a number or a dict of numbers") from None
+
+    return score
+
+
+def answer_all(
+    session: "TorchSession",
+    tokenizer: Tokenizer,
+    questions: Sequence[Question],
+    metric: Metric | None,
+    max_new_tokens: int,
+    tell: Teller,
+    should_stop: ShouldStop = never,
+) -> list[Answer]:
+    """Answer questions greedily and score them, longest prompts first so that groups are even.
+
+    Args:
+        session: The model.
+        tokenizer: Turns tokens back into text.
+        questions: What to answer.
+        metric: Scores an answer, or None.
+        max_new_tokens: Most tokens of an answer.
+        tell: Hears of progress.
+        should_stop: Asked after every token; an interrupted group is dropped.
+
+    Returns:
+        Answers in the order of the questions, without those that were interrupted.
+    """
+    order = sorted(range(len(questions)), key=lambda i: -len(questions[i].prompt))
+    answers: dict[int, Answer] = {}
+    while order and not should_stop():
+        longest = len(questions[order[0]].prompt) + max_new_tokens
+        group, order = _split(order, max(1, min(ROWS_AT_ONCE, CACHE_TOKENS // longest)))
+        prompts = [questions[i].prompt for i in group]
+        stop = tokenizer.stop_ids
+        written = session.generate(prompts, max_new_tokens, stop, on_token=lambda row, token: should_stop())
+        if should_stop():
+            break
+        for number, ids in zip(group, written, strict=True):
+            question, text = questions[number], tokenizer.decode(ids)
+            scores = metric(text, question.reference) if metric else {}
+            answers[number] = Answer(question.asked, question.reference, text, scores)
+        tell.progress(len(answers), len(questions))
+    return [answers[i] for i in sorted(answers)]
+
+
+def _split(items: list[int], size: int) -> tuple[list[int], list[int]]:
+    return items[:size], items[size:]
+
+
+def scores_of(answers: Sequence[Answer]) -> dict[str, float]:
+    """Mean of each figure over answers."""
+    return average(answer.scores for answer in answers)

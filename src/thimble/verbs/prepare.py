@@ -1,0 +1,195 @@
+"""What every verb does first: open the base, its tokenizer and template, the adapters and the examples.
+
+Each step collects its problems instead of raising, so that a user hears of all of them at once.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from thimble.core.adapter import Adapter, load_adapter
+from thimble.core.base import Base, open_base
+from thimble.core.config import BaseKnobs, MeasureKnobs
+from thimble.data.encode import Encoder, EncodeReport, Row, encode_all
+from thimble.data.records import Dataset, Record, read_dataset
+from thimble.data.template import ChatTemplate
+from thimble.data.tokenizer import Tokenizer, tokenizer_from_folder, tokenizer_from_gguf
+from thimble.errors import AdapterError, BaseModelError, MissingPackageError, Problems, listing, plural
+from thimble.verbs.events import Teller
+
+if TYPE_CHECKING:
+    from thimble.torch_backend.session import TorchSession
+
+
+@dataclass(frozen=True)
+class Model:
+    """An opened base with what turns text into its tokens.
+
+    Attributes:
+        base: The base.
+        tokenizer: Its tokenizer.
+        template: Its chat template, or None if it has none.
+    """
+
+    base: Base
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+
+
+def open_model(name: str | None) -> Model:
+    """Open a base by path or hub name, with its tokenizer and template.
+
+    Args:
+        name: The knob `base`.
+
+    Raises:
+        BaseModelError: If anything is missing or not supported.
+    """
+    base = open_base(_from_hub(name) if name and _is_hub_name(name) else name)
+    if base.metadata is not None:
+        tokenizer = tokenizer_from_gguf(base.metadata)
+    else:
+        tokenizer = tokenizer_from_folder(base.path)
+    source = tokenizer.chat_template
+    template = ChatTemplate(source, tokenizer.bos_token or "", tokenizer.eos_token or "") if source else None
+    return Model(base, tokenizer, template)
+
+
+def _is_hub_name(name: str) -> bool:
+    parts = name.split("/")
+    return not Path(name).exists() and len(parts) == 2 and all(parts) and not name.startswith((".", "~"))
+
+
+def _from_hub(name: str) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise MissingPackageError(
+            f'base {name} is not a file or folder here; to fetch it as a hub name run: pip install "thimble-lora[hub]"'
+        ) from None
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]))
+    except Exception as error:  # the hub client raises many kinds, all of which mean the same here
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise BaseModelError(
+            f"base {name} is neither a file or folder here nor a hub model that can be fetched ({reason})"
+        ) from None
+
+
+def open_adapters(paths: Sequence[str], base: Base | None, problems: Problems) -> dict[str, Adapter]:
+    """Read adapters and check that they fit the base.
+
+    Args:
+        paths: Adapter or run folders.
+        base: The base, or None if it could not be opened.
+        problems: Takes what is wrong.
+
+    Returns:
+        Adapters by the path the user gave.
+    """
+    adapters = {}
+    for path in paths:
+        adapter = problems.attempt(load_adapter, path)
+        if adapter and base:
+            problems.attempt(check_fits, path, adapter, base)
+        if adapter:
+            adapters[path] = adapter
+    return adapters
+
+
+def check_fits(path: str, adapter: Adapter, base: Base) -> None:
+    """Refuse an adapter whose layers are not the base's.
+
+    Raises:
+        AdapterError: Naming the first layers that do not fit.
+    """
+    shapes = base.spec.linear_shapes()
+    unknown = [layer for layer in adapter.layers if layer not in shapes]
+    wrong = [
+        f"{layer} is (out {factors.B.shape[0]}, in {factors.A.shape[1]}), the base has {shapes[layer]}"
+        for layer, factors in adapter.layers.items()
+        if layer in shapes and (factors.B.shape[0], factors.A.shape[1]) != shapes[layer]
+    ]
+    if unknown or wrong:
+        made_for = f"; it was made for {adapter.base}" if adapter.base else ""
+        what = [f"it adapts {listing(unknown, 2)}, which the base lacks"] if unknown else []
+        what += [listing(wrong, 2)] if wrong else []
+        raise AdapterError(f"adapter {path} does not belong to {base.name}: {' and '.join(what)}{made_for}")
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The user's examples, as token rows.
+
+    Attributes:
+        dataset: As read.
+        encoder: What turned records into rows.
+        train: Rows to learn from.
+        train_report: Counts over them.
+        valid: Rows held out.
+        valid_records: The records behind them, for questions.
+        valid_report: Counts over them.
+    """
+
+    dataset: Dataset
+    encoder: Encoder
+    train: list[Row]
+    train_report: EncodeReport
+    valid: list[Row]
+    valid_records: list[Record]
+    valid_report: EncodeReport
+
+
+def make_encoder(model: Model, config: MeasureKnobs) -> Encoder:
+    """The encoder for a base and the user's wishes."""
+    return Encoder(model.tokenizer, model.template, config.seq_len, config.loss_on)
+
+
+def encode_examples(
+    dataset: Dataset, train: Sequence[Record], valid: Sequence[Record], model: Model, config: MeasureKnobs
+) -> Examples:
+    """Turn records into rows."""
+    encoder = make_encoder(model, config)
+    train_rows, train_report = encode_all(train, encoder)
+    valid_rows, valid_report = encode_all(valid, encoder)
+    return Examples(dataset, encoder, train_rows, train_report, valid_rows, list(valid), valid_report)
+
+
+def tell_examples(examples: Examples, tell: Teller) -> None:
+    """Say what was read and how it will be learned."""
+    dataset = examples.dataset
+    held = plural(len(examples.valid), "row")
+    tell.note(f"data: {plural(len(examples.train), 'row')} of {dataset.format} to learn from, {held} held out")
+    for note in (*dataset.notes, *examples.encoder.notes):
+        tell.note(note)
+    for name, report in (("training", examples.train_report), ("held-out", examples.valid_report)):
+        if report.truncated_rows:
+            tell.warning(
+                f"{plural(report.truncated_rows, f'{name} row')} longer than seq_len lost "
+                f"{plural(report.truncated_tokens, 'token')} in all"
+            )
+        if report.rows_without_labels:
+            sources = listing(report.rows_without_labels, 3)
+            tell.warning(f"{plural(len(report.rows_without_labels), f'{name} row')} left out, nothing to learn: {sources}")
+
+
+def open_data(path: str) -> Dataset:
+    """Read the examples; see thimble.data.records."""
+    return read_dataset(path)
+
+
+def choose_store(config: BaseKnobs, base: Base) -> tuple[str, str]:
+    """The store for the frozen weights, and why."""
+    if config.store != "auto":
+        return config.store, f"store {config.store} was asked for"
+    if base.metadata is not None:
+        return "file", "store file: the blocks of the GGUF are used as they are, memory-mapped"
+    return "dense", "store dense: the weights of a folder are held in the compute type"
+
+
+def open_session(model: Model, compute: str, store: str, is_recomputed: bool = False) -> "TorchSession":
+    """Load the base into the torch engine."""
+    from thimble.torch_backend.session import TorchSession
+
+    return TorchSession(model.base, compute, store, is_recomputed)

@@ -1,0 +1,205 @@
+"""The folder a training run leaves behind: config, log, checkpoints, adapter, report and a manifest of hashes.
+
+    config.yaml           every knob, with what `auto` chose
+    metrics.jsonl         one object a step
+    before.json           the evaluation before training, saved so that a resumed run need not repeat it
+    checkpoints/step-N/   state.safetensors and manifest.json (sizes and SHA-256); a folder counts only if they match
+    adapter/              the result, in PEFT's layout
+    report.json           the report as data, and report.html for people
+    manifest.json         hashes of base, data and result
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from thimble.core.adapter import Adapter, save_adapter
+from thimble.core.tensorfile import open_tensors, write_safetensors
+from thimble.errors import ConfigError, DoesNotFitError
+
+KEPT_CHECKPOINTS = 2
+
+
+def choose_folder(out: str | None, data: str) -> Path:
+    """The run folder: `out`, or the first free `runs/<data name>-<number>`."""
+    if out:
+        return Path(out)
+    stem = Path(data).name.split(".")[0] or "data"
+    number = 1
+    while (folder := Path("runs") / f"{stem}-{number}").exists():
+        number += 1
+    return folder
+
+
+def check_folder(folder: Path, is_resumed: bool, needed_bytes: int) -> None:
+    """Refuse a folder that would be overwritten, cannot be written, or has no room.
+
+    Args:
+        folder: The run folder.
+        is_resumed: Then it may exist.
+        needed_bytes: Room for what the run will write.
+
+    Raises:
+        ConfigError: If it exists or cannot be written.
+        DoesNotFitError: If the disk is too full.
+    """
+    if folder.exists() and not is_resumed and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"out is {folder}, which exists: name another folder, or add --resume to continue that run")
+    parent = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ConfigError(f"out is {folder}, but {parent} cannot be written to: name another folder")
+    free = shutil.disk_usage(parent).free
+    if free < needed_bytes:
+        raise DoesNotFitError(
+            f"the disk of {folder} has {free / 1e6:.0f} MB free and the run writes up to {needed_bytes / 1e6:.0f} MB: "
+            "free some room, lower rank, or name another folder with --out"
+        )
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old content or the new, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON with `write_text`."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON, or None if there is none to read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def write_config(folder: Path, values: Mapping[str, Any]) -> None:
+    """Write the resolved knobs as YAML."""
+    import yaml
+
+    head = "# The run, repeated by: thimble train --config config.yaml --out another/folder\n"
+    write_text(folder / "config.yaml", head + yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True))
+
+
+def publish_adapter(folder: Path, adapter: Adapter) -> Path:
+    """Write `adapter/` beside its place and move it there whole, replacing an earlier one."""
+    target, temporary = folder / "adapter", folder / ".adapter.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    save_adapter(adapter, temporary)
+    if target.exists():
+        old = folder / ".adapter.old"
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(target, old)
+        os.rename(temporary, target)
+        shutil.rmtree(old)
+    else:
+        os.rename(temporary, target)
+    return target
+
+
+class StepLog:
+    """metrics.jsonl: one object a step, cut back to the checkpoint when a run is resumed."""
+
+    def __init__(self, path: Path, done_steps: int = 0) -> None:
+        kept = [row for row in read_steps(path) if row["step"] <= done_steps] if done_steps else []
+        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+        self.rows = kept
+        self._stream = path.open("a", encoding="utf-8")
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Append a step."""
+        self.rows.append(row)
+        self._stream.write(json.dumps(row) + "\n")
+        self._stream.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._stream.close()
+
+
+def read_steps(path: Path) -> list[dict[str, Any]]:
+    """The steps of a log; a last line that was cut off is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def save_checkpoint(folder: Path, step: int, state: Mapping[str, NDArray[Any]], progress: Mapping[str, Any]) -> None:
+    """Publish a checkpoint whole, then remove older ones.
+
+    Args:
+        folder: The run folder.
+        step: Steps done.
+        state: From `session.state()`.
+        progress: Plain data to continue with.
+    """
+    target = folder / "checkpoints" / f"step-{step:08d}"
+    temporary = folder / "checkpoints" / f".tmp-{step:08d}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    write_safetensors(temporary / "state.safetensors", dict(state))
+    manifest = {"step": step, "progress": dict(progress), "files": {"state.safetensors": _hash(temporary / "state.safetensors")}}
+    write_json(temporary / "manifest.json", manifest)
+    shutil.rmtree(target, ignore_errors=True)
+    os.rename(temporary, target)
+    _sync_folder(target.parent)
+    for old in _checkpoints(folder)[KEPT_CHECKPOINTS:]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def latest_checkpoint(folder: Path) -> tuple[int, dict[str, NDArray[np.float32]], dict[str, Any]] | None:
+    """The newest checkpoint whose hashes match: its step, state and progress; None if there is none."""
+    for path in _checkpoints(folder):
+        manifest = read_json(path / "manifest.json")
+        file = path / "state.safetensors"
+        if manifest and file.exists() and manifest["files"].get(file.name) == _hash(file):
+            tensors = open_tensors(file)
+            return manifest["step"], {name: tensors.read(name) for name in tensors.tensors}, manifest["progress"]
+    return None
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return sorted((folder / "checkpoints").glob("step-*"), reverse=True)
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_manifest(folder: Path, base_fingerprint: str, base_name: str, data_files: Sequence[Path], version: str) -> None:
+    """Write what the run was made of and what it made, by SHA-256."""
+    results = {str(path.relative_to(folder)): _hash(path) for path in sorted((folder / "adapter").iterdir())}
+    manifest = {
+        "thimble": version,
+        "base": {"name": base_name, "sha256": base_fingerprint},
+        "data": {str(path): _hash(path) for path in data_files},
+        "result": results,
+    }
+    write_json(folder / "manifest.json", manifest)
