@@ -152,11 +152,17 @@ FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
     ),
     "qwen3": _qwen3,
     "qwen3_tied": lambda: _qwen3(tie_word_embeddings=True, head_dim=8, num_key_value_heads=1),
+    "qwen3_yarn": lambda: _qwen3(
+        tie_word_embeddings=True, num_key_value_heads=1, max_position_embeddings=256,
+        rope_parameters=_rope(10_000.0, rope_type="yarn", factor=4.0, original_max_position_embeddings=64),
+    ),
     "gemma2": _gemma2,
     "gemma2_scale": lambda: _gemma2(query_pre_attn_scalar=4),
     "gemma2_27b": lambda: _gemma2(**{**_GEMMA_27B, "num_hidden_layers": 46}),
     "gemma3": _gemma3,
-    "gemma3_linear_rope": lambda: _gemma3({"rope_type": "linear", "factor": 8.0}, final_logit_softcapping=5.0),
+    "gemma3_linear_rope": lambda: _gemma3(
+        {"rope_type": "linear", "factor": 8.0}, num_hidden_layers=6, final_logit_softcapping=5.0
+    ),
     "gemma3_pattern": lambda: _gemma3(
         num_hidden_layers=3, layer_types=["full_attention", "sliding_attention", "full_attention"],
         query_pre_attn_scalar=2, head_dim=16,
