@@ -104,10 +104,12 @@ def _gemma2(**changes: Any) -> PretrainedConfig:
     return transformers.Gemma2Config(**{**_GEMMA, **own, **changes})
 
 
-def _gemma3(global_scaling: dict[str, Any] | None = None, **changes: Any) -> PretrainedConfig:
+def _gemma3(
+    global_scaling: dict[str, Any] | None = None, local_theta: float = 10_000.0, **changes: Any
+) -> PretrainedConfig:
     rope = {
         "full_attention": _rope(1_000_000.0, **(global_scaling or {})),
-        "sliding_attention": _rope(10_000.0),
+        "sliding_attention": _rope(local_theta),
     }
     own = {"rope_parameters": rope, "num_hidden_layers": 7, "num_key_value_heads": 1}
     return transformers.Gemma3TextConfig(**{**_GEMMA, "head_dim": 8, "query_pre_attn_scalar": 8, **own, **changes})
@@ -161,7 +163,7 @@ FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
     "gemma2_27b": lambda: _gemma2(**{**_GEMMA_27B, "num_hidden_layers": 46}),
     "gemma3": _gemma3,
     "gemma3_linear_rope": lambda: _gemma3(
-        {"rope_type": "linear", "factor": 8.0}, num_hidden_layers=6, final_logit_softcapping=5.0
+        {"rope_type": "linear", "factor": 8.0}, 3000.0, num_hidden_layers=6, final_logit_softcapping=5.0
     ),
     "gemma3_pattern": lambda: _gemma3(
         num_hidden_layers=3, layer_types=["full_attention", "sliding_attention", "full_attention"],
