@@ -58,7 +58,7 @@ def _llama(**changes: Any) -> PretrainedConfig:
 
 def _smollm3() -> PretrainedConfig:
     sizes = {"num_hidden_layers": 5, "tie_word_embeddings": True}
-    special = {"bos_token_id": 313, "eos_token_id": 312, "pad_token_id": 312}
+    special = {"bos_token_id": 312, "eos_token_id": 314, "pad_token_id": 312}
     return transformers.SmolLM3Config(**{**_SMALL, **sizes, **special, "rope_parameters": _rope(2_000_000.0)})
 
 
