@@ -9,12 +9,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from thimble.torch_backend.elementwise import RmsNorm, rotate
+from thimble.torch_backend import fused
+from thimble.torch_backend.elementwise import RmsNorm
+from thimble.torch_backend.frozen import as_numpy
 
-TILE = 128
+TILE = 128  # queries in one product
+NO_WINDOW = 1 << 40  # a window longer than any row
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ class AttentionSpec:
 
 
 def split_heads(qkv: Tensor, spec: AttentionSpec, angles: Angles | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Cut, normalise and rotate q, k and v.
+    """Cut, normalise, rotate and scale q, k and v.
 
     Args:
         qkv: (tokens, (heads + 2 kv_heads) · head_dim).
@@ -66,33 +70,44 @@ def split_heads(qkv: Tensor, spec: AttentionSpec, angles: Angles | None) -> tupl
     Returns:
         q (kv_heads, tokens, group, head_dim) already scaled, k and v (kv_heads, tokens, head_dim); contiguous.
     """
-    q, k, v = _raw_heads(qkv, spec)
-    q = spec.q_norm.forward(q) if spec.q_norm else q
-    k = spec.k_norm.forward(k) if spec.k_norm else k
-    if angles:
-        q, k = rotate(q, angles.cos, angles.sin), rotate(k, angles.cos, angles.sin)
-    q = (q * spec.scale).unflatten(1, (spec.num_kv_heads, spec.group))
-    return q.transpose(0, 1).contiguous(), k.transpose(0, 1).contiguous(), v.transpose(0, 1).contiguous()
-
-
-def _raw_heads(qkv: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor, Tensor]:
-    """Views (tokens, heads, head_dim) of q, k and v."""
-    heads = qkv.view(qkv.shape[0], -1, spec.head_dim)
-    q, k, v = heads.split((spec.num_heads, spec.num_kv_heads, spec.num_kv_heads), 1)
+    heads = _normalised(qkv.view(qkv.shape[0], -1, spec.head_dim), spec)
+    tokens = len(heads)
+    q = torch.empty(spec.num_kv_heads, tokens, spec.group, spec.head_dim, dtype=qkv.dtype)
+    k, v = torch.empty(2, spec.num_kv_heads, tokens, spec.head_dim, dtype=qkv.dtype)
+    cos, sin = _arrays(angles, tokens)
+    fused.split_heads(as_numpy(heads), cos, sin, np.float32(spec.scale), as_numpy(q), as_numpy(k), as_numpy(v))
     return q, k, v
+
+
+def _arrays(angles: Angles | None, tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """cos and sin as arrays; of no width for a layer without positions, which turns nothing."""
+    if angles is None:
+        nothing = np.empty((tokens, 0), np.float32)
+        return nothing, nothing
+    return angles.cos.numpy(), angles.sin.numpy()
+
+
+def _normalised(heads: Tensor, spec: AttentionSpec) -> Tensor:
+    """Heads (tokens, all heads, head_dim) with q and k normalised, where the family does that."""
+    if spec.q_norm is None or spec.k_norm is None:
+        return heads
+    q, k, v = heads.split((spec.num_heads, spec.num_kv_heads, spec.num_kv_heads), 1)
+    return torch.cat([spec.q_norm.forward(q), spec.k_norm.forward(k), v], 1)
 
 
 def _join_gradients(
     qkv: Tensor, spec: AttentionSpec, angles: Angles | None, grads: tuple[Tensor, Tensor, Tensor]
 ) -> Tensor:
     """Undo `split_heads` for gradients: shapes as it returns, result as qkv."""
-    dq, dk, dv = grads[0].transpose(0, 1).flatten(1, 2) * spec.scale, grads[1].transpose(0, 1), grads[2].transpose(0, 1)
-    if angles:
-        dq, dk = rotate(dq, angles.cos, -angles.sin), rotate(dk, angles.cos, -angles.sin)
-    q, k, _ = _raw_heads(qkv, spec)
-    dq = spec.q_norm.backward(q, dq) if spec.q_norm else dq
-    dk = spec.k_norm.backward(k, dk) if spec.k_norm else dk
-    return torch.cat([dq, dk, dv], 1).flatten(1)
+    out = torch.empty_like(qkv).view(qkv.shape[0], -1, spec.head_dim)
+    cos, sin = _arrays(angles, len(out))
+    fused.join_heads(*(as_numpy(grad) for grad in grads), cos, sin, np.float32(spec.scale), as_numpy(out))
+    if spec.q_norm and spec.k_norm:
+        sizes = (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads)
+        q, k, _ = qkv.view(out.shape).split(sizes, 1)
+        dq, dk, dv = out.split(sizes, 1)
+        out = torch.cat([spec.q_norm.backward(q, dq), spec.k_norm.backward(k, dk), dv], 1)
+    return out.view(qkv.shape)
 
 
 def attend(qkv: Tensor, spec: AttentionSpec, angles: Angles | None, starts: list[int]) -> Tensor:
@@ -118,21 +133,9 @@ def _tiles(starts: list[int], window: int | None) -> Iterator[tuple[int, int, in
             yield first, min(first + TILE, end), low
 
 
-def _scores(q: Tensor, k: Tensor, spec: AttentionSpec, first: int, last: int, low: int) -> Tensor:
-    """Masked float32 scores (kv_heads, queries · group, keys) of one tile."""
-    rows = q[:, first:last].flatten(1, 2)
-    scores = torch.bmm(rows, k[:, low:last].transpose(1, 2)).float()
-    if spec.softcap:
-        scores.div_(spec.softcap).tanh_().mul_(spec.softcap)
-    tile = scores.view(scores.shape[0], last - first, spec.group, last - low)
-    tile.masked_fill_(_hidden(first, last, low, spec.window)[:, None], float("-inf"))
-    return scores
-
-
-def _hidden(first: int, last: int, low: int, window: int | None) -> Tensor:
-    """True where a query (rows) must not see a key (columns): in its future, or outside its window."""
-    age = torch.arange(first, last)[:, None] - torch.arange(low, last)
-    return age < 0 if window is None else (age < 0) | (age >= window)
+def _tile_args(spec: AttentionSpec, first: int, low: int) -> tuple[int, int, int, int, np.float32]:
+    """What the softmax loops need to know which keys a query sees, and the soft-cap (0 for none)."""
+    return spec.group, first, low, spec.window or NO_WINDOW, np.float32(spec.softcap or 0.0)
 
 
 class _Attend(torch.autograd.Function):
@@ -140,37 +143,34 @@ class _Attend(torch.autograd.Function):
     def forward(ctx: Any, qkv: Tensor, spec: AttentionSpec, angles: Angles | None, starts: list[int]) -> Tensor:
         q, k, v = split_heads(qkv, spec, angles)
         out = torch.empty_like(q)
-        log_sums = torch.empty(q.shape[:3], dtype=torch.float32)
+        log_sums = []
         for first, last, low in _tiles(starts, spec.window):
-            scores = _scores(q, k, spec, first, last, low)
-            log_sum = torch.logsumexp(scores, -1, keepdim=True)
-            weights = scores.sub_(log_sum).exp_().to(q.dtype)
-            out[:, first:last] = torch.bmm(weights, v[:, low:last]).view(out[:, first:last].shape)
-            log_sums[:, first:last] = log_sum.view(log_sums[:, first:last].shape)
+            scores = torch.bmm(q[:, first:last].flatten(1, 2), k[:, low:last].transpose(1, 2))
+            log_sums.append(np.empty(scores.shape[:2], np.float32))
+            fused.softmax_forward(as_numpy(scores), *_tile_args(spec, first, low), log_sums[-1])
+            out[:, first:last] = torch.bmm(scores, v[:, low:last]).view(out[:, first:last].shape)
         flat = out.transpose(0, 1).flatten(1)
-        ctx.save_for_backward(qkv, flat, log_sums)
-        ctx.spec, ctx.angles, ctx.starts = spec, angles, starts
+        ctx.save_for_backward(qkv, flat)
+        ctx.spec, ctx.angles, ctx.starts, ctx.log_sums = spec, angles, starts, log_sums
         return flat
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        qkv, flat, log_sums = ctx.saved_tensors
-        spec, angles = ctx.spec, ctx.angles
-        q, k, v = split_heads(qkv, spec, angles)
-        grad = grads[0].view(-1, spec.num_kv_heads, spec.group, spec.head_dim).transpose(0, 1).contiguous()
-        out = flat.view(-1, spec.num_kv_heads, spec.group, spec.head_dim).transpose(0, 1)
-        drift = (grad.float() * out.float()).sum(-1)  # (kv_heads, tokens, group)
+        qkv, flat = ctx.saved_tensors
+        spec = ctx.spec
+        q, k, v = split_heads(qkv, spec, ctx.angles)
+        shape = (-1, spec.num_kv_heads, spec.group, spec.head_dim)
+        grad = grads[0].view(shape).transpose(0, 1).contiguous()
+        drift = (grad.float() * flat.view(shape).transpose(0, 1)).sum(-1)  # (kv_heads, tokens, group)
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for first, last, low in _tiles(ctx.starts, spec.window):
-            scores = _scores(q, k, spec, first, last, low)
+        for (first, last, low), log_sum in zip(_tiles(ctx.starts, spec.window), ctx.log_sums, strict=True):
             rows, g_rows = q[:, first:last].flatten(1, 2), grad[:, first:last].flatten(1, 2)
-            weights = torch.exp(scores - log_sums[:, first:last].reshape(len(q), -1, 1))
-            dv[:, low:last] += torch.bmm(weights.to(q.dtype).transpose(1, 2), g_rows)
-            d_scores = torch.bmm(g_rows, v[:, low:last].transpose(1, 2)).float()
-            d_scores.sub_(drift[:, first:last].reshape(len(q), -1, 1)).mul_(weights)
-            if spec.softcap:  # masked scores are -inf; their weight is 0
-                d_scores.mul_(1 - (scores.nan_to_num(neginf=0.0) / spec.softcap).square())
-            d_scores = d_scores.to(q.dtype)
-            dq[:, first:last] = torch.bmm(d_scores, k[:, low:last]).view(dq[:, first:last].shape)
-            dk[:, low:last] += torch.bmm(d_scores.transpose(1, 2), rows)
-        return _join_gradients(qkv, spec, angles, (dq, dk, dv)), None, None, None
+            keys, values = k[:, low:last], v[:, low:last]
+            weights = torch.bmm(rows, keys.transpose(1, 2))
+            slopes = torch.bmm(g_rows, values.transpose(1, 2))
+            shift = drift[:, first:last].flatten(1).numpy()
+            fused.softmax_backward(as_numpy(weights), as_numpy(slopes), *_tile_args(spec, first, low), log_sum, shift)
+            dv[:, low:last] += torch.bmm(weights.transpose(1, 2), g_rows)
+            dk[:, low:last] += torch.bmm(slopes.transpose(1, 2), rows)
+            dq[:, first:last] = torch.bmm(slopes, keys).view(dq[:, first:last].shape)
+        return _join_gradients(qkv, spec, ctx.angles, (dq, dk, dv)), None, None, None

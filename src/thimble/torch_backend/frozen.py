@@ -22,9 +22,8 @@ TORCH_OF = {"BF16": torch.bfloat16, "F32": torch.float32, "F16": torch.float16}
 
 def as_numpy(tensor: Tensor) -> NDArray[np.generic]:
     """View a float32, bfloat16 (as uint16) or int8 tensor as an array for the kernels; nothing is copied."""
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.int16).numpy().view(np.uint16)
-    return tensor.numpy()
+    tensor = tensor.detach()
+    return tensor.view(torch.int16).numpy().view(np.uint16) if tensor.dtype == torch.bfloat16 else tensor.numpy()
 
 
 class Matrix(Protocol):

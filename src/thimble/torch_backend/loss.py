@@ -12,9 +12,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from thimble.torch_backend import fused
 from thimble.torch_backend.decoder import Decoder
+from thimble.torch_backend.frozen import as_numpy
 
-CHUNK_BYTES = 64_000_000  # float32 logits alive at once
+CHUNK_BYTES = 32_000_000  # logits alive at once
 IGNORED = -100
 
 
@@ -41,8 +43,8 @@ class _LabelLoss(torch.autograd.Function):
         rows = hidden[places]
         normal = decoder.norm.forward(rows)
         weight = decoder.head.weight()
-        total = torch.zeros((), dtype=torch.float64)
-        size = max(64, CHUNK_BYTES // (4 * weight.shape[0]))
+        total = 0.0
+        size = max(64, CHUNK_BYTES // (weight.element_size() * weight.shape[0]))
         for start in range(0, len(rows), size):
             chunk = slice(start, start + size)
             nats, grad = _chunk_loss(normal[chunk], weight, targets[chunk], decoder.spec.final_softcap, needs_grad)
@@ -52,7 +54,7 @@ class _LabelLoss(torch.autograd.Function):
         if needs_grad:
             ctx.save_for_backward(decoder.norm.backward(rows, normal), places)
             ctx.shape = hidden.shape
-        return total.float()
+        return torch.tensor(total, dtype=torch.float32)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
@@ -64,19 +66,9 @@ class _LabelLoss(torch.autograd.Function):
 
 def _chunk_loss(
     x: Tensor, weight: Tensor, targets: Tensor, softcap: float | None, needs_grad: bool
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[float, Tensor | None]:
     """Summed loss of some rows, and its gradient at x."""
-    logits = torch.mm(x, weight.t()).float()
-    if softcap:
-        logits.div_(softcap).tanh_().mul_(softcap)
-    log_sum = torch.logsumexp(logits, -1, keepdim=True)
-    at_target = logits.gather(1, targets[:, None])
-    nats = (log_sum - at_target).double().sum()
-    if not needs_grad:
-        return nats, None
-    slope = 1 - (logits / softcap).square() if softcap else None
-    logits.sub_(log_sum).exp_()
-    logits[torch.arange(len(targets)), targets] -= 1
-    if slope is not None:
-        logits.mul_(slope)
-    return nats, torch.mm(logits.to(x.dtype), weight)
+    logits = torch.mm(x, weight.t())
+    losses = np.empty(len(targets), np.float32)
+    fused.cross_entropy(as_numpy(logits), targets.numpy(), np.float32(softcap or 0.0), losses, needs_grad)
+    return float(losses.sum(dtype=np.float64)), torch.mm(logits, weight) if needs_grad else None
