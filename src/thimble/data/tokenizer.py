@@ -1,0 +1,246 @@
+"""Text to token ids and back, for a GGUF file or a Hugging Face folder.
+
+Built on the Rust package `tokenizers`; transformers is never imported. Knows nothing of chat: a template renders a
+conversation to text first (`template.py`).
+"""
+
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from thimble.data import gguf_vocab
+from thimble.errors import BaseModelError
+
+if TYPE_CHECKING:
+    import tokenizers
+
+
+class Tokenizer:
+    """One vocabulary with its special tokens and the chat template that came with it."""
+
+    def __init__(
+        self,
+        inner: "tokenizers.Tokenizer",
+        *,
+        bos_id: int | None,
+        eos_id: int | None,
+        stop_ids: Sequence[int] = (),
+        add_bos: bool = False,
+        chat_template: str | None = None,
+    ) -> None:
+        """Wrap a tokenizer of the `tokenizers` package.
+
+        Args:
+            inner: Turns text into ids; its post-processor is ignored.
+            bos_id: Begins a document, or None.
+            eos_id: Ends a document, or None.
+            stop_ids: Further ids that end an answer.
+            add_bos: Whether the model expects every text to begin with bos.
+            chat_template: Jinja source, or None.
+        """
+        inner.no_truncation()
+        inner.no_padding()
+        self._inner = inner
+        added = inner.get_added_tokens_decoder()
+        self._added = {index: token.content for index, token in added.items()}
+        self.vocab_size: int = inner.get_vocab_size()
+        self.bos_id, self.eos_id = bos_id, eos_id
+        self.bos_token = inner.id_to_token(bos_id) if bos_id is not None else ""
+        self.eos_token = inner.id_to_token(eos_id) if eos_id is not None else ""
+        marks = {index for index in (bos_id, eos_id) if index is not None}
+        self.special_ids = frozenset({index for index, token in added.items() if token.special} | marks)
+        self.special_tokens = {self._added.get(index) or inner.id_to_token(index): index for index in self.special_ids}
+        self.stop_ids = self._stops(stop_ids)
+        self.add_bos = add_bos and bos_id is not None
+        self.chat_template = chat_template
+
+    def _stops(self, given: Sequence[int]) -> frozenset[int]:
+        named = {index for index in self.special_ids if self._added.get(index) in gguf_vocab.END_TOKENS}
+        names = {self._added[index] for index in named}
+        if {"<|return|>", "<|call|>"} <= names:  # gpt-oss: <|end|> only ends one of several channels there
+            named = {index for index in named if self._added[index] != "<|end|>"}
+        return frozenset(named | set(given) | ({self.eos_id} if self.eos_id is not None else set()))
+
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        """Turn a text into ids; bos and eos are never added.
+
+        Args:
+            text: Any text.
+            special: Whether the text of a special token (`<|im_end|>`) becomes that token; else plain text.
+        """
+        inner = self._inner if special else self._plain
+        return inner.encode(text, add_special_tokens=False).ids
+
+    def encode_pieces(self, pieces: Sequence[str]) -> list[list[int]]:
+        """Turn consecutive pieces of one text into ids, so that no token crosses from one piece into the next.
+
+        Vocabularies that put a space before a text must not do so before a piece that continues one: it is encoded
+        behind the end of the piece before it, and that end is cut off again.
+        """
+        result = []
+        before = ""
+        for piece in pieces:
+            result.append(self._encode_behind(before, piece) if before and piece else self.encode(piece))
+            before = piece or before
+        return result
+
+    def _encode_behind(self, before: str, text: str) -> list[int]:
+        if not self._prefixes_space:
+            return self.encode(text)
+        last = self._added.get((self.encode(before) or [-1])[-1])
+        anchor = last if last and before.endswith(last) else "\n"
+        head, whole = self.encode(anchor), self.encode(anchor + text)
+        return whole[len(head) :] if whole[: len(head)] == head else self.encode(text)
+
+    def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
+        """Turn ids into text; bytes that form no character become U+FFFD."""
+        return self._inner.decode([int(index) for index in ids], skip_special_tokens=skip_special)
+
+    def piece(self, index: int) -> str:
+        """The text of one token as it stands inside a sentence, with its leading space."""
+        return self.piece_bytes(index).decode("utf-8", errors="replace")
+
+    def piece_bytes(self, index: int) -> bytes:
+        """The bytes of one token: a character may be spread over several tokens, so streaming joins bytes."""
+        token = self._added.get(index)
+        if token is not None:
+            return token.encode()
+        token = self._inner.id_to_token(index)
+        if token is None:
+            raise IndexError(f"token id {index} is outside the vocabulary of {self.vocab_size:,} tokens")
+        if self._is_byte_level:
+            alphabet = _alphabet()
+            return b"".join(bytes([alphabet[c]]) if c in alphabet else c.encode() for c in token)
+        return gguf_vocab.byte_of(token) or token.replace(gguf_vocab.SPACE, " ").encode()
+
+    @functools.cached_property
+    def _plain(self) -> "tokenizers.Tokenizer":
+        """A second tokenizer over the same vocabulary that takes special tokens for ordinary text."""
+        from tokenizers import Tokenizer as Inner
+
+        plain = Inner(self._inner.model)
+        for part in ("normalizer", "pre_tokenizer", "decoder"):
+            setattr(plain, part, getattr(self._inner, part))
+        plain.add_tokens([token for _, token in sorted(self._inner.get_added_tokens_decoder().items())])
+        plain.encode_special_tokens = True
+        return plain
+
+    @functools.cached_property
+    def _is_byte_level(self) -> bool:
+        return "ByteLevel" in repr(self._inner.decoder)
+
+    @functools.cached_property
+    def _prefixes_space(self) -> bool:
+        newline = self.encode("\n")
+        return self.encode("\na") != newline + self.encode("a")
+
+
+@functools.cache
+def _alphabet() -> dict[str, int]:
+    return gguf_vocab.byte_level_alphabet()
+
+
+def tokenizer_from_gguf(metadata: Mapping[str, Any], source: str = "the GGUF file") -> Tokenizer:
+    """Build the tokenizer described by the metadata of a GGUF file.
+
+    Args:
+        metadata: Key-value pairs of the file.
+        source: What to call the file in messages.
+
+    Returns:
+        The tokenizer, with the chat template of the file.
+
+    Raises:
+        BaseModelError: If the file has no vocabulary, a damaged one, or one of a kind not known here.
+    """
+    vocab = gguf_vocab.read_vocab(metadata, source)
+    return Tokenizer(
+        vocab.tokenizer,
+        bos_id=vocab.ids.get("bos"),
+        eos_id=vocab.ids.get("eos"),
+        stop_ids=[vocab.ids[name] for name in ("eot", "eom") if name in vocab.ids],
+        add_bos=vocab.adds_bos,
+        chat_template=metadata.get("tokenizer.chat_template"),
+    )
+
+
+def tokenizer_from_folder(folder: Path) -> Tokenizer:
+    """Build the tokenizer of a Hugging Face model folder.
+
+    Args:
+        folder: Holds tokenizer.json and, as a rule, tokenizer_config.json.
+
+    Returns:
+        The tokenizer, with the chat template of the folder.
+
+    Raises:
+        BaseModelError: If tokenizer.json is missing or damaged.
+    """
+    folder = Path(folder)
+    inner = _read_inner(folder)
+    config = {**_read_json(folder / "special_tokens_map.json"), **_read_json(folder / "tokenizer_config.json")}
+    bos_id, eos_id = (_token_id(inner, config.get(name)) for name in ("bos_token", "eos_token"))
+    further = _read_json(folder / "generation_config.json").get("eos_token_id") or []
+    begins_with_bos = bos_id is not None and inner.encode("").ids[:1] == [bos_id]
+    adds_bos = config.get("add_bos_token")
+    return Tokenizer(
+        inner,
+        bos_id=bos_id,
+        eos_id=eos_id,
+        stop_ids=further if isinstance(further, list) else [further],
+        add_bos=begins_with_bos if adds_bos is None else bool(adds_bos),
+        chat_template=_folder_template(folder, config),
+    )
+
+
+def _read_inner(folder: Path) -> "tokenizers.Tokenizer":
+    from tokenizers import Tokenizer as Inner
+
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        if (folder / "tokenizer.model").is_file():
+            raise BaseModelError(
+                f"{folder} has only tokenizer.model, expected tokenizer.json. Write it once with transformers: "
+                f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
+            )
+        raise BaseModelError(
+            f"{folder} has no tokenizer: expected tokenizer.json beside the weights. Copy it from where the model "
+            "came from."
+        )
+    try:
+        return Inner.from_file(str(path))
+    except Exception as error:  # the package raises bare Exception
+        raise BaseModelError(
+            f"{path} cannot be read as a tokenizer: {error}. Copy the file again, or update the package tokenizers."
+        ) from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BaseModelError(f"{path} is damaged: {error}. Expected JSON; copy the file again.") from error
+    if not isinstance(content, dict):
+        raise BaseModelError(f"{path} is damaged: expected a JSON object, found {type(content).__name__}.")
+    return content
+
+
+def _token_id(inner: "tokenizers.Tokenizer", token: Any) -> int | None:
+    if isinstance(token, dict):  # older folders store the token with its stripping rules
+        token = token.get("content")
+    return inner.token_to_id(token) if isinstance(token, str) else None
+
+
+def _folder_template(folder: Path, config: Mapping[str, Any]) -> str | None:
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    template = _read_json(folder / "chat_template.json").get("chat_template") or config.get("chat_template")
+    if isinstance(template, list):  # several templates by name
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default") or next(iter(named.values()), None)
+    return template if isinstance(template, str) else None
