@@ -1,0 +1,141 @@
+"""Rows into optimiser steps and packed batches: no padding, nothing dropped, the same order for the same seed."""
+
+import heapq
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from thimble.data.encode import IGNORED, Row
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows laid end to end.
+
+    Attributes:
+        ids: int32 (T,), token ids of all rows.
+        labels: int32 (T,), the target of each position, or `IGNORED`.
+        starts: int64 (rows + 1,), row s occupies ids[starts[s]:starts[s + 1]]; attention stays inside it.
+    """
+
+    ids: NDArray[np.int32]
+    labels: NDArray[np.int32]
+    starts: NDArray[np.int64]
+
+    @property
+    def tokens(self) -> int:
+        """T, how many tokens."""
+        return len(self.ids)
+
+    @property
+    def label_tokens(self) -> int:
+        """How many positions carry a label."""
+        return int(np.count_nonzero(self.labels != IGNORED))
+
+    @property
+    def positions(self) -> NDArray[np.int32]:
+        """int32 (T,), the place of each token in its own row, from 0."""
+        begins = np.repeat(self.starts[:-1], np.diff(self.starts))
+        return (np.arange(self.tokens) - begins).astype(np.int32)
+
+
+def epoch_steps(lengths: Sequence[int], batch_tokens: int, seed: int, epoch: int) -> list[list[int]]:
+    """Say which rows each step of an epoch takes.
+
+    Rows are shuffled, then taken in order until the next would go over `batch_tokens`.
+
+    Args:
+        lengths: Tokens of each row.
+        batch_tokens: Most tokens of a step; a longer row makes a step of its own.
+        seed: Start of the random order.
+        epoch: Number of the epoch; each has its own order.
+
+    Returns:
+        For each step the indices of its rows; every row stands in exactly one.
+
+    Example:
+        >>> epoch_steps([5, 5, 5], batch_tokens=10, seed=0, epoch=0)
+        [[0, 2], [1]]
+    """
+    key = np.array([seed, epoch], dtype=np.uint64)
+    # Sorting raw numbers instead of numpy's own shuffle: that may change between versions, Philox may not.
+    order = np.argsort(np.random.Philox(key=key).random_raw(len(lengths)), kind="stable")
+    steps: list[list[int]] = []
+    filled = 0
+    for index in map(int, order):
+        if not steps or filled + lengths[index] > batch_tokens:
+            steps.append([])
+            filled = 0
+        steps[-1].append(index)
+        filled += lengths[index]
+    return steps
+
+
+def count_steps(lengths: Sequence[int], batch_tokens: int, seed: int, epochs: float) -> int:
+    """Count the optimiser steps of a number of epochs, which need not be whole.
+
+    Args:
+        lengths: Tokens of each row.
+        batch_tokens: Most tokens of a step.
+        seed: Start of the random order.
+        epochs: Passes over the rows.
+
+    Returns:
+        Steps, at least 1.
+    """
+    whole = math.floor(epochs)
+    steps = sum(len(epoch_steps(lengths, batch_tokens, seed, epoch)) for epoch in range(whole))
+    if epochs > whole:
+        steps += math.ceil((epochs - whole) * len(epoch_steps(lengths, batch_tokens, seed, whole)))
+    return max(steps, 1)
+
+
+def pack(rows: Sequence[Row]) -> Batch:
+    """Lay rows end to end.
+
+    Args:
+        rows: At least one.
+
+    Returns:
+        One batch with a segment a row.
+    """
+    return Batch(
+        ids=np.concatenate([row.ids for row in rows]),
+        labels=np.concatenate([row.labels for row in rows]),
+        starts=np.concatenate([[0], np.cumsum([len(row.ids) for row in rows])]).astype(np.int64),
+    )
+
+
+def micro_batches(rows: Sequence[Row], max_tokens: int) -> list[Batch]:
+    """Split the rows of a step into batches of about the same size.
+
+    Args:
+        rows: Rows of one step.
+        max_tokens: Most tokens of a batch; a longer row makes a batch of its own, since rows are never split.
+
+    Returns:
+        As few batches as hold them, those of a single long row first.
+    """
+    lengths = [len(row.ids) for row in rows]
+    alone = [[index] for index, length in enumerate(lengths) if length >= max_tokens]
+    others = [index for index, length in enumerate(lengths) if length < max_tokens]
+    count = math.ceil(sum(lengths[index] for index in others) / max_tokens)
+    groups = _balance(lengths, others, count)
+    while any(sum(lengths[index] for index in group) > max_tokens for group in groups):
+        count += 1
+        groups = _balance(lengths, others, count)
+    return [pack([rows[index] for index in sorted(group)]) for group in [*alone, *groups]]
+
+
+def _balance(lengths: Sequence[int], indices: Sequence[int], count: int) -> list[list[int]]:
+    """Spread rows over groups: the longest first, each to the group that is lightest by then."""
+    groups: list[list[int]] = [[] for _ in range(count)]
+    heap = [(0, group) for group in range(count)]
+    for index in sorted(indices, key=lambda index: (-lengths[index], index)):
+        weight, group = heapq.heappop(heap)
+        groups[group].append(index)
+        heapq.heappush(heap, (weight + lengths[index], group))
+    return groups

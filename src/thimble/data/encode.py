@@ -1,0 +1,294 @@
+"""From records to token ids and labels. Knows the tokenizer and the template of a base, but no framework."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from thimble.data.records import raise_problems
+from thimble.data.rows import Record
+from thimble.data.template import ChatTemplate, Message
+from thimble.data.tokenizer import Tokenizer
+from thimble.data.turns import Piece, Turns
+from thimble.errors import BaseModelError, DataError, Problems, listing, plural
+
+IGNORED = -100  # label of a position at which nothing is learned
+Ids = NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One encoded example.
+
+    Attributes:
+        ids: int32 (T,), token ids.
+        labels: int32 (T,), already shifted: labels[t] is ids[t + 1] if that is to be learned, else `IGNORED`.
+        source: Where the example came from.
+        truncated_tokens: How many tokens were cut off.
+    """
+
+    ids: Ids
+    labels: Ids
+    source: str
+    truncated_tokens: int = 0
+
+    @property
+    def label_tokens(self) -> int:
+        """How many positions carry a label."""
+        return int(np.count_nonzero(self.labels != IGNORED))
+
+
+class Question(NamedTuple):
+    """What to ask a model, and what it should answer."""
+
+    ids: Ids
+    reference: str
+
+
+@dataclass(frozen=True)
+class EncodeReport:
+    """What became of the records."""
+
+    num_rows: int
+    tokens: int
+    label_tokens: int
+    truncated_rows: int
+    truncated_tokens: int
+    rows_without_labels: tuple[str, ...]  # sources; these are left out
+    longest: int  # in tokens, after truncation
+    lengths: tuple[int, ...]
+
+
+class Encoder:
+    """Turns records into rows for one base."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, template: ChatTemplate | None, seq_len: int, loss_on: str = "auto"
+    ) -> None:
+        """Prepare to encode.
+
+        Args:
+            tokenizer: Of the base.
+            template: Of the base, or None if it has none.
+            seq_len: Longest row, in tokens.
+            loss_on: "completions" (all assistant turns), "all", or "auto": all for plain text, else completions.
+        """
+        self._tokenizer = tokenizer
+        self._template = template
+        self._seq_len = seq_len
+        self._loss_on = loss_on
+        self._seen: Counter[str] = Counter()
+        stops = [text for text, index in tokenizer.special_tokens.items() if index in tokenizer.stop_ids]
+        self._turns = Turns(template, tokenizer.special_tokens, stops, tokenizer.eos_token) if template else None
+
+    def encode(self, record: Record) -> list[Row]:
+        """Encode one record.
+
+        Args:
+            record: A conversation, a prompt with completion, or a text.
+
+        Returns:
+            One row; for a text longer than `seq_len` as many as it takes, each beginning with the last token of the
+            one before, so that every token is learned once.
+
+        Raises:
+            DataError: If the template refuses the conversation.
+            BaseModelError: If a conversation is given and the base has no template.
+        """
+        if record.text is not None:
+            return self._text_rows(record)
+        pieces = self._pieces(record)
+        ids, learned = self._tokens(pieces)
+        if self._loss_on == "all":
+            learned = [True] * len(ids)
+        return [self._fit(ids, learned, record.source)]
+
+    def question(self, record: Record) -> Question | None:
+        """Make the question whose answer is the last assistant turn.
+
+        Args:
+            record: Any record.
+
+        Returns:
+            Ids that are the beginning of the record's training row (before truncation) and the text to be written;
+            None for plain text.
+        """
+        if record.text is not None:
+            return None
+        pieces = self._pieces(record)
+        last = max((index for index, piece in enumerate(pieces) if piece.is_learned), default=0)
+        while last and pieces[last - 1].is_learned:
+            last -= 1  # an end that the template did not write stands in a piece of its own
+        if not last:
+            return None
+        ids, _ = self._tokens(pieces[:last])
+        reference = pieces[last].text
+        return Question(np.asarray(ids, np.int32), self._turns.bare(reference) if self._turns else reference)
+
+    def prompt(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> Ids:
+        """Encode a conversation that waits for an answer, exactly as the training rows begin.
+
+        Args:
+            messages: Conversation in OpenAI form, ending with a user turn or a tool's result.
+            tools: Tool definitions in OpenAI form, or None.
+
+        Returns:
+            int32 (T,), with the beginning of the assistant turn.
+        """
+        ids, _ = self._tokens(self._require_turns().prompt(messages, tools))
+        return np.asarray(ids, np.int32)
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know about how the records encoded so far were written."""
+        seen, template = self._seen, self._template
+        notes = ["learned: every token" if self._loss_on == "all" else _learned(seen)] if seen else []
+        if seen["raw"]:
+            notes.append("the base has no chat template: prompt and completion are joined as they stand")
+        if template is None:
+            return notes
+        if seen["without system"] and template.default_system:
+            notes.append(
+                f'the chat template adds a system prompt where there is none: "{template.default_system}". '
+                "Give a system message to replace it."
+            )
+        if seen["with system"] and not template.takes_system:
+            notes.append("the chat template has no system role: system text is put in front of the first user turn")
+        if seen["tools"] and not template.uses_tools:
+            notes.append("the chat template does not know tools: they are written into the system message as JSON")
+        if seen["chat"] and template.uses_date:
+            notes.append("the chat template writes the date into every prompt: today's rows differ from tomorrow's")
+        if seen["last only"]:
+            notes.append(
+                f"{plural(seen['last only'], 'conversation')}: only the last assistant turn is learned, because the "
+                "chat template rewrites earlier ones"
+            )
+        return notes
+
+    def _pieces(self, record: Record) -> list[Piece]:
+        if self._template is None and record.completion is not None:
+            self._seen["raw"] += 1
+            end = self._tokenizer.eos_token
+            return [Piece(record.prompt or "", False), Piece(record.completion, True)] + [Piece(end, True)] * bool(end)
+        turns = self._require_turns()
+        messages = record.messages or ()
+        pieces, has_all = turns.cut(messages, record.tools)
+        has_tools = record.tools or any(turn["role"] == "tool" or turn.get("tool_calls") for turn in messages)
+        has_system = any(turn["role"] == "system" for turn in messages)
+        writes_tools = has_tools and self._template is not None and not self._template.uses_tools
+        self._seen["chat"] += 1
+        self._seen["tools"] += bool(has_tools)
+        self._seen["with system"] += has_system
+        self._seen["without system"] += not has_system and not writes_tools
+        self._seen["last only"] += not has_all
+        return pieces
+
+    def _require_turns(self) -> Turns:
+        if self._turns is None:
+            raise BaseModelError(
+                "the base has no chat template, so conversations cannot be written for it: give rows with prompt and "
+                "completion, or with text, or use a base with a chat template (an instruct model)."
+            )
+        return self._turns
+
+    def _tokens(self, pieces: Sequence[Piece]) -> tuple[list[int], list[bool]]:
+        encoded = self._tokenizer.encode_pieces([piece.text for piece in pieces])
+        ids = [index for part in encoded for index in part]
+        learned = [piece.is_learned for piece, part in zip(pieces, encoded, strict=True) for _ in part]
+        if self._begins_bare(ids):
+            return [self._tokenizer.bos_id or 0, *ids], [False, *learned]
+        return ids, learned
+
+    def _begins_bare(self, ids: Sequence[int]) -> bool:
+        return self._tokenizer.add_bos and list(ids[:1]) != [self._tokenizer.bos_id]
+
+    def _fit(self, ids: list[int], learned: list[bool], source: str) -> Row:
+        """Cut a row to `seq_len`: from the right, or from the left if nothing to learn would be left."""
+        length = self._seq_len
+        if len(ids) <= length:
+            return _row(ids, learned, source, 0)
+        if any(learned[1:length]) or not any(learned):
+            return _row(ids[:length], learned[:length], source, len(ids) - length)
+        end = len(learned) - learned[::-1].index(True)
+        head = [ids[0]] if self._tokenizer.add_bos else []  # models that expect bos do badly without it
+        start = end - length + len(head)
+        kept, kept_learned = head + ids[start:end], [False] * len(head) + learned[start:end]
+        return _row(kept, kept_learned, source, len(ids) - len(kept))
+
+    def _text_rows(self, record: Record) -> list[Row]:
+        self._seen["text"] += 1
+        ids = self._tokenizer.encode(record.text or "")
+        eos = self._tokenizer.eos_id
+        ids += [eos] if eos is not None and ids[-1:] != [eos] else []
+        head = [self._tokenizer.bos_id or 0] if self._begins_bare(ids) else []
+        is_learned = self._loss_on != "completions"
+        if len(head) + len(ids) <= self._seq_len:
+            ids = head + ids
+            return [_row(ids, [is_learned] * len(ids), record.source, 0)]
+        first = self._seq_len - len(head)
+        step = first - 1
+        rows = []
+        for start in range(0, len(ids) - 1, step):
+            part = head + ids[start : start + first]
+            learned = [is_learned] * len(part)
+            if start and head:
+                learned[1] = False  # this token was learned at the end of the piece before
+            rows.append(_row(part, learned, record.source, 0))
+        return rows
+
+
+def encode_all(records: Sequence[Record], encoder: Encoder) -> tuple[tuple[Row, ...], EncodeReport]:
+    """Encode all records and count what became of them.
+
+    Args:
+        records: Examples.
+        encoder: Of the base.
+
+    Returns:
+        The rows that have something to learn, in order, and the counts.
+
+    Raises:
+        DataError: If the template refuses records, or if no row has a label.
+        BaseModelError: If conversations are given and the base has no template.
+    """
+    problems = Problems()
+    rows: list[Row] = []
+    for record in records:
+        try:
+            rows += encoder.encode(record)
+        except DataError as error:
+            problems.add(*(f"{record.source}: {problem}" for problem in error.problems))
+    raise_problems(problems)
+    empty = tuple(row.source for row in rows if not row.label_tokens)
+    kept = tuple(row for row in rows if row.label_tokens)
+    if not kept:
+        raise DataError(
+            f"none of {plural(len(rows), 'row')} has a token to learn ({listing(dict.fromkeys(empty), most=3)}): "
+            "expected assistant turns or completions. For plain text set loss_on to auto or all."
+        )
+    lengths = tuple(len(row.ids) for row in kept)
+    report = EncodeReport(
+        num_rows=len(kept),
+        tokens=sum(lengths),
+        label_tokens=sum(row.label_tokens for row in kept),
+        truncated_rows=sum(row.truncated_tokens > 0 for row in kept),
+        truncated_tokens=sum(row.truncated_tokens for row in kept),
+        rows_without_labels=empty,
+        longest=max(lengths),
+        lengths=lengths,
+    )
+    return kept, report
+
+
+def _learned(seen: Counter[str]) -> str:
+    parts = ["all assistant turns"] * bool(seen["chat"]) + ["completions"] * bool(seen["raw"])
+    return "learned: " + " and ".join(parts + ["every token of plain text"] * bool(seen["text"]))
+
+
+def _row(ids: list[int], learned: list[bool], source: str, truncated_tokens: int) -> Row:
+    targets = [token if is_learned else IGNORED for token, is_learned in zip(ids[1:], learned[1:], strict=True)]
+    labels = np.asarray([*targets, IGNORED][: len(ids)], np.int32)
+    return Row(np.asarray(ids, np.int32), labels, source, truncated_tokens)

@@ -1,0 +1,105 @@
+import numpy as np
+import pytest
+
+from thimble.data.batches import count_steps, epoch_steps, micro_batches, pack
+from thimble.data.encode import IGNORED, Row
+
+LENGTHS = [int(length) for length in np.random.default_rng(0).integers(1, 50, 200)]
+
+
+def row(*ids, learned=1):
+    ids = np.array(ids, np.int32)
+    labels = np.append(ids[1:], IGNORED).astype(np.int32)
+    labels[: len(ids) - 1 - learned] = IGNORED
+    return Row(ids, labels, "line")
+
+
+def of_length(length):
+    return row(*range(length))
+
+
+def test_every_row_stands_in_exactly_one_step():
+    steps = epoch_steps(LENGTHS, 100, seed=0, epoch=0)
+    assert sorted(index for step in steps for index in step) == list(range(200))
+
+
+def test_steps_are_filled_until_the_next_row_would_not_fit():
+    steps = epoch_steps(LENGTHS, 100, seed=0, epoch=0)
+    sizes = [sum(LENGTHS[index] for index in step) for step in steps]
+    assert max(sizes) <= 100
+    firsts = [LENGTHS[step[0]] for step in steps[1:]]
+    assert all(size + following > 100 for size, following in zip(sizes, firsts, strict=False))
+
+
+def test_a_row_longer_than_a_step_makes_a_step_of_its_own():
+    assert sorted(epoch_steps([500, 3, 500], 100, seed=0, epoch=0)) == [[0], [1], [2]]
+
+
+def test_the_order_depends_on_seed_and_epoch_alone():
+    first = epoch_steps(LENGTHS, 100, seed=3, epoch=1)
+    assert first == epoch_steps(LENGTHS, 100, seed=3, epoch=1)
+    assert first != epoch_steps(LENGTHS, 100, seed=3, epoch=2)
+    assert first != epoch_steps(LENGTHS, 100, seed=4, epoch=1)
+
+
+def test_the_order_is_the_same_on_every_machine():
+    assert epoch_steps([1] * 6, 2, seed=0, epoch=0) == [[0, 2], [1, 5], [4, 3]]
+
+
+def test_no_rows_make_no_steps():
+    assert epoch_steps([], 100, seed=0, epoch=0) == []
+
+
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_steps_of_whole_epochs_are_counted_exactly(epochs):
+    expected = sum(len(epoch_steps(LENGTHS, 100, 0, epoch)) for epoch in range(epochs))
+    assert count_steps(LENGTHS, 100, 0, epochs) == expected
+
+
+def test_part_of_an_epoch_is_rounded_up():
+    whole = count_steps(LENGTHS, 100, 0, 1)
+    assert count_steps(LENGTHS, 100, 0, 0.5) == -(-whole // 2)
+    assert count_steps(LENGTHS, 100, 0, 1.01) == whole + 1
+    assert count_steps([5], 100, 0, 0.1) == 1
+
+
+def test_packed_rows_lie_end_to_end():
+    batch = pack([row(1, 2, 3), row(4, 5)])
+    assert batch.ids.tolist() == [1, 2, 3, 4, 5]
+    assert batch.labels.tolist() == [IGNORED, 3, IGNORED, 5, IGNORED]
+    assert batch.starts.tolist() == [0, 3, 5]
+    assert batch.positions.tolist() == [0, 1, 2, 0, 1]
+    assert (batch.tokens, batch.label_tokens) == (5, 2)
+    assert (batch.ids.dtype, batch.labels.dtype, batch.positions.dtype) == (np.int32,) * 3
+    assert batch.starts.dtype == np.int64
+
+
+def test_no_label_reaches_into_the_next_row():
+    batch = pack([of_length(5), of_length(7)])
+    assert (batch.labels[batch.starts[1:] - 1] == IGNORED).all()
+
+
+@pytest.mark.parametrize("max_tokens", [50, 64, 100, 1000, 10_000])
+def test_micro_batches_hold_all_rows_and_no_more_tokens_than_allowed(max_tokens):
+    rows = [of_length(length) for length in LENGTHS]
+    batches = micro_batches(rows, max_tokens)
+    assert max(batch.tokens for batch in batches) <= max_tokens
+    lengths = sorted(length for batch in batches for length in np.diff(batch.starts))
+    assert lengths == sorted(LENGTHS)
+
+
+def test_micro_batches_are_about_the_same_size():
+    sizes = [batch.tokens for batch in micro_batches([of_length(length) for length in LENGTHS], 1000)]
+    assert max(sizes) - min(sizes) < 50
+    assert len(sizes) == -(-sum(LENGTHS) // 1000)
+
+
+def test_a_row_is_never_split():
+    batches = micro_batches([of_length(300), of_length(10), of_length(20)], 100)
+    assert sorted(np.diff(batch.starts).tolist() for batch in batches) == [[10, 20], [300]]
+
+
+def test_the_split_does_not_change_what_is_learned():
+    rows = [of_length(length) for length in LENGTHS]
+    whole = pack(rows).label_tokens
+    assert all(sum(b.label_tokens for b in micro_batches(rows, size)) == whole for size in (60, 500))
