@@ -145,6 +145,7 @@ def test_only_the_last_turn_is_learned_if_earlier_ones_are_rewritten(encoder_of,
     encoder = encoder_of(STRIPS)
     (row,) = encoder.encode(chat(user(), answer(), user("And?"), answer("So.")))
     assert learned(smollm, row) == "<think>\n\n</think>\n\nSo.<|im_end|>"
+    encoder.question(chat(user(), answer(), user("And?"), answer("So.")))
     assert [note for note in encoder.notes if note.startswith("1 conversation: only the last assistant turn")]
 
 
@@ -166,6 +167,11 @@ def test_a_thinking_part_that_the_prompt_opens_is_closed(encoder_of, smollm):
 def test_thoughts_that_the_template_cuts_off_are_learned(encoder_of, smollm):
     (row,) = encoder_of(THINKS).encode(chat(user(), answer("<think>\nHm.\n</think>\n\nHello")))
     assert learned(smollm, row) == "Hm.\n</think>\n\nHello<|im_end|>"
+
+
+def test_thoughts_without_an_answer_are_learned_too(encoder_of, smollm):
+    (row,) = encoder_of(THINKS).encode(chat(user(), answer("<think>Hm.</think>")))
+    assert learned(smollm, row) == "Hm.\n</think>\n\n<|im_end|>"
 
 
 # --- training and inference see the same tokens

@@ -203,6 +203,7 @@ def test_columns_that_are_not_used_are_noted_once(read):
         ({"prompt": "a", "completion": 3}, "completion is 3: expected text"),
         ({"prompt": ["x"], "completion": [CHAT["messages"][1]]}, 'prompt 1 is "x": expected an object with role'),
         ({"instruction": "a", "output": ""}, "output is empty: expected the text to learn"),
+        ({"instruction": "a", "output": "b", "history": 3}, "history is 3: expected a list of pairs"),
         ({"instruction": "a", "output": "b", "history": ["x"]}, 'history 1 is "x": expected a pair of texts'),
         ({"text": 4}, "text is 4: expected text"),
         ({"text": " "}, "text is empty: expected the text to learn"),
@@ -393,6 +394,11 @@ def test_a_missing_file_is_told_with_near_names(tmp_path):
         read_dataset(tmp_path / "train.jsonl")
     with pytest.raises(DataError, match=r"does not exist \(there is no folder .*nowhere either\)"):
         read_dataset(tmp_path / "nowhere" / "train.jsonl")
+
+
+def test_a_path_that_cannot_be_opened_is_told_with_the_reason(tmp_path):
+    with pytest.raises(DataError, match="cannot be opened: File name too long"):
+        read_dataset(tmp_path / ("x" * 300))
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path):

@@ -295,6 +295,12 @@ def test_stop_tokens_of_the_generation_config_count(folder):
     assert tokenizer_from_folder(folder).stop_ids == {257, 258, 7}
 
 
+def test_the_first_stop_token_ends_documents_if_no_other_is_named(folder):
+    write_config(folder)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [257, 7]}')
+    assert tokenizer_from_folder(folder).eos_token == "</s>"
+
+
 def test_older_folders_keep_special_tokens_in_a_map_of_their_own(folder):
     write_config(folder)
     (folder / "special_tokens_map.json").write_text('{"eos_token": "</s>"}')

@@ -100,7 +100,8 @@ class Encoder:
         """
         if record.text is not None:
             return self._text_rows(record)
-        pieces = self._pieces(record)
+        pieces, has_all = self._pieces(record)
+        self._count(record, has_all)
         ids, learned = self._tokens(pieces)
         if self._loss_on == "all":
             learned = [True] * len(ids)
@@ -118,7 +119,7 @@ class Encoder:
         """
         if record.text is not None:
             return None
-        pieces = self._pieces(record)
+        pieces, _ = self._pieces(record)
         last = max((index for index, piece in enumerate(pieces) if piece.is_learned), default=0)
         while last and pieces[last - 1].is_learned:
             last -= 1  # an end that the template did not write stands in a piece of its own
@@ -168,23 +169,27 @@ class Encoder:
             )
         return notes
 
-    def _pieces(self, record: Record) -> list[Piece]:
+    def _pieces(self, record: Record) -> tuple[list[Piece], bool]:
         if self._template is None and record.completion is not None:
-            self._seen["raw"] += 1
             end = self._tokenizer.eos_token
-            return [Piece(record.prompt or "", False), Piece(record.completion, True)] + [Piece(end, True)] * bool(end)
-        turns = self._require_turns()
+            joined = [Piece(record.prompt or "", False), Piece(record.completion, True)]
+            return joined + [Piece(end, True)] * bool(end), True
+        return self._require_turns().cut(record.messages or (), record.tools)
+
+    def _count(self, record: Record, has_all: bool) -> None:
+        """Remember what was met, for the notes."""
+        if self._template is None:
+            self._seen["raw"] += 1
+            return
         messages = record.messages or ()
-        pieces, has_all = turns.cut(messages, record.tools)
         has_tools = record.tools or any(turn["role"] == "tool" or turn.get("tool_calls") for turn in messages)
         has_system = any(turn["role"] == "system" for turn in messages)
-        writes_tools = has_tools and self._template is not None and not self._template.uses_tools
+        writes_tools = has_tools and not self._template.uses_tools
         self._seen["chat"] += 1
         self._seen["tools"] += bool(has_tools)
         self._seen["with system"] += has_system
         self._seen["without system"] += not has_system and not writes_tools
         self._seen["last only"] += not has_all
-        return pieces
 
     def _require_turns(self) -> Turns:
         if self._turns is None:

@@ -40,6 +40,9 @@ def read_vocab(metadata: Mapping[str, Any], source: str) -> GgufVocab:
         metadata: The key-value pairs of the file.
         source: What to call the file in messages.
 
+    Returns:
+        The tokenizer, the ids of special tokens, and whether texts begin with bos.
+
     Raises:
         BaseModelError: If the file has no vocabulary, a damaged one, or one of a kind not known here.
     """

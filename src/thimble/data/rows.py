@@ -147,15 +147,22 @@ def _alpaca(given: Row) -> dict[str, Any]:
     output = _text(given.get("output"), "output")
     if not output.strip():
         raise DataError("output is empty: expected the text to learn")
+    turns = _history(_loaded(given.get("history", [])))
+    question = "\n\n".join(part for part in (instruction, context) if part)
+    turns += [{"role": "user", "content": question}, {"role": "assistant", "content": output}]
+    return {"messages": _conversation(turns, given)}
+
+
+def _history(pairs: Any) -> list[dict[str, Any]]:
+    if not isinstance(pairs, list | tuple):
+        raise DataError(f"history is {describe(pairs)}: expected a list of pairs, [[question, answer], ...]")
     turns = []
-    for number, pair in enumerate(_loaded(given.get("history", [])), start=1):
+    for number, pair in enumerate(pairs, start=1):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise DataError(f"history {number} is {describe(pair)}: expected a pair of texts, [question, answer]")
         turns += [{"role": "user", "content": _text(pair[0], f"history {number}")}]
         turns += [{"role": "assistant", "content": _text(pair[1], f"history {number}")}]
-    question = "\n\n".join(part for part in (instruction, context) if part)
-    turns += [{"role": "user", "content": question}, {"role": "assistant", "content": output}]
-    return {"messages": _conversation(turns, given)}
+    return turns
 
 
 def _conversation(turns: list[dict[str, Any]], given: Row) -> tuple[dict[str, Any], ...]:

@@ -46,12 +46,17 @@ def find_files(path: Path) -> Found:
     Raises:
         DataError: If there is nothing to read, with near names.
     """
-    if path.is_dir():
-        return _in_folder(path)
-    if not path.exists():
-        raise DataError(f"{path} does not exist{_near(path)}: expected a {_KINDS} file, or a folder of such files.")
+    try:
+        if path.is_dir():
+            return _in_folder(path)
+        if not path.exists():
+            raise DataError(f"{path} does not exist{_near(path)}: expected a {_KINDS} file, or a folder of such files.")
+    except OSError as error:
+        raise DataError(f"{path} cannot be opened: {error.strerror or error}. Expected a file or a folder.") from error
     if kind_of(path) is None:
-        raise DataError(f"{path} is not a kind of file Thimble reads: expected {_KINDS} (may be gzipped: {path}.gz).")
+        raise DataError(
+            f"{path} is not a kind of file Thimble reads: expected {_KINDS} (each may be gzipped, such as .jsonl.gz)."
+        )
     return Found({"train": [path]}, [])
 
 

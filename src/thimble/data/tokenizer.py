@@ -69,6 +69,9 @@ class Tokenizer:
         Args:
             text: Any text.
             special: Whether the text of a special token (`<|im_end|>`) becomes that token; else plain text.
+
+        Returns:
+            Token ids.
         """
         inner = self._inner if special else self._plain
         return inner.encode(text, add_special_tokens=False).ids
@@ -182,14 +185,15 @@ def tokenizer_from_folder(folder: Path) -> Tokenizer:
     inner = _read_inner(folder)
     config = {**_read_json(folder / "special_tokens_map.json"), **_read_json(folder / "tokenizer_config.json")}
     bos_id, eos_id = (_token_id(inner, config.get(name)) for name in ("bos_token", "eos_token"))
-    further = _read_json(folder / "generation_config.json").get("eos_token_id") or []
+    further = _read_json(folder / "generation_config.json").get("eos_token_id")
+    further = further if isinstance(further, list) else [] if further is None else [further]
     begins_with_bos = bos_id is not None and inner.encode("").ids[:1] == [bos_id]
     adds_bos = config.get("add_bos_token")
     return Tokenizer(
         inner,
         bos_id=bos_id,
-        eos_id=eos_id,
-        stop_ids=further if isinstance(further, list) else [further],
+        eos_id=next(iter(further), None) if eos_id is None else eos_id,
+        stop_ids=further,
         add_bos=begins_with_bos if adds_bos is None else bool(adds_bos),
         chat_template=_folder_template(folder, config),
     )

@@ -164,6 +164,7 @@ def _close_thinking(asked: str, answer: str, message: Message) -> str:
         if not has_thoughts:
             return f"{newline}{closing}{newline * 2}{answer}"
         # The template has cut the thoughts off, but they are what is to be learned.
-        thoughts = thoughts.strip().removeprefix(opening).strip("\n")
-        return f"{thoughts}{newline}{closing}{newline * 2}{said.strip()}{answer.partition(said.strip())[2]}"
+        thoughts, said = thoughts.strip().removeprefix(opening).strip("\n"), said.strip()
+        ending = answer.partition(said)[2] if said else answer
+        return f"{thoughts}{newline}{closing}{newline * 2}{said}{ending}"
     return answer
