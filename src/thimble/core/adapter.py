@@ -150,17 +150,17 @@ def load_adapter(path: str | Path) -> Adapter:
     folder = find_adapter(path)
     config = _read_config(folder / CONFIG_FILE)
     file = open_tensors(folder / WEIGHTS_FILE)
-    sides, problems = _pair_tensors(file)
-    layers = {}
+    sides = _pair_tensors(folder, file)
+    layers, problems = {}, []
     for layer, names in sides.items():
         rank = file.tensors[names["A"]].shape[0]
         number = _layer_scale(config, layer, rank)
         factors = Factors(file.read(names["A"]), file.read(names["B"]), number)
         if not (np.isfinite(factors.A).all() and np.isfinite(factors.B).all() and math.isfinite(number)):
-            problems.append(f"{layer} holds numbers that are not finite")
+            problems.append(f"adapter {folder}: {layer} holds numbers that are not finite")
         layers[layer] = factors
     if problems:
-        raise AdapterError(*(f"adapter {folder}: {problem}" for problem in problems))
+        raise AdapterError(*problems)
     notes = {name: text for name, text in file.metadata.items() if name != "format"}
     return Adapter(layers, config.get("base_model_name_or_path") or "", notes)
 
@@ -190,8 +190,8 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _pair_tensors(file: TensorFile) -> tuple[dict[str, dict[str, str]], list[str]]:
-    """Match A with B by layer and say what does not fit."""
+def _pair_tensors(folder: Path, file: TensorFile) -> dict[str, dict[str, str]]:
+    """Names of A and B by layer; refuses tensors that are anything else or do not fit together."""
     sides: dict[str, dict[str, str]] = {}
     problems = []
     for name, info in file.tensors.items():
@@ -209,7 +209,9 @@ def _pair_tensors(file: TensorFile) -> tuple[dict[str, dict[str, str]], list[str
             problems.append(f"{layer} has A {a} and B {b}: expected (rank, in) and (out, rank), rank 1 to {MAX_RANK}")
     if not sides and not problems:
         problems.append("it holds no LoRA matrices")
-    return {layer: names for layer, names in sides.items() if len(names) == 2}, problems
+    if problems:
+        raise AdapterError(*(f"adapter {folder}: {problem}" for problem in problems))
+    return sides
 
 
 def _layer_scale(config: Mapping[str, Any], layer: str, rank: int) -> float:

@@ -135,11 +135,13 @@ def spec_from_config(config: Mapping[str, Any]) -> DecoderSpec:
     if kind not in SUPPORTED:
         raise BaseModelError(f"config.json names model_type {kind!r}: supported are {', '.join(SUPPORTED)}")
     family = kind.removesuffix("_text")
-    fields = {**DEFAULTS.get(family, {}), **{key: value for key, value in config.items() if value is not None}}
+    fields = {**DEFAULTS.get(family, {}), **config}  # a null is a value: Mistral v0.3 has no window
     try:
         return _build(family, fields)
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise BaseModelError(f"config.json cannot be used ({type(error).__name__}: {error}): copy the base again") from None
+        raise BaseModelError(
+            f"config.json cannot be used ({type(error).__name__}: {error}): copy the base again"
+        ) from None
 
 
 def _build(family: str, fields: dict[str, Any]) -> DecoderSpec:
@@ -156,7 +158,7 @@ def _build(family: str, fields: dict[str, Any]) -> DecoderSpec:
         num_kv_heads=int(fields.get("num_key_value_heads") or heads),
         head_dim=head_dim,
         vocab_size=int(fields["vocab_size"]),
-        norm_eps=float(fields.get("rms_norm_eps", 1e-6)),
+        norm_eps=float(fields.get("rms_norm_eps") or 1e-6),
         windows=_windows(family, fields, layers),
         ropes=_ropes(family, fields, layers, head_dim),
         attention_scale=float(fields["query_pre_attn_scalar"] if is_gemma else head_dim) ** -0.5,
@@ -294,7 +296,7 @@ GGUF_FIELDS = {
     "attention.key_length": "head_dim", "attention.layer_norm_rms_epsilon": "rms_norm_eps",
     "attention.sliding_window": "sliding_window", "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping", "rope.freq_base": "rope_theta",
-    "context_length": "max_position_embeddings", "rope.scaling.original_context_length":
+    "rope.freq_base_swa": "rope_local_base_freq", "context_length": "max_position_embeddings", "rope.scaling.original_context_length":
     "original_max_position_embeddings", "vocab_size": "vocab_size",
 }  # fmt: skip
 GGUF_FAMILIES = {"llama": "llama", "smollm3": "smollm3", "qwen2": "qwen2", "qwen3": "qwen3", "gemma2": "gemma2",
@@ -341,6 +343,7 @@ def _gguf_quirks(
     kind = metadata.get(f"{arch}.rope.scaling.type")
     scaling = {"rope_type": kind if kind in ("linear", "yarn") else "default"}
     scaling["factor"] = metadata.get(f"{arch}.rope.scaling.factor")
+    scaling["original_max_position_embeddings"] = metadata.get(f"{arch}.rope.scaling.original_context_length")
     head_dim = int(fields.get("head_dim") or fields["hidden_size"] // fields["num_attention_heads"])
     rotary = metadata.get(f"{arch}.rope.dimension_count", head_dim)
     quirks |= {"rope_scaling": scaling, "partial_rotary_factor": rotary / head_dim}

@@ -6,12 +6,9 @@ Arrays are float32, or bfloat16 as uint16; arithmetic is float32. Loops are para
 """
 
 import numpy as np
-from numba import njit, prange
-from numba.extending import register_jitable
-
-from thimble.torch_backend.kernels import _float_of as float_of
-from thimble.torch_backend.kernels import _loaded as loaded
-from thimble.torch_backend.kernels import _stored as stored
+from llvmlite import ir
+from numba import njit, prange, types
+from numba.extending import intrinsic, overload, register_jitable
 
 FAST = {"reassoc", "contract", "arcp", "nsz"}  # no flag that lets the compiler assume away NaN
 ONE, TWO, HALF = np.float32(1), np.float32(2), np.float32(0.5)
@@ -19,6 +16,47 @@ LOG2_E, LN2_HIGH, LN2_LOW = np.float32(1.44269504), np.float32(0.693359375), np.
 EXP_LOW, EXP_HIGH = np.float32(-87.0), np.float32(88.0)
 C2, C3, C4, C5, C6 = (np.float32(1 / n) for n in (2, 6, 24, 120, 720))
 GELU_ROOT, GELU_CUBE = np.float32(0.7978845608), np.float32(0.044715)
+
+
+@intrinsic
+def bits_of(typing_context, value):
+    """float32 to its bits, uint32."""
+    return types.uint32(types.float32), lambda _, builder, __, args: builder.bitcast(args[0], ir.IntType(32))
+
+
+@intrinsic
+def float_of(typing_context, bits):
+    """uint32 to the float32 with these bits."""
+    return types.float32(types.uint32), lambda _, builder, __, args: builder.bitcast(args[0], ir.FloatType())
+
+
+def loaded(value):
+    """What an array holds, float32 or the upper half of one as uint16, as float32."""
+
+
+@overload(loaded)
+def _loaded(value):
+    if value == types.uint16:
+        return lambda value: float_of(np.uint32(value) << np.uint32(16))
+    return lambda value: value
+
+
+def stored(value, out):
+    """float32 as what `out` holds: itself, or bfloat16 rounded to nearest even (NaN stays NaN)."""
+
+
+@overload(stored)
+def _stored(value, out):
+    if out.dtype != types.uint16:
+        return lambda value, out: value
+
+    def to_bfloat16(value, out):
+        bits = bits_of(value)
+        rounded = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+        is_nan = (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+        return np.uint16((bits | np.uint32(0x00400000) if is_nan else rounded) >> np.uint32(16))
+
+    return to_bfloat16
 
 
 @register_jitable

@@ -256,8 +256,16 @@ class _Run:
             "peak_memory_bytes": peak_memory_bytes(),
         }  # fmt: skip
         self.log.add(row)
-        self.tell.step({**row, "total": self.job.course.total_steps, "minutes": self.job.course.minutes})
+        self.tell.step({**row, **self._outlook()})
         return row
+
+    def _outlook(self) -> dict[str, Any]:
+        """What progress shows beside the step's own figures."""
+        report, course = self.report, self.job.course
+        left = course.minutes * 60 - report.seconds if course.minutes else None
+        if course.total_steps:
+            left = (course.total_steps - report.steps) * report.seconds / report.steps
+        return {"total": course.total_steps, "tokens_so_far": report.tokens, "seconds_left": max(0.0, left or 0.0)}
 
     def _save_checkpoint(self) -> None:
         progress = {name: getattr(self.report, name) for name in ("tokens", "label_tokens", "seconds")}

@@ -1,0 +1,27 @@
+"""Which layers are adapted."""
+
+import pytest
+from thimble.core.targets import select_layers
+from thimble.errors import ConfigError
+
+KINDS = ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj")
+LAYERS = [f"model.layers.{i}.{kind}" for i in range(3) for kind in KINDS]
+
+
+@pytest.mark.parametrize(
+    ("targets", "count"),
+    [(["all-linear"], 9), (["attention"], 6), (["mlp"], 3), (["q_proj", "up_proj"], 6), (["self_attn.v_proj"], 3),
+     (["model.layers.[12].*"], 6), (["model.layers.0.mlp.up_proj"], 1), (["q_proj", "attention"], 6)],
+)  # fmt: skip
+def test_names_groups_and_patterns_choose_layers(targets, count):
+    assert len(select_layers(targets, LAYERS)) == count
+
+
+def test_every_target_that_matches_nothing_is_told_with_the_nearest_name():
+    with pytest.raises(ConfigError) as caught:
+        select_layers(["q_porj", "q_proj", "wte"], LAYERS)
+    assert caught.value.problems == (
+        "targets names 'q_porj', which matches none of the 9 layers: did you mean q_proj? the base has q_proj, v_proj, "
+        "up_proj",
+        "targets names 'wte', which matches none of the 9 layers: the base has q_proj, v_proj, up_proj",
+    )
