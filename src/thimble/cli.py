@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from thimble import __version__
@@ -60,7 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if is_debug:
             raise
-        _complain([f"a fault of Thimble's own: {type(error).__name__}: {error} (add --debug to see where, and report it)"])
+        _complain(
+            [f"a fault of Thimble's own: {type(error).__name__}: {error} (add --debug to see where, and report it)"]
+        )
         return 1
 
 
@@ -102,7 +104,13 @@ def _flag(name: str) -> str:
 
 
 def _shown(default: Any) -> str:
-    return ",".join(default) if isinstance(default, tuple) else f"{default:g}" if isinstance(default, float) else str(default)
+    return (
+        ",".join(default)
+        if isinstance(default, tuple)
+        else f"{default:g}"
+        if isinstance(default, float)
+        else str(default)
+    )
 
 
 def _run(options: argparse.Namespace, unknown: list[str]) -> int:
@@ -224,4 +232,3 @@ def run() -> NoReturn:
 
 if __name__ == "__main__":
     run()
-

@@ -92,10 +92,11 @@ class Problems:
         """Note further problems."""
         self.found.extend(problems)
 
-    def raise_if_any(self) -> None:
-        """Raise one InputError that holds every problem noted so far."""
+    def required(self, *parts: Any) -> tuple[Any, ...]:
+        """Return what the checks gave, or raise one InputError that holds every problem noted so far."""
         if self.found:
             raise InputError(*dict.fromkeys(self.found))
+        return parts
 
 
 def plural(count: int, noun: str, nouns: str | None = None) -> str:

@@ -1,4 +1,4 @@
-"""Reports and progress as text for people, and reports as JSON for programs. Returns or writes text, decides nothing."""
+"""Reports and progress as text for people, and reports as JSON for programs; decides nothing."""
 
 import dataclasses
 import json
@@ -100,7 +100,10 @@ def _table(rows: list[tuple[str, ...]]) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = []
     for row in rows:
-        cells = [cell.ljust(width) if not i else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True))]
+        cells = [
+            cell.ljust(width) if not i else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
         lines.append(("  " + "  ".join(cells)).rstrip())
     return "\n".join(lines)
 
@@ -122,8 +125,12 @@ def render_train(report: Any) -> str:
         parts.append("\n".join(f"  {name:>8}: {_clip(sample[key])}" for name, key in _SAMPLE_LINES))
     speed = f"{report.tokens_per_second:,.0f} tokens/s, {report.peak_memory_bytes / 1e9:.2f} GB"
     state = "" if report.status == "done" else f"{report.status}: "
-    parts.append(f"{state}{report.steps} steps in {duration(report.seconds)} ({speed}), {duration(report.total_seconds)} in all")
-    parts.append(f"adapter  {report.adapter}\nreport   {report.out}/report.html\ntry it   thimble chat --adapter {report.out}")
+    parts.append(
+        f"{state}{report.steps} steps in {duration(report.seconds)} ({speed}), {duration(report.total_seconds)} in all"
+    )
+    parts.append(
+        f"adapter  {report.adapter}\nreport   {report.out}/report.html\ntry it   thimble chat --adapter {report.out}"
+    )
     return "\n\n".join(parts)
 
 
@@ -146,7 +153,9 @@ def render_evaluate(report: Any) -> str:
     answers = [result.answers for result in report.results]
     for shown in zip(*answers, strict=False):
         lines = [f"  {'asked':>8}: {_clip(shown[0]['asked'])}", f"  {'expected':>8}: {_clip(shown[0]['reference'])}"]
-        lines += [f"  {result.name[-8:]:>8}: {_clip(a['written'])}" for result, a in zip(report.results, shown, strict=True)]
+        lines += [
+            f"  {result.name[-8:]:>8}: {_clip(a['written'])}" for result, a in zip(report.results, shown, strict=True)
+        ]
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
 

@@ -131,7 +131,7 @@ def find_adapter(path: str | Path) -> Path:
     found = listing(sorted(p.name for p in path.iterdir())) if path.is_dir() else ""
     state = f"holds {found or 'nothing'}" if path.is_dir() else "is not a folder" if path.exists() else "does not exist"
     raise AdapterError(
-        f"adapter {path} {state}: expected a folder with {CONFIG_FILE} and {WEIGHTS_FILE}, or a run folder with adapter/"
+        f"adapter {path} {state}: expected a folder with {CONFIG_FILE} and {WEIGHTS_FILE}, or the run folder around it"
     )
 
 

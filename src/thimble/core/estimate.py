@@ -99,7 +99,10 @@ def _largest_weight(spec: DecoderSpec) -> int:
 def available_bytes() -> int:
     """Memory this process may still take: what the system has free, or less if a control group limits it."""
     free = _meminfo_bytes("MemAvailable")
-    for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
         try:
             allowed = int((CGROUP / limit).read_text()) - int((CGROUP / used).read_text())
         except (OSError, ValueError):  # no such group, or its limit is "max"

@@ -296,8 +296,8 @@ GGUF_FIELDS = {
     "attention.key_length": "head_dim", "attention.layer_norm_rms_epsilon": "rms_norm_eps",
     "attention.sliding_window": "sliding_window", "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping", "rope.freq_base": "rope_theta",
-    "rope.freq_base_swa": "rope_local_base_freq", "context_length": "max_position_embeddings", "rope.scaling.original_context_length":
-    "original_max_position_embeddings", "vocab_size": "vocab_size",
+    "rope.freq_base_swa": "rope_local_base_freq", "context_length": "max_position_embeddings",
+    "rope.scaling.original_context_length": "original_max_position_embeddings",
 }  # fmt: skip
 GGUF_FAMILIES = {"llama": "llama", "smollm3": "smollm3", "qwen2": "qwen2", "qwen3": "qwen3", "gemma2": "gemma2",
                  "gemma3": "gemma3", "phi3": "phi3"}  # fmt: skip
@@ -312,7 +312,7 @@ def spec_from_gguf(
         metadata: Its key-value pairs.
         vocab_size: Rows of the embedding matrix.
         is_tied: Whether it has no output matrix of its own.
-        divisors: Rotary divisor tensors by name (`rope_freqs.weight`, `rope_factors_long.weight`, ...), each (dim / 2,).
+        divisors: Rotary divisors by tensor name (`rope_freqs.weight`, `rope_factors_long.weight` ...), each (dim / 2,).
 
     Returns:
         The description.

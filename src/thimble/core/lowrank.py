@@ -63,7 +63,8 @@ def delta(factors: Factors) -> Array:
         >>> delta(Factors(np.ones((1, 2)), np.ones((2, 1)), 0.5)).tolist()
         [[0.5, 0.5], [0.5, 0.5]]
     """
-    return factors.scale * (factors.B @ factors.A)
+    product: Array = factors.scale * (factors.B @ factors.A)
+    return product
 
 
 def merge(weight: Array, factors: Factors) -> Array:

@@ -50,4 +50,5 @@ def _no_match(target: str, layers: list[str]) -> str:
     kinds = list(dict.fromkeys(path.rsplit(".", 1)[-1] for path in layers))
     near = difflib.get_close_matches(target, [*kinds, *GROUPS, "all-linear"], n=1)
     meant = f"did you mean {near[0]}? " if near else ""
-    return f"targets names {target!r}, which matches none of the {len(layers)} layers: {meant}the base has {listing(kinds)}"
+    matched = f"targets names {target!r}, which matches none of the {len(layers)} layers"
+    return f"{matched}: {meant}the base has {listing(kinds)}"

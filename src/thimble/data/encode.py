@@ -52,14 +52,14 @@ class Question(NamedTuple):
 class EncodeReport:
     """What became of the records."""
 
-    num_rows: int
-    tokens: int
-    label_tokens: int
-    truncated_rows: int
-    truncated_tokens: int
-    rows_without_labels: tuple[str, ...]  # sources; these are left out
-    longest: int  # in tokens, after truncation
-    lengths: tuple[int, ...]
+    num_rows: int = 0
+    tokens: int = 0
+    label_tokens: int = 0
+    truncated_rows: int = 0
+    truncated_tokens: int = 0
+    rows_without_labels: tuple[str, ...] = ()  # sources; these are left out
+    longest: int = 0  # in tokens, after truncation
+    lengths: tuple[int, ...] = ()
 
 
 class Encoder:

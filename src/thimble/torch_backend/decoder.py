@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from thimble.core.base import EMBEDDING, FINAL_NORM, HEAD, Base
-from thimble.core.family import DecoderSpec, Rope
+from thimble.core.family import Rope
 from thimble.torch_backend.adapter_state import LoraPair
 from thimble.torch_backend.attention import Angles, AttentionSpec, attend
 from thimble.torch_backend.elementwise import Gated, RmsNorm
@@ -90,9 +90,7 @@ class Decoder:
     # ---- building -------------------------------------------------------------------------------------------------
 
     def _linear(self, names: list[str]) -> FrozenLinear:
-        matrices: list[Matrix] = [
-            load_matrix(self._base.weights[name], self._store, self.compute) for name in names
-        ]
+        matrices: list[Matrix] = [load_matrix(self._base.weights[name], self._store, self.compute) for name in names]
         biases = [self._base.weights.get(name.removesuffix("weight") + "bias") for name in names]
         bias = None
         if any(biases):
@@ -148,7 +146,9 @@ class Decoder:
 
     # ---- running --------------------------------------------------------------------------------------------------
 
-    def pack(self, starts: NDArray[np.int64], first: NDArray[np.int64] | None = None, cache: KvCache | None = None) -> Packed:
+    def pack(
+        self, starts: NDArray[np.int64], first: NDArray[np.int64] | None = None, cache: KvCache | None = None
+    ) -> Packed:
         """Prepare the rotations of a packed batch.
 
         Args:

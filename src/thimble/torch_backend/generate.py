@@ -60,7 +60,9 @@ def generate(
     spec = decoder.blocks[0].attention
     cache = KvCache(len(decoder.blocks), len(prompts), capacity, spec, decoder.compute)
     starts = np.concatenate([[0], np.cumsum([len(prompt) for prompt in prompts])]).astype(np.int64)
-    hidden = decoder.hidden(np.concatenate(prompts), decoder.pack(starts, cache=cache))[torch.from_numpy(starts[1:] - 1)]
+    hidden = decoder.hidden(np.concatenate(prompts), decoder.pack(starts, cache=cache))[
+        torch.from_numpy(starts[1:] - 1)
+    ]
     cache.lengths += torch.from_numpy(np.diff(starts))
     answers: list[list[int]] = [[] for _ in prompts]
     active = torch.arange(len(prompts))

@@ -3,10 +3,9 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from thimble.core.adapter import Adapter
 from thimble.core.config import ChatConfig
+from thimble.data.encode import Encoder
 from thimble.errors import AdapterError, Problems, listing
 from thimble.verbs.events import OnEvent, Teller, ignore
 from thimble.verbs.prepare import Model, choose_store, open_adapters, open_model, open_session
@@ -30,6 +29,7 @@ class Conversation:
 
     def __init__(self, config: ChatConfig, model: Model, session: "TorchSession", adapters: dict[str, Adapter]) -> None:
         self._config, self._model, self._session = config, model, session
+        self._encoder = Encoder(model.tokenizer, model.template, model.base.spec.max_positions, "auto")
         self._adapters: dict[str, Adapter | None] = {BASE_NAME: None, **adapters}
         self._turns_taken = 0
         self.active = BASE_NAME
@@ -69,7 +69,7 @@ class Conversation:
         """
         self.messages.append({"role": "user", "content": text})
         tokenizer, config = self._model.tokenizer, self._config
-        prompt = np.asarray(tokenizer.encode(self._prompt()), np.int32)
+        prompt = self._encoder.prompt(self.messages)
         written: list[int] = []
         shown = ""
 
@@ -91,11 +91,6 @@ class Conversation:
         self.messages.append({"role": "assistant", "content": answer})
         return answer
 
-    def _prompt(self) -> str:
-        if self._model.template:
-            return self._model.template.render(self.messages, add_generation_prompt=True)
-        return "".join(f"{turn['content']}\n" for turn in self.messages)
-
 
 def open_conversation(config: ChatConfig, on_event: OnEvent = ignore) -> Conversation:
     """Open a base with adapters to talk to.
@@ -116,8 +111,7 @@ def open_conversation(config: ChatConfig, on_event: OnEvent = ignore) -> Convers
     problems = Problems(config.problems)
     model = problems.attempt(open_model, config.base)
     adapters = open_adapters(config.adapter, model.base if model else None, problems)
-    problems.raise_if_any()
-    assert model, "unreachable: a missing base is a problem"
+    (model,) = problems.required(model)
     compute, why = choose_compute(config.compute)
     tell.decision(f"compute: {why}")
     session = open_session(model, compute, choose_store(config, model.base)[0])

@@ -115,8 +115,7 @@ def _prepare(
         examples = problems.attempt(encode_examples, dataset, (), rows, model, config)
     questions = make_questions(examples.valid_records, examples.encoder, config.eval_rows) if examples else []
     chosen = problems.attempt(choose_metric, config.metric, questions)
-    problems.raise_if_any()
-    assert model and examples and chosen, "unreachable: a missing part is a problem"
+    model, examples, chosen = problems.required(model, examples, chosen)
     tell.note(f"data: {plural(len(examples.valid), 'row')} of {examples.dataset.format}")
     for note in (*examples.dataset.notes, *examples.encoder.notes):
         tell.note(note)

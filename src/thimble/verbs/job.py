@@ -1,8 +1,8 @@
 """A training run, checked and decided but not begun: what `train` carries out and `plan` describes."""
 
-import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from thimble.core.config import TrainConfig
 from thimble.core.estimate import MemoryPlan, adapter_parameters, available_bytes, estimate_memory
@@ -29,6 +29,8 @@ from thimble.verbs.prepare import (
 MICRO_BATCH_TOKENS = (1024, 512)  # matrix products gain little beyond, activations grow all the way
 RUN_FOLDER_BYTES = 20_000_000  # report, logs and room to spare, beside adapter and checkpoints
 ADAPTER_FILES = 8  # adapter, its temporary copy, and two checkpoints of three times its size
+WARNED_RATE = 0.02  # of learning: far above what works for adapters
+SHOWN_WITHOUT_METRIC = 3  # held-out rows answered only to be looked at
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Job:
     config: TrainConfig
     model: Model
     examples: Examples
-    general: list[Row]
+    general: tuple[Row, ...]
     layers: list[str]
     course: Course
     memory: MemoryPlan
@@ -77,15 +79,30 @@ def prepare_job(config: TrainConfig, tell: Teller, needs_folder: bool = True) ->
     Raises:
         InputError: With every problem found.
     """
-    from thimble.torch_backend.compute import choose_compute
-
-    problems = Problems(config.problems)
     tell.stage("reading the base and the examples")
+    checked = _check(config, needs_folder)
+    tell.note(f"base: {describe_base(checked.model)}")
+    tell_examples(checked.examples, tell)
+    return _decide(config, checked, tell)
+
+
+class _Checked(NamedTuple):
+    """What was found sound."""
+
+    model: Model
+    layers: list[str]
+    examples: Examples
+    questions: list[Question]
+    metric: tuple[str, Metric | None]
+    folder: Path
+
+
+def _check(config: TrainConfig, needs_folder: bool) -> _Checked:
+    """Read everything, and refuse the run with every problem found."""
+    problems = Problems(config.problems)
     model = problems.attempt(open_model, config.base)
     dataset = problems.attempt(_read, config.data)
-    layers = problems.attempt(select_layers, config.targets, model.base.spec.linear_shapes()) if model else None
-    if model and layers:
-        problems.attempt(_check_rank, config.rank, layers, model)
+    layers = problems.attempt(_choose_layers, config, model) if model else None
     folder = run_folder.choose_folder(config.out, config.data)
     if needs_folder:
         trained = adapter_parameters(model.base.spec, layers, config.rank) if model and layers else 0
@@ -93,32 +110,40 @@ def prepare_job(config: TrainConfig, tell: Teller, needs_folder: bool = True) ->
         problems.attempt(run_folder.check_folder, folder, config.resume, needed)
     examples = problems.attempt(_split_and_encode, dataset, model, config) if model and dataset else None
     questions = make_questions(examples.valid_records, examples.encoder, config.eval_rows) if examples else []
-    chosen = problems.attempt(choose_metric, config.metric, questions)
-    problems.raise_if_any()
-    assert model and dataset and layers and examples and chosen, "unreachable: a missing part is a problem"
+    metric = problems.attempt(choose_metric, config.metric, questions)
+    return _Checked(*problems.required(model, layers, examples, questions, metric, folder))
 
-    tell.note(f"base: {describe_base(model)}")
-    tell_examples(examples, tell)
+
+def _decide(config: TrainConfig, checked: _Checked, tell: Teller) -> Job:
+    """Choose what the user left open, and tell it."""
+    from thimble.torch_backend.compute import choose_compute
+
+    model, layers, examples, questions, (metric_name, metric), folder = checked
+    spec = model.base.spec
     compute, why_compute = choose_compute(config.compute)
     store, why_store = choose_store(config, model.base)
-    for why in (f"compute: {why_compute}", why_store):
-        tell.decision(why)
-    lengths = [len(row.ids) for row in examples.train]
-    course = Course(config, lengths, model.base.spec.family, model.base.spec.hidden_size)
-    _tell_course(course, config, len(lengths), tell)
-    trained = adapter_parameters(model.base.spec, layers, config.rank)
-    longest = max(lengths + [len(row.ids) for row in examples.valid])
+    tell.decision(f"compute: {why_compute}")
+    tell.decision(why_store)
+    course = Course(config, examples.train_report.lengths, spec.family, spec.hidden_size)
+    _tell_course(course, len(examples.train), tell)
+    trained = adapter_parameters(spec, layers, config.rank)
+    longest = max(examples.train_report.longest, examples.valid_report.longest)
     memory, micro_tokens = _fit_memory(model, config, (compute, store), trained, longest, tell)
     resolved = config.replace(
         out=str(folder), compute=compute, store=store, learning_rate=course.rate, warmup_steps=course.warmup_steps,
         **({} if config.epochs or course.minutes else {"max_steps": course.total_steps}),
     )  # fmt: skip
-    general, _ = encode_all(general_records(), make_encoder(model, config.replace(loss_on="auto")))
-    metric_name, metric = chosen
+    asked = questions if metric else questions[:SHOWN_WITHOUT_METRIC]
+    general = _general_rows(model, config)
     return Job(
-        resolved, model, examples, general, layers, course, memory, micro_tokens,
-        questions if metric else questions[:3], metric, metric_name, folder,
-    )  # fmt: skip
+        resolved, model, examples, general, layers, course, memory, micro_tokens, asked, metric, metric_name, folder
+    )
+
+
+def _general_rows(model: Model, config: TrainConfig) -> tuple[Row, ...]:
+    """General text for the forgetting check; conversations only where the base has a template for them."""
+    records = [record for record in general_records() if model.template or record.text is not None]
+    return encode_all(records, make_encoder(model, config.replace(loss_on="auto")))[0]
 
 
 def _read(path: str) -> Dataset:
@@ -127,20 +152,35 @@ def _read(path: str) -> Dataset:
     return open_data(path)
 
 
-def _check_rank(rank: int, layers: list[str], model: Model) -> None:
+def _choose_layers(config: TrainConfig, model: Model) -> list[str]:
+    """The adapted layers; a rank that one of them cannot hold is refused."""
     shapes = model.base.spec.linear_shapes()
+    layers = select_layers(config.targets, shapes)
     small = min(layers, key=lambda layer: min(shapes[layer]))
-    if rank > min(shapes[small]):
+    most = min(shapes[small])
+    if config.rank > most:
         raise ConfigError(
-            f"rank is {rank}: larger than the smaller side of {small} {shapes[small]}; expected at most {min(shapes[small])}"
+            f"rank is {config.rank}: expected at most {most}, the smaller side of {small} {shapes[small]}"
         )
+    return layers
 
 
 def _split_and_encode(dataset: Dataset, model: Model, config: TrainConfig) -> Examples:
     if dataset.valid is not None:
         return encode_examples(dataset, dataset.train, dataset.valid, model, config)
+    if dataset.is_text:
+        return _split_pieces(encode_examples(dataset, dataset.train, (), model, config), config.valid_split)
     train, valid = split_rows(dataset.train, config.valid_split, config.seed)
     return encode_examples(dataset, train, valid, model, config)
+
+
+def _split_pieces(examples: Examples, share: float) -> Examples:
+    """Hold out pieces of long texts, evenly spread: a file of text is one record but many rows."""
+    rows = examples.train
+    count = max(1, round(len(rows) * share)) if share and len(rows) > 1 else 0
+    held = {int((number + 0.5) * len(rows) / count) for number in range(count)}
+    train, valid = (tuple(row for i, row in enumerate(rows) if (i in held) == is_held) for is_held in (False, True))
+    return replace(examples, train=train, valid=valid)
 
 
 def describe_base(model: Model) -> str:
@@ -151,7 +191,7 @@ def describe_base(model: Model) -> str:
     return f"{base.name} ({base.spec.family}, {size})"
 
 
-def _tell_course(course: Course, config: TrainConfig, rows: int, tell: Teller) -> None:
+def _tell_course(course: Course, rows: int, tell: Teller) -> None:
     if course.minutes:
         tell.decision(f"length: {course.minutes:g} minutes")
     else:
@@ -159,7 +199,7 @@ def _tell_course(course: Course, config: TrainConfig, rows: int, tell: Teller) -
         tell.decision(f"length: {plural(course.total_steps or 0, 'step')}, {passes}")
     if course.is_default_rate:
         tell.decision(f"learning rate: {course.rate:g}, from the width of the base and the rows in a step")
-    elif course.rate > 0.02:
+    elif course.rate > WARNED_RATE:
         tell.warning(f"learning_rate is {course.rate:g}: far above what works for adapters (about 0.0001 to 0.002)")
 
 
@@ -175,9 +215,8 @@ def _fit_memory(
     for plan, size in plans:
         if plan.total <= allowed:
             kept = "recomputing each block in the backward pass" if plan.is_recomputed else "keeping all activations"
-            tell.decision(
-                f"memory: about {plan.total / 1e9:.2f} of {allowed / 1e9:.2f} GB, in micro-batches of {size} tokens, {kept}"
-            )
+            need = f"about {plan.total / 1e9:.2f} of {allowed / 1e9:.2f} GB"
+            tell.decision(f"memory: {need}, in micro-batches of {size} tokens, {kept}")
             return plan, size
     least = min(plans, key=lambda pair: pair[0].total)[0]
     whose = "memory_budget allows" if config.memory_budget else "this machine has free"
@@ -185,8 +224,3 @@ def _fit_memory(
         f"the run needs at least {least.total / 1e9:.2f} GB and {whose} {allowed / 1e9:.2f} GB: lower seq_len "
         f"(the longest row has {longest} tokens), lower rank, use store int8 or a quantised GGUF, or a smaller base"
     )
-
-
-def cpu_count() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

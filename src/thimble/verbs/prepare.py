@@ -134,10 +134,10 @@ class Examples:
 
     dataset: Dataset
     encoder: Encoder
-    train: list[Row]
+    train: tuple[Row, ...]
     train_report: EncodeReport
-    valid: list[Row]
-    valid_records: list[Record]
+    valid: tuple[Row, ...]
+    valid_records: tuple[Record, ...]
     valid_report: EncodeReport
 
 
@@ -151,9 +151,9 @@ def encode_examples(
 ) -> Examples:
     """Turn records into rows."""
     encoder = make_encoder(model, config)
-    train_rows, train_report = encode_all(train, encoder)
-    valid_rows, valid_report = encode_all(valid, encoder)
-    return Examples(dataset, encoder, train_rows, train_report, valid_rows, list(valid), valid_report)
+    train_rows, train_report = encode_all(train, encoder) if train else ((), EncodeReport())
+    valid_rows, valid_report = encode_all(valid, encoder) if valid else ((), EncodeReport())
+    return Examples(dataset, encoder, train_rows, train_report, valid_rows, tuple(valid), valid_report)
 
 
 def tell_examples(examples: Examples, tell: Teller) -> None:
@@ -171,7 +171,9 @@ def tell_examples(examples: Examples, tell: Teller) -> None:
             )
         if report.rows_without_labels:
             sources = listing(report.rows_without_labels, 3)
-            tell.warning(f"{plural(len(report.rows_without_labels), f'{name} row')} left out, nothing to learn: {sources}")
+            tell.warning(
+                f"{plural(len(report.rows_without_labels), f'{name} row')} left out, nothing to learn: {sources}"
+            )
 
 
 def open_data(path: str) -> Dataset:

@@ -1,12 +1,12 @@
 """The folder a training run leaves behind: config, log, checkpoints, adapter, report and a manifest of hashes.
 
-    config.yaml           every knob, with what `auto` chose
-    metrics.jsonl         one object a step
-    before.json           the evaluation before training, saved so that a resumed run need not repeat it
-    checkpoints/step-N/   state.safetensors and manifest.json (sizes and SHA-256); a folder counts only if they match
-    adapter/              the result, in PEFT's layout
-    report.json           the report as data, and report.html for people
-    manifest.json         hashes of base, data and result
+config.yaml           every knob, with what `auto` chose
+metrics.jsonl         one object a step
+before.json           the evaluation before training, saved so that a resumed run need not repeat it
+checkpoints/step-N/   state.safetensors and manifest.json (sizes and SHA-256); a folder counts only if they match
+adapter/              the result, in PEFT's layout
+report.json           the report as data, and report.html for people
+manifest.json         hashes of base, data and result
 """
 
 import hashlib
@@ -156,7 +156,11 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, NDArray[Any]], 
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     write_safetensors(temporary / "state.safetensors", dict(state))
-    manifest = {"step": step, "progress": dict(progress), "files": {"state.safetensors": _hash(temporary / "state.safetensors")}}
+    manifest = {
+        "step": step,
+        "progress": dict(progress),
+        "files": {"state.safetensors": _hash(temporary / "state.safetensors")},
+    }
     write_json(temporary / "manifest.json", manifest)
     shutil.rmtree(target, ignore_errors=True)
     os.rename(temporary, target)
@@ -193,7 +197,9 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def write_manifest(folder: Path, base_fingerprint: str, base_name: str, data_files: Sequence[Path], version: str) -> None:
+def write_manifest(
+    folder: Path, base_fingerprint: str, base_name: str, data_files: Sequence[Path], version: str
+) -> None:
     """Write what the run was made of and what it made, by SHA-256."""
     results = {str(path.relative_to(folder)): _hash(path) for path in sorted((folder / "adapter").iterdir())}
     manifest = {

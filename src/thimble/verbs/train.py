@@ -3,7 +3,7 @@
 import math
 import resource
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -202,7 +202,7 @@ class _Run:
         self.session.switch(True)
         return self.report.loss_base if attached == bare else self._loss(self.job.examples.valid)
 
-    def _loss(self, rows: list[Row]) -> float:
+    def _loss(self, rows: Sequence[Row]) -> float:
         total = held_out_loss(self.session, rows, self.job.micro_tokens, self.tell, self.should_stop)
         return math.nan if self.should_stop() else total.mean
 
@@ -286,8 +286,8 @@ class _Run:
             report.samples = _samples(self.before, after)
         if report.loss_after > report.loss_before:
             self.tell.warning(
-                f"the held-out loss rose from {report.loss_before:.3f} to {report.loss_after:.3f}: the adapter fits the "
-                "training rows and not the task; use fewer epochs, a lower learning_rate or more rows"
+                f"the held-out loss rose from {report.loss_before:.3f} to {report.loss_after:.3f}: the adapter fits "
+                "the training rows and not the task; use fewer epochs, a lower learning_rate or more rows"
             )
 
     def finish(self, started: float) -> TrainReport:
