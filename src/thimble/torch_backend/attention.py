@@ -16,9 +16,11 @@ from torch import Tensor
 from thimble.torch_backend import fused
 from thimble.torch_backend.elementwise import RmsNorm
 from thimble.torch_backend.frozen import as_numpy
+from thimble.torch_backend.threads import split
 
 TILE = 128  # queries in one product
 NO_WINDOW = 1 << 40  # a window longer than any row
+SOFTMAX_COST = 2  # of a score, against a plain load and store
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,8 @@ def split_heads(qkv: Tensor, spec: AttentionSpec, angles: Angles | None) -> tupl
     q = torch.empty(spec.num_kv_heads, tokens, spec.group, spec.head_dim, dtype=qkv.dtype)
     k, v = torch.empty(2, spec.num_kv_heads, tokens, spec.head_dim, dtype=qkv.dtype)
     cos, sin = _arrays(angles, tokens)
-    fused.split_heads(as_numpy(heads), cos, sin, np.float32(spec.scale), as_numpy(q), as_numpy(k), as_numpy(v))
+    arrays = (as_numpy(heads), cos, sin, np.float32(spec.scale), as_numpy(q), as_numpy(k), as_numpy(v))
+    split(tokens, qkv.shape[1], fused.split_heads, *arrays)
     return q, k, v
 
 
@@ -101,7 +104,8 @@ def _join_gradients(
     """Undo `split_heads` for gradients: shapes as it returns, result as qkv."""
     out = torch.empty_like(qkv).view(qkv.shape[0], -1, spec.head_dim)
     cos, sin = _arrays(angles, len(out))
-    fused.join_heads(*(as_numpy(grad) for grad in grads), cos, sin, np.float32(spec.scale), as_numpy(out))
+    arrays = (*(as_numpy(grad) for grad in grads), cos, sin, np.float32(spec.scale), as_numpy(out))
+    split(len(out), qkv.shape[1], fused.join_heads, *arrays)
     if spec.q_norm and spec.k_norm:
         sizes = (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads)
         q, k, _ = qkv.view(out.shape).split(sizes, 1)
@@ -147,7 +151,8 @@ class _Attend(torch.autograd.Function):
         for first, last, low in _tiles(starts, spec.window):
             scores = torch.bmm(q[:, first:last].flatten(1, 2), k[:, low:last].transpose(1, 2))
             log_sums.append(np.empty(scores.shape[:2], np.float32))
-            fused.softmax_forward(as_numpy(scores), *_tile_args(spec, first, low), log_sums[-1])
+            rows, cost = scores.shape[0] * scores.shape[1], SOFTMAX_COST * scores.shape[2]
+            split(rows, cost, fused.softmax_forward, as_numpy(scores), *_tile_args(spec, first, low), log_sums[-1])
             out[:, first:last] = torch.bmm(scores, v[:, low:last]).view(out[:, first:last].shape)
         flat = out.transpose(0, 1).flatten(1)
         ctx.save_for_backward(qkv, flat)
@@ -169,7 +174,8 @@ class _Attend(torch.autograd.Function):
             weights = torch.bmm(rows, keys.transpose(1, 2))
             slopes = torch.bmm(g_rows, values.transpose(1, 2))
             shift = drift[:, first:last].flatten(1).numpy()
-            fused.softmax_backward(as_numpy(weights), as_numpy(slopes), *_tile_args(spec, first, low), log_sum, shift)
+            arrays = (as_numpy(weights), as_numpy(slopes), *_tile_args(spec, first, low), log_sum, shift)
+            split(log_sum.size, SOFTMAX_COST * (last - low), fused.softmax_backward, *arrays)
             dv[:, low:last] += torch.bmm(weights.transpose(1, 2), g_rows)
             dk[:, low:last] += torch.bmm(slopes.transpose(1, 2), rows)
             dq[:, first:last] = torch.bmm(slopes, keys).view(dq[:, first:last].shape)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from thimble.torch_backend import fused
 from thimble.torch_backend.frozen import as_numpy
+from thimble.torch_backend.threads import split
 
 
 class Prologue(Protocol):
@@ -40,14 +41,16 @@ class RmsNorm:
         """See Prologue; x may have any number of leading dimensions."""
         x = x.contiguous()
         out = torch.empty_like(x)
-        fused.norm_forward(_rows(x), self.weight.numpy(), np.float32(self.eps), _rows(out))
+        rows = _rows(x)
+        split(*rows.shape, fused.norm_forward, rows, self.weight.numpy(), np.float32(self.eps), _rows(out))
         return out
 
     def backward(self, x: Tensor, grad: Tensor) -> Tensor:
         """See Prologue."""
         x, grad = x.contiguous(), grad.contiguous()
         out = torch.empty_like(x)
-        fused.norm_backward(_rows(x), self.weight.numpy(), np.float32(self.eps), _rows(grad), _rows(out))
+        rows, weight = _rows(x), self.weight.numpy()
+        split(*rows.shape, fused.norm_backward, rows, weight, np.float32(self.eps), _rows(grad), _rows(out))
         return out
 
 
@@ -64,13 +67,13 @@ class Gated:
     def forward(self, x: Tensor) -> Tensor:
         """See Prologue: (rows, 2 n) to (rows, n)."""
         out = torch.empty(x.shape[0], x.shape[1] // 2, dtype=x.dtype)
-        fused.GATES[self.activation][0](as_numpy(x), as_numpy(out))
+        split(*x.shape, fused.GATES[self.activation][0], as_numpy(x), as_numpy(out))
         return out
 
     def backward(self, x: Tensor, grad: Tensor) -> Tensor:
         """See Prologue: (rows, n) to (rows, 2 n)."""
         out = torch.empty_like(x)
-        fused.GATES[self.activation][1](as_numpy(x), as_numpy(grad), as_numpy(out))
+        split(*x.shape, fused.GATES[self.activation][1], as_numpy(x), as_numpy(grad), as_numpy(out))
         return out
 
 

@@ -1,14 +1,15 @@
 """Compiled elementwise loops: normalisation, gating, rotation, softmax and cross-entropy, each in one pass over memory.
 
-Arrays are float32, or bfloat16 as uint16; arithmetic is float32. Loops are parallel over rows and vectorised inside;
-`exp` is a polynomial so that it vectorises too. NaN and infinity are kept, so that a diverging run shows.
-`thimble.torch_backend.elementwise` and the tests hold the same formulas in torch operators.
+Each loop handles rows begin to end, for `thimble.torch_backend.threads.split`. Arrays are float32, or bfloat16 as
+uint16; arithmetic is float32. `exp` is a polynomial, so that loops over it vectorise too. NaN and infinity are kept, so
+that a diverging run shows. The tests hold the same formulas in torch operators.
 """
 
 import numpy as np
-from llvmlite import ir
-from numba import njit, prange, types
-from numba.extending import intrinsic, overload, register_jitable
+from numba import njit
+from numba.extending import register_jitable
+
+from thimble.torch_backend.vectors import from_bits, loaded, stored
 
 FAST = {"reassoc", "contract", "arcp", "nsz"}  # no flag that lets the compiler assume away NaN
 ONE, TWO, HALF = np.float32(1), np.float32(2), np.float32(0.5)
@@ -18,47 +19,6 @@ C2, C3, C4, C5, C6 = (np.float32(1 / n) for n in (2, 6, 24, 120, 720))
 GELU_ROOT, GELU_CUBE = np.float32(0.7978845608), np.float32(0.044715)
 
 
-@intrinsic
-def bits_of(typing_context, value):
-    """float32 to its bits, uint32."""
-    return types.uint32(types.float32), lambda _, builder, __, args: builder.bitcast(args[0], ir.IntType(32))
-
-
-@intrinsic
-def float_of(typing_context, bits):
-    """uint32 to the float32 with these bits."""
-    return types.float32(types.uint32), lambda _, builder, __, args: builder.bitcast(args[0], ir.FloatType())
-
-
-def loaded(value):
-    """What an array holds, float32 or the upper half of one as uint16, as float32."""
-
-
-@overload(loaded)
-def _loaded(value):
-    if value == types.uint16:
-        return lambda value: float_of(np.uint32(value) << np.uint32(16))
-    return lambda value: value
-
-
-def stored(value, out):
-    """float32 as what `out` holds: itself, or bfloat16 rounded to nearest even (NaN stays NaN)."""
-
-
-@overload(stored)
-def _stored(value, out):
-    if out.dtype != types.uint16:
-        return lambda value, out: value
-
-    def to_bfloat16(value, out):
-        bits = bits_of(value)
-        rounded = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
-        is_nan = (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
-        return np.uint16((bits | np.uint32(0x00400000) if is_nan else rounded) >> np.uint32(16))
-
-    return to_bfloat16
-
-
 @register_jitable
 def exp(x):
     """e^x to about 1e-7, x clamped to the range of normal float32 (Cody and Waite reduction, degree 6)."""
@@ -66,7 +26,7 @@ def exp(x):
     n = np.floor(x * LOG2_E + HALF)
     f = (x - n * LN2_HIGH) - n * LN2_LOW
     p = ONE + f * (ONE + f * (C2 + f * (C3 + f * (C4 + f * (C5 + f * C6)))))
-    return p * float_of(np.uint32((np.int32(n) + np.int32(127)) << np.int32(23)))
+    return p * from_bits((np.int32(n) + np.int32(127)) << np.int32(23))
 
 
 @register_jitable
@@ -87,19 +47,19 @@ def _rate(row, eps):
     return ONE / np.sqrt(total / np.float32(row.shape[0]) + eps)
 
 
-@njit(parallel=True, cache=True, fastmath=FAST)
-def norm_forward(x, weight, eps, out):
+@njit(nogil=True, cache=True, fastmath=FAST)
+def norm_forward(begin, end, x, weight, eps, out):
     """x / rms(x) · weight: x, out (rows, n); weight float32 (n,)."""
-    for i in prange(x.shape[0]):
+    for i in range(begin, end):
         rate = _rate(x[i], eps)
         for j in range(x.shape[1]):
             out[i, j] = stored(loaded(x[i, j]) * rate * weight[j], out)
 
 
-@njit(parallel=True, cache=True, fastmath=FAST)
-def norm_backward(x, weight, eps, grad, out):
+@njit(nogil=True, cache=True, fastmath=FAST)
+def norm_backward(begin, end, x, weight, eps, grad, out):
     """Gradient at x of `norm_forward`: all (rows, n)."""
-    for i in prange(x.shape[0]):
+    for i in range(begin, end):
         rate = _rate(x[i], eps)
         dot = np.float32(0)
         for j in range(x.shape[1]):
@@ -130,17 +90,17 @@ def _gelu(gate):
 def _make_gate(activate):
     """Compile the pair of loops for one activation."""
 
-    @njit(parallel=True, cache=True, fastmath=FAST)
-    def forward(x, out):
+    @njit(nogil=True, cache=True, fastmath=FAST)
+    def forward(begin, end, x, out):
         n = out.shape[1]
-        for i in prange(x.shape[0]):
+        for i in range(begin, end):
             for j in range(n):
                 out[i, j] = stored(activate(loaded(x[i, j]))[0] * loaded(x[i, n + j]), out)
 
-    @njit(parallel=True, cache=True, fastmath=FAST)
-    def backward(x, grad, out):
+    @njit(nogil=True, cache=True, fastmath=FAST)
+    def backward(begin, end, x, grad, out):
         n = grad.shape[1]
-        for i in prange(x.shape[0]):
+        for i in range(begin, end):
             for j in range(n):
                 value, slope = activate(loaded(x[i, j]))
                 g = loaded(grad[i, j])
@@ -169,11 +129,11 @@ def _turn(source, cos, sin, sign, scale, out):
         out[j] = stored(loaded(source[j]) * scale, out)
 
 
-@njit(parallel=True, cache=True, fastmath=FAST)
-def split_heads(qkv, cos, sin, scale, q, k, v):
+@njit(nogil=True, cache=True, fastmath=FAST)
+def split_heads(begin, end, qkv, cos, sin, scale, q, k, v):
     """Cut, rotate and scale: qkv (tokens, heads, dim) to q (kv, tokens, group, dim), k and v (kv, tokens, dim)."""
     kv, group = q.shape[0], q.shape[2]
-    for t in prange(qkv.shape[0]):
+    for t in range(begin, end):
         for h in range(kv):
             for g in range(group):
                 _turn(qkv[t, h * group + g], cos[t], sin[t], ONE, scale, q[h, t, g])
@@ -182,11 +142,11 @@ def split_heads(qkv, cos, sin, scale, q, k, v):
                 v[h, t, j] = qkv[t, kv * group + kv + h, j]
 
 
-@njit(parallel=True, cache=True, fastmath=FAST)
-def join_heads(dq, dk, dv, cos, sin, scale, out):
+@njit(nogil=True, cache=True, fastmath=FAST)
+def join_heads(begin, end, dq, dk, dv, cos, sin, scale, out):
     """Undo `split_heads` for gradients: the shapes are its own."""
     kv, group = dq.shape[0], dq.shape[2]
-    for t in prange(out.shape[0]):
+    for t in range(begin, end):
         for h in range(kv):
             for g in range(group):
                 _turn(dq[h, t, g], cos[t], sin[t], -ONE, scale, out[t, h * group + g])
@@ -206,11 +166,11 @@ def _seen(row, group, first, low, window, keys):
     return max(0, query - window + 1 - low), min(keys, query + 1 - low)
 
 
-@njit(parallel=True, cache=True, fastmath=FAST)
-def softmax_forward(scores, group, first, low, window, softcap, log_sums):
+@njit(nogil=True, cache=True, fastmath=FAST)
+def softmax_forward(begin, end, scores, group, first, low, window, softcap, log_sums):
     """Turn scores into weights in place, and keep their log-sums, float32 (kv, queries · group)."""
     kv, rows, keys = scores.shape
-    for i in prange(kv * rows):
+    for i in range(begin, end):
         row = scores[i // rows, i % rows]
         start, end = _seen(i % rows, group, first, low, window, keys)
         top = np.float32(-np.inf)
@@ -233,15 +193,15 @@ def softmax_forward(scores, group, first, low, window, softcap, log_sums):
             row[j] = stored(np.float32(0), row)
 
 
-@njit(parallel=True, cache=True, fastmath=FAST)
-def softmax_backward(scores, grads, group, first, low, window, softcap, log_sums, drift):
+@njit(nogil=True, cache=True, fastmath=FAST)
+def softmax_backward(begin, end, scores, grads, group, first, low, window, softcap, log_sums, drift):
     """Turn scores into weights and the weights' gradients into the scores', both in place.
 
     With w = softmax(s) and d = Σ w · ∂L/∂w (drift, float32 (kv, queries · group)): ∂L/∂s = w (∂L/∂w − d), times the
     slope of the soft-cap.
     """
     kv, rows, keys = scores.shape
-    for i in prange(kv * rows):
+    for i in range(begin, end):
         row, grad = scores[i // rows, i % rows], grads[i // rows, i % rows]
         start, end = _seen(i % rows, group, first, low, window, keys)
         log_sum, shift = log_sums[i // rows, i % rows], drift[i // rows, i % rows]
@@ -262,10 +222,10 @@ def softmax_backward(scores, grads, group, first, low, window, softcap, log_sums
 # ---- cross-entropy -------------------------------------------------------------------------------------------------
 
 
-@njit(parallel=True, cache=True, fastmath=FAST)
-def cross_entropy(logits, targets, softcap, losses, needs_grad):
+@njit(nogil=True, cache=True, fastmath=FAST)
+def cross_entropy(begin, end, logits, targets, softcap, losses, needs_grad):
     """Loss of each row, float32 (rows,); if wanted, turn logits (rows, vocabulary) into their gradient in place."""
-    for i in prange(logits.shape[0]):
+    for i in range(begin, end):
         row = logits[i]
         top = np.float32(-np.inf)
         for j in range(row.shape[0]):

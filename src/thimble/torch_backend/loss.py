@@ -15,6 +15,7 @@ from torch import Tensor
 from thimble.torch_backend import fused
 from thimble.torch_backend.decoder import Decoder
 from thimble.torch_backend.frozen import as_numpy
+from thimble.torch_backend.threads import split
 
 CHUNK_BYTES = 32_000_000  # logits alive at once
 IGNORED = -100
@@ -70,5 +71,6 @@ def _chunk_loss(
     """Summed loss of some rows, and its gradient at x."""
     logits = torch.mm(x, weight.t())
     losses = np.empty(len(targets), np.float32)
-    fused.cross_entropy(as_numpy(logits), targets.numpy(), np.float32(softcap or 0.0), losses, needs_grad)
+    arrays = (as_numpy(logits), targets.numpy(), np.float32(softcap or 0.0), losses, needs_grad)
+    split(*logits.shape, fused.cross_entropy, *arrays)
     return float(losses.sum(dtype=np.float64)), torch.mm(logits, weight) if needs_grad else None

@@ -1,0 +1,156 @@
+"""Numbers side by side in a compiled loop, and single ones as float32 or bfloat16.
+
+numba leaves vectors to LLVM's own vectoriser, which gives up on half of the block types; `Lanes` writes vector
+instructions that LLVM fits to the processor. bfloat16 is kept as uint16, the upper half of a float32.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Self
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+BYTE, SHORT, INT, LONG = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+FLOAT = ir.FloatType()
+
+
+class Lanes:
+    """Numbers side by side, or a single one, in a program being written: each operator adds one instruction."""
+
+    def __init__(self, builder: ir.IRBuilder, value: ir.Value) -> None:
+        self.builder, self.value = builder, value
+        self.count = getattr(value.type, "count", None)
+        self.element = getattr(value.type, "element", value.type)
+
+    def _new(self, value: ir.Value) -> Self:
+        return type(self)(self.builder, value)
+
+    def _typed(self, element: ir.Type) -> ir.Type:
+        return element if self.count is None else ir.VectorType(element, self.count)
+
+    def _match(self, other: "Lanes | Sequence[int] | int | float") -> ir.Value:
+        """Give `other` as many lanes as there are here: a constant or a single number is repeated."""
+        if not isinstance(other, Lanes):
+            lanes = list(other) if isinstance(other, Sequence) else [other] * (self.count or 1)
+            return ir.Constant(self.value.type, lanes if self.count else lanes[0])
+        return other.value if other.count == self.count else other.pick([0] * self.count).value
+
+    def __and__(self, other: Any) -> Self:
+        return self._new(self.builder.and_(self.value, self._match(other)))
+
+    def __or__(self, other: Any) -> Self:
+        return self._new(self.builder.or_(self.value, self._match(other)))
+
+    def __rshift__(self, other: Any) -> Self:
+        return self._new(self.builder.lshr(self.value, self._match(other)))
+
+    def __lshift__(self, other: Any) -> Self:
+        return self._new(self.builder.shl(self.value, self._match(other)))
+
+    def __add__(self, other: Any) -> Self:
+        add = self.builder.fadd if self.element == FLOAT else self.builder.add
+        return self._new(add(self.value, self._match(other)))
+
+    def __sub__(self, other: Any) -> Self:
+        subtract = self.builder.fsub if self.element == FLOAT else self.builder.sub
+        return self._new(subtract(self.value, self._match(other)))
+
+    def __mul__(self, other: Any) -> Self:
+        return self._new(self.builder.fmul(self.value, self._match(other)))
+
+    def __lt__(self, other: Any) -> Self:
+        return self._new(self.builder.icmp_signed("<", self.value, self._match(other)))
+
+    def choose(self, yes: Self, no: Self) -> Self:
+        """Take lanes of `yes` where this comparison holds, else of `no`."""
+        return self._new(self.builder.select(self.value, yes.value, no.value))
+
+    def pick(self, lanes: Sequence[int]) -> Self:
+        """Choose lanes by number, in any order, also repeatedly."""
+        source = self
+        if self.count is None:
+            one = ir.VectorType(self.element, 1)
+            source = self._new(self.builder.insert_element(ir.Constant(one, ir.Undefined), self.value, INT(0)))
+        mask = ir.Constant(ir.VectorType(INT, len(lanes)), list(lanes))
+        return self._new(self.builder.shuffle_vector(source.value, source.value, mask))
+
+    def join(self, other: Self) -> Self:
+        """Set the lanes of `other` behind these."""
+        mask = ir.Constant(ir.VectorType(INT, 2 * self.count), list(range(2 * self.count)))
+        return self._new(self.builder.shuffle_vector(self.value, other.value, mask))
+
+    def widen(self) -> Self:
+        """Unsigned whole numbers -> int32."""
+        return self._new(self.builder.zext(self.value, self._typed(INT)))
+
+    def widen_signed(self) -> Self:
+        """Signed whole numbers -> int32."""
+        return self._new(self.builder.sext(self.value, self._typed(INT)))
+
+    def to_float(self) -> Self:
+        """int32 -> float32."""
+        return self._new(self.builder.sitofp(self.value, self._typed(FLOAT)))
+
+    def bits(self) -> Self:
+        """float32 -> its bits as int32."""
+        return self._new(self.builder.bitcast(self.value, self._typed(INT)))
+
+    def from_bits(self) -> Self:
+        """int32 -> the float32 with these bits."""
+        return self._new(self.builder.bitcast(self.value, self._typed(FLOAT)))
+
+    def from_half(self) -> Self:
+        """Bits of float16 -> float32, by moving bits: not every processor has an instruction for it."""
+        bits = self.widen()
+        size = bits & 0x7FFF
+        tiny = (size.to_float() * 2.0**-24).bits()
+        normal = (size << 13) + ((127 - 15) << 23)
+        infinite = (size << 13) | (255 << 23)
+        wide = (size < 0x0400).choose(tiny, (size < 0x7C00).choose(normal, infinite))
+        return (wide | ((bits & 0x8000) << 16)).from_bits().quiet()
+
+    def quiet(self) -> Self:
+        """Replace every NaN by the usual one, whose bits can be rounded like those of a number."""
+        is_nan = self.builder.fcmp_unordered("uno", self.value, self.value)
+        return self._new(self.builder.select(is_nan, self._match(float("nan")), self.value))
+
+    def bfloat16(self) -> Self:
+        """float32 -> bits of bfloat16, rounded to nearest even; a NaN must be quiet."""
+        bits = self.bits()
+        rounded = (bits + ((bits >> 16) & 1) + 0x7FFF) >> 16
+        return self._new(self.builder.trunc(rounded.value, self._typed(SHORT)))
+
+
+@intrinsic
+def loaded(typing_context, value):
+    """Read a number of an array, float32 or bfloat16 as uint16, as float32."""
+
+    def write(context, builder, signature, arguments):
+        number = Lanes(builder, arguments[0])
+        return number.value if value == types.float32 else (number.widen() << 16).from_bits().value
+
+    return types.float32(value), write
+
+
+@intrinsic
+def stored(typing_context, value, out):
+    """Convert float32 to what the array `out` holds: itself, or bfloat16 as uint16."""
+
+    def write(context, builder, signature, arguments):
+        number = Lanes(builder, arguments[0])
+        return number.value if out.dtype == types.float32 else number.quiet().bfloat16().value
+
+    return out.dtype(types.float32, out), write
+
+
+@intrinsic
+def bits_of(typing_context, value):
+    """Return the bits of a float32 as int32."""
+    return types.int32(types.float32), lambda context, builder, signature, args: Lanes(builder, args[0]).bits().value
+
+
+@intrinsic
+def from_bits(typing_context, value):
+    """Return the float32 with these bits, int32."""
+    return types.float32(types.int32), lambda c, builder, s, args: Lanes(builder, args[0]).from_bits().value
