@@ -137,9 +137,13 @@ def _tiles(starts: list[int], window: int | None) -> Iterator[tuple[int, int, in
             yield first, min(first + TILE, end), low
 
 
-def _tile_args(spec: AttentionSpec, first: int, low: int) -> tuple[int, int, int, int, np.float32]:
-    """What the softmax loops need to know which keys a query sees, and the soft-cap (0 for none)."""
-    return spec.group, first, low, spec.window or NO_WINDOW, np.float32(spec.softcap or 0.0)
+def _scores(q: Tensor, k: Tensor, spec: AttentionSpec) -> tuple[Tensor, np.ndarray]:
+    """Scores of a tile, (kv_heads, queries · group, keys), bent where there is a soft-cap; as tensor and flat rows."""
+    scores = torch.bmm(q, k.transpose(1, 2))
+    flat = as_numpy(scores.view(-1, scores.shape[2]))
+    if spec.softcap:
+        split(*flat.shape, fused.bend, flat, np.float32(spec.softcap))
+    return scores, flat
 
 
 class _Attend(torch.autograd.Function):
@@ -149,33 +153,35 @@ class _Attend(torch.autograd.Function):
         out = torch.empty_like(q)
         log_sums = []
         for first, last, low in _tiles(starts, spec.window):
-            scores = torch.bmm(q[:, first:last].flatten(1, 2), k[:, low:last].transpose(1, 2))
-            log_sums.append(np.empty(scores.shape[:2], np.float32))
-            rows, cost = scores.shape[0] * scores.shape[1], SOFTMAX_COST * scores.shape[2]
-            split(rows, cost, fused.softmax_forward, as_numpy(scores), *_tile_args(spec, first, low), log_sums[-1])
-            out[:, first:last] = torch.bmm(scores, v[:, low:last]).view(out[:, first:last].shape)
-        flat = out.transpose(0, 1).flatten(1)
-        ctx.save_for_backward(qkv, flat)
+            weights, flat = _scores(q[:, first:last].flatten(1, 2), k[:, low:last], spec)
+            log_sums.append(np.empty(len(flat), np.float32))
+            seen = (weights.shape[1], spec.group, first, low, spec.window or NO_WINDOW)
+            split(len(flat), SOFTMAX_COST * flat.shape[1], fused.softmax_forward, flat, *seen, log_sums[-1])
+            out[:, first:last] = torch.bmm(weights, v[:, low:last]).view(out[:, first:last].shape)
+        mixed = out.transpose(0, 1).flatten(1)
+        ctx.save_for_backward(qkv, mixed)
         ctx.spec, ctx.angles, ctx.starts, ctx.log_sums = spec, angles, starts, log_sums
-        return flat
+        return mixed
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        qkv, flat = ctx.saved_tensors
+        qkv, mixed = ctx.saved_tensors
         spec = ctx.spec
         q, k, v = split_heads(qkv, spec, ctx.angles)
         shape = (-1, spec.num_kv_heads, spec.group, spec.head_dim)
         grad = grads[0].view(shape).transpose(0, 1).contiguous()
-        drift = (grad.float() * flat.view(shape).transpose(0, 1)).sum(-1)  # (kv_heads, tokens, group)
+        drift = (grad.float() * mixed.view(shape).transpose(0, 1)).sum(-1)  # (kv_heads, tokens, group)
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        per_cap = np.float32(1 / spec.softcap if spec.softcap else 0.0)
         for (first, last, low), log_sum in zip(_tiles(ctx.starts, spec.window), ctx.log_sums, strict=True):
             rows, g_rows = q[:, first:last].flatten(1, 2), grad[:, first:last].flatten(1, 2)
             keys, values = k[:, low:last], v[:, low:last]
-            weights = torch.bmm(rows, keys.transpose(1, 2))
+            weights, flat = _scores(rows, keys, spec)
             slopes = torch.bmm(g_rows, values.transpose(1, 2))
-            shift = drift[:, first:last].flatten(1).numpy()
-            arrays = (as_numpy(weights), as_numpy(slopes), *_tile_args(spec, first, low), log_sum, shift)
-            split(log_sum.size, SOFTMAX_COST * (last - low), fused.softmax_backward, *arrays)
+            seen = (rows.shape[1], spec.group, first, low, spec.window or NO_WINDOW)
+            arrays = (flat, as_numpy(slopes.view(-1, last - low)), *seen, per_cap, log_sum)
+            shift = drift[:, first:last].flatten().numpy()
+            split(len(flat), SOFTMAX_COST * (last - low), fused.softmax_backward, *arrays, shift)
             dv[:, low:last] += torch.bmm(weights.transpose(1, 2), g_rows)
             dk[:, low:last] += torch.bmm(slopes.transpose(1, 2), rows)
             dq[:, first:last] = torch.bmm(slopes, keys).view(dq[:, first:last].shape)

@@ -11,7 +11,9 @@ from numba.extending import register_jitable
 
 from thimble.torch_backend.vectors import from_bits, loaded, stored
 
-FAST = {"reassoc", "contract", "arcp", "nsz"}  # no flag that lets the compiler assume away NaN
+# Fast arithmetic but for flags that let the compiler assume away NaN; and no checks for division by zero, whose branches
+# keep a loop from being vectorised.
+LOOP = {"nogil": True, "cache": True, "fastmath": {"reassoc", "contract", "arcp", "nsz"}, "error_model": "numpy"}
 ONE, TWO, HALF = np.float32(1), np.float32(2), np.float32(0.5)
 LOG2_E, LN2_HIGH, LN2_LOW = np.float32(1.44269504), np.float32(0.693359375), np.float32(-2.12194440e-4)
 EXP_LOW, EXP_HIGH = np.float32(-87.0), np.float32(88.0)
@@ -47,7 +49,7 @@ def _rate(row, eps):
     return ONE / np.sqrt(total / np.float32(row.shape[0]) + eps)
 
 
-@njit(nogil=True, cache=True, fastmath=FAST)
+@njit(**LOOP)
 def norm_forward(begin, end, x, weight, eps, out):
     """x / rms(x) · weight: x, out (rows, n); weight float32 (n,)."""
     for i in range(begin, end):
@@ -56,7 +58,7 @@ def norm_forward(begin, end, x, weight, eps, out):
             out[i, j] = stored(loaded(x[i, j]) * rate * weight[j], out)
 
 
-@njit(nogil=True, cache=True, fastmath=FAST)
+@njit(**LOOP)
 def norm_backward(begin, end, x, weight, eps, grad, out):
     """Gradient at x of `norm_forward`: all (rows, n)."""
     for i in range(begin, end):
@@ -90,22 +92,24 @@ def _gelu(gate):
 def _make_gate(activate):
     """Compile the pair of loops for one activation."""
 
-    @njit(nogil=True, cache=True, fastmath=FAST)
+    @njit(**LOOP)
     def forward(begin, end, x, out):
         n = out.shape[1]
         for i in range(begin, end):
+            gate, up, to = x[i, :n], x[i, n:], out[i]
             for j in range(n):
-                out[i, j] = stored(activate(loaded(x[i, j]))[0] * loaded(x[i, n + j]), out)
+                to[j] = stored(activate(loaded(gate[j]))[0] * loaded(up[j]), out)
 
-    @njit(nogil=True, cache=True, fastmath=FAST)
+    @njit(**LOOP)
     def backward(begin, end, x, grad, out):
         n = grad.shape[1]
         for i in range(begin, end):
+            gate, up, g = x[i, :n], x[i, n:], grad[i]
+            to_gate, to_up = out[i, :n], out[i, n:]
             for j in range(n):
-                value, slope = activate(loaded(x[i, j]))
-                g = loaded(grad[i, j])
-                out[i, j] = stored(g * loaded(x[i, n + j]) * slope, out)
-                out[i, n + j] = stored(g * value, out)
+                value, slope = activate(loaded(gate[j]))
+                to_gate[j] = stored(loaded(g[j]) * loaded(up[j]) * slope, out)
+                to_up[j] = stored(loaded(g[j]) * value, out)
 
     return forward, backward
 
@@ -129,7 +133,7 @@ def _turn(source, cos, sin, sign, scale, out):
         out[j] = stored(loaded(source[j]) * scale, out)
 
 
-@njit(nogil=True, cache=True, fastmath=FAST)
+@njit(**LOOP)
 def split_heads(begin, end, qkv, cos, sin, scale, q, k, v):
     """Cut, rotate and scale: qkv (tokens, heads, dim) to q (kv, tokens, group, dim), k and v (kv, tokens, dim)."""
     kv, group = q.shape[0], q.shape[2]
@@ -142,7 +146,7 @@ def split_heads(begin, end, qkv, cos, sin, scale, q, k, v):
                 v[h, t, j] = qkv[t, kv * group + kv + h, j]
 
 
-@njit(nogil=True, cache=True, fastmath=FAST)
+@njit(**LOOP)
 def join_heads(begin, end, dq, dk, dv, cos, sin, scale, out):
     """Undo `split_heads` for gradients: the shapes are its own."""
     kv, group = dq.shape[0], dq.shape[2]
@@ -155,9 +159,22 @@ def join_heads(begin, end, dq, dk, dv, cos, sin, scale, out):
                 out[t, kv * group + kv + h, j] = stored(loaded(dv[h, t, j]), out)
 
 
+# ---- soft-cap -------------------------------------------------------------------------------------------------------
+
+
+@njit(**LOOP)
+def bend(begin, end, x, cap):
+    """Replace x (rows, n) by cap · tanh(x / cap), in place; its slope is 1 - (result / cap)²."""
+    for i in range(begin, end):
+        row = x[i]
+        for j in range(row.shape[0]):
+            row[j] = stored(cap * tanh(loaded(row[j]) / cap), x)
+
+
 # ---- softmax of one attention tile ---------------------------------------------------------------------------------
-# scores (kv, queries · group, keys); row r is query first + r // group, column c is key low + c. A query sees the keys
-# up to itself, at most `window` of them. Rows outside are given weight 0.
+# scores (kv · queries · group, keys), already bent; row r of a key head is query first + r // group, column c is key
+# low + c. A query sees the keys up to itself, at most `window` of them; the others are given weight 0. Slices rather
+# than offsets: an index that might be negative keeps a loop from being vectorised.
 
 
 @register_jitable
@@ -166,86 +183,80 @@ def _seen(row, group, first, low, window, keys):
     return max(0, query - window + 1 - low), min(keys, query + 1 - low)
 
 
-@njit(nogil=True, cache=True, fastmath=FAST)
-def softmax_forward(begin, end, scores, group, first, low, window, softcap, log_sums):
-    """Turn scores into weights in place, and keep their log-sums, float32 (kv, queries · group)."""
-    kv, rows, keys = scores.shape
+@register_jitable
+def _log_sum(row):
+    """log Σ exp of a row of float32 or bfloat16."""
+    top = loaded(row[0])
+    for j in range(row.shape[0]):
+        value = loaded(row[j])
+        top = value if value > top else top
+    total = np.float32(0)
+    for j in range(row.shape[0]):
+        total += exp(loaded(row[j]) - top)
+    return top + np.log(total)
+
+
+@register_jitable
+def _clear(row, array):
+    for j in range(row.shape[0]):
+        row[j] = stored(np.float32(0), array)
+
+
+@njit(**LOOP)
+def softmax_forward(begin, end, scores, rows, group, first, low, window, log_sums):
+    """Turn scores into weights in place, and keep their log-sums, float32 (kv · queries · group,).
+
+    `rows` are those of one key head.
+    """
     for i in range(begin, end):
-        row = scores[i // rows, i % rows]
-        start, end = _seen(i % rows, group, first, low, window, keys)
-        top = np.float32(-np.inf)
-        for j in range(start, end):
-            top = max(top, loaded(row[j]))
-        if softcap > 0:
-            top = softcap * tanh(top / softcap)
-        total = np.float32(0)
-        for j in range(start, end):
-            value = loaded(row[j])
-            total += exp((softcap * tanh(value / softcap) if softcap > 0 else value) - top)
-        log_sum = top + np.log(total)
-        log_sums[i // rows, i % rows] = log_sum
-        for j in range(start):
-            row[j] = stored(np.float32(0), row)
-        for j in range(start, end):
-            value = loaded(row[j])
-            row[j] = stored(exp((softcap * tanh(value / softcap) if softcap > 0 else value) - log_sum), row)
-        for j in range(end, keys):
-            row[j] = stored(np.float32(0), row)
+        start, stop = _seen(i % rows, group, first, low, window, scores.shape[1])
+        seen = scores[i, start:stop]
+        log_sum = log_sums[i] = _log_sum(seen)
+        for j in range(seen.shape[0]):
+            seen[j] = stored(exp(loaded(seen[j]) - log_sum), scores)
+        _clear(scores[i, :start], scores)
+        _clear(scores[i, stop:], scores)
 
 
-@njit(nogil=True, cache=True, fastmath=FAST)
-def softmax_backward(begin, end, scores, grads, group, first, low, window, softcap, log_sums, drift):
+@njit(**LOOP)
+def softmax_backward(begin, end, scores, grads, rows, group, first, low, window, per_cap, log_sums, drift):
     """Turn scores into weights and the weights' gradients into the scores', both in place.
 
-    With w = softmax(s) and d = Σ w · ∂L/∂w (drift, float32 (kv, queries · group)): ∂L/∂s = w (∂L/∂w − d), times the
-    slope of the soft-cap.
+    With w = softmax(s) and d = Σ w · ∂L/∂w (drift, float32 (kv · queries · group,)): ∂L/∂s = w (∂L/∂w − d), times the
+    slope of the soft-cap (`per_cap` is its inverse, 0 for none).
     """
-    kv, rows, keys = scores.shape
     for i in range(begin, end):
-        row, grad = scores[i // rows, i % rows], grads[i // rows, i % rows]
-        start, end = _seen(i % rows, group, first, low, window, keys)
-        log_sum, shift = log_sums[i // rows, i % rows], drift[i // rows, i % rows]
-        for j in range(start):
-            row[j] = grad[j] = stored(np.float32(0), row)
-        for j in range(start, end):
-            value, slope = loaded(row[j]), ONE
-            if softcap > 0:
-                bent = tanh(value / softcap)
-                value, slope = softcap * bent, ONE - bent * bent
-            weight = exp(value - log_sum)
-            row[j] = stored(weight, row)
-            grad[j] = stored(weight * (loaded(grad[j]) - shift) * slope, grad)
-        for j in range(end, keys):
-            row[j] = grad[j] = stored(np.float32(0), row)
+        start, stop = _seen(i % rows, group, first, low, window, scores.shape[1])
+        seen, grad, log_sum, shift = scores[i, start:stop], grads[i, start:stop], log_sums[i], drift[i]
+        for j in range(seen.shape[0]):
+            value = loaded(seen[j])
+            weight, bent = exp(value - log_sum), value * per_cap
+            seen[j] = stored(weight, scores)
+            grad[j] = stored(weight * (loaded(grad[j]) - shift) * (ONE - bent * bent), grads)
+        for array in (scores, grads):
+            _clear(array[i, :start], array)
+            _clear(array[i, stop:], array)
 
 
 # ---- cross-entropy -------------------------------------------------------------------------------------------------
 
 
-@njit(nogil=True, cache=True, fastmath=FAST)
-def cross_entropy(begin, end, logits, targets, softcap, losses, needs_grad):
-    """Loss of each row, float32 (rows,); if wanted, turn logits (rows, vocabulary) into their gradient in place."""
+@njit(**LOOP)
+def cross_entropy(begin, end, logits, targets, per_cap, losses, needs_grad):
+    """Loss of each row of logits (rows, vocabulary), already bent, to float32 (rows,).
+
+    If wanted, the logits become the gradient of the loss before bending, in place; `per_cap` is the inverse of the
+    soft-cap, 0 for none.
+    """
     for i in range(begin, end):
         row = logits[i]
-        top = np.float32(-np.inf)
-        for j in range(row.shape[0]):
-            top = max(top, loaded(row[j]))
-        if softcap > 0:
-            top = softcap * tanh(top / softcap)
-        total = np.float32(0)
-        for j in range(row.shape[0]):
-            value = loaded(row[j])
-            total += exp((softcap * tanh(value / softcap) if softcap > 0 else value) - top)
-        log_sum = top + np.log(total)
+        log_sum = _log_sum(row)
         target = loaded(row[targets[i]])
-        bent = tanh(target / softcap) if softcap > 0 else np.float32(0)
-        losses[i] = log_sum - (softcap * bent if softcap > 0 else target)
+        losses[i] = log_sum - target
         if needs_grad:
             for j in range(row.shape[0]):
-                value, slope = loaded(row[j]), ONE
-                if softcap > 0:
-                    curve = tanh(value / softcap)
-                    value, slope = softcap * curve, ONE - curve * curve
-                row[j] = stored(exp(value - log_sum) * slope, row)
-            at_target = exp(-losses[i]) - ONE
-            row[targets[i]] = stored(at_target * (ONE - bent * bent if softcap > 0 else ONE), row)
+                value = loaded(row[j])
+                bent = value * per_cap
+                row[j] = stored(exp(value - log_sum) * (ONE - bent * bent), logits)
+            bent = target * per_cap
+            row[targets[i]] = stored((exp(target - log_sum) - ONE) * (ONE - bent * bent), logits)

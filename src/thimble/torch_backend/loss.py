@@ -71,6 +71,8 @@ def _chunk_loss(
     """Summed loss of some rows, and its gradient at x."""
     logits = torch.mm(x, weight.t())
     losses = np.empty(len(targets), np.float32)
-    arrays = (as_numpy(logits), targets.numpy(), np.float32(softcap or 0.0), losses, needs_grad)
-    split(*logits.shape, fused.cross_entropy, *arrays)
+    if softcap:
+        split(*logits.shape, fused.bend, as_numpy(logits), np.float32(softcap))
+    per_cap = np.float32(1 / softcap if softcap else 0.0)
+    split(*logits.shape, fused.cross_entropy, as_numpy(logits), targets.numpy(), per_cap, losses, needs_grad)
     return float(losses.sum(dtype=np.float64)), torch.mm(logits, weight) if needs_grad else None
