@@ -11,8 +11,8 @@ from numba.extending import register_jitable
 
 from thimble.torch_backend.vectors import from_bits, loaded, stored
 
-# Fast arithmetic but for flags that let the compiler assume away NaN; and no checks for division by zero, whose branches
-# keep a loop from being vectorised.
+# Fast arithmetic but for flags that let the compiler assume away NaN; and no checks for division by zero, whose
+# branches keep a loop from being vectorised.
 LOOP = {"nogil": True, "cache": True, "fastmath": {"reassoc", "contract", "arcp", "nsz"}, "error_model": "numpy"}
 ONE, TWO, HALF = np.float32(1), np.float32(2), np.float32(0.5)
 LOG2_E, LN2_HIGH, LN2_LOW = np.float32(1.44269504), np.float32(0.693359375), np.float32(-2.12194440e-4)

@@ -10,6 +10,8 @@ from torch import Tensor
 from thimble.torch_backend.decoder import Decoder
 from thimble.torch_backend.kv_cache import KvCache
 
+PROMPT_TOKENS = 2048  # of prompts read in one pass
+
 
 class Sampler:
     """Chooses next tokens.
@@ -59,11 +61,7 @@ def generate(
     capacity = max(len(prompt) for prompt in prompts) + max_new_tokens
     spec = decoder.blocks[0].attention
     cache = KvCache(len(decoder.blocks), len(prompts), capacity, spec, decoder.compute)
-    starts = np.concatenate([[0], np.cumsum([len(prompt) for prompt in prompts])]).astype(np.int64)
-    hidden = decoder.hidden(np.concatenate(prompts), decoder.pack(starts, cache=cache))[
-        torch.from_numpy(starts[1:] - 1)
-    ]
-    cache.lengths += torch.from_numpy(np.diff(starts))
+    hidden = _read_prompts(decoder, prompts, cache)
     answers: list[list[int]] = [[] for _ in prompts]
     active = torch.arange(len(prompts))
     for _ in range(max_new_tokens):
@@ -86,3 +84,22 @@ def generate(
         hidden = decoder.hidden(tokens.numpy().astype(np.int32), packed)
         cache.lengths += 1
     return answers
+
+
+def _read_prompts(decoder: Decoder, prompts: Sequence[NDArray[np.int32]], cache: KvCache) -> Tensor:
+    """Fill the cache, a few prompts at a time; return the last hidden state of each, (prompts, hidden)."""
+    last, begin = [], 0
+    while begin < len(prompts):
+        end, tokens = begin + 1, len(prompts[begin])
+        while end < len(prompts) and tokens + len(prompts[end]) <= PROMPT_TOKENS:
+            tokens += len(prompts[end])
+            end += 1
+        group = prompts[begin:end]
+        starts = np.concatenate([[0], np.cumsum([len(prompt) for prompt in group])]).astype(np.int64)
+        cache.reading = range(begin, end)
+        hidden = decoder.hidden(np.concatenate(group), decoder.pack(starts, cache=cache))
+        last.append(hidden[torch.from_numpy(starts[1:] - 1)])
+        begin = end
+    cache.lengths += torch.tensor([len(prompt) for prompt in prompts])
+    cache.reading, cache.is_prompt = range(len(prompts)), False
+    return torch.cat(last)

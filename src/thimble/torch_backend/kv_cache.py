@@ -15,46 +15,48 @@ class KvCache:
         capacity: Most tokens of a row, prompt and answer together.
         spec: Attention of any layer, for its sizes.
         compute: Type of keys and values.
+
+    Attributes:
+        lengths: int64 (rows,), tokens of each row read so far.
+        reading: The rows that the next pass reads.
+        is_prompt: The next pass reads whole prompts, which see nothing but themselves.
     """
 
     def __init__(self, num_layers: int, rows: int, capacity: int, spec: AttentionSpec, compute: torch.dtype) -> None:
         shape = (num_layers, rows, spec.num_kv_heads, capacity, spec.head_dim)
         self.keys, self.values = torch.zeros(shape, dtype=compute), torch.zeros(shape, dtype=compute)
-        self.lengths = torch.zeros(rows, dtype=torch.int64)  # tokens read before this pass
+        self.lengths = torch.zeros(rows, dtype=torch.int64)
         self.capacity = capacity
+        self.reading, self.is_prompt = range(rows), True
 
     def keep(self, rows: Tensor) -> None:
         """Forget all rows but these, int64 (kept,)."""
-        longest = int(self.lengths[rows].max())
-        keys, values = self.keys[:, rows], self.values[:, rows]
-        self.keys, self.values, self.lengths = keys, values, self.lengths[rows]
-        assert longest <= self.capacity, f"a row of {longest} tokens is in a cache for {self.capacity}"
+        self.keys, self.values, self.lengths = self.keys[:, rows], self.values[:, rows], self.lengths[rows]
+        self.reading = range(len(rows))
 
 
 def attend_cached(
     qkv: Tensor, spec: AttentionSpec, angles: Angles | None, starts: list[int], cache: KvCache, layer: int
 ) -> Tensor:
-    """Attention that extends and reads the cache: over whole prompts at first, then one token a row.
+    """Attention that extends the cache, and reads it unless whole prompts are given.
 
     Args:
         qkv: (tokens, (heads + 2 kv_heads) · head_dim).
         spec: The layer's attention.
         angles: Rotations, or None.
         starts: Where rows begin among the tokens.
-        cache: Keys and values.
+        cache: Keys and values; `cache.reading` says which rows these are.
         layer: Number of the block.
 
     Returns:
         (tokens, heads · head_dim).
     """
     q, k, v = split_heads(qkv, spec, angles)
-    for row, (start, end) in enumerate(zip(starts, starts[1:], strict=False)):
+    for row, start, end in zip(cache.reading, starts, starts[1:], strict=False):
         at = int(cache.lengths[row])
         cache.keys[layer, row, :, at : at + end - start] = k[:, start:end]
         cache.values[layer, row, :, at : at + end - start] = v[:, start:end]
-    if not cache.lengths.any():
-        return attend(qkv, spec, angles, starts)
-    return _attend_next(q, spec, cache, layer)
+    return attend(qkv, spec, angles, starts) if cache.is_prompt else _attend_next(q, spec, cache, layer)
 
 
 def _attend_next(q: Tensor, spec: AttentionSpec, cache: KvCache, layer: int) -> Tensor:
