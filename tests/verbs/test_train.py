@@ -1,0 +1,182 @@
+"""Whole runs on a tiny base: what they leave behind, how they end, and that they can be repeated."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+import thimble
+from thimble.core.adapter import load_adapter
+from thimble.errors import RunError
+
+QUICK = {
+    "seq_len": 64,
+    "batch_tokens": 64,
+    "max_steps": 6,
+    "max_new_tokens": 4,
+    "learning_rate": 0.01,
+    "compute": "fp32",
+}
+
+
+def steps(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    timing = ("seconds", "peak_memory_bytes")
+    return [{key: value for key, value in row.items() if key not in timing} for row in rows]
+
+
+def bytes_of(folder):
+    return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.fixture
+def train(examples, tiny_base, tmp_path):
+    def run(name, **knobs):
+        return thimble.train(examples, base=tiny_base, out=str(tmp_path / name), **{**QUICK, **knobs})
+
+    return run
+
+
+def test_a_run_learns_and_leaves_everything_behind(train, tmp_path):
+    report = train("run", max_steps=30)
+    assert report.status == "done"
+    assert report.loss_before == report.loss_base
+    assert report.loss_after < report.loss_before - 0.5
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names == {
+        "adapter",
+        "before.json",
+        "config.yaml",
+        "manifest.json",
+        "metrics.jsonl",
+        "report.html",
+        "report.json",
+    }
+    assert {"step", "loss", "learning_rate", "tokens", "seconds", "peak_memory_bytes"} <= set(
+        json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    )
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert len(manifest["base"]["sha256"]) == 64
+    assert manifest["data"]
+    assert set(manifest["result"]) == {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"}
+
+
+def test_the_same_seed_gives_the_same_adapter_and_another_seed_another(train, tmp_path):
+    for name, seed in (("one", 0), ("two", 0), ("three", 1)):
+        train(name, seed=seed)
+    assert bytes_of(tmp_path / "one") == bytes_of(tmp_path / "two")
+    assert steps(tmp_path / "one") == steps(tmp_path / "two")
+    assert bytes_of(tmp_path / "one") != bytes_of(tmp_path / "three")
+
+
+def test_a_run_can_be_repeated_from_its_folder(train, tmp_path):
+    train("one")
+    thimble.train(None, config=str(tmp_path / "one" / "config.yaml"), out=str(tmp_path / "two"))
+    assert bytes_of(tmp_path / "one") == bytes_of(tmp_path / "two")
+
+
+def test_a_run_that_diverges_keeps_the_last_good_adapter_and_says_so(train, tmp_path):
+    with pytest.raises(RunError, match="training diverged at step .* The last good adapter is kept in"):
+        train("run", learning_rate=1e3, max_steps=40)
+    assert load_adapter(tmp_path / "run").is_finite()
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["status"] == "diverged"
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+def test_nan_in_a_loss_changes_nothing_and_ends_the_run(train, tmp_path, monkeypatch):
+    from thimble.core.metrics import LossSum
+    from thimble.torch_backend.session import Gradients, TorchSession
+
+    true = TorchSession.gradients
+    calls = iter(range(100))
+
+    def poisoned(self, *arguments):
+        found = true(self, *arguments)
+        return Gradients(LossSum(math.nan, 1), found.norm) if next(calls) == 3 else found
+
+    monkeypatch.setattr(TorchSession, "gradients", poisoned)
+    with pytest.raises(RunError, match="diverged at step 4: the loss is nan"):
+        train("run")
+    assert load_adapter(tmp_path / "run").is_finite()
+
+
+def test_an_interrupted_run_keeps_what_was_learned(train, tmp_path):
+    taken = []
+    report = train(
+        "run", max_steps=50, on_event=lambda e: taken.append(e) if e.kind == "step" else None,
+        should_stop=lambda: len(taken) >= 3,
+    )  # fmt: skip
+    assert (report.status, report.steps) == ("interrupted", 3)
+    assert any(np.abs(factors.B).max() > 0 for factors in load_adapter(tmp_path / "run").layers.values())
+
+
+def test_a_resumed_run_ends_with_the_same_adapter_and_log(train, tmp_path):
+    train("whole", max_steps=9)
+    taken = []
+    train(
+        "broken", max_steps=9, checkpoint_every_steps=2,
+        on_event=lambda e: taken.append(e) if e.kind == "step" else None, should_stop=lambda: len(taken) >= 5,
+    )  # fmt: skip
+    report = train("broken", max_steps=9, checkpoint_every_steps=2, resume=True)
+    assert report.status == "done"
+    assert bytes_of(tmp_path / "whole") == bytes_of(tmp_path / "broken")
+    assert steps(tmp_path / "whole") == steps(tmp_path / "broken")
+
+
+def test_resuming_a_finished_run_returns_its_report(train):
+    first = train("run")
+    again = train("run", resume=True)
+    assert again.loss_after == first.loss_after
+    assert again.steps == first.steps
+
+
+def test_resuming_without_a_checkpoint_starts_from_the_beginning_and_says_so(train):
+    report = train("run", resume=True)
+    assert report.status == "done"
+    assert any("no valid checkpoint" in note for note in report.told["note"])
+
+
+def test_a_damaged_checkpoint_is_passed_over(train, tmp_path):
+    from thimble.verbs.run_folder import latest_checkpoint
+
+    train("run", checkpoint_every_steps=2)
+    assert latest_checkpoint(tmp_path / "run")[0] == 6
+    file = tmp_path / "run" / "checkpoints" / "step-00000006" / "state.safetensors"
+    damaged = bytearray(file.read_bytes())
+    damaged[-1] ^= 1
+    file.write_bytes(damaged)
+    assert latest_checkpoint(tmp_path / "run")[0] == 4
+
+
+def test_plain_text_is_cut_into_rows_and_some_are_held_out(tiny_base, tmp_path):
+    (tmp_path / "book.txt").write_text("the tool sewed and sewed until the thread was gone. " * 60)
+    report = thimble.train(tmp_path / "book.txt", base=tiny_base, out=str(tmp_path / "run"), **QUICK)
+    assert report.loss_after < report.loss_before
+
+
+def test_long_rows_are_truncated_and_counted(tiny_base, tmp_path):
+    rows = [{"prompt": "word " * 200, "completion": "done"}, *({"prompt": f"{n}", "completion": "x"} for n in range(6))]
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = thimble.train(tmp_path / "long.jsonl", base=tiny_base, out=str(tmp_path / "run"), valid_split=0, **QUICK)
+    assert any("1 training row longer than seq_len lost" in warning for warning in report.told["warning"])
+    assert math.isnan(report.loss_before)
+
+
+def test_a_metric_of_the_users_own_is_reported(train, tmp_path):
+    (tmp_path / "score.py").write_text("def length(answer, reference):\n    return {'characters': len(answer)}\n")
+    report = train("run", metric=f"{tmp_path}/score.py:length")
+    assert set(report.task_after) == {"characters"}
+
+
+def test_recomputing_blocks_gives_the_same_adapter(train, tmp_path, monkeypatch):
+    from dataclasses import replace
+
+    from thimble.verbs import job
+
+    train("kept")
+    true = job.estimate_memory
+    monkeypatch.setattr(job, "estimate_memory", lambda *a: replace(true(*a), is_recomputed=True))
+    train("recomputed")
+    assert bytes_of(tmp_path / "kept") == bytes_of(tmp_path / "recomputed")
