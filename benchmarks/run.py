@@ -140,12 +140,20 @@ def write_results(rows: list[dict]) -> None:
     """Write the table for people and the numbers behind it."""
     import torch
 
-    model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").open() if "model name" in line), "?")
-    machine = {"cpu": model, "threads": torch.get_num_threads(), "gemm_gflops": gemm_rates(), "torch": torch.__version__,
-               "python": platform.python_version(), "date": time.strftime("%Y-%m-%d")}  # fmt: skip
+    with Path("/proc/cpuinfo").open() as lines:
+        model = next((line.split(":")[1].strip() for line in lines if "model name" in line), "?")
+    machine = {
+        "cpu": model,
+        "threads": torch.get_num_threads(),
+        "gemm_gflops": gemm_rates(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
     (HERE / "results.json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
-    lines = ["# Results", "", "Written by `make bench`; ratios of medians, contestants alternating in one run.", "",
-             f"Machine: {json.dumps(machine)}", "", "| what | against | ratio or figure | goal | ours |", "|---|---|---|---|---|"]  # fmt: skip
+    lines = ["# Results", "", "Written by `make bench`; ratios of medians, contestants alternating in one run.", ""]
+    lines += [f"Machine: {json.dumps(machine)}", "", "| what | against | ratio or figure | goal | ours |"]
+    lines += ["|---|---|---|---|---|"]
     for line in rows:
         goal = "" if line["goal"] is None else f"{line['goal']:g}"
         lines.append(f"| {line['name']} | {line['peer']} | {line['ratio']:g} | {goal} | {line['value'] or ''} |")

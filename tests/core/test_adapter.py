@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import safetensors.numpy
+
 from thimble.core.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, find_adapter, load_adapter, save_adapter
 from thimble.core.lowrank import Factors
 from thimble.errors import AdapterError

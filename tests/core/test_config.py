@@ -1,6 +1,7 @@
 """Knobs: declared once, converted by their type, all problems at once."""
 
 import pytest
+
 from thimble.core.config import TrainConfig, knobs_of, parse_size
 
 

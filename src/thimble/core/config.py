@@ -61,6 +61,9 @@ def knob(
         positional: Given on the command line without a flag.
         is_size: An amount of bytes that may be written `4GB` or `500 MB` (1 GB = 1e9 bytes).
         metavar: Placeholder shown in `--help`.
+
+    Returns:
+        A dataclass field.
     """
     metadata = {
         "help": help, "check": check, "choices": choices, "positional": positional, "is_size": is_size,

@@ -38,6 +38,14 @@ class DecoderSpec:
 
     Attributes:
         family: `llama`, `mistral`, `smollm3`, `qwen2`, `qwen3`, `gemma2`, `gemma3` or `phi3`.
+        hidden_size: Width of the residual stream.
+        intermediate_size: Width of the MLP.
+        num_layers: Blocks.
+        num_heads: Query heads of a layer.
+        num_kv_heads: Key heads of a layer, and as many value heads.
+        head_dim: Width of a head.
+        vocab_size: Rows of the embedding.
+        norm_eps: Added to the mean square in every norm.
         windows: Per layer: number of latest positions that attention sees, or None for all.
         ropes: Per layer: its rotary embedding, or None for layers without positions.
         attention_scale: Factor of q kᵀ.

@@ -57,14 +57,19 @@ def scale(alpha: float, rank: int, use_rslora: bool = False) -> float:
 
 
 def delta(factors: Factors) -> Array:
-    """The dense update scale · B A, float (out, in).
+    """The dense update.
+
+    Args:
+        factors: The update as factors.
+
+    Returns:
+        scale · B A, float (out, in).
 
     Example:
         >>> delta(Factors(np.ones((1, 2)), np.ones((2, 1)), 0.5)).tolist()
         [[0.5, 0.5], [0.5, 0.5]]
     """
-    product: Array = factors.scale * (factors.B @ factors.A)
-    return product
+    return np.asarray(factors.scale * (factors.B @ factors.A))
 
 
 def merge(weight: Array, factors: Factors) -> Array:

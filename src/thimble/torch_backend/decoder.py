@@ -42,7 +42,14 @@ class Block:
 
     Attributes:
         number: Place in the stack, from 0.
+        attention: Its heads, scale, window and soft-cap.
         rope: Number of its rotary embedding in `Decoder.ropes`, or None.
+        qkv: Makes queries, keys and values.
+        out: Mixes the heads.
+        gate_up: Makes the gate and the values of the MLP.
+        down: Brings the MLP back to the width of the stream.
+        attn_norm: Applied to what attention reads.
+        mlp_norm: Applied to what the MLP reads.
         attn_out_norm: Applied to what attention adds (Gemma), or None.
         mlp_out_norm: Applied to what the MLP adds (Gemma), or None.
     """
@@ -155,6 +162,9 @@ class Decoder:
             starts: int64 (rows + 1,), where rows begin in the list of tokens.
             first: int64 (rows,), position of each row's first token; default 0.
             cache: Keys and values of earlier positions, when generating.
+
+        Returns:
+            The rows with their rotations.
         """
         lengths = np.diff(starts)
         first = np.zeros(len(lengths), np.int64) if first is None else first

@@ -15,19 +15,15 @@ class KvCache:
         capacity: Most tokens of a row, prompt and answer together.
         spec: Attention of any layer, for its sizes.
         compute: Type of keys and values.
-
-    Attributes:
-        lengths: int64 (rows,), tokens of each row read so far.
-        reading: The rows that the next pass reads.
-        is_prompt: The next pass reads whole prompts, which see nothing but themselves.
     """
 
     def __init__(self, num_layers: int, rows: int, capacity: int, spec: AttentionSpec, compute: torch.dtype) -> None:
         shape = (num_layers, rows, spec.num_kv_heads, capacity, spec.head_dim)
         self.keys, self.values = torch.zeros(shape, dtype=compute), torch.zeros(shape, dtype=compute)
-        self.lengths = torch.zeros(rows, dtype=torch.int64)
+        self.lengths = torch.zeros(rows, dtype=torch.int64)  # tokens of each row read so far
         self.capacity = capacity
-        self.reading, self.is_prompt = range(rows), True
+        self.reading = range(rows)  # the rows that the next pass reads
+        self.is_prompt = True  # the next pass reads whole prompts, which see nothing but themselves
 
     def keep(self, rows: Tensor) -> None:
         """Forget all rows but these, int64 (kept,)."""

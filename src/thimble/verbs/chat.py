@@ -49,6 +49,9 @@ class Conversation:
     def use(self, name: str) -> None:
         """Switch to an adapter, or to `base`; the conversation goes on.
 
+        Args:
+            name: One of `names`.
+
         Raises:
             AdapterError: If there is no adapter of that name.
         """

@@ -47,7 +47,8 @@ class Job:
         memory: Expected peak.
         micro_tokens: Most tokens of a micro-batch.
         questions: Held-out rows to answer before and after.
-        metric: Scores an answer; with its name.
+        metric: Scores an answer, or None.
+        metric_name: What the metric is called.
         folder: The run folder, not made yet.
     """
 

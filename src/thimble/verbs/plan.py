@@ -109,11 +109,12 @@ def as_table(report: PlanReport) -> list[tuple[str, Any]]:
     """The figures worth a line each, for people."""
     memory = ", ".join(f"{name} {size / 1e6:.0f}" for name, size in report.memory.items() if name != "total")
     share = report.adapter_parameters / report.base_parameters
+    tokens = f"{report.tokens_per_epoch:,} tokens, {report.label_tokens_per_epoch:,} learned"
+    data = f"{report.rows:,} rows, {tokens}; longest row {report.longest_row_tokens:,}"
     return [
         ("base", report.base),
         ("trained", f"{report.adapter_parameters / 1e6:.2f}M parameters ({share:.1%} of the base)"),
-        ("data", f"{report.rows:,} rows, {report.tokens_per_epoch:,} tokens, {report.label_tokens_per_epoch:,} learned; "
-                 f"longest row {report.longest_row_tokens:,}"),
+        ("data", data),
         ("memory", f"{report.memory['total'] / 1e9:.2f} GB of {report.available_bytes / 1e9:.2f} GB free"),
         ("", f"MB: {memory}"),
         ("speed", f"{report.tokens_per_second:,.0f} tokens/s, {report.seconds_per_step:.2f} s a step"),

@@ -43,6 +43,9 @@ def open_model(name: str | None) -> Model:
     Args:
         name: The knob `base`.
 
+    Returns:
+        The opened base.
+
     Raises:
         BaseModelError: If anything is missing or not supported.
     """
@@ -100,6 +103,11 @@ def open_adapters(paths: Sequence[str], base: Base | None, problems: Problems) -
 
 def check_fits(path: str, adapter: Adapter, base: Base) -> None:
     """Refuse an adapter whose layers are not the base's.
+
+    Args:
+        path: What the user called it.
+        adapter: The adapter.
+        base: The base.
 
     Raises:
         AdapterError: Naming the first layers that do not fit.

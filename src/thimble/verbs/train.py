@@ -293,6 +293,12 @@ class _Run:
     def finish(self, started: float) -> TrainReport:
         """Publish the adapter and write the reports.
 
+        Args:
+            started: When the run began, by `time.perf_counter`.
+
+        Returns:
+            The report.
+
         Raises:
             RunError: If the run diverged.
         """
