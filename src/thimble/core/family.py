@@ -49,16 +49,16 @@ class DecoderSpec:
         windows: Per layer: number of latest positions that attention sees, or None for all.
         ropes: Per layer: its rotary embedding, or None for layers without positions.
         attention_scale: Factor of q kᵀ.
+        max_positions: Longest row the base was made for.
+        activation: `silu` or `gelu_tanh`, of the gated MLP.
         attention_softcap: Scores become cap · tanh(scores / cap), or None.
         final_softcap: The same for logits.
         embedding_scale: Factor of the token embeddings.
-        activation: `silu` or `gelu_tanh`, of the gated MLP.
         has_qk_norm: q and k are RMS-normalised per head.
         has_post_norms: Outputs of attention and MLP are normalised before they are added (Gemma).
         norm_offset: Added to norm weights as stored in a Hugging Face folder (1 for Gemma).
         is_fused: q/k/v and gate/up are one matrix each (Phi-3).
         is_tied: The output head is the embedding matrix.
-        max_positions: Longest row the base was made for.
     """
 
     family: str

@@ -92,7 +92,8 @@ def unmerge(weight: Array, factors: Factors) -> Array:
 
 def _add(weight: Array, update: Array) -> Array:
     wide = np.promote_types(weight.dtype, np.float32)
-    return (weight.astype(wide) + update.astype(wide)).astype(weight.dtype)
+    total: Array = np.add(weight, update, dtype=wide)
+    return np.asarray(total, weight.dtype)
 
 
 def truncate(factors: Factors, rank: int) -> tuple[Factors, float]:
