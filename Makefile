@@ -1,7 +1,7 @@
 # Everything there is to run. Each target prints its commands; `make` alone lists the targets.
 
 PYTHON ?= python3
-DEMO_FLAGS ?= --epochs 2
+DEMO_FLAGS ?= --epochs 0.8 --max-new-tokens 96
 
 # A CPU build of PyTorch. Where pip would take the CUDA build, setup stops and says so before anything is downloaded;
 # TORCH_INDEX then names PyTorch's own index of CPU builds.

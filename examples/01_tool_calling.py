@@ -1,10 +1,6 @@
 """Prepare the demo: tool calls from the Berkeley Function Calling Leaderboard (package bfcl-eval, Apache-2.0).
 
-Writes DIR/train.jsonl and DIR/valid.jsonl. Rows that share a function, even as an alternative that is not called, land
-on the same side, so no function of a held-out row is ever seen in training.
-
-    python examples/01_tool_calling.py demo/data
-    thimble train demo/data --out demo/run
+Rows that share a function, called or not, land on the same side: no function of a held-out row is seen in training.
 """
 
 import importlib.util
@@ -14,12 +10,11 @@ import sys
 from pathlib import Path
 
 SOURCES = ("simple_python", "live_simple", "multiple")
-HELD_OUT_ROWS, LONGEST_CHARACTERS = 200, 1350
-TYPES = {"dict": "object", "float": "number", "tuple": "array", "any": "string"}
+HELD_OUT_ROWS, LONGEST = 200, 1350  # rows, characters
+TYPES = {"dict": "object", "float": "number", "tuple": "array", "any": "string"}  # Python's names, JSON schema's
 
 
 def schema(value):
-    """BFCL names types as Python does; OpenAI's form is JSON schema."""
     if isinstance(value, dict):
         return {k: TYPES.get(v, v) if k == "type" and isinstance(v, str) else schema(v) for k, v in value.items()}
     return [schema(item) for item in value] if isinstance(value, list) else value
@@ -33,37 +28,33 @@ def first(accepted):
 
 
 def read(folder, source):
-    lines = (folder / f"BFCL_v4_{source}.json").read_text().splitlines()
-    truth = (folder / "possible_answer" / f"BFCL_v4_{source}.json").read_text().splitlines()
-    answers = {row["id"]: row["ground_truth"][0] for row in map(json.loads, truth)}
-    for row in map(json.loads, lines):
+    tasks, truth = (folder / place / f"BFCL_v4_{source}.json" for place in ("", "possible_answer"))
+    answers = {row["id"]: row["ground_truth"][0] for row in map(json.loads, truth.open(encoding="utf-8"))}
+    for row in map(json.loads, tasks.open(encoding="utf-8")):
         [(name, arguments)] = answers[row["id"]].items()
-        tools = [{"type": "function", "function": schema(tool)} for tool in row["function"]]
         call = {"type": "function", "function": {"name": name, "arguments": json.dumps(first(arguments))}}
+        tools = [{"type": "function", "function": schema(tool)} for tool in row["function"]]
         yield {"messages": [*row["question"][0], {"role": "assistant", "tool_calls": [call]}], "tools": tools}
 
 
 def split(rows):
-    """Give every group of rows that are linked by a shared function to one side."""
-    group_of, groups = {}, []
+    groups = []  # of (function names, rows) that are linked by a shared function
     for row in rows:
-        names = {tool["function"]["name"] for tool in row["tools"]}
-        linked = [group for group in groups if group is not None and any(group_of.get(n) is group for n in names)]
-        merged = [row, *(other for group in linked for other in group)]
-        groups = [group for group in groups if not any(group is other for other in linked)] + [merged]
-        group_of.update({tool["function"]["name"]: merged for item in merged for tool in item["tools"]})
+        names, members = {tool["function"]["name"] for tool in row["tools"]}, [row]
+        for group in [group for group in groups if group[0] & names]:
+            groups.remove(group)
+            names, members = names | group[0], members + group[1]
+        groups.append((names, members))
     random.Random(0).shuffle(groups)
-    train, valid = [], []
-    for group in groups:
-        (valid if len(valid) + len(group) <= HELD_OUT_ROWS else train).extend(group)
-    return {"train": train, "valid": valid}
+    sides = {"train": [], "valid": []}
+    for _, members in groups:
+        sides["valid" if len(sides["valid"]) + len(members) <= HELD_OUT_ROWS else "train"].extend(members)
+    return sides
 
 
-if __name__ == "__main__":
-    data = Path(importlib.util.find_spec("bfcl_eval").submodule_search_locations[0]) / "data"
-    rows = [row for source in SOURCES for row in read(data, source) if len(json.dumps(row)) <= LONGEST_CHARACTERS]
-    out = Path(sys.argv[1] if len(sys.argv) > 1 else "demo/data")
-    out.mkdir(parents=True, exist_ok=True)
-    for side, chosen in split(rows).items():
-        (out / f"{side}.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in chosen))
-        print(f"{out / side}.jsonl: {len(chosen)} rows")
+data = Path(importlib.util.find_spec("bfcl_eval").submodule_search_locations[0]) / "data"
+out = Path(sys.argv[1] if len(sys.argv) > 1 else "demo/data")
+out.mkdir(parents=True, exist_ok=True)
+for side, rows in split(r for source in SOURCES for r in read(data, source) if len(json.dumps(r)) <= LONGEST).items():
+    (out / f"{side}.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    print(f"{out / side}.jsonl: {len(rows)} rows")

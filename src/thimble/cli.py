@@ -45,25 +45,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ThimbleError as error:
         if is_debug:
             raise
-        _complain(error.problems)
-        if is_json:
-            print(json.dumps({"error": list(error.problems), "exit_code": error.exit_code}, ensure_ascii=False))
-        return error.exit_code
+        return _failed(error.problems, error.exit_code, is_json)
     except OSError as error:
         if is_debug:
             raise
         is_full = error.errno == errno.ENOSPC
-        _complain([f"the disk is full ({error.filename or error})" if is_full else str(error)])
-        return 3
+        return _failed([f"the disk is full ({error.filename or error})" if is_full else str(error)], 3, is_json)
     except KeyboardInterrupt:
         return 130
     except Exception as error:
         if is_debug:
             raise
-        _complain(
-            [f"a fault of Thimble's own: {type(error).__name__}: {error} (add --debug to see where, and report it)"]
-        )
-        return 1
+        told = f"a fault of Thimble's own: {type(error).__name__}: {error} (add --debug to see where, and report it)"
+        return _failed([told], 1, is_json)
+
+
+def _failed(problems: Sequence[str], exit_code: int, is_json: bool) -> int:
+    """Tell what went wrong, to people and, if asked, to programs."""
+    _complain(problems)
+    if is_json:
+        print(json.dumps({"error": list(problems), "exit_code": exit_code}, ensure_ascii=False))
+    return exit_code
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -122,7 +124,6 @@ def _run(options: argparse.Namespace, unknown: list[str]) -> int:
         return _chat(config, is_json)
     stop = _StopFlag()
     progress = Progress(sys.stderr)
-    from thimble import verbs  # noqa: F401  (the package must be there before its verbs are loaded)
     from thimble.api import load_verb
 
     if verb == "plan":

@@ -106,9 +106,18 @@ def _commonest(values: Any) -> Any:
 
 
 def _shortest_targets(paths: Mapping[str, Any]) -> list[str]:
-    """Last parts of the paths where each occurs in every block, else the whole paths."""
-    kinds = Counter(path.rsplit(".", 1)[-1] for path in paths)
-    is_regular = len(set(kinds.values())) == 1
+    """Last parts of the paths where each occurs in every block from 0 on, else the whole paths.
+
+    PEFT adapts every layer that a short name ends, so a short name must leave out no block. How many blocks the base
+    has is not known here: an adapter of its first blocks alone names them in full only if their kinds differ.
+    """
+    kinds: dict[str, set[str]] = {}
+    for path in paths:
+        block, _, kind = path.rpartition(".")
+        kinds.setdefault(kind, set()).add(block.rsplit(".", 1)[0])
+    blocks = set().union(*kinds.values())
+    numbers = sorted(int(block.rsplit(".", 1)[-1]) for block in blocks if block.rsplit(".", 1)[-1].isdigit())
+    is_regular = all(found == blocks for found in kinds.values()) and numbers == list(range(len(blocks)))
     return sorted(kinds) if is_regular else sorted(paths)
 
 

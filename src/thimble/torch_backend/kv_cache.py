@@ -48,23 +48,30 @@ def attend_cached(
         (tokens, heads · head_dim).
     """
     q, k, v = split_heads(qkv, spec, angles)
+    if not cache.is_prompt:
+        return _attend_next(q, k, v, spec, cache, layer)
     for row, start, end in zip(cache.reading, starts, starts[1:], strict=False):
-        at = int(cache.lengths[row])
-        cache.keys[layer, row, :, at : at + end - start] = k[:, start:end]
-        cache.values[layer, row, :, at : at + end - start] = v[:, start:end]
-    return attend(qkv, spec, angles, starts) if cache.is_prompt else _attend_next(q, spec, cache, layer)
+        cache.keys[layer, row, :, : end - start] = k[:, start:end]
+        cache.values[layer, row, :, : end - start] = v[:, start:end]
+    return attend(qkv, spec, angles, starts)
 
 
-def _attend_next(q: Tensor, spec: AttentionSpec, cache: KvCache, layer: int) -> Tensor:
-    """One new token a row against all keys of its row; q is (kv_heads, rows, group, head_dim)."""
-    longest = int(cache.lengths.max()) + 1
-    keys, values = cache.keys[layer, :, :, :longest], cache.values[layer, :, :, :longest]
-    scores = (q.transpose(0, 1) @ keys.transpose(2, 3)).float()  # (rows, kv_heads, group, keys)
+def _attend_next(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, cache: KvCache, layer: int) -> Tensor:
+    """One new token a row against all keys of its row; shapes as from `split_heads`.
+
+    All of the cache's room takes part, masked, since cutting it to the longest row would copy it.
+    """
+    rows = torch.arange(len(cache.lengths))
+    cache.keys[layer, rows, :, cache.lengths] = k.transpose(0, 1)
+    cache.values[layer, rows, :, cache.lengths] = v.transpose(0, 1)
+    keys, values = cache.keys[layer].flatten(0, 1), cache.values[layer].flatten(0, 1)
+    scores = torch.bmm(q.transpose(0, 1).flatten(0, 1), keys.transpose(1, 2)).float()  # (rows · kv_heads, group, keys)
     if spec.softcap:
         scores = torch.tanh(scores / spec.softcap) * spec.softcap
-    place, now = torch.arange(longest), cache.lengths[:, None]
+    place, now = torch.arange(cache.capacity), cache.lengths[:, None]
     hidden = place > now
     if spec.window is not None:
         hidden |= place <= now - spec.window
-    weights = scores.masked_fill_(hidden[:, None, None], float("-inf")).softmax(-1)
-    return (weights.to(q.dtype) @ values).flatten(1)
+    scores.view(len(rows), -1, cache.capacity).masked_fill_(hidden[:, None], float("-inf"))
+    mixed = torch.bmm(scores.softmax(-1).to(q.dtype), values)
+    return mixed.view(len(rows), -1)

@@ -47,7 +47,17 @@ class Result:
 
 @dataclass
 class EvaluateReport:
-    """All results on the same rows, the base first."""
+    """All results on the same rows, the base first.
+
+    Attributes:
+        data: What the user named.
+        base: Name of the base.
+        rows: Rows the loss was taken over.
+        answered_rows: Rows answered for the task figures.
+        metric: Name of the task metric.
+        results: One per model.
+        told: Decisions, notes and warnings, in order.
+    """
 
     data: str
     base: str
