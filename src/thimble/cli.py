@@ -174,7 +174,7 @@ def _chat(config: Any, is_json: bool) -> int:
     from thimble.verbs.chat import open_conversation
 
     progress = Progress(sys.stderr)
-    talk = open_conversation(config, progress.hear)
+    talk = open_conversation(config, progress.hear) if config.prompt is None else open_conversation(config)
     progress.end()
     if config.prompt is not None:
         answer = talk.ask(config.prompt, _no_text if is_json else _write)

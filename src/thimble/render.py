@@ -6,6 +6,7 @@ import math
 import textwrap
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, TextIO
 
 from thimble.verbs.events import Event
@@ -33,7 +34,7 @@ class Progress:
             self._line(event.text)
             self._last = time.monotonic()
         elif event.kind == "progress":
-            self._moving(f"  {event.data['done']} of {event.data['total']}")
+            self._moving(f"  {event.text} {event.data['done']} of {event.data['total']}")
         elif event.kind == "step":
             is_first = event.data["step"] == 1
             is_last = event.data["step"] == event.data["total"]
@@ -146,7 +147,7 @@ def render_evaluate(report: Any) -> str:
     names = list(dict.fromkeys(name for result in report.results for name in result.scores))
     rows: list[tuple[str, ...]] = [("", *(result.name for result in report.results))]
     rows.append(("loss", *(_number(result.loss) for result in report.results)))
-    rows.append(("perplexity", *(_number(result.perplexity) for result in report.results)))
+    rows.append(("perplexity", *(f"{result.perplexity:,.2f}" for result in report.results)))
     for name in names:
         rows.append((name, *(_share(result.scores.get(name), report.answered_rows) for result in report.results)))
     parts = [_table(rows)]
@@ -154,7 +155,8 @@ def render_evaluate(report: Any) -> str:
     for shown in zip(*answers, strict=False):
         lines = [f"  {'asked':>8}: {_clip(shown[0]['asked'])}", f"  {'expected':>8}: {_clip(shown[0]['reference'])}"]
         lines += [
-            f"  {result.name[-8:]:>8}: {_clip(a['written'])}" for result, a in zip(report.results, shown, strict=True)
+            f"  {Path(result.name).name[:8]:>8}: {_clip(a['written'])}"
+            for result, a in zip(report.results, shown, strict=True)
         ]
         parts.append("\n".join(lines))
     return "\n\n".join(parts)

@@ -12,7 +12,7 @@ class Event:
     Attributes:
         kind: `decision` (what was chosen and why), `note` (what was found), `warning`, `stage` (a phase begins),
             `progress` (a phase moved) or `step` (an optimiser step was taken).
-        text: One sentence for people; empty for progress.
+        text: One sentence for people; of `progress` what is counted.
         data: Numbers for machines: of `progress` done and total; of `step` what stands in metrics.jsonl, and total.
     """
 
@@ -62,9 +62,9 @@ class Teller:
         """Tell that a phase begins."""
         self._on_event(Event("stage", text))
 
-    def progress(self, done: int, total: int) -> None:
-        """Tell how far a phase is."""
-        self._on_event(Event("progress", data={"done": done, "total": total}))
+    def progress(self, what: str, done: int, total: int) -> None:
+        """Tell how far a phase is, and what is counted."""
+        self._on_event(Event("progress", what, {"done": done, "total": total}))
 
     def step(self, data: dict[str, Any]) -> None:
         """Tell that an optimiser step was taken."""

@@ -51,16 +51,21 @@ class Answer:
 
 
 def held_out_loss(
-    session: "TorchSession", rows: Sequence[Row], max_tokens: int, tell: Teller, should_stop: ShouldStop = never
+    session: "TorchSession",
+    rows: Sequence[Row],
+    max_tokens: int,
+    tell: Teller,
+    should_stop: ShouldStop = never,
+    what: str = "held-out text",
 ) -> LossSum:
-    """Summed loss over rows, in micro-batches of at most `max_tokens`."""
+    """Summed loss over rows, in micro-batches of at most `max_tokens`; `what` is told with the progress."""
     total = LossSum()
     batches = micro_batches(rows, max_tokens)
     for number, batch in enumerate(batches):
         if should_stop():
             break
         total += session.loss(batch)
-        tell.progress(number + 1, len(batches))
+        tell.progress(f"reading {what}, batch", number + 1, len(batches))
     return total
 
 
@@ -183,7 +188,7 @@ def answer_all(
             question, text = questions[number], tokenizer.decode(ids)
             scores = metric(text, question.reference) if metric else {}
             answers[number] = Answer(question.asked, question.reference, text, scores)
-        tell.progress(len(answers), len(questions))
+        tell.progress("answering held-out rows,", len(answers), len(questions))
     return [answers[i] for i in sorted(answers)]
 
 

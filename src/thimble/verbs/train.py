@@ -184,7 +184,7 @@ class _Run:
             return
         self.tell.stage("measuring the base before training")
         self.session.switch(False)
-        report.loss_base, report.general_before = self._loss(self.job.examples.valid), self._loss(self.job.general)
+        report.loss_base, report.general_before = self._loss(self.job.examples.valid), self._general_loss()
         self.before = self._answers()
         report.task_before, report.task_rows = scores_of(self.before), len(self.before)
         self.session.switch(True)
@@ -202,9 +202,12 @@ class _Run:
         self.session.switch(True)
         return self.report.loss_base if attached == bare else self._loss(self.job.examples.valid)
 
-    def _loss(self, rows: Sequence[Row]) -> float:
-        total = held_out_loss(self.session, rows, self.job.micro_tokens, self.tell, self.should_stop)
+    def _loss(self, rows: Sequence[Row], what: str = "held-out rows") -> float:
+        total = held_out_loss(self.session, rows, self.job.micro_tokens, self.tell, self.should_stop, what)
         return math.nan if self.should_stop() else total.mean
+
+    def _general_loss(self) -> float:
+        return self._loss(self.job.general, "general text")
 
     def _answers(self) -> list[Answer]:
         job = self.job
@@ -279,7 +282,7 @@ class _Run:
             return
         self.tell.stage("measuring the result")
         report = self.report
-        report.loss_after, report.general_after = self._loss(self.job.examples.valid), self._loss(self.job.general)
+        report.loss_after, report.general_after = self._loss(self.job.examples.valid), self._general_loss()
         after = self._answers()
         if len(after) == len(self.before):
             report.task_after = scores_of(after)
