@@ -171,7 +171,9 @@ ROWS = {
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", choices=ROWS)
-    chosen = parser.parse_args().only
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    options = parser.parse_args()
+    chosen, ROUNDS = options.only, options.rounds
     table = []
     for name, measure in ROWS.items():
         if chosen in (None, name):

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import textwrap
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -110,7 +109,8 @@ def _table(rows: list[tuple[str, ...]]) -> str:
 
 
 def _clip(text: str, width: int = WIDTH - 14) -> str:
-    return textwrap.shorten(" ".join(text.split()), width, placeholder=" ...")
+    flat = " ".join(text.split())
+    return flat if len(flat) <= width else flat[: width - 4] + " ..."
 
 
 def render_train(report: Any) -> str:
