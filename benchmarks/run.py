@@ -137,7 +137,7 @@ def gemm_rates() -> dict[str, float]:
 
 
 def write_results(rows: list[dict]) -> None:
-    """Write the table for people and the numbers behind it."""
+    """Write the table for people and the numbers behind it; rows of an earlier run that were not measured now stay."""
     import torch
 
     with Path("/proc/cpuinfo").open() as lines:
@@ -150,6 +150,9 @@ def write_results(rows: list[dict]) -> None:
         "python": platform.python_version(),
         "date": time.strftime("%Y-%m-%d"),
     }
+    old = json.loads((HERE / "results.json").read_text())["rows"] if (HERE / "results.json").exists() else []
+    measured = {line["name"] for line in rows}
+    rows = [line for line in old if line["name"] not in measured] + rows
     (HERE / "results.json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
     lines = ["# Results", "", "Written by `make bench`; ratios of medians, contestants alternating in one run.", ""]
     lines += [f"Machine: {json.dumps(machine)}", "", "| what | against | ratio or figure | goal | ours |"]
