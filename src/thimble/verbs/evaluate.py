@@ -7,7 +7,7 @@ from thimble.core.adapter import Adapter
 from thimble.core.config import EvaluateConfig
 from thimble.core.metrics import Metric
 from thimble.data.records import Record
-from thimble.errors import ConfigError, Problems, plural
+from thimble.errors import Problems, plural
 from thimble.verbs.events import OnEvent, ShouldStop, Teller, ignore, never
 from thimble.verbs.measure import Question, answer_all, choose_metric, held_out_loss, make_questions, scores_of
 from thimble.verbs.prepare import (
@@ -134,7 +134,5 @@ def _prepare(
 
 def _records(path: str) -> tuple[Any, tuple[Record, ...]]:
     """The rows to measure on: the test file of a folder, else its valid file, else all rows."""
-    if not path:
-        raise ConfigError("no data is given: name a file or folder of examples, as in: thimble evaluate test.jsonl")
     dataset = open_data(path)
     return dataset, dataset.test or dataset.valid or dataset.train

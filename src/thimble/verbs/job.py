@@ -102,7 +102,7 @@ def _check(config: TrainConfig, needs_folder: bool) -> _Checked:
     """Read everything, and refuse the run with every problem found."""
     problems = Problems(config.problems)
     model = problems.attempt(open_model, config.base)
-    dataset = problems.attempt(_read, config.data)
+    dataset = problems.attempt(open_data, config.data)
     layers = problems.attempt(_choose_layers, config, model) if model else None
     folder = run_folder.choose_folder(config.out, config.data)
     if needs_folder:
@@ -145,12 +145,6 @@ def _general_rows(model: Model, config: TrainConfig) -> tuple[Row, ...]:
     """General text for the forgetting check; conversations only where the base has a template for them."""
     records = [record for record in general_records() if model.template or record.text is not None]
     return encode_all(records, make_encoder(model, config.replace(loss_on="auto")))[0]
-
-
-def _read(path: str) -> Dataset:
-    if not path:
-        raise ConfigError("no data is given: name a file or folder of examples, as in: thimble train examples.jsonl")
-    return open_data(path)
 
 
 def _choose_layers(config: TrainConfig, model: Model) -> list[str]:

@@ -15,7 +15,7 @@ from thimble.data.encode import Encoder, EncodeReport, Row, encode_all
 from thimble.data.records import Dataset, Record, read_dataset
 from thimble.data.template import ChatTemplate
 from thimble.data.tokenizer import Tokenizer, tokenizer_from_folder, tokenizer_from_gguf
-from thimble.errors import AdapterError, BaseModelError, MissingPackageError, Problems, listing, plural
+from thimble.errors import AdapterError, BaseModelError, ConfigError, MissingPackageError, Problems, listing, plural
 from thimble.verbs.events import Teller
 
 if TYPE_CHECKING:
@@ -185,7 +185,9 @@ def tell_examples(examples: Examples, tell: Teller) -> None:
 
 
 def open_data(path: str) -> Dataset:
-    """Read the examples; see thimble.data.records."""
+    """Read the examples; see thimble.data.records. Refuses an empty name, which no flag or file gave."""
+    if not path:
+        raise ConfigError("no data is given: name a file or folder of examples, as in: thimble train examples.jsonl")
     return read_dataset(path)
 
 
