@@ -11,10 +11,11 @@ from make_rows import ALPHA, LENGTH, RANK, RATE, ROWS, make_tokens
 from thimble.core.adapter import Adapter
 from thimble.core.base import open_base
 from thimble.core.lowrank import Factors, start_a
-from thimble.data.batches import micro_batches
+from thimble.data.batches import shares
 from thimble.data.encode import Row
 from thimble.torch_backend.compute import use_fast_fp32
 from thimble.torch_backend.session import TorchSession
+from thimble.torch_backend.threads import num_cores
 
 MICRO_BATCH_TOKENS = 1024  # what `thimble train` chooses
 
@@ -34,16 +35,16 @@ def main() -> None:
         for path, (fan_out, fan_in) in shapes.items()
     }
     session = TorchSession(base, options.dtype, options.store)
-    session.train(Adapter(layers))
+    session.train(Adapter(layers), num_shares=num_cores())
     ids, is_learned = make_tokens(options.labels)
     targets = np.where(is_learned, ids, -100)
     labels = np.concatenate([targets[:, 1:], np.full((ROWS, 1), -100)], 1)
     rows = [Row(i.astype(np.int32), t.astype(np.int32), "", 0) for i, t in zip(ids, labels, strict=True)]
-    batches = micro_batches(rows, MICRO_BATCH_TOKENS)
+    step = shares(rows, num_cores(), MICRO_BATCH_TOKENS)
     times = []
     for _ in range(options.steps + 1):
         began = time.perf_counter()
-        gradients = session.gradients(batches, int((labels >= 0).sum()))
+        gradients = session.gradients(step, int((labels >= 0).sum()))
         session.apply(gradients, RATE, 1.0)
         times.append(time.perf_counter() - began)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

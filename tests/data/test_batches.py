@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from thimble.data.batches import count_steps, epoch_steps, micro_batches, pack
+from thimble.data.batches import epoch_steps, micro_batches, pack, shares
 from thimble.data.encode import IGNORED, Row
 
 LENGTHS = [int(length) for length in np.random.default_rng(0).integers(1, 50, 200)]
@@ -50,19 +50,6 @@ def test_no_rows_make_no_steps():
     assert epoch_steps([], 100, seed=0, epoch=0) == []
 
 
-@pytest.mark.parametrize("epochs", [1, 3])
-def test_steps_of_whole_epochs_are_counted_exactly(epochs):
-    expected = sum(len(epoch_steps(LENGTHS, 100, 0, epoch)) for epoch in range(epochs))
-    assert count_steps(LENGTHS, 100, 0, epochs) == expected
-
-
-def test_part_of_an_epoch_is_rounded_up():
-    whole = count_steps(LENGTHS, 100, 0, 1)
-    assert count_steps(LENGTHS, 100, 0, 0.5) == -(-whole // 2)
-    assert count_steps(LENGTHS, 100, 0, 1.01) == whole + 1
-    assert count_steps([5], 100, 0, 0.1) == 1
-
-
 def test_packed_rows_lie_end_to_end():
     batch = pack([row(1, 2, 3), row(4, 5)])
     assert batch.ids.tolist() == [1, 2, 3, 4, 5]
@@ -103,3 +90,18 @@ def test_the_split_does_not_change_what_is_learned():
     rows = [of_length(length) for length in LENGTHS]
     whole = pack(rows).label_tokens
     assert all(sum(b.label_tokens for b in micro_batches(rows, size)) == whole for size in (60, 500))
+
+
+def test_shares_are_even_and_hold_every_row_once():
+    rows = [of_length(length) for length in LENGTHS]
+    split = shares(rows, 3, 100)
+    sizes = [sum(batch.tokens for batch in share) for share in split]
+    assert len(split) == 3
+    assert max(sizes) - min(sizes) < 20
+    assert max(batch.tokens for share in split for batch in share) <= 100
+    lengths = sorted(length for share in split for batch in share for length in np.diff(batch.starts))
+    assert lengths == sorted(LENGTHS)
+
+
+def test_no_share_is_empty_when_there_are_few_rows():
+    assert [len(share) for share in shares([of_length(5), of_length(9)], 4, 100)] == [1, 1]

@@ -8,6 +8,9 @@ import torch
 
 from families import FAMILIES, GGUF_FILES, hf_model, hf_model_of_gguf, make_hf_folder
 from thimble.core.base import open_base
+from thimble.core.metrics import LossSum
+from thimble.data.batches import pack
+from thimble.data.encode import Row
 from thimble.torch_backend.session import TorchSession
 
 GGUF = Path(__file__).parents[1] / "fixtures" / "gguf"
@@ -54,6 +57,22 @@ def test_generation_with_cache_equals_reading_everything_again(name, tmp_path):
             logits = session.logits(np.asarray(ids, np.int32))[-1]
             assert logits[token] > logits.max() - 1e-4, (token, int(logits.argmax()))
             ids.append(token)
+
+
+@pytest.mark.parametrize("name", ["llama_tied", "gemma3"])
+def test_rows_read_for_loss_and_answer_at_once_give_what_two_readings_give(name, tmp_path):
+    make_hf_folder(name, tmp_path)
+    session = TorchSession(open_base(tmp_path), "fp32", "dense")
+    rows = [Row(IDS[a:b], np.roll(IDS, -1)[a:b], "") for a, b in ((0, 12), (5, 30), (20, 29), (7, 40))]
+    prompts = [7, 11, 3, 30]
+    stop = frozenset(range(0, 290, 7))  # some answers end early, so that rows leave the cache
+    loss, answers = session.answer(rows, prompts, 40, 9, stop)
+    expected = sum(session.losses([pack([row]) for row in rows]), LossSum())
+    assert loss.tokens == expected.tokens
+    assert loss.nats == pytest.approx(expected.nats, rel=1e-5)
+    alone = [session.generate([row.ids[:n]], 9, stop)[0] for row, n in zip(rows, prompts, strict=True)]
+    assert answers == alone
+    assert len({len(answer) for answer in answers}) > 1
 
 
 @pytest.mark.parametrize("store", ["file", "int8", "dense"])

@@ -54,7 +54,7 @@ def peft_loss(model, batch):
 
 
 def gradients_of(session):
-    return session._state._views(session._state.grad)
+    return session._state._views(session._state.grads[0])
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -70,7 +70,7 @@ def test_loss_and_every_gradient_equal_those_of_peft(name, is_recomputed, tmp_pa
 
     session = TorchSession(base, "fp32", "dense", is_recomputed)
     session.train(adapter)
-    found = session.gradients([batch], int((batch.labels >= 0).sum()))
+    found = session.gradients([[batch]], int((batch.labels >= 0).sum()))
     assert found.loss.mean == pytest.approx(float(loss.detach()), abs=1e-5)
     for path, sides in gradients_of(session).items():
         for side, gradient in zip("AB", sides, strict=True):
@@ -85,8 +85,8 @@ def test_bf16_gradients_point_the_same_way(tmp_path):
     for compute in ("fp32", "bf16"):
         session = TorchSession(base, compute, "dense")
         session.train(adapter)
-        session.gradients([batch], 20)
-        flat.append(session._state.grad)
+        session.gradients([[batch]], 20)
+        flat.append(session._state.grads[0])
     assert torch.cosine_similarity(flat[0], flat[1], dim=0) > 0.99
 
 
@@ -99,11 +99,13 @@ def test_micro_batches_add_up_to_one_large_batch(tmp_path):
     ]
     labels = int((whole.labels >= 0).sum())
     results = []
-    for batches in ([whole], parts):
+    for shares in ([[whole]], [parts], [parts[:1], parts[1:]]):  # at once, one after the other, side by side
         session = TorchSession(base, "fp32", "dense")
-        session.train(adapter)
-        results.append((session.gradients(batches, labels).norm, session._state.grad.clone()))
-    torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-4, atol=1e-6)
+        session.train(adapter, num_shares=2)
+        results.append((session.gradients(shares, labels).norm, session._state.grads[0].clone()))
+    for norm, gradient in results[1:]:
+        assert norm == pytest.approx(results[0][0], rel=1e-4)
+        torch.testing.assert_close(gradient, results[0][1], rtol=1e-4, atol=1e-6)
 
 
 def test_a_zero_b_leaves_the_base_bit_for_bit_and_so_does_switching_off(tmp_path):
@@ -160,7 +162,7 @@ def test_adapters_on_some_layers_get_the_gradients_they_had_among_all(only, tmp_
     for adapter in (everything, some):
         session = TorchSession(base, "fp32", "dense")
         session.train(adapter)
-        session.gradients([batch], 20)
+        session.gradients([[batch]], 20)
         found.append(gradients_of(session))
     assert some.layers
     for path in some.layers:
@@ -183,7 +185,7 @@ def test_fifty_steps_follow_the_loss_curve_of_peft(tmp_path):
         torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
         optimiser.step()
         optimiser.zero_grad()
-        gradients = session.gradients([batch], int((batch.labels >= 0).sum()))
+        gradients = session.gradients([[batch]], int((batch.labels >= 0).sum()))
         session.apply(gradients, 2e-3, 1.0)
         curves.append((float(loss.detach()), gradients.loss.mean))
     ours, theirs = np.array(curves).T
@@ -198,7 +200,7 @@ def test_restoring_a_state_repeats_the_next_step_bit_for_bit(tmp_path):
     session.train(make_adapter(base))
 
     def step():
-        session.apply(session.gradients([batch], 20), 1e-2, 1.0)
+        session.apply(session.gradients([[batch]], 20), 1e-2, 1.0)
         return session.state()
 
     step()

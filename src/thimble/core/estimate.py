@@ -16,6 +16,23 @@ ADAPTER_COPIES_BYTES = 4 * 4  # master, gradient and two moments, float32
 
 
 @dataclass(frozen=True)
+class Way:
+    """How the rows of a step are run.
+
+    Attributes:
+        num_shares: Micro-batches that run side by side.
+        micro_tokens: Most tokens of a micro-batch.
+        tokens_at_once: Most tokens of all that run side by side.
+        is_recomputed: Only block inputs are kept for the backward pass.
+    """
+
+    num_shares: int
+    micro_tokens: int
+    tokens_at_once: int
+    is_recomputed: bool = False
+
+
+@dataclass(frozen=True)
 class MemoryPlan:
     """What a run is expected to hold at its peak, in bytes.
 
@@ -26,7 +43,6 @@ class MemoryPlan:
         adapter: Adapter, gradients and optimiser.
         activations: What the forward pass keeps for the backward pass.
         workspace: Logits and the temporaries of one block.
-        is_recomputed: Only block inputs are kept.
     """
 
     process: int
@@ -35,7 +51,6 @@ class MemoryPlan:
     adapter: int
     activations: int
     workspace: int
-    is_recomputed: bool
 
     @property
     def total(self) -> int:
@@ -54,9 +69,12 @@ def adapter_parameters(spec: DecoderSpec, layers: list[str], rank: int) -> int:
     return sum(rank * sum(shapes[layer]) for layer in layers)
 
 
-def estimate_memory(
-    base: Base, store: str, compute: str, trained: int, tokens: int, is_recomputed: bool = False
-) -> MemoryPlan:
+def cache_token_bytes(spec: DecoderSpec, compute: str) -> int:
+    """What the keys and values of one token take, in bytes."""
+    return 2 * spec.num_layers * spec.kv_size * COMPUTE_BYTES[compute]
+
+
+def estimate_memory(base: Base, store: str, compute: str, trained: int, way: Way) -> MemoryPlan:
     """Expected peak memory of training.
 
     Args:
@@ -64,24 +82,25 @@ def estimate_memory(
         store: `dense`, `int8` or `file`.
         compute: `fp32` or `bf16`.
         trained: Numbers in the adapter.
-        tokens: Tokens of a micro-batch.
-        is_recomputed: Keep block inputs only.
+        way: How a step is run.
 
     Returns:
         The parts.
     """
-    spec, width = base.spec, COMPUTE_BYTES[compute]
+    spec, width, tokens = base.spec, COMPUTE_BYTES[compute], way.tokens_at_once
     per_block = spec.hidden_size * 2 + spec.q_size * 2 + 2 * spec.kv_size + 2 * spec.intermediate_size
-    kept = spec.hidden_size if is_recomputed else per_block
-    chunk = min(LOGIT_CHUNK_BYTES, tokens * spec.vocab_size * 4)
+    kept = spec.hidden_size if way.is_recomputed else per_block
+    chunks = min(LOGIT_CHUNK_BYTES * way.num_shares, tokens * spec.vocab_size * 4)
+    workspace = chunks * LOGIT_COPIES + tokens * (4 + 2 * width) * 2 * spec.intermediate_size
+    activations = tokens * width * (kept * spec.num_layers + (per_block if way.is_recomputed else 0))
+    scratch = 0 if store == "dense" else _largest_weight(spec) * width
     return MemoryPlan(
         process=PROCESS_BYTES,
         weights=_weight_bytes(base, store, width),
-        scratch=0 if store == "dense" else _largest_weight(spec) * width,
-        adapter=trained * (ADAPTER_COPIES_BYTES + (0 if compute == "fp32" else width)),
-        activations=tokens * width * (kept * spec.num_layers + (per_block if is_recomputed else 0)),
-        workspace=chunk * LOGIT_COPIES + tokens * (4 + 2 * width) * 2 * spec.intermediate_size,
-        is_recomputed=is_recomputed,
+        scratch=scratch * way.num_shares,
+        adapter=trained * (ADAPTER_COPIES_BYTES + 4 * (way.num_shares - 1) + (0 if compute == "fp32" else width)),
+        activations=activations,
+        workspace=workspace,
     )
 
 

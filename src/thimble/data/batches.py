@@ -2,7 +2,7 @@
 
 import heapq
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,25 +74,6 @@ def epoch_steps(lengths: Sequence[int], batch_tokens: int, seed: int, epoch: int
     return steps
 
 
-def count_steps(lengths: Sequence[int], batch_tokens: int, seed: int, epochs: float) -> int:
-    """Count the optimiser steps of a number of epochs, which need not be whole.
-
-    Args:
-        lengths: Tokens of each row.
-        batch_tokens: Most tokens of a step.
-        seed: Start of the random order.
-        epochs: Passes over the rows.
-
-    Returns:
-        Steps, at least 1.
-    """
-    whole = math.floor(epochs)
-    steps = sum(len(epoch_steps(lengths, batch_tokens, seed, epoch)) for epoch in range(whole))
-    if epochs > whole:
-        steps += math.ceil((epochs - whole) * len(epoch_steps(lengths, batch_tokens, seed, whole)))
-    return max(steps, 1)
-
-
 def pack(rows: Sequence[Row]) -> Batch:
     """Lay rows end to end.
 
@@ -109,11 +90,26 @@ def pack(rows: Sequence[Row]) -> Batch:
     )
 
 
-def micro_batches(rows: Sequence[Row], max_tokens: int) -> list[Batch]:
-    """Split the rows of a step into batches of about the same size.
+def shares(rows: Sequence[Row], count: int, max_tokens: int) -> list[list[Batch]]:
+    """Split the rows of a step into shares of about the same size, one a core, each of micro-batches.
 
     Args:
         rows: Rows of one step.
+        count: Most shares; fewer if there are fewer rows.
+        max_tokens: Most tokens of a micro-batch.
+
+    Returns:
+        The micro-batches of each share; no share is empty.
+    """
+    groups = _balance([len(row.ids) for row in rows], range(len(rows)), min(count, len(rows)))
+    return [micro_batches([rows[index] for index in sorted(group)], max_tokens) for group in groups]
+
+
+def micro_batches(rows: Sequence[Row], max_tokens: int) -> list[Batch]:
+    """Split rows into batches of about the same size.
+
+    Args:
+        rows: Any number.
         max_tokens: Most tokens of a batch; a longer row makes a batch of its own, since rows are never split.
 
     Returns:
@@ -130,7 +126,7 @@ def micro_batches(rows: Sequence[Row], max_tokens: int) -> list[Batch]:
     return [pack([rows[index] for index in sorted(group)]) for group in [*alone, *groups]]
 
 
-def _balance(lengths: Sequence[int], indices: Sequence[int], count: int) -> list[list[int]]:
+def _balance(lengths: Sequence[int], indices: Iterable[int], count: int) -> list[list[int]]:
     """Spread rows over groups: the longest first, each to the group that is lightest by then."""
     groups: list[list[int]] = [[] for _ in range(count)]
     heap = [(0, group) for group in range(count)]

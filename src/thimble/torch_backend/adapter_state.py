@@ -3,7 +3,7 @@
 One vector makes the optimiser, the gradient norm, checkpoints and the cast to the compute type single operations.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,15 +22,14 @@ class LoraPair:
         A: (rank, in), compute type.
         B: (out, rank), compute type.
         scale: Factor of B A.
-        grad_A: float32 (rank, in), summed over micro-batches.
-        grad_B: float32 (out, rank), likewise.
+        grads: For each task that runs beside others, the gradients of A and B summed over its micro-batches, float32;
+            empty if the adapter is not trained.
     """
 
     A: Tensor
     B: Tensor
     scale: float
-    grad_A: Tensor | None = None
-    grad_B: Tensor | None = None
+    grads: Sequence[tuple[Tensor, Tensor]] = ()
 
 
 class AdapterState:
@@ -39,21 +38,21 @@ class AdapterState:
     Args:
         adapter: Start values.
         compute: Type of the products that A and B take part in.
-        is_trained: Keep gradients and float32 masters.
+        num_tasks: Keep gradients, for this many tasks that run side by side; 0 if the adapter is not trained.
     """
 
-    def __init__(self, adapter: Adapter, compute: torch.dtype, is_trained: bool = False) -> None:
+    def __init__(self, adapter: Adapter, compute: torch.dtype, num_tasks: int = 0) -> None:
         self.shapes = {path: (f.A.shape, f.B.shape, f.scale) for path, f in adapter.layers.items()}
         parts = [part.reshape(-1) for f in adapter.layers.values() for part in (f.A, f.B)]
         self.master = torch.from_numpy(np.concatenate(parts or [np.zeros(0)]).astype(np.float32))
-        self.grad = torch.zeros_like(self.master) if is_trained else None
+        self.grads = [torch.zeros_like(self.master) for _ in range(num_tasks)]
         self.working = self.master if compute == torch.float32 else self.master.to(compute)
         self.pairs = self._make_pairs()
 
     def _make_pairs(self) -> dict[str, LoraPair]:
-        working, grads = self._views(self.working), self._views(self.grad) if self.grad is not None else {}
+        working, grads = self._views(self.working), [self._views(grad) for grad in self.grads]
         return {
-            path: LoraPair(*working[path], shape[2], *grads.get(path, (None, None)))
+            path: LoraPair(*working[path], shape[2], [views[path] for views in grads])
             for path, shape in self.shapes.items()
         }
 
@@ -64,6 +63,17 @@ class AdapterState:
             views[path] = (flat[start:middle].view(a), flat[middle:end].view(b))
             start = end
         return views
+
+    def clear_gradients(self) -> None:
+        """Begin a new sum."""
+        for grad in self.grads:
+            grad.zero_()
+
+    def gradient(self) -> Tensor:
+        """The gradient of all numbers, summed over tasks, in place of the first one's."""
+        for grad in self.grads[1:]:
+            self.grads[0].add_(grad)
+        return self.grads[0]
 
     def refresh(self) -> None:
         """Bring the compute-type copy up to date after the masters changed."""

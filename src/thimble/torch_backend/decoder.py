@@ -17,7 +17,7 @@ from thimble.torch_backend.adapter_state import LoraPair
 from thimble.torch_backend.attention import Angles, AttentionSpec, attend
 from thimble.torch_backend.elementwise import Gated, RmsNorm
 from thimble.torch_backend.frozen import FrozenLinear, Matrix, Scratch, load_matrix
-from thimble.torch_backend.kv_cache import KvCache, attend_cached
+from thimble.torch_backend.kv_cache import KvCache, Slots, attend_cached
 from thimble.torch_backend.lora import Projection, project
 
 
@@ -29,11 +29,13 @@ class Packed:
         starts: Row s is tokens starts[s] to starts[s + 1].
         angles: By number of the rotary embedding in `Decoder.ropes`.
         cache: Keys and values to read and extend, when generating.
+        slots: For whole prompts: where they go in the cache.
     """
 
     starts: list[int]
     angles: dict[int, Angles]
     cache: KvCache | None = None
+    slots: Slots | None = None
 
 
 @dataclass(frozen=True)
@@ -153,25 +155,23 @@ class Decoder:
 
     # ---- running --------------------------------------------------------------------------------------------------
 
-    def pack(
-        self, starts: NDArray[np.int64], first: NDArray[np.int64] | None = None, cache: KvCache | None = None
-    ) -> Packed:
+    def pack(self, starts: NDArray[np.int64], cache: KvCache | None = None, slots: Slots | None = None) -> Packed:
         """Prepare the rotations of a packed batch.
 
         Args:
             starts: int64 (rows + 1,), where rows begin in the list of tokens.
-            first: int64 (rows,), position of each row's first token; default 0.
             cache: Keys and values of earlier positions, when generating.
+            slots: Where whole prompts go in the cache; without them every row of the cache gets its next token.
 
         Returns:
             The rows with their rotations.
         """
         lengths = np.diff(starts)
-        first = np.zeros(len(lengths), np.int64) if first is None else first
+        first = cache.lengths.numpy() if cache and slots is None else np.zeros(len(lengths), np.int64)
         positions = np.concatenate([np.arange(a, a + n) for a, n in zip(first, lengths, strict=True)])
         ends = np.repeat(np.maximum(first + lengths, cache.capacity if cache else 0), lengths)
         angles = {number: _angles(rope, positions, ends) for number, rope in enumerate(self.ropes)}
-        return Packed(starts.tolist(), angles, cache)
+        return Packed(starts.tolist(), angles, cache, slots)
 
     def hidden(self, ids: NDArray[np.int32], packed: Packed) -> Tensor:
         """Run all blocks.
@@ -206,7 +206,8 @@ class Decoder:
         if packed.cache is None:
             mixed = attend(qkv, block.attention, angles, packed.starts)
         else:
-            mixed = attend_cached(qkv, block.attention, angles, packed.starts, packed.cache, block.number)
+            place = (packed.starts, packed.cache, block.number, packed.slots)
+            mixed = attend_cached(qkv, block.attention, angles, *place)
         x = _added(x, project(mixed, block.out), block.attn_out_norm)
         gate_up = project(x, block.gate_up, block.mlp_norm)
         return _added(x, project(gate_up, block.down, self.gate), block.mlp_out_norm)

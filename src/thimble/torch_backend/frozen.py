@@ -5,6 +5,7 @@ decoded into one scratch buffer just before a product and not kept: the memory o
 cache, which the system may drop. Knows nothing of adapters.
 """
 
+import threading
 import warnings
 from typing import Protocol
 
@@ -157,8 +158,8 @@ def load_matrix(weight: Weight, store: str, compute: torch.dtype) -> Matrix:
     return DenseMatrix(values)
 
 
-class Scratch:
-    """One buffer that every decoded weight passes through; what was decoded last is valid until the next call."""
+class Scratch(threading.local):
+    """One buffer a thread that every decoded weight passes through; the last one is valid until the next call."""
 
     def __init__(self, compute: torch.dtype) -> None:
         self.compute = compute

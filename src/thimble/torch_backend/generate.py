@@ -1,6 +1,8 @@
-"""Writing text: greedy or sampled continuation of a batch of prompts with a key-value cache."""
+"""Writing text: rows are read into a key-value cache, then continued together, greedily or by sampling."""
 
+import functools
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -9,8 +11,11 @@ from torch import Tensor
 
 from thimble.torch_backend.decoder import Decoder
 from thimble.torch_backend.kv_cache import KvCache
+from thimble.torch_backend.threads import side_by_side
 
-PROMPT_TOKENS = 2048  # of prompts read in one pass
+T = TypeVar("T")
+
+PASS_TOKENS = 1024  # read in one pass
 
 
 class Sampler:
@@ -35,71 +40,96 @@ class Sampler:
         return order.gather(1, torch.multinomial(shares, 1, generator=self.random))[:, 0]
 
 
-@torch.no_grad()
-def generate(
+def read(
     decoder: Decoder,
-    prompts: Sequence[NDArray[np.int32]],
+    rows: Sequence[NDArray[np.int32]],
+    prompt_tokens: Sequence[int],
+    max_new_tokens: int,
+    pass_tokens: int = PASS_TOKENS,
+    on_pass: Callable[[Tensor, range], T] = lambda hidden, rows: None,
+) -> tuple[KvCache, Tensor, list[T]]:
+    """Read rows, a few at a time on every core, and remember their prompts.
+
+    Args:
+        decoder: The base with whatever adapter hangs on it.
+        rows: int32 (length,) each.
+        prompt_tokens: How many tokens of each row are its prompt, at least one; what follows is read and forgotten.
+        max_new_tokens: Room for answers.
+        pass_tokens: Most tokens read in one pass; a longer row makes a pass of its own.
+        on_pass: Hears of the hidden states of each pass, (tokens, hidden), and which rows they are.
+
+    Returns:
+        The cache, the hidden state of the last token of each prompt, (rows, hidden), and what `on_pass` returned.
+    """
+    capacity = max(prompt_tokens) + max_new_tokens
+    cache = KvCache(len(decoder.blocks), len(rows), capacity, decoder.blocks[0].attention, decoder.compute)
+
+    @torch.no_grad()
+    def read_pass(numbers: range) -> tuple[Tensor, T]:
+        group = [rows[number] for number in numbers]
+        starts = np.concatenate([[0], np.cumsum([len(row) for row in group])]).astype(np.int64)
+        slots = [(number, prompt_tokens[number]) for number in numbers]
+        hidden = decoder.hidden(np.concatenate(group), decoder.pack(starts, cache, slots))
+        ends = [start + kept - 1 for start, (_, kept) in zip(starts.tolist(), slots, strict=False)]
+        return hidden[ends], on_pass(hidden, numbers)
+
+    passes = _passes([len(row) for row in rows], pass_tokens)
+    results = list(side_by_side([functools.partial(read_pass, numbers) for numbers in passes]))
+    cache.lengths += torch.tensor(prompt_tokens)
+    return cache, torch.cat([last for last, _ in results]), [told for _, told in results]
+
+
+def _passes(lengths: Sequence[int], most: int) -> list[range]:
+    """Cut rows into stretches of at most so many tokens."""
+    passes, begin, tokens = [], 0, 0
+    for number, length in enumerate(lengths):
+        if tokens and tokens + length > most:
+            passes.append(range(begin, number))
+            begin, tokens = number, 0
+        tokens += length
+    return [*passes, range(begin, len(lengths))]
+
+
+@torch.no_grad()
+def write(
+    decoder: Decoder,
+    cache: KvCache,
+    hidden: Tensor,
     max_new_tokens: int,
     stop_ids: frozenset[int],
     sampler: Sampler | None = None,
     on_token: Callable[[int, int], bool | None] | None = None,
 ) -> list[list[int]]:
-    """Continue prompts.
+    """Continue what was read.
 
     Args:
-        decoder: The base with whatever adapter hangs on it.
-        prompts: int32 (length,) each; at least one token.
-        max_new_tokens: Most tokens written per prompt.
+        decoder: The one that read.
+        cache: From `read`; it is used up.
+        hidden: From `read`.
+        max_new_tokens: Most tokens written for a row.
         stop_ids: Tokens that end an answer; they are not part of it.
         sampler: Default: greedy.
-        on_token: Called with (prompt number, token) as each token is written; returning True ends everything.
+        on_token: Called with (row, token) as each token is written; returning True ends everything.
 
     Returns:
-        The new tokens of each prompt.
+        The new tokens of each row.
     """
     sampler = sampler or Sampler()
-    capacity = max(len(prompt) for prompt in prompts) + max_new_tokens
-    spec = decoder.blocks[0].attention
-    cache = KvCache(len(decoder.blocks), len(prompts), capacity, spec, decoder.compute)
-    hidden = _read_prompts(decoder, prompts, cache)
-    answers: list[list[int]] = [[] for _ in prompts]
-    active = torch.arange(len(prompts))
+    answers: list[list[int]] = [[] for _ in hidden]
+    active = list(range(len(answers)))
     for _ in range(max_new_tokens):
-        tokens = sampler.choose(decoder.logits(hidden))
-        is_open = []
-        for number, token in zip(active.tolist(), tokens.tolist(), strict=True):
-            is_open.append(token not in stop_ids)
-            if is_open[-1]:
-                answers[number].append(token)
-                if on_token and on_token(number, token):
-                    return answers
-        kept = torch.tensor(is_open).nonzero()[:, 0]
-        if not len(kept) or max(len(answer) for answer in answers) >= max_new_tokens:
+        tokens = sampler.choose(decoder.logits(hidden)).tolist()
+        kept = [place for place, token in enumerate(tokens) if token not in stop_ids]
+        for place in kept:
+            answers[active[place]].append(tokens[place])
+            if on_token and on_token(active[place], tokens[place]):
+                return answers
+        if not kept or len(answers[active[kept[0]]]) >= max_new_tokens:
             break
         if len(kept) < len(active):
-            cache.keep(kept)
-            active, tokens = active[kept], tokens[kept]
-        first = cache.lengths.numpy()
-        packed = decoder.pack(np.arange(len(active) + 1), first, cache)
-        hidden = decoder.hidden(tokens.numpy().astype(np.int32), packed)
+            order = cache.keep(kept)
+            active, tokens = [active[place] for place in order], [tokens[place] for place in order]
+        packed = decoder.pack(np.arange(len(active) + 1), cache)
+        hidden = decoder.hidden(np.array(tokens, np.int32), packed)
         cache.lengths += 1
     return answers
-
-
-def _read_prompts(decoder: Decoder, prompts: Sequence[NDArray[np.int32]], cache: KvCache) -> Tensor:
-    """Fill the cache, a few prompts at a time; return the last hidden state of each, (prompts, hidden)."""
-    last, begin = [], 0
-    while begin < len(prompts):
-        end, tokens = begin + 1, len(prompts[begin])
-        while end < len(prompts) and tokens + len(prompts[end]) <= PROMPT_TOKENS:
-            tokens += len(prompts[end])
-            end += 1
-        group = prompts[begin:end]
-        starts = np.concatenate([[0], np.cumsum([len(prompt) for prompt in group])]).astype(np.int64)
-        cache.reading = range(begin, end)
-        hidden = decoder.hidden(np.concatenate(group), decoder.pack(starts, cache=cache))
-        last.append(hidden[torch.from_numpy(starts[1:] - 1)])
-        begin = end
-    cache.lengths += torch.tensor([len(prompt) for prompt in prompts])
-    cache.reading, cache.is_prompt = range(len(prompts)), False
-    return torch.cat(last)

@@ -22,18 +22,29 @@ class KvCache:
         self.keys, self.values = torch.zeros(shape, dtype=compute), torch.zeros(shape, dtype=compute)
         self.lengths = torch.zeros(rows, dtype=torch.int64)  # tokens of each row read so far
         self.capacity = capacity
-        self.reading = range(rows)  # the rows that the next pass reads
-        self.is_prompt = True  # the next pass reads whole prompts, which see nothing but themselves
 
-    def keep(self, rows: Tensor) -> None:
-        """Forget all rows but these, int64 (kept,)."""
-        self.keys, self.values, self.lengths = self.keys[:, rows], self.values[:, rows], self.lengths[rows]
-        self.reading = range(len(rows))
+    def keep(self, kept: list[int]) -> list[int]:
+        """Forget all rows but these, moving as few as possible; return which row stands at each place now."""
+        order = [*kept]
+        spare = [row for row in kept if row >= len(kept)]
+        stays = {row for row in kept if row < len(kept)}
+        for place in range(len(kept)):
+            order[place] = place if place in stays else spare.pop()
+            if order[place] != place:
+                for room in (self.keys, self.values):
+                    room[:, place] = room[:, order[place]]
+        self.lengths = self.lengths[order]
+        return order
+
+
+# The passes that fill a cache: for each row of the pass its number in the cache and how many of its tokens are kept.
+Slots = list[tuple[int, int]]
 
 
 def attend_cached(
-    qkv: Tensor, spec: AttentionSpec, angles: Angles | None, starts: list[int], cache: KvCache, layer: int
-) -> Tensor:
+    qkv: Tensor, spec: AttentionSpec, angles: Angles | None, starts: list[int], cache: KvCache, layer: int,
+    slots: Slots | None,
+) -> Tensor:  # fmt: skip
     """Attention that extends the cache, and reads it unless whole prompts are given.
 
     Args:
@@ -41,18 +52,19 @@ def attend_cached(
         spec: The layer's attention.
         angles: Rotations, or None.
         starts: Where rows begin among the tokens.
-        cache: Keys and values; `cache.reading` says which rows these are.
+        cache: Keys and values.
         layer: Number of the block.
+        slots: For whole prompts, which see nothing but themselves: where they go. None: one token for every row.
 
     Returns:
         (tokens, heads · head_dim).
     """
     q, k, v = split_heads(qkv, spec, angles)
-    if not cache.is_prompt:
+    if slots is None:
         return _attend_next(q, k, v, spec, cache, layer)
-    for row, start, end in zip(cache.reading, starts, starts[1:], strict=False):
-        cache.keys[layer, row, :, : end - start] = k[:, start:end]
-        cache.values[layer, row, :, : end - start] = v[:, start:end]
+    for (row, kept), start in zip(slots, starts, strict=False):
+        cache.keys[layer, row, :, :kept] = k[:, start : start + kept]
+        cache.values[layer, row, :, :kept] = v[:, start : start + kept]
     return attend(qkv, spec, angles, starts)
 
 
@@ -64,7 +76,7 @@ def _attend_next(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, cache: Kv
     rows = torch.arange(len(cache.lengths))
     cache.keys[layer, rows, :, cache.lengths] = k.transpose(0, 1)
     cache.values[layer, rows, :, cache.lengths] = v.transpose(0, 1)
-    keys, values = cache.keys[layer].flatten(0, 1), cache.values[layer].flatten(0, 1)
+    keys, values = (room[layer, : len(rows)].flatten(0, 1) for room in (cache.keys, cache.values))
     scores = torch.bmm(q.transpose(0, 1).flatten(0, 1), keys.transpose(1, 2)).float()  # (rows · kv_heads, group, keys)
     if spec.softcap:
         scores = torch.tanh(scores / spec.softcap) * spec.softcap

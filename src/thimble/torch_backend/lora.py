@@ -15,6 +15,7 @@ from torch import Tensor
 from thimble.torch_backend.adapter_state import LoraPair
 from thimble.torch_backend.elementwise import Prologue
 from thimble.torch_backend.frozen import FrozenLinear
+from thimble.torch_backend.threads import place
 
 
 @dataclass
@@ -102,19 +103,19 @@ class _Project(torch.autograd.Function):
 
 def _adapter_gradients(projection: Projection, h: Tensor, low: Tensor, grad: Tensor) -> Tensor:
     """Add the gradients of every A and B of the group to their sums; return scale · g B, (tokens, sum of ranks)."""
-    low_grad = torch.empty_like(low)
+    low_grad, task = torch.empty_like(low), place()
     row = 0
     for columns, pair in projection.pairs:
         rows = slice(row, row + pair.A.shape[0])
         own = grad[:, columns]
         torch.mul(torch.mm(own, pair.B), pair.scale, out=low_grad[:, rows])
-        if pair.grad_B is not None:
-            pair.grad_B.add_(torch.mm(own.t(), low[:, rows]), alpha=pair.scale)
+        if pair.grads:
+            pair.grads[task][1].add_(torch.mm(own.t(), low[:, rows]), alpha=pair.scale)
         row = rows.stop
     a_grad = torch.mm(low_grad.t(), h)
     row = 0
     for _, pair in projection.pairs:
-        if pair.grad_A is not None:
-            pair.grad_A.add_(a_grad[row : row + pair.A.shape[0]])
+        if pair.grads:
+            pair.grads[task][0].add_(a_grad[row : row + pair.A.shape[0]])
         row += pair.A.shape[0]
     return low_grad

@@ -3,7 +3,8 @@
 The only object a training loop needs; hides that this backend changes tensors in place.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,11 +18,19 @@ from thimble.core.metrics import LossSum
 from thimble.torch_backend.adapter_state import AdapterState
 from thimble.torch_backend.compute import DTYPES
 from thimble.torch_backend.decoder import Decoder
-from thimble.torch_backend.generate import Sampler, generate
+from thimble.torch_backend.generate import Sampler, read, write
 from thimble.torch_backend.loss import label_loss
+from thimble.torch_backend.threads import side_by_side
 
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8
+
+
+class LabelledRow(Protocol):
+    """What a session needs to know of a row; see thimble.data.encode.Row."""
+
+    ids: NDArray[np.int32]
+    labels: NDArray[np.int32]
 
 
 class PackedRows(Protocol):
@@ -71,10 +80,16 @@ class TorchSession:
         self._state = AdapterState(adapter, self.decoder.compute) if adapter else None
         self.decoder.attach(self._state.pairs if self._state else {})
 
-    def train(self, adapter: Adapter, weight_decay: float = 0.0) -> None:
-        """Start to train an adapter, from the values it has."""
+    def train(self, adapter: Adapter, weight_decay: float = 0.0, num_shares: int = 1) -> None:
+        """Start to train an adapter, from the values it has.
+
+        Args:
+            adapter: The start.
+            weight_decay: Of AdamW.
+            num_shares: Most shares of a step, each with a sum of gradients of its own.
+        """
         self._adapter = adapter
-        self._state = AdapterState(adapter, self.decoder.compute, is_trained=True)
+        self._state = AdapterState(adapter, self.decoder.compute, num_shares)
         self._optimiser = torch.optim.AdamW(
             [self._state.master], lr=0.0, betas=BETAS, eps=EPSILON, weight_decay=weight_decay, fused=True
         )
@@ -92,26 +107,33 @@ class TorchSession:
 
     # ---- training -------------------------------------------------------------------------------------------------
 
-    def gradients(self, micro_batches: Sequence[PackedRows], label_tokens: int) -> Gradients:
+    def gradients(self, shares: Sequence[Sequence[PackedRows]], label_tokens: int) -> Gradients:
         """Gradients of the mean loss over all label tokens of a step.
 
         Args:
-            micro_batches: Together they are the step.
+            shares: Together they are the step. Shares run side by side, the micro-batches of a share one by one, so
+                that the result does not depend on which core is faster.
             label_tokens: Labelled tokens in all of them.
 
         Returns:
             The step's loss and the norm of its gradient; the gradient itself stays here for `apply`.
         """
         assert self._state is not None, "nothing is being trained"
-        assert self._state.grad is not None, "nothing is being trained"
-        self._state.grad.zero_()
+        assert self._state.grads, "nothing is being trained"
+        self._state.clear_gradients()
+        losses = side_by_side([functools.partial(self._add_gradients, share) for share in shares])
+        total = sum(losses, LossSum())
+        gradient = self._state.gradient().div_(label_tokens)
+        return Gradients(total, float(torch.linalg.vector_norm(gradient, dtype=torch.float64)))
+
+    def _add_gradients(self, share: Sequence[PackedRows]) -> LossSum:
+        """Add the gradients of some micro-batches to the sum of this share."""
         total = LossSum()
-        for batch in micro_batches:
+        for batch in share:
             loss = self._label_loss(batch)
             loss.backward()
-            total += LossSum(float(loss.detach()), int((batch.labels >= 0).sum()))
-        self._state.grad.div_(label_tokens)
-        return Gradients(total, float(torch.linalg.vector_norm(self._state.grad, dtype=torch.float64)))
+            total += LossSum(float(loss.detach()), _count(batch.labels))
+        return total
 
     def apply(self, gradients: Gradients, learning_rate: float, max_norm: float) -> None:
         """Take one AdamW step (Loshchilov and Hutter, arXiv:1711.05101) on the adapter.
@@ -123,8 +145,8 @@ class TorchSession:
         """
         assert self._state is not None, "nothing is being trained"
         assert self._optimiser is not None, "nothing is being trained"
-        grad = self._state.grad
-        if gradients.norm > max_norm and grad is not None:
+        grad = self._state.grads[0]
+        if gradients.norm > max_norm:
             grad.mul_(max_norm / gradients.norm)
         self._optimiser.param_groups[0]["lr"] = learning_rate
         self._state.master.grad = grad
@@ -137,10 +159,13 @@ class TorchSession:
 
     # ---- measuring ------------------------------------------------------------------------------------------------
 
+    def losses(self, batches: Sequence[PackedRows]) -> Iterator[LossSum]:
+        """Summed loss over the labelled tokens of each batch, in order, as they are ready."""
+        return side_by_side([functools.partial(self._loss, batch) for batch in batches])
+
     @torch.no_grad()
-    def loss(self, batch: PackedRows) -> LossSum:
-        """Summed loss over the labelled tokens of a batch."""
-        return LossSum(float(self._label_loss(batch)), int((batch.labels >= 0).sum()))
+    def _loss(self, batch: PackedRows) -> LossSum:
+        return LossSum(float(self._label_loss(batch)), _count(batch.labels))
 
     @torch.no_grad()
     def logits(self, ids: NDArray[np.int32]) -> NDArray[np.float32]:
@@ -156,7 +181,7 @@ class TorchSession:
         on_token: Callable[[int, int], bool | None] | None = None,
         **sampling: Any,
     ) -> list[list[int]]:
-        """Continue prompts; see thimble.torch_backend.generate.
+        """Continue prompts.
 
         Args:
             prompts: int32 (length,) each.
@@ -168,7 +193,40 @@ class TorchSession:
         Returns:
             The new tokens of each prompt.
         """
-        return generate(self.decoder, prompts, max_new_tokens, stop_ids, Sampler(**sampling), on_token)
+        cache, hidden, _ = read(self.decoder, prompts, [len(prompt) for prompt in prompts], max_new_tokens)
+        return write(self.decoder, cache, hidden, max_new_tokens, stop_ids, Sampler(**sampling), on_token)
+
+    def answer(
+        self,
+        rows: Sequence[LabelledRow],
+        prompt_tokens: Sequence[int],
+        pass_tokens: int,
+        max_new_tokens: int,
+        stop_ids: frozenset[int],
+        on_token: Callable[[int, int], bool | None] | None = None,
+    ) -> tuple[LossSum, list[list[int]]]:
+        """Measure rows and write answers to their prompts greedily, reading them once for both.
+
+        Args:
+            rows: Rows that begin with their prompts.
+            prompt_tokens: How many tokens of each row are its prompt.
+            pass_tokens: Most tokens read at a time.
+            max_new_tokens: Most tokens written per prompt.
+            stop_ids: Tokens that end an answer.
+            on_token: Called with (row number, token); returning True ends everything.
+
+        Returns:
+            The summed loss over the labelled tokens of all rows, and the new tokens of each.
+        """
+
+        def measured(hidden: torch.Tensor, numbers: range) -> LossSum:
+            labels = np.concatenate([rows[number].labels for number in numbers])
+            return LossSum(float(label_loss(self.decoder, hidden, labels)), _count(labels))
+
+        ids = [row.ids for row in rows]
+        cache, hidden, losses = read(self.decoder, ids, prompt_tokens, max_new_tokens, pass_tokens, measured)
+        answers = write(self.decoder, cache, hidden, max_new_tokens, stop_ids, on_token=on_token)
+        return sum(losses, LossSum()), answers
 
     def is_finite(self) -> bool:
         """Whether every number of the adapter is finite."""
@@ -194,3 +252,7 @@ class TorchSession:
         if "exp_avg" in state:
             moments = {name: torch.from_numpy(state[name].copy()) for name in ("exp_avg", "exp_avg_sq")}
             self._optimiser.state[self._state.master] = {"step": torch.tensor(float(state["step"][0])), **moments}
+
+
+def _count(labels: NDArray[np.int32]) -> int:
+    return int(np.count_nonzero(labels >= 0))

@@ -1,22 +1,33 @@
-"""Compiled loops on every core: pieces of rows, taken one by one by a few threads of our own.
+"""Work on every core, in two ways: whole tasks side by side, or one compiled loop shared out.
 
-A core that is busy with other work delays nobody, and no thread ever spins, which would steal the cores of torch's own
-threads (numba's OpenMP layer brings a second set that does). Small matrices are done before a second thread wakes.
+Tasks that need nothing of each other, such as the micro-batches of a step, run on one core each: no core waits for
+another within a task, and a product on one core loses nothing to hand-overs. What is a single task is shared out by
+torch and by `split`: pieces of rows, taken one by one by a few threads of our own. Those never spin, which would steal
+the cores of torch's threads (numba's OpenMP layer brings a second set that does).
 """
 
 import functools
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
+
+import torch
+
+T = TypeVar("T")
 
 PIECE = 1 << 19  # numbers that one thread handles at a time: enough to outweigh the hand-over, few enough to share
 
 
-@functools.cache
-def _helpers() -> ThreadPoolExecutor:
-    """Make the threads that help the calling one."""
-    return ThreadPoolExecutor(max(1, num_cores() - 1), thread_name_prefix="thimble")
+class _Here(threading.local):
+    """What this thread is doing."""
+
+    cores = 0  # that a task among others has to itself; 0: not such a task
+    place = 0  # of the task
+
+
+_here = _Here()
 
 
 def num_cores() -> int:
@@ -24,9 +35,54 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-# A forked process inherits the pool, but not its threads.
+def place() -> int:
+    """The place among its fellows of the task that calls, from 0; 0 outside of any."""
+    return _here.place
+
+
+# ---- tasks side by side ---------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _workers() -> ThreadPoolExecutor:
+    """Make the threads that run whole tasks."""
+    return ThreadPoolExecutor(num_cores(), thread_name_prefix="thimble-task")
+
+
+def side_by_side(tasks: Sequence[Callable[[], T]]) -> Iterator[T]:
+    """Run tasks on a core each, as many at a time as there are cores; a few tasks share the cores evenly.
+
+    Args:
+        tasks: They must not write to the same places; each knows its own by `place`.
+
+    Yields:
+        Their results, in order, as they are ready.
+    """
+    if len(tasks) <= 1:
+        yield from (task() for task in tasks)
+    else:
+        cores = max(1, num_cores() // len(tasks))
+        yield from _workers().map(lambda number: _run(tasks[number], number, cores), range(len(tasks)))
+
+
+def _run(task: Callable[[], T], number: int, cores: int) -> T:
+    _here.place, _here.cores = number, cores
+    torch.set_num_threads(cores)  # of this thread's products
+    return task()
+
+
+# ---- one loop shared out --------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _helpers() -> ThreadPoolExecutor:
+    """Make the threads that help the calling one."""
+    return ThreadPoolExecutor(max(1, num_cores() - 1), thread_name_prefix="thimble-loop")
+
+
+# A forked process inherits the pools, but not their threads.
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_helpers.cache_clear)
+    os.register_at_fork(after_in_child=lambda: (_helpers.cache_clear(), _workers.cache_clear()))
 
 
 def split(rows: int, work_per_row: int, kernel: Callable[..., None], *arguments: Any) -> None:
@@ -38,16 +94,18 @@ def split(rows: int, work_per_row: int, kernel: Callable[..., None], *arguments:
         kernel: Compiled without the interpreter's lock (`nogil=True`).
         *arguments: Passed on.
     """
-    step = max(1, min(PIECE // max(1, work_per_row), -(-rows // num_cores())))
-    if rows * work_per_row <= PIECE // 4:
-        step = max(1, rows)
+    cores = _here.cores or num_cores()
+    if cores == 1 or rows * work_per_row <= PIECE // 4:
+        kernel(0, rows, *arguments)
+        return
+    step = max(1, min(PIECE // max(1, work_per_row), -(-rows // cores)))
     pieces = iter(range(0, rows, step))
 
     def work() -> None:
         for begin in pieces:
             kernel(begin, min(begin + step, rows), *arguments)
 
-    num_helpers = min(num_cores(), -(-rows // step)) - 1
+    num_helpers = min(cores, -(-rows // step)) - 1
     tasks = [_helpers().submit(work) for _ in range(num_helpers)]
     work()
     for task in tasks:

@@ -5,11 +5,12 @@ from typing import Any
 
 from thimble.core.adapter import Adapter
 from thimble.core.config import EvaluateConfig
+from thimble.core.estimate import cache_token_bytes
 from thimble.core.metrics import Metric
 from thimble.data.records import Record
 from thimble.errors import Problems, plural
 from thimble.verbs.events import OnEvent, ShouldStop, Teller, ignore, never
-from thimble.verbs.measure import Question, answer_all, choose_metric, held_out_loss, make_questions, scores_of
+from thimble.verbs.measure import HeldOut, Question, choose_metric, make_questions, measure, scores_of
 from thimble.verbs.prepare import (
     Examples,
     Model,
@@ -22,6 +23,8 @@ from thimble.verbs.prepare import (
 )
 
 SHOWN_ANSWERS = 3
+PASS_TOKENS = 1024  # read at a time on a core
+CACHE_BYTES = 750_000_000  # for what is remembered while answering
 
 
 @dataclass
@@ -91,17 +94,17 @@ def evaluate(config: EvaluateConfig, on_event: OnEvent = ignore, should_stop: Sh
     tell.decision(f"compute: {why}")
     tell.decision(why_store)
     session = open_session(model, compute, store)
+    held_out = HeldOut(
+        examples.valid, questions if metric else questions[:SHOWN_ANSWERS], metric, model.tokenizer,
+        config.max_new_tokens, PASS_TOKENS, CACHE_BYTES // cache_token_bytes(model.base.spec, compute),
+    )  # fmt: skip
     results = []
     for name, adapter in {"base": None, **adapters}.items():
         if should_stop():
             break
         tell.stage(f"measuring {name}")
         session.attach(adapter)
-        loss = held_out_loss(session, examples.valid, config.batch_tokens, tell, should_stop)
-        answers = answer_all(
-            session, model.tokenizer, questions if metric else questions[:SHOWN_ANSWERS], metric,
-            config.max_new_tokens, tell, should_stop,
-        )  # fmt: skip
+        loss, answers = measure(session, held_out, tell, should_stop)
         shown = [asdict(answer) for answer in answers[:SHOWN_ANSWERS]]
         results.append(Result(name, loss.mean, loss.perplexity, loss.tokens, scores_of(answers), shown))
     answered = len(questions) if metric else 0

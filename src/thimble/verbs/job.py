@@ -5,7 +5,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from thimble.core.config import TrainConfig
-from thimble.core.estimate import MemoryPlan, adapter_parameters, available_bytes, estimate_memory
+from thimble.core.estimate import (
+    MemoryPlan,
+    Way,
+    adapter_parameters,
+    available_bytes,
+    cache_token_bytes,
+    estimate_memory,
+)
 from thimble.core.metrics import Metric
 from thimble.core.targets import select_layers
 from thimble.data.encode import Row, encode_all
@@ -14,7 +21,7 @@ from thimble.errors import ConfigError, DoesNotFitError, Problems, plural
 from thimble.verbs import run_folder
 from thimble.verbs.course import Course
 from thimble.verbs.events import Teller
-from thimble.verbs.measure import Question, choose_metric, make_questions
+from thimble.verbs.measure import HeldOut, Question, choose_metric, make_questions
 from thimble.verbs.prepare import (
     Examples,
     Model,
@@ -27,6 +34,7 @@ from thimble.verbs.prepare import (
 )
 
 MICRO_BATCH_TOKENS = (1024, 512)  # matrix products gain little beyond, activations grow all the way
+SHARE_TOKENS = 512  # a step is shared out to cores as long as each gets so many tokens
 RUN_FOLDER_BYTES = 20_000_000  # report, logs and room to spare, beside adapter and checkpoints
 ADAPTER_FILES = 8  # adapter, its temporary copy, and two checkpoints of three times its size
 WARNED_RATE = 0.02  # of learning: far above what works for adapters
@@ -45,9 +53,8 @@ class Job:
         layers: Paths of the adapted layers.
         course: The steps.
         memory: Expected peak.
-        micro_tokens: Most tokens of a micro-batch.
-        questions: Held-out rows to answer before and after.
-        metric: Scores an answer, or None.
+        way: How a step is run.
+        held_out: What the base and the result are measured on.
         metric_name: What the metric is called.
         folder: The run folder, not made yet.
     """
@@ -59,9 +66,8 @@ class Job:
     layers: list[str]
     course: Course
     memory: MemoryPlan
-    micro_tokens: int
-    questions: list[Question]
-    metric: Metric | None
+    way: Way
+    held_out: HeldOut
     metric_name: str
     folder: Path
 
@@ -129,16 +135,21 @@ def _decide(config: TrainConfig, checked: _Checked, tell: Teller) -> Job:
     _tell_course(course, len(examples.train), tell)
     trained = adapter_parameters(spec, layers, config.rank)
     longest = max(examples.train_report.longest, examples.valid_report.longest)
-    memory, micro_tokens = _fit_memory(model, config, (compute, store), trained, longest, tell)
+    memory, way = _fit_memory(model, config, (compute, store), trained, longest, tell)
     resolved = config.replace(
         out=str(folder), compute=compute, store=store, learning_rate=course.rate, warmup_steps=course.warmup_steps,
         **({} if config.epochs or course.minutes else {"max_steps": course.total_steps}),
     )  # fmt: skip
-    asked = questions if metric else questions[:SHOWN_WITHOUT_METRIC]
-    general = _general_rows(model, config)
+    # Answering may take for its cache what training takes for activations: the peak is that of training.
+    cache_tokens = (memory.activations + memory.workspace) // cache_token_bytes(spec, compute)
+    held_out = HeldOut(
+        examples.valid, questions if metric else questions[:SHOWN_WITHOUT_METRIC], metric, model.tokenizer,
+        config.max_new_tokens, way.micro_tokens, cache_tokens,
+    )  # fmt: skip
     return Job(
-        resolved, model, examples, general, layers, course, memory, micro_tokens, asked, metric, metric_name, folder
-    )
+        config=resolved, model=model, examples=examples, general=_general_rows(model, config), layers=layers,
+        course=course, memory=memory, way=way, held_out=held_out, metric_name=metric_name, folder=folder,
+    )  # fmt: skip
 
 
 def _general_rows(model: Model, config: TrainConfig) -> tuple[Row, ...]:
@@ -200,22 +211,37 @@ def _tell_course(course: Course, rows: int, tell: Teller) -> None:
 
 def _fit_memory(
     model: Model, config: TrainConfig, how: tuple[str, str], trained: int, longest: int, tell: Teller
-) -> tuple[MemoryPlan, int]:
+) -> tuple[MemoryPlan, Way]:
     """The fastest way to run a step that fits the memory allowed."""
     compute, store = how
     allowed = config.memory_budget or available_bytes()
-    sizes = [max(longest, min(size, config.batch_tokens)) for size in (*MICRO_BATCH_TOKENS, longest)]
-    ways = [(size, recomputed) for recomputed in (False, True) for size in sizes]
-    plans = [(estimate_memory(model.base, store, compute, trained, size, again), size) for size, again in ways]
-    for plan, size in plans:
+    ways = _ways(config.batch_tokens, longest)
+    plans = [(estimate_memory(model.base, store, compute, trained, way), way) for way in ways]
+    for plan, way in plans:
         if plan.total <= allowed:
-            kept = "recomputing each block in the backward pass" if plan.is_recomputed else "keeping all activations"
             need = f"about {plan.total / 1e9:.2f} of {allowed / 1e9:.2f} GB"
-            tell.decision(f"memory: {need}, in micro-batches of {size} tokens, {kept}")
-            return plan, size
+            tell.decision(f"memory: {need}, {_described(way)}")
+            return plan, way
     least = min(plans, key=lambda pair: pair[0].total)[0]
     whose = "memory_budget allows" if config.memory_budget else "this machine has free"
     raise DoesNotFitError(
         f"the run needs at least {least.total / 1e9:.2f} GB and {whose} {allowed / 1e9:.2f} GB: lower seq_len "
         f"(the longest row has {longest} tokens), lower rank, use store int8 or a quantised GGUF, or a smaller base"
     )
+
+
+def _ways(batch_tokens: int, longest: int) -> list[Way]:
+    """Ways to run a step, the fastest first."""
+    from thimble.torch_backend.threads import num_cores
+
+    most = max(1, min(num_cores(), batch_tokens // SHARE_TOKENS))
+    sizes = [max(longest, min(size, batch_tokens)) for size in (*MICRO_BATCH_TOKENS, longest)]
+    step = max(batch_tokens, longest)
+    ways = dict.fromkeys((shares, size) for shares in (most, 1) for size in sizes)
+    return [Way(shares, size, min(shares * size, step), again) for again in (False, True) for shares, size in ways]
+
+
+def _described(way: Way) -> str:
+    side_by_side = f", {way.num_shares} side by side" if way.num_shares > 1 else ""
+    kept = "recomputing each block in the backward pass" if way.is_recomputed else "keeping all activations"
+    return f"in micro-batches of {way.micro_tokens} tokens{side_by_side}, {kept}"

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from thimble.core.metrics import METRICS, LossSum, Metric, average, parse_tool_calls, valid_json
 from thimble.data.batches import micro_batches
-from thimble.data.encode import Encoder, Row
+from thimble.data.encode import IGNORED, Encoder, Row
 from thimble.data.records import Record
 from thimble.data.tokenizer import Tokenizer
 from thimble.errors import ConfigError
@@ -20,8 +20,7 @@ from thimble.verbs.events import ShouldStop, Teller, never
 if TYPE_CHECKING:
     from thimble.torch_backend.session import TorchSession
 
-ROWS_AT_ONCE = 128  # answers written side by side: a step costs little more for many rows than for few
-CACHE_TOKENS = 32_768  # most tokens in the key-value cache of one such group
+ROWS_AT_ONCE = 64  # answers written side by side: a step costs little more for many rows than for few
 SHORT_ANSWER_WORDS = 8  # references up to this long are scored by exact match unless the user says otherwise
 
 
@@ -33,11 +32,13 @@ class Question:
         prompt: int32 (tokens,).
         reference: What the model should write.
         asked: The prompt's last user turn, for people.
+        source: Where the row came from.
     """
 
     prompt: NDArray[np.int32]
     reference: str
     asked: str
+    source: str
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,84 @@ class Answer:
     scores: Mapping[str, float]
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """What every model is measured on, and how.
+
+    Attributes:
+        rows: Rows to take the loss over.
+        questions: Rows to answer.
+        metric: Scores an answer, or None.
+        tokenizer: Turns tokens back into text.
+        max_new_tokens: Most tokens of an answer.
+        pass_tokens: Most tokens read at a time on a core.
+        cache_tokens: Most tokens remembered at a time.
+    """
+
+    rows: Sequence[Row]
+    questions: Sequence[Question]
+    metric: Metric | None
+    tokenizer: Tokenizer
+    max_new_tokens: int
+    pass_tokens: int
+    cache_tokens: int
+
+
+def measure(
+    session: "TorchSession", held_out: HeldOut, tell: Teller, should_stop: ShouldStop = never
+) -> tuple[LossSum, list[Answer]]:
+    """Take the loss over all rows and answer the questions, greedily, longest first so that groups are even.
+
+    Rows that begin with a question are read once for both.
+
+    Args:
+        session: The model.
+        held_out: The rows.
+        tell: Hears of progress.
+        should_stop: Asked after every token; what is interrupted is dropped.
+
+    Returns:
+        The summed loss, and the answers in the order of the questions.
+    """
+    questions, rest = held_out.questions, {id(row): row for row in held_out.rows}
+    by_source = {row.source: row for row in held_out.rows}
+    readings = [_reading(question, by_source) for question in questions]
+    for row in readings:
+        rest.pop(id(row), None)
+    loss = held_out_loss(session, list(rest.values()), held_out.pass_tokens, tell, should_stop, "held-out rows")
+    order = sorted(range(len(questions)), key=lambda i: -len(questions[i].prompt))
+    answers: dict[int, Answer] = {}
+    while order and not should_stop():
+        longest = len(questions[order[0]].prompt) + held_out.max_new_tokens
+        size = max(1, min(ROWS_AT_ONCE, held_out.cache_tokens // longest))
+        group, order = order[:size], order[size:]
+        rows, prompts = [readings[i] for i in group], [len(questions[i].prompt) for i in group]
+        part, written = session.answer(
+            rows, prompts, held_out.pass_tokens, held_out.max_new_tokens, held_out.tokenizer.stop_ids,
+            on_token=lambda row, token: should_stop(),
+        )  # fmt: skip
+        if should_stop():
+            break
+        loss += part
+        answers.update((i, _scored(questions[i], ids, held_out)) for i, ids in zip(group, written, strict=True))
+        tell.progress("reading and answering held-out rows,", len(answers), len(questions))
+    return loss, [answers[i] for i in sorted(answers)]
+
+
+def _reading(question: Question, rows: Mapping[str, Row]) -> Row:
+    """The row that begins with a question; the bare question if the row was cut or left out."""
+    row, tokens = rows.get(question.source), len(question.prompt)
+    if row is not None and np.array_equal(row.ids[:tokens], question.prompt):
+        return row
+    return Row(question.prompt, np.full(tokens, IGNORED, np.int32), question.source)
+
+
+def _scored(question: Question, ids: list[int], held_out: HeldOut) -> Answer:
+    text = held_out.tokenizer.decode(ids)
+    scores = held_out.metric(text, question.reference) if held_out.metric else {}
+    return Answer(question.asked, question.reference, text, scores)
+
+
 def held_out_loss(
     session: "TorchSession",
     rows: Sequence[Row],
@@ -59,13 +138,12 @@ def held_out_loss(
     what: str = "held-out text",
 ) -> LossSum:
     """Summed loss over rows, in micro-batches of at most `max_tokens`; `what` is told with the progress."""
-    total = LossSum()
-    batches = micro_batches(rows, max_tokens)
-    for number, batch in enumerate(batches):
+    total, batches = LossSum(), micro_batches(rows, max_tokens)
+    for number, loss in enumerate(session.losses(batches)):
+        total += loss
+        tell.progress(f"reading {what}, batch", number + 1, len(batches))
         if should_stop():
             break
-        total += session.loss(batch)
-        tell.progress(f"reading {what}, batch", number + 1, len(batches))
     return total
 
 
@@ -77,7 +155,7 @@ def make_questions(records: Sequence[Record], encoder: Encoder, most: int) -> li
             break
         found = encoder.question(record)
         if found:
-            questions.append(Question(found[0], found[1], _asked(record)))
+            questions.append(Question(found[0], found[1], _asked(record), record.source))
     return questions
 
 
@@ -149,51 +227,6 @@ def _checked(function: Callable[[str, str], Any], wanted: str) -> Metric:
             raise ConfigError(f"metric {wanted} returned {value!r}: expected a number or a dict of numbers") from None
 
     return score
-
-
-def answer_all(
-    session: "TorchSession",
-    tokenizer: Tokenizer,
-    questions: Sequence[Question],
-    metric: Metric | None,
-    max_new_tokens: int,
-    tell: Teller,
-    should_stop: ShouldStop = never,
-) -> list[Answer]:
-    """Answer questions greedily and score them, longest prompts first so that groups are even.
-
-    Args:
-        session: The model.
-        tokenizer: Turns tokens back into text.
-        questions: What to answer.
-        metric: Scores an answer, or None.
-        max_new_tokens: Most tokens of an answer.
-        tell: Hears of progress.
-        should_stop: Asked after every token; an interrupted group is dropped.
-
-    Returns:
-        Answers in the order of the questions, without those that were interrupted.
-    """
-    order = sorted(range(len(questions)), key=lambda i: -len(questions[i].prompt))
-    answers: dict[int, Answer] = {}
-    while order and not should_stop():
-        longest = len(questions[order[0]].prompt) + max_new_tokens
-        group, order = _split(order, max(1, min(ROWS_AT_ONCE, CACHE_TOKENS // longest)))
-        prompts = [questions[i].prompt for i in group]
-        stop = tokenizer.stop_ids
-        written = session.generate(prompts, max_new_tokens, stop, on_token=lambda row, token: should_stop())
-        if should_stop():
-            break
-        for number, ids in zip(group, written, strict=True):
-            question, text = questions[number], tokenizer.decode(ids)
-            scores = metric(text, question.reference) if metric else {}
-            answers[number] = Answer(question.asked, question.reference, text, scores)
-        tell.progress("answering held-out rows,", len(answers), len(questions))
-    return [answers[i] for i in sorted(answers)]
-
-
-def _split(items: list[int], size: int) -> tuple[list[int], list[int]]:
-    return items[:size], items[size:]
 
 
 def scores_of(answers: Sequence[Answer]) -> dict[str, float]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from thimble.core.config import PlanConfig
 from thimble.core.estimate import adapter_parameters, available_bytes
-from thimble.data.batches import micro_batches
+from thimble.data.batches import shares
 from thimble.verbs.events import OnEvent, Teller, ignore
 from thimble.verbs.job import Job, describe_base, prepare_job
 from thimble.verbs.prepare import open_session
@@ -90,15 +90,15 @@ def plan(config: PlanConfig, on_event: OnEvent = ignore) -> PlanReport:
 
 def _time_steps(job: Job) -> tuple[float, float]:
     """Mean seconds and tokens of a step, after one to warm up; the updates are thrown away."""
-    session = open_session(job.model, job.config.compute, job.config.store, job.memory.is_recomputed)
-    session.train(start_adapter(job.config, job))
+    session = open_session(job.model, job.config.compute, job.config.store, job.way.is_recomputed)
+    session.train(start_adapter(job.config, job), num_shares=job.way.num_shares)
     spent: list[float] = []
     tokens = 0
     for step in range(MEASURED_STEPS + 1):
         rows = [job.examples.train[number] for number in job.course.rows(step)]
-        batches = micro_batches(rows, job.micro_tokens)
+        step_shares = shares(rows, job.way.num_shares, job.way.micro_tokens)
         began = time.perf_counter()
-        gradients = session.gradients(batches, sum(batch.label_tokens for batch in batches))
+        gradients = session.gradients(step_shares, sum(row.label_tokens for row in rows))
         session.apply(gradients, job.course.rate, job.config.max_grad_norm)
         spent.append(time.perf_counter() - began)
         tokens += sum(len(row.ids) for row in rows) if step else 0

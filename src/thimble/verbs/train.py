@@ -14,14 +14,14 @@ from thimble import __version__
 from thimble.core.adapter import Adapter
 from thimble.core.config import TrainConfig
 from thimble.core.lowrank import Factors, scale, start_a
-from thimble.data.batches import micro_batches
+from thimble.data.batches import micro_batches, shares
 from thimble.data.encode import Row
 from thimble.errors import RunError
 from thimble.report import write_report
 from thimble.verbs import run_folder
 from thimble.verbs.events import OnEvent, ShouldStop, Teller, ignore, never
 from thimble.verbs.job import Job, prepare_job
-from thimble.verbs.measure import Answer, answer_all, held_out_loss, scores_of
+from thimble.verbs.measure import Answer, held_out_loss, measure, scores_of
 from thimble.verbs.prepare import open_session
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def train(config: TrainConfig, on_event: OnEvent = ignore, should_stop: ShouldSt
     tell = Teller(on_event)
     job = prepare_job(config, tell)
     tell.stage("loading the base")
-    session = open_session(job.model, job.config.compute, job.config.store, job.memory.is_recomputed)
+    session = open_session(job.model, job.config.compute, job.config.store, job.way.is_recomputed)
     run = _Run(job, session, tell, should_stop)
     run.begin()
     run.measure_before()
@@ -161,7 +161,7 @@ class _Run:
         run_folder.write_config(folder, config.resolved())
         adapter = start_adapter(config, self.job)
         self.report.adapter_parameters = adapter.num_parameters
-        self.session.train(adapter, config.weight_decay)
+        self.session.train(adapter, config.weight_decay, self.job.way.num_shares)
         checkpoint = run_folder.latest_checkpoint(folder) if config.resume else None
         if checkpoint:
             self.report.steps, state, progress = checkpoint
@@ -184,8 +184,8 @@ class _Run:
             return
         self.tell.stage("measuring the base before training")
         self.session.switch(False)
-        report.loss_base, report.general_before = self._loss(self.job.examples.valid), self._general_loss()
-        self.before = self._answers()
+        report.loss_base, self.before = self._measure()
+        report.general_before = self._loss(self.job.general, "general text")
         report.task_before, report.task_rows = scores_of(self.before), len(self.before)
         self.session.switch(True)
         report.loss_before = self._loss_at_start()
@@ -195,26 +195,21 @@ class _Run:
 
     def _loss_at_start(self) -> float:
         """Held-out loss with the adapter on. B is zero, so one batch must be the base's bit for bit; then all are."""
-        batches = micro_batches(self.job.examples.valid[:4] or self.job.general[:4], self.job.micro_tokens)
-        attached = self.session.loss(batches[0])
+        batches = micro_batches(self.job.examples.valid[:4] or self.job.general[:4], self.job.way.micro_tokens)
+        (attached,) = self.session.losses(batches[:1])
         self.session.switch(False)
-        bare = self.session.loss(batches[0])
+        (bare,) = self.session.losses(batches[:1])
         self.session.switch(True)
-        return self.report.loss_base if attached == bare else self._loss(self.job.examples.valid)
+        return self.report.loss_base if attached == bare else self._loss(self.job.examples.valid, "held-out rows")
 
-    def _loss(self, rows: Sequence[Row], what: str = "held-out rows") -> float:
-        total = held_out_loss(self.session, rows, self.job.micro_tokens, self.tell, self.should_stop, what)
+    def _measure(self) -> tuple[float, list[Answer]]:
+        """Held-out loss and answers; the loss is NaN if the user wants to leave."""
+        total, answers = measure(self.session, self.job.held_out, self.tell, self.should_stop)
+        return math.nan if self.should_stop() else total.mean, answers
+
+    def _loss(self, rows: Sequence[Row], what: str) -> float:
+        total = held_out_loss(self.session, rows, self.job.way.micro_tokens, self.tell, self.should_stop, what)
         return math.nan if self.should_stop() else total.mean
-
-    def _general_loss(self) -> float:
-        return self._loss(self.job.general, "general text")
-
-    def _answers(self) -> list[Answer]:
-        job = self.job
-        return answer_all(
-            self.session, job.model.tokenizer, job.questions, job.metric, job.config.max_new_tokens, self.tell,
-            self.should_stop,
-        )  # fmt: skip
 
     # ---- learning -------------------------------------------------------------------------------------------------
 
@@ -242,9 +237,8 @@ class _Run:
     def _step(self, numbers: list[int], rate: float, began: float) -> dict[str, Any]:
         """Take one optimiser step and log it; a step whose loss or gradient is not finite changes nothing."""
         rows = [self.job.examples.train[number] for number in numbers]
-        batches = micro_batches(rows, self.job.micro_tokens)
-        labels = sum(batch.label_tokens for batch in batches)
-        gradients = self.session.gradients(batches, labels)
+        labels = sum(row.label_tokens for row in rows)
+        gradients = self.session.gradients(shares(rows, self.job.way.num_shares, self.job.way.micro_tokens), labels)
         report = self.report
         if math.isfinite(gradients.loss.mean) and math.isfinite(gradients.norm):
             self.session.apply(gradients, rate, self.job.config.max_grad_norm)
@@ -282,8 +276,8 @@ class _Run:
             return
         self.tell.stage("measuring the result")
         report = self.report
-        report.loss_after, report.general_after = self._loss(self.job.examples.valid), self._general_loss()
-        after = self._answers()
+        report.loss_after, after = self._measure()
+        report.general_after = self._loss(self.job.general, "general text")
         if len(after) == len(self.before):
             report.task_after = scores_of(after)
             report.samples = _samples(self.before, after)
