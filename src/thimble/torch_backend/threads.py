@@ -55,14 +55,13 @@ def side_by_side(tasks: Sequence[Callable[[], T]]) -> Iterator[T]:
     Args:
         tasks: They must not write to the same places; each knows its own by `place`.
 
-    Yields:
+    Returns:
         Their results, in order, as they are ready.
     """
     if len(tasks) <= 1:
-        yield from (task() for task in tasks)
-    else:
-        cores = max(1, num_cores() // len(tasks))
-        yield from _workers().map(lambda number: _run(tasks[number], number, cores), range(len(tasks)))
+        return (task() for task in tasks)
+    cores = max(1, num_cores() // len(tasks))
+    return _workers().map(lambda number: _run(tasks[number], number, cores), range(len(tasks)))
 
 
 def _run(task: Callable[[], T], number: int, cores: int) -> T:
