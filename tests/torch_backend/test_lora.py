@@ -143,7 +143,11 @@ def test_an_adapter_made_by_peft_has_the_same_effect_here(tmp_path):
         r=4, lora_alpha=16, target_modules="all-linear", use_rslora=True, init_lora_weights=False,
         rank_pattern={"q_proj": 2}, alpha_pattern={"down_proj": 3}, task_type="CAUSAL_LM",
     )  # fmt: skip
+    torch.manual_seed(0)
     model = get_peft_model(hf_model("llama"), config)
+    with torch.no_grad():  # PEFT's random numbers are so large that rounding alone may pass the tolerance
+        for name, parameter in model.named_parameters():
+            parameter.mul_(0.3 if "lora_B" in name else 1.0)
     model.save_pretrained(tmp_path / "adapter")
     session = TorchSession(base, "fp32", "dense")
     session.attach(load_adapter(tmp_path / "adapter"))
