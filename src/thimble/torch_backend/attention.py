@@ -16,6 +16,7 @@ from torch import Tensor
 from thimble.torch_backend import fused
 from thimble.torch_backend.elementwise import RmsNorm
 from thimble.torch_backend.frozen import as_numpy
+from thimble.torch_backend.memory import Activations
 from thimble.torch_backend.threads import split
 
 TILE = 128  # queries in one product
@@ -114,7 +115,9 @@ def _join_gradients(
     return out.view(qkv.shape)
 
 
-def attend(qkv: Tensor, spec: AttentionSpec, angles: Angles | None, starts: list[int]) -> Tensor:
+def attend(
+    qkv: Tensor, spec: AttentionSpec, angles: Angles | None, starts: list[int], activations: Activations | None = None
+) -> Tensor:
     """Attention within each packed row.
 
     Args:
@@ -122,11 +125,13 @@ def attend(qkv: Tensor, spec: AttentionSpec, angles: Angles | None, starts: list
         spec: The layer's attention.
         angles: Rotations, or None.
         starts: Row s is tokens starts[s] to starts[s + 1].
+        activations: Where the result is kept if a backward pass follows.
 
     Returns:
         (tokens, heads · head_dim), compute type.
     """
-    return _Attend.apply(qkv, spec, angles, starts)  # type: ignore[no-any-return]
+    is_kept = torch.is_grad_enabled() and qkv.requires_grad
+    return _Attend.apply(qkv, spec, angles, starts, activations if is_kept else None)  # type: ignore[no-any-return]
 
 
 def _tiles(starts: list[int], window: int | None) -> Iterator[tuple[int, int, int]]:
@@ -148,9 +153,13 @@ def _scores(q: Tensor, k: Tensor, spec: AttentionSpec) -> tuple[Tensor, np.ndarr
 
 class _Attend(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, spec: AttentionSpec, angles: Angles | None, starts: list[int]) -> Tensor:
+    def forward(
+        ctx: Any, qkv: Tensor, spec: AttentionSpec, angles: Angles | None, starts: list[int], kept: Activations | None
+    ) -> Tensor:
         q, k, v = split_heads(qkv, spec, angles)
-        out = torch.empty_like(q)
+        size = (len(qkv), spec.num_heads * spec.head_dim)
+        mixed = kept.take(*size) if kept else torch.empty(size, dtype=qkv.dtype)
+        out = mixed.view(len(qkv), spec.num_kv_heads, spec.group, spec.head_dim).transpose(0, 1)
         log_sums = []
         for first, last, low in _tiles(starts, spec.window):
             weights, flat = _scores(q[:, first:last].flatten(1, 2), k[:, low:last], spec)
@@ -158,13 +167,12 @@ class _Attend(torch.autograd.Function):
             seen = (weights.shape[1], spec.group, first, low, spec.window or NO_WINDOW)
             split(len(flat), SOFTMAX_COST * flat.shape[1], fused.softmax_forward, flat, *seen, log_sums[-1])
             out[:, first:last] = torch.bmm(weights, v[:, low:last]).view(out[:, first:last].shape)
-        mixed = out.transpose(0, 1).flatten(1)
         ctx.save_for_backward(qkv, mixed)
         ctx.spec, ctx.angles, ctx.starts, ctx.log_sums = spec, angles, starts, log_sums
         return mixed
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         qkv, mixed = ctx.saved_tensors
         spec = ctx.spec
         q, k, v = split_heads(qkv, spec, ctx.angles)
@@ -185,4 +193,4 @@ class _Attend(torch.autograd.Function):
             dv[:, low:last] += torch.bmm(weights.transpose(1, 2), g_rows)
             dk[:, low:last] += torch.bmm(slopes.transpose(1, 2), rows)
             dq[:, first:last] = torch.bmm(slopes, keys).view(dq[:, first:last].shape)
-        return _join_gradients(qkv, spec, ctx.angles, (dq, dk, dv)), None, None, None
+        return _join_gradients(qkv, spec, ctx.angles, (dq, dk, dv)), None, None, None, None

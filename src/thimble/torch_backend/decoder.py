@@ -15,10 +15,11 @@ from thimble.core.base import EMBEDDING, FINAL_NORM, HEAD, Base
 from thimble.core.family import Rope
 from thimble.torch_backend.adapter_state import LoraPair
 from thimble.torch_backend.attention import Angles, AttentionSpec, attend
-from thimble.torch_backend.elementwise import Gated, RmsNorm
-from thimble.torch_backend.frozen import FrozenLinear, Matrix, Scratch, load_matrix
+from thimble.torch_backend.elementwise import Gated, Prologue, RmsNorm
+from thimble.torch_backend.frozen import FrozenLinear, Matrix, load_matrix
 from thimble.torch_backend.kv_cache import KvCache, Slots, attend_cached
 from thimble.torch_backend.lora import Projection, project
+from thimble.torch_backend.memory import Activations, Scratch
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class Decoder:
     def __init__(self, base: Base, store: str, compute: torch.dtype) -> None:
         self.spec = base.spec
         self.compute = compute
-        self.scratch = Scratch(compute)
+        self.scratch, self.activations = Scratch(compute), Activations(compute)
         self.ropes = _distinct(base.spec.ropes)
         self._base, self._store = base, store
         self.embedding = self._linear([EMBEDDING])
@@ -186,6 +187,7 @@ class Decoder:
         x = self.embedding.gather(ids.astype(np.int64))
         if self.spec.embedding_scale != 1.0:
             x = x * torch.tensor(self.spec.embedding_scale, dtype=self.compute)
+        self.activations.begin()
         for block in self.blocks:
             x = _recomputed(self, block, x, packed) if self.is_recomputed else self.block(block, x, packed)
         return x
@@ -202,15 +204,24 @@ class Decoder:
             (tokens, hidden), compute type.
         """
         angles = None if block.rope is None else packed.angles[block.rope]
-        qkv = project(x, block.qkv, block.attn_norm)
+        kept = self.activations
+        qkv = project(x, block.qkv, kept, block.attn_norm)
         if packed.cache is None:
-            mixed = attend(qkv, block.attention, angles, packed.starts)
+            mixed = attend(qkv, block.attention, angles, packed.starts, kept)
         else:
             place = (packed.starts, packed.cache, block.number, packed.slots)
             mixed = attend_cached(qkv, block.attention, angles, *place)
-        x = _added(x, project(mixed, block.out), block.attn_out_norm)
-        gate_up = project(x, block.gate_up, block.mlp_norm)
-        return _added(x, project(gate_up, block.down, self.gate), block.mlp_out_norm)
+        x = self._added(x, mixed, block.out, None, block.attn_out_norm)
+        gate_up = project(x, block.gate_up, kept, block.mlp_norm)
+        return self._added(x, gate_up, block.down, self.gate, block.mlp_out_norm)
+
+    def _added(
+        self, x: Tensor, update: Tensor, projection: Projection, prologue: Prologue | None, norm: RmsNorm | None
+    ) -> Tensor:
+        """The residual stream with a projected update added, which Gemma normalises first."""
+        if norm is None:
+            return project(update, projection, self.activations, prologue, residual=x)
+        return x + _Normalise.apply(project(update, projection, self.activations, prologue), norm)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Final norm, head and soft-cap: (n, hidden) to float32 (n, vocabulary)."""
@@ -224,11 +235,6 @@ class Decoder:
         linears = [self.embedding] + ([] if self.head is self.embedding else [self.head])
         linears += [projection.frozen for block in self.blocks for projection in block.projections]
         return sum(linear.resident_bytes for linear in linears)
-
-
-def _added(x: Tensor, update: Tensor, norm: RmsNorm | None) -> Tensor:
-    """The residual stream with an update added, which Gemma normalises first."""
-    return x + (_Normalise.apply(update, norm) if norm else update)
 
 
 class _Normalise(torch.autograd.Function):
@@ -258,6 +264,7 @@ class _Recompute(torch.autograd.Function):
     def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, None, None, None, None]:
         decoder, block, packed = ctx.call
         x = ctx.saved_tensors[0].detach().requires_grad_(ctx.needs_input_grad[0])
+        decoder.activations.begin()  # those of the block above are no longer needed
         with torch.enable_grad():
             y = decoder.block(block, x, packed)
         torch.autograd.backward(y, grads[0])

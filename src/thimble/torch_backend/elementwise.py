@@ -18,8 +18,8 @@ from thimble.torch_backend.threads import split
 class Prologue(Protocol):
     """Applied to an input before a projection reads it; recomputed in the backward pass, never stored."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map x (rows, n) to what the projection reads (rows, in)."""
+    def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """Map x (rows, n) to what the projection reads (rows, in), in `out` if given."""
 
     def backward(self, x: Tensor, grad: Tensor) -> Tensor:
         """Map the gradient of the output (rows, in) to that of x (rows, n)."""
@@ -37,10 +37,10 @@ class RmsNorm:
     weight: Tensor
     eps: float
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """See Prologue; x may have any number of leading dimensions."""
         x = x.contiguous()
-        out = torch.empty_like(x)
+        out = torch.empty_like(x) if out is None else out
         rows = _rows(x)
         split(*rows.shape, fused.norm_forward, rows, self.weight.numpy(), np.float32(self.eps), _rows(out))
         return out
@@ -64,9 +64,9 @@ class Gated:
 
     activation: str
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """See Prologue: (rows, 2 n) to (rows, n)."""
-        out = torch.empty(x.shape[0], x.shape[1] // 2, dtype=x.dtype)
+        out = torch.empty(x.shape[0], x.shape[1] // 2, dtype=x.dtype) if out is None else out
         split(*x.shape, fused.GATES[self.activation][0], as_numpy(x), as_numpy(out))
         return out
 

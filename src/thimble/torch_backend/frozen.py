@@ -5,7 +5,6 @@ decoded into one scratch buffer just before a product and not kept: the memory o
 cache, which the system may drop. Knows nothing of adapters.
 """
 
-import threading
 import warnings
 from typing import Protocol
 
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from thimble.core.base import Weight
 from thimble.torch_backend import kernels
+from thimble.torch_backend.memory import Scratch
 
 STORES = ("dense", "int8", "file")
 TORCH_OF = {"BF16": torch.bfloat16, "F32": torch.float32, "F16": torch.float16}
@@ -158,20 +158,6 @@ def load_matrix(weight: Weight, store: str, compute: torch.dtype) -> Matrix:
     return DenseMatrix(values)
 
 
-class Scratch(threading.local):
-    """One buffer a thread that every decoded weight passes through; the last one is valid until the next call."""
-
-    def __init__(self, compute: torch.dtype) -> None:
-        self.compute = compute
-        self.buffer = torch.empty(0, dtype=compute)
-
-    def take(self, rows: int, cols: int) -> Tensor:
-        """The buffer as (rows, cols), grown if it is too small."""
-        if self.buffer.numel() < rows * cols:
-            self.buffer = torch.empty(rows * cols, dtype=self.compute)
-        return self.buffer[: rows * cols].view(rows, cols)
-
-
 class FrozenLinear:
     """One or several frozen matrices that read the same input, stacked: (out, in) with out the sum of their rows.
 
@@ -191,7 +177,7 @@ class FrozenLinear:
         """All numbers, (out, in), in the compute type; valid until the next weight is asked for."""
         if len(self.matrices) == 1 and self.matrices[0].dense is not None:
             return self.matrices[0].dense
-        out = self.scratch.take(self.rows, self.cols)
+        out = self.scratch.take("weight", self.rows, self.cols)
         row = 0
         for matrix in self.matrices:
             matrix.decode_into(out[row : row + matrix.rows])
