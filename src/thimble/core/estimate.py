@@ -23,12 +23,14 @@ class Way:
         num_shares: Micro-batches that run side by side.
         micro_tokens: Most tokens of a micro-batch.
         tokens_at_once: Most tokens of all that run side by side.
+        num_threads: Threads that run products, each with scratch of its own.
         is_recomputed: Only block inputs are kept for the backward pass.
     """
 
     num_shares: int
     micro_tokens: int
     tokens_at_once: int
+    num_threads: int
     is_recomputed: bool = False
 
 
@@ -97,7 +99,7 @@ def estimate_memory(base: Base, store: str, compute: str, trained: int, way: Way
     return MemoryPlan(
         process=PROCESS_BYTES,
         weights=_weight_bytes(base, store, width),
-        scratch=scratch * way.num_shares,
+        scratch=scratch * way.num_threads,
         adapter=trained * (ADAPTER_COPIES_BYTES + 4 * (way.num_shares - 1) + (0 if compute == "fp32" else width)),
         activations=activations,
         workspace=workspace,

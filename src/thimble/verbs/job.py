@@ -134,8 +134,7 @@ def _decide(config: TrainConfig, checked: _Checked, tell: Teller) -> Job:
     course = Course(config, examples.train_report.lengths, spec.family, spec.hidden_size)
     _tell_course(course, len(examples.train), tell)
     trained = adapter_parameters(spec, layers, config.rank)
-    longest = max(examples.train_report.longest, examples.valid_report.longest)
-    memory, way = _fit_memory(model, config, (compute, store), trained, longest, tell)
+    memory, way = _fit_memory(model, config, (compute, store), trained, examples, tell)
     resolved = config.replace(
         out=str(folder), compute=compute, store=store, learning_rate=course.rate, warmup_steps=course.warmup_steps,
         **({} if config.epochs or course.minutes else {"max_steps": course.total_steps}),
@@ -210,12 +209,13 @@ def _tell_course(course: Course, rows: int, tell: Teller) -> None:
 
 
 def _fit_memory(
-    model: Model, config: TrainConfig, how: tuple[str, str], trained: int, longest: int, tell: Teller
+    model: Model, config: TrainConfig, how: tuple[str, str], trained: int, examples: Examples, tell: Teller
 ) -> tuple[MemoryPlan, Way]:
     """The fastest way to run a step that fits the memory allowed."""
     compute, store = how
     allowed = config.memory_budget or available_bytes()
-    ways = _ways(config.batch_tokens, longest)
+    longest = max(examples.train_report.longest, examples.valid_report.longest)
+    ways = _ways(min(config.batch_tokens, examples.train_report.tokens), longest)
     plans = [(estimate_memory(model.base, store, compute, trained, way), way) for way in ways]
     for plan, way in plans:
         if plan.total <= allowed:
@@ -230,15 +230,19 @@ def _fit_memory(
     )
 
 
-def _ways(batch_tokens: int, longest: int) -> list[Way]:
-    """Ways to run a step, the fastest first."""
+def _ways(step_tokens: int, longest: int) -> list[Way]:
+    """Ways to run a step of at most so many tokens, or of one row that is longer; the fastest first."""
     from thimble.torch_backend.threads import num_cores
 
-    most = max(1, min(num_cores(), batch_tokens // SHARE_TOKENS))
-    sizes = [max(longest, min(size, batch_tokens)) for size in (*MICRO_BATCH_TOKENS, longest)]
-    step = max(batch_tokens, longest)
+    cores = num_cores()
+    threads = 1 if cores == 1 else 1 + cores  # whole tasks run on threads of their own
+    most = max(1, min(cores, step_tokens // SHARE_TOKENS))
+    sizes = [max(longest, min(size, step_tokens)) for size in (*MICRO_BATCH_TOKENS, longest)]
+    step = max(step_tokens, longest)
     ways = dict.fromkeys((shares, size) for shares in (most, 1) for size in sizes)
-    return [Way(shares, size, min(shares * size, step), again) for again in (False, True) for shares, size in ways]
+    return [
+        Way(shares, size, min(shares * size, step), threads, again) for again in (False, True) for shares, size in ways
+    ]
 
 
 def _described(way: Way) -> str:
