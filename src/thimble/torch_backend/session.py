@@ -15,15 +15,13 @@ from numpy.typing import NDArray
 from thimble.core.adapter import Adapter
 from thimble.core.base import Base
 from thimble.core.metrics import LossSum
+from thimble.torch_backend.adamw import AdamW
 from thimble.torch_backend.adapter_state import AdapterState
 from thimble.torch_backend.compute import DTYPES
 from thimble.torch_backend.decoder import Decoder
 from thimble.torch_backend.generate import Sampler, read, write
 from thimble.torch_backend.loss import label_loss
 from thimble.torch_backend.threads import side_by_side
-
-BETAS = (0.9, 0.999)
-EPSILON = 1e-8
 
 
 class LabelledRow(Protocol):
@@ -70,7 +68,7 @@ class TorchSession:
         self.decoder.is_recomputed = is_recomputed
         self._adapter: Adapter | None = None
         self._state: AdapterState | None = None
-        self._optimiser: torch.optim.AdamW | None = None
+        self._optimiser: AdamW | None = None
 
     # ---- adapters -------------------------------------------------------------------------------------------------
 
@@ -90,9 +88,7 @@ class TorchSession:
         """
         self._adapter = adapter
         self._state = AdapterState(adapter, self.decoder.compute, num_shares)
-        self._optimiser = torch.optim.AdamW(
-            [self._state.master], lr=0.0, betas=BETAS, eps=EPSILON, weight_decay=weight_decay, fused=True
-        )
+        self._optimiser = AdamW(self._state.master, weight_decay)
         self.decoder.attach(self._state.pairs)
 
     def switch(self, is_on: bool) -> None:
@@ -136,7 +132,7 @@ class TorchSession:
         return total
 
     def apply(self, gradients: Gradients, learning_rate: float, max_norm: float) -> None:
-        """Take one AdamW step (Loshchilov and Hutter, arXiv:1711.05101) on the adapter.
+        """Take one AdamW step on the adapter.
 
         Args:
             gradients: From `gradients`, of the same step.
@@ -148,9 +144,7 @@ class TorchSession:
         grad = self._state.grads[0]
         if gradients.norm > max_norm:
             grad.mul_(max_norm / gradients.norm)
-        self._optimiser.param_groups[0]["lr"] = learning_rate
-        self._state.master.grad = grad
-        self._optimiser.step()
+        self._optimiser.step(grad, learning_rate)
         self._state.refresh()
 
     def _label_loss(self, batch: PackedRows) -> torch.Tensor:
@@ -239,9 +233,7 @@ class TorchSession:
         """All that training changes: the flat adapter and AdamW's moments and step count, as copies."""
         assert self._state is not None, "nothing is being trained"
         assert self._optimiser is not None, "nothing is being trained"
-        kept = self._optimiser.state.get(self._state.master, {})
-        values = {"adapter": self._state.master.numpy().copy()}
-        return values | {name: np.array(value.numpy(), copy=True, ndmin=1) for name, value in kept.items()}
+        return {"adapter": self._state.master.numpy().copy(), **self._optimiser.state()}
 
     def restore(self, state: Mapping[str, NDArray[np.float32]]) -> None:
         """Go back to what `state` returned."""
@@ -249,10 +241,7 @@ class TorchSession:
         assert self._optimiser is not None, "nothing is being trained"
         self._state.master.copy_(torch.from_numpy(state["adapter"]))
         self._state.refresh()
-        self._optimiser.state.pop(self._state.master, None)
-        if "exp_avg" in state:
-            moments = {name: torch.from_numpy(state[name].copy()) for name in ("exp_avg", "exp_avg_sq")}
-            self._optimiser.state[self._state.master] = {"step": torch.tensor(float(state["step"][0])), **moments}
+        self._optimiser.restore(state)
 
 
 def _count(labels: NDArray[np.int32]) -> int:
