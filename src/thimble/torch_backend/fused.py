@@ -9,7 +9,7 @@ import numpy as np
 from numba import njit
 from numba.extending import register_jitable
 
-from thimble.torch_backend.vectors import from_bits, loaded, stored
+from thimble.torch_backend.vectors import bits_of, from_bits, loaded, stored
 
 # Fast arithmetic but for flags that let the compiler assume away NaN; and no checks for division by zero, whose
 # branches keep a loop from being vectorised.
@@ -184,12 +184,18 @@ def _seen(row, group, first, low, window, keys):
 
 
 @register_jitable
+def _ordered(bits):
+    """Whole numbers in the order of the floats with these bits, and back: their maximum vectorises, a float's not."""
+    return bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF))
+
+
+@register_jitable
 def _log_sum(row):
     """log Σ exp of a row of float32 or bfloat16."""
-    top = loaded(row[0])
+    order = _ordered(bits_of(loaded(row[0])))
     for j in range(row.shape[0]):
-        value = loaded(row[j])
-        top = value if value > top else top
+        order = max(order, _ordered(bits_of(loaded(row[j]))))
+    top = from_bits(_ordered(order))
     total = np.float32(0)
     for j in range(row.shape[0]):
         total += exp(loaded(row[j]) - top)

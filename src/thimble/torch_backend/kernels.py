@@ -223,18 +223,18 @@ _ROUNDER = np.float32(12582912.0)
 
 
 @njit(nogil=True, cache=True)
-def _quantize(begin, end, x, q, scale):
+def _quantize(begin, end, x, factor, q, scale):
     for i in range(begin, end):
         largest = np.int32(0)
         for j in range(x.shape[1]):
             # Positive floats are ordered like their bits, and a NaN is above them all: none goes unnoticed.
-            largest = max(largest, bits_of(loaded(x[i, j])) & np.int32(0x7FFFFFFF))
+            largest = max(largest, bits_of(loaded(x[i, j]) * factor[j]) & np.int32(0x7FFFFFFF))
         size = from_bits(largest)
         is_zero = size < TINY
         scale[i] = np.float32(0) if is_zero else size / np.float32(127)
         inverse = np.float32(0) if is_zero else np.float32(127) / size
         for j in range(x.shape[1]):
-            q[i, j] = np.int8(bits_of(loaded(x[i, j]) * inverse + _ROUNDER) - bits_of(_ROUNDER))
+            q[i, j] = np.int8(bits_of(loaded(x[i, j]) * factor[j] * inverse + _ROUNDER) - bits_of(_ROUNDER))
 
 
 @njit(nogil=True, cache=True)
@@ -244,16 +244,42 @@ def _dequantize(begin, end, q, scale, out):
             out[i, j] = stored(np.float32(np.int32(q[i, j])) * scale[i], out)
 
 
-def quantize_rows_into(x: Array, q: NDArray[np.int8], scale: NDArray[np.float32]) -> None:
+def quantize_rows_into(
+    x: Array, q: NDArray[np.int8], scale: NDArray[np.float32], factor: NDArray[np.float32] | None = None
+) -> None:
     """Write rows as int8 with one scale each; see `thimble.core.quantize.quantize_rows`.
 
     Args:
         x: float32 or uint16 (bfloat16), (rows, n), contiguous. A NaN or infinity makes the scale of its row one too.
         q: int8 (rows, n), written in place.
         scale: float32 (rows,), written in place.
+        factor: float32 (n,): each column is multiplied by its own first. None leaves them as they are.
     """
     assert (*scale.shape, x.shape[1]) == x.shape == q.shape, f"{x.shape}, {q.shape} and {scale.shape} do not agree"
-    split(*x.shape, _quantize, _read_only(x), q, scale)
+    factor = np.ones(x.shape[1], np.float32) if factor is None else factor
+    split(*x.shape, _quantize, _read_only(x), _read_only(factor), q, scale)
+
+
+@njit(nogil=True, cache=True)
+def _rescale(begin, end, sums, row_scale, column_scale, out):
+    for i in range(begin, end):
+        for j in range(sums.shape[1]):
+            out[i, j] = stored(np.float32(sums[i, j]) * row_scale[i] * column_scale[j], out)
+
+
+def rescale_into(
+    sums: NDArray[np.int32], row_scale: NDArray[np.float32], column_scale: NDArray[np.float32], out: Array
+) -> None:
+    """Turn a product of int8 matrices into numbers: sums[i, j] · row_scale[i] · column_scale[j].
+
+    Args:
+        sums: int32 (rows, n), contiguous.
+        row_scale: float32 (rows,).
+        column_scale: float32 (n,).
+        out: float32 or uint16 (bfloat16), (rows, n), written in place.
+    """
+    assert (*row_scale.shape, *column_scale.shape) == sums.shape == out.shape, f"{sums.shape} does not fit {out.shape}"
+    split(*sums.shape, _rescale, sums, row_scale, _read_only(column_scale), out)
 
 
 def dequantize_rows_into(q: NDArray[np.int8], scale: NDArray[np.float32], out: Array) -> None:

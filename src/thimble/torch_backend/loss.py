@@ -17,7 +17,7 @@ from thimble.torch_backend.decoder import Decoder
 from thimble.torch_backend.frozen import as_numpy
 from thimble.torch_backend.threads import split
 
-CHUNK_BYTES = 32_000_000  # logits alive at once
+CHUNK_BYTES = 64_000_000  # most logits alive at once, on each core
 IGNORED = -100
 
 
@@ -45,9 +45,7 @@ class _LabelLoss(torch.autograd.Function):
         normal = decoder.norm.forward(rows)
         weight = decoder.head.weight()
         total = 0.0
-        size = max(64, CHUNK_BYTES // (weight.element_size() * weight.shape[0]))
-        for start in range(0, len(rows), size):
-            chunk = slice(start, start + size)
+        for chunk in _chunks(len(rows), weight.element_size() * weight.shape[0]):
             nats, grad = _chunk_loss(normal[chunk], weight, targets[chunk], decoder.spec.final_softcap, needs_grad)
             total += nats
             if needs_grad:
@@ -63,6 +61,13 @@ class _LabelLoss(torch.autograd.Function):
         out = torch.zeros(ctx.shape, dtype=rows.dtype)
         out[places] = rows * grads[0]
         return out, None, None, None
+
+
+def _chunks(rows: int, row_bytes: int) -> list[slice]:
+    """Stretches of about the same length, as few as the memory for logits allows: short ones multiply slowly."""
+    count = max(1, -(-rows * row_bytes // CHUNK_BYTES))
+    size = max(1, -(-rows // count))
+    return [slice(start, start + size) for start in range(0, rows, size)]
 
 
 def _chunk_loss(
