@@ -70,6 +70,14 @@ class Weight:
         """The file's own bytes, uint8 (rows, bytes per row) of a matrix; a view, nothing is copied."""
         return self.file.raw(self.info.name).reshape(self.shape[0], -1)
 
+    def will_need(self) -> None:
+        """Have the file read ahead."""
+        self.file.will_need(self.info.name)
+
+    def release(self) -> None:
+        """Let go of the memory that the file can fill again."""
+        self.file.release(self.info.name)
+
     def read(self) -> NDArray[np.float32]:
         """The numbers, float32, in the order of transformers."""
         values = self.file.read(self.info.name)

@@ -106,6 +106,21 @@ class TensorFile:
         info = self._supported(name)
         return np.frombuffer(self.data, np.uint8, info.nbytes, info.offset)
 
+    def will_need(self, name: str) -> None:
+        """Ask the system to read a tensor ahead."""
+        self._advise(name, "MADV_WILLNEED")
+
+    def release(self, name: str) -> None:
+        """Take a tensor's pages out of this process; the system keeps them while it has room to spare."""
+        self._advise(name, "MADV_DONTNEED")
+
+    def _advise(self, name: str, advice: str) -> None:
+        if not hasattr(mmap, advice):  # not every system has it
+            return
+        info = self._supported(name)
+        start = info.offset // mmap.PAGESIZE * mmap.PAGESIZE
+        self.data.madvise(getattr(mmap, advice), start, info.offset + info.nbytes - start)
+
     def read(self, name: str) -> Floats:
         """Return the numbers of a tensor: float32 (shape), decoded, a new array."""
         info = self._supported(name)

@@ -16,7 +16,7 @@ from torch import Tensor
 from thimble.torch_backend import fused
 from thimble.torch_backend.elementwise import RmsNorm
 from thimble.torch_backend.frozen import as_numpy
-from thimble.torch_backend.memory import Activations
+from thimble.torch_backend.memory import Memory
 from thimble.torch_backend.threads import split
 
 TILE = 128  # queries in one product
@@ -62,25 +62,36 @@ class AttentionSpec:
         return self.num_heads // self.num_kv_heads
 
 
-def split_heads(qkv: Tensor, spec: AttentionSpec, angles: Angles | None) -> tuple[Tensor, Tensor, Tensor]:
+def split_heads(
+    qkv: Tensor, spec: AttentionSpec, angles: Angles | None, memory: Memory
+) -> tuple[Tensor, Tensor, Tensor]:
     """Cut, normalise, rotate and scale q, k and v.
 
     Args:
         qkv: (tokens, (heads + 2 kv_heads) · head_dim).
         spec: The layer's attention.
         angles: Rotations, or None for a layer without positions.
+        memory: Where they are put.
 
     Returns:
-        q (kv_heads, tokens, group, head_dim) already scaled, k and v (kv_heads, tokens, head_dim); contiguous.
+        q (kv_heads, tokens, group, head_dim) already scaled, k and v (kv_heads, tokens, head_dim); contiguous, in
+        scratch.
     """
     heads = _normalised(qkv.view(qkv.shape[0], -1, spec.head_dim), spec)
     tokens = len(heads)
-    q = torch.empty(spec.num_kv_heads, tokens, spec.group, spec.head_dim, dtype=qkv.dtype)
-    k, v = torch.empty(2, spec.num_kv_heads, tokens, spec.head_dim, dtype=qkv.dtype)
+    q, k, v = _room_for_heads(memory, "", spec, tokens)
     cos, sin = _arrays(angles, tokens)
     arrays = (as_numpy(heads), cos, sin, np.float32(spec.scale), as_numpy(q), as_numpy(k), as_numpy(v))
     split(tokens, qkv.shape[1], fused.split_heads, *arrays)
     return q, k, v
+
+
+def _room_for_heads(memory: Memory, what: str, spec: AttentionSpec, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Scratch for q, k and v, shaped as `split_heads` returns them."""
+    kv = (spec.num_kv_heads, tokens, spec.head_dim)
+    q = memory.scratch("q" + what, tokens, spec.num_heads * spec.head_dim)
+    k, v = (memory.scratch(name + what, tokens, spec.num_kv_heads * spec.head_dim).view(kv) for name in "kv")
+    return q.view(spec.num_kv_heads, tokens, spec.group, spec.head_dim), k, v
 
 
 def _arrays(angles: Angles | None, tokens: int) -> tuple[np.ndarray, np.ndarray]:
@@ -100,10 +111,10 @@ def _normalised(heads: Tensor, spec: AttentionSpec) -> Tensor:
 
 
 def _join_gradients(
-    qkv: Tensor, spec: AttentionSpec, angles: Angles | None, grads: tuple[Tensor, Tensor, Tensor]
+    qkv: Tensor, spec: AttentionSpec, angles: Angles | None, grads: tuple[Tensor, Tensor, Tensor], memory: Memory
 ) -> Tensor:
-    """Undo `split_heads` for gradients: shapes as it returns, result as qkv."""
-    out = torch.empty_like(qkv).view(qkv.shape[0], -1, spec.head_dim)
+    """Undo `split_heads` for gradients: shapes as it returns, result as qkv, in scratch."""
+    out = memory.scratch("qkv_grad", *qkv.shape).view(qkv.shape[0], -1, spec.head_dim)
     cos, sin = _arrays(angles, len(out))
     arrays = (*(as_numpy(grad) for grad in grads), cos, sin, np.float32(spec.scale), as_numpy(out))
     split(len(out), qkv.shape[1], fused.join_heads, *arrays)
@@ -115,9 +126,7 @@ def _join_gradients(
     return out.view(qkv.shape)
 
 
-def attend(
-    qkv: Tensor, spec: AttentionSpec, angles: Angles | None, starts: list[int], activations: Activations | None = None
-) -> Tensor:
+def attend(qkv: Tensor, spec: AttentionSpec, angles: Angles | None, starts: list[int], memory: Memory) -> Tensor:
     """Attention within each packed row.
 
     Args:
@@ -125,13 +134,13 @@ def attend(
         spec: The layer's attention.
         angles: Rotations, or None.
         starts: Row s is tokens starts[s] to starts[s + 1].
-        activations: Where the result is kept if a backward pass follows.
+        memory: For temporaries, and for the result if a backward pass follows.
 
     Returns:
         (tokens, heads · head_dim), compute type.
     """
     is_kept = torch.is_grad_enabled() and qkv.requires_grad
-    return _Attend.apply(qkv, spec, angles, starts, activations if is_kept else None)  # type: ignore[no-any-return]
+    return _Attend.apply(qkv, spec, angles, starts, memory, is_kept)  # type: ignore[no-any-return]
 
 
 def _tiles(starts: list[int], window: int | None) -> Iterator[tuple[int, int, int]]:
@@ -142,10 +151,16 @@ def _tiles(starts: list[int], window: int | None) -> Iterator[tuple[int, int, in
             yield first, min(first + TILE, end), low
 
 
-def _scores(q: Tensor, k: Tensor, spec: AttentionSpec) -> tuple[Tensor, np.ndarray]:
-    """Scores of a tile, (kv_heads, queries · group, keys), bent where there is a soft-cap; as tensor and flat rows."""
-    scores = torch.bmm(q, k.transpose(1, 2))
-    flat = as_numpy(scores.view(-1, scores.shape[2]))
+def _dot(a: Tensor, b: Tensor, memory: Memory, purpose: str) -> tuple[Tensor, np.ndarray]:
+    """a bᵀ of a tile, (kv_heads, queries · group, keys), in scratch; as tensor and as flat rows."""
+    heads, rows, keys = a.shape[0], a.shape[1], b.shape[1]
+    flat = memory.scratch(purpose, heads * rows, keys)
+    return torch.bmm(a, b.transpose(1, 2), out=flat.view(heads, rows, keys)), as_numpy(flat)
+
+
+def _scores(q: Tensor, k: Tensor, spec: AttentionSpec, memory: Memory) -> tuple[Tensor, np.ndarray]:
+    """Scores of a tile, bent where there is a soft-cap; as `_dot`."""
+    scores, flat = _dot(q, k, memory, "scores")
     if spec.softcap:
         split(*flat.shape, fused.bend, flat, np.float32(spec.softcap))
     return scores, flat
@@ -154,43 +169,44 @@ def _scores(q: Tensor, k: Tensor, spec: AttentionSpec) -> tuple[Tensor, np.ndarr
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, qkv: Tensor, spec: AttentionSpec, angles: Angles | None, starts: list[int], kept: Activations | None
-    ) -> Tensor:
-        q, k, v = split_heads(qkv, spec, angles)
+        ctx: Any, qkv: Tensor, spec: AttentionSpec, angles: Angles | None, starts: list[int], memory: Memory,
+        is_kept: bool,
+    ) -> Tensor:  # fmt: skip
+        q, k, v = split_heads(qkv, spec, angles, memory)
         size = (len(qkv), spec.num_heads * spec.head_dim)
-        mixed = kept.take(*size) if kept else torch.empty(size, dtype=qkv.dtype)
+        mixed = memory.keep(*size) if is_kept else torch.empty(size, dtype=qkv.dtype)
         out = mixed.view(len(qkv), spec.num_kv_heads, spec.group, spec.head_dim).transpose(0, 1)
         log_sums = []
         for first, last, low in _tiles(starts, spec.window):
-            weights, flat = _scores(q[:, first:last].flatten(1, 2), k[:, low:last], spec)
+            weights, flat = _scores(q[:, first:last].flatten(1, 2), k[:, low:last], spec, memory)
             log_sums.append(np.empty(len(flat), np.float32))
             seen = (weights.shape[1], spec.group, first, low, spec.window or NO_WINDOW)
             split(len(flat), SOFTMAX_COST * flat.shape[1], fused.softmax_forward, flat, *seen, log_sums[-1])
             out[:, first:last] = torch.bmm(weights, v[:, low:last]).view(out[:, first:last].shape)
         ctx.save_for_backward(qkv, mixed)
-        ctx.spec, ctx.angles, ctx.starts, ctx.log_sums = spec, angles, starts, log_sums
+        ctx.call, ctx.log_sums = (spec, angles, starts, memory), log_sums
         return mixed
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         qkv, mixed = ctx.saved_tensors
-        spec = ctx.spec
-        q, k, v = split_heads(qkv, spec, ctx.angles)
+        spec, angles, starts, memory = ctx.call
+        q, k, v = split_heads(qkv, spec, angles, memory)
+        dq, dk, dv = _room_for_heads(memory, "_grad", spec, len(qkv))
+        dk.zero_(), dv.zero_()
         shape = (-1, spec.num_kv_heads, spec.group, spec.head_dim)
-        grad = grads[0].view(shape).transpose(0, 1).contiguous()
+        grad = memory.scratch("mixed_grad", *mixed.shape).view(q.shape).copy_(grads[0].view(shape).transpose(0, 1))
         drift = (grad.float() * mixed.view(shape).transpose(0, 1)).sum(-1)  # (kv_heads, tokens, group)
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         per_cap = np.float32(1 / spec.softcap if spec.softcap else 0.0)
-        for (first, last, low), log_sum in zip(_tiles(ctx.starts, spec.window), ctx.log_sums, strict=True):
+        for (first, last, low), log_sum in zip(_tiles(starts, spec.window), ctx.log_sums, strict=True):
             rows, g_rows = q[:, first:last].flatten(1, 2), grad[:, first:last].flatten(1, 2)
             keys, values = k[:, low:last], v[:, low:last]
-            weights, flat = _scores(rows, keys, spec)
-            slopes = torch.bmm(g_rows, values.transpose(1, 2))
+            weights, flat = _scores(rows, keys, spec, memory)
+            slopes, flat_slopes = _dot(g_rows, values, memory, "slopes")
             seen = (rows.shape[1], spec.group, first, low, spec.window or NO_WINDOW)
-            arrays = (flat, as_numpy(slopes.view(-1, last - low)), *seen, per_cap, log_sum)
-            shift = drift[:, first:last].flatten().numpy()
-            split(len(flat), SOFTMAX_COST * (last - low), fused.softmax_backward, *arrays, shift)
+            arrays = (flat, flat_slopes, *seen, per_cap, log_sum, drift[:, first:last].flatten().numpy())
+            split(len(flat), SOFTMAX_COST * (last - low), fused.softmax_backward, *arrays)
             dv[:, low:last] += torch.bmm(weights.transpose(1, 2), g_rows)
             dk[:, low:last] += torch.bmm(slopes.transpose(1, 2), rows)
             dq[:, first:last] = torch.bmm(slopes, keys).view(dq[:, first:last].shape)
-        return _join_gradients(qkv, spec, ctx.angles, (dq, dk, dv)), None, None, None, None
+        return _join_gradients(qkv, spec, angles, (dq, dk, dv), memory), None, None, None, None, None

@@ -19,7 +19,7 @@ from thimble.torch_backend.elementwise import Gated, Prologue, RmsNorm
 from thimble.torch_backend.frozen import FrozenLinear, Matrix, load_matrix
 from thimble.torch_backend.kv_cache import KvCache, Slots, attend_cached
 from thimble.torch_backend.lora import Projection, project
-from thimble.torch_backend.memory import Activations, Scratch
+from thimble.torch_backend.memory import Memory
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Decoder:
     def __init__(self, base: Base, store: str, compute: torch.dtype) -> None:
         self.spec = base.spec
         self.compute = compute
-        self.scratch, self.activations = Scratch(compute), Activations(compute)
+        self.memory = Memory(compute)
         self.ropes = _distinct(base.spec.ropes)
         self._base, self._store = base, store
         self.embedding = self._linear([EMBEDDING])
@@ -106,7 +106,7 @@ class Decoder:
         if any(biases):
             parts = [b.read() if b else np.zeros(m.rows, np.float32) for b, m in zip(biases, matrices, strict=True)]
             bias = torch.from_numpy(np.concatenate(parts)).to(self.compute)
-        return FrozenLinear(matrices, bias, self.scratch)
+        return FrozenLinear(matrices, bias, self.memory)
 
     def _projection(self, number: int, *kinds: str) -> Projection:
         paths = [f"model.layers.{number}.{kind}" for kind in kinds]
@@ -187,7 +187,7 @@ class Decoder:
         x = self.embedding.gather(ids.astype(np.int64))
         if self.spec.embedding_scale != 1.0:
             x = x * torch.tensor(self.spec.embedding_scale, dtype=self.compute)
-        self.activations.begin()
+        self.memory.begin()
         for block in self.blocks:
             x = _recomputed(self, block, x, packed) if self.is_recomputed else self.block(block, x, packed)
         return x
@@ -204,15 +204,14 @@ class Decoder:
             (tokens, hidden), compute type.
         """
         angles = None if block.rope is None else packed.angles[block.rope]
-        kept = self.activations
-        qkv = project(x, block.qkv, kept, block.attn_norm)
+        qkv = project(x, block.qkv, block.attn_norm)
         if packed.cache is None:
-            mixed = attend(qkv, block.attention, angles, packed.starts, kept)
+            mixed = attend(qkv, block.attention, angles, packed.starts, self.memory)
         else:
             place = (packed.starts, packed.cache, block.number, packed.slots)
-            mixed = attend_cached(qkv, block.attention, angles, *place)
+            mixed = attend_cached(qkv, block.attention, angles, *place, self.memory)
         x = self._added(x, mixed, block.out, None, block.attn_out_norm)
-        gate_up = project(x, block.gate_up, kept, block.mlp_norm)
+        gate_up = project(x, block.gate_up, block.mlp_norm)
         return self._added(x, gate_up, block.down, self.gate, block.mlp_out_norm)
 
     def _added(
@@ -220,12 +219,13 @@ class Decoder:
     ) -> Tensor:
         """The residual stream with a projected update added, which Gemma normalises first."""
         if norm is None:
-            return project(update, projection, self.activations, prologue, residual=x)
-        return x + _Normalise.apply(project(update, projection, self.activations, prologue), norm)
+            return project(update, projection, prologue, residual=x)
+        return x + _Normalise.apply(project(update, projection, prologue), norm)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Final norm, head and soft-cap: (n, hidden) to float32 (n, vocabulary)."""
-        logits = torch.mm(self.norm.forward(hidden), self.head.weight().t()).float()
+        logits = torch.empty(len(hidden), self.head.rows, dtype=self.compute)
+        logits = self.head.product(self.norm.forward(hidden), logits).float()
         cap = self.spec.final_softcap
         return torch.tanh(logits / cap) * cap if cap else logits
 
@@ -264,7 +264,7 @@ class _Recompute(torch.autograd.Function):
     def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, None, None, None, None]:
         decoder, block, packed = ctx.call
         x = ctx.saved_tensors[0].detach().requires_grad_(ctx.needs_input_grad[0])
-        decoder.activations.begin()  # those of the block above are no longer needed
+        decoder.memory.begin()  # those of the block above are no longer needed
         with torch.enable_grad():
             y = decoder.block(block, x, packed)
         torch.autograd.backward(y, grads[0])

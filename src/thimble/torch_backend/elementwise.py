@@ -12,6 +12,7 @@ from torch import Tensor
 
 from thimble.torch_backend import fused
 from thimble.torch_backend.frozen import as_numpy
+from thimble.torch_backend.memory import Memory
 from thimble.torch_backend.threads import split
 
 
@@ -21,8 +22,8 @@ class Prologue(Protocol):
     def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """Map x (rows, n) to what the projection reads (rows, in), in `out` if given."""
 
-    def backward(self, x: Tensor, grad: Tensor) -> Tensor:
-        """Map the gradient of the output (rows, in) to that of x (rows, n)."""
+    def backward(self, x: Tensor, grad: Tensor, memory: Memory | None = None) -> Tensor:
+        """Map the gradient of the output (rows, in) to that of x (rows, n), which may lie in scratch of `memory`."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,8 @@ class RmsNorm:
         split(*rows.shape, fused.norm_forward, rows, self.weight.numpy(), np.float32(self.eps), _rows(out))
         return out
 
-    def backward(self, x: Tensor, grad: Tensor) -> Tensor:
-        """See Prologue."""
+    def backward(self, x: Tensor, grad: Tensor, memory: Memory | None = None) -> Tensor:
+        """See Prologue; the result is added to the stream's gradient, so it never lies in scratch."""
         x, grad = x.contiguous(), grad.contiguous()
         out = torch.empty_like(x)
         rows, weight = _rows(x), self.weight.numpy()
@@ -70,9 +71,9 @@ class Gated:
         split(*x.shape, fused.GATES[self.activation][0], as_numpy(x), as_numpy(out))
         return out
 
-    def backward(self, x: Tensor, grad: Tensor) -> Tensor:
+    def backward(self, x: Tensor, grad: Tensor, memory: Memory | None = None) -> Tensor:
         """See Prologue: (rows, n) to (rows, 2 n)."""
-        out = torch.empty_like(x)
+        out = memory.scratch("gated_grad", *x.shape) if memory else torch.empty_like(x)
         split(*x.shape, fused.GATES[self.activation][1], as_numpy(x), as_numpy(grad), as_numpy(out))
         return out
 

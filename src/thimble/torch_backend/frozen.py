@@ -1,8 +1,8 @@
 """Frozen weights: how they are kept, and how a layer gets them for one product.
 
 A matrix is kept dense, as int8 rows, or as the very blocks of the base file, memory-mapped. Whatever is not dense is
-decoded into one scratch buffer just before a product and not kept: the memory of a frozen layer is the file's page
-cache, which the system may drop. Knows nothing of adapters.
+decoded just before a product and not kept: the memory of a frozen layer is the file's page cache, which the system may
+drop. Knows nothing of adapters.
 """
 
 import warnings
@@ -15,9 +15,11 @@ from torch import Tensor
 
 from thimble.core.base import Weight
 from thimble.torch_backend import kernels
-from thimble.torch_backend.memory import Scratch
+from thimble.torch_backend.memory import Memory
 
 STORES = ("dense", "int8", "file")
+WINDOW = 4_000_000  # numbers decoded at once: many enough for a fast product, few enough for the cache
+WINDOW_SIDE = 256  # a narrower product is slow, and a block of the file has at most so many numbers
 TORCH_OF = {"BF16": torch.bfloat16, "F32": torch.float32, "F16": torch.float16}
 
 
@@ -27,17 +29,37 @@ def as_numpy(tensor: Tensor) -> NDArray[np.generic]:
     return tensor.view(torch.int16).numpy().view(np.uint16) if tensor.dtype == torch.bfloat16 else tensor.numpy()
 
 
+def windows(length: int, other: int) -> list[slice]:
+    """Cut one side of a matrix so that no window holds more than about `WINDOW` numbers.
+
+    Args:
+        length: Of the side that is cut.
+        other: Of the side that is not.
+
+    Returns:
+        Stretches of equal length, a multiple of `WINDOW_SIDE`, but for the last.
+    """
+    size = max(WINDOW_SIDE, WINDOW // other // WINDOW_SIDE * WINDOW_SIDE)
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+
+
 class Matrix(Protocol):
     """A frozen matrix (rows, cols), however it is kept."""
 
     rows: int
     cols: int
 
-    def decode_into(self, out: Tensor) -> None:
-        """Write the numbers to `out`, (rows, cols), contiguous, in the compute type."""
+    def decode(self, rows: slice, first_col: int, out: Tensor) -> None:
+        """Write a window to `out`, (rows of the slice, any number of columns), contiguous, in the compute type."""
 
-    def decode_rows(self, index: NDArray[np.int64], out: Tensor) -> None:
+    def gather(self, index: NDArray[np.int64], out: Tensor) -> None:
         """Write some rows to `out`, (len(index), cols), contiguous, in the compute type."""
+
+    def will_need(self) -> None:
+        """Hear that the matrix is going to be read soon."""
+
+    def release(self) -> None:
+        """Let go of whatever memory can be filled from the file again."""
 
     @property
     def dense(self) -> Tensor | None:
@@ -48,18 +70,28 @@ class Matrix(Protocol):
         """Bytes held in memory of our own (memory-mapped files do not count)."""
 
 
-class DenseMatrix:
+class _InMemory:
+    """What matrices in memory of our own have in common: there is no file to read ahead or to give back to."""
+
+    def will_need(self) -> None:
+        """See Matrix."""
+
+    def release(self) -> None:
+        """See Matrix."""
+
+
+class DenseMatrix(_InMemory):
     """Kept as numbers in the compute type: fastest, largest."""
 
     def __init__(self, values: Tensor) -> None:
         self.values = values
         self.rows, self.cols = values.shape
 
-    def decode_into(self, out: Tensor) -> None:
+    def decode(self, rows: slice, first_col: int, out: Tensor) -> None:
         """See Matrix."""
-        out.copy_(self.values)
+        out.copy_(self.values[rows, first_col : first_col + out.shape[1]])
 
-    def decode_rows(self, index: NDArray[np.int64], out: Tensor) -> None:
+    def gather(self, index: NDArray[np.int64], out: Tensor) -> None:
         """See Matrix."""
         torch.index_select(self.values, 0, torch.from_numpy(index), out=out)
 
@@ -74,20 +106,27 @@ class DenseMatrix:
         return self.values.nbytes
 
 
-class Int8Matrix:
+class Int8Matrix(_InMemory):
     """Kept as int8 with one scale a row: half of bfloat16, about 0.4 % error of the largest number in the row."""
 
-    def __init__(self, values: NDArray[np.float32]) -> None:
-        self.rows, self.cols = values.shape
-        self.q = np.empty(values.shape, np.int8)
+    def __init__(self, weight: Weight) -> None:
+        self.rows, self.cols = weight.shape
+        self.q = np.empty(weight.shape, np.int8)
         self.scale = np.empty(self.rows, np.float32)
-        kernels.quantize_rows_into(values, self.q, self.scale)
+        source, step = FileMatrix(weight, torch.float32), max(1, WINDOW // self.cols)
+        for start in range(0, self.rows, step):  # a few rows at a time, so that the float32 numbers never exist at once
+            rows = slice(start, min(start + step, self.rows))
+            values = torch.empty(rows.stop - rows.start, self.cols)
+            source.decode(rows, 0, values)
+            kernels.quantize_rows_into(values.numpy(), self.q[rows], self.scale[rows])
+        source.release()
 
-    def decode_into(self, out: Tensor) -> None:
+    def decode(self, rows: slice, first_col: int, out: Tensor) -> None:
         """See Matrix."""
-        kernels.dequantize_rows_into(self.q, self.scale, as_numpy(out))
+        q = np.ascontiguousarray(self.q[rows, first_col : first_col + out.shape[1]])
+        kernels.dequantize_rows_into(q, self.scale[rows], as_numpy(out))
 
-    def decode_rows(self, index: NDArray[np.int64], out: Tensor) -> None:
+    def gather(self, index: NDArray[np.int64], out: Tensor) -> None:
         """See Matrix."""
         kernels.dequantize_rows_into(self.q[index], self.scale[index], as_numpy(out))
 
@@ -109,7 +148,8 @@ class FileMatrix:
         self.rows, self.cols = weight.shape
         self.weight = weight
         self.raw = weight.raw()
-        self.inverse = None if weight.order is None else np.argsort(weight.order)
+        # Row i of the weight is row index[i] of the file.
+        self.index = np.arange(self.rows) if weight.order is None else np.argsort(weight.order)
         self._dense = self._view() if TORCH_OF.get(weight.dtype) == compute and weight.order is None else None
 
     def _view(self) -> Tensor:
@@ -117,14 +157,21 @@ class FileMatrix:
             warnings.simplefilter("ignore", UserWarning)
             return torch.from_numpy(self.raw).view(TORCH_OF[self.weight.dtype])
 
-    def decode_into(self, out: Tensor) -> None:
+    def decode(self, rows: slice, first_col: int, out: Tensor) -> None:
         """See Matrix."""
-        kernels.decode_rows(self.raw, self.weight.dtype, as_numpy(out), self.weight.order)
+        kernels.decode_rows(self.raw, self.weight.dtype, as_numpy(out), self.index[rows], first_col)
 
-    def decode_rows(self, index: NDArray[np.int64], out: Tensor) -> None:
+    def gather(self, index: NDArray[np.int64], out: Tensor) -> None:
         """See Matrix."""
-        index = index if self.inverse is None else self.inverse[index]
-        kernels.decode_rows(self.raw[index], self.weight.dtype, as_numpy(out), None)
+        kernels.decode_rows(self.raw, self.weight.dtype, as_numpy(out), self.index[index])
+
+    def will_need(self) -> None:
+        """See Matrix."""
+        self.weight.will_need()
+
+    def release(self) -> None:
+        """See Matrix."""
+        self.weight.release()
 
     @property
     def dense(self) -> Tensor | None:
@@ -148,46 +195,73 @@ def load_matrix(weight: Weight, store: str, compute: torch.dtype) -> Matrix:
     Returns:
         The frozen matrix.
     """
+    if store == "int8":
+        return Int8Matrix(weight)
     kept = FileMatrix(weight, compute)
     if store == "file":
         return kept
-    if store == "int8":
-        return Int8Matrix(weight.read())
     values = torch.empty(kept.rows, kept.cols, dtype=compute)
-    kept.decode_into(values)
+    kept.decode(slice(0, kept.rows), 0, values)
+    kept.release()
     return DenseMatrix(values)
 
 
 class FrozenLinear:
     """One or several frozen matrices that read the same input, stacked: (out, in) with out the sum of their rows.
 
-    Dense matrices are stacked once. Others are decoded side by side into the scratch buffer, so that q, k and v (or
-    gate and up) cost one product without a copy of mapped weights.
+    Dense matrices are stacked once. Others are decoded just before a product, a window at a time: rows of the weight
+    for x Wᵀ, columns for g W, so that every product is whole and the decoded numbers are still in the cache.
+
+    Args:
+        matrices: With equal numbers of columns.
+        bias: (out,), compute type, or None.
+        memory: For the decoded windows.
     """
 
-    def __init__(self, matrices: list[Matrix], bias: Tensor | None, scratch: Scratch) -> None:
+    def __init__(self, matrices: list[Matrix], bias: Tensor | None, memory: Memory) -> None:
         self.bias = bias
-        self.scratch = scratch
+        self.memory = memory
         if len(matrices) > 1 and all(isinstance(matrix, DenseMatrix) for matrix in matrices):
             matrices = [DenseMatrix(torch.cat([matrix.dense for matrix in matrices]))]  # type: ignore[misc]
         self.matrices = matrices
         self.rows, self.cols = sum(matrix.rows for matrix in matrices), matrices[0].cols
 
-    def weight(self) -> Tensor:
-        """All numbers, (out, in), in the compute type; valid until the next weight is asked for."""
-        if len(self.matrices) == 1 and self.matrices[0].dense is not None:
-            return self.matrices[0].dense
-        out = self.scratch.take("weight", self.rows, self.cols)
-        row = 0
+    def product(self, x: Tensor, out: Tensor) -> Tensor:
+        """Write x Wᵀ + bias to `out`: (tokens, in) to (tokens, out)."""
+        for rows in [slice(0, self.rows)] if self.is_dense else windows(self.rows, self.cols):
+            torch.mm(x, self._decoded(rows, slice(0, self.cols)).t(), out=out[:, rows])
+        return out if self.bias is None else out.add_(self.bias)
+
+    def back(self, grad: Tensor, out: Tensor) -> Tensor:
+        """Write grad W to `out`: (tokens, out) to (tokens, in)."""
+        for cols in [slice(0, self.cols)] if self.is_dense else windows(self.cols, self.rows):
+            torch.mm(grad, self._decoded(slice(0, self.rows), cols), out=out[:, cols])
+        return out
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether nothing has to be decoded."""
+        return len(self.matrices) == 1 and self.matrices[0].dense is not None
+
+    def _decoded(self, rows: slice, cols: slice) -> Tensor:
+        """A window of the weight, valid until the next one is asked for on this thread."""
+        dense = self.matrices[0].dense
+        if self.is_dense and dense is not None:
+            return dense[rows, cols]
+        out = self.memory.scratch("weight", rows.stop - rows.start, cols.stop - cols.start)
+        start = 0
         for matrix in self.matrices:
-            matrix.decode_into(out[row : row + matrix.rows])
-            row += matrix.rows
+            low, high = max(rows.start, start), min(rows.stop, start + matrix.rows)
+            if low < high:
+                target = out[low - rows.start : high - rows.start]
+                matrix.decode(slice(low - start, high - start), cols.start, target)
+            start += matrix.rows
         return out
 
     def gather(self, index: NDArray[np.int64]) -> Tensor:
         """Some rows of a single matrix, (len(index), in): a look-up in an embedding."""
-        out = torch.empty(len(index), self.cols, dtype=self.scratch.compute)
-        self.matrices[0].decode_rows(index, out)
+        out = torch.empty(len(index), self.cols, dtype=self.memory.compute)
+        self.matrices[0].gather(index, out)
         return out
 
     @property

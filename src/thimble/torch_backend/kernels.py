@@ -180,32 +180,36 @@ def _decode_kernel(dtype: str, lanes: int) -> Callable[..., None]:
     values, size = values * lanes, size * lanes
 
     @njit(nogil=True, cache=True)
-    def decode(begin, end, raw, order, out):
+    def decode(begin, end, raw, index, start, out):
         for i in range(begin, end):
-            row, to = raw[i], out[order[i]]
-            for block in range(row.size // size):
-                _decode_block(dtype, lanes, row, block * size, to, block * values)
+            row, to = raw[index[i]], out[i]
+            for block in range(to.size // values):
+                _decode_block(dtype, lanes, row, start + block * size, to, block * values)
 
     return decode
 
 
-def decode_rows(raw: NDArray[np.uint8], dtype: str, out: Array, order: NDArray[np.int64] | None = None) -> None:
-    """Decode a matrix: row i of the file becomes row order[i] of `out`.
+def decode_rows(
+    raw: NDArray[np.uint8], dtype: str, out: Array, index: NDArray[np.int64] | None = None, first_column: int = 0
+) -> None:
+    """Decode a window of a matrix: row i of `out` is row index[i] of the file, from a column on.
 
     Args:
         raw: uint8 (rows, bytes per row), contiguous; may be a view of a memory map.
         dtype: One of `thimble.core.quantize.BLOCKS`.
-        out: float32 or uint16 (bfloat16), (n, in), contiguous; written in place.
-        order: int64 (rows,); None leaves the order as it is.
+        out: float32 or uint16 (bfloat16), (n, columns), contiguous; written in place.
+        index: int64 (n,); None takes the first rows.
+        first_column: Where a block begins.
     """
-    rows, columns = len(raw), out.shape[1]
-    order = np.arange(rows) if order is None else order
-    assert raw.shape[1] == row_bytes(columns, dtype), f"{raw.shape} bytes of {dtype} do not make {out.shape}"
+    rows, columns = out.shape
+    index = np.arange(rows) if index is None else index
+    start, num_bytes = row_bytes(first_column, dtype), row_bytes(columns, dtype)
+    assert start + num_bytes <= raw.shape[1], f"{raw.shape} bytes of {dtype} do not make {out.shape} at {first_column}"
     assert out.flags.c_contiguous, f"out of shape {out.shape} is not contiguous"
-    assert order.shape == (rows,), f"an order of {order.shape} does not fit {raw.shape}"
-    assert rows == 0 or 0 <= order.min() <= order.max() < len(out), f"the order leaves the {len(out)} rows of out"
+    assert index.shape == (rows,), f"an index of {index.shape} does not fit {out.shape}"
+    assert rows == 0 or 0 <= index.min() <= index.max() < len(raw), f"the index leaves the {len(raw)} rows of the file"
     lanes = _PLAIN_LANES if block_of(dtype)[0] == 1 and columns % _PLAIN_LANES == 0 else 1
-    split(rows, columns, _decode_kernel(dtype, lanes), _read_only(raw), order, out)
+    split(rows, columns, _decode_kernel(dtype, lanes), _read_only(raw), index, start, out)
 
 
 def _read_only(array: Array) -> Array:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from thimble.torch_backend.attention import Angles, AttentionSpec, attend, split_heads
+from thimble.torch_backend.memory import Memory
 
 
 class KvCache:
@@ -43,7 +44,7 @@ Slots = list[tuple[int, int]]
 
 def attend_cached(
     qkv: Tensor, spec: AttentionSpec, angles: Angles | None, starts: list[int], cache: KvCache, layer: int,
-    slots: Slots | None,
+    slots: Slots | None, memory: Memory,
 ) -> Tensor:  # fmt: skip
     """Attention that extends the cache, and reads it unless whole prompts are given.
 
@@ -55,17 +56,18 @@ def attend_cached(
         cache: Keys and values.
         layer: Number of the block.
         slots: For whole prompts, which see nothing but themselves: where they go. None: one token for every row.
+        memory: For temporaries.
 
     Returns:
         (tokens, heads · head_dim).
     """
-    q, k, v = split_heads(qkv, spec, angles)
+    q, k, v = split_heads(qkv, spec, angles, memory)
     if slots is None:
         return _attend_next(q, k, v, spec, cache, layer)
     for (row, kept), start in zip(slots, starts, strict=False):
         cache.keys[layer, row, :, :kept] = k[:, start : start + kept]
         cache.values[layer, row, :, :kept] = v[:, start : start + kept]
-    return attend(qkv, spec, angles, starts)
+    return attend(qkv, spec, angles, starts, memory)
 
 
 def _attend_next(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, cache: KvCache, layer: int) -> Tensor:

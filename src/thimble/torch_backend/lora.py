@@ -15,7 +15,7 @@ from torch import Tensor
 from thimble.torch_backend.adapter_state import LoraPair
 from thimble.torch_backend.elementwise import Prologue
 from thimble.torch_backend.frozen import FrozenLinear
-from thimble.torch_backend.memory import Activations
+from thimble.torch_backend.memory import Memory
 from thimble.torch_backend.threads import place
 
 
@@ -43,15 +43,13 @@ class Projection:
 
 
 def project(
-    x: Tensor, projection: Projection, activations: Activations, prologue: Prologue | None = None,
-    residual: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    x: Tensor, projection: Projection, prologue: Prologue | None = None, residual: Tensor | None = None
+) -> Tensor:
     """Apply a group of projections.
 
     Args:
         x: (tokens, n), compute type.
         projection: The group.
-        activations: Where the result is kept if a backward pass follows.
         prologue: Applied to x first; None reads x as it is.
         residual: Added to the result, (tokens, sum of outs), or None.
 
@@ -59,7 +57,7 @@ def project(
         (tokens, sum of outs), compute type.
     """
     if torch.is_grad_enabled() and (x.requires_grad or projection.pairs):
-        return _Project.apply(x, _anchor(), projection, activations, prologue, residual)  # type: ignore[no-any-return]
+        return _Project.apply(x, _anchor(), projection, prologue, residual)  # type: ignore[no-any-return]
     return _forward(x, projection, torch.empty(len(x), projection.frozen.rows, dtype=x.dtype), prologue, residual)[0]
 
 
@@ -73,7 +71,7 @@ def _input(x: Tensor, projection: Projection, prologue: Prologue | None) -> Tens
     if prologue is None:
         return x
     frozen = projection.frozen
-    return prologue.forward(x, frozen.scratch.take("input", len(x), frozen.cols))
+    return prologue.forward(x, frozen.memory.scratch("input", len(x), frozen.cols))
 
 
 def _forward(
@@ -81,11 +79,9 @@ def _forward(
 ) -> tuple[Tensor, Tensor | None]:
     """Fill y with the result; return it with the low-rank products."""
     h = _input(x, projection, prologue)
-    weight, bias = projection.frozen.weight(), projection.frozen.bias
-    torch.mm(h, weight.t(), out=y)
-    for addend in (bias, residual):
-        if addend is not None:
-            y.add_(addend)
+    projection.frozen.product(h, y)
+    if residual is not None:
+        y.add_(residual)
     if not projection.pairs:
         return y, None
     low = torch.mm(h, projection.stacked_a().t())  # (tokens, sum of ranks)
@@ -100,30 +96,31 @@ def _forward(
 class _Project(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, anchor: Tensor, projection: Projection, activations: Activations,
-        prologue: Prologue | None, residual: Tensor | None,
-    ) -> Tensor:  # fmt: skip
-        y, low = _forward(x, projection, activations.take(len(x), projection.frozen.rows), prologue, residual)
+        ctx: Any, x: Tensor, anchor: Tensor, projection: Projection, prologue: Prologue | None, residual: Tensor | None
+    ) -> Tensor:
+        kept = projection.frozen.memory.keep(len(x), projection.frozen.rows)
+        y, low = _forward(x, projection, kept, prologue, residual)
         ctx.save_for_backward(x, low)
         ctx.projection, ctx.prologue = projection, prologue
         return y
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None, None, Tensor | None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None, Tensor | None]:
         x, low = ctx.saved_tensors
         projection, prologue, grad = ctx.projection, ctx.prologue, grads[0]
         low_grad = None
         if projection.pairs:
             h = _input(x, projection, prologue)
             low_grad = _adapter_gradients(projection, h, low, grad)
-        residual_grad = grad if ctx.needs_input_grad[5] else None
+        residual_grad = grad if ctx.needs_input_grad[4] else None
         if not ctx.needs_input_grad[0]:
-            return None, None, None, None, None, residual_grad
-        h_grad = torch.mm(grad, projection.frozen.weight())
+            return None, None, None, None, residual_grad
+        frozen = projection.frozen
+        h_grad = frozen.back(grad, frozen.memory.scratch("input_grad", len(x), frozen.cols))
         if low_grad is not None:
             h_grad.addmm_(low_grad, projection.stacked_a())
-        x_grad = prologue.backward(x, h_grad) if prologue else h_grad
-        return x_grad, None, None, None, None, residual_grad
+        x_grad = prologue.backward(x, h_grad, frozen.memory) if prologue else h_grad
+        return x_grad, None, None, None, residual_grad
 
 
 def _adapter_gradients(projection: Projection, h: Tensor, low: Tensor, grad: Tensor) -> Tensor:

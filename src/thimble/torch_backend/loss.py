@@ -43,13 +43,9 @@ class _LabelLoss(torch.autograd.Function):
         needs_grad = ctx.needs_input_grad[0]
         rows = hidden[places]
         normal = decoder.norm.forward(rows)
-        weight = decoder.head.weight()
         total = 0.0
-        for chunk in _chunks(len(rows), weight.element_size() * weight.shape[0]):
-            nats, grad = _chunk_loss(normal[chunk], weight, targets[chunk], decoder.spec.final_softcap, needs_grad)
-            total += nats
-            if needs_grad:
-                normal[chunk] = grad  # the chunk's input is no longer needed
+        for chunk in _chunks(len(rows), hidden.element_size() * decoder.head.rows):
+            total += _chunk_loss(normal[chunk], decoder, targets[chunk], needs_grad)
         if needs_grad:
             ctx.save_for_backward(decoder.norm.backward(rows, normal), places)
             ctx.shape = hidden.shape
@@ -70,14 +66,15 @@ def _chunks(rows: int, row_bytes: int) -> list[slice]:
     return [slice(start, start + size) for start in range(0, rows, size)]
 
 
-def _chunk_loss(
-    x: Tensor, weight: Tensor, targets: Tensor, softcap: float | None, needs_grad: bool
-) -> tuple[float, Tensor | None]:
-    """Summed loss of some rows, and its gradient at x."""
-    logits = torch.mm(x, weight.t())
-    losses = np.empty(len(targets), np.float32)
+def _chunk_loss(x: Tensor, decoder: Decoder, targets: Tensor, needs_grad: bool) -> float:
+    """Summed loss of some rows; if wanted, x becomes its gradient."""
+    logits = decoder.memory.scratch("logits", len(x), decoder.head.rows)
+    decoder.head.product(x, logits)
+    losses, softcap = np.empty(len(targets), np.float32), decoder.spec.final_softcap
     if softcap:
         split(*logits.shape, fused.bend, as_numpy(logits), np.float32(softcap))
     per_cap = np.float32(1 / softcap if softcap else 0.0)
     split(*logits.shape, fused.cross_entropy, as_numpy(logits), targets.numpy(), per_cap, losses, needs_grad)
-    return float(losses.sum(dtype=np.float64)), torch.mm(logits, weight) if needs_grad else None
+    if needs_grad:
+        decoder.head.back(logits, x)
+    return float(losses.sum(dtype=np.float64))

@@ -1,10 +1,11 @@
 """Buffers that are used again, so that the heap is not cut into pieces between steps of uneven length.
 
 What one product needs and what the backward pass needs come and go in turns. On the heap the short-lived pieces leave
-holes in which smaller long-lived ones settle: two thirds more memory than is in use. Here each has its own place.
+holes in which smaller long-lived ones settle: up to twice the memory that is in use. Here each has its own place.
 """
 
 import threading
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -12,10 +13,17 @@ from torch import Tensor
 ROUNDED_TOKENS = 128  # buffers grow in steps of so many rows
 
 
-class Scratch(threading.local):
-    """Buffers of a thread for what one product needs: the decoded weight, and the input made for it.
+@dataclass
+class _Room:
+    """The buffers of one thread."""
 
-    What was taken last for a purpose is valid until the next time.
+    scratch: dict[str, Tensor] = field(default_factory=dict)
+    kept: list[Tensor] = field(default_factory=list)
+    taken: int = 0  # of kept, since the forward pass began
+
+
+class Memory:
+    """The buffers of a decoder, with a room for each thread that runs it.
 
     Args:
         compute: Type of the numbers.
@@ -23,46 +31,41 @@ class Scratch(threading.local):
 
     def __init__(self, compute: torch.dtype) -> None:
         self.compute = compute
-        self._buffers: dict[str, Tensor] = {}
+        self._rooms: dict[int, _Room] = {}
 
-    def take(self, purpose: str, rows: int, cols: int) -> Tensor:
-        """The buffer for a purpose as (rows, cols), grown if it is too small."""
-        if purpose not in self._buffers or self._buffers[purpose].numel() < rows * cols:
-            self._buffers[purpose] = torch.empty(rows * cols, dtype=self.compute)
-        return self._buffers[purpose][: rows * cols].view(rows, cols)
+    def _room(self) -> _Room:
+        return self._rooms.setdefault(threading.get_ident(), _Room())
 
-
-class Activations:
-    """What the forward pass keeps for the backward pass, in the same places every time.
-
-    A thread's forward pass asks for its tensors in the same order for every micro-batch; each gets the buffer it had
-    before. `begin` makes all of that thread's earlier tensors invalid.
-
-    Args:
-        compute: Type of the numbers.
-    """
-
-    def __init__(self, compute: torch.dtype) -> None:
-        self._compute = compute
-        self._threads: dict[int, list[Tensor]] = {}
-        self._taken: dict[int, int] = {}
+    def scratch(self, purpose: str, rows: int, cols: int, dtype: torch.dtype | None = None) -> Tensor:
+        """The buffer for a purpose as (rows, cols); what was in it is lost, so each purpose has one user at a time."""
+        buffers = self._room().scratch
+        if purpose not in buffers or buffers[purpose].numel() < rows * cols:
+            buffers.pop(purpose, None)  # before the larger one is made
+            buffers[purpose] = torch.empty(_rounded(rows) * cols, dtype=dtype or self.compute)
+        return buffers[purpose][: rows * cols].view(rows, cols)
 
     def begin(self) -> None:
-        """A new forward pass begins on this thread."""
-        self._taken[threading.get_ident()] = 0
+        """A new forward pass begins on this thread: what it kept before is no longer needed."""
+        self._room().taken = 0
 
-    def take(self, rows: int, cols: int) -> Tensor:
-        """The next tensor, (rows, cols)."""
-        thread = threading.get_ident()
-        buffers, number = self._threads.setdefault(thread, []), self._taken.get(thread, 0)
-        self._taken[thread] = number + 1
-        if number == len(buffers):
-            buffers.append(torch.empty(0, dtype=self._compute))
-        if buffers[number].numel() < rows * cols:
-            rounded = -(-rows // ROUNDED_TOKENS) * ROUNDED_TOKENS
-            buffers[number] = torch.empty(rounded * cols, dtype=self._compute)
-        return buffers[number][: rows * cols].view(rows, cols)
+    def keep(self, rows: int, cols: int) -> Tensor:
+        """The next tensor that the backward pass will need, (rows, cols).
+
+        A thread's forward pass asks for these in the same order for every micro-batch; each gets the buffer it had.
+        """
+        room = self._room()
+        if room.taken == len(room.kept):
+            room.kept.append(torch.empty(0, dtype=self.compute))
+        if room.kept[room.taken].numel() < rows * cols:
+            room.kept[room.taken] = torch.empty(0)  # before the larger one is made
+            room.kept[room.taken] = torch.empty(_rounded(rows) * cols, dtype=self.compute)
+        room.taken += 1
+        return room.kept[room.taken - 1][: rows * cols].view(rows, cols)
 
     def release(self) -> None:
         """Give the memory back; what was taken stays valid for those who hold it."""
-        self._threads.clear()
+        self._rooms.clear()
+
+
+def _rounded(rows: int) -> int:
+    return -(-rows // ROUNDED_TOKENS) * ROUNDED_TOKENS if rows > 1 else rows

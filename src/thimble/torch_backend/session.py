@@ -217,7 +217,7 @@ class TorchSession:
             labels = np.concatenate([rows[number].labels for number in numbers])
             return LossSum(float(label_loss(self.decoder, hidden, labels)), _count(labels))
 
-        self.decoder.activations.release()  # the cache takes their place
+        self.decoder.memory.release()  # the cache takes their place
         ids = [row.ids for row in rows]
         cache, hidden, losses = read(self.decoder, ids, prompt_tokens, max_new_tokens, pass_tokens, measured)
         answers = write(self.decoder, cache, hidden, max_new_tokens, stop_ids, on_token=on_token)
