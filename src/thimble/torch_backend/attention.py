@@ -5,9 +5,10 @@ probabilities are recomputed in the backward pass from their log-sum (Dao et al.
 windows, soft-capped scores and per-head normalisation of q and k.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +21,8 @@ from thimble.torch_backend.memory import Memory
 from thimble.torch_backend.threads import split
 
 TILE = 128  # queries in one product
+# Tiles are padded to multiples of these, since the libraries keep a compiled product for every size, a megabyte each.
+PADDED_QUERIES, PADDED_KEYS = 64, 128
 NO_WINDOW = 1 << 40  # a window longer than any row
 SOFTMAX_COST = 2  # of a score, against a plain load and store
 
@@ -74,8 +77,8 @@ def split_heads(
         memory: Where they are put.
 
     Returns:
-        q (kv_heads, tokens, group, head_dim) already scaled, k and v (kv_heads, tokens, head_dim); contiguous, in
-        scratch.
+        q (kv_heads, tokens + TILE, group, head_dim) already scaled, k and v (kv_heads, tokens + TILE, head_dim);
+        contiguous, in scratch. What lies behind the tokens is zero.
     """
     heads = _normalised(qkv.view(qkv.shape[0], -1, spec.head_dim), spec)
     tokens = len(heads)
@@ -87,11 +90,19 @@ def split_heads(
 
 
 def _room_for_heads(memory: Memory, what: str, spec: AttentionSpec, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Scratch for q, k and v, shaped as `split_heads` returns them."""
-    kv = (spec.num_kv_heads, tokens, spec.head_dim)
-    q = memory.scratch("q" + what, tokens, spec.num_heads * spec.head_dim)
-    k, v = (memory.scratch(name + what, tokens, spec.num_kv_heads * spec.head_dim).view(kv) for name in "kv")
-    return q.view(spec.num_kv_heads, tokens, spec.group, spec.head_dim), k, v
+    """Scratch for q, k and v, shaped as `split_heads` returns them, zero behind the tokens."""
+    return (
+        _room(memory, "q" + what, tokens, spec.num_kv_heads, spec.group, spec.head_dim),
+        _room(memory, "k" + what, tokens, spec.num_kv_heads, spec.head_dim),
+        _room(memory, "v" + what, tokens, spec.num_kv_heads, spec.head_dim),
+    )
+
+
+def _room(memory: Memory, purpose: str, tokens: int, heads: int, *size: int) -> Tensor:
+    """Scratch (heads, tokens + TILE, *size), zero behind the tokens."""
+    room = memory.scratch(purpose, tokens + TILE, heads * math.prod(size)).view(heads, tokens + TILE, *size)
+    room[:, tokens:] = 0
+    return room
 
 
 def _arrays(angles: Angles | None, tokens: int) -> tuple[np.ndarray, np.ndarray]:
@@ -143,12 +154,32 @@ def attend(qkv: Tensor, spec: AttentionSpec, angles: Angles | None, starts: list
     return _Attend.apply(qkv, spec, angles, starts, memory, is_kept)  # type: ignore[no-any-return]
 
 
-def _tiles(starts: list[int], window: int | None) -> Iterator[tuple[int, int, int]]:
-    """Ranges (first query, last query + 1, first key) that cover the causal half of every row."""
+class _Tile(NamedTuple):
+    """Queries of one row and the keys that they may see.
+
+    Attributes:
+        first: The first query.
+        last: The last query + 1.
+        low: The first key.
+        queries: All queries with padding.
+        keys: All keys with padding.
+    """
+
+    first: int
+    last: int
+    low: int
+    queries: slice
+    keys: slice
+
+
+def _tiles(starts: list[int], window: int | None) -> Iterator[_Tile]:
+    """Tiles that cover the causal half of every row."""
     for start, end in zip(starts, starts[1:], strict=False):
         for first in range(start, end, TILE):
-            low = start if window is None else max(start, first - window + 1)
-            yield first, min(first + TILE, end), low
+            last, low = min(first + TILE, end), start if window is None else max(start, first - window + 1)
+            queries = slice(first, first + -(-(last - first) // PADDED_QUERIES) * PADDED_QUERIES)
+            keys = slice(low, low + -(-(last - low) // PADDED_KEYS) * PADDED_KEYS)
+            yield _Tile(first, last, low, queries, keys)
 
 
 def _dot(a: Tensor, b: Tensor, memory: Memory, purpose: str) -> tuple[Tensor, np.ndarray]:
@@ -175,14 +206,15 @@ class _Attend(torch.autograd.Function):
         q, k, v = split_heads(qkv, spec, angles, memory)
         size = (len(qkv), spec.num_heads * spec.head_dim)
         mixed = memory.keep(*size) if is_kept else torch.empty(size, dtype=qkv.dtype)
+        mixed[starts[-1] :] = 0
         out = mixed.view(len(qkv), spec.num_kv_heads, spec.group, spec.head_dim).transpose(0, 1)
         log_sums = []
-        for first, last, low in _tiles(starts, spec.window):
-            weights, flat = _scores(q[:, first:last].flatten(1, 2), k[:, low:last], spec, memory)
+        for tile in _tiles(starts, spec.window):
+            weights, flat = _scores(q[:, tile.queries].flatten(1, 2), k[:, tile.keys], spec, memory)
             log_sums.append(np.empty(len(flat), np.float32))
-            seen = (weights.shape[1], spec.group, first, low, spec.window or NO_WINDOW)
+            seen = (weights.shape[1], spec.group, tile.first, tile.last, tile.low, spec.window or NO_WINDOW)
             split(len(flat), SOFTMAX_COST * flat.shape[1], fused.softmax_forward, flat, *seen, log_sums[-1])
-            out[:, first:last] = torch.bmm(weights, v[:, low:last]).view(out[:, first:last].shape)
+            _put(out, tile, torch.bmm(weights, v[:, tile.keys]))
         ctx.save_for_backward(qkv, mixed)
         ctx.call, ctx.log_sums = (spec, angles, starts, memory), log_sums
         return mixed
@@ -192,21 +224,34 @@ class _Attend(torch.autograd.Function):
         qkv, mixed = ctx.saved_tensors
         spec, angles, starts, memory = ctx.call
         q, k, v = split_heads(qkv, spec, angles, memory)
-        dq, dk, dv = _room_for_heads(memory, "_grad", spec, len(qkv))
-        dk.zero_(), dv.zero_()
-        shape = (-1, spec.num_kv_heads, spec.group, spec.head_dim)
-        grad = memory.scratch("mixed_grad", *mixed.shape).view(q.shape).copy_(grads[0].view(shape).transpose(0, 1))
-        drift = (grad.float() * mixed.view(shape).transpose(0, 1)).sum(-1)  # (kv_heads, tokens, group)
+        grad, drift = _by_head(grads[0], mixed, spec, memory)
+        dq, dk, dv = (room.zero_() for room in _room_for_heads(memory, "_grad", spec, len(qkv)))
         per_cap = np.float32(1 / spec.softcap if spec.softcap else 0.0)
-        for (first, last, low), log_sum in zip(_tiles(starts, spec.window), ctx.log_sums, strict=True):
-            rows, g_rows = q[:, first:last].flatten(1, 2), grad[:, first:last].flatten(1, 2)
-            keys, values = k[:, low:last], v[:, low:last]
+        for tile, log_sum in zip(_tiles(starts, spec.window), ctx.log_sums, strict=True):
+            rows, g_rows = q[:, tile.queries].flatten(1, 2), grad[:, tile.queries].flatten(1, 2)
+            keys, values = k[:, tile.keys], v[:, tile.keys]
             weights, flat = _scores(rows, keys, spec, memory)
             slopes, flat_slopes = _dot(g_rows, values, memory, "slopes")
-            seen = (rows.shape[1], spec.group, first, low, spec.window or NO_WINDOW)
-            arrays = (flat, flat_slopes, *seen, per_cap, log_sum, drift[:, first:last].flatten().numpy())
-            split(len(flat), SOFTMAX_COST * (last - low), fused.softmax_backward, *arrays)
-            dv[:, low:last] += torch.bmm(weights.transpose(1, 2), g_rows)
-            dk[:, low:last] += torch.bmm(slopes.transpose(1, 2), rows)
-            dq[:, first:last] = torch.bmm(slopes, keys).view(dq[:, first:last].shape)
+            seen = (rows.shape[1], spec.group, tile.first, tile.last, tile.low, spec.window or NO_WINDOW)
+            arrays = (flat, flat_slopes, *seen, per_cap, log_sum, drift[:, tile.queries].flatten().numpy())
+            split(len(flat), SOFTMAX_COST * flat.shape[1], fused.softmax_backward, *arrays)
+            dv[:, tile.keys] += torch.bmm(weights.transpose(1, 2), g_rows)
+            dk[:, tile.keys] += torch.bmm(slopes.transpose(1, 2), rows)
+            _put(dq, tile, torch.bmm(slopes, keys))
         return _join_gradients(qkv, spec, angles, (dq, dk, dv), memory), None, None, None, None, None
+
+
+def _put(heads: Tensor, tile: _Tile, values: Tensor) -> None:
+    """Write what was computed for the queries of a tile to their place, (kv_heads, tokens, group, head_dim)."""
+    count = tile.last - tile.first
+    heads[:, tile.first : tile.last] = values.view(len(heads), -1, *heads.shape[2:])[:, :count]
+
+
+def _by_head(grad: Tensor, mixed: Tensor, spec: AttentionSpec, memory: Memory) -> tuple[Tensor, Tensor]:
+    """The gradient as `split_heads` shapes q, and its dot products with the result, (kv_heads, tokens + TILE, group)."""
+    shape = (len(mixed), spec.num_kv_heads, spec.group, spec.head_dim)
+    out = _room(memory, "mixed_grad", len(mixed), spec.num_kv_heads, spec.group, spec.head_dim)
+    dots = torch.zeros(out.shape[:3])
+    arrays = (as_numpy(array.view(shape)) for array in (grad.contiguous(), mixed))
+    split(len(mixed), mixed.shape[1], fused.by_head, *arrays, as_numpy(out), dots.numpy())
+    return out, dots

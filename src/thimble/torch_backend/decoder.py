@@ -21,6 +21,8 @@ from thimble.torch_backend.kv_cache import KvCache, Slots, attend_cached
 from thimble.torch_backend.lora import Projection, project
 from thimble.torch_backend.memory import Memory
 
+PADDED_TOKENS = 64  # a batch is padded to a multiple of this
+
 
 @dataclass(frozen=True)
 class Packed:
@@ -31,9 +33,11 @@ class Packed:
         angles: By number of the rotary embedding in `Decoder.ropes`.
         cache: Keys and values to read and extend, when generating.
         slots: For whole prompts: where they go in the cache.
+        size: Tokens with padding, which belongs to no row.
     """
 
     starts: list[int]
+    size: int
     angles: dict[int, Angles]
     cache: KvCache | None = None
     slots: Slots | None = None
@@ -171,8 +175,10 @@ class Decoder:
         first = cache.lengths.numpy() if cache and slots is None else np.zeros(len(lengths), np.int64)
         positions = np.concatenate([np.arange(a, a + n) for a, n in zip(first, lengths, strict=True)])
         ends = np.repeat(np.maximum(first + lengths, cache.capacity if cache else 0), lengths)
+        size = len(positions) if cache and slots is None else _padded(len(positions))
+        positions, ends = (np.pad(array, (0, size - len(array))) for array in (positions, ends))
         angles = {number: _angles(rope, positions, ends) for number, rope in enumerate(self.ropes)}
-        return Packed(starts.tolist(), angles, cache, slots)
+        return Packed(starts.tolist(), size, angles, cache, slots)
 
     def hidden(self, ids: NDArray[np.int32], packed: Packed) -> Tensor:
         """Run all blocks.
@@ -182,9 +188,9 @@ class Decoder:
             packed: From `pack`.
 
         Returns:
-            (tokens, hidden), compute type, before the final norm.
+            (tokens with padding, hidden), compute type, before the final norm.
         """
-        x = self.embedding.gather(ids.astype(np.int64))
+        x = self.embedding.gather(np.pad(ids.astype(np.int64), (0, packed.size - len(ids))))
         if self.spec.embedding_scale != 1.0:
             x = x * torch.tensor(self.spec.embedding_scale, dtype=self.compute)
         self.memory.begin()
@@ -276,6 +282,12 @@ def _recomputed(decoder: Decoder, block: Block, x: Tensor, packed: Packed) -> Te
     if not (torch.is_grad_enabled() and is_adapted):
         return decoder.block(block, x, packed)
     return _Recompute.apply(x, torch.empty(0, requires_grad=True), decoder, block, packed)
+
+
+def _padded(tokens: int) -> int:
+    """Tokens after padding: the libraries keep a compiled product for every size, a megabyte each."""
+    side = PADDED_TOKENS if tokens > PADDED_TOKENS else 8
+    return -(-tokens // side) * side
 
 
 def _distinct(ropes: tuple[Rope | None, ...]) -> list[Rope]:

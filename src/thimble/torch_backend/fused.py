@@ -159,6 +159,23 @@ def join_heads(begin, end, dq, dk, dv, cos, sin, scale, out):
                 out[t, kv * group + kv + h, j] = stored(loaded(dv[h, t, j]), out)
 
 
+@njit(**LOOP)
+def by_head(begin, end, grad, mixed, out, dots):
+    """Sort a gradient by key head, and take its dot products with what it is the gradient of.
+
+    grad, mixed (tokens, kv, group, dim) to out (kv, tokens, group, dim) and dots, float32 (kv, tokens, group).
+    """
+    for t in range(begin, end):
+        for h in range(grad.shape[1]):
+            for g in range(grad.shape[2]):
+                source, other, to = grad[t, h, g], mixed[t, h, g], out[h, t, g]
+                total = np.float32(0)
+                for j in range(source.shape[0]):
+                    to[j] = source[j]
+                    total += loaded(source[j]) * loaded(other[j])
+                dots[h, t, g] = total
+
+
 # ---- soft-cap -------------------------------------------------------------------------------------------------------
 
 
@@ -173,13 +190,16 @@ def bend(begin, end, x, cap):
 
 # ---- softmax of one attention tile ---------------------------------------------------------------------------------
 # scores (kv · queries · group, keys), already bent; row r of a key head is query first + r // group, column c is key
-# low + c. A query sees the keys up to itself, at most `window` of them; the others are given weight 0. Slices rather
-# than offsets: an index that might be negative keeps a loop from being vectorised.
+# low + c. A query sees the keys up to itself, at most `window` of them; the others are given weight 0. Queries from
+# `last` on are padding and see none. Slices rather than offsets: an index that might be negative keeps a loop from
+# being vectorised.
 
 
 @register_jitable
-def _seen(row, group, first, low, window, keys):
+def _seen(row, group, first, last, low, window, keys):
     query = first + row // group
+    if query >= last:
+        return 0, 0
     return max(0, query - window + 1 - low), min(keys, query + 1 - low)
 
 
@@ -209,15 +229,15 @@ def _clear(row, array):
 
 
 @njit(**LOOP)
-def softmax_forward(begin, end, scores, rows, group, first, low, window, log_sums):
+def softmax_forward(begin, end, scores, rows, group, first, last, low, window, log_sums):
     """Turn scores into weights in place, and keep their log-sums, float32 (kv · queries · group,).
 
     `rows` are those of one key head.
     """
     for i in range(begin, end):
-        start, stop = _seen(i % rows, group, first, low, window, scores.shape[1])
+        start, stop = _seen(i % rows, group, first, last, low, window, scores.shape[1])
         seen = scores[i, start:stop]
-        log_sum = log_sums[i] = _log_sum(seen)
+        log_sum = log_sums[i] = _log_sum(seen) if stop > start else np.float32(0)
         for j in range(seen.shape[0]):
             seen[j] = stored(exp(loaded(seen[j]) - log_sum), scores)
         _clear(scores[i, :start], scores)
@@ -225,14 +245,14 @@ def softmax_forward(begin, end, scores, rows, group, first, low, window, log_sum
 
 
 @njit(**LOOP)
-def softmax_backward(begin, end, scores, grads, rows, group, first, low, window, per_cap, log_sums, drift):
+def softmax_backward(begin, end, scores, grads, rows, group, first, last, low, window, per_cap, log_sums, drift):
     """Turn scores into weights and the weights' gradients into the scores', both in place.
 
     With w = softmax(s) and d = Σ w · ∂L/∂w (drift, float32 (kv · queries · group,)): ∂L/∂s = w (∂L/∂w − d), times the
     slope of the soft-cap (`per_cap` is its inverse, 0 for none).
     """
     for i in range(begin, end):
-        start, stop = _seen(i % rows, group, first, low, window, scores.shape[1])
+        start, stop = _seen(i % rows, group, first, last, low, window, scores.shape[1])
         seen, grad, log_sum, shift = scores[i, start:stop], grads[i, start:stop], log_sums[i], drift[i]
         for j in range(seen.shape[0]):
             value = loaded(seen[j])

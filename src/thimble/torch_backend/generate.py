@@ -16,6 +16,7 @@ from thimble.torch_backend.threads import side_by_side
 T = TypeVar("T")
 
 PASS_TOKENS = 1024  # read in one pass
+ROWS_STEP = 8  # the rows that are written together become fewer in steps of so many
 
 
 class Sampler:
@@ -116,15 +117,18 @@ def write(
     """
     sampler = sampler or Sampler()
     answers: list[list[int]] = [[] for _ in hidden]
-    active = list(range(len(answers)))
-    for _ in range(max_new_tokens):
+    active: list[int | None] = list(range(len(answers)))  # row at each place of the cache, None if its answer is done
+    for written in range(1, max_new_tokens + 1):
         tokens = sampler.choose(decoder.logits(hidden)).tolist()
-        kept = [place for place, token in enumerate(tokens) if token not in stop_ids]
-        for place in kept:
-            answers[active[place]].append(tokens[place])
-            if on_token and on_token(active[place], tokens[place]):
-                return answers
-        if not kept or len(answers[active[kept[0]]]) >= max_new_tokens:
+        for place, (row, token) in enumerate(zip(active, tokens, strict=True)):
+            if token in stop_ids:
+                active[place] = None
+            elif row is not None:
+                answers[row].append(token)
+                if on_token and on_token(row, token):
+                    return answers
+        kept = _worth_keeping(active)
+        if not kept or written == max_new_tokens:
             break
         if len(kept) < len(active):
             order = cache.keep(kept)
@@ -133,3 +137,11 @@ def write(
         hidden = decoder.hidden(np.array(tokens, np.int32), packed)
         cache.lengths += 1
     return answers
+
+
+def _worth_keeping(active: Sequence[int | None]) -> list[int]:
+    """Places to go on with: those not done, and some that are, since a new number of rows is a new set of products."""
+    going = [place for place, row in enumerate(active) if row is not None]
+    done = [place for place, row in enumerate(active) if row is None]
+    spare = -len(going) % ROWS_STEP if going else 0
+    return sorted(going + done[:spare])

@@ -63,7 +63,7 @@ def attend_cached(
     """
     q, k, v = split_heads(qkv, spec, angles, memory)
     if slots is None:
-        return _attend_next(q, k, v, spec, cache, layer)
+        return _attend_next(*(heads[:, : len(qkv)] for heads in (q, k, v)), spec, cache, layer)
     for (row, kept), start in zip(slots, starts, strict=False):
         cache.keys[layer, row, :, :kept] = k[:, start : start + kept]
         cache.values[layer, row, :, :kept] = v[:, start : start + kept]

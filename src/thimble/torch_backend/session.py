@@ -165,7 +165,7 @@ class TorchSession:
     def logits(self, ids: NDArray[np.int32]) -> NDArray[np.float32]:
         """Logits after every token of one row: int32 (tokens,) to float32 (tokens, vocabulary)."""
         packed = self.decoder.pack(np.array([0, len(ids)], np.int64))
-        return self.decoder.logits(self.decoder.hidden(ids, packed)).numpy()
+        return self.decoder.logits(self.decoder.hidden(ids, packed)[: len(ids)]).numpy()
 
     def generate(
         self,
