@@ -20,7 +20,7 @@ from thimble.torch_backend.frozen import as_numpy
 from thimble.torch_backend.memory import Memory
 from thimble.torch_backend.threads import split
 
-TILE = 128  # queries in one product
+TILE = 256  # queries in one product
 # Tiles are padded to multiples of these, since the libraries keep a compiled product for every size, a megabyte each.
 PADDED_QUERIES, PADDED_KEYS = 64, 128
 NO_WINDOW = 1 << 40  # a window longer than any row

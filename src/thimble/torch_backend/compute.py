@@ -13,7 +13,7 @@ import torch
 SIZES = {64: 30.0, 256: 6.0, 768: 0.0}  # 0: none is dropped
 REPEATS = 6
 FP32_ERROR = 1e-5  # largest relative error that still counts as float32
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.bfloat16}  # of activations
 
 
 def choose_compute(wanted: str) -> tuple[str, str]:

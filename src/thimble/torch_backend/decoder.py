@@ -17,6 +17,7 @@ from thimble.torch_backend.adapter_state import LoraPair
 from thimble.torch_backend.attention import Angles, AttentionSpec, attend
 from thimble.torch_backend.elementwise import Gated, Prologue, RmsNorm
 from thimble.torch_backend.frozen import FrozenLinear, Matrix, load_matrix
+from thimble.torch_backend.int8 import Int8Linear, Watched
 from thimble.torch_backend.kv_cache import KvCache, Slots, attend_cached
 from thimble.torch_backend.lora import Projection, project
 from thimble.torch_backend.memory import Memory
@@ -150,6 +151,24 @@ class Decoder:
             spec.attention_softcap, q_norm, k_norm,
         )  # fmt: skip
 
+    def quantize(self, sample: NDArray[np.int32]) -> None:
+        """Make the products of all blocks whole-number ones; those of the head stay as they are.
+
+        The gradient at the head's output has one large number a row and thousands of small ones that matter together:
+        eight bits would lose them.
+
+        Args:
+            sample: int32 (tokens,), text that shows which columns of the activations are large.
+        """
+        projections = [projection for block in self.blocks for projection in block.projections]
+        watched = [Watched(projection.frozen) for projection in projections]
+        for projection, layer in zip(projections, watched, strict=True):
+            projection.frozen = layer
+        with torch.no_grad():
+            self.hidden(sample, self.pack(np.array([0, len(sample)])))
+        for projection, layer in zip(projections, watched, strict=True):
+            projection.frozen = Int8Linear(layer)
+
     # ---- adapters -------------------------------------------------------------------------------------------------
 
     def attach(self, pairs: dict[str, LoraPair]) -> None:
@@ -175,7 +194,7 @@ class Decoder:
         first = cache.lengths.numpy() if cache and slots is None else np.zeros(len(lengths), np.int64)
         positions = np.concatenate([np.arange(a, a + n) for a, n in zip(first, lengths, strict=True)])
         ends = np.repeat(np.maximum(first + lengths, cache.capacity if cache else 0), lengths)
-        size = len(positions) if cache and slots is None else _padded(len(positions))
+        size = len(positions) if cache and slots is None else padded(len(positions))
         positions, ends = (np.pad(array, (0, size - len(array))) for array in (positions, ends))
         angles = {number: _angles(rope, positions, ends) for number, rope in enumerate(self.ropes)}
         return Packed(starts.tolist(), size, angles, cache, slots)
@@ -284,7 +303,7 @@ def _recomputed(decoder: Decoder, block: Block, x: Tensor, packed: Packed) -> Te
     return _Recompute.apply(x, torch.empty(0, requires_grad=True), decoder, block, packed)
 
 
-def _padded(tokens: int) -> int:
+def padded(tokens: int) -> int:
     """Tokens after padding: the libraries keep a compiled product for every size, a megabyte each."""
     side = PADDED_TOKENS if tokens > PADDED_TOKENS else 8
     return -(-tokens // side) * side

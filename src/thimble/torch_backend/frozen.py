@@ -6,6 +6,7 @@ drop. Knows nothing of adapters.
 """
 
 import warnings
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -18,8 +19,8 @@ from thimble.torch_backend import kernels
 from thimble.torch_backend.memory import Memory
 
 STORES = ("dense", "int8", "file")
-WINDOW = 4_000_000  # numbers decoded at once: many enough for a fast product, few enough for the cache
-WINDOW_SIDE = 256  # a narrower product is slow, and a block of the file has at most so many numbers
+WINDOW = 2_500_000  # numbers multiplied at once: many enough for a fast product, few enough for the cache
+WINDOW_STEP = 256  # windows have a multiple of so many rows
 TORCH_OF = {"BF16": torch.bfloat16, "F32": torch.float32, "F16": torch.float16}
 
 
@@ -29,18 +30,10 @@ def as_numpy(tensor: Tensor) -> NDArray[np.generic]:
     return tensor.view(torch.int16).numpy().view(np.uint16) if tensor.dtype == torch.bfloat16 else tensor.numpy()
 
 
-def windows(length: int, other: int) -> list[slice]:
-    """Cut one side of a matrix so that no window holds more than about `WINDOW` numbers.
-
-    Args:
-        length: Of the side that is cut.
-        other: Of the side that is not.
-
-    Returns:
-        Stretches of equal length, a multiple of `WINDOW_SIDE`, but for the last.
-    """
-    size = max(WINDOW_SIDE, WINDOW // other // WINDOW_SIDE * WINDOW_SIDE)
-    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+def windows(rows: int, cols: int) -> list[slice]:
+    """Cut the rows of a matrix so that no window holds more than about `WINDOW` numbers."""
+    size = max(WINDOW_STEP, WINDOW // cols // WINDOW_STEP * WINDOW_STEP)
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
 class Matrix(Protocol):
@@ -49,8 +42,8 @@ class Matrix(Protocol):
     rows: int
     cols: int
 
-    def decode(self, rows: slice, first_col: int, out: Tensor) -> None:
-        """Write a window to `out`, (rows of the slice, any number of columns), contiguous, in the compute type."""
+    def decode(self, rows: slice, out: Tensor) -> None:
+        """Write some rows to `out`, (rows of the slice, cols), contiguous, in the compute type."""
 
     def gather(self, index: NDArray[np.int64], out: Tensor) -> None:
         """Write some rows to `out`, (len(index), cols), contiguous, in the compute type."""
@@ -87,9 +80,9 @@ class DenseMatrix(_InMemory):
         self.values = values
         self.rows, self.cols = values.shape
 
-    def decode(self, rows: slice, first_col: int, out: Tensor) -> None:
+    def decode(self, rows: slice, out: Tensor) -> None:
         """See Matrix."""
-        out.copy_(self.values[rows, first_col : first_col + out.shape[1]])
+        out.copy_(self.values[rows])
 
     def gather(self, index: NDArray[np.int64], out: Tensor) -> None:
         """See Matrix."""
@@ -113,18 +106,16 @@ class Int8Matrix(_InMemory):
         self.rows, self.cols = weight.shape
         self.q = np.empty(weight.shape, np.int8)
         self.scale = np.empty(self.rows, np.float32)
-        source, step = FileMatrix(weight, torch.float32), max(1, WINDOW // self.cols)
-        for start in range(0, self.rows, step):  # a few rows at a time, so that the float32 numbers never exist at once
-            rows = slice(start, min(start + step, self.rows))
+        source = FileMatrix(weight, torch.float32)
+        for rows in windows(self.rows, self.cols):  # so that the float32 numbers never exist all at once
             values = torch.empty(rows.stop - rows.start, self.cols)
-            source.decode(rows, 0, values)
+            source.decode(rows, values)
             kernels.quantize_rows_into(values.numpy(), self.q[rows], self.scale[rows])
         source.release()
 
-    def decode(self, rows: slice, first_col: int, out: Tensor) -> None:
+    def decode(self, rows: slice, out: Tensor) -> None:
         """See Matrix."""
-        q = np.ascontiguousarray(self.q[rows, first_col : first_col + out.shape[1]])
-        kernels.dequantize_rows_into(q, self.scale[rows], as_numpy(out))
+        kernels.dequantize_rows_into(self.q[rows], self.scale[rows], as_numpy(out))
 
     def gather(self, index: NDArray[np.int64], out: Tensor) -> None:
         """See Matrix."""
@@ -157,9 +148,9 @@ class FileMatrix:
             warnings.simplefilter("ignore", UserWarning)
             return torch.from_numpy(self.raw).view(TORCH_OF[self.weight.dtype])
 
-    def decode(self, rows: slice, first_col: int, out: Tensor) -> None:
+    def decode(self, rows: slice, out: Tensor) -> None:
         """See Matrix."""
-        kernels.decode_rows(self.raw, self.weight.dtype, as_numpy(out), self.index[rows], first_col)
+        kernels.decode_rows(self.raw, self.weight.dtype, as_numpy(out), self.index[rows])
 
     def gather(self, index: NDArray[np.int64], out: Tensor) -> None:
         """See Matrix."""
@@ -201,7 +192,7 @@ def load_matrix(weight: Weight, store: str, compute: torch.dtype) -> Matrix:
     if store == "file":
         return kept
     values = torch.empty(kept.rows, kept.cols, dtype=compute)
-    kept.decode(slice(0, kept.rows), 0, values)
+    kept.decode(slice(0, kept.rows), values)
     kept.release()
     return DenseMatrix(values)
 
@@ -209,8 +200,8 @@ def load_matrix(weight: Weight, store: str, compute: torch.dtype) -> Matrix:
 class FrozenLinear:
     """One or several frozen matrices that read the same input, stacked: (out, in) with out the sum of their rows.
 
-    Dense matrices are stacked once. Others are decoded just before a product, a window at a time: rows of the weight
-    for x Wᵀ, columns for g W, so that every product is whole and the decoded numbers are still in the cache.
+    Dense matrices are stacked once. Others are decoded just before a product, a window of rows at a time, so that the
+    decoded numbers are still in the cache.
 
     Args:
         matrices: With equal numbers of columns.
@@ -218,43 +209,47 @@ class FrozenLinear:
         memory: For the decoded windows.
     """
 
-    def __init__(self, matrices: list[Matrix], bias: Tensor | None, memory: Memory) -> None:
+    def __init__(self, matrices: Sequence[Matrix], bias: Tensor | None, memory: Memory) -> None:
         self.bias = bias
         self.memory = memory
         if len(matrices) > 1 and all(isinstance(matrix, DenseMatrix) for matrix in matrices):
             matrices = [DenseMatrix(torch.cat([matrix.dense for matrix in matrices]))]  # type: ignore[misc]
-        self.matrices = matrices
+        self.matrices = list(matrices)
         self.rows, self.cols = sum(matrix.rows for matrix in matrices), matrices[0].cols
 
     def product(self, x: Tensor, out: Tensor) -> Tensor:
         """Write x Wᵀ + bias to `out`: (tokens, in) to (tokens, out)."""
         for rows in [slice(0, self.rows)] if self.is_dense else windows(self.rows, self.cols):
-            torch.mm(x, self._decoded(rows, slice(0, self.cols)).t(), out=out[:, rows])
+            torch.mm(x, self.decoded(rows).t(), out=out[:, rows])
         return out if self.bias is None else out.add_(self.bias)
 
     def back(self, grad: Tensor, out: Tensor) -> Tensor:
         """Write grad W to `out`: (tokens, out) to (tokens, in)."""
-        for cols in [slice(0, self.cols)] if self.is_dense else windows(self.cols, self.rows):
-            torch.mm(grad, self._decoded(slice(0, self.rows), cols), out=out[:, cols])
-        return out
+        pieces = windows(self.rows, self.cols)
+        if len(pieces) == 1:
+            return torch.mm(grad, self.decoded(pieces[0]), out=out)
+        total = self.memory.scratch("total", *out.shape, torch.float32).zero_()
+        part = self.memory.scratch("part", *out.shape)
+        for rows in pieces:
+            total.add_(torch.mm(grad[:, rows], self.decoded(rows), out=part))
+        return out.copy_(total)
 
     @property
     def is_dense(self) -> bool:
         """Whether nothing has to be decoded."""
         return len(self.matrices) == 1 and self.matrices[0].dense is not None
 
-    def _decoded(self, rows: slice, cols: slice) -> Tensor:
-        """A window of the weight, valid until the next one is asked for on this thread."""
+    def decoded(self, rows: slice) -> Tensor:
+        """Some rows of the weight, valid until others are asked for on this thread."""
         dense = self.matrices[0].dense
         if self.is_dense and dense is not None:
-            return dense[rows, cols]
-        out = self.memory.scratch("weight", rows.stop - rows.start, cols.stop - cols.start)
+            return dense[rows]
+        out = self.memory.scratch("weight", rows.stop - rows.start, self.cols)
         start = 0
         for matrix in self.matrices:
             low, high = max(rows.start, start), min(rows.stop, start + matrix.rows)
             if low < high:
-                target = out[low - rows.start : high - rows.start]
-                matrix.decode(slice(low - start, high - start), cols.start, target)
+                matrix.decode(slice(low - start, high - start), out[low - rows.start : high - rows.start])
             start += matrix.rows
         return out
 

@@ -180,36 +180,32 @@ def _decode_kernel(dtype: str, lanes: int) -> Callable[..., None]:
     values, size = values * lanes, size * lanes
 
     @njit(nogil=True, cache=True)
-    def decode(begin, end, raw, index, start, out):
+    def decode(begin, end, raw, index, out):
         for i in range(begin, end):
             row, to = raw[index[i]], out[i]
-            for block in range(to.size // values):
-                _decode_block(dtype, lanes, row, start + block * size, to, block * values)
+            for block in range(row.size // size):
+                _decode_block(dtype, lanes, row, block * size, to, block * values)
 
     return decode
 
 
-def decode_rows(
-    raw: NDArray[np.uint8], dtype: str, out: Array, index: NDArray[np.int64] | None = None, first_column: int = 0
-) -> None:
-    """Decode a window of a matrix: row i of `out` is row index[i] of the file, from a column on.
+def decode_rows(raw: NDArray[np.uint8], dtype: str, out: Array, index: NDArray[np.int64] | None = None) -> None:
+    """Decode rows of a matrix: row i of `out` is row index[i] of the file.
 
     Args:
         raw: uint8 (rows, bytes per row), contiguous; may be a view of a memory map.
         dtype: One of `thimble.core.quantize.BLOCKS`.
         out: float32 or uint16 (bfloat16), (n, columns), contiguous; written in place.
         index: int64 (n,); None takes the first rows.
-        first_column: Where a block begins.
     """
     rows, columns = out.shape
     index = np.arange(rows) if index is None else index
-    start, num_bytes = row_bytes(first_column, dtype), row_bytes(columns, dtype)
-    assert start + num_bytes <= raw.shape[1], f"{raw.shape} bytes of {dtype} do not make {out.shape} at {first_column}"
+    assert raw.shape[1] == row_bytes(columns, dtype), f"{raw.shape} bytes of {dtype} do not make {out.shape}"
     assert out.flags.c_contiguous, f"out of shape {out.shape} is not contiguous"
     assert index.shape == (rows,), f"an index of {index.shape} does not fit {out.shape}"
     assert rows == 0 or 0 <= index.min() <= index.max() < len(raw), f"the index leaves the {len(raw)} rows of the file"
     lanes = _PLAIN_LANES if block_of(dtype)[0] == 1 and columns % _PLAIN_LANES == 0 else 1
-    split(rows, columns, _decode_kernel(dtype, lanes), _read_only(raw), index, start, out)
+    split(rows, columns, _decode_kernel(dtype, lanes), _read_only(raw), index, out)
 
 
 def _read_only(array: Array) -> Array:
@@ -265,25 +261,30 @@ def quantize_rows_into(
 
 
 @njit(nogil=True, cache=True)
-def _rescale(begin, end, sums, row_scale, column_scale, out):
+def _rescale(begin, end, sums, row_scale, column_scale, out, first):
     for i in range(begin, end):
-        for j in range(sums.shape[1]):
-            out[i, j] = stored(np.float32(sums[i, j]) * row_scale[i] * column_scale[j], out)
+        to = out[i, first : first + sums.shape[1]]
+        for j in range(to.shape[0]):
+            to[j] = stored(np.float32(sums[i, j]) * row_scale[i] * column_scale[j], out)
 
 
 def rescale_into(
-    sums: NDArray[np.int32], row_scale: NDArray[np.float32], column_scale: NDArray[np.float32], out: Array
-) -> None:
+    sums: NDArray[np.int32], row_scale: NDArray[np.float32], column_scale: NDArray[np.float32], out: Array,
+    first_column: int = 0,
+) -> None:  # fmt: skip
     """Turn a product of int8 matrices into numbers: sums[i, j] · row_scale[i] · column_scale[j].
 
     Args:
         sums: int32 (rows, n), contiguous.
         row_scale: float32 (rows,).
         column_scale: float32 (n,).
-        out: float32 or uint16 (bfloat16), (rows, n), written in place.
+        out: float32 or uint16 (bfloat16), (rows, at least n), written in place.
+        first_column: Of `out`, where the numbers go.
     """
-    assert (*row_scale.shape, *column_scale.shape) == sums.shape == out.shape, f"{sums.shape} does not fit {out.shape}"
-    split(*sums.shape, _rescale, sums, row_scale, _read_only(column_scale), out)
+    assert (*row_scale.shape, *column_scale.shape) == sums.shape, f"the scales do not fit {sums.shape}"
+    assert len(out) == len(sums), f"{out.shape} has not the rows of {sums.shape}"
+    assert 0 <= first_column <= out.shape[1] - sums.shape[1], f"{sums.shape} leaves {out.shape} at {first_column}"
+    split(*sums.shape, _rescale, sums, row_scale, _read_only(column_scale), out, first_column)
 
 
 def dequantize_rows_into(q: NDArray[np.int8], scale: NDArray[np.float32], out: Array) -> None:

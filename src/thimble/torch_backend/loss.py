@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from thimble.torch_backend import fused
-from thimble.torch_backend.decoder import Decoder
+from thimble.torch_backend.decoder import Decoder, padded
 from thimble.torch_backend.frozen import as_numpy
 from thimble.torch_backend.threads import split
 
@@ -42,12 +42,12 @@ class _LabelLoss(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, places: Tensor, targets: Tensor, decoder: Decoder) -> Tensor:
         needs_grad = ctx.needs_input_grad[0]
         rows = hidden[places]
-        normal = decoder.norm.forward(rows)
-        total = 0.0
-        for chunk in _chunks(len(rows), hidden.element_size() * decoder.head.rows):
-            total += _chunk_loss(normal[chunk], decoder, targets[chunk], needs_grad)
+        chunks = _chunks(len(rows), hidden.element_size() * decoder.head.rows)
+        normal = torch.zeros(chunks[-1].stop, rows.shape[1], dtype=rows.dtype)
+        decoder.norm.forward(rows, normal[: len(rows)])
+        total = sum(_chunk_loss(normal[chunk], decoder, targets[chunk], needs_grad) for chunk in chunks)
         if needs_grad:
-            ctx.save_for_backward(decoder.norm.backward(rows, normal), places)
+            ctx.save_for_backward(decoder.norm.backward(rows, normal[: len(rows)]), places)
             ctx.shape = hidden.shape
         return torch.tensor(total, dtype=torch.float32)
 
@@ -60,21 +60,22 @@ class _LabelLoss(torch.autograd.Function):
 
 
 def _chunks(rows: int, row_bytes: int) -> list[slice]:
-    """Stretches of about the same length, as few as the memory for logits allows: short ones multiply slowly."""
+    """Stretches of one padded length, as few as the memory for logits allows: short ones multiply slowly."""
     count = max(1, -(-rows * row_bytes // CHUNK_BYTES))
-    size = max(1, -(-rows // count))
-    return [slice(start, start + size) for start in range(0, rows, size)]
+    size = padded(max(1, -(-rows // count)))
+    return [slice(start, start + size) for start in range(0, max(rows, 1), size)]
 
 
 def _chunk_loss(x: Tensor, decoder: Decoder, targets: Tensor, needs_grad: bool) -> float:
-    """Summed loss of some rows; if wanted, x becomes its gradient."""
+    """Summed loss of the rows that have a target; if wanted, x becomes its gradient."""
     logits = decoder.memory.scratch("logits", len(x), decoder.head.rows)
     decoder.head.product(x, logits)
     losses, softcap = np.empty(len(targets), np.float32), decoder.spec.final_softcap
     if softcap:
         split(*logits.shape, fused.bend, as_numpy(logits), np.float32(softcap))
     per_cap = np.float32(1 / softcap if softcap else 0.0)
-    split(*logits.shape, fused.cross_entropy, as_numpy(logits), targets.numpy(), per_cap, losses, needs_grad)
+    arrays = (as_numpy(logits), targets.numpy(), per_cap, losses, needs_grad)
+    split(len(targets), logits.shape[1], fused.cross_entropy, *arrays)
     if needs_grad:
         decoder.head.back(logits, x)
     return float(losses.sum(dtype=np.float64))

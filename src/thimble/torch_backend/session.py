@@ -57,14 +57,21 @@ class TorchSession:
 
     Args:
         base: The opened base.
-        compute: `fp32` or `bf16`.
-        store: `dense`, `int8` or `file`.
+        compute: `fp32`, `bf16` or `int8`.
+        store: `dense`, `int8` or `file`; compute int8 has its own.
         is_recomputed: Keep only each block's input in the forward pass and compute the rest again: about a third
             more time for a fraction of the memory.
+        sample: For compute int8: int32 (tokens,), any text; a few hundred tokens are enough.
     """
 
-    def __init__(self, base: Base, compute: str, store: str, is_recomputed: bool = False) -> None:
-        self.decoder = Decoder(base, store, DTYPES[compute])
+    def __init__(
+        self, base: Base, compute: str, store: str, is_recomputed: bool = False,
+        sample: NDArray[np.int32] | None = None,
+    ) -> None:  # fmt: skip
+        self.decoder = Decoder(base, "file" if compute == "int8" else store, DTYPES[compute])
+        if compute == "int8":
+            assert sample is not None, "compute int8 needs a sample of text"
+            self.decoder.quantize(sample)
         self.decoder.is_recomputed = is_recomputed
         self._adapter: Adapter | None = None
         self._state: AdapterState | None = None
