@@ -1,37 +1,52 @@
-"""One contestant: transformers + PEFT on a model of the SmolLM2 shape with random weights, in its usual loop."""
+"""One contestant: transformers + PEFT on a model of a given shape with random weights, in its usual loop."""
 
 import argparse
 import json
-import resource
 import time
 
 import torch
-from make_rows import ALPHA, LENGTH, RANK, RATE, ROWS, make_tokens
+from make_models import SHAPES
+from make_rows import ALPHA, RANK, RATE, make_tokens, peak_bytes
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-SHAPE = {
-    "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
-    "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True, "max_position_embeddings": 8192,
-}  # fmt: skip
+
+def make_model(shape: str, dtype: str) -> LlamaForCausalLM:
+    """A model with random weights."""
+    hidden, inner, layers, heads, kv_heads, vocab, is_tied = SHAPES[shape]
+    config = LlamaConfig(
+        hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=kv_heads, vocab_size=vocab, tie_word_embeddings=is_tied, max_position_embeddings=8192,
+        attn_implementation="sdpa",
+    )  # fmt: skip
+    torch.set_default_dtype({"bf16": torch.bfloat16, "fp32": torch.float32, "medium": torch.float32}[dtype])
+    model = LlamaForCausalLM(config)
+    torch.set_default_dtype(torch.float32)
+    return model
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
+    parser.add_argument("--shape", default="135m")
     parser.add_argument("--dtype", default="bf16")
     parser.add_argument("--labels", type=float, default=1.0)
+    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--steps", type=int, default=3)
     options = parser.parse_args()
-    torch.set_float32_matmul_precision("medium")  # 2.3 times faster fp32 on AMD; its best setting
-    torch.set_default_dtype({"bf16": torch.bfloat16, "fp32": torch.float32}[options.dtype])
-    model = LlamaForCausalLM(LlamaConfig(**SHAPE, attn_implementation="sdpa"))
-    torch.set_default_dtype(torch.float32)
+    if options.dtype == "medium":
+        torch.set_float32_matmul_precision("medium")  # fp32 through oneDNN, and through bfloat16 where that is faster
+    model = make_model(options.shape, options.dtype)
+    if options.checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(model, config)
     model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=RATE)
-    ids, is_learned = (torch.from_numpy(array.copy()) for array in make_tokens(options.labels))
+    ids, is_learned = (torch.from_numpy(array.copy()) for array in make_tokens(options.labels, options.rows, options.length))
+    ids = ids.long()
     labels = ids.masked_fill(~is_learned, -100)
     times = []
     for _ in range(options.steps + 1):
@@ -41,8 +56,9 @@ def main() -> None:
         optimiser.step()
         optimiser.zero_grad()
         times.append(time.perf_counter() - began)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"tokens_per_second": ROWS * LENGTH / sorted(times[1:])[len(times) // 2 - 1], "peak_bytes": peak}))
+    seconds = sorted(times[1:])[(len(times) - 1) // 2]
+    rate = options.rows * options.length / seconds
+    print(json.dumps({"tokens_per_second": rate, "peak_bytes": peak_bytes(), "seconds": seconds}))
 
 
 main()

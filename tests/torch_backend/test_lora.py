@@ -58,8 +58,11 @@ def gradients_of(session):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("is_recomputed", [False, True], ids=["kept", "recomputed"])
-def test_loss_and_every_gradient_equal_those_of_peft(name, is_recomputed, tmp_path):
+@pytest.mark.parametrize(
+    ("recomputed", "is_streamed"), [(0, False), (1, False), (99, False), (99, True)],
+    ids=["kept", "half recomputed", "recomputed", "streamed"],
+)  # fmt: skip
+def test_loss_and_every_gradient_equal_those_of_peft(name, recomputed, is_streamed, tmp_path):
     base = open_base(make_hf_folder(name, tmp_path / "base"))
     adapter, batch = make_adapter(base), make_batch()
     save_adapter(adapter, tmp_path / "adapter")
@@ -68,7 +71,7 @@ def test_loss_and_every_gradient_equal_those_of_peft(name, is_recomputed, tmp_pa
     loss.backward()
     expected = {key: parameter.grad for key, parameter in model.named_parameters() if parameter.grad is not None}
 
-    session = TorchSession(base, "fp32", "dense", is_recomputed)
+    session = TorchSession(base, "fp32", "file" if is_streamed else "dense", recomputed, is_streamed)
     session.train(adapter)
     found = session.gradients([[batch]], int((batch.labels >= 0).sum()))
     assert found.loss.mean == pytest.approx(float(loss.detach()), abs=1e-5)

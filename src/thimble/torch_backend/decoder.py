@@ -79,6 +79,16 @@ class Block:
         """All linear layers, in the order they run."""
         return self.qkv, self.out, self.gate_up, self.down
 
+    def will_need(self) -> None:
+        """Have the weights read ahead."""
+        for projection in self.projections:
+            projection.frozen.will_need()
+
+    def release(self) -> None:
+        """Let go of weights that the file can give again."""
+        for projection in self.projections:
+            projection.frozen.release()
+
 
 class Decoder:
     """A frozen base, ready to run, on which adapters can be hung.
@@ -87,9 +97,15 @@ class Decoder:
         base: The opened base.
         store: `dense`, `int8` or `file`.
         compute: float32 or bfloat16.
+        num_blocks: Build the first blocks only, to measure how fast they are.
+
+    Attributes:
+        recomputed_blocks: So many, from the lowest, keep only their input in the forward pass and are run again in the
+            backward pass.
+        is_streamed: Weights are read ahead of each block and let go of behind it; all blocks must be recomputed.
     """
 
-    def __init__(self, base: Base, store: str, compute: torch.dtype) -> None:
+    def __init__(self, base: Base, store: str, compute: torch.dtype, num_blocks: int | None = None) -> None:
         self.spec = base.spec
         self.compute = compute
         self.memory = Memory(compute)
@@ -99,8 +115,8 @@ class Decoder:
         self.head = self.embedding if base.spec.is_tied else self._linear([HEAD])
         self.norm = self._norm(FINAL_NORM.removesuffix(".weight"))
         self.gate = Gated(base.spec.activation)
-        self.blocks = [self._block(number) for number in range(base.spec.num_layers)]
-        self.is_recomputed = False
+        self.blocks = [self._block(number) for number in range(num_blocks or base.spec.num_layers)]
+        self.recomputed_blocks, self.is_streamed = 0, False
 
     # ---- building -------------------------------------------------------------------------------------------------
 
@@ -214,8 +230,20 @@ class Decoder:
             x = x * torch.tensor(self.spec.embedding_scale, dtype=self.compute)
         self.memory.begin()
         for block in self.blocks:
-            x = _recomputed(self, block, x, packed) if self.is_recomputed else self.block(block, x, packed)
+            if self.is_streamed:
+                self.expect(block.number + 1)
+            is_recomputed = block.number < self.recomputed_blocks
+            x = _recomputed(self, block, x, packed) if is_recomputed else self.block(block, x, packed)
+            if self.is_streamed:
+                block.release()
         return x
+
+    def expect(self, number: int) -> None:
+        """Have the weights of a block read ahead, or those of the head behind the last block."""
+        if number == len(self.blocks):
+            self.head.will_need()
+        elif number >= 0:
+            self.blocks[number].will_need()
 
     def block(self, block: Block, x: Tensor, packed: Packed) -> Tensor:
         """One transformer block: attention and a gated MLP, each added to the stream.
@@ -290,9 +318,13 @@ class _Recompute(torch.autograd.Function):
         decoder, block, packed = ctx.call
         x = ctx.saved_tensors[0].detach().requires_grad_(ctx.needs_input_grad[0])
         decoder.memory.begin()  # those of the block above are no longer needed
+        if decoder.is_streamed:
+            decoder.expect(block.number - 1)
         with torch.enable_grad():
             y = decoder.block(block, x, packed)
         torch.autograd.backward(y, grads[0])
+        if decoder.is_streamed:
+            block.release()
         return x.grad, None, None, None, None
 
 

@@ -253,6 +253,16 @@ class FrozenLinear:
             start += matrix.rows
         return out
 
+    def will_need(self) -> None:
+        """Have the weights read ahead, where they are in a file."""
+        for matrix in self.matrices:
+            matrix.will_need()
+
+    def release(self) -> None:
+        """Let go of weights that the file can give again."""
+        for matrix in self.matrices:
+            matrix.release()
+
     def gather(self, index: NDArray[np.int64]) -> Tensor:
         """Some rows of a single matrix, (len(index), in): a look-up in an embedding."""
         out = torch.empty(len(index), self.cols, dtype=self.memory.compute)

@@ -53,8 +53,7 @@ class Int8Linear(FrozenLinear):
         for rows in windows(source.rows, source.cols):
             values = as_numpy(source.decoded(rows))
             kernels.quantize_rows_into(values, self.q[rows].numpy(), self.scale[rows], factor)
-        for matrix in self.matrices:
-            matrix.release()
+        self.release()
         self.matrices = []
 
     def product(self, x: Tensor, out: Tensor) -> Tensor:

@@ -59,20 +59,23 @@ class TorchSession:
         base: The opened base.
         compute: `fp32`, `bf16` or `int8`.
         store: `dense`, `int8` or `file`; compute int8 has its own.
-        is_recomputed: Keep only each block's input in the forward pass and compute the rest again: about a third
-            more time for a fraction of the memory.
+        recomputed_blocks: So many blocks keep only their input in the forward pass and are run again in the backward
+            pass: up to half more time, for a fraction of the memory.
+        is_streamed: Weights are read ahead of each block and let go of behind it; all blocks must be recomputed.
         sample: For compute int8: int32 (tokens,), any text; a few hundred tokens are enough.
+        num_blocks: Build the first blocks only, to measure how fast they are.
     """
 
     def __init__(
-        self, base: Base, compute: str, store: str, is_recomputed: bool = False,
-        sample: NDArray[np.int32] | None = None,
+        self, base: Base, compute: str, store: str, recomputed_blocks: int = 0, is_streamed: bool = False,
+        sample: NDArray[np.int32] | None = None, num_blocks: int | None = None,
     ) -> None:  # fmt: skip
-        self.decoder = Decoder(base, "file" if compute == "int8" else store, DTYPES[compute])
+        assert recomputed_blocks >= base.spec.num_layers or not is_streamed, "what is streamed is recomputed"
+        self.decoder = Decoder(base, "file" if compute == "int8" else store, DTYPES[compute], num_blocks)
         if compute == "int8":
             assert sample is not None, "compute int8 needs a sample of text"
             self.decoder.quantize(sample)
-        self.decoder.is_recomputed = is_recomputed
+        self.decoder.recomputed_blocks, self.decoder.is_streamed = recomputed_blocks, is_streamed
         self._adapter: Adapter | None = None
         self._state: AdapterState | None = None
         self._optimiser: AdamW | None = None

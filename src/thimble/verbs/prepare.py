@@ -12,7 +12,7 @@ from thimble.core.adapter import Adapter, load_adapter
 from thimble.core.base import Base, open_base
 from thimble.core.config import BaseKnobs, MeasureKnobs
 from thimble.data.encode import Encoder, EncodeReport, Row, encode_all
-from thimble.data.records import Dataset, Record, read_dataset
+from thimble.data.records import general_records, Dataset, Record, read_dataset
 from thimble.data.template import ChatTemplate
 from thimble.data.tokenizer import Tokenizer, tokenizer_from_folder, tokenizer_from_gguf
 from thimble.errors import AdapterError, BaseModelError, ConfigError, MissingPackageError, Problems, listing, plural
@@ -191,8 +191,10 @@ def open_data(path: str) -> Dataset:
     return read_dataset(path)
 
 
-def choose_store(config: BaseKnobs, base: Base) -> tuple[str, str]:
+def choose_store(config: BaseKnobs, base: Base, compute: str) -> tuple[str, str]:
     """The store for the frozen weights, and why."""
+    if compute == "int8":
+        return "int8", "store int8: compute int8 multiplies the weights as whole numbers, and keeps them so"
     if config.store != "auto":
         return config.store, f"store {config.store} was asked for"
     if base.metadata is not None:
@@ -204,4 +206,6 @@ def open_session(model: Model, compute: str, store: str, is_recomputed: bool = F
     """Load the base into the torch engine."""
     from thimble.torch_backend.session import TorchSession
 
-    return TorchSession(model.base, compute, store, is_recomputed)
+    texts = [record.text for record in general_records() if record.text is not None]
+    sample = np.array(model.tokenizer.encode("\n\n".join(texts)), np.int32)[:SAMPLE_TOKENS]
+    return TorchSession(model.base, compute, store, is_recomputed, sample)
