@@ -59,8 +59,8 @@ def gradients_of(session):
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize(
-    ("recomputed", "is_streamed"), [(0, False), (1, False), (99, False), (99, True)],
-    ids=["kept", "half recomputed", "recomputed", "streamed"],
+    ("recomputed", "is_streamed"), [(0, False), (1, False), (99, False), (0, True), (99, True)],
+    ids=["kept", "half recomputed", "recomputed", "streamed", "streamed and recomputed"],
 )  # fmt: skip
 def test_loss_and_every_gradient_equal_those_of_peft(name, recomputed, is_streamed, tmp_path):
     base = open_base(make_hf_folder(name, tmp_path / "base"))

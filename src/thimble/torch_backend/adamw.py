@@ -4,6 +4,7 @@ torch's own gives the same numbers, but the first use of any torch optimiser loa
 before the first step, and memory that is never used.
 """
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8
+PIECE = 1 << 20  # numbers handled at a time, so that temporaries stay small
 
 
 class AdamW:
@@ -32,11 +34,13 @@ class AdamW:
         """Take a step against the gradient, float32 (n,)."""
         self._steps += 1
         first, second = BETAS
-        self._numbers.mul_(1 - learning_rate * self._weight_decay)
-        self._mean.lerp_(gradient, 1 - first)
-        self._square.mul_(second).addcmul_(gradient, gradient, value=1 - second)
-        spread = self._square.sqrt().div_((1 - second**self._steps) ** 0.5).add_(EPSILON)
-        self._numbers.addcdiv_(self._mean, spread, value=-learning_rate / (1 - first**self._steps))
+        flat = (self._numbers, self._mean, self._square, gradient)
+        for numbers, mean, square, slope in zip(*(array.split(PIECE) for array in flat), strict=True):
+            numbers.mul_(1 - learning_rate * self._weight_decay)
+            mean.lerp_(slope, 1 - first)
+            square.mul_(second).addcmul_(slope, slope, value=1 - second)
+            spread = square.sqrt().div_((1 - second**self._steps) ** 0.5).add_(EPSILON)
+            numbers.addcdiv_(mean, spread, value=-learning_rate / (1 - first**self._steps))
 
     def state(self) -> dict[str, NDArray[np.float32]]:
         """Moments and step count, as copies; the names are torch's."""
@@ -48,3 +52,8 @@ class AdamW:
         self._mean.copy_(torch.from_numpy(state["exp_avg"]))
         self._square.copy_(torch.from_numpy(state["exp_avg_sq"]))
         self._steps = int(state["step"][0])
+
+
+def norm(flat: Tensor) -> float:
+    """Length of a vector, float32 (n,), summed in float64."""
+    return math.hypot(*(float(torch.linalg.vector_norm(part, dtype=torch.float64)) for part in flat.split(PIECE)))

@@ -145,10 +145,10 @@ def attend(qkv: Tensor, spec: AttentionSpec, angles: Angles | None, starts: list
         spec: The layer's attention.
         angles: Rotations, or None.
         starts: Row s is tokens starts[s] to starts[s + 1].
-        memory: For temporaries, and for the result if a backward pass follows.
+        memory: For temporaries and for the result.
 
     Returns:
-        (tokens, heads · head_dim), compute type.
+        (tokens, heads · head_dim), compute type; in scratch unless a backward pass follows.
     """
     is_kept = torch.is_grad_enabled() and qkv.requires_grad
     return _Attend.apply(qkv, spec, angles, starts, memory, is_kept)  # type: ignore[no-any-return]
@@ -205,7 +205,7 @@ class _Attend(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         q, k, v = split_heads(qkv, spec, angles, memory)
         size = (len(qkv), spec.num_heads * spec.head_dim)
-        mixed = memory.keep(*size) if is_kept else torch.empty(size, dtype=qkv.dtype)
+        mixed = memory.keep(*size) if is_kept else memory.scratch("mixed", *size)
         mixed[starts[-1] :] = 0
         out = mixed.view(len(qkv), spec.num_kv_heads, spec.group, spec.head_dim).transpose(0, 1)
         log_sums = []

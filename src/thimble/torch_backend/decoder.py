@@ -16,7 +16,7 @@ from thimble.core.family import Rope
 from thimble.torch_backend.adapter_state import LoraPair
 from thimble.torch_backend.attention import Angles, AttentionSpec, attend
 from thimble.torch_backend.elementwise import Gated, Prologue, RmsNorm
-from thimble.torch_backend.frozen import FrozenLinear, Matrix, load_matrix
+from thimble.torch_backend.frozen import FrozenLinear, Matrix, Neighbours, load_matrix
 from thimble.torch_backend.int8 import Int8Linear, Watched
 from thimble.torch_backend.kv_cache import KvCache, Slots, attend_cached
 from thimble.torch_backend.lora import Projection, project
@@ -79,16 +79,6 @@ class Block:
         """All linear layers, in the order they run."""
         return self.qkv, self.out, self.gate_up, self.down
 
-    def will_need(self) -> None:
-        """Have the weights read ahead."""
-        for projection in self.projections:
-            projection.frozen.will_need()
-
-    def release(self) -> None:
-        """Let go of weights that the file can give again."""
-        for projection in self.projections:
-            projection.frozen.release()
-
 
 class Decoder:
     """A frozen base, ready to run, on which adapters can be hung.
@@ -102,7 +92,6 @@ class Decoder:
     Attributes:
         recomputed_blocks: So many, from the lowest, keep only their input in the forward pass and are run again in the
             backward pass.
-        is_streamed: Weights are read ahead of each block and let go of behind it; all blocks must be recomputed.
     """
 
     def __init__(self, base: Base, store: str, compute: torch.dtype, num_blocks: int | None = None) -> None:
@@ -116,7 +105,7 @@ class Decoder:
         self.norm = self._norm(FINAL_NORM.removesuffix(".weight"))
         self.gate = Gated(base.spec.activation)
         self.blocks = [self._block(number) for number in range(num_blocks or base.spec.num_layers)]
-        self.recomputed_blocks, self.is_streamed = 0, False
+        self.recomputed_blocks = 0
 
     # ---- building -------------------------------------------------------------------------------------------------
 
@@ -184,6 +173,13 @@ class Decoder:
             self.hidden(sample, self.pack(np.array([0, len(sample)])))
         for projection, layer in zip(projections, watched, strict=True):
             projection.frozen = Int8Linear(layer)
+        self.memory.release()
+
+    def stream(self) -> None:
+        """From now on, read weights ahead of every product and let go of them behind it."""
+        layers = [projection.frozen for block in self.blocks for projection in block.projections] + [self.head]
+        for earlier, layer, later in zip([None, *layers], layers, [*layers[1:], None], strict=False):
+            layer.neighbours = Neighbours(earlier, later)
 
     # ---- adapters -------------------------------------------------------------------------------------------------
 
@@ -230,20 +226,9 @@ class Decoder:
             x = x * torch.tensor(self.spec.embedding_scale, dtype=self.compute)
         self.memory.begin()
         for block in self.blocks:
-            if self.is_streamed:
-                self.expect(block.number + 1)
             is_recomputed = block.number < self.recomputed_blocks
             x = _recomputed(self, block, x, packed) if is_recomputed else self.block(block, x, packed)
-            if self.is_streamed:
-                block.release()
         return x
-
-    def expect(self, number: int) -> None:
-        """Have the weights of a block read ahead, or those of the head behind the last block."""
-        if number == len(self.blocks):
-            self.head.will_need()
-        elif number >= 0:
-            self.blocks[number].will_need()
 
     def block(self, block: Block, x: Tensor, packed: Packed) -> Tensor:
         """One transformer block: attention and a gated MLP, each added to the stream.
@@ -318,13 +303,9 @@ class _Recompute(torch.autograd.Function):
         decoder, block, packed = ctx.call
         x = ctx.saved_tensors[0].detach().requires_grad_(ctx.needs_input_grad[0])
         decoder.memory.begin()  # those of the block above are no longer needed
-        if decoder.is_streamed:
-            decoder.expect(block.number - 1)
         with torch.enable_grad():
             y = decoder.block(block, x, packed)
         torch.autograd.backward(y, grads[0])
-        if decoder.is_streamed:
-            block.release()
         return x.grad, None, None, None, None
 
 

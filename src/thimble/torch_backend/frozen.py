@@ -5,9 +5,10 @@ decoded just before a product and not kept: the memory of a frozen layer is the 
 drop. Knows nothing of adapters.
 """
 
+import contextlib
 import warnings
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -19,8 +20,8 @@ from thimble.torch_backend import kernels
 from thimble.torch_backend.memory import Memory
 
 STORES = ("dense", "int8", "file")
-WINDOW = 2_500_000  # numbers multiplied at once: many enough for a fast product, few enough for the cache
-WINDOW_STEP = 256  # windows have a multiple of so many rows
+# Numbers and rows multiplied at once: many enough for a fast product, few enough for the cache.
+WINDOW, WINDOW_ROWS, WINDOW_STEP = 8 << 20, 4096, 256
 TORCH_OF = {"BF16": torch.bfloat16, "F32": torch.float32, "F16": torch.float16}
 
 
@@ -31,8 +32,8 @@ def as_numpy(tensor: Tensor) -> NDArray[np.generic]:
 
 
 def windows(rows: int, cols: int) -> list[slice]:
-    """Cut the rows of a matrix so that no window holds more than about `WINDOW` numbers."""
-    size = max(WINDOW_STEP, WINDOW // cols // WINDOW_STEP * WINDOW_STEP)
+    """Cut the rows of a matrix into stretches of at most `WINDOW_ROWS` and about `WINDOW` numbers."""
+    size = max(WINDOW_STEP, min(WINDOW_ROWS, WINDOW // cols // WINDOW_STEP * WINDOW_STEP))
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
@@ -197,6 +198,13 @@ def load_matrix(weight: Weight, store: str, compute: torch.dtype) -> Matrix:
     return DenseMatrix(values)
 
 
+class Neighbours(NamedTuple):
+    """The layers that run before and after a streamed one in the forward pass; None at the ends."""
+
+    earlier: "FrozenLinear | None"
+    later: "FrozenLinear | None"
+
+
 class FrozenLinear:
     """One or several frozen matrices that read the same input, stacked: (out, in) with out the sum of their rows.
 
@@ -212,6 +220,7 @@ class FrozenLinear:
     def __init__(self, matrices: Sequence[Matrix], bias: Tensor | None, memory: Memory) -> None:
         self.bias = bias
         self.memory = memory
+        self.neighbours: Neighbours | None = None
         if len(matrices) > 1 and all(isinstance(matrix, DenseMatrix) for matrix in matrices):
             matrices = [DenseMatrix(torch.cat([matrix.dense for matrix in matrices]))]  # type: ignore[misc]
         self.matrices = list(matrices)
@@ -219,20 +228,31 @@ class FrozenLinear:
 
     def product(self, x: Tensor, out: Tensor) -> Tensor:
         """Write x Wᵀ + bias to `out`: (tokens, in) to (tokens, out)."""
-        for rows in [slice(0, self.rows)] if self.is_dense else windows(self.rows, self.cols):
-            torch.mm(x, self.decoded(rows).t(), out=out[:, rows])
+        with self._at_hand(self.neighbours and self.neighbours.later):
+            for rows in [slice(0, self.rows)] if self.is_dense else windows(self.rows, self.cols):
+                torch.mm(x, self.decoded(rows).t(), out=out[:, rows])
         return out if self.bias is None else out.add_(self.bias)
 
     def back(self, grad: Tensor, out: Tensor) -> Tensor:
         """Write grad W to `out`: (tokens, out) to (tokens, in)."""
         pieces = windows(self.rows, self.cols)
-        if len(pieces) == 1:
-            return torch.mm(grad, self.decoded(pieces[0]), out=out)
-        total = self.memory.scratch("total", *out.shape, torch.float32).zero_()
-        part = self.memory.scratch("part", *out.shape)
-        for rows in pieces:
-            total.add_(torch.mm(grad[:, rows], self.decoded(rows), out=part))
-        return out.copy_(total)
+        with self._at_hand(self.neighbours and self.neighbours.earlier):
+            if len(pieces) == 1:
+                return torch.mm(grad, self.decoded(pieces[0]), out=out)
+            total = self.memory.scratch("total", *out.shape, torch.float32).zero_()
+            part = self.memory.scratch("part", *out.shape)
+            for rows in pieces:
+                total.add_(torch.mm(grad[:, rows], self.decoded(rows), out=part))
+            return out.copy_(total)
+
+    @contextlib.contextmanager
+    def _at_hand(self, following: "FrozenLinear | None") -> Iterator[None]:
+        """While a product runs: where weights are streamed, those of the next one are read ahead, then these go."""
+        if following:
+            following.will_need()
+        yield
+        if self.neighbours:
+            self.release()
 
     @property
     def is_dense(self) -> bool:

@@ -58,7 +58,12 @@ def project(
     """
     if torch.is_grad_enabled() and (x.requires_grad or projection.pairs):
         return _Project.apply(x, _anchor(), projection, prologue, residual)  # type: ignore[no-any-return]
-    return _forward(x, projection, torch.empty(len(x), projection.frozen.rows, dtype=x.dtype), prologue, residual)[0]
+    size = (len(x), projection.frozen.rows)
+    if residual is None:  # read by the next layer only
+        y = projection.frozen.memory.scratch(f"output of {size[1]}", *size)
+    else:
+        y = torch.empty(size, dtype=x.dtype)
+    return _forward(x, projection, y, prologue, residual)[0]
 
 
 def _anchor() -> Tensor:

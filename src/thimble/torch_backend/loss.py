@@ -46,9 +46,6 @@ class _LabelLoss(torch.autograd.Function):
         normal = torch.zeros(chunks[-1].stop, rows.shape[1], dtype=rows.dtype)
         decoder.norm.forward(rows, normal[: len(rows)])
         total = sum(_chunk_loss(normal[chunk], decoder, targets[chunk], needs_grad) for chunk in chunks)
-        if decoder.is_streamed:
-            decoder.head.release()
-            decoder.expect(len(decoder.blocks) - 1)
         if needs_grad:
             ctx.save_for_backward(decoder.norm.backward(rows, normal[: len(rows)]), places)
             ctx.shape = hidden.shape

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from thimble.core.adapter import Adapter
 from thimble.core.base import Base
 from thimble.core.metrics import LossSum
-from thimble.torch_backend.adamw import AdamW
+from thimble.torch_backend.adamw import AdamW, norm
 from thimble.torch_backend.adapter_state import AdapterState
 from thimble.torch_backend.compute import DTYPES
 from thimble.torch_backend.decoder import Decoder
@@ -61,7 +61,8 @@ class TorchSession:
         store: `dense`, `int8` or `file`; compute int8 has its own.
         recomputed_blocks: So many blocks keep only their input in the forward pass and are run again in the backward
             pass: up to half more time, for a fraction of the memory.
-        is_streamed: Weights are read ahead of each block and let go of behind it; all blocks must be recomputed.
+        is_streamed: Weights are read ahead of each product and let go of behind it, so that the base may be larger than
+            memory; for weights in a file.
         sample: For compute int8: int32 (tokens,), any text; a few hundred tokens are enough.
         num_blocks: Build the first blocks only, to measure how fast they are.
     """
@@ -70,12 +71,13 @@ class TorchSession:
         self, base: Base, compute: str, store: str, recomputed_blocks: int = 0, is_streamed: bool = False,
         sample: NDArray[np.int32] | None = None, num_blocks: int | None = None,
     ) -> None:  # fmt: skip
-        assert recomputed_blocks >= base.spec.num_layers or not is_streamed, "what is streamed is recomputed"
         self.decoder = Decoder(base, "file" if compute == "int8" else store, DTYPES[compute], num_blocks)
         if compute == "int8":
             assert sample is not None, "compute int8 needs a sample of text"
             self.decoder.quantize(sample)
-        self.decoder.recomputed_blocks, self.decoder.is_streamed = recomputed_blocks, is_streamed
+        self.decoder.recomputed_blocks = recomputed_blocks
+        if is_streamed:
+            self.decoder.stream()
         self._adapter: Adapter | None = None
         self._state: AdapterState | None = None
         self._optimiser: AdamW | None = None
@@ -130,7 +132,7 @@ class TorchSession:
         losses = side_by_side([functools.partial(self._add_gradients, share) for share in shares])
         total = sum(losses, LossSum())
         gradient = self._state.gradient().div_(label_tokens)
-        return Gradients(total, float(torch.linalg.vector_norm(gradient, dtype=torch.float64)))
+        return Gradients(total, norm(gradient))
 
     def _add_gradients(self, share: Sequence[PackedRows]) -> LossSum:
         """Add the gradients of some micro-batches to the sum of this share."""
