@@ -45,7 +45,9 @@ def main() -> None:
     model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=RATE)
-    ids, is_learned = (torch.from_numpy(array.copy()) for array in make_tokens(options.labels, options.rows, options.length))
+    ids, is_learned = (
+        torch.from_numpy(array.copy()) for array in make_tokens(options.labels, options.rows, options.length)
+    )
     ids = ids.long()
     labels = ids.masked_fill(~is_learned, -100)
     times = []

@@ -177,6 +177,6 @@ def test_recomputing_blocks_gives_the_same_adapter(train, tmp_path, monkeypatch)
 
     train("kept")
     ways = job._ways
-    monkeypatch.setattr(job, "_ways", lambda *a: [replace(way, is_recomputed=True) for way in ways(*a)])
+    monkeypatch.setattr(job, "_ways", lambda *a: [replace(way, recomputed_blocks=99) for way in ways(*a)])
     train("recomputed")
     assert bytes_of(tmp_path / "kept") == bytes_of(tmp_path / "recomputed")

@@ -74,9 +74,10 @@ class Weight:
         """Have the file read ahead."""
         self.file.will_need(self.info.name)
 
-    def release(self) -> None:
-        """Let go of the memory that the file can fill again."""
-        self.file.release(self.info.name)
+    def release(self, rows: slice) -> None:
+        """Let go of the memory of some rows, which the file can fill again."""
+        size = self.info.nbytes // self.shape[0]
+        self.file.release(self.info.name, rows.start * size, rows.stop * size)
 
     def read(self) -> NDArray[np.float32]:
         """The numbers, float32, in the order of transformers."""

@@ -1,37 +1,58 @@
 """How much memory a run will need, part by part, before anything is loaded."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
-from thimble.core.base import Base
+from thimble.core.base import EMBEDDING, HEAD, Base
 from thimble.core.family import DecoderSpec
+from thimble.core.sizes import (
+    BUFFER_TOKENS,
+    MICRO_BATCH_TOKENS,
+    PADDED_KEYS,
+    TILE,
+    WINDOW,
+    WINDOW_ROWS,
+    logit_chunk,
+    windows,
+)
 
 CGROUP = Path("/sys/fs/cgroup")
-COMPUTE_BYTES = {"fp32": 4, "bf16": 2}
-PROCESS_BYTES = 330_000_000  # Python, torch, numba and their libraries, before any weight
-LOGIT_CHUNK_BYTES = 64_000_000
-LOGIT_COPIES = 3  # the chunk, its exponentials, and its copy in the compute type
-ADAPTER_COPIES_BYTES = 4 * 4  # master, gradient and two moments, float32
+COMPUTE_BYTES = {"fp32": 4, "bf16": 2, "int8": 2}  # of an activation
+PROCESS_BYTES = 355_000_000  # Python, torch, numba and their libraries, before any weight
+PRODUCT_BYTES = 700_000  # that the libraries keep for each size of a product
+PRODUCTS = 60  # of one size of batch: each linear layer and its low-rank parts, forward and backward
+INT8_COPIES = 3  # measured
+PAGES_AROUND = 65536  # bytes of a file that the system maps around one that is read
+ADAPTER_NUMBER_BYTES = 3 * 4  # master and two moments, float32
 
 
 @dataclass(frozen=True)
 class Way:
-    """How the rows of a step are run.
+    """How the weights are kept, and how the rows of a step are run.
 
     Attributes:
+        store: `dense`, `int8` or `file`.
         num_shares: Micro-batches that run side by side.
         micro_tokens: Most tokens of a micro-batch.
         tokens_at_once: Most tokens of all that run side by side.
-        num_threads: Threads that run products, each with scratch of its own.
-        is_recomputed: Only block inputs are kept for the backward pass.
+        recomputed_blocks: Blocks that keep only their input for the backward pass.
+        is_streamed: Weights are read from the file for each product and not kept.
     """
 
-    num_shares: int
-    micro_tokens: int
-    tokens_at_once: int
-    num_threads: int
-    is_recomputed: bool = False
+    store: str
+    num_shares: int = 1
+    micro_tokens: int = MICRO_BATCH_TOKENS[0]
+    tokens_at_once: int = MICRO_BATCH_TOKENS[0]
+    recomputed_blocks: int = 0
+    is_streamed: bool = False
+
+    def slowness(self, num_blocks: int, cores: int) -> float:
+        """Time of a step against the fastest way, about."""
+        slow = 1 + 0.3 * self.recomputed_blocks / num_blocks
+        slow *= 1.0 if self.num_shares >= min(2, cores) else 1.2
+        slow *= 1.0 if self.micro_tokens >= MICRO_BATCH_TOKENS[0] else 1.05
+        return slow * (1.15 if self.is_streamed else 1.0) * (1.1 if self.store == "int8" else 1.0)
 
 
 @dataclass(frozen=True)
@@ -39,30 +60,27 @@ class MemoryPlan:
     """What a run is expected to hold at its peak, in bytes.
 
     Attributes:
-        process: The interpreter and its libraries.
+        process: The interpreter, its libraries, and the products they keep compiled.
         weights: Frozen weights in memory, or the pages of the memory-mapped file.
-        scratch: The largest weight, decoded.
         adapter: Adapter, gradients and optimiser.
         activations: What the forward pass keeps for the backward pass.
-        workspace: Logits and the temporaries of one block.
+        scratch: Decoded weights, logits and the temporaries of one block, on each core.
     """
 
     process: int
     weights: int
-    scratch: int
     adapter: int
     activations: int
-    workspace: int
+    scratch: int
 
     @property
     def total(self) -> int:
         """Expected peak."""
-        return self.process + self.weights + self.scratch + self.adapter + self.activations + self.workspace
+        return self.process + self.weights + self.adapter + self.activations + self.scratch
 
     def parts(self) -> dict[str, int]:
         """The parts by name, and the total."""
-        names = ("process", "weights", "scratch", "adapter", "activations", "workspace")
-        return {name: getattr(self, name) for name in names} | {"total": self.total}
+        return {field.name: getattr(self, field.name) for field in fields(self)} | {"total": self.total}
 
 
 def adapter_parameters(spec: DecoderSpec, layers: list[str], rank: int) -> int:
@@ -76,45 +94,93 @@ def cache_token_bytes(spec: DecoderSpec, compute: str) -> int:
     return 2 * spec.num_layers * spec.kv_size * COMPUTE_BYTES[compute]
 
 
-def estimate_memory(base: Base, store: str, compute: str, trained: int, way: Way) -> MemoryPlan:
+def estimate_memory(base: Base, compute: str, trained: int, longest: int, way: Way) -> MemoryPlan:
     """Expected peak memory of training.
 
     Args:
         base: The base.
-        store: `dense`, `int8` or `file`.
-        compute: `fp32` or `bf16`.
+        compute: `fp32`, `bf16` or `int8`.
         trained: Numbers in the adapter.
+        longest: Tokens of the longest row.
         way: How a step is run.
 
     Returns:
         The parts.
     """
-    spec, width, tokens = base.spec, COMPUTE_BYTES[compute], way.tokens_at_once
-    per_block = spec.hidden_size * 2 + spec.q_size * 2 + 2 * spec.kv_size + 2 * spec.intermediate_size
-    kept = spec.hidden_size if way.is_recomputed else per_block
-    chunks = min(LOGIT_CHUNK_BYTES * way.num_shares, tokens * spec.vocab_size * 4)
-    workspace = chunks * LOGIT_COPIES + tokens * (4 + 2 * width) * 2 * spec.intermediate_size
-    activations = tokens * width * (kept * spec.num_layers + (per_block if way.is_recomputed else 0))
-    scratch = 0 if store == "dense" else _largest_weight(spec) * width
+    width = COMPUTE_BYTES[compute]
+    working = 0 if compute == "fp32" else width
     return MemoryPlan(
-        process=PROCESS_BYTES,
-        weights=_weight_bytes(base, store, width),
-        scratch=scratch * way.num_threads,
-        adapter=trained * (ADAPTER_COPIES_BYTES + 4 * (way.num_shares - 1) + (0 if compute == "fp32" else width)),
-        activations=activations,
-        workspace=workspace,
+        process=PROCESS_BYTES + PRODUCTS * PRODUCT_BYTES * way.num_shares,
+        weights=_weight_bytes(base, compute, way),
+        adapter=trained * (ADAPTER_NUMBER_BYTES + 4 * way.num_shares + working),
+        activations=_activation_bytes(base.spec, width, way),
+        scratch=way.num_shares * _scratch_bytes(base, compute, longest, way),
     )
 
 
-def _weight_bytes(base: Base, store: str, width: int) -> int:
-    if store == "file":
+def _weight_bytes(base: Base, compute: str, way: Way) -> int:
+    """Weights in memory of our own, and pages of the file."""
+    head: int = base.weights[EMBEDDING if base.spec.is_tied else HEAD].info.nbytes
+    if compute == "int8":
+        return sum(rows * cols for rows, cols in base.spec.linear_shapes().values()) + head
+    if way.is_streamed:  # two windows, a large layer being read, and the pages around the rows of the embedding
+        layers = max(weight.info.nbytes for path, weight in base.weights.items() if path not in (EMBEDDING, HEAD))
+        return 4 * WINDOW + 2 * layers + min(head, way.tokens_at_once * PAGES_AROUND)
+    if way.store == "file":
         return base.size_bytes
-    return base.num_parameters * (1 if store == "int8" else width)
+    return base.num_parameters * (1 if way.store == "int8" else COMPUTE_BYTES[compute])
 
 
-def _largest_weight(spec: DecoderSpec) -> int:
-    """Numbers in the largest stack that is decoded at once: the head, or gate and up."""
-    return max(spec.vocab_size, 2 * spec.intermediate_size, spec.q_size + 2 * spec.kv_size) * spec.hidden_size
+def _activation_bytes(spec: DecoderSpec, width: int, way: Way) -> int:
+    tokens = _rounded(way.tokens_at_once, way.num_shares)
+    block = 2 * spec.hidden_size + 2 * spec.q_size + 2 * spec.kv_size + 2 * spec.intermediate_size
+    kept = spec.num_layers - way.recomputed_blocks
+    inputs = way.recomputed_blocks * spec.hidden_size + (block if way.recomputed_blocks else 0)
+    return tokens * width * (block * kept + inputs)
+
+
+def _rounded(tokens: int, shares: int) -> int:
+    each = -(-tokens // shares)
+    return shares * (-(-each // BUFFER_TOKENS) * BUFFER_TOKENS)
+
+
+def _scratch_bytes(base: Base, compute: str, longest: int, way: Way) -> int:
+    """What one core needs while it runs a block or the loss, by the names in `torch_backend`."""
+    spec, width = base.spec, COMPUTE_BYTES[compute]
+    tokens = _rounded(-(-way.tokens_at_once // way.num_shares), 1)
+    hidden, inner, heads = spec.hidden_size, spec.intermediate_size, spec.q_size + 2 * spec.kv_size
+    largest = max(hidden, inner, spec.q_size)
+    numbers = tokens * (2 * largest + 2 * inner + heads)  # input, input_grad, gated_grad, qkv_grad
+    numbers += tokens * (2 * inner + heads + spec.q_size)  # outputs without a backward pass
+    numbers += (tokens + TILE) * (2 * heads + spec.q_size)  # heads, their gradients, mixed_grad
+    numbers += tokens * hidden * 4  # the stream and its gradient
+    keys = -(-longest // PADDED_KEYS) * PADDED_KEYS
+    numbers += 2 * spec.num_heads * min(TILE, keys) * keys  # scores, slopes
+    chunk = logit_chunk(tokens, width * spec.vocab_size)
+    numbers += chunk * spec.vocab_size + 3 * tokens * hidden  # logits, hidden states with a label
+    if way.store != "dense":
+        numbers += max(_window(rows, cols) for rows, cols in _stacked_shapes(spec))
+    total = max(tokens * inner, chunk * hidden) * (4 + width)  # gradients summed over windows
+    return numbers * width + total + (_whole_number_bytes(spec, tokens) if compute == "int8" else 0)
+
+
+def _whole_number_bytes(spec: DecoderSpec, tokens: int) -> int:
+    """What int8 products need beside: rows as int8, sums as int32, and the library's own copies of a weight."""
+    inner = spec.intermediate_size
+    return tokens * (2 * inner + 4 * max(WINDOW_ROWS, inner)) + INT8_COPIES * 2 * inner * spec.hidden_size
+
+
+def _window(rows: int, cols: int) -> int:
+    first = windows(rows, cols)[0]
+    return int(first.stop - first.start) * cols
+
+
+def _stacked_shapes(spec: DecoderSpec) -> list[tuple[int, int]]:
+    """Frozen matrices as they are multiplied: those with the same input are one."""
+    return [
+        (spec.vocab_size, spec.hidden_size), (2 * spec.intermediate_size, spec.hidden_size),
+        (spec.hidden_size, spec.intermediate_size), (spec.q_size + 2 * spec.kv_size, spec.hidden_size),
+    ]  # fmt: skip
 
 
 def available_bytes() -> int:

@@ -108,18 +108,18 @@ class TensorFile:
 
     def will_need(self, name: str) -> None:
         """Ask the system to read a tensor ahead."""
-        self._advise(name, "MADV_WILLNEED")
+        self._advise(name, "MADV_WILLNEED", 0, self._supported(name).nbytes)
 
-    def release(self, name: str) -> None:
-        """Take a tensor's pages out of this process; the system keeps them while it has room to spare."""
-        self._advise(name, "MADV_DONTNEED")
+    def release(self, name: str, begin: int, end: int) -> None:
+        """Take bytes of a tensor out of this process; the system keeps them while it has room to spare."""
+        self._advise(name, "MADV_DONTNEED", begin, end)
 
-    def _advise(self, name: str, advice: str) -> None:
-        if not hasattr(mmap, advice):  # not every system has it
+    def _advise(self, name: str, advice: str, begin: int, end: int) -> None:
+        if not hasattr(mmap, advice) or end <= begin:  # not every system has it
             return
-        info = self._supported(name)
-        start = info.offset // mmap.PAGESIZE * mmap.PAGESIZE
-        self.data.madvise(getattr(mmap, advice), start, info.offset + info.nbytes - start)
+        offset = self._supported(name).offset
+        start = (offset + begin) // mmap.PAGESIZE * mmap.PAGESIZE
+        self.data.madvise(getattr(mmap, advice), start, offset + end - start)
 
     def read(self, name: str) -> Floats:
         """Return the numbers of a tensor: float32 (shape), decoded, a new array."""

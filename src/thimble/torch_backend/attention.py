@@ -14,15 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from thimble.core.sizes import PADDED_KEYS, PADDED_QUERIES, TILE
 from thimble.torch_backend import fused
 from thimble.torch_backend.elementwise import RmsNorm
 from thimble.torch_backend.frozen import as_numpy
 from thimble.torch_backend.memory import Memory
 from thimble.torch_backend.threads import split
 
-TILE = 256  # queries in one product
-# Tiles are padded to multiples of these, since the libraries keep a compiled product for every size, a megabyte each.
-PADDED_QUERIES, PADDED_KEYS = 64, 128
 NO_WINDOW = 1 << 40  # a window longer than any row
 SOFTMAX_COST = 2  # of a score, against a plain load and store
 
@@ -248,7 +246,7 @@ def _put(heads: Tensor, tile: _Tile, values: Tensor) -> None:
 
 
 def _by_head(grad: Tensor, mixed: Tensor, spec: AttentionSpec, memory: Memory) -> tuple[Tensor, Tensor]:
-    """The gradient as `split_heads` shapes q, and its dot products with the result, (kv_heads, tokens + TILE, group)."""
+    """The gradient, shaped as q, and its dot products with the result, (kv_heads, tokens + TILE, group)."""
     shape = (len(mixed), spec.num_kv_heads, spec.group, spec.head_dim)
     out = _room(memory, "mixed_grad", len(mixed), spec.num_kv_heads, spec.group, spec.head_dim)
     dots = torch.zeros(out.shape[:3])

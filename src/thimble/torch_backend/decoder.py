@@ -13,6 +13,7 @@ from torch import Tensor
 
 from thimble.core.base import EMBEDDING, FINAL_NORM, HEAD, Base
 from thimble.core.family import Rope
+from thimble.core.sizes import padded
 from thimble.torch_backend.adapter_state import LoraPair
 from thimble.torch_backend.attention import Angles, AttentionSpec, attend
 from thimble.torch_backend.elementwise import Gated, Prologue, RmsNorm
@@ -21,8 +22,6 @@ from thimble.torch_backend.int8 import Int8Linear, Watched
 from thimble.torch_backend.kv_cache import KvCache, Slots, attend_cached
 from thimble.torch_backend.lora import Projection, project
 from thimble.torch_backend.memory import Memory
-
-PADDED_TOKENS = 64  # a batch is padded to a multiple of this
 
 
 @dataclass(frozen=True)
@@ -296,13 +295,13 @@ class _Recompute(torch.autograd.Function):
     def forward(ctx, x: Tensor, anchor: Tensor, decoder: Decoder, block: Block, packed: Packed) -> Tensor:
         ctx.save_for_backward(x)
         ctx.call = (decoder, block, packed)
-        return decoder.block(block, x, packed)
+        return decoder.memory.keep(*x.shape).copy_(decoder.block(block, x, packed))
 
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, None, None, None, None]:
         decoder, block, packed = ctx.call
         x = ctx.saved_tensors[0].detach().requires_grad_(ctx.needs_input_grad[0])
-        decoder.memory.begin()  # those of the block above are no longer needed
+        decoder.memory.begin(decoder.recomputed_blocks)  # beside their outputs, nothing of other blocks is needed
         with torch.enable_grad():
             y = decoder.block(block, x, packed)
         torch.autograd.backward(y, grads[0])
@@ -314,12 +313,6 @@ def _recomputed(decoder: Decoder, block: Block, x: Tensor, packed: Packed) -> Te
     if not (torch.is_grad_enabled() and is_adapted):
         return decoder.block(block, x, packed)
     return _Recompute.apply(x, torch.empty(0, requires_grad=True), decoder, block, packed)
-
-
-def padded(tokens: int) -> int:
-    """Tokens after padding: the libraries keep a compiled product for every size, a megabyte each."""
-    side = PADDED_TOKENS if tokens > PADDED_TOKENS else 8
-    return -(-tokens // side) * side
 
 
 def _distinct(ropes: tuple[Rope | None, ...]) -> list[Rope]:

@@ -5,7 +5,6 @@ decoded just before a product and not kept: the memory of a frozen layer is the 
 drop. Knows nothing of adapters.
 """
 
-import contextlib
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
@@ -16,12 +15,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from thimble.core.base import Weight
+from thimble.core.sizes import windows
 from thimble.torch_backend import kernels
 from thimble.torch_backend.memory import Memory
 
 STORES = ("dense", "int8", "file")
-# Numbers and rows multiplied at once: many enough for a fast product, few enough for the cache.
-WINDOW, WINDOW_ROWS, WINDOW_STEP = 8 << 20, 4096, 256
 TORCH_OF = {"BF16": torch.bfloat16, "F32": torch.float32, "F16": torch.float16}
 
 
@@ -29,12 +27,6 @@ def as_numpy(tensor: Tensor) -> NDArray[np.generic]:
     """View a float32, bfloat16 (as uint16) or int8 tensor as an array for the kernels; nothing is copied."""
     tensor = tensor.detach()
     return tensor.view(torch.int16).numpy().view(np.uint16) if tensor.dtype == torch.bfloat16 else tensor.numpy()
-
-
-def windows(rows: int, cols: int) -> list[slice]:
-    """Cut the rows of a matrix into stretches of at most `WINDOW_ROWS` and about `WINDOW` numbers."""
-    size = max(WINDOW_STEP, min(WINDOW_ROWS, WINDOW // cols // WINDOW_STEP * WINDOW_STEP))
-    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
 class Matrix(Protocol):
@@ -52,8 +44,8 @@ class Matrix(Protocol):
     def will_need(self) -> None:
         """Hear that the matrix is going to be read soon."""
 
-    def release(self) -> None:
-        """Let go of whatever memory can be filled from the file again."""
+    def release(self, rows: slice) -> None:
+        """Let go of whatever memory of some rows can be filled from the file again."""
 
     @property
     def dense(self) -> Tensor | None:
@@ -70,7 +62,7 @@ class _InMemory:
     def will_need(self) -> None:
         """See Matrix."""
 
-    def release(self) -> None:
+    def release(self, rows: slice) -> None:
         """See Matrix."""
 
 
@@ -112,7 +104,7 @@ class Int8Matrix(_InMemory):
             values = torch.empty(rows.stop - rows.start, self.cols)
             source.decode(rows, values)
             kernels.quantize_rows_into(values.numpy(), self.q[rows], self.scale[rows])
-        source.release()
+            source.release(rows)
 
     def decode(self, rows: slice, out: Tensor) -> None:
         """See Matrix."""
@@ -161,9 +153,9 @@ class FileMatrix:
         """See Matrix."""
         self.weight.will_need()
 
-    def release(self) -> None:
-        """See Matrix."""
-        self.weight.release()
+    def release(self, rows: slice) -> None:
+        """See Matrix; rows that lie scattered in the file go all at once."""
+        self.weight.release(slice(0, self.rows) if self.weight.order is not None else rows)
 
     @property
     def dense(self) -> Tensor | None:
@@ -194,7 +186,7 @@ def load_matrix(weight: Weight, store: str, compute: torch.dtype) -> Matrix:
         return kept
     values = torch.empty(kept.rows, kept.cols, dtype=compute)
     kept.decode(slice(0, kept.rows), values)
-    kept.release()
+    kept.release(slice(0, kept.rows))
     return DenseMatrix(values)
 
 
@@ -228,31 +220,32 @@ class FrozenLinear:
 
     def product(self, x: Tensor, out: Tensor) -> Tensor:
         """Write x Wᵀ + bias to `out`: (tokens, in) to (tokens, out)."""
-        with self._at_hand(self.neighbours and self.neighbours.later):
-            for rows in [slice(0, self.rows)] if self.is_dense else windows(self.rows, self.cols):
-                torch.mm(x, self.decoded(rows).t(), out=out[:, rows])
+        is_whole = self.is_dense and not self.neighbours
+        for rows in [slice(0, self.rows)] if is_whole else self._windows(self.neighbours and self.neighbours.later):
+            torch.mm(x, self.decoded(rows).t(), out=out[:, rows])
         return out if self.bias is None else out.add_(self.bias)
 
     def back(self, grad: Tensor, out: Tensor) -> Tensor:
         """Write grad W to `out`: (tokens, out) to (tokens, in)."""
-        pieces = windows(self.rows, self.cols)
-        with self._at_hand(self.neighbours and self.neighbours.earlier):
-            if len(pieces) == 1:
-                return torch.mm(grad, self.decoded(pieces[0]), out=out)
-            total = self.memory.scratch("total", *out.shape, torch.float32).zero_()
-            part = self.memory.scratch("part", *out.shape)
+        pieces = self._windows(self.neighbours and self.neighbours.earlier)
+        if len(windows(self.rows, self.cols)) == 1:
             for rows in pieces:
-                total.add_(torch.mm(grad[:, rows], self.decoded(rows), out=part))
-            return out.copy_(total)
+                torch.mm(grad, self.decoded(rows), out=out)
+            return out
+        total = self.memory.scratch("total", *out.shape, torch.float32).zero_()
+        part = self.memory.scratch("part", *out.shape)
+        for rows in pieces:
+            total.add_(torch.mm(grad[:, rows], self.decoded(rows), out=part))
+        return out.copy_(total)
 
-    @contextlib.contextmanager
-    def _at_hand(self, following: "FrozenLinear | None") -> Iterator[None]:
-        """While a product runs: where weights are streamed, those of the next one are read ahead, then these go."""
+    def _windows(self, following: "FrozenLinear | None") -> Iterator[slice]:
+        """Windows of rows; of streamed weights, those of the next layer are read ahead and these let go of behind."""
         if following:
             following.will_need()
-        yield
-        if self.neighbours:
-            self.release()
+        for rows in windows(self.rows, self.cols):
+            yield rows
+            if self.neighbours:
+                self.release(rows)
 
     @property
     def is_dense(self) -> bool:
@@ -265,23 +258,28 @@ class FrozenLinear:
         if self.is_dense and dense is not None:
             return dense[rows]
         out = self.memory.scratch("weight", rows.stop - rows.start, self.cols)
+        for matrix, part, start in self._parts(rows):
+            matrix.decode(part, out[start : start + part.stop - part.start])
+        return out
+
+    def _parts(self, rows: slice) -> Iterator[tuple[Matrix, slice, int]]:
+        """The matrices that some rows lie in, which of their rows, and where these begin among the rows."""
         start = 0
         for matrix in self.matrices:
             low, high = max(rows.start, start), min(rows.stop, start + matrix.rows)
             if low < high:
-                matrix.decode(slice(low - start, high - start), out[low - rows.start : high - rows.start])
+                yield matrix, slice(low - start, high - start), low - rows.start
             start += matrix.rows
-        return out
 
     def will_need(self) -> None:
         """Have the weights read ahead, where they are in a file."""
         for matrix in self.matrices:
             matrix.will_need()
 
-    def release(self) -> None:
-        """Let go of weights that the file can give again."""
-        for matrix in self.matrices:
-            matrix.release()
+    def release(self, rows: slice) -> None:
+        """Let go of rows that the file can give again."""
+        for matrix, part, _ in self._parts(rows):
+            matrix.release(part)
 
     def gather(self, index: NDArray[np.int64]) -> Tensor:
         """Some rows of a single matrix, (len(index), in): a look-up in an embedding."""

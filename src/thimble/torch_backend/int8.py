@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from thimble.core.quantize import TINY
+from thimble.core.sizes import windows
 from thimble.torch_backend import kernels
-from thimble.torch_backend.frozen import FrozenLinear, as_numpy, windows
+from thimble.torch_backend.frozen import FrozenLinear, as_numpy
 
 SMOOTHING = 0.5  # how much of a column's size moves to the weight: 0 none, 1 all
 
@@ -53,7 +54,7 @@ class Int8Linear(FrozenLinear):
         for rows in windows(source.rows, source.cols):
             values = as_numpy(source.decoded(rows))
             kernels.quantize_rows_into(values, self.q[rows].numpy(), self.scale[rows], factor)
-        self.release()
+        self.release(slice(0, self.rows))
         self.matrices = []
 
     def product(self, x: Tensor, out: Tensor) -> Tensor:

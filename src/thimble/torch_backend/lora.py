@@ -15,7 +15,6 @@ from torch import Tensor
 from thimble.torch_backend.adapter_state import LoraPair
 from thimble.torch_backend.elementwise import Prologue
 from thimble.torch_backend.frozen import FrozenLinear
-from thimble.torch_backend.memory import Memory
 from thimble.torch_backend.threads import place
 
 

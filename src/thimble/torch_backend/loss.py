@@ -12,12 +12,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from thimble.core.sizes import logit_chunk
 from thimble.torch_backend import fused
-from thimble.torch_backend.decoder import Decoder, padded
+from thimble.torch_backend.decoder import Decoder
 from thimble.torch_backend.frozen import as_numpy
 from thimble.torch_backend.threads import split
 
-CHUNK_BYTES = 64_000_000  # most logits alive at once, on each core
 IGNORED = -100
 
 
@@ -42,7 +42,8 @@ class _LabelLoss(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, places: Tensor, targets: Tensor, decoder: Decoder) -> Tensor:
         needs_grad = ctx.needs_input_grad[0]
         rows = hidden[places]
-        chunks = _chunks(len(rows), hidden.element_size() * decoder.head.rows)
+        size = logit_chunk(len(rows), hidden.element_size() * decoder.head.rows)
+        chunks = [slice(start, start + size) for start in range(0, max(1, len(rows)), size)]
         normal = torch.zeros(chunks[-1].stop, rows.shape[1], dtype=rows.dtype)
         decoder.norm.forward(rows, normal[: len(rows)])
         total = sum(_chunk_loss(normal[chunk], decoder, targets[chunk], needs_grad) for chunk in chunks)
@@ -57,13 +58,6 @@ class _LabelLoss(torch.autograd.Function):
         out = torch.zeros(ctx.shape, dtype=rows.dtype)
         out[places] = rows * grads[0]
         return out, None, None, None
-
-
-def _chunks(rows: int, row_bytes: int) -> list[slice]:
-    """Stretches of one padded length, as few as the memory for logits allows: short ones multiply slowly."""
-    count = max(1, -(-rows * row_bytes // CHUNK_BYTES))
-    size = padded(max(1, -(-rows // count)))
-    return [slice(start, start + size) for start in range(0, max(rows, 1), size)]
 
 
 def _chunk_loss(x: Tensor, decoder: Decoder, targets: Tensor, needs_grad: bool) -> float:

@@ -4,13 +4,15 @@ What one product needs and what the backward pass needs come and go in turns. On
 holes in which smaller long-lived ones settle: up to twice the memory that is in use. Here each has its own place.
 """
 
+import contextlib
+import ctypes
 import threading
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-ROUNDED_TOKENS = 128  # buffers grow in steps of so many rows
+from thimble.core.sizes import BUFFER_TOKENS
 
 
 @dataclass
@@ -44,9 +46,9 @@ class Memory:
             buffers[purpose] = torch.empty(_rounded(rows) * cols, dtype=dtype or self.compute)
         return buffers[purpose][: rows * cols].view(rows, cols)
 
-    def begin(self) -> None:
-        """A new forward pass begins on this thread: what it kept before is no longer needed."""
-        self._room().taken = 0
+    def begin(self, after: int = 0) -> None:
+        """A new forward pass begins on this thread: of what it kept before, only the first so many are still needed."""
+        self._room().taken = after
 
     def keep(self, rows: int, cols: int) -> Tensor:
         """The next tensor that the backward pass will need, (rows, cols).
@@ -65,7 +67,14 @@ class Memory:
     def release(self) -> None:
         """Give the memory back; what was taken stays valid for those who hold it."""
         self._rooms.clear()
+        _trim_heap()
+
+
+def _trim_heap() -> None:
+    """Have the C library give free pages back to the system, where it is glibc: it keeps them otherwise."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _rounded(rows: int) -> int:
-    return -(-rows // ROUNDED_TOKENS) * ROUNDED_TOKENS if rows > 1 else rows
+    return -(-rows // BUFFER_TOKENS) * BUFFER_TOKENS if rows > 1 else rows

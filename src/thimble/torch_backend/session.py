@@ -5,7 +5,7 @@ The only object a training loop needs; hides that this backend changes tensors i
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -75,10 +75,11 @@ class TorchSession:
         if compute == "int8":
             assert sample is not None, "compute int8 needs a sample of text"
             self.decoder.quantize(sample)
-        self.decoder.recomputed_blocks = recomputed_blocks
+        self.decoder.recomputed_blocks = min(recomputed_blocks, len(self.decoder.blocks))
         if is_streamed:
             self.decoder.stream()
-        self._adapter: Adapter | None = None
+        self.release()
+        self._like: Adapter | None = None  # base and notes of the adapter that hangs on
         self._state: AdapterState | None = None
         self._optimiser: AdamW | None = None
 
@@ -86,7 +87,7 @@ class TorchSession:
 
     def attach(self, adapter: Adapter | None) -> None:
         """Use an adapter, or none: then every result is the bare base's, bit for bit."""
-        self._adapter, self._optimiser = adapter, None
+        self._like, self._optimiser = _without_numbers(adapter) if adapter else None, None
         self._state = AdapterState(adapter, self.decoder.compute) if adapter else None
         self.decoder.attach(self._state.pairs if self._state else {})
 
@@ -98,7 +99,7 @@ class TorchSession:
             weight_decay: Of AdamW.
             num_shares: Most shares of a step, each with a sum of gradients of its own.
         """
-        self._adapter = adapter
+        self._like = _without_numbers(adapter)
         self._state = AdapterState(adapter, self.decoder.compute, num_shares)
         self._optimiser = AdamW(self._state.master, weight_decay)
         self.decoder.attach(self._state.pairs)
@@ -110,8 +111,8 @@ class TorchSession:
     def adapter(self) -> Adapter:
         """The adapter as it is now, float32."""
         assert self._state is not None, "no adapter is attached"
-        assert self._adapter is not None, "no adapter is attached"
-        return self._state.export(self._adapter)
+        assert self._like is not None, "no adapter is attached"
+        return self._state.export(self._like)
 
     # ---- training -------------------------------------------------------------------------------------------------
 
@@ -235,6 +236,10 @@ class TorchSession:
         answers = write(self.decoder, cache, hidden, max_new_tokens, stop_ids, on_token=on_token)
         return sum(losses, LossSum()), answers
 
+    def release(self) -> None:
+        """Give back the memory of activations and temporaries."""
+        self.decoder.memory.release()
+
     def is_finite(self) -> bool:
         """Whether every number of the adapter is finite."""
         return self._state is None or bool(torch.isfinite(self._state.master).all())
@@ -254,6 +259,10 @@ class TorchSession:
         self._state.master.copy_(torch.from_numpy(state["adapter"]))
         self._state.refresh()
         self._optimiser.restore(state)
+
+
+def _without_numbers(adapter: Adapter) -> Adapter:
+    return replace(adapter, layers={})
 
 
 def _count(labels: NDArray[np.int32]) -> int:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from thimble.core.adapter import Adapter
 from thimble.core.config import ChatConfig
+from thimble.core.estimate import Way
 from thimble.data.encode import Encoder
 from thimble.errors import AdapterError, Problems, listing
 from thimble.verbs.events import OnEvent, Teller, ignore
@@ -117,5 +118,5 @@ def open_conversation(config: ChatConfig, on_event: OnEvent = ignore) -> Convers
     (model,) = problems.required(model)
     compute, why = choose_compute(config.compute)
     tell.decision(f"compute: {why}")
-    session = open_session(model, compute, choose_store(config, model.base)[0])
+    session = open_session(model, compute, Way(choose_store(config, model.base, compute)[0][0]))
     return Conversation(config, model, session, adapters)

@@ -5,7 +5,7 @@ from typing import Any
 
 from thimble.core.adapter import Adapter
 from thimble.core.config import EvaluateConfig
-from thimble.core.estimate import cache_token_bytes
+from thimble.core.estimate import Way, cache_token_bytes
 from thimble.core.metrics import Metric
 from thimble.data.records import Record
 from thimble.errors import Problems, plural
@@ -90,10 +90,10 @@ def evaluate(config: EvaluateConfig, on_event: OnEvent = ignore, should_stop: Sh
     from thimble.torch_backend.compute import choose_compute
 
     compute, why = choose_compute(config.compute)
-    store, why_store = choose_store(config, model.base)
+    stores, why_store = choose_store(config, model.base, compute)
     tell.decision(f"compute: {why}")
     tell.decision(why_store)
-    session = open_session(model, compute, store)
+    session = open_session(model, compute, Way(stores[0]))
     held_out = HeldOut(
         examples.valid, questions if metric else questions[:SHOWN_ANSWERS], metric, model.tokenizer,
         config.max_new_tokens, PASS_TOKENS, CACHE_BYTES // cache_token_bytes(model.base.spec, compute),

@@ -1,5 +1,7 @@
 """A training run, checked and decided but not begun: what `train` carries out and `plan` describes."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +16,7 @@ from thimble.core.estimate import (
     estimate_memory,
 )
 from thimble.core.metrics import Metric
+from thimble.core.sizes import MICRO_BATCH_TOKENS
 from thimble.core.targets import select_layers
 from thimble.data.encode import Row, encode_all
 from thimble.data.records import Dataset, general_records, split_rows
@@ -33,7 +36,6 @@ from thimble.verbs.prepare import (
     tell_examples,
 )
 
-MICRO_BATCH_TOKENS = (1024, 512)  # matrix products gain little beyond, activations grow all the way
 SHARE_TOKENS = 512  # a step is shared out to cores as long as each gets so many tokens
 RUN_FOLDER_BYTES = 20_000_000  # report, logs and room to spare, beside adapter and checkpoints
 ADAPTER_FILES = 8  # adapter, its temporary copy, and two checkpoints of three times its size
@@ -128,19 +130,20 @@ def _decide(config: TrainConfig, checked: _Checked, tell: Teller) -> Job:
     model, layers, examples, questions, (metric_name, metric), folder = checked
     spec = model.base.spec
     compute, why_compute = choose_compute(config.compute)
-    store, why_store = choose_store(config, model.base)
+    stores, why_store = choose_store(config, model.base, compute)
     tell.decision(f"compute: {why_compute}")
-    tell.decision(why_store)
     course = Course(config, examples.train_report.lengths, spec.family, spec.hidden_size)
     _tell_course(course, len(examples.train), tell)
     trained = adapter_parameters(spec, layers, config.rank)
-    memory, way = _fit_memory(model, config, (compute, store), trained, examples, tell)
+    memory, way = _fit_memory(model, config, (compute, stores), trained, examples)
+    tell.decision(why_store if way.store == stores[0] else f"store {way.store}: {stores[0]} does not fit the memory")
+    tell.decision(f"memory: {_described(memory, way, spec.num_layers, _allowed(config))}")
     resolved = config.replace(
-        out=str(folder), compute=compute, store=store, learning_rate=course.rate, warmup_steps=course.warmup_steps,
+        out=str(folder), compute=compute, store=way.store, learning_rate=course.rate, warmup_steps=course.warmup_steps,
         **({} if config.epochs or course.minutes else {"max_steps": course.total_steps}),
     )  # fmt: skip
     # Answering may take for its cache what training takes for activations: the peak is that of training.
-    cache_tokens = (memory.activations + memory.workspace) // cache_token_bytes(spec, compute)
+    cache_tokens = memory.activations // cache_token_bytes(spec, compute)
     held_out = HeldOut(
         examples.valid, questions if metric else questions[:SHOWN_WITHOUT_METRIC], metric, model.tokenizer,
         config.max_new_tokens, way.micro_tokens, cache_tokens,
@@ -209,43 +212,52 @@ def _tell_course(course: Course, rows: int, tell: Teller) -> None:
 
 
 def _fit_memory(
-    model: Model, config: TrainConfig, how: tuple[str, str], trained: int, examples: Examples, tell: Teller
+    model: Model, config: TrainConfig, how: tuple[str, tuple[str, ...]], trained: int, examples: Examples
 ) -> tuple[MemoryPlan, Way]:
     """The fastest way to run a step that fits the memory allowed."""
-    compute, store = how
-    allowed = config.memory_budget or available_bytes()
+    compute, stores = how
+    allowed = _allowed(config)
     longest = max(examples.train_report.longest, examples.valid_report.longest)
-    ways = _ways(min(config.batch_tokens, examples.train_report.tokens), longest)
-    plans = [(estimate_memory(model.base, store, compute, trained, way), way) for way in ways]
+    ways = _ways(min(config.batch_tokens, examples.train_report.tokens), longest, stores, model.base.spec.num_layers)
+    plans = [(estimate_memory(model.base, compute, trained, longest, way), way) for way in ways]
     for plan, way in plans:
         if plan.total <= allowed:
-            need = f"about {plan.total / 1e9:.2f} of {allowed / 1e9:.2f} GB"
-            tell.decision(f"memory: {need}, {_described(way)}")
             return plan, way
     least = min(plans, key=lambda pair: pair[0].total)[0]
     whose = "memory_budget allows" if config.memory_budget else "this machine has free"
     raise DoesNotFitError(
         f"the run needs at least {least.total / 1e9:.2f} GB and {whose} {allowed / 1e9:.2f} GB: lower seq_len "
-        f"(the longest row has {longest} tokens), lower rank, use store int8 or a quantised GGUF, or a smaller base"
+        f"(the longest row has {longest} tokens), lower rank, take a smaller base, or allow at least "
+        f"{math.ceil(least.total / 1e7) / 100:.2f}GB"
     )
 
 
-def _ways(step_tokens: int, longest: int) -> list[Way]:
+def _allowed(config: TrainConfig) -> int:
+    return config.memory_budget or available_bytes()
+
+
+def _ways(step_tokens: int, longest: int, stores: Sequence[str], num_blocks: int) -> list[Way]:
     """Ways to run a step of at most so many tokens, or of one row that is longer; the fastest first."""
     from thimble.torch_backend.threads import num_cores
 
-    cores = num_cores()
-    threads = 1 if cores == 1 else 1 + cores  # whole tasks run on threads of their own
-    most = max(1, min(cores, step_tokens // SHARE_TOKENS))
-    sizes = [max(longest, min(size, step_tokens)) for size in (*MICRO_BATCH_TOKENS, longest)]
-    step = max(step_tokens, longest)
-    ways = dict.fromkeys((shares, size) for shares in (most, 1) for size in sizes)
-    return [
-        Way(shares, size, min(shares * size, step), threads, again) for again in (False, True) for shares, size in ways
-    ]
+    cores, step = num_cores(), max(step_tokens, longest)
+    shares = {max(1, min(cores, step_tokens // SHARE_TOKENS)), 1}
+    sizes = {max(longest, min(size, step_tokens)) for size in (*MICRO_BATCH_TOKENS, longest)}
+    recomputed = sorted({num_blocks * quarters // 4 for quarters in range(5)})
+    ways = [
+        Way(store, share, size, min(share * size, step), again, is_streamed)
+        for store in stores for share in shares for size in sizes for again in recomputed
+        for is_streamed in ((False, True) if store == "file" else (False,))
+    ]  # fmt: skip
+    return sorted(ways, key=lambda way: way.slowness(num_blocks, cores))
 
 
-def _described(way: Way) -> str:
+def _described(memory: MemoryPlan, way: Way, num_blocks: int, allowed: int) -> str:
+    """How a step is run, and what it will take."""
     side_by_side = f", {way.num_shares} side by side" if way.num_shares > 1 else ""
-    kept = "recomputing each block in the backward pass" if way.is_recomputed else "keeping all activations"
-    return f"in micro-batches of {way.micro_tokens} tokens{side_by_side}, {kept}"
+    kept = "keeping all activations"
+    if way.recomputed_blocks:
+        kept = f"recomputing {way.recomputed_blocks} of {num_blocks} blocks in the backward pass"
+    streamed = ", reading the weights from the file each time" if way.is_streamed else ""
+    need = f"about {memory.total / 1e9:.2f} of {allowed / 1e9:.2f} GB"
+    return f"{need}, in micro-batches of {way.micro_tokens} tokens{side_by_side}, {kept}{streamed}"

@@ -90,7 +90,7 @@ def plan(config: PlanConfig, on_event: OnEvent = ignore) -> PlanReport:
 
 def _time_steps(job: Job) -> tuple[float, float]:
     """Mean seconds and tokens of a step, after one to warm up; the updates are thrown away."""
-    session = open_session(job.model, job.config.compute, job.config.store, job.way.is_recomputed)
+    session = open_session(job.model, job.config.compute, job.way)
     session.train(start_adapter(job.config, job), num_shares=job.way.num_shares)
     spent: list[float] = []
     tokens = 0

@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from thimble.core.adapter import Adapter, load_adapter
 from thimble.core.base import Base, open_base
 from thimble.core.config import BaseKnobs, MeasureKnobs
+from thimble.core.estimate import Way
 from thimble.data.encode import Encoder, EncodeReport, Row, encode_all
-from thimble.data.records import general_records, Dataset, Record, read_dataset
+from thimble.data.records import Dataset, Record, general_records, read_dataset
 from thimble.data.template import ChatTemplate
 from thimble.data.tokenizer import Tokenizer, tokenizer_from_folder, tokenizer_from_gguf
 from thimble.errors import AdapterError, BaseModelError, ConfigError, MissingPackageError, Problems, listing, plural
@@ -20,6 +23,8 @@ from thimble.verbs.events import Teller
 
 if TYPE_CHECKING:
     from thimble.torch_backend.session import TorchSession
+
+SAMPLE_TOKENS = 512  # of text that shows compute int8 which columns of the activations are large
 
 
 @dataclass(frozen=True)
@@ -191,21 +196,23 @@ def open_data(path: str) -> Dataset:
     return read_dataset(path)
 
 
-def choose_store(config: BaseKnobs, base: Base, compute: str) -> tuple[str, str]:
-    """The store for the frozen weights, and why."""
+def choose_store(config: BaseKnobs, base: Base, compute: str) -> tuple[tuple[str, ...], str]:
+    """The stores for the frozen weights that come into question, the fastest first, and why that one."""
     if compute == "int8":
-        return "int8", "store int8: compute int8 multiplies the weights as whole numbers, and keeps them so"
+        return ("int8",), "store int8: compute int8 multiplies the weights as whole numbers, and keeps them so"
     if config.store != "auto":
-        return config.store, f"store {config.store} was asked for"
+        return (config.store,), f"store {config.store} was asked for"
     if base.metadata is not None:
-        return "file", "store file: the blocks of the GGUF are used as they are, memory-mapped"
-    return "dense", "store dense: the weights of a folder are held in the compute type"
+        return ("file",), "store file: the blocks of the GGUF are used as they are, memory-mapped"
+    return ("dense", "file"), "store dense: the weights of a folder are held in the compute type"
 
 
-def open_session(model: Model, compute: str, store: str, is_recomputed: bool = False) -> "TorchSession":
+def open_session(model: Model, compute: str, way: Way, num_blocks: int | None = None) -> "TorchSession":
     """Load the base into the torch engine."""
     from thimble.torch_backend.session import TorchSession
 
     texts = [record.text for record in general_records() if record.text is not None]
     sample = np.array(model.tokenizer.encode("\n\n".join(texts)), np.int32)[:SAMPLE_TOKENS]
-    return TorchSession(model.base, compute, store, is_recomputed, sample)
+    return TorchSession(
+        model.base, compute, way.store, way.recomputed_blocks, way.is_streamed, sample=sample, num_blocks=num_blocks
+    )

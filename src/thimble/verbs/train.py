@@ -116,7 +116,7 @@ def train(config: TrainConfig, on_event: OnEvent = ignore, should_stop: ShouldSt
     tell = Teller(on_event)
     job = prepare_job(config, tell)
     tell.stage("loading the base")
-    session = open_session(job.model, job.config.compute, job.config.store, job.way.is_recomputed)
+    session = open_session(job.model, job.config.compute, job.way)
     run = _Run(job, session, tell, should_stop)
     run.begin()
     run.measure_before()
@@ -216,6 +216,7 @@ class _Run:
     def learn(self) -> None:
         """The training loop."""
         self.tell.stage("training")
+        self.session.release()  # measuring and learning have buffers of other sizes
         course, report, every = self.job.course, self.report, self.job.config.checkpoint_every_steps
         good, first_loss = self.session.state(), math.nan
         began = time.perf_counter() - report.seconds
