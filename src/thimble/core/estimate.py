@@ -19,7 +19,8 @@ from thimble.core.sizes import (
 
 CGROUP = Path("/sys/fs/cgroup")
 COMPUTE_BYTES = {"fp32": 4, "bf16": 2, "int8": 2}  # of an activation
-PROCESS_BYTES = 355_000_000  # Python, torch, numba and their libraries, before any weight
+PROCESS_BYTES = 330_000_000  # Python, torch, numba and their libraries, before any weight
+TOKEN_BYTES = 800  # of the vocabulary, in the tokenizer
 PRODUCT_BYTES = 700_000  # that the libraries keep for each size of a product
 PRODUCTS = 60  # of one size of batch: each linear layer and its low-rank parts, forward and backward
 INT8_COPIES = 3  # measured
@@ -110,7 +111,7 @@ def estimate_memory(base: Base, compute: str, trained: int, longest: int, way: W
     width = COMPUTE_BYTES[compute]
     working = 0 if compute == "fp32" else width
     return MemoryPlan(
-        process=PROCESS_BYTES + PRODUCTS * PRODUCT_BYTES * way.num_shares,
+        process=PROCESS_BYTES + base.spec.vocab_size * TOKEN_BYTES + PRODUCTS * PRODUCT_BYTES * way.num_shares,
         weights=_weight_bytes(base, compute, way),
         adapter=trained * (ADAPTER_NUMBER_BYTES + 4 * way.num_shares + working),
         activations=_activation_bytes(base.spec, width, way),

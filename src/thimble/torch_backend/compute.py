@@ -13,7 +13,8 @@ import torch
 SIZES = {64: 30.0, 256: 6.0, 768: 0.0}  # 0: none is dropped
 REPEATS = 6
 FP32_ERROR = 1e-5  # largest relative error that still counts as float32
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.bfloat16}  # of activations
+FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {**FLOATS, "int8": torch.bfloat16}  # of activations
 
 
 def choose_compute(wanted: str) -> tuple[str, str]:
@@ -36,9 +37,9 @@ def choose_compute(wanted: str) -> tuple[str, str]:
 
 def race() -> dict[str, float]:
     """Measure square products; returns operations per second of each type that was still in at the end."""
-    rates = dict.fromkeys(DTYPES, 1.0)
+    rates = dict.fromkeys(FLOATS, 1.0)
     for size, too_slow in SIZES.items():
-        rates = {name: _rate(DTYPES[name], size) for name in rates}
+        rates = {name: _rate(FLOATS[name], size) for name in rates}
         best = max(rates.values())
         rates = {name: rate for name, rate in rates.items() if not too_slow or rate * too_slow >= best}
     return rates

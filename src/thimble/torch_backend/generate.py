@@ -47,6 +47,7 @@ def read(
     prompt_tokens: Sequence[int],
     max_new_tokens: int,
     pass_tokens: int = PASS_TOKENS,
+    tasks_at_once: int = 1,
     on_pass: Callable[[Tensor, range], T] = lambda hidden, rows: None,
 ) -> tuple[KvCache, Tensor, list[T]]:
     """Read rows, a few at a time on every core, and remember their prompts.
@@ -57,6 +58,7 @@ def read(
         prompt_tokens: How many tokens of each row are its prompt, at least one; what follows is read and forgotten.
         max_new_tokens: Room for answers.
         pass_tokens: Most tokens read in one pass; a longer row makes a pass of its own.
+        tasks_at_once: Passes that run side by side.
         on_pass: Hears of the hidden states of each pass, (tokens, hidden), and which rows they are.
 
     Returns:
@@ -75,7 +77,7 @@ def read(
         return hidden[ends], on_pass(hidden, numbers)
 
     passes = _passes([len(row) for row in rows], pass_tokens)
-    results = list(side_by_side([functools.partial(read_pass, numbers) for numbers in passes]))
+    results = list(side_by_side([functools.partial(read_pass, numbers) for numbers in passes], tasks_at_once))
     cache.lengths += torch.tensor(prompt_tokens)
     return cache, torch.cat([last for last, _ in results]), [told for _, told in results]
 

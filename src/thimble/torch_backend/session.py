@@ -63,18 +63,20 @@ class TorchSession:
             pass: up to half more time, for a fraction of the memory.
         is_streamed: Weights are read ahead of each product and let go of behind it, so that the base may be larger than
             memory; for weights in a file.
+        tasks_at_once: Batches measured side by side, each with memory of its own.
         sample: For compute int8: int32 (tokens,), any text; a few hundred tokens are enough.
         num_blocks: Build the first blocks only, to measure how fast they are.
     """
 
     def __init__(
         self, base: Base, compute: str, store: str, recomputed_blocks: int = 0, is_streamed: bool = False,
-        sample: NDArray[np.int32] | None = None, num_blocks: int | None = None,
+        tasks_at_once: int = 1, sample: NDArray[np.int32] | None = None, num_blocks: int | None = None,
     ) -> None:  # fmt: skip
         self.decoder = Decoder(base, "file" if compute == "int8" else store, DTYPES[compute], num_blocks)
         if compute == "int8":
             assert sample is not None, "compute int8 needs a sample of text"
             self.decoder.quantize(sample)
+        self._tasks_at_once = tasks_at_once
         self.decoder.recomputed_blocks = min(recomputed_blocks, len(self.decoder.blocks))
         if is_streamed:
             self.decoder.stream()
@@ -130,7 +132,7 @@ class TorchSession:
         assert self._state is not None, "nothing is being trained"
         assert self._state.grads, "nothing is being trained"
         self._state.clear_gradients()
-        losses = side_by_side([functools.partial(self._add_gradients, share) for share in shares])
+        losses = side_by_side([functools.partial(self._add_gradients, share) for share in shares], len(shares))
         total = sum(losses, LossSum())
         gradient = self._state.gradient().div_(label_tokens)
         return Gradients(total, norm(gradient))
@@ -168,7 +170,7 @@ class TorchSession:
 
     def losses(self, batches: Sequence[PackedRows]) -> Iterator[LossSum]:
         """Summed loss over the labelled tokens of each batch, in order, as they are ready."""
-        return side_by_side([functools.partial(self._loss, batch) for batch in batches])
+        return side_by_side([functools.partial(self._loss, batch) for batch in batches], self._tasks_at_once)
 
     @torch.no_grad()
     def _loss(self, batch: PackedRows) -> LossSum:
@@ -200,7 +202,8 @@ class TorchSession:
         Returns:
             The new tokens of each prompt.
         """
-        cache, hidden, _ = read(self.decoder, prompts, [len(prompt) for prompt in prompts], max_new_tokens)
+        lengths = [len(prompt) for prompt in prompts]
+        cache, hidden, _ = read(self.decoder, prompts, lengths, max_new_tokens, tasks_at_once=self._tasks_at_once)
         return write(self.decoder, cache, hidden, max_new_tokens, stop_ids, Sampler(**sampling), on_token)
 
     def answer(
@@ -232,7 +235,8 @@ class TorchSession:
 
         self.decoder.memory.release()  # the cache takes their place
         ids = [row.ids for row in rows]
-        cache, hidden, losses = read(self.decoder, ids, prompt_tokens, max_new_tokens, pass_tokens, measured)
+        sizes = (max_new_tokens, pass_tokens, self._tasks_at_once)
+        cache, hidden, losses = read(self.decoder, ids, prompt_tokens, *sizes, measured)
         answers = write(self.decoder, cache, hidden, max_new_tokens, stop_ids, on_token=on_token)
         return sum(losses, LossSum()), answers
 

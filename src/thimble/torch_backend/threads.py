@@ -44,24 +44,26 @@ def place() -> int:
 
 
 @functools.cache
-def _workers() -> ThreadPoolExecutor:
+def _workers(count: int) -> ThreadPoolExecutor:
     """Make the threads that run whole tasks."""
-    return ThreadPoolExecutor(num_cores(), thread_name_prefix="thimble-task")
+    return ThreadPoolExecutor(count, thread_name_prefix="thimble-task")
 
 
-def side_by_side(tasks: Sequence[Callable[[], T]]) -> Iterator[T]:
+def side_by_side(tasks: Sequence[Callable[[], T]], most: int) -> Iterator[T]:
     """Run tasks on a core each, as many at a time as there are cores; a few tasks share the cores evenly.
 
     Args:
         tasks: They must not write to the same places; each knows its own by `place`.
+        most: At a time, where there is not enough memory for one on each core.
 
     Returns:
         Their results, in order, as they are ready.
     """
-    if len(tasks) <= 1:
+    count = min(len(tasks), most, num_cores())
+    if count <= 1:
         return (task() for task in tasks)
-    cores = max(1, num_cores() // len(tasks))
-    return _workers().map(lambda number: _run(tasks[number], number, cores), range(len(tasks)))
+    cores = num_cores() // count
+    return _workers(count).map(lambda number: _run(tasks[number], number, cores), range(len(tasks)))
 
 
 def _run(task: Callable[[], T], number: int, cores: int) -> T:

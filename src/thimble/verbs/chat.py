@@ -110,6 +110,7 @@ def open_conversation(config: ChatConfig, on_event: OnEvent = ignore) -> Convers
         InputError: With every problem found.
     """
     from thimble.torch_backend.compute import choose_compute
+    from thimble.torch_backend.threads import num_cores
 
     tell = Teller(on_event)
     problems = Problems(config.problems)
@@ -118,5 +119,5 @@ def open_conversation(config: ChatConfig, on_event: OnEvent = ignore) -> Convers
     (model,) = problems.required(model)
     compute, why = choose_compute(config.compute)
     tell.decision(f"compute: {why}")
-    session = open_session(model, compute, Way(choose_store(config, model.base, compute)[0][0]))
+    session = open_session(model, compute, Way(choose_store(config, model.base, compute)[0][0], num_cores()))
     return Conversation(config, model, session, adapters)

@@ -88,12 +88,13 @@ def evaluate(config: EvaluateConfig, on_event: OnEvent = ignore, should_stop: Sh
     tell = Teller(on_event)
     model, examples, adapters, questions, (metric_name, metric) = _prepare(config, tell)
     from thimble.torch_backend.compute import choose_compute
+    from thimble.torch_backend.threads import num_cores
 
     compute, why = choose_compute(config.compute)
     stores, why_store = choose_store(config, model.base, compute)
     tell.decision(f"compute: {why}")
     tell.decision(why_store)
-    session = open_session(model, compute, Way(stores[0]))
+    session = open_session(model, compute, Way(stores[0], num_cores()))
     held_out = HeldOut(
         examples.valid, questions if metric else questions[:SHOWN_ANSWERS], metric, model.tokenizer,
         config.max_new_tokens, PASS_TOKENS, CACHE_BYTES // cache_token_bytes(model.base.spec, compute),

@@ -301,6 +301,7 @@ class _Run:
             RunError: If the run diverged.
         """
         report, folder = self.report, self.job.folder
+        self.session.release()
         report.status = "diverged" if self.diverged else "interrupted" if self.should_stop() else "done"
         report.adapter = str(run_folder.publish_adapter(folder, self.session.adapter()))
         report.tokens_per_second = report.tokens / report.seconds if report.seconds else 0.0
