@@ -23,11 +23,10 @@ SHAPES = {
     "3b": (3072, 8192, 28, 24, 8, 128256, True),
     "8b": (4096, 14336, 32, 32, 8, 128256, False),
 }
-GGML_TYPES = {"F32": 0, "Q4_0": 2, "Q8_0": 8, "Q4_K": 12, "BF16": 30}
+GGML_TYPES = {"F32": 0, "Q4_0": 2, "Q8_0": 8, "BF16": 30}
 BLOCK_TYPES = {
     "Q4_0": (32, np.dtype([("scale", "<f2"), ("quants", "u1", 16)])),
     "Q8_0": (32, np.dtype([("scale", "<f2"), ("quants", "i1", 32)])),
-    "Q4_K": (256, np.dtype([("scale", "<f2"), ("low", "<f2"), ("scales", "u1", 12), ("quants", "u1", 128)])),
 }
 ALIGNMENT = 32
 STEP = 1 << 22  # numbers made at a time
@@ -75,9 +74,10 @@ def _random_numbers(count: int, dtype: str, spread: float, random: np.random.Gen
         return (values.view(np.uint32) >> 16).astype("<u2").tobytes()
     values, block = BLOCK_TYPES[dtype]
     blocks = np.frombuffer(random.bytes(count // values * block.itemsize), block).copy()
-    blocks["scale"] = spread / {"Q4_0": 4.6, "Q8_0": 74.0, "Q4_K": 145.0}[dtype]  # of whole numbers that are uniform
-    if dtype == "Q4_K":
-        blocks["low"] = blocks["scale"] * 7.5
+    blocks["scale"] = spread / {"Q4_0": 4.2, "Q8_0": 74.0}[dtype]  # of whole numbers that are uniform
+    if dtype == "Q4_0":  # stored with 8 added; without -8, their mean is 0
+        quants = blocks["quants"]
+        blocks["quants"] = quants | np.where(quants & 15, 0, 8) | np.where(quants >> 4, 0, 128)
     return blocks.tobytes()
 
 

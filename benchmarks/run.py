@@ -1,61 +1,285 @@
 """`make bench`: Thimble against its peers on this machine, alternating in one run; writes RESULTS.md and results.json.
 
 Every contestant is a process of its own, so that peak memory is the kernel's figure for it alone. Rounds alternate, and
-ratios are taken between medians of the same run. `--only NAME` runs one row.
+ratios are taken between medians of the same run. `--only NAME ...` runs some rows and keeps the others as they are.
 """
 
 import argparse
 import json
-import platform
+import os
+import random
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 HERE = Path(__file__).parent
+MODELS = Path(os.environ.get("THIMBLE_BENCH_MODELS", HERE / "models"))
+DEMO_DATA = HERE.parent / "demo" / "data"
 ROUNDS = 3
+GROUP = Path("/sys/fs/cgroup/memory/thimble-bench")
+NO_MORE = "at most"
+NO_LESS = "at least"
 
 
-def run_contestant(*arguments: str) -> dict:
-    """Run one program of this folder; it prints one JSON object on its last line."""
-    command = [sys.executable, str(HERE / arguments[0]), *arguments[1:]]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+@dataclass
+class Row:
+    """One line of the table.
+
+    Attributes:
+        group: Name for `--only`.
+        name: What was measured.
+        peer: Against what; empty for a figure that stands alone.
+        ratio: Ours against the peer's, or the figure itself.
+        bound: `at least` or `at most`.
+        goal: None where there is none.
+        ours: What stands above the line of the ratio, with its unit.
+        runs: Rounds; 0 stands for those of the whole run.
+    """
+
+    group: str
+    name: str
+    peer: str
+    ratio: float
+    bound: str = NO_LESS
+    goal: float | None = None
+    ours: str = ""
+    runs: int = 0
+
+
+# ---- running contestants --------------------------------------------------------------------------------------------
+
+
+def run_contestant(program: str, *arguments: str, limit_bytes: int = 0) -> dict:
+    """Run one program of this folder, in a memory control group if asked; its last line is a JSON object."""
+    command = [sys.executable, str(HERE / program), *arguments]
+    with _control_group(limit_bytes) as join:
+        result = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=join)
     if result.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{result.stderr[-2000:]}")
-    return json.loads(result.stdout.strip().splitlines()[-1])
+    found = json.loads(result.stdout.strip().splitlines()[-1])
+    print(f"  {program} {' '.join(arguments)}: {found}", flush=True)
+    return found
 
 
-def medians(rounds: list[dict]) -> dict[str, float]:
-    """Median of each number over rounds."""
-    return {key: statistics.median(row[key] for row in rounds) for key in rounds[0]}
+@contextmanager
+def _control_group(limit_bytes: int):  # noqa: ANN202
+    if not limit_bytes:
+        yield None
+        return
+    GROUP.mkdir(exist_ok=True)
+    (GROUP / "memory.limit_in_bytes").write_text(str(limit_bytes))
+    yield lambda: (GROUP / "cgroup.procs").write_text(str(os.getpid()))
+    GROUP.rmdir()
 
 
-def training_row(labels: str, goals: tuple[float, float]) -> list[dict]:
-    """Tokens per second and peak memory of one training step, against the best of PEFT's settings."""
-    settings = {"thimble bf16": ("train_thimble.py", "bf16"), "thimble fp32": ("train_thimble.py", "fp32"),
-                "peft bf16": ("train_peft.py", "bf16"), "peft fp32": ("train_peft.py", "fp32")}  # fmt: skip
-    found: dict[str, list[dict]] = {name: [] for name in settings}
-    for _ in range(ROUNDS):
-        for name, (program, dtype) in settings.items():
-            found[name].append(run_contestant(program, "--dtype", dtype, "--labels", labels))
-            print(f"  {name}: {found[name][-1]}", flush=True)
-    result = {name: medians(rounds) for name, rounds in found.items()}
-    best = max((name for name in result if name.startswith("peft")), key=lambda name: result[name]["tokens_per_second"])
-    small = min((name for name in result if name.startswith("peft")), key=lambda name: result[name]["peak_bytes"])
-    what = f"SmolLM2-135M, 4x512 tokens, rank 16 on all linear layers, {float(labels):.0%} of tokens labelled"
+def alternate(contestants: dict[str, tuple[str, ...]], rounds: int) -> dict[str, dict[str, float]]:
+    """Run contestants in turns; medians of their figures."""
+    found: dict[str, list[dict]] = {name: [] for name in contestants}
+    for _ in range(rounds):
+        for name, arguments in contestants.items():
+            found[name].append(run_contestant(*arguments))
+    return {name: {key: statistics.median(row[key] for row in rows) for key in rows[0]} for name, rows in found.items()}
+
+
+def model(shape: str, dtype: str) -> str:
+    """A model with random weights, made at the first use."""
+    from make_models import write_model
+
+    MODELS.mkdir(parents=True, exist_ok=True)
+    return str(write_model(shape, dtype, MODELS / f"{shape}-{dtype}.gguf"))
+
+
+def compared(group: str, what: str, ours: dict, peer_name: str, peer: dict, goals: Sequence[float | None]) -> list[Row]:
+    """Speed and memory of a contestant against a peer's."""
+    speed, memory = goals
     rows = []
-    for ours, goal_bf16 in (("thimble bf16", True), ("thimble fp32", False)):
-        speed = result[ours]["tokens_per_second"] / result[best]["tokens_per_second"]
-        memory = result[ours]["peak_bytes"] / result[small]["peak_bytes"]
-        goal = goals if goal_bf16 else (None, None)
-        rows.append(row(f"tokens/s, {ours}: {what}", best, speed, goal[0], result[ours]["tokens_per_second"]))
-        rows.append(row(f"peak memory, {ours}: {what}", small, memory, goal[1], result[ours]["peak_bytes"] / 1e6))
+    if speed is not None:
+        rate = ours["tokens_per_second"]
+        ratio = rate / peer["tokens_per_second"]
+        rows.append(Row(group, f"tokens/s, {what}", peer_name, ratio, NO_LESS, speed, f"{rate:.1f} tokens/s"))
+    if memory is not None:
+        size = ours["peak_bytes"]
+        ratio = size / peer["peak_bytes"]
+        rows.append(Row(group, f"peak memory, {what}", peer_name, ratio, NO_MORE, memory, f"{size / 1e9:.2f} GB"))
     return rows
 
 
-def start_row() -> list[dict]:
+# ---- rows -----------------------------------------------------------------------------------------------------------
+
+PLANS: list[dict] = []  # what was planned and measured, of every contestant of ours
+
+
+def note_plan(found: dict[str, dict]) -> None:
+    """Keep what the plan expected of our contestants."""
+    PLANS.extend(row for row in found.values() if "planned_bytes" in row)
+
+
+def step_135m(group: str, labels: str, goals: dict[str, float]) -> list[Row]:
+    """SmolLM2's shape, 4 rows of 512 tokens."""
+    ours = ("train_thimble.py", "--labels", labels, "--base", model("135m", "BF16"), "--compute")
+    peer = ("train_peft.py", "--labels", labels, "--dtype")
+    found = alternate({
+        "bf16": (*ours, "bf16", "--store", "dense"), "int8": (*ours, "int8", "--store", "int8"),
+        "PEFT bf16": (*peer, "bf16"), "PEFT fp32 medium": (*peer, "medium"),
+    }, ROUNDS)  # fmt: skip
+    note_plan(found)
+    best = max(("PEFT bf16", "PEFT fp32 medium"), key=lambda name: found[name]["tokens_per_second"])
+    what = f"135M shape, 4x512 tokens, {float(labels):.0%} learned"
+    rows = compared(group, f"{what}, bf16", found["bf16"], best, found[best], (goals["bf16"], goals["memory"]))
+    return rows + compared(group, f"{what}, int8", found["int8"], best, found[best], (goals["int8"], goals["memory"]))
+
+
+def step_1b(group: str) -> list[Row]:
+    """The shape of Llama-3.2-1B, 2 rows of 512 tokens: as fast as can be, and with less memory."""
+    ours = ("train_thimble.py", "--rows", "2", "--steps", "2", "--base")
+    whole = ("--compute", "int8", "--store", "int8")
+    contestants = {
+        "bf16 dense": (*ours, model("1b", "BF16"), "--store", "dense"),
+        "bf16 file, streamed": (*ours, model("1b", "BF16"), "--store", "file", "--streamed"),
+        "int8": (*ours, model("1b", "Q8_0"), *whole),
+        "int8, 12 of 16 blocks recomputed": (*ours, model("1b", "Q8_0"), *whole, "--recomputed", "12"),
+        "Q4_0 file": (*ours, model("1b", "Q4_0"), "--store", "file"),
+    }
+    peer = {"PEFT": ("train_peft.py", "--shape", "1b", "--rows", "2", "--steps", "2")}
+    found = alternate({**contestants, **peer}, ROUNDS)
+    note_plan(found)
+    goals = {"bf16 dense": (1.6, 0.45), "bf16 file, streamed": (1.6, 0.45), "Q4_0 file": (1.6, 0.35)}
+    rows = []
+    for name in contestants:
+        what = f"1B shape, 2x512 tokens, {name}"
+        rows += compared(group, what, found[name], "PEFT bf16", found["PEFT"], goals.get(name, (2.5, 0.35)))
+    share = limit_seconds(1_235_746_816, 1024) / found["bf16 dense"]["seconds"]
+    rows.append(Row(group, "1B shape, bf16, share of the limit 4·N·tokens / rate", "", share, NO_LESS, 0.8))
+    slower = found["Q4_0 file"]["seconds"] / found["bf16 dense"]["seconds"]
+    rows.append(Row(group, "1B shape, time with a Q4_0 base against a bf16 base", "ourselves", slower, NO_MORE, 1.15))
+    return rows
+
+
+def limit_seconds(numbers: int, tokens: int) -> float:
+    """What the bf16 products of a step would take at the rate of a large one."""
+    from thimble.torch_backend.compute import race
+
+    return 4 * numbers * tokens / race()["bf16"]
+
+
+def smallest(group: str) -> list[Row]:
+    """Both shapes at our smallest memory, against PEFT with gradient checkpointing."""
+    rows = []
+    for shape, blocks, count in (("135m", 30, "4"), ("1b", 16, "2")):
+        ours = ("train_thimble.py", "--rows", count, "--steps", "2", "--recomputed", str(blocks), "--base")
+        whole = ("--compute", "int8", "--store", "int8")
+        found = alternate({
+            "bf16 store": (*ours, model(shape, "BF16"), "--store", "dense"),
+            "int8 store": (*ours, model(shape, "Q8_0"), *whole),
+            "GGUF Q8_0, streamed": (*ours, model(shape, "Q8_0"), "--store", "file", "--streamed"),
+            "PEFT": ("train_peft.py", "--shape", shape, "--rows", count, "--steps", "2", "--checkpointing"),
+        }, max(1, ROUNDS - 1))  # fmt: skip
+        note_plan(found)
+        peer = "PEFT bf16, checkpointing"
+        for name, goal in (("bf16 store", 0.55), ("int8 store", 0.35), ("GGUF Q8_0, streamed", 0.35)):
+            rows += compared(group, f"{shape} shape, smallest, {name}", found[name], peer, found["PEFT"], (1.8, goal))
+    return rows
+
+
+def larger_than_memory(group: str) -> list[Row]:
+    """The shape of Llama-3.1-8B, a file of 4.5 GB, in a memory control group of 4 GB."""
+    base = model("8b", "Q4_0")
+    ours = ("train_thimble.py", "--base", base, "--rows", "1", "--steps", "2", "--recomputed", "32")
+    Path("/proc/sys/vm/drop_caches").write_text("3")
+    streamed = run_contestant(*ours, "--streamed", limit_bytes=4_000_000_000)
+    inside = run_contestant(*ours)
+    note_plan({"streamed": streamed, "inside": inside})
+    ratio = streamed["tokens_per_second"] / inside["tokens_per_second"]
+    fall = streamed["first_loss"] - streamed["last_loss"]
+    return [
+        Row(group, "8B shape, Q4_0, 512 tokens a step, 4 GB for everything: tokens/s", "ourselves in RAM", ratio,
+            NO_LESS, 0.5, f"{streamed['tokens_per_second']:.1f} tokens/s, {streamed['peak_bytes'] / 1e9:.2f} GB", 1),
+        Row(group, "8B shape, Q4_0: fall of the loss on a repeated batch, 2 steps", "", fall, NO_LESS, 0.0, "", 1),
+    ]  # fmt: skip
+
+
+def chat(group: str) -> list[Row]:
+    """Chat rows of uneven length, one pass, against HF Trainer."""
+    command = ("chat_rows.py", str(DEMO_DATA))
+    found = alternate({name: (*command, name) for name in ("bf16", "int8", "trainer")}, max(1, ROUNDS - 1))
+    peer = found["trainer"]["rows_per_second"]
+    return [
+        Row(group, f"chat rows of uneven length, one pass, {name}", "HF Trainer + PEFT bf16, 8 rows a step",
+            found[name]["rows_per_second"] / peer, NO_LESS, 4.0, f"{found[name]['rows_per_second']:.2f} rows/s")
+        for name in ("bf16", "int8")
+    ]  # fmt: skip
+
+
+def quality(group: str) -> list[Row]:
+    """Held-out loss of a short demo run, int8 against fp32, three seeds."""
+    changes = []
+    for seed in ("0", "1", "2"):
+        found = {
+            compute: run_contestant("int8_quality.py", str(DEMO_DATA), compute, "--seed", seed)
+            for compute in ("fp32", "int8")
+        }
+        changes.append(found["int8"]["loss_after"] / found["fp32"]["loss_after"] - 1)
+    name = "demo run of 50 steps, held-out loss with int8 against fp32: change in %, mean of 3 seeds"
+    spread = ", ".join(f"{change:+.2%}" for change in changes)
+    return [Row(group, name, "ourselves, fp32", 100 * statistics.mean(changes), NO_MORE, 0.5, spread, 3)]
+
+
+def sizes(group: str) -> list[Row]:
+    """Tokens per second over row length and over model size; written as a chart."""
+    rows = []
+    for length in (256, 512, 1024, 2048, 4096):
+        count = max(1, 4096 // length)
+        arguments = ("--rows", str(count), "--length", str(length), "--steps", "2")
+        rows += _size_row(group, f"135M, rows of {length} tokens", *arguments)
+    for shape, dtype in (("135m", "BF16"), ("360m", "BF16"), ("1b", "BF16"), ("1.7b", "BF16"), ("3b", "Q8_0")):
+        arguments = ("--base", model(shape, dtype), "--rows", "2", "--steps", "2")
+        rows += _size_row(group, f"{shape} shape, {dtype} file, rows of 512 tokens", *arguments)
+    return rows
+
+
+def _size_row(group: str, name: str, *arguments: str) -> list[Row]:
+    found = run_contestant("train_thimble.py", *arguments)
+    note_plan({name: found})
+    rate = found["tokens_per_second"]
+    return [Row(group, f"tokens/s, {name}", "", rate, NO_LESS, None, f"{found['peak_bytes'] / 1e9:.2f} GB", 1)]
+
+
+def planner(group: str) -> list[Row]:
+    """How near the plan is to what is measured: all of our contestants of this run, and 20 random configurations."""
+    draw = random.Random(0)
+    for _ in range(20):
+        shape, dtype = draw.choice([("135m", "BF16"), ("135m", "Q8_0"), ("360m", "BF16"), ("1b", "Q8_0")])
+        compute = draw.choice(["bf16", "bf16", "int8", "fp32"])
+        store = "int8" if compute == "int8" else draw.choice(["file", "dense", "int8"])
+        blocks = {"135m": 30, "360m": 32, "1b": 16}[shape]
+        arguments = [
+            "--base", model(shape, dtype), "--compute", compute, "--store", store,
+            "--rows", str(draw.choice([1, 2, 4])), "--length", str(draw.choice([128, 256, 512, 1024])),
+            "--rank", str(draw.choice([4, 16, 64])), "--labels", str(draw.choice([0.1, 0.4, 1.0])),
+            "--recomputed", str(draw.choice([0, 0, blocks // 2, blocks])), "--steps", "2",
+        ]  # fmt: skip
+        if store == "file" and draw.random() < 0.3:
+            arguments.append("--streamed")
+        note_plan({"random": run_contestant("train_thimble.py", *arguments)})
+    memory = sorted(abs(row["planned_bytes"] / row["peak_bytes"] - 1) for row in PLANS)
+    seconds = sorted(abs(row["planned_seconds"] / row["seconds"] - 1) for row in PLANS)
+    of = f"of {len(PLANS)} configurations"
+    return [
+        Row(group, f"plan: largest error of peak memory {of}", "measured", memory[-1], NO_MORE, 0.10, "", 1),
+        Row(group, f"plan: median error of peak memory {of}", "measured", statistics.median(memory), NO_MORE, None),
+        Row(group, f"plan: median error of time {of}", "measured", statistics.median(seconds), NO_MORE, 0.20),
+        Row(group, f"plan: 90th percentile of the error of time {of}", "measured",
+            seconds[int(0.9 * (len(seconds) - 1))], NO_MORE, 0.40),
+    ]  # fmt: skip
+
+
+def start(group: str) -> list[Row]:
     """Seconds from process start to the end of the first optimiser step, evaluation before training not counted."""
     from make_rows import ten_rows
 
@@ -68,15 +292,8 @@ def start_row() -> list[dict]:
             began = time.time()
             subprocess.run([sys.executable, "-c", FIRST_STEP, *command], check=True, capture_output=True, cwd=folder)
             times.append(float((Path(folder) / "first_step").read_text()) - began)
-    return [
-        row(
-            "seconds from start to the end of the first step, SmolLM2 GGUF, warm",
-            "-",
-            statistics.median(times[1:]),
-            6.0,
-            0.0,
-        )
-    ]
+    name = "seconds from start to the end of the first step, SmolLM2 GGUF, warm"
+    return [Row(group, name, "", statistics.median(times[1:]), NO_MORE, 4.0)]
 
 
 # Runs `thimble train` in this process and notes when the first step is logged, less what the evaluation took.
@@ -94,92 +311,111 @@ run()
 """
 
 
-def help_row() -> list[dict]:
+def show_help(group: str) -> list[Row]:
     """Seconds of `thimble --help`."""
     times = []
     for _ in range(7):
         began = time.perf_counter()
         subprocess.run([sys.executable, "-m", "thimble", "--help"], check=True, capture_output=True)
         times.append(time.perf_counter() - began)
-    return [row("seconds of thimble --help", "-", statistics.median(times), 0.3, 0.0)]
+    return [Row(group, "seconds of thimble --help", "", statistics.median(times), NO_MORE, 0.3)]
 
 
-def row(name: str, peer: str, ratio: float, goal: float | None, value: float) -> dict:
-    """One line of the table."""
-    return {
-        "name": name,
-        "peer": peer,
-        "ratio": round(ratio, 3),
-        "goal": goal,
-        "value": round(value, 1),
-        "runs": ROUNDS,
-    }
-
-
-def gemm_rates() -> dict[str, float]:
-    """What this machine multiplies, GFLOP/s, so that figures of different machines can be set side by side."""
-    sys.path.insert(0, str(HERE.parent / "src"))
-    import torch
-
-    from thimble.torch_backend.compute import use_fast_fp32
-
-    use_fast_fp32()
-    rates = {}
-    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        a = torch.ones(2048, 2048, dtype=dtype)
-        times = []
-        for _ in range(8):
-            began = time.perf_counter()
-            a @ a
-            times.append(time.perf_counter() - began)
-        rates[name] = round(2 * 2048**3 / min(times) / 1e9)
-    return rates
-
-
-def write_results(rows: list[dict]) -> None:
-    """Write the table for people and the numbers behind it; rows of an earlier run that were not measured now stay."""
-    import torch
-
-    with Path("/proc/cpuinfo").open() as lines:
-        model = next((line.split(":")[1].strip() for line in lines if "model name" in line), "?")
-    machine = {
-        "cpu": model,
-        "threads": torch.get_num_threads(),
-        "gemm_gflops": gemm_rates(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "date": time.strftime("%Y-%m-%d"),
-    }
-    old = json.loads((HERE / "results.json").read_text())["rows"] if (HERE / "results.json").exists() else []
-    measured = {line["name"] for line in rows}
-    rows = [line for line in old if line["name"] not in measured] + rows
-    (HERE / "results.json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
-    lines = ["# Results", "", "Written by `make bench`; ratios of medians, contestants alternating in one run.", ""]
-    lines += [f"Machine: {json.dumps(machine)}", "", "| what | against | ratio or figure | goal | ours |"]
-    lines += ["|---|---|---|---|---|"]
-    for line in rows:
-        goal = "" if line["goal"] is None else f"{line['goal']:g}"
-        lines.append(f"| {line['name']} | {line['peer']} | {line['ratio']:g} | {goal} | {line['value'] or ''} |")
-    (HERE / "RESULTS.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
-
-
-ROWS = {
-    "labels-all": lambda: training_row("1.0", (1.5, 0.6)),
-    "labels-some": lambda: training_row("0.4", (1.5, 0.6)),
-    "start": start_row,
-    "help": help_row,
+GROUPS: dict[str, Callable[[str], list[Row]]] = {
+    "help": show_help,
+    "start": start,
+    "135m": lambda group: step_135m(group, "1.0", {"bf16": 2.3, "int8": 2.8, "memory": 0.45}),
+    "135m-40": lambda group: step_135m(group, "0.4", {"bf16": 2.6, "int8": 3.1, "memory": 0.45}),
+    "1b": step_1b,
+    "smallest": smallest,
+    "8b": larger_than_memory,
+    "chat": chat,
+    "quality": quality,
+    "sizes": sizes,
+    "planner": planner,
 }
+
+
+# ---- writing --------------------------------------------------------------------------------------------------------
+
+
+def write_results(rows: list[Row]) -> None:
+    """Write the table for people and the numbers behind it; groups that were not measured now stay as they are."""
+    import torch
+
+    from thimble.torch_backend.compute import machine
+
+    path, now = HERE / "results.json", asdict(machine()) | {"torch": torch.__version__}
+    now["measured"] = time.strftime("%Y-%m-%d")
+    measured = {row.group for row in rows}
+    old = json.loads(path.read_text())["rows"] if path.exists() else []
+    lines = [line for line in old if line.get("group") in GROUPS and line["group"] not in measured]
+    lines += [{**asdict(row), "runs": row.runs or ROUNDS, "machine": now} for row in rows]
+    lines.sort(key=lambda line: list(GROUPS).index(line["group"]))
+    path.write_text(json.dumps({"rows": lines}, indent=2) + "\n")
+    (HERE / "RESULTS.md").write_text(as_page(lines))
+
+
+def as_page(lines: list[dict]) -> str:
+    """The table for people."""
+    page = ["# Results", "", "Written by `make bench`; ratios of medians, contestants alternating in one run.", ""]
+    machines = {json.dumps(line["machine"], sort_keys=True): line["machine"] for line in lines}
+    for machine in machines.values():
+        rates = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in machine["flops"].items())
+        page.append(
+            f"Machine: {machine['name']}, {machine['cores']} cores; large products, G operations/s: {rates}; "
+            f"torch {machine['torch']}; {machine['measured']}"
+        )
+        page.append("")
+    page += ["| what | against | measured | goal | ours | rounds |", "|---|---|---|---|---|---|"]
+    for line in lines:
+        goal = "" if line["goal"] is None else f"{line['bound']} {line['goal']:g}"
+        met = "" if line["goal"] is None else _met(line)
+        cells = (line["name"], line["peer"], f"{line['ratio']:.3g}{met}", goal, line["ours"], str(line["runs"]))
+        page.append(f"| {' | '.join(cells)} |")
+    if (HERE / "sizes.svg").exists():
+        page += ["", "![Tokens per second over row length and model size](sizes.svg)"]
+    return "\n".join(page) + "\n"
+
+
+def _met(line: dict) -> str:
+    is_met = line["ratio"] >= line["goal"] if line["bound"] == NO_LESS else line["ratio"] <= line["goal"]
+    return "" if is_met else " (missed)"
+
+
+def draw_sizes(rows: list[Row]) -> None:
+    """The chart of tokens per second over row length and over model size."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    lengths = [row for row in rows if "rows of" in row.name and row.name.startswith("tokens/s, 135M")]
+    left.plot([int(row.name.split()[-2]) for row in lengths], [row.ratio for row in lengths], "o-")
+    left.set(xscale="log", xlabel="tokens in a row", ylabel="tokens/s", title="135M, 4096 tokens a step", ylim=0)
+    left.set_xticks([256, 512, 1024, 2048, 4096], ["256", "512", "1024", "2048", "4096"])
+    shapes = [row for row in rows if "shape" in row.name]
+    right.loglog([_parameters(row.name) for row in shapes], [row.ratio for row in shapes], "o-")
+    right.set(xlabel="parameters", ylabel="tokens/s", title="2 rows of 512 tokens")
+    figure.savefig(HERE / "sizes.svg")
+
+
+def _parameters(name: str) -> float:
+    size = name.split(", ")[1].split()[0].lower()
+    return float(size[:-1]) * {"m": 1e6, "b": 1e9}[size[-1]]
+
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", choices=ROWS)
+    parser.add_argument("--only", nargs="+", choices=GROUPS, default=list(GROUPS))
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     options = parser.parse_args()
-    chosen, ROUNDS = options.only, options.rounds
-    table = []
-    for name, measure in ROWS.items():
-        if chosen in (None, name):
-            print(f"{name} ...", flush=True)
-            table += measure()
-    write_results(table)
+    ROUNDS = options.rounds
+    for group in options.only:
+        print(f"{group} ...", flush=True)
+        found = GROUPS[group](group)
+        if group == "sizes":
+            draw_sizes(found)
+        write_results(found)
+    print((HERE / "RESULTS.md").read_text())

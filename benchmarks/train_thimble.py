@@ -1,4 +1,4 @@
-"""One contestant: Thimble's training step on a base in a given shape."""
+"""One contestant: Thimble's training step on a base in a given shape, with what the plan expected of it."""
 
 import argparse
 import json
@@ -9,43 +9,62 @@ from make_rows import ALPHA, RANK, RATE, make_tokens, peak_bytes
 
 from thimble.core.adapter import Adapter
 from thimble.core.base import open_base
+from thimble.core.estimate import Way, Work, estimate_memory, estimate_seconds
 from thimble.core.lowrank import Factors, start_a
+from thimble.core.sizes import MICRO_BATCH_TOKENS
 from thimble.data.batches import shares
 from thimble.data.encode import Row
-from thimble.torch_backend.compute import use_fast_fp32
+from thimble.torch_backend.compute import machine
 from thimble.torch_backend.session import TorchSession
 from thimble.torch_backend.threads import num_cores
 
-MICRO_BATCH_TOKENS = 1024  # what `thimble train` chooses
 
-
-def main() -> None:
+def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("--base", help="a GGUF; default: SmolLM2-135M")
     parser.add_argument("--compute", default="bf16")
     parser.add_argument("--labels", type=float, default=1.0)
-    parser.add_argument("--store", default="dense")
+    parser.add_argument("--store", default="file")
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--shares", type=int, default=num_cores())
+    parser.add_argument("--rank", type=int, default=RANK)
+    parser.add_argument("--shares", type=int)
     parser.add_argument("--recomputed", type=int, default=0)
     parser.add_argument("--streamed", action="store_true")
     parser.add_argument("--steps", type=int, default=3)
-    options = parser.parse_args()
-    use_fast_fp32()
-    base = open_base(options.base)
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = read_options()
+    rates, base = machine(), open_base(options.base)
+    tokens = options.rows * options.length
+    num_shares = min(options.shares or num_cores(), options.rows)
+    micro = max(MICRO_BATCH_TOKENS[0], options.length)
+    way = Way(options.store, num_shares, micro, min(num_shares * micro, tokens), options.recomputed, options.streamed)
     layers = {
-        path: Factors(start_a("kaiming", RANK, fan_in, 0, path), np.zeros((fan_out, RANK), np.float32), ALPHA / RANK)
+        path: Factors(
+            start_a("kaiming", options.rank, fan_in, 0, path),
+            np.zeros((fan_out, options.rank), np.float32),
+            ALPHA / options.rank,
+        )
         for path, (fan_out, fan_in) in base.spec.linear_shapes().items()
     }
+    adapter = Adapter(layers)
     ids, is_learned = make_tokens(options.labels, options.rows, options.length)
-    recomputed = base.spec.num_layers if options.streamed else options.recomputed
-    session = TorchSession(base, options.compute, options.store, recomputed, options.streamed, sample=ids[0, :512])
-    session.train(Adapter(layers), num_shares=options.shares)
     targets = np.where(is_learned, ids, -100)
-    labels = np.concatenate([targets[:, 1:], np.full((options.rows, 1), -100)], 1)
-    rows = [Row(i, t.astype(np.int32), "", 0) for i, t in zip(ids, labels, strict=True)]
-    step = shares(rows, options.shares, MICRO_BATCH_TOKENS)
+    labels = np.concatenate([targets[:, 1:], np.full((options.rows, 1), -100)], 1).astype(np.int32)
+    work = Work(tokens, float((labels >= 0).sum()), options.length, adapter.num_parameters)
+    planned = {
+        "planned_bytes": estimate_memory(base, options.compute, work.trained, options.length, way).total,
+        "planned_seconds": estimate_seconds(base, options.compute, work, way, rates),
+    }
+    session = TorchSession(
+        base, options.compute, way.store, way.recomputed_blocks, way.is_streamed, num_shares, ids[0, :512]
+    )
+    session.train(adapter, num_shares=num_shares)
+    del adapter, layers
+    step = shares([Row(i, t, "", 0) for i, t in zip(ids, labels, strict=True)], num_shares, way.micro_tokens)
     times, losses = [], []
     for _ in range(options.steps + 1):
         began = time.perf_counter()
@@ -54,8 +73,8 @@ def main() -> None:
         times.append(time.perf_counter() - began)
         losses.append(gradients.loss.mean)
     seconds = sorted(times[1:])[(len(times) - 1) // 2]
-    rate = options.rows * options.length / seconds
-    print(json.dumps({"tokens_per_second": rate, "peak_bytes": peak_bytes(), "seconds": seconds, "losses": losses}))
+    found = {"tokens_per_second": tokens / seconds, "peak_bytes": peak_bytes(), "seconds": seconds}
+    print(json.dumps({**found, "first_loss": losses[0], "last_loss": losses[-1], **planned}))
 
 
 main()

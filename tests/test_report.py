@@ -66,7 +66,7 @@ def full_report(**changes: Any) -> dict[str, Any]:
         "task_after": {"valid JSON": 199 / ROWS, "right function": 190 / ROWS, "all arguments right": 95 / ROWS,
                        "fields right": 0.7483},
         "task_rows": ROWS, "samples": SAMPLES, "adapter_parameters": 4_884_480, "base_parameters": 134_515_008,
-        "plan": plan | {"total": sum(plan.values())},
+        "plan": plan | {"total": sum(plan.values())}, "planned_seconds_per_step": 2.0,
         "told": {
             "decision": ["compute: bf16, 4.3 times as fast as fp32 here",
                          "store file: the blocks of the GGUF are used as they are, memory-mapped",
@@ -93,7 +93,7 @@ def empty_report(**changes: Any) -> dict[str, Any]:
     return unmeasured(
         **{"steps": 0, "tokens": 0, "label_tokens": 0, "seconds": 0.0, "tokens_per_second": 0.0, "peak_memory_bytes": 0,
            "loss_base": NAN, "loss_before": NAN, "general_before": NAN, "metric": "none", "task_before": {},
-           "task_rows": 0, "plan": {}, "told": {}, "config": {}, "out": "runs/x", "base": ""} | changes
+           "task_rows": 0, "plan": {}, "planned_seconds_per_step": 0.0, "told": {}, "config": {}, "out": "runs/x", "base": ""} | changes
     )  # fmt: skip
 
 

@@ -376,8 +376,15 @@ def _measures(report: Report) -> list[dict[str, str]]:
         _measure("Held-out loss", loss, _loss_note(report)),
         _measure("Loss on general text", general, _forgetting(report)[1]),
         _measure("Peak memory", ("", _size(peak or None)), _memory_note(peak, report["plan"].get("total"))),
-        _measure("Tokens per second", ("", speed), "Read in training; measuring is not counted."),
+        _measure("Tokens per second", ("", speed), _speed_note(report)),
     ]
+
+
+def _speed_note(report: Report) -> str:
+    steps, planned = report["steps"], report["planned_seconds_per_step"]
+    if not steps or not planned:
+        return "Read in training; measuring is not counted."
+    return f"{report['seconds'] / steps:.2g} s a step; {planned:.2g} s planned. Measuring is not counted."
 
 
 def _measure(name: str, values: tuple[str, str], note: str) -> dict[str, str]:
@@ -482,7 +489,6 @@ PART_NAMES = {
     "scratch": "largest weight, decoded",
     "adapter": "adapter, gradients, optimiser",
     "activations": "activations kept",
-    "workspace": "logits and temporaries",
 }
 
 

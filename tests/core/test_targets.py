@@ -12,7 +12,8 @@ LAYERS = [f"model.layers.{i}.{kind}" for i in range(3) for kind in KINDS]
 @pytest.mark.parametrize(
     ("targets", "count"),
     [(["all-linear"], 9), (["attention"], 6), (["mlp"], 3), (["q_proj", "up_proj"], 6), (["self_attn.v_proj"], 3),
-     (["model.layers.[12].*"], 6), (["model.layers.0.mlp.up_proj"], 1), (["q_proj", "attention"], 6)],
+     (["model.layers.[12].*"], 6), (["model.layers.0.mlp.up_proj"], 1), (["q_proj", "attention"], 6), (["last-1"], 3),
+     (["last-2"], 6), (["last-99"], 9), (["last-1", "v_proj"], 5)],
 )  # fmt: skip
 def test_names_groups_and_patterns_choose_layers(targets, count):
     assert len(select_layers(targets, LAYERS)) == count

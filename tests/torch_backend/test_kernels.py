@@ -18,7 +18,7 @@ from thimble.core.quantize import (
     to_bfloat16,
 )
 from thimble.errors import BaseModelError
-from thimble.torch_backend.kernels import decode_rows, dequantize_rows_into, quantize_rows_into
+from thimble.torch_backend.kernels import decode_rows, dequantize_rows_into, quantize_rows_into, rescale_into
 
 OUTPUTS = (np.float32, np.uint16)
 
@@ -176,6 +176,29 @@ def test_int8_rows_are_those_of_the_reference(columns):
         expected_q, expected_scale = quantize_rows(values)
         assert np.array_equal(q, expected_q)
         assert np.array_equal(scale, expected_scale)
+
+
+def test_columns_are_multiplied_by_their_factors_before_rows_become_int8():
+    rng = np.random.default_rng(0)
+    x, factor = rng.normal(size=(50, 333)).astype(np.float32), rng.random(333).astype(np.float32)
+    q, scale = np.zeros(x.shape, np.int8), np.zeros(50, np.float32)
+    quantize_rows_into(x, q, scale, factor)
+    expected_q, expected_scale = quantize_rows(x * factor)
+    assert np.array_equal(q, expected_q)
+    assert np.array_equal(scale, expected_scale)
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_sums_of_whole_numbers_are_scaled_by_row_and_column_into_their_place(output):
+    rng = np.random.default_rng(0)
+    sums = rng.integers(-(1 << 24), 1 << 24, (50, 33)).astype(np.int32)
+    rows, columns = rng.random(50).astype(np.float32), rng.random(33).astype(np.float32)
+    out = np.full((50, 60), 7, output)
+    rescale_into(sums, rows, columns, out, first_column=20)
+    expected = sums.astype(np.float32) * rows[:, None] * columns
+    assert same_bits(out[:, 20:53], expected if output is np.float32 else to_bfloat16(expected))
+    assert (out[:, :20] == 7).all()
+    assert (out[:, 53:] == 7).all()
 
 
 @pytest.mark.parametrize("output", OUTPUTS)

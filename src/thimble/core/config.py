@@ -323,7 +323,9 @@ class TrainConfig(MeasureKnobs):
     rank: int = knob(16, "Rank r of the update: A is (r, in), B is (out, r).", check=at_least(1))
     alpha: float = knob(32.0, "Scale numerator: the update is alpha/rank * B A.", check=above(0))
     targets: tuple[str, ...] = knob(
-        ("all-linear",), "Layers to adapt: all-linear, attention, mlp, or names and patterns such as q_proj,v_proj.",
+        ("all-linear",),
+        "Layers to adapt: all-linear, attention, mlp, last-8 (all of the last 8 blocks), or names and patterns such as "
+        "q_proj,v_proj.",
         metavar="NAMES",
     )  # fmt: skip
     init: str = knob("kaiming", "Start of A (B starts at zero).", choices=("kaiming", "gaussian"))

@@ -1,11 +1,14 @@
 """How much memory a run will need, part by part, before anything is loaded."""
 
+import contextlib
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 from thimble.core.base import EMBEDDING, HEAD, Base
 from thimble.core.family import DecoderSpec
+from thimble.core.machine import Machine
 from thimble.core.sizes import (
     BUFFER_TOKENS,
     MICRO_BATCH_TOKENS,
@@ -16,6 +19,7 @@ from thimble.core.sizes import (
     logit_chunk,
     windows,
 )
+from thimble.core.targets import block_of
 
 CGROUP = Path("/sys/fs/cgroup")
 COMPUTE_BYTES = {"fp32": 4, "bf16": 2, "int8": 2}  # of an activation
@@ -25,6 +29,12 @@ PRODUCT_BYTES = 700_000  # that the libraries keep for each size of a product
 PRODUCTS = 60  # of one size of batch: each linear layer and its low-rank parts, forward and backward
 INT8_COPIES = 3  # measured
 PAGES_AROUND = 65536  # bytes of a file that the system maps around one that is read
+# Shares of a large product's rate that the engine reaches in its kinds of products, and what else was measured.
+REACHED, REACHED_INT8, REACHED_LOW_RANK, REACHED_ATTENTION = 0.9, 0.88, 0.35, 0.7
+MOVES = 3.0  # times that a kept number is read or written in a pass
+OVERHEAD_SECONDS = 1e-3  # of a block's pass
+DECODED = 2.5e9  # numbers per second and core
+ONE_SHARE = 1.1  # a step that is not cut into a share a core
 ADAPTER_NUMBER_BYTES = 3 * 4  # master and two moments, float32
 
 
@@ -90,12 +100,17 @@ def adapter_parameters(spec: DecoderSpec, layers: list[str], rank: int) -> int:
     return sum(rank * sum(shapes[layer]) for layer in layers)
 
 
+def lowest_block(layers: Iterable[str]) -> int:
+    """Number of the lowest block that is adapted; nothing goes back through those below."""
+    return min(map(block_of, layers))
+
+
 def cache_token_bytes(spec: DecoderSpec, compute: str) -> int:
     """What the keys and values of one token take, in bytes."""
     return 2 * spec.num_layers * spec.kv_size * COMPUTE_BYTES[compute]
 
 
-def estimate_memory(base: Base, compute: str, trained: int, longest: int, way: Way) -> MemoryPlan:
+def estimate_memory(base: Base, compute: str, trained: int, longest: int, way: Way, lowest: int = 0) -> MemoryPlan:
     """Expected peak memory of training.
 
     Args:
@@ -104,6 +119,7 @@ def estimate_memory(base: Base, compute: str, trained: int, longest: int, way: W
         trained: Numbers in the adapter.
         longest: Tokens of the longest row.
         way: How a step is run.
+        lowest: Number of the lowest adapted block; those below keep nothing.
 
     Returns:
         The parts.
@@ -114,7 +130,7 @@ def estimate_memory(base: Base, compute: str, trained: int, longest: int, way: W
         process=PROCESS_BYTES + base.spec.vocab_size * TOKEN_BYTES + PRODUCTS * PRODUCT_BYTES * way.num_shares,
         weights=_weight_bytes(base, compute, way),
         adapter=trained * (ADAPTER_NUMBER_BYTES + 4 * way.num_shares + working),
-        activations=_activation_bytes(base.spec, width, way),
+        activations=_activation_bytes(base.spec, width, way, lowest),
         scratch=way.num_shares * _scratch_bytes(base, compute, longest, way),
     )
 
@@ -132,11 +148,12 @@ def _weight_bytes(base: Base, compute: str, way: Way) -> int:
     return base.num_parameters * (1 if way.store == "int8" else COMPUTE_BYTES[compute])
 
 
-def _activation_bytes(spec: DecoderSpec, width: int, way: Way) -> int:
+def _activation_bytes(spec: DecoderSpec, width: int, way: Way, lowest: int) -> int:
     tokens = _rounded(way.tokens_at_once, way.num_shares)
     block = 2 * spec.hidden_size + 2 * spec.q_size + 2 * spec.kv_size + 2 * spec.intermediate_size
-    kept = spec.num_layers - way.recomputed_blocks
-    inputs = way.recomputed_blocks * spec.hidden_size + (block if way.recomputed_blocks else 0)
+    recomputed = max(0, way.recomputed_blocks - lowest)
+    kept = spec.num_layers - lowest - recomputed
+    inputs = recomputed * spec.hidden_size + (block if recomputed else 0)
     return tokens * width * (block * kept + inputs)
 
 
@@ -184,19 +201,94 @@ def _stacked_shapes(spec: DecoderSpec) -> list[tuple[int, int]]:
     ]  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Work:
+    """What a training step does, as far as its time depends on it.
+
+    Attributes:
+        tokens: Read in a step.
+        label_tokens: Learned from in a step.
+        row_tokens: Length of a typical row, by which attention's work goes.
+        trained: Numbers in the adapter.
+        lowest: Number of the lowest adapted block; nothing goes back through those below.
+    """
+
+    tokens: float
+    label_tokens: float
+    row_tokens: float
+    trained: int
+    lowest: int = 0
+
+
+def estimate_seconds(base: Base, compute: str, work: Work, way: Way, machine: Machine) -> float:
+    """Expected seconds of a training step.
+
+    The products are counted, at the rates of this machine and the shares of them that the engine was measured to
+    reach; elementwise work goes by the rate of copying.
+
+    Args:
+        base: The base.
+        compute: `fp32`, `bf16` or `int8`.
+        work: What a step does.
+        way: How it is run.
+        machine: Rates.
+
+    Returns:
+        Seconds.
+    """
+    spec, width = base.spec, COMPUTE_BYTES[compute]
+    rate = machine.flops.get("fp32" if compute == "fp32" else "bf16") or max(machine.flops.values())
+    linears = sum(rows * cols for rows, cols in spec.linear_shapes().values())
+    recomputed = max(0, way.recomputed_blocks - work.lowest)
+    passes = 1 + (spec.num_layers - work.lowest + recomputed) / spec.num_layers
+    frozen = 2 * linears * passes * work.tokens
+    seconds = frozen / (machine.flops.get(compute, rate) * (REACHED_INT8 if compute == "int8" else REACHED))
+    seconds += 4 * spec.vocab_size * spec.hidden_size * work.label_tokens / (rate * REACHED)
+    seconds += 2 * (passes + 1) * work.trained * work.tokens / (rate * REACHED_LOW_RANK)
+    seen = work.row_tokens / 2 + TILE / 2
+    attention = 2 * spec.q_size * spec.num_layers * seen * work.tokens * (2 * passes + 3)
+    seconds += attention / (rate * REACHED_ATTENTION)
+    block = 2 * (spec.hidden_size + spec.q_size + spec.kv_size + spec.intermediate_size)
+    moved = work.tokens * spec.num_layers * passes * width * (block + spec.num_heads * seen)
+    seconds += moved * MOVES / machine.copy_bytes
+    batches = max(1.0, work.tokens / way.micro_tokens)
+    seconds += batches * spec.num_layers * passes * OVERHEAD_SECONDS / way.num_shares
+    if way.store == "file" or way.store == "int8" and compute != "int8":
+        seconds += batches * base.num_parameters * passes / (DECODED * machine.cores)
+    return seconds * (ONE_SHARE if way.num_shares < min(2, machine.cores) else 1.0)
+
+
 def available_bytes() -> int:
     """Memory this process may still take: what the system has free, or less if a control group limits it."""
     free = _meminfo_bytes("MemAvailable")
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        try:
-            allowed = int((CGROUP / limit).read_text()) - int((CGROUP / used).read_text())
-        except (OSError, ValueError):  # no such group, or its limit is "max"
-            continue
-        free = min(free, max(allowed, 0))
+    for folder in _control_groups():
+        for limit, used in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
+            try:
+                allowed = int((folder / limit).read_text()) - int((folder / used).read_text()) + _cached_bytes(folder)
+            except (OSError, ValueError):  # no such group, or its limit is "max"
+                continue
+            free = min(free, max(allowed, 0))
     return free
+
+
+def _control_groups() -> list[Path]:
+    """Folders of the groups this process may be limited by: those at the top, and its own."""
+    folders = [CGROUP, CGROUP / "memory"]
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, kinds, path = line.split(":", 2)
+            if kinds in ("", "memory"):
+                folders.append(CGROUP / kinds / path.lstrip("/"))
+    return folders
+
+
+def _cached_bytes(folder: Path) -> int:
+    """Pages of files that a group is charged for and that the system drops when memory is needed."""
+    for line in (folder / "memory.stat").read_text().splitlines():
+        name, _, value = line.partition(" ")
+        if name in ("inactive_file", "total_inactive_file"):
+            return int(value)
+    return 0
 
 
 def _meminfo_bytes(name: str) -> int:

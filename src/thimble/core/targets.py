@@ -2,6 +2,7 @@
 
 import difflib
 import fnmatch
+import re
 from collections.abc import Iterable, Sequence
 
 from thimble.errors import ConfigError, listing
@@ -15,8 +16,8 @@ def select_layers(targets: Sequence[str], layers: Iterable[str]) -> list[str]:
     """Choose layers by name.
 
     Args:
-        targets: `all-linear`, `attention`, `mlp`, the last part of a name (`q_proj`), the end of a path
-            (`self_attn.q_proj`), or a pattern over whole paths (`model.layers.2[0-9].*`).
+        targets: `all-linear`, `attention`, `mlp`, `last-N` (all of the last N blocks), the last part of a name
+            (`q_proj`), the end of a path (`self_attn.q_proj`), or a pattern over whole paths (`model.layers.2[0-9].*`).
         layers: Paths of all linear layers of the base, such as `model.layers.0.self_attn.q_proj`.
 
     Returns:
@@ -26,10 +27,11 @@ def select_layers(targets: Sequence[str], layers: Iterable[str]) -> list[str]:
         ConfigError: Naming every target that matches nothing, with the nearest names.
     """
     layers = list(layers)
+    num_blocks = 1 + max((block_of(path) for path in layers), default=0)
     chosen: set[str] = set()
     problems = []
     for target in targets:
-        matched = [path for path in layers if _matches(target, path)]
+        matched = [path for path in layers if _matches(target, path, num_blocks)]
         chosen.update(matched)
         if not matched:
             problems.append(_no_match(target, layers))
@@ -38,9 +40,16 @@ def select_layers(targets: Sequence[str], layers: Iterable[str]) -> list[str]:
     return [path for path in layers if path in chosen]
 
 
-def _matches(target: str, path: str) -> bool:
+def block_of(path: str) -> int:
+    """Number of the block that a layer belongs to."""
+    return int(path.split(".")[2])
+
+
+def _matches(target: str, path: str, num_blocks: int) -> bool:
     if target == "all-linear":
         return True
+    if last := re.fullmatch(r"last-(\d+)", target):
+        return block_of(path) >= num_blocks - int(last[1])
     if target in GROUPS:
         return path.rsplit(".", 1)[-1] in GROUPS[target]
     return path == target or path.endswith("." + target) or fnmatch.fnmatchcase(path, target)

@@ -77,6 +77,11 @@ class Course:
         return learning_rate(self.rate, done, min(warmup, 1.0), self._config.schedule)
 
     @property
+    def steps_per_epoch(self) -> int:
+        """Steps that see every row once."""
+        return len(self._epoch(0))
+
+    @property
     def epochs(self) -> float:
         """Passes over the data that `total_steps` make; 0 for a run by the clock."""
         steps, number = self.total_steps or 0, 0

@@ -10,10 +10,13 @@ from thimble.core.config import TrainConfig
 from thimble.core.estimate import (
     MemoryPlan,
     Way,
+    Work,
     adapter_parameters,
     available_bytes,
     cache_token_bytes,
     estimate_memory,
+    estimate_seconds,
+    lowest_block,
 )
 from thimble.core.metrics import Metric
 from thimble.core.sizes import MICRO_BATCH_TOKENS
@@ -55,6 +58,9 @@ class Job:
         layers: Paths of the adapted layers.
         course: The steps.
         memory: Expected peak.
+        allowed_bytes: By the user, or by what the machine has free.
+        work: What a step does on average.
+        seconds_per_step: Expected.
         way: How a step is run.
         held_out: What the base and the result are measured on.
         metric_name: What the metric is called.
@@ -68,6 +74,9 @@ class Job:
     layers: list[str]
     course: Course
     memory: MemoryPlan
+    allowed_bytes: int
+    work: Work
+    seconds_per_step: float
     way: Way
     held_out: HeldOut
     metric_name: str
@@ -125,7 +134,7 @@ def _check(config: TrainConfig, needs_folder: bool) -> _Checked:
 
 def _decide(config: TrainConfig, checked: _Checked, tell: Teller) -> Job:
     """Choose what the user left open, and tell it."""
-    from thimble.torch_backend.compute import choose_compute
+    from thimble.torch_backend.compute import choose_compute, machine
 
     model, layers, examples, questions, (metric_name, metric), folder = checked
     spec = model.base.spec
@@ -135,9 +144,14 @@ def _decide(config: TrainConfig, checked: _Checked, tell: Teller) -> Job:
     course = Course(config, examples.train_report.lengths, spec.family, spec.hidden_size)
     _tell_course(course, len(examples.train), tell)
     trained = adapter_parameters(spec, layers, config.rank)
-    memory, way = _fit_memory(model, config, (compute, stores), trained, examples)
+    lowest = lowest_block(layers)
+    allowed = config.memory_budget or available_bytes()
+    memory, way = _fit_memory(model, config, (compute, stores), (trained, lowest), examples, allowed)
     tell.decision(why_store if way.store == stores[0] else f"store {way.store}: {stores[0]} does not fit the memory")
-    tell.decision(f"memory: {_described(memory, way, spec.num_layers, _allowed(config))}")
+    tell.decision(f"memory: {_described(memory, way, spec.num_layers, allowed)}")
+    work = _work(examples, course, trained, lowest)
+    seconds = estimate_seconds(model.base, compute, work, way, machine())
+    _tell_time(seconds, course, tell)
     resolved = config.replace(
         out=str(folder), compute=compute, store=way.store, learning_rate=course.rate, warmup_steps=course.warmup_steps,
         **({} if config.epochs or course.minutes else {"max_steps": course.total_steps}),
@@ -150,7 +164,8 @@ def _decide(config: TrainConfig, checked: _Checked, tell: Teller) -> Job:
     )  # fmt: skip
     return Job(
         config=resolved, model=model, examples=examples, general=_general_rows(model, config), layers=layers,
-        course=course, memory=memory, way=way, held_out=held_out, metric_name=metric_name, folder=folder,
+        course=course, memory=memory, allowed_bytes=allowed, work=work, seconds_per_step=seconds, way=way,
+        held_out=held_out, metric_name=metric_name, folder=folder,
     )  # fmt: skip
 
 
@@ -212,14 +227,19 @@ def _tell_course(course: Course, rows: int, tell: Teller) -> None:
 
 
 def _fit_memory(
-    model: Model, config: TrainConfig, how: tuple[str, tuple[str, ...]], trained: int, examples: Examples
+    model: Model,
+    config: TrainConfig,
+    how: tuple[str, tuple[str, ...]],
+    what: tuple[int, int],
+    examples: Examples,
+    allowed: int,
 ) -> tuple[MemoryPlan, Way]:
     """The fastest way to run a step that fits the memory allowed."""
     compute, stores = how
-    allowed = _allowed(config)
     longest = max(examples.train_report.longest, examples.valid_report.longest)
     ways = _ways(min(config.batch_tokens, examples.train_report.tokens), longest, stores, model.base.spec.num_layers)
-    plans = [(estimate_memory(model.base, compute, trained, longest, way), way) for way in ways]
+    trained, lowest = what
+    plans = [(estimate_memory(model.base, compute, trained, longest, way, lowest), way) for way in ways]
     for plan, way in plans:
         if plan.total <= allowed:
             return plan, way
@@ -232,8 +252,17 @@ def _fit_memory(
     )
 
 
-def _allowed(config: TrainConfig) -> int:
-    return config.memory_budget or available_bytes()
+def _work(examples: Examples, course: Course, trained: int, lowest: int) -> Work:
+    """What a step of this run does on average."""
+    report = examples.train_report
+    steps = course.steps_per_epoch
+    squares = sum(length * length for length in report.lengths)
+    return Work(report.tokens / steps, report.label_tokens / steps, squares / report.tokens, trained, lowest)
+
+
+def _tell_time(seconds: float, course: Course, tell: Teller) -> None:
+    whole = f", {seconds * course.total_steps / 60:.1f} minutes in all" if course.total_steps else ""
+    tell.decision(f"time: about {seconds:.2g} s a step{whole}; measuring before and after comes on top")
 
 
 def _ways(step_tokens: int, longest: int, stores: Sequence[str], num_blocks: int) -> list[Way]:

@@ -1,18 +1,36 @@
 """`thimble plan`: what a training run would decide, need and cost, without training."""
 
-import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from thimble.core.config import PlanConfig
-from thimble.core.estimate import adapter_parameters, available_bytes
-from thimble.data.batches import shares
+from thimble.core.estimate import (
+    Work,
+    adapter_parameters,
+    available_bytes,
+    estimate_memory,
+    estimate_seconds,
+)
+from thimble.core.machine import Machine, disk_bytes_per_second
+from thimble.core.targets import select_layers
 from thimble.verbs.events import OnEvent, Teller, ignore
 from thimble.verbs.job import Job, describe_base, prepare_job
-from thimble.verbs.prepare import open_session
-from thimble.verbs.train import start_adapter
 
-MEASURED_STEPS = 2
+
+@dataclass(frozen=True)
+class Alternative:
+    """Another run than the one that was planned.
+
+    Attributes:
+        change: What to change, as knobs.
+        memory_bytes: Expected peak.
+        seconds_per_step: Expected.
+    """
+
+    change: str
+    memory_bytes: int
+    seconds_per_step: float
 
 
 @dataclass
@@ -30,9 +48,11 @@ class PlanReport:
         steps: Optimiser steps, or None for a run by the clock.
         memory: Expected peak by part, bytes.
         available_bytes: What this machine has free.
-        seconds_per_step: Measured on a few steps of this very run.
+        seconds_per_step: Expected.
         seconds_total: For all steps, evaluation not counted.
         tokens_per_second: Of training.
+        machine: Rates of this machine, as measured within the last week; disk_bytes is measured now.
+        alternatives: Other runs, and what they would cost.
         told: Decisions, notes and warnings.
     """
 
@@ -49,11 +69,13 @@ class PlanReport:
     seconds_per_step: float
     seconds_total: float
     tokens_per_second: float
+    machine: dict[str, Any]
+    alternatives: list[Alternative]
     told: dict[str, list[str]]
 
 
 def plan(config: PlanConfig, on_event: OnEvent = ignore) -> PlanReport:
-    """Decide everything that `train` would, and time a few steps; writes nothing.
+    """Decide everything that `train` would, and count what it would cost; writes nothing.
 
     Args:
         config: The knobs of train.
@@ -65,15 +87,15 @@ def plan(config: PlanConfig, on_event: OnEvent = ignore) -> PlanReport:
     Raises:
         InputError: If train would refuse the run.
     """
+    from thimble.torch_backend.compute import machine
+
     tell = Teller(on_event)
     job = prepare_job(config, tell, needs_folder=False)
-    tell.stage("timing a few steps")
-    seconds, tokens = _time_steps(job)
-    steps, report = job.course.total_steps, job.examples.train_report
+    steps, report, rates = job.course.total_steps, job.examples.train_report, machine()
     return PlanReport(
         base=describe_base(job.model),
         base_parameters=job.model.base.num_parameters,
-        adapter_parameters=adapter_parameters(job.model.base.spec, job.layers, job.config.rank),
+        adapter_parameters=job.work.trained,
         rows=report.num_rows,
         tokens_per_epoch=report.tokens,
         label_tokens_per_epoch=report.label_tokens,
@@ -81,28 +103,40 @@ def plan(config: PlanConfig, on_event: OnEvent = ignore) -> PlanReport:
         steps=steps,
         memory=job.memory.parts(),
         available_bytes=available_bytes(),
-        seconds_per_step=seconds,
-        seconds_total=seconds * steps if steps else (job.course.minutes or 0) * 60,
-        tokens_per_second=tokens / seconds,
+        seconds_per_step=job.seconds_per_step,
+        seconds_total=job.seconds_per_step * steps if steps else (job.course.minutes or 0) * 60,
+        tokens_per_second=job.work.tokens / job.seconds_per_step,
+        machine={**asdict(rates), "disk_bytes": disk_bytes_per_second(job.model.base.files[0])},
+        alternatives=[other for other in _alternatives(job, rates) if other.memory_bytes <= job.allowed_bytes],
         told=tell.told,
     )
 
 
-def _time_steps(job: Job) -> tuple[float, float]:
-    """Mean seconds and tokens of a step, after one to warm up; the updates are thrown away."""
-    session = open_session(job.model, job.config.compute, job.way)
-    session.train(start_adapter(job.config, job), num_shares=job.way.num_shares)
-    spent: list[float] = []
-    tokens = 0
-    for step in range(MEASURED_STEPS + 1):
-        rows = [job.examples.train[number] for number in job.course.rows(step)]
-        step_shares = shares(rows, job.way.num_shares, job.way.micro_tokens)
-        began = time.perf_counter()
-        gradients = session.gradients(step_shares, sum(row.label_tokens for row in rows))
-        session.apply(gradients, job.course.rate, job.config.max_grad_norm)
-        spent.append(time.perf_counter() - began)
-        tokens += sum(len(row.ids) for row in rows) if step else 0
-    return sum(spent[1:]) / MEASURED_STEPS, tokens / MEASURED_STEPS
+def _alternatives(job: Job, rates: Machine) -> Iterator[Alternative]:
+    """Runs that cost less: in time, in memory or in both."""
+    config, work, way, base = job.config, job.work, job.way, job.model.base
+    longest = job.examples.train_report.longest
+
+    def cost(change: str, work: Work, compute: str = config.compute, longest: int = longest) -> Alternative:
+        store = "int8" if compute == "int8" else way.store
+        other = replace(way, store=store, micro_tokens=max(way.micro_tokens, longest))
+        memory = estimate_memory(base, compute, work.trained, longest, other, work.lowest)
+        return Alternative(change, memory.total, estimate_seconds(base, compute, work, other, rates))
+
+    if "int8" in rates.flops and config.compute != "int8":
+        yield cost("--compute int8", work, "int8")
+    half = base.spec.num_layers // 2
+    if 0 < half and work.lowest < half:
+        name = f"last-{base.spec.num_layers - half}"
+        trained = adapter_parameters(base.spec, select_layers([name], base.spec.linear_shapes()), config.rank)
+        yield cost(f"--targets {name}", replace(work, trained=trained, lowest=half))
+    if way.recomputed_blocks < base.spec.num_layers:
+        less = replace(way, recomputed_blocks=base.spec.num_layers)
+        memory = estimate_memory(base, config.compute, work.trained, longest, less, work.lowest)
+        seconds = estimate_seconds(base, config.compute, work, less, rates)
+        yield Alternative(f"--memory-budget {memory.total / 1e9:.1f}GB", memory.total, seconds)
+    if config.rank > 1:
+        yield cost(f"--rank {config.rank // 2}", replace(work, trained=work.trained // 2))
 
 
 def as_table(report: PlanReport) -> list[tuple[str, Any]]:
@@ -111,7 +145,11 @@ def as_table(report: PlanReport) -> list[tuple[str, Any]]:
     share = report.adapter_parameters / report.base_parameters
     tokens = f"{report.tokens_per_epoch:,} tokens, {report.label_tokens_per_epoch:,} learned"
     data = f"{report.rows:,} rows, {tokens}; longest row {report.longest_row_tokens:,}"
-    return [
+    machine = report.machine
+    rates = ", ".join(f"{name} {rate / 1e9:,.0f}" for name, rate in machine["flops"].items())
+    bandwidth = f"memory {machine['copy_bytes'] / 1e9:.0f} GB/s, disk {machine['disk_bytes'] / 1e9:.1f} GB/s"
+    rows = [
+        ("machine", f"{machine['name']}, {machine['cores']} cores; G operations/s: {rates}; {bandwidth}"),
         ("base", report.base),
         ("trained", f"{report.adapter_parameters / 1e6:.2f}M parameters ({share:.1%} of the base)"),
         ("data", data),
@@ -120,3 +158,7 @@ def as_table(report: PlanReport) -> list[tuple[str, Any]]:
         ("speed", f"{report.tokens_per_second:,.0f} tokens/s, {report.seconds_per_step:.2f} s a step"),
         ("time", f"{report.seconds_total / 60:.1f} minutes" + (f" for {report.steps:,} steps" if report.steps else "")),
     ]  # fmt: skip
+    for other in report.alternatives:
+        faster = report.seconds_per_step / other.seconds_per_step
+        rows.append(("or", f"{other.change}: {other.memory_bytes / 1e9:.2f} GB, {faster:.2f} times the speed"))
+    return rows

@@ -62,6 +62,7 @@ class TrainReport:
         adapter_parameters: Numbers in the adapter.
         base_parameters: Numbers in the base.
         plan: Expected peak memory by part, bytes.
+        planned_seconds_per_step: Expected time of a step.
         told: Decisions, notes and warnings, in order.
         config: Every knob, resolved.
     """
@@ -90,6 +91,7 @@ class TrainReport:
     adapter_parameters: int = 0
     base_parameters: int = 0
     plan: dict[str, int] = field(default_factory=dict)
+    planned_seconds_per_step: float = 0.0
     told: dict[str, list[str]] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
 
@@ -148,7 +150,8 @@ class _Run:
         self.job, self.session, self.tell, self.should_stop = job, session, tell, should_stop
         self.report = TrainReport(
             out=str(job.folder), base=job.model.base.name, base_parameters=job.model.base.num_parameters,
-            metric=job.metric_name, plan=job.memory.parts(), config=job.config.resolved(), told=tell.told,
+            metric=job.metric_name, plan=job.memory.parts(), planned_seconds_per_step=job.seconds_per_step,
+            config=job.config.resolved(), told=tell.told,
         )  # fmt: skip
         self.before: list[Answer] = []
         self.diverged = ""

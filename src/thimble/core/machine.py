@@ -1,0 +1,92 @@
+"""What this machine can do, as measured, and kept for a while so that nothing is measured twice.
+
+Knows files and figures; what measures is given to it, since a product needs a framework.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+STALE_AFTER_SECONDS = 7 * 24 * 3600
+DISK_SAMPLE_BYTES = 1 << 26
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Rates of this machine.
+
+    Attributes:
+        name: Of the processor.
+        cores: That this process may use.
+        flops: Operations per second of a large product on all cores, by `fp32`, `bf16` and, where there are
+            instructions for it, `int8`.
+        copy_bytes: Bytes per second read or written while memory is copied.
+        measured: When, seconds since 1970.
+    """
+
+    name: str
+    cores: int
+    flops: Mapping[str, float]
+    copy_bytes: float
+    measured: float
+
+
+def processor() -> tuple[str, frozenset[str]]:
+    """Name and instruction sets of the processor, as far as the system tells them."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return "unknown processor", frozenset()
+    found = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in reversed(lines))}
+    return found.get("model name", "unknown processor"), frozenset(found.get("flags", "").split())
+
+
+def cache_folder() -> Path:
+    """Where measurements are kept between runs."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "thimble"
+
+
+def remembered(key: str, measure: Callable[[], Machine]) -> Machine:
+    """What was measured within the last week under the same key, or what is measured now.
+
+    Args:
+        key: Changes with anything that changes the result: processor, cores, versions.
+        measure: Measures the machine.
+
+    Returns:
+        The machine.
+    """
+    path = cache_folder() / "machine.json"
+    try:
+        saved = json.loads(path.read_text())
+        machine = Machine(**{field.name: saved["machine"][field.name] for field in fields(Machine)})
+        if saved["key"] == key and 0 <= time.time() - machine.measured < STALE_AFTER_SECONDS:
+            return machine
+    except (OSError, ValueError, KeyError, TypeError):  # never measured, or by another version
+        pass
+    machine = measure()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{os.getpid()}")
+        part.write_text(json.dumps({"key": key, "machine": asdict(machine)}))
+        part.replace(path)
+    except OSError:  # a home that cannot be written: measured again next time
+        pass
+    return machine
+
+
+def disk_bytes_per_second(path: Path) -> float:
+    """How fast a file is read that is not in memory: a piece of it is dropped from memory first, where that works."""
+    with path.open("rb", buffering=0) as file:
+        size = min(DISK_SAMPLE_BYTES, path.stat().st_size)
+        start = (path.stat().st_size - size) // 2
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), start, size, os.POSIX_FADV_DONTNEED)
+        file.seek(start)
+        began, left = time.perf_counter(), size
+        while left > 0 and (piece := file.read(min(left, 1 << 22))):
+            left -= len(piece)
+        return (size - left) / max(time.perf_counter() - began, 1e-6)
