@@ -93,7 +93,8 @@ def empty_report(**changes: Any) -> dict[str, Any]:
     return unmeasured(
         **{"steps": 0, "tokens": 0, "label_tokens": 0, "seconds": 0.0, "tokens_per_second": 0.0, "peak_memory_bytes": 0,
            "loss_base": NAN, "loss_before": NAN, "general_before": NAN, "metric": "none", "task_before": {},
-           "task_rows": 0, "plan": {}, "planned_seconds_per_step": 0.0, "told": {}, "config": {}, "out": "runs/x", "base": ""} | changes
+           "task_rows": 0, "plan": {}, "planned_seconds_per_step": 0.0, "told": {}, "config": {},
+           "out": "runs/x", "base": ""} | changes
     )  # fmt: skip
 
 

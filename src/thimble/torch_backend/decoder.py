@@ -86,14 +86,13 @@ class Decoder:
         base: The opened base.
         store: `dense`, `int8` or `file`.
         compute: float32 or bfloat16.
-        num_blocks: Build the first blocks only, to measure how fast they are.
 
     Attributes:
         recomputed_blocks: So many, from the lowest, keep only their input in the forward pass and are run again in the
             backward pass.
     """
 
-    def __init__(self, base: Base, store: str, compute: torch.dtype, num_blocks: int | None = None) -> None:
+    def __init__(self, base: Base, store: str, compute: torch.dtype) -> None:
         self.spec = base.spec
         self.compute = compute
         self.memory = Memory(compute)
@@ -103,7 +102,7 @@ class Decoder:
         self.head = self.embedding if base.spec.is_tied else self._linear([HEAD])
         self.norm = self._norm(FINAL_NORM.removesuffix(".weight"))
         self.gate = Gated(base.spec.activation)
-        self.blocks = [self._block(number) for number in range(num_blocks or base.spec.num_layers)]
+        self.blocks = [self._block(number) for number in range(base.spec.num_layers)]
         self.recomputed_blocks = 0
 
     # ---- building -------------------------------------------------------------------------------------------------

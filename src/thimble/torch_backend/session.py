@@ -65,14 +65,13 @@ class TorchSession:
             memory; for weights in a file.
         tasks_at_once: Batches measured side by side, each with memory of its own.
         sample: For compute int8: int32 (tokens,), any text; a few hundred tokens are enough.
-        num_blocks: Build the first blocks only, to measure how fast they are.
     """
 
     def __init__(
         self, base: Base, compute: str, store: str, recomputed_blocks: int = 0, is_streamed: bool = False,
-        tasks_at_once: int = 1, sample: NDArray[np.int32] | None = None, num_blocks: int | None = None,
+        tasks_at_once: int = 1, sample: NDArray[np.int32] | None = None,
     ) -> None:  # fmt: skip
-        self.decoder = Decoder(base, "file" if compute == "int8" else store, DTYPES[compute], num_blocks)
+        self.decoder = Decoder(base, "file" if compute == "int8" else store, DTYPES[compute])
         if compute == "int8":
             assert sample is not None, "compute int8 needs a sample of text"
             self.decoder.quantize(sample)

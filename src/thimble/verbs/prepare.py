@@ -207,12 +207,12 @@ def choose_store(config: BaseKnobs, base: Base, compute: str) -> tuple[tuple[str
     return ("dense", "file"), "store dense: the weights of a folder are held in the compute type"
 
 
-def open_session(model: Model, compute: str, way: Way, num_blocks: int | None = None) -> "TorchSession":
+def open_session(model: Model, compute: str, way: Way) -> "TorchSession":
     """Load the base into the torch engine."""
     from thimble.torch_backend.session import TorchSession
 
     texts = [record.text for record in general_records() if record.text is not None]
     sample = np.array(model.tokenizer.encode("\n\n".join(texts)), np.int32)[:SAMPLE_TOKENS]
     return TorchSession(
-        model.base, compute, way.store, way.recomputed_blocks, way.is_streamed, way.num_shares, sample, num_blocks
+        model.base, compute, way.store, way.recomputed_blocks, way.is_streamed, way.num_shares, sample
     )
