@@ -164,7 +164,7 @@ class _Run:
         run_folder.write_config(folder, config.resolved())
         adapter = start_adapter(config, self.job)
         self.report.adapter_parameters = adapter.num_parameters
-        self.session.train(adapter, config.weight_decay, self.job.way.num_shares)
+        self.session.train(adapter, config.weight_decay)
         checkpoint = run_folder.latest_checkpoint(folder) if config.resume else None
         if checkpoint:
             self.report.steps, state, progress = checkpoint
