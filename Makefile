@@ -44,7 +44,8 @@ test-all: $(DEV)  ## run every test
 docs: $(DEV)  ## write docs/verbs.md again
 	$(BIN)/python docs/make_verbs.py
 
-bench: $(DEV)  ## measure speed and memory against PEFT
+bench: $(DEV)  ## measure speed and memory against PEFT; takes over an hour and 12 GB of disk, and wants the machine alone
+	test -d demo/data || $(BIN)/python examples/01_tool_calling.py demo/data
 	$(BIN)/python benchmarks/run.py
 
 $(BASE): pyproject.toml constraints.txt

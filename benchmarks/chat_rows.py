@@ -33,6 +33,7 @@ def with_thimble(rows: list[Row], compute: str) -> float:
 
     from thimble.core.adapter import Adapter
     from thimble.core.base import open_base
+    from thimble.core.estimate import Way
     from thimble.core.lowrank import Factors, start_a
     from thimble.data.batches import epoch_steps, shares
     from thimble.torch_backend.session import TorchSession
@@ -43,8 +44,8 @@ def with_thimble(rows: list[Row], compute: str) -> float:
         path: Factors(start_a("kaiming", RANK, fan_in, 0, path), np.zeros((fan_out, RANK), np.float32), ALPHA / RANK)
         for path, (fan_out, fan_in) in base.spec.linear_shapes().items()
     }
-    session = TorchSession(base, compute, "file", sample=rows[0].ids)
-    session.train(Adapter(layers), num_shares=2)
+    session = TorchSession(base, compute, Way("file", num_shares=2), rows[0].ids)
+    session.train(Adapter(layers))
     steps = epoch_steps([len(row.ids) for row in rows], 2048, 0, 0)
     began = time.perf_counter()
     for step in steps:

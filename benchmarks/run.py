@@ -171,19 +171,22 @@ def limit_seconds(numbers: int, tokens: int) -> float:
 def smallest(group: str) -> list[Row]:
     """Both shapes at our smallest memory, against PEFT with gradient checkpointing."""
     rows = []
-    for shape, blocks, count in (("135m", 30, "4"), ("1b", 16, "2")):
-        ours = ("train_thimble.py", "--rows", count, "--steps", "2", "--recomputed", str(blocks), "--base")
+    for shape, blocks, count in (("135m", "30", "4"), ("1b", "12", "2")):
+        ours = ("train_thimble.py", "--rows", count, "--steps", "2", "--recomputed", blocks, "--base")
         whole = ("--compute", "int8", "--store", "int8")
-        found = alternate({
-            "bf16 store": (*ours, model(shape, "BF16"), "--store", "dense"),
+        streamed = ("--store", "file", "--streamed")
+        contestants = {
+            "bf16 file, streamed": (*ours, model(shape, "BF16"), *streamed),
             "int8 store": (*ours, model(shape, "Q8_0"), *whole),
-            "GGUF Q8_0, streamed": (*ours, model(shape, "Q8_0"), "--store", "file", "--streamed"),
-            "PEFT": ("train_peft.py", "--shape", shape, "--rows", count, "--steps", "2", "--checkpointing"),
-        }, max(1, ROUNDS - 1))  # fmt: skip
+            "Q8_0 file, streamed": (*ours, model(shape, "Q8_0"), *streamed),
+        }
+        peer = {"PEFT": ("train_peft.py", "--shape", shape, "--rows", count, "--steps", "2", "--checkpointing")}
+        found = alternate({**contestants, **peer}, max(1, ROUNDS - 1))
         note_plan(found)
-        peer = "PEFT bf16, checkpointing"
-        for name, goal in (("bf16 store", 0.55), ("int8 store", 0.35), ("GGUF Q8_0, streamed", 0.35)):
-            rows += compared(group, f"{shape} shape, smallest, {name}", found[name], peer, found["PEFT"], (1.8, goal))
+        for name in contestants:
+            what = f"{shape} shape, {blocks} blocks recomputed, {name}"
+            goals = (1.8, 0.55 if "bf16" in name else 0.35)
+            rows += compared(group, what, found[name], "PEFT bf16, checkpointing", found["PEFT"], goals)
     return rows
 
 

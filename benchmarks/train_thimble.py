@@ -59,10 +59,8 @@ def main() -> None:
         "planned_bytes": estimate_memory(base, options.compute, work.trained, options.length, way).total,
         "planned_seconds": estimate_seconds(base, options.compute, work, way, rates),
     }
-    session = TorchSession(
-        base, options.compute, way.store, way.recomputed_blocks, way.is_streamed, num_shares, ids[0, :512]
-    )
-    session.train(adapter, num_shares=num_shares)
+    session = TorchSession(base, options.compute, way, ids[0, :512])
+    session.train(adapter)
     del adapter, layers
     step = shares([Row(i, t, "", 0) for i, t in zip(ids, labels, strict=True)], num_shares, way.micro_tokens)
     times, losses = [], []

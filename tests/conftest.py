@@ -10,6 +10,14 @@ from thimble import cli
 TINY = Path(__file__).parent / "fixtures" / "gguf" / "smollm2.gguf"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_its_own(tmp_path_factory):
+    """Keep measurements of this machine out of the user's own cache; processes that tests start inherit it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture
 def tiny_base() -> str:
     """A GGUF of the SmolLM2 kind with random weights, a tokenizer and no chat template."""

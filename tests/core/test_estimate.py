@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from thimble.core import estimate
 from thimble.core.base import open_base
 from thimble.core.estimate import Way, Work, estimate_memory, estimate_seconds, lowest_block
 from thimble.core.machine import Machine
@@ -50,16 +49,6 @@ def test_time_grows_with_work_and_falls_with_the_rate(base):
     assert estimate_seconds(base, "bf16", replace(work, label_tokens=1024), way, MACHINE) > seconds
     assert estimate_seconds(base, "bf16", work, replace(way, recomputed_blocks=layers), MACHINE) > seconds
     assert estimate_seconds(base, "bf16", replace(work, lowest=layers - 1), way, MACHINE) < seconds
-
-
-def test_a_control_group_limits_what_is_available(tmp_path, monkeypatch):
-    monkeypatch.setattr(estimate, "_control_groups", lambda: [tmp_path])
-    (tmp_path / "memory.max").write_text("1000000\n")
-    (tmp_path / "memory.current").write_text("600000\n")
-    (tmp_path / "memory.stat").write_text("anon 5\ninactive_file 100000\n")
-    assert estimate.available_bytes() == 500_000
-    (tmp_path / "memory.max").write_text("max\n")
-    assert estimate.available_bytes() > 500_000
 
 
 def test_the_lowest_adapted_block():

@@ -59,3 +59,13 @@ def test_the_rate_of_a_disk_is_that_of_bytes_read(tmp_path):
     path = tmp_path / "data"
     path.write_bytes(bytes(100_000))
     assert disk_bytes_per_second(path) > 1e5
+
+
+def test_a_control_group_limits_what_is_available(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_control_groups", lambda: [tmp_path])
+    (tmp_path / "memory.max").write_text("1000000\n")
+    (tmp_path / "memory.current").write_text("600000\n")
+    (tmp_path / "memory.stat").write_text("anon 5\ninactive_file 100000\n")
+    assert module.available_bytes() == 500_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert module.available_bytes() > 500_000

@@ -105,3 +105,11 @@ def test_shares_are_even_and_hold_every_row_once():
 
 def test_no_share_is_empty_when_there_are_few_rows():
     assert [len(share) for share in shares([of_length(5), of_length(9)], 4, 100)] == [1, 1]
+
+
+def test_two_shares_are_as_even_as_they_can_be():
+    lengths = [80, 70, 60, 50, 40]  # the longest first to the lighter share would give 170 and 130
+    found = shares([of_length(length) for length in lengths], 2, 1000)
+    assert [sum(batch.tokens for batch in share) for share in found] == [150, 150]
+    pairs = [shares([of_length(length) for length in pair], 2, 1000) for pair in ([1, 400], [7, 7])]
+    assert all(len(share) == 1 for pair in pairs for share in pair)

@@ -10,6 +10,7 @@ import torch
 from families import hf_model, make_hf_folder
 from thimble.core.adapter import Adapter, load_adapter, save_adapter
 from thimble.core.base import open_base
+from thimble.core.estimate import Way
 from thimble.core.lowrank import Factors, start_a
 from thimble.torch_backend.session import TorchSession
 
@@ -71,7 +72,9 @@ def test_loss_and_every_gradient_equal_those_of_peft(name, recomputed, is_stream
     loss.backward()
     expected = {key: parameter.grad for key, parameter in model.named_parameters() if parameter.grad is not None}
 
-    session = TorchSession(base, "fp32", "file" if is_streamed else "dense", recomputed, is_streamed)
+    session = TorchSession(
+        base, "fp32", Way("file" if is_streamed else "dense", recomputed_blocks=recomputed, is_streamed=is_streamed)
+    )
     session.train(adapter)
     found = session.gradients([[batch]], int((batch.labels >= 0).sum()))
     assert found.loss.mean == pytest.approx(float(loss.detach()), abs=1e-5)
@@ -81,12 +84,13 @@ def test_loss_and_every_gradient_equal_those_of_peft(name, recomputed, is_stream
             assert (gradient - reference).norm() <= 1e-4 * reference.norm(), (path, side)
 
 
-def test_bf16_gradients_point_the_same_way(tmp_path):
+@pytest.mark.parametrize("coarse", ["bf16", "int8"])
+def test_gradients_of_coarser_types_point_the_same_way(coarse, tmp_path):
     base = open_base(make_hf_folder("llama", tmp_path))
     adapter, batch = make_adapter(base), make_batch()
     flat = []
-    for compute in ("fp32", "bf16"):
-        session = TorchSession(base, compute, "dense")
+    for compute in ("fp32", coarse):
+        session = TorchSession(base, compute, Way("dense"), sample=IDS)
         session.train(adapter)
         session.gradients([[batch]], 20)
         flat.append(session._state.grads[0])
@@ -103,8 +107,8 @@ def test_micro_batches_add_up_to_one_large_batch(tmp_path):
     labels = int((whole.labels >= 0).sum())
     results = []
     for shares in ([[whole]], [parts], [parts[:1], parts[1:]]):  # at once, one after the other, side by side
-        session = TorchSession(base, "fp32", "dense")
-        session.train(adapter, num_shares=2)
+        session = TorchSession(base, "fp32", Way("dense", num_shares=2))
+        session.train(adapter)
         results.append((session.gradients(shares, labels).norm, session._state.grads[0].clone()))
     for norm, gradient in results[1:]:
         assert norm == pytest.approx(results[0][0], rel=1e-4)
@@ -113,7 +117,7 @@ def test_micro_batches_add_up_to_one_large_batch(tmp_path):
 
 def test_a_zero_b_leaves_the_base_bit_for_bit_and_so_does_switching_off(tmp_path):
     base = open_base(make_hf_folder("qwen2", tmp_path))
-    session = TorchSession(base, "fp32", "dense")
+    session = TorchSession(base, "fp32", Way("dense"))
     bare = session.logits(IDS)
     session.attach(make_adapter(base, b_size=0.0))
     np.testing.assert_array_equal(session.logits(IDS), bare)
@@ -131,7 +135,7 @@ def test_our_adapter_has_the_same_effect_in_peft(name, tmp_path):
     with torch.no_grad():
         model = peft_model(name, tmp_path / "adapter")
         expected = model(torch.from_numpy(IDS.astype(np.int64))[None]).logits[0].numpy()
-    session = TorchSession(base, "fp32", "dense")
+    session = TorchSession(base, "fp32", Way("dense"))
     bare = session.logits(IDS)
     session.attach(load_adapter(tmp_path / "adapter"))
     np.testing.assert_allclose(session.logits(IDS), expected, atol=1e-4)
@@ -152,7 +156,7 @@ def test_an_adapter_made_by_peft_has_the_same_effect_here(tmp_path):
         for name, parameter in model.named_parameters():
             parameter.mul_(0.3 if "lora_B" in name else 1.0)
     model.save_pretrained(tmp_path / "adapter")
-    session = TorchSession(base, "fp32", "dense")
+    session = TorchSession(base, "fp32", Way("dense"))
     session.attach(load_adapter(tmp_path / "adapter"))
     with torch.no_grad():
         expected = model(torch.from_numpy(IDS.astype(np.int64))[None]).logits[0].numpy()
@@ -167,7 +171,7 @@ def test_adapters_on_some_layers_get_the_gradients_they_had_among_all(only, tmp_
     some = Adapter({path: factors for path, factors in everything.layers.items() if only in path})
     found = []
     for adapter in (everything, some):
-        session = TorchSession(base, "fp32", "dense")
+        session = TorchSession(base, "fp32", Way("dense"))
         session.train(adapter)
         session.gradients([[batch]], 20)
         found.append(gradients_of(session))
@@ -182,7 +186,7 @@ def test_fifty_steps_follow_the_loss_curve_of_peft(tmp_path):
     save_adapter(adapter, tmp_path / "adapter")
     model = peft_model("llama", tmp_path / "adapter")
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3, weight_decay=0.01)
-    session = TorchSession(base, "fp32", "dense")
+    session = TorchSession(base, "fp32", Way("dense"))
     session.train(adapter, weight_decay=0.01)
     curves = []
     for _ in range(50):
@@ -203,7 +207,7 @@ def test_fifty_steps_follow_the_loss_curve_of_peft(tmp_path):
 def test_restoring_a_state_repeats_the_next_step_bit_for_bit(tmp_path):
     base = open_base(make_hf_folder("llama", tmp_path))
     batch = make_batch()
-    session = TorchSession(base, "fp32", "dense")
+    session = TorchSession(base, "fp32", Way("dense"))
     session.train(make_adapter(base))
 
     def step():

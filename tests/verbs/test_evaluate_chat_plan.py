@@ -67,6 +67,17 @@ def test_a_plan_decides_what_a_run_would_and_writes_nothing(examples, tiny_base,
     assert report.seconds_per_step > 0
     assert report.memory["total"] == sum(size for name, size in report.memory.items() if name != "total")
     assert report.adapter_parameters > 0
+    assert report.machine["flops"]["fp32"] > 0
+    changes = {other.change.split()[0]: other for other in report.alternatives}
+    assert changes["--rank"].memory_bytes < report.memory["total"]
+    assert changes["--targets"].seconds_per_step < report.seconds_per_step
+
+
+def test_what_a_plan_offers_instead_fits_the_budget(examples, tiny_base):
+    needed = thimble.plan(examples, base=tiny_base).memory["total"]
+    report = thimble.plan(examples, base=tiny_base, memory_budget=needed + 1000)
+    assert report.alternatives
+    assert all(other.memory_bytes <= needed + 1000 for other in report.alternatives)
 
 
 def test_a_plan_refuses_what_train_would_refuse(tiny_base):

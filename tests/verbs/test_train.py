@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -110,6 +111,21 @@ def test_an_interrupted_run_keeps_what_was_learned(train, tmp_path):
     )  # fmt: skip
     assert (report.status, report.steps) == ("interrupted", 3)
     assert any(np.abs(factors.B).max() > 0 for factors in load_adapter(tmp_path / "run").layers.values())
+
+
+def test_a_base_that_is_cut_off_while_it_is_read_ends_the_run_and_keeps_what_was_learned(examples, tiny_base, tmp_path):
+    base = tmp_path / "base.gguf"
+    shutil.copy(tiny_base, base)
+
+    def cut(event):
+        if event.kind == "step" and event.data["step"] == 2:
+            with base.open("r+b") as file:
+                file.truncate(base.stat().st_size - 1)
+
+    with pytest.raises(RunError, match="became shorter while it was read, after step 2: what was learned"):
+        thimble.train(examples, base=str(base), out=str(tmp_path / "run"), on_event=cut, **QUICK)
+    assert any(np.abs(factors.B).max() > 0 for factors in load_adapter(tmp_path / "run").layers.values())
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["status"] == "interrupted"
 
 
 def test_a_resumed_run_ends_with_the_same_adapter_and_log(train, tmp_path):

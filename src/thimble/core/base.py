@@ -4,6 +4,7 @@ Weights are named as transformers names them (`model.layers.0.self_attn.q_proj.w
 Nothing is read here but headers: a weight is a view of the memory-mapped file.
 """
 
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -111,6 +112,15 @@ class Base:
     def files(self) -> tuple[Path, ...]:
         """The files that hold the weights."""
         return tuple(dict.fromkeys(weight.file.path for weight in self.weights.values()))
+
+    def cut_file(self) -> Path | None:
+        """A weight file that has become shorter since it was opened: to read its lost end would end the process."""
+        sizes = {weight.file.path: len(weight.file.data) for weight in self.weights.values()}
+        for path, size in sizes.items():
+            with contextlib.suppress(OSError):  # one that was deleted can still be read
+                if path.stat().st_size < size:
+                    return path
+        return None
 
     @property
     def size_bytes(self) -> int:

@@ -1,10 +1,7 @@
-"""How much memory a run will need, part by part, before anything is loaded."""
+"""How much memory and time a run will need, part by part, before anything is loaded."""
 
-import contextlib
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from pathlib import Path
 
 from thimble.core.base import EMBEDDING, HEAD, Base
 from thimble.core.family import DecoderSpec
@@ -21,7 +18,6 @@ from thimble.core.sizes import (
 )
 from thimble.core.targets import block_of
 
-CGROUP = Path("/sys/fs/cgroup")
 COMPUTE_BYTES = {"fp32": 4, "bf16": 2, "int8": 2}  # of an activation
 PROCESS_BYTES = 330_000_000  # Python, torch, numba and their libraries, before any weight
 TOKEN_BYTES = 800  # of the vocabulary, in the tokenizer
@@ -256,46 +252,3 @@ def estimate_seconds(base: Base, compute: str, work: Work, way: Way, machine: Ma
     if way.store == "file" or way.store == "int8" and compute != "int8":
         seconds += batches * base.num_parameters * passes / (DECODED * machine.cores)
     return seconds * (ONE_SHARE if way.num_shares < min(2, machine.cores) else 1.0)
-
-
-def available_bytes() -> int:
-    """Memory this process may still take: what the system has free, or less if a control group limits it."""
-    free = _meminfo_bytes("MemAvailable")
-    for folder in _control_groups():
-        for limit, used in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
-            try:
-                allowed = int((folder / limit).read_text()) - int((folder / used).read_text()) + _cached_bytes(folder)
-            except (OSError, ValueError):  # no such group, or its limit is "max"
-                continue
-            free = min(free, max(allowed, 0))
-    return free
-
-
-def _control_groups() -> list[Path]:
-    """Folders of the groups this process may be limited by: those at the top, and its own."""
-    folders = [CGROUP, CGROUP / "memory"]
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
-            _, kinds, path = line.split(":", 2)
-            if kinds in ("", "memory"):
-                folders.append(CGROUP / kinds / path.lstrip("/"))
-    return folders
-
-
-def _cached_bytes(folder: Path) -> int:
-    """Pages of files that a group is charged for and that the system drops when memory is needed."""
-    for line in (folder / "memory.stat").read_text().splitlines():
-        name, _, value = line.partition(" ")
-        if name in ("inactive_file", "total_inactive_file"):
-            return int(value)
-    return 0
-
-
-def _meminfo_bytes(name: str) -> int:
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith(name + ":"):
-                return int(line.split()[1]) * 1024
-    except OSError:  # not Linux
-        pass
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -3,6 +3,7 @@
 Knows files and figures; what measures is given to it, since a product needs a framework.
 """
 
+import contextlib
 import json
 import os
 import time
@@ -10,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+CGROUP = Path("/sys/fs/cgroup")
 STALE_AFTER_SECONDS = 7 * 24 * 3600
 DISK_SAMPLE_BYTES = 1 << 26
 
@@ -90,3 +92,46 @@ def disk_bytes_per_second(path: Path) -> float:
         while left > 0 and (piece := file.read(min(left, 1 << 22))):
             left -= len(piece)
         return (size - left) / max(time.perf_counter() - began, 1e-6)
+
+
+def available_bytes() -> int:
+    """Memory this process may still take: what the system has free, or less if a control group limits it."""
+    free = _meminfo_bytes("MemAvailable")
+    for folder in _control_groups():
+        for limit, used in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
+            try:
+                allowed = int((folder / limit).read_text()) - int((folder / used).read_text()) + _cached_bytes(folder)
+            except (OSError, ValueError):  # no such group, or its limit is "max"
+                continue
+            free = min(free, max(allowed, 0))
+    return free
+
+
+def _control_groups() -> list[Path]:
+    """Folders of the groups this process may be limited by: those at the top, and its own."""
+    folders = [CGROUP, CGROUP / "memory"]
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, kinds, path = line.split(":", 2)
+            if kinds in ("", "memory"):
+                folders.append(CGROUP / kinds / path.lstrip("/"))
+    return folders
+
+
+def _cached_bytes(folder: Path) -> int:
+    """Pages of files that a group is charged for and that the system drops when memory is needed."""
+    for line in (folder / "memory.stat").read_text().splitlines():
+        name, _, value = line.partition(" ")
+        if name in ("inactive_file", "total_inactive_file"):
+            return int(value)
+    return 0
+
+
+def _meminfo_bytes(name: str) -> int:
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith(name + ":"):
+                return int(line.split()[1]) * 1024
+    except OSError:  # not Linux
+        pass
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

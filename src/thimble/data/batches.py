@@ -127,11 +127,29 @@ def micro_batches(rows: Sequence[Row], max_tokens: int) -> list[Batch]:
 
 
 def _balance(lengths: Sequence[int], indices: Iterable[int], count: int) -> list[list[int]]:
-    """Spread rows over groups: the longest first, each to the group that is lightest by then."""
+    """Spread rows over groups of about the same size; two groups as even as they can be."""
+    if count == 2:
+        return _halve(lengths, list(indices))
+    # The longest first, each to the group that is lightest by then.
     groups: list[list[int]] = [[] for _ in range(count)]
     heap = [(0, group) for group in range(count)]
     for index in sorted(indices, key=lambda index: (-lengths[index], index)):
         weight, group = heapq.heappop(heap)
         groups[group].append(index)
         heapq.heappush(heap, (weight + lengths[index], group))
+    return groups
+
+
+def _halve(lengths: Sequence[int], indices: Sequence[int]) -> list[list[int]]:
+    """Two groups, the first with the largest sum that is not above half: found among all sums that can be reached."""
+    reached = [1]  # bit n: some of the rows so far have n tokens together
+    for index in indices:
+        reached.append(reached[-1] | reached[-1] << lengths[index])
+    half = sum(lengths[index] for index in indices) // 2
+    left = (reached[-1] & (1 << half + 1) - 1).bit_length() - 1
+    groups: list[list[int]] = [[], []]
+    for index, before in zip(reversed(indices), reversed(reached[:-1]), strict=True):
+        is_first = not before >> left & 1
+        groups[0 if is_first else 1].append(index)
+        left -= lengths[index] if is_first else 0
     return groups

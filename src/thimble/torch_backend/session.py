@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from thimble.core.adapter import Adapter
 from thimble.core.base import Base
+from thimble.core.estimate import Way
 from thimble.core.metrics import LossSum
 from thimble.torch_backend.adamw import AdamW, norm
 from thimble.torch_backend.adapter_state import AdapterState
@@ -58,26 +59,18 @@ class TorchSession:
     Args:
         base: The opened base.
         compute: `fp32`, `bf16` or `int8`.
-        store: `dense`, `int8` or `file`; compute int8 has its own.
-        recomputed_blocks: So many blocks keep only their input in the forward pass and are run again in the backward
-            pass: up to half more time, for a fraction of the memory.
-        is_streamed: Weights are read ahead of each product and let go of behind it, so that the base may be larger than
-            memory; for weights in a file.
-        tasks_at_once: Batches measured side by side, each with memory of its own.
+        way: How weights are kept and batches are run; compute int8 has a store of its own.
         sample: For compute int8: int32 (tokens,), any text; a few hundred tokens are enough.
     """
 
-    def __init__(
-        self, base: Base, compute: str, store: str, recomputed_blocks: int = 0, is_streamed: bool = False,
-        tasks_at_once: int = 1, sample: NDArray[np.int32] | None = None,
-    ) -> None:  # fmt: skip
-        self.decoder = Decoder(base, "file" if compute == "int8" else store, DTYPES[compute])
+    def __init__(self, base: Base, compute: str, way: Way, sample: NDArray[np.int32] | None = None) -> None:
+        self.decoder = Decoder(base, "file" if compute == "int8" else way.store, DTYPES[compute])
         if compute == "int8":
             assert sample is not None, "compute int8 needs a sample of text"
             self.decoder.quantize(sample)
-        self._tasks_at_once = tasks_at_once
-        self.decoder.recomputed_blocks = min(recomputed_blocks, len(self.decoder.blocks))
-        if is_streamed:
+        self._way = way
+        self.decoder.recomputed_blocks = min(way.recomputed_blocks, len(self.decoder.blocks))
+        if way.is_streamed:
             self.decoder.stream()
         self.release()
         self._like: Adapter | None = None  # base and notes of the adapter that hangs on
@@ -92,16 +85,15 @@ class TorchSession:
         self._state = AdapterState(adapter, self.decoder.compute) if adapter else None
         self.decoder.attach(self._state.pairs if self._state else {})
 
-    def train(self, adapter: Adapter, weight_decay: float = 0.0, num_shares: int = 1) -> None:
+    def train(self, adapter: Adapter, weight_decay: float = 0.0) -> None:
         """Start to train an adapter, from the values it has.
 
         Args:
             adapter: The start.
             weight_decay: Of AdamW.
-            num_shares: Most shares of a step, each with a sum of gradients of its own.
         """
         self._like = _without_numbers(adapter)
-        self._state = AdapterState(adapter, self.decoder.compute, num_shares)
+        self._state = AdapterState(adapter, self.decoder.compute, self._way.num_shares)
         self._optimiser = AdamW(self._state.master, weight_decay)
         self.decoder.attach(self._state.pairs)
 
@@ -169,7 +161,7 @@ class TorchSession:
 
     def losses(self, batches: Sequence[PackedRows]) -> Iterator[LossSum]:
         """Summed loss over the labelled tokens of each batch, in order, as they are ready."""
-        return side_by_side([functools.partial(self._loss, batch) for batch in batches], self._tasks_at_once)
+        return side_by_side([functools.partial(self._loss, batch) for batch in batches], self._way.num_shares)
 
     @torch.no_grad()
     def _loss(self, batch: PackedRows) -> LossSum:
@@ -202,7 +194,7 @@ class TorchSession:
             The new tokens of each prompt.
         """
         lengths = [len(prompt) for prompt in prompts]
-        cache, hidden, _ = read(self.decoder, prompts, lengths, max_new_tokens, tasks_at_once=self._tasks_at_once)
+        cache, hidden, _ = read(self.decoder, prompts, lengths, max_new_tokens, tasks_at_once=self._way.num_shares)
         return write(self.decoder, cache, hidden, max_new_tokens, stop_ids, Sampler(**sampling), on_token)
 
     def answer(
@@ -234,7 +226,7 @@ class TorchSession:
 
         self.decoder.memory.release()  # the cache takes their place
         ids = [row.ids for row in rows]
-        sizes = (max_new_tokens, pass_tokens, self._tasks_at_once)
+        sizes = (max_new_tokens, pass_tokens, self._way.num_shares)
         cache, hidden, losses = read(self.decoder, ids, prompt_tokens, *sizes, measured)
         answers = write(self.decoder, cache, hidden, max_new_tokens, stop_ids, on_token=on_token)
         return sum(losses, LossSum()), answers

@@ -12,12 +12,12 @@ from thimble.core.estimate import (
     Way,
     Work,
     adapter_parameters,
-    available_bytes,
     cache_token_bytes,
     estimate_memory,
     estimate_seconds,
     lowest_block,
 )
+from thimble.core.machine import available_bytes
 from thimble.core.metrics import Metric
 from thimble.core.sizes import MICRO_BATCH_TOKENS
 from thimble.core.targets import select_layers

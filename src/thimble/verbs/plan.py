@@ -8,11 +8,10 @@ from thimble.core.config import PlanConfig
 from thimble.core.estimate import (
     Work,
     adapter_parameters,
-    available_bytes,
     estimate_memory,
     estimate_seconds,
 )
-from thimble.core.machine import Machine, disk_bytes_per_second
+from thimble.core.machine import Machine, available_bytes, disk_bytes_per_second
 from thimble.core.targets import select_layers
 from thimble.verbs.events import OnEvent, Teller, ignore
 from thimble.verbs.job import Job, describe_base, prepare_job

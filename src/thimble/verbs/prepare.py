@@ -213,6 +213,4 @@ def open_session(model: Model, compute: str, way: Way) -> "TorchSession":
 
     texts = [record.text for record in general_records() if record.text is not None]
     sample = np.array(model.tokenizer.encode("\n\n".join(texts)), np.int32)[:SAMPLE_TOKENS]
-    return TorchSession(
-        model.base, compute, way.store, way.recomputed_blocks, way.is_streamed, way.num_shares, sample
-    )
+    return TorchSession(model.base, compute, way, sample)

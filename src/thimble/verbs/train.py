@@ -155,6 +155,7 @@ class _Run:
         )  # fmt: skip
         self.before: list[Answer] = []
         self.diverged = ""
+        self.cut_file: Path | None = None
 
     # ---- beginning ------------------------------------------------------------------------------------------------
 
@@ -164,7 +165,7 @@ class _Run:
         run_folder.write_config(folder, config.resolved())
         adapter = start_adapter(config, self.job)
         self.report.adapter_parameters = adapter.num_parameters
-        self.session.train(adapter, config.weight_decay, self.job.way.num_shares)
+        self.session.train(adapter, config.weight_decay)
         checkpoint = run_folder.latest_checkpoint(folder) if config.resume else None
         if checkpoint:
             self.report.steps, state, progress = checkpoint
@@ -224,6 +225,9 @@ class _Run:
         good, first_loss = self.session.state(), math.nan
         began = time.perf_counter() - report.seconds
         while not course.is_done(report.steps, report.seconds) and not self.should_stop():
+            self.cut_file = self.job.model.base.cut_file()
+            if self.cut_file:
+                break
             row = self._step(course.rows(report.steps), course.rate_at(report.steps, report.seconds), began)
             first_loss = row["loss"] if math.isnan(first_loss) else first_loss
             self.diverged = _why_diverged(row, first_loss)
@@ -276,7 +280,7 @@ class _Run:
 
     def measure_after(self) -> None:
         """Evaluate the result on the same rows as before, unless the user wants to leave."""
-        if self.should_stop() or self.diverged:
+        if self.should_stop() or self.diverged or self.cut_file:
             return
         self.tell.stage("measuring the result")
         report = self.report
@@ -301,11 +305,12 @@ class _Run:
             The report.
 
         Raises:
-            RunError: If the run diverged.
+            RunError: If the run diverged, or its base was cut off.
         """
         report, folder = self.report, self.job.folder
         self.session.release()
-        report.status = "diverged" if self.diverged else "interrupted" if self.should_stop() else "done"
+        is_cut_short = self.should_stop() or self.cut_file
+        report.status = "diverged" if self.diverged else "interrupted" if is_cut_short else "done"
         report.adapter = str(run_folder.publish_adapter(folder, self.session.adapter()))
         report.tokens_per_second = report.tokens / report.seconds if report.seconds else 0.0
         report.peak_memory_bytes = peak_memory_bytes()
@@ -314,6 +319,11 @@ class _Run:
         run_folder.write_manifest(folder, base.fingerprint(), base.name, self.job.examples.dataset.files, __version__)
         run_folder.write_json(folder / "report.json", asdict(report))
         write_report(folder / "report.html", asdict(report), self.log.rows)
+        if self.cut_file:
+            raise RunError(
+                f"{self.cut_file} became shorter while it was read, after step {report.steps}: what was learned until "
+                f"then is kept in {report.adapter}; copy the base again"
+            )
         if self.diverged:
             raise RunError(
                 f"training diverged at step {report.steps}: {self.diverged}. The last good adapter is kept in "
