@@ -398,9 +398,13 @@ def draw_sizes(rows: list[Row]) -> None:
     left.plot([int(row.name.split()[-2]) for row in lengths], [row.ratio for row in lengths], "o-")
     left.set(xscale="log", xlabel="tokens in a row", ylabel="tokens/s", title="135M, 4096 tokens a step", ylim=0)
     left.set_xticks([256, 512, 1024, 2048, 4096], ["256", "512", "1024", "2048", "4096"])
+    left.minorticks_off()
     shapes = [row for row in rows if "shape" in row.name]
     right.loglog([_parameters(row.name) for row in shapes], [row.ratio for row in shapes], "o-")
     right.set(xlabel="parameters", ylabel="tokens/s", title="2 rows of 512 tokens")
+    right.set_xticks([_parameters(row.name) for row in shapes], [row.name.split(", ")[1].split()[0] for row in shapes])
+    right.set_yticks([50, 100, 200, 500, 1000], ["50", "100", "200", "500", "1000"])
+    right.minorticks_off()
     figure.savefig(HERE / "sizes.svg")
 
 

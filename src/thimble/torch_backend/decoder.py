@@ -30,10 +30,10 @@ class Packed:
 
     Attributes:
         starts: Row s is tokens starts[s] to starts[s + 1].
+        size: Tokens with padding, which belongs to no row.
         angles: By number of the rotary embedding in `Decoder.ropes`.
         cache: Keys and values to read and extend, when generating.
         slots: For whole prompts: where they go in the cache.
-        size: Tokens with padding, which belongs to no row.
     """
 
     starts: list[int]
@@ -86,10 +86,6 @@ class Decoder:
         base: The opened base.
         store: `dense`, `int8` or `file`.
         compute: float32 or bfloat16.
-
-    Attributes:
-        recomputed_blocks: So many, from the lowest, keep only their input in the forward pass and are run again in the
-            backward pass.
     """
 
     def __init__(self, base: Base, store: str, compute: torch.dtype) -> None:
@@ -103,6 +99,7 @@ class Decoder:
         self.norm = self._norm(FINAL_NORM.removesuffix(".weight"))
         self.gate = Gated(base.spec.activation)
         self.blocks = [self._block(number) for number in range(base.spec.num_layers)]
+        # So many, from the lowest, keep only their input in the forward pass and are run again in the backward pass.
         self.recomputed_blocks = 0
 
     # ---- building -------------------------------------------------------------------------------------------------
