@@ -45,6 +45,7 @@ class Way:
         tokens_at_once: Most tokens of all that run side by side.
         recomputed_blocks: Blocks that keep only their input for the backward pass.
         is_streamed: Weights are read from the file for each product and not kept.
+        num_sizes: Sizes in which batches of uneven rows come, about.
     """
 
     store: str
@@ -53,6 +54,7 @@ class Way:
     tokens_at_once: int = MICRO_BATCH_TOKENS[0]
     recomputed_blocks: int = 0
     is_streamed: bool = False
+    num_sizes: int = 1
 
     def slowness(self, num_blocks: int, cores: int) -> float:
         """Time of a step against the fastest way, about."""
@@ -123,12 +125,17 @@ def estimate_memory(base: Base, compute: str, trained: int, longest: int, way: W
     width = COMPUTE_BYTES[compute]
     working = 0 if compute == "fp32" else width
     return MemoryPlan(
-        process=PROCESS_BYTES + base.spec.vocab_size * TOKEN_BYTES + PRODUCTS * PRODUCT_BYTES * way.num_shares,
+        process=PROCESS_BYTES + base.spec.vocab_size * TOKEN_BYTES + _product_bytes(way),
         weights=_weight_bytes(base, compute, way),
         adapter=trained * (ADAPTER_NUMBER_BYTES + 4 * way.num_shares + working),
         activations=_activation_bytes(base.spec, width, way, lowest),
         scratch=way.num_shares * _scratch_bytes(base, compute, longest, way),
     )
+
+
+def _product_bytes(way: Way) -> int:
+    """What the libraries keep: one size takes part in more products where shares run side by side."""
+    return PRODUCTS * PRODUCT_BYTES * (way.num_shares + way.num_sizes - 1)
 
 
 def _weight_bytes(base: Base, compute: str, way: Way) -> int:

@@ -19,7 +19,7 @@ from thimble.core.estimate import (
 )
 from thimble.core.machine import available_bytes
 from thimble.core.metrics import Metric
-from thimble.core.sizes import MICRO_BATCH_TOKENS
+from thimble.core.sizes import MICRO_BATCH_TOKENS, padded
 from thimble.core.targets import select_layers
 from thimble.data.encode import Row, encode_all
 from thimble.data.records import Dataset, general_records, split_rows
@@ -39,6 +39,7 @@ from thimble.verbs.prepare import (
     tell_examples,
 )
 
+MOST_SIZES = 7  # of batches, however uneven the rows are: what many rows make together varies less
 SHARE_TOKENS = 512  # a step is shared out to cores as long as each gets so many tokens
 RUN_FOLDER_BYTES = 20_000_000  # report, logs and room to spare, beside adapter and checkpoints
 ADAPTER_FILES = 8  # adapter, its temporary copy, and two checkpoints of three times its size
@@ -237,7 +238,9 @@ def _fit_memory(
     """The fastest way to run a step that fits the memory allowed."""
     compute, stores = how
     longest = max(examples.train_report.longest, examples.valid_report.longest)
-    ways = _ways(min(config.batch_tokens, examples.train_report.tokens), longest, stores, model.base.spec.num_layers)
+    num_sizes = min(MOST_SIZES, len({padded(length) for length in examples.train_report.lengths}))
+    step_tokens = min(config.batch_tokens, examples.train_report.tokens)
+    ways = _ways(step_tokens, longest, stores, model.base.spec.num_layers, num_sizes)
     trained, lowest = what
     plans = [(estimate_memory(model.base, compute, trained, longest, way, lowest), way) for way in ways]
     for plan, way in plans:
@@ -265,7 +268,7 @@ def _tell_time(seconds: float, course: Course, tell: Teller) -> None:
     tell.decision(f"time: about {seconds:.2g} s a step{whole}; measuring before and after comes on top")
 
 
-def _ways(step_tokens: int, longest: int, stores: Sequence[str], num_blocks: int) -> list[Way]:
+def _ways(step_tokens: int, longest: int, stores: Sequence[str], num_blocks: int, num_sizes: int = 1) -> list[Way]:
     """Ways to run a step of at most so many tokens, or of one row that is longer; the fastest first."""
     from thimble.torch_backend.threads import num_cores
 
@@ -274,7 +277,7 @@ def _ways(step_tokens: int, longest: int, stores: Sequence[str], num_blocks: int
     sizes = {max(longest, min(size, step_tokens)) for size in (*MICRO_BATCH_TOKENS, longest)}
     recomputed = sorted({num_blocks * quarters // 4 for quarters in range(5)})
     ways = [
-        Way(store, share, size, min(share * size, step), again, is_streamed)
+        Way(store, share, size, min(share * size, step), again, is_streamed, num_sizes)
         for store in stores for share in shares for size in sizes for again in recomputed
         for is_streamed in ((False, True) if store == "file" else (False,))
     ]  # fmt: skip
