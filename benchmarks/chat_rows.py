@@ -6,6 +6,7 @@ the assistant's turns by both.
 
 import argparse
 import json
+import tempfile
 import time
 
 import torch
@@ -80,7 +81,8 @@ def with_trainer(rows: list[Row]) -> float:
     )
     data = [{"input_ids": row.ids.tolist(), "labels": [-100, *row.labels[:-1].tolist()]} for row in rows]
     arguments = TrainingArguments(
-        output_dir="/tmp/trainer", per_device_train_batch_size=ROWS_PER_STEP, num_train_epochs=1, learning_rate=RATE,
+        output_dir=tempfile.mkdtemp(), num_train_epochs=1, per_device_train_batch_size=ROWS_PER_STEP,
+        learning_rate=RATE,
         use_cpu=True, bf16=True, save_strategy="no", report_to=[], logging_strategy="no", disable_tqdm=True,
         remove_unused_columns=False,
     )  # fmt: skip
