@@ -11,11 +11,15 @@ import time
 
 import torch
 
-from thimble.core.base import default_base
+from thimble.core.adapter import fresh_adapter
+from thimble.core.base import default_base, open_base
 from thimble.core.config import TrainConfig
+from thimble.core.estimate import Way
+from thimble.data.batches import epoch_steps, shares
 from thimble.data.encode import Row
 from thimble.data.records import read_dataset
 from thimble.torch_backend.compute import machine
+from thimble.torch_backend.session import TorchSession
 from thimble.verbs.prepare import encode_examples, open_model
 
 RANK, ALPHA, RATE, ROWS_PER_STEP = 16, 32, 3e-4, 8
@@ -30,23 +34,10 @@ def read_rows(path: str, count: int) -> list[Row]:
 
 def with_thimble(rows: list[Row], compute: str) -> float:
     """Seconds of one pass."""
-    import numpy as np
-
-    from thimble.core.adapter import Adapter
-    from thimble.core.base import open_base
-    from thimble.core.estimate import Way
-    from thimble.core.lowrank import Factors, start_a
-    from thimble.data.batches import epoch_steps, shares
-    from thimble.torch_backend.session import TorchSession
-
-    machine()
+    machine()  # chooses how fp32 is multiplied, as the verbs do
     base = open_base(None)
-    layers = {
-        path: Factors(start_a("kaiming", RANK, fan_in, 0, path), np.zeros((fan_out, RANK), np.float32), ALPHA / RANK)
-        for path, (fan_out, fan_in) in base.spec.linear_shapes().items()
-    }
     session = TorchSession(base, compute, Way("file", num_shares=2), rows[0].ids)
-    session.train(Adapter(layers))
+    session.train(fresh_adapter(base.spec.linear_shapes(), "kaiming", RANK, ALPHA, 0))
     steps = epoch_steps([len(row.ids) for row in rows], 2048, 0, 0)
     began = time.perf_counter()
     for step in steps:

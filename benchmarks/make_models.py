@@ -4,6 +4,7 @@
 and template are those of the default base; a larger vocabulary is filled up with tokens that no text contains.
 """
 
+import math
 import struct
 import sys
 from collections.abc import Iterator
@@ -47,9 +48,14 @@ def tensors(shape: str, dtype: str) -> list[tuple[str, tuple[int, ...], str]]:
     return found if is_tied else [*found, ("output.weight", (vocab, hidden), dtype)]
 
 
+def num_numbers(shape: str) -> int:
+    """Numbers in the matrices of a model; a tied head counts once."""
+    return sum(math.prod(size) for _, size, _ in tensors(shape, "F32") if len(size) == 2)
+
+
 def num_bytes(size: tuple[int, ...], dtype: str) -> int:
     """Bytes of a tensor."""
-    count = int(np.prod(size))
+    count = math.prod(size)
     if dtype in BLOCK_TYPES:
         values, block = BLOCK_TYPES[dtype]
         return count // values * block.itemsize
@@ -61,7 +67,7 @@ def contents(size: tuple[int, ...], dtype: str, random: np.random.Generator) -> 
     if len(size) == 1:
         yield np.ones(size, "<f4").tobytes()
         return
-    left, spread = int(np.prod(size)), 1 / np.sqrt(size[1])
+    left, spread = math.prod(size), 1 / np.sqrt(size[1])
     while left:
         count = min(left, STEP)
         yield _random_numbers(count, dtype, spread, random)

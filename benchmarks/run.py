@@ -154,18 +154,20 @@ def step_1b(group: str) -> list[Row]:
     for name in contestants:
         what = f"1B shape, 2x512 tokens, {name}"
         rows += compared(group, what, found[name], "PEFT bf16", found["PEFT"], goals.get(name, (2.5, 0.35)))
-    share = limit_seconds(1_235_746_816, 1024) / found["bf16 dense"]["seconds"]
+    share = limit_seconds("1b", 1024) / found["bf16 dense"]["seconds"]
     rows.append(Row(group, "1B shape, bf16, share of the limit 4·N·tokens / rate", "", share, NO_LESS, 0.8))
     slower = found["Q4_0 file"]["seconds"] / found["bf16 dense"]["seconds"]
     rows.append(Row(group, "1B shape, time with a Q4_0 base against a bf16 base", "ourselves", slower, NO_MORE, 1.15))
     return rows
 
 
-def limit_seconds(numbers: int, tokens: int) -> float:
+def limit_seconds(shape: str, tokens: int) -> float:
     """What the bf16 products of a step would take at the rate of a large one."""
+    from make_models import num_numbers
+
     from thimble.torch_backend.compute import race
 
-    return 4 * numbers * tokens / race()["bf16"]
+    return 4 * num_numbers(shape) * tokens / race()["bf16"]
 
 
 def smallest(group: str) -> list[Row]:
@@ -181,7 +183,7 @@ def smallest(group: str) -> list[Row]:
             "Q8_0 file, streamed": (*ours, model(shape, "Q8_0"), *streamed),
         }
         peer = {"PEFT": ("train_peft.py", "--shape", shape, "--rows", count, "--steps", "2", "--checkpointing")}
-        found = alternate({**contestants, **peer}, max(1, ROUNDS - 1))
+        found = alternate({**contestants, **peer}, ROUNDS)
         note_plan(found)
         for name in contestants:
             what = f"{shape} shape, {blocks} blocks recomputed, {name}"
@@ -210,7 +212,7 @@ def larger_than_memory(group: str) -> list[Row]:
 def chat(group: str) -> list[Row]:
     """Chat rows of uneven length, one pass, against HF Trainer."""
     command = ("chat_rows.py", str(DEMO_DATA))
-    found = alternate({name: (*command, name) for name in ("bf16", "int8", "trainer")}, max(1, ROUNDS - 1))
+    found = alternate({name: (*command, name) for name in ("bf16", "int8", "trainer")}, ROUNDS)
     peer = found["trainer"]["rows_per_second"]
     return [
         Row(group, f"chat rows of uneven length, one pass, {name}", "HF Trainer + PEFT bf16, 8 rows a step",
@@ -275,10 +277,10 @@ def planner(group: str) -> list[Row]:
     of = f"of {len(PLANS)} configurations"
     return [
         Row(group, f"plan: largest error of peak memory {of}", "measured", memory[-1], NO_MORE, 0.10, "", 1),
-        Row(group, f"plan: median error of peak memory {of}", "measured", statistics.median(memory), NO_MORE, None),
-        Row(group, f"plan: median error of time {of}", "measured", statistics.median(seconds), NO_MORE, 0.20),
+        Row(group, f"plan: median error of peak memory {of}", "measured", statistics.median(memory), NO_MORE, runs=1),
+        Row(group, f"plan: median error of time {of}", "measured", statistics.median(seconds), NO_MORE, 0.20, "", 1),
         Row(group, f"plan: 90th percentile of the error of time {of}", "measured",
-            seconds[int(0.9 * (len(seconds) - 1))], NO_MORE, 0.40),
+            seconds[int(0.9 * (len(seconds) - 1))], NO_MORE, 0.40, "", 1),
     ]  # fmt: skip
 
 
@@ -321,7 +323,7 @@ def show_help(group: str) -> list[Row]:
         began = time.perf_counter()
         subprocess.run([sys.executable, "-m", "thimble", "--help"], check=True, capture_output=True)
         times.append(time.perf_counter() - began)
-    return [Row(group, "seconds of thimble --help", "", statistics.median(times), NO_MORE, 0.3)]
+    return [Row(group, "seconds of thimble --help", "", statistics.median(times), NO_MORE, 0.3, "", len(times))]
 
 
 GROUPS: dict[str, Callable[[str], list[Row]]] = {

@@ -7,10 +7,9 @@ import time
 import numpy as np
 from make_rows import ALPHA, RANK, RATE, make_tokens, peak_bytes
 
-from thimble.core.adapter import Adapter
+from thimble.core.adapter import fresh_adapter
 from thimble.core.base import open_base
 from thimble.core.estimate import Way, Work, estimate_memory, estimate_seconds
-from thimble.core.lowrank import Factors, start_a
 from thimble.core.sizes import MICRO_BATCH_TOKENS
 from thimble.data.batches import shares
 from thimble.data.encode import Row
@@ -42,15 +41,7 @@ def main() -> None:
     num_shares = min(options.shares or num_cores(), options.rows)
     micro = max(MICRO_BATCH_TOKENS[0], options.length)
     way = Way(options.store, num_shares, micro, min(num_shares * micro, tokens), options.recomputed, options.streamed)
-    layers = {
-        path: Factors(
-            start_a("kaiming", options.rank, fan_in, 0, path),
-            np.zeros((fan_out, options.rank), np.float32),
-            ALPHA / options.rank,
-        )
-        for path, (fan_out, fan_in) in base.spec.linear_shapes().items()
-    }
-    adapter = Adapter(layers)
+    adapter = fresh_adapter(base.spec.linear_shapes(), "kaiming", options.rank, ALPHA, 0)
     ids, is_learned = make_tokens(options.labels, options.rows, options.length)
     targets = np.where(is_learned, ids, -100)
     labels = np.concatenate([targets[:, 1:], np.full((options.rows, 1), -100)], 1).astype(np.int32)
@@ -61,7 +52,7 @@ def main() -> None:
     }
     session = TorchSession(base, options.compute, way, ids[0, :512])
     session.train(adapter)
-    del adapter, layers
+    del adapter
     step = shares([Row(i, t, "", 0) for i, t in zip(ids, labels, strict=True)], num_shares, way.micro_tokens)
     times, losses = [], []
     for _ in range(options.steps + 1):

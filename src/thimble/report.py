@@ -486,7 +486,7 @@ def _differences(expected: str, written: str) -> tuple[Parts, Parts]:
 PART_NAMES = {
     "process": "Python and its libraries",
     "weights": "frozen weights",
-    "scratch": "largest weight, decoded",
+    "scratch": "decoded weights, logits and temporaries",
     "adapter": "adapter, gradients, optimiser",
     "activations": "activations kept",
 }

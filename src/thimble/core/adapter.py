@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from thimble.core.lowrank import Factors, scale
+from thimble.core.lowrank import Factors, scale, start_a
 from thimble.core.tensorfile import TensorFile, open_tensors, write_safetensors
 from thimble.errors import AdapterError, listing
 
@@ -61,6 +61,28 @@ class Adapter:
     def is_finite(self) -> bool:
         """Whether every number is finite; an adapter that is not must never be published."""
         return all(np.isfinite(f.A).all() and np.isfinite(f.B).all() for f in self.layers.values())
+
+
+def fresh_adapter(shapes: Mapping[str, tuple[int, int]], init: str, rank: int, alpha: float, seed: int) -> Adapter:
+    """An adapter before the first step: A drawn, B zero, so that the model starts unchanged.
+
+    Args:
+        shapes: Path of each adapted layer to its (out, in).
+        init: How A is drawn; see `thimble.core.lowrank.start_a`.
+        rank: Rank r.
+        alpha: Scale numerator.
+        seed: The run's seed.
+
+    Returns:
+        The adapter, without base or notes.
+    """
+    layers = {
+        path: Factors(
+            start_a(init, rank, fan_in, seed, path), np.zeros((fan_out, rank), np.float32), scale(alpha, rank)
+        )
+        for path, (fan_out, fan_in) in shapes.items()
+    }
+    return Adapter(layers)
 
 
 def save_adapter(adapter: Adapter, folder: Path) -> None:

@@ -23,7 +23,7 @@ PROCESS_BYTES = 330_000_000  # Python, torch, numba and their libraries, before 
 TOKEN_BYTES = 800  # of the vocabulary, in the tokenizer
 PRODUCT_BYTES = 700_000  # that the libraries keep for each size of a product
 PRODUCTS = 60  # of one size of batch: each linear layer and its low-rank parts, forward and backward
-INT8_COPIES = 3  # measured
+INT8_COPIES = 3  # of the largest weight, that the library makes to multiply int8
 PAGES_AROUND = 65536  # bytes of a file that the system maps around one that is read
 # Shares of a large product's rate that the engine reaches in its kinds of products, and what else was measured.
 REACHED, REACHED_INT8, REACHED_LOW_RANK, REACHED_ATTENTION = 0.9, 0.88, 0.35, 0.7
@@ -57,7 +57,9 @@ class Way:
     num_sizes: int = 1
 
     def slowness(self, num_blocks: int, cores: int) -> float:
-        """Time of a step against the fastest way, about."""
+        """Time of a step against the fastest way, about: by constants, so that the choice of a way does not change with
+        what was measured this week, and a run resumed elsewhere sums in the same order.
+        """
         slow = 1 + 0.3 * self.recomputed_blocks / num_blocks
         slow *= 1.0 if self.num_shares >= min(2, cores) else 1.2
         slow *= 1.0 if self.micro_tokens >= MICRO_BATCH_TOKENS[0] else 1.05

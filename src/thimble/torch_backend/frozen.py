@@ -220,7 +220,7 @@ class FrozenLinear:
 
     def product(self, x: Tensor, out: Tensor) -> Tensor:
         """Write x Wᵀ + bias to `out`: (tokens, in) to (tokens, out)."""
-        is_whole = self.is_dense and not self.neighbours
+        is_whole = self.dense is not None and not self.neighbours
         for rows in [slice(0, self.rows)] if is_whole else self._windows(self.neighbours and self.neighbours.later):
             torch.mm(x, self.decoded(rows).t(), out=out[:, rows])
         return out if self.bias is None else out.add_(self.bias)
@@ -248,15 +248,14 @@ class FrozenLinear:
                 self.release(rows)
 
     @property
-    def is_dense(self) -> bool:
-        """Whether nothing has to be decoded."""
-        return len(self.matrices) == 1 and self.matrices[0].dense is not None
+    def dense(self) -> Tensor | None:
+        """All numbers, (out, in), if nothing has to be decoded."""
+        return self.matrices[0].dense if len(self.matrices) == 1 else None
 
     def decoded(self, rows: slice) -> Tensor:
         """Some rows of the weight, valid until others are asked for on this thread."""
-        dense = self.matrices[0].dense
-        if self.is_dense and dense is not None:
-            return dense[rows]
+        if self.dense is not None:
+            return self.dense[rows]
         out = self.memory.scratch("weight", rows.stop - rows.start, self.cols)
         for matrix, part, start in self._parts(rows):
             matrix.decode(part, out[start : start + part.stop - part.start])

@@ -77,4 +77,4 @@ def _trim_heap() -> None:
 
 
 def _rounded(rows: int) -> int:
-    return -(-rows // BUFFER_TOKENS) * BUFFER_TOKENS if rows > 1 else rows
+    return -(-rows // BUFFER_TOKENS) * BUFFER_TOKENS

@@ -224,7 +224,7 @@ class TorchSession:
             labels = np.concatenate([rows[number].labels for number in numbers])
             return LossSum(float(label_loss(self.decoder, hidden, labels)), _count(labels))
 
-        self.decoder.memory.release()  # the cache takes their place
+        self.release()  # the cache takes the place of activations
         ids = [row.ids for row in rows]
         sizes = (max_new_tokens, pass_tokens, self._way.num_shares)
         cache, hidden, losses = read(self.decoder, ids, prompt_tokens, *sizes, measured)

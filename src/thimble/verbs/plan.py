@@ -1,11 +1,13 @@
 """`thimble plan`: what a training run would decide, need and cost, without training."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from thimble.core.config import PlanConfig
 from thimble.core.estimate import (
+    Way,
     Work,
     adapter_parameters,
     estimate_memory,
@@ -116,24 +118,20 @@ def _alternatives(job: Job, rates: Machine) -> Iterator[Alternative]:
     config, work, way, base = job.config, job.work, job.way, job.model.base
     longest = job.examples.train_report.longest
 
-    def cost(change: str, work: Work, compute: str = config.compute, longest: int = longest) -> Alternative:
-        store = "int8" if compute == "int8" else way.store
-        other = replace(way, store=store, micro_tokens=max(way.micro_tokens, longest))
-        memory = estimate_memory(base, compute, work.trained, longest, other, work.lowest)
-        return Alternative(change, memory.total, estimate_seconds(base, compute, work, other, rates))
+    def cost(change: str, work: Work, compute: str = config.compute, way: Way = way) -> Alternative:
+        memory = estimate_memory(base, compute, work.trained, longest, way, work.lowest)
+        return Alternative(change, memory.total, estimate_seconds(base, compute, work, way, rates))
 
     if "int8" in rates.flops and config.compute != "int8":
-        yield cost("--compute int8", work, "int8")
+        yield cost("--compute int8", work, "int8", replace(way, store="int8"))
     half = base.spec.num_layers // 2
     if 0 < half and work.lowest < half:
         name = f"last-{base.spec.num_layers - half}"
         trained = adapter_parameters(base.spec, select_layers([name], base.spec.linear_shapes()), config.rank)
         yield cost(f"--targets {name}", replace(work, trained=trained, lowest=half))
     if way.recomputed_blocks < base.spec.num_layers:
-        less = replace(way, recomputed_blocks=base.spec.num_layers)
-        memory = estimate_memory(base, config.compute, work.trained, longest, less, work.lowest)
-        seconds = estimate_seconds(base, config.compute, work, less, rates)
-        yield Alternative(f"--memory-budget {memory.total / 1e9:.1f}GB", memory.total, seconds)
+        less = cost("", work, way=replace(way, recomputed_blocks=base.spec.num_layers))
+        yield replace(less, change=f"--memory-budget {math.ceil(less.memory_bytes / 1e8) / 10:.1f}GB")
     if config.rank > 1:
         yield cost(f"--rank {config.rank // 2}", replace(work, trained=work.trained // 2))
 

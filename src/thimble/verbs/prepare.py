@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from thimble.core.adapter import Adapter, load_adapter
 from thimble.core.base import Base, open_base
@@ -211,6 +212,10 @@ def open_session(model: Model, compute: str, way: Way) -> "TorchSession":
     """Load the base into the torch engine."""
     from thimble.torch_backend.session import TorchSession
 
+    return TorchSession(model.base, compute, way, _sample(model) if compute == "int8" else None)
+
+
+def _sample(model: Model) -> NDArray[np.int32]:
+    """Tokens of general text, int32 (at most SAMPLE_TOKENS,)."""
     texts = [record.text for record in general_records() if record.text is not None]
-    sample = np.array(model.tokenizer.encode("\n\n".join(texts)), np.int32)[:SAMPLE_TOKENS]
-    return TorchSession(model.base, compute, way, sample)
+    return np.array(model.tokenizer.encode("\n\n".join(texts)), np.int32)[:SAMPLE_TOKENS]

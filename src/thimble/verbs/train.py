@@ -4,16 +4,13 @@ import math
 import resource
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from thimble import __version__
-from thimble.core.adapter import Adapter
+from thimble.core.adapter import fresh_adapter
 from thimble.core.config import TrainConfig
-from thimble.core.lowrank import Factors, scale, start_a
 from thimble.data.batches import micro_batches, shares
 from thimble.data.encode import Row
 from thimble.errors import RunError
@@ -133,16 +130,6 @@ def _finished_report(config: TrainConfig) -> TrainReport | None:
     return TrainReport(**value) if value and value.get("status") == "done" else None
 
 
-def start_adapter(config: TrainConfig, job: Job) -> Adapter:
-    """The adapter before the first step: A drawn, B zero, so that the model starts unchanged."""
-    shapes, layers = job.model.base.spec.linear_shapes(), {}
-    for layer in job.layers:
-        fan_out, fan_in = shapes[layer]
-        a = start_a(config.init, config.rank, fan_in, config.seed, layer)
-        layers[layer] = Factors(a, np.zeros((fan_out, config.rank), np.float32), scale(config.alpha, config.rank))
-    return Adapter(layers, job.model.base.name, {"thimble_version": __version__})
-
-
 class _Run:
     """One training run; the methods are its phases, called in order."""
 
@@ -163,7 +150,10 @@ class _Run:
         """Make the run folder and the adapter, or take up a checkpoint."""
         folder, config = self.job.folder, self.job.config
         run_folder.write_config(folder, config.resolved())
-        adapter = start_adapter(config, self.job)
+        shapes = self.job.model.base.spec.linear_shapes()
+        adapted = {layer: shapes[layer] for layer in self.job.layers}
+        fresh = fresh_adapter(adapted, config.init, config.rank, config.alpha, config.seed)
+        adapter = replace(fresh, base=self.job.model.base.name, notes={"thimble_version": __version__})
         self.report.adapter_parameters = adapter.num_parameters
         self.session.train(adapter, config.weight_decay)
         checkpoint = run_folder.latest_checkpoint(folder) if config.resume else None
