@@ -15,6 +15,7 @@ from thimble.core.adapter import fresh_adapter
 from thimble.core.base import default_base, open_base
 from thimble.core.config import TrainConfig
 from thimble.core.estimate import Way
+from thimble.core.targets import size_layers
 from thimble.data.batches import epoch_steps, shares
 from thimble.data.encode import Row
 from thimble.data.records import read_dataset
@@ -37,7 +38,8 @@ def with_thimble(rows: list[Row], compute: str) -> float:
     machine()  # chooses how fp32 is multiplied, as the verbs do
     base = open_base(None)
     session = TorchSession(base, compute, Way("file", num_shares=2), rows[0].ids)
-    session.train(fresh_adapter(base.spec.linear_shapes(), "kaiming", RANK, ALPHA, 0))
+    shapes = base.spec.linear_shapes()
+    session.train(fresh_adapter(shapes, "kaiming", size_layers(list(shapes), RANK, ALPHA), 0))
     steps = epoch_steps([len(row.ids) for row in rows], 2048, 0, 0)
     began = time.perf_counter()
     for step in steps:

@@ -11,6 +11,7 @@ from thimble.core.adapter import fresh_adapter
 from thimble.core.base import open_base
 from thimble.core.estimate import Way, Work, estimate_memory, estimate_seconds
 from thimble.core.sizes import MICRO_BATCH_TOKENS
+from thimble.core.targets import size_layers
 from thimble.data.batches import shares
 from thimble.data.encode import Row
 from thimble.torch_backend.compute import machine
@@ -41,7 +42,8 @@ def main() -> None:
     num_shares = min(options.shares or num_cores(), options.rows)
     micro = max(MICRO_BATCH_TOKENS[0], options.length)
     way = Way(options.store, num_shares, micro, min(num_shares * micro, tokens), options.recomputed, options.streamed)
-    adapter = fresh_adapter(base.spec.linear_shapes(), "kaiming", options.rank, ALPHA, 0)
+    shapes = base.spec.linear_shapes()
+    adapter = fresh_adapter(shapes, "kaiming", size_layers(list(shapes), options.rank, ALPHA), 0)
     ids, is_learned = make_tokens(options.labels, options.rows, options.length)
     targets = np.where(is_learned, ids, -100)
     labels = np.concatenate([targets[:, 1:], np.full((options.rows, 1), -100)], 1).astype(np.int32)

@@ -83,7 +83,6 @@ def test_an_adapter_that_is_not_finite_is_never_written(tmp_path):
         ({"r": 0}, "r is 0: expected a number from 1"),
         ({"lora_alpha": "8"}, "lora_alpha is '8'"),
         ({"peft_type": "LOHA"}, "only LORA adapters are supported"),
-        ({"use_dora": True}, "use_dora is True: not supported"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"alpha_pattern": 3}, "alpha_pattern is 3"),
     ],
@@ -108,7 +107,7 @@ def test_all_faults_of_the_tensors_are_told_at_once(tmp_path):
         load_adapter(tmp_path)
     text = str(caught.value)
     assert "surprise" in text
-    assert "model.layers.0.self_attn.q_proj has only lora_A" in text
+    assert "model.layers.0.self_attn.q_proj has lora_A.weight: expected lora_A.weight, lora_B.weight" in text
     assert "model.layers.1.self_attn.q_proj has A (3, 8) and B (6, 4)" in text
 
 

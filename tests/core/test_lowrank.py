@@ -3,7 +3,22 @@
 import numpy as np
 import pytest
 
-from thimble.core.lowrank import Factors, delta, merge, scale, start_a, truncate, unmerge
+from thimble.core.lowrank import (
+    Factors,
+    delta,
+    difference,
+    eigen,
+    merge,
+    pca,
+    qr,
+    randomised_svd,
+    rank_for,
+    scale,
+    svd,
+    svd_of_update,
+    truncate,
+    unmerge,
+)
 
 RANDOM = np.random.default_rng(0)
 
@@ -62,15 +77,105 @@ def test_factors_of_different_rank_are_refused():
         Factors(np.zeros((2, 3)), np.zeros((3, 4)), 1.0)
 
 
-def test_start_of_a_depends_on_seed_and_layer_only():
-    first = start_a("kaiming", 4, 64, 0, "model.layers.0.mlp.up_proj")
-    np.testing.assert_array_equal(first, start_a("kaiming", 4, 64, 0, "model.layers.0.mlp.up_proj"))
-    assert not np.array_equal(first, start_a("kaiming", 4, 64, 1, "model.layers.0.mlp.up_proj"))
-    assert not np.array_equal(first, start_a("kaiming", 4, 64, 0, "model.layers.1.mlp.up_proj"))
+def test_a_magnitude_sets_the_lengths_of_the_merged_rows():
+    weight, lengths = RANDOM.standard_normal((30, 20)), RANDOM.random(30) + 0.5
+    update = factors()
+    whole = merge(weight, Factors(update.A, update.B, update.scale, lengths))
+    np.testing.assert_allclose(np.linalg.norm(whole, axis=1), lengths, rtol=1e-12)
+    plain = merge(weight, update)
+    cosines = (whole * plain).sum(1) / np.linalg.norm(whole, axis=1) / np.linalg.norm(plain, axis=1)
+    np.testing.assert_allclose(cosines, 1, rtol=1e-12)
 
 
-def test_starts_have_the_spread_of_peft():
-    kaiming, gaussian = (start_a(kind, 16, 4096, 0, "x") for kind in ("kaiming", "gaussian"))
-    assert np.abs(kaiming).max() <= 1 / 64
-    assert kaiming.std() == pytest.approx(1 / np.sqrt(3 * 4096), rel=0.02)
-    assert gaussian.std() == pytest.approx(1 / 16, rel=0.02)
+def test_a_difference_of_updates_is_one_update_of_both_ranks():
+    update, origin = factors(rank=4), factors(rank=3)
+    whole = difference(update, origin)
+    assert whole.rank == 7
+    np.testing.assert_allclose(delta(whole), delta(update) - delta(origin), atol=1e-12)
+
+
+def test_the_spectrum_of_an_update_is_that_of_its_dense_form():
+    update = factors(rank=4, number=0.3)
+    found, dense = svd_of_update(update), np.linalg.svd(delta(update), compute_uv=False)
+    np.testing.assert_allclose(found.values, dense[:4], rtol=1e-10)
+    np.testing.assert_allclose(found.product, delta(update), atol=1e-12)
+
+
+# ---- decompositions -------------------------------------------------------------------------------------------------
+
+SHAPES = [(40, 40), (60, 25), (25, 60)]
+
+
+def matrix(shape, decay=0.9):
+    """A matrix whose singular values fall geometrically."""
+    small = min(shape)
+    u = np.linalg.qr(RANDOM.standard_normal((shape[0], small)))[0]
+    v = np.linalg.qr(RANDOM.standard_normal((shape[1], small)))[0]
+    return (u * decay ** np.arange(small)) @ v.T
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("end", ["top", "bottom"])
+def test_exact_svd_is_numpys_at_either_end(shape, end):
+    whole = matrix(shape)
+    u, values, vt = np.linalg.svd(whole, full_matrices=False)
+    kept = slice(0, 5) if end == "top" else slice(len(values) - 5, None)
+    found = svd(whole, 5, end)
+    np.testing.assert_allclose(found.values, values[kept], rtol=1e-9)
+    np.testing.assert_allclose(found.product, (u[:, kept] * values[kept]) @ vt[kept], atol=1e-9)
+    assert found.energy == pytest.approx((values[kept] ** 2).sum() / (values**2).sum(), rel=1e-9)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_what_is_kept_and_what_is_left_are_the_whole_and_the_error_is_the_tail(shape):
+    whole = matrix(shape)
+    values = np.linalg.svd(whole, compute_uv=False)
+    kept = svd(whole, 5)
+    left = whole - kept.product
+    np.testing.assert_allclose(kept.product + left, whole, atol=1e-12)
+    assert np.linalg.norm(left) == pytest.approx(np.sqrt((values[5:] ** 2).sum()), rel=1e-9)
+    assert kept.energy == pytest.approx(1 - np.linalg.norm(left) ** 2 / np.linalg.norm(whole) ** 2, rel=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(300, 300), (500, 200), (200, 500)])
+@pytest.mark.parametrize("decay", [0.99, 0.999])
+def test_a_randomised_svd_leaves_at_most_one_percent_more(shape, decay):
+    whole = matrix(shape, decay)
+    best = np.linalg.norm(whole - svd(whole, 16).product)
+    found = randomised_svd(whole, 16)
+    assert best <= np.linalg.norm(whole - found.product) <= 1.01 * best
+    np.testing.assert_allclose(found.left.T @ found.left, np.eye(16), atol=1e-5)
+    np.testing.assert_array_equal(found.values, randomised_svd(whole, 16).values)
+
+
+def test_qr_is_the_part_of_a_full_qr():
+    whole = matrix((60, 25))
+    q, r = np.linalg.qr(whole)
+    found = qr(whole, 7)
+    np.testing.assert_allclose(found.product, q[:, :7] @ r[:7], atol=1e-12)
+    np.testing.assert_allclose(found.left.T @ found.left, np.eye(7), atol=1e-12)
+
+
+def test_eigenvectors_of_a_second_moment_are_right_singular_vectors_of_the_samples():
+    samples = RANDOM.standard_normal((50, 12)) * np.arange(1, 13)
+    values = np.linalg.svd(samples, compute_uv=False)
+    for end, kept in (("top", slice(0, 3)), ("bottom", slice(9, 12))):
+        found = eigen(samples.T @ samples, 3, end)
+        np.testing.assert_allclose(found.values, values[kept] ** 2, rtol=1e-9)
+        np.testing.assert_allclose(samples.T @ samples @ found.left, found.left * found.values, atol=1e-8)
+
+
+def test_pca_is_the_svd_of_centred_samples_and_says_what_centring_took():
+    samples = RANDOM.standard_normal((50, 12)) + 5.0
+    centred, raw = pca(samples, 2), pca(samples, 2, is_centred=False)
+    covariance = np.cov(samples.T, bias=True) * len(samples)
+    np.testing.assert_allclose(covariance @ centred.right.T, centred.right.T * centred.values**2, atol=1e-8)
+    mean = samples.mean(0) / np.linalg.norm(samples.mean(0))
+    assert abs(raw.right[0] @ mean) > 0.99
+    assert abs(centred.right[0] @ mean) < 0.5
+
+
+def test_the_rank_for_an_energy_is_the_smallest_that_holds_it():
+    values = np.array([2.0, 1.0, 1.0])  # squares 4, 1, 1
+    assert [rank_for(values, energy) for energy in (0.5, 4 / 6, 0.7, 5 / 6, 1.0)] == [1, 1, 2, 2, 3]
+    assert rank_for(np.zeros(3), 0.9) == 1

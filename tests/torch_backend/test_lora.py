@@ -11,7 +11,8 @@ from families import hf_model, make_hf_folder
 from thimble.core.adapter import Adapter, load_adapter, save_adapter
 from thimble.core.base import open_base
 from thimble.core.estimate import Way
-from thimble.core.lowrank import Factors, start_a
+from thimble.core.lowrank import Factors
+from thimble.core.starts import draw
 from thimble.torch_backend.session import TorchSession
 
 FAMILIES = ("llama_bias", "qwen3", "gemma2", "gemma3", "phi3", "smollm3")
@@ -29,7 +30,7 @@ def make_batch(starts=(0, 20, 48), label_share=0.6):
 def make_adapter(base, rank=4, b_size=0.05, only=None):
     layers = {
         path: Factors(
-            start_a("kaiming", rank, fan_in, 0, path),
+            draw("kaiming", (fan_out, fan_in), rank, 2.0, 0, path).A,
             (RANDOM.standard_normal((fan_out, rank)) * b_size).astype(np.float32),
             2.0,
         )

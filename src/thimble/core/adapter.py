@@ -5,24 +5,28 @@ and `.lora_B.weight` (out, rank). Knows no framework and no base.
 """
 
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from thimble.core.lowrank import Factors, scale, start_a
+from thimble.core.lowrank import Factors, difference, scale
+from thimble.core.starts import draw
+from thimble.core.targets import Size
 from thimble.core.tensorfile import TensorFile, open_tensors, write_safetensors
 from thimble.errors import AdapterError, listing
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-KEY = re.compile(r"^base_model\.model\.(?P<path>[A-Za-z0-9_.\-]{1,512})\.lora_(?P<side>[AB])\.weight$")
-MAX_RANK = 1024
+KEY = re.compile(
+    r"^base_model\.model\.(?P<path>[A-Za-z0-9_.\-]{1,512})\.lora_(?P<side>A\.weight|B\.weight|magnitude_vector)$"
+)
+A, B, MAGNITUDE = "A.weight", "B.weight", "magnitude_vector"  # sides of a layer, as its tensors are called
+MAX_RANK = 2048  # twice the largest anybody trains: a delta form is kept as one adapter of twice the rank
 
 # What PEFT 0.21 writes for a plain LoRA adapter, field by field, so that its loader finds nothing missing.
 PEFT_FIELDS: dict[str, Any] = {
@@ -47,42 +51,50 @@ class Adapter:
         layers: Layer path, such as `model.layers.0.self_attn.q_proj`, to its factors; float32 (rank, in), (out, rank).
         base: Name or path of the base it was trained on, for people; may be empty.
         notes: Text kept in the header of the tensor file, such as the fingerprint of the base.
+        origin: What is taken off the updates of layers that are trained in delta form, scale · (B A − B₀ A₀).
     """
 
     layers: Mapping[str, Factors]
     base: str = ""
     notes: Mapping[str, str] = field(default_factory=dict)
+    origin: Mapping[str, Factors] = field(default_factory=dict)
 
     @property
     def num_parameters(self) -> int:
         """How many numbers the adapter holds."""
         return sum(factors.A.size + factors.B.size for factors in self.layers.values())
 
+    def plain(self) -> "Adapter":
+        """The same function as an adapter of larger rank, without an origin: what every other tool understands."""
+        whole = {
+            path: difference(factors, self.origin[path]) if path in self.origin else factors
+            for path, factors in self.layers.items()
+        }
+        return replace(self, layers=whole, origin={})
+
     def is_finite(self) -> bool:
         """Whether every number is finite; an adapter that is not must never be published."""
-        return all(np.isfinite(f.A).all() and np.isfinite(f.B).all() for f in self.layers.values())
+        return all(_is_finite(factors) for factors in (*self.layers.values(), *self.origin.values()))
 
 
-def fresh_adapter(shapes: Mapping[str, tuple[int, int]], init: str, rank: int, alpha: float, seed: int) -> Adapter:
-    """An adapter before the first step: A drawn, B zero, so that the model starts unchanged.
+def _is_finite(factors: Factors) -> bool:
+    parts = (factors.A, factors.B, factors.scale, 0.0 if factors.magnitude is None else factors.magnitude)
+    return all(bool(np.isfinite(part).all()) for part in parts)
+
+
+def fresh_adapter(shapes: Mapping[str, tuple[int, int]], init: str, sizes: Mapping[str, Size], seed: int) -> Adapter:
+    """An adapter before the first step, drawn at random, that leaves the model as it is.
 
     Args:
-        shapes: Path of each adapted layer to its (out, in).
-        init: How A is drawn; see `thimble.core.lowrank.start_a`.
-        rank: Rank r.
-        alpha: Scale numerator.
+        shapes: Path of each layer to its (out, in).
+        init: How it is drawn; see `thimble.core.starts.draw`.
+        sizes: Rank and scale of each adapted layer.
         seed: The run's seed.
 
     Returns:
         The adapter, without base or notes.
     """
-    layers = {
-        path: Factors(
-            start_a(init, rank, fan_in, seed, path), np.zeros((fan_out, rank), np.float32), scale(alpha, rank)
-        )
-        for path, (fan_out, fan_in) in shapes.items()
-    }
-    return Adapter(layers)
+    return Adapter({path: draw(init, shapes[path], *size, seed, path) for path, size in sizes.items()})
 
 
 def save_adapter(adapter: Adapter, folder: Path) -> None:
@@ -98,10 +110,13 @@ def save_adapter(adapter: Adapter, folder: Path) -> None:
     if not adapter.is_finite():
         raise AdapterError(f"the adapter for {folder} holds numbers that are not finite: it is not written")
     folder.mkdir(parents=True, exist_ok=True)
+    adapter = adapter.plain()
     tensors: dict[str, Any] = {}
     for path, factors in adapter.layers.items():
         tensors[f"base_model.model.{path}.lora_A.weight"] = factors.A
         tensors[f"base_model.model.{path}.lora_B.weight"] = factors.B
+        if factors.magnitude is not None:
+            tensors[f"base_model.model.{path}.lora_magnitude_vector"] = factors.magnitude
     write_safetensors(folder / WEIGHTS_FILE, tensors, {**adapter.notes, "format": "pt"})
     text = json.dumps(_config_fields(adapter), indent=2, sort_keys=True, ensure_ascii=False)
     (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
@@ -118,6 +133,7 @@ def _config_fields(adapter: Adapter) -> dict[str, Any]:
         "r": rank,
         "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
         "target_modules": _shortest_targets(adapter.layers),
+        "use_dora": any(factors.magnitude is not None for factors in adapter.layers.values()),
         "rank_pattern": {path: value for path, value in ranks.items() if value != rank},
         "alpha_pattern": {path: value for path, value in alphas.items() if value != alpha},
     }
@@ -181,13 +197,14 @@ def load_adapter(path: str | Path) -> Adapter:
     folder = find_adapter(path)
     config = _read_config(folder / CONFIG_FILE)
     file = open_tensors(folder / WEIGHTS_FILE)
-    sides = _pair_tensors(folder, file)
+    sides = _pair_tensors(folder, file, bool(config.get("use_dora")))
     layers, problems = {}, []
     for layer, names in sides.items():
-        rank = file.tensors[names["A"]].shape[0]
+        rank = file.tensors[names[A]].shape[0]
         number = _layer_scale(config, layer, rank)
-        factors = Factors(file.read(names["A"]), file.read(names["B"]), number)
-        if not (np.isfinite(factors.A).all() and np.isfinite(factors.B).all() and math.isfinite(number)):
+        magnitude = file.read(names[MAGNITUDE]) if MAGNITUDE in names else None
+        factors = Factors(file.read(names[A]), file.read(names[B]), number, magnitude)
+        if not _is_finite(factors):
             problems.append(f"adapter {folder}: {layer} holds numbers that are not finite")
         layers[layer] = factors
     if problems:
@@ -210,7 +227,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         value = config.get(name)
         if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value < 1e9:
             problems.append(f"{name} is {value!r}: expected a number from {low}")
-    for name, plain in (("use_dora", False), ("modules_to_save", None), ("bias", "none"), ("lora_bias", False)):
+    for name, plain in (("modules_to_save", None), ("bias", "none"), ("lora_bias", False)):
         if config.get(name, plain) not in (plain, []):
             problems.append(f"{name} is {config[name]!r}: not supported yet; expected {plain!r}")
     for name in ("rank_pattern", "alpha_pattern"):
@@ -221,23 +238,29 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _pair_tensors(folder: Path, file: TensorFile) -> dict[str, dict[str, str]]:
-    """Names of A and B by layer; refuses tensors that are anything else or do not fit together."""
+def _pair_tensors(folder: Path, file: TensorFile, use_dora: bool) -> dict[str, dict[str, str]]:
+    """Names of the tensors by layer and side; refuses those that are anything else or do not fit together."""
     sides: dict[str, dict[str, str]] = {}
     problems = []
     for name, info in file.tensors.items():
         match = KEY.match(name)
-        if not match or len(info.shape) != 2 or info.dtype not in ("F32", "F16", "BF16"):
+        is_vector = bool(match) and match[2] == MAGNITUDE  # type: ignore[index]
+        if not match or len(info.shape) != (1 if is_vector else 2) or info.dtype not in ("F32", "F16", "BF16"):
             problems.append(f"tensor {name} {info.dtype} {info.shape} is not a LoRA matrix in PEFT's layout")
             continue
         sides.setdefault(match["path"], {})[match["side"]] = name
+    expected = (A, B, MAGNITUDE) if use_dora else (A, B)
     for layer, names in sides.items():
-        if len(names) != 2:
-            problems.append(f"{layer} has only lora_{next(iter(names))}: expected both A and B")
+        if sorted(names) != sorted(expected):
+            found, wanted = (listing(f"lora_{side}" for side in part) for part in (names, expected))
+            problems.append(f"{layer} has {found}: expected {wanted}")
             continue
-        a, b = file.tensors[names["A"]].shape, file.tensors[names["B"]].shape
+        a, b = file.tensors[names[A]].shape, file.tensors[names[B]].shape
         if a[0] != b[1] or not 1 <= a[0] <= MAX_RANK:
             problems.append(f"{layer} has A {a} and B {b}: expected (rank, in) and (out, rank), rank 1 to {MAX_RANK}")
+        if use_dora and file.tensors[names[MAGNITUDE]].shape != b[:1]:
+            shape = file.tensors[names[MAGNITUDE]].shape
+            problems.append(f"{layer} has a magnitude of shape {shape}: expected {b[:1]}")
     if not sides and not problems:
         problems.append("it holds no LoRA matrices")
     if problems:

@@ -16,21 +16,26 @@ Array = NDArray[np.floating[Any]]
 
 @dataclass(frozen=True)
 class Factors:
-    """The update of one layer: scale · B A.
+    """The update of one layer: scale · B A, and with DoRA the length of each row of the updated weight.
 
     Attributes:
         A: float (rank, in).
         B: float (out, rank).
         scale: The number the product is multiplied by.
+        magnitude: float (out,), lengths of the rows of W + scale · B A after they are set anew (Liu et al., DoRA,
+            arXiv:2402.09353, equation 5); None leaves them as they are.
     """
 
     A: Array
     B: Array
     scale: float
+    magnitude: Array | None = None
 
     def __post_init__(self) -> None:
         if self.A.ndim != 2 or self.B.ndim != 2 or self.A.shape[0] != self.B.shape[1]:
             raise ValueError(f"A is {self.A.shape} and B is {self.B.shape}: expected (rank, in) and (out, rank)")
+        if self.magnitude is not None and self.magnitude.shape != (len(self.B),):
+            raise ValueError(f"magnitude is {self.magnitude.shape}: expected ({len(self.B)},)")
 
     @property
     def rank(self) -> int:
@@ -57,7 +62,7 @@ def scale(alpha: float, rank: int, use_rslora: bool = False) -> float:
 
 
 def delta(factors: Factors) -> Array:
-    """The dense update.
+    """The dense update, before any magnitude.
 
     Args:
         factors: The update as factors.
@@ -80,14 +85,33 @@ def merge(weight: Array, factors: Factors) -> Array:
         factors: The update.
 
     Returns:
-        W + scale · B A.
+        W + scale · B A, with rows of the lengths in `magnitude` if there is one.
     """
-    return _add(weight, delta(factors))
+    if factors.magnitude is None:
+        return _add(weight, delta(factors))
+    total = _add(np.asarray(weight, np.promote_types(weight.dtype, np.float32)), delta(factors))
+    lengths = np.linalg.norm(total, axis=1)
+    rates = factors.magnitude / np.where(lengths > 0, lengths, 1.0)
+    return np.asarray(total * rates[:, None], weight.dtype)
 
 
 def unmerge(weight: Array, factors: Factors) -> Array:
-    """Undo `merge`, up to the rounding of the dtype of `weight`."""
+    """Undo `merge` of an update without a magnitude, up to the rounding of the dtype of `weight`."""
     return _add(weight, -delta(factors))
+
+
+def difference(factors: Factors, origin: Factors) -> Factors:
+    """One update that is another less a third: scale · (B A − B₀ A₀), of rank r + r₀, exactly.
+
+    Args:
+        factors: The update.
+        origin: What is taken off it, of the same scale.
+
+    Returns:
+        A over A₀, and B beside −B₀.
+    """
+    a, b = np.concatenate([factors.A, origin.A]), np.concatenate([factors.B, -origin.B], axis=1)
+    return Factors(a, b, factors.scale, factors.magnitude)
 
 
 def _add(weight: Array, update: Array) -> Array:
@@ -96,11 +120,28 @@ def _add(weight: Array, update: Array) -> Array:
     return np.asarray(total, weight.dtype)
 
 
+def svd_of_update(factors: Factors) -> "Decomposition":
+    """Singular value decomposition of scale · B A, without forming it.
+
+    With B = Q_b R_b and Aᵀ = Q_a R_a, the SVD of the small R_b R_aᵀ gives that of B A in O((out + in) r²).
+
+    Args:
+        factors: The update; a magnitude is left out of account.
+
+    Returns:
+        All min(r, out, in) singular values with their vectors.
+    """
+    q_b, r_b = np.linalg.qr(factors.B.astype(np.float64))
+    q_a, r_a = np.linalg.qr(factors.A.astype(np.float64).T)
+    u, values, vt = np.linalg.svd(r_b @ r_a.T, full_matrices=False)
+    fan_out, fan_in, rank = len(factors.B), factors.A.shape[1], factors.rank
+    return Decomposition(q_b @ u, values * factors.scale, vt @ q_a.T, 1.0, 6.0 * (fan_out + fan_in) * rank**2)
+
+
 def truncate(factors: Factors, rank: int) -> tuple[Factors, float]:
     """The best approximation of an update by one of smaller rank.
 
-    B A is never formed: with B = Q_b R_b and Aᵀ = Q_a R_a, the SVD of the small R_b R_aᵀ gives that of B A
-    in O((out + in) r²) (Eckart and Young, 1936, for the optimum).
+    The optimum is the truncated SVD (Eckart and Young, 1936).
 
     Args:
         factors: The update.
@@ -111,41 +152,175 @@ def truncate(factors: Factors, rank: int) -> tuple[Factors, float]:
         ‖BA − B'A'‖_F / ‖BA‖_F (0 for a zero update).
     """
     rank = min(rank, factors.rank)
-    q_b, r_b = np.linalg.qr(factors.B.astype(np.float64))
-    q_a, r_a = np.linalg.qr(factors.A.astype(np.float64).T)
-    u, s, vt = np.linalg.svd(r_b @ r_a.T)
-    root = np.sqrt(s[:rank])
-    new_b, new_a = (q_b @ u[:, :rank]) * root, root[:, None] * (vt[:rank] @ q_a.T)
-    total = float(np.sqrt((s**2).sum()))
-    error = float(np.sqrt((s[rank:] ** 2).sum())) / total if total > 0 else 0.0
-    kept = Factors(new_a.astype(factors.A.dtype), new_b.astype(factors.B.dtype), factors.scale)
+    whole = svd_of_update(factors)
+    values, root = whole.values, np.sqrt(whole.values[:rank] / (factors.scale or 1.0))
+    new_b, new_a = whole.left[:, :rank] * root, root[:, None] * whole.right[:rank]
+    total = float(np.sqrt((values**2).sum()))
+    error = float(np.sqrt((values[rank:] ** 2).sum())) / total if total > 0 else 0.0
+    kept = Factors(new_a.astype(factors.A.dtype), new_b.astype(factors.B.dtype), factors.scale, factors.magnitude)
     return kept, error
 
 
-def start_a(kind: str, rank: int, fan_in: int, seed: int, name: str) -> NDArray[np.float32]:
-    """Draw the start of A; B starts at zero, so the model starts unchanged.
+# ---- decompositions -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """A matrix of low rank, left · diag(values) · right, taken out of a larger one.
+
+    Attributes:
+        left: float64 (rows, rank).
+        values: float64 (rank,); singular values or eigenvalues, the largest first; ones for QR.
+        right: float64 (rank, columns).
+        energy: Share of the squared Frobenius norm of the matrix that the product holds, 0 to 1.
+        operations: Floating-point operations it took, to leading order.
+    """
+
+    left: Array
+    values: Array
+    right: Array
+    energy: float
+    operations: float
+
+    @property
+    def product(self) -> Array:
+        """left · diag(values) · right, float64 (rows, columns)."""
+        return np.asarray((self.left * self.values) @ self.right)
+
+
+def svd(matrix: Array, rank: int, end: str = "top") -> Decomposition:
+    """Exact singular value decomposition, kept at one end of the spectrum (Eckart and Young, 1936).
+
+    Goes through the eigenvectors of the smaller Gram matrix in float64, which costs two thirds of a full SVD; in
+    float32 the squared condition number would drown the small end.
 
     Args:
-        kind: `kaiming`: uniform in ±1/√in, as PEFT draws it (He et al., arXiv:1502.01852, with a = √5);
-            `gaussian`: normal with standard deviation 1/rank.
-        rank: Rank r.
-        fan_in: Number of inputs of the layer.
-        seed: The run's seed.
-        name: Path of the layer; each layer has a stream of its own, so adding layers changes no other start.
+        matrix: float (rows, columns).
+        rank: Singular values kept, at most the smaller side.
+        end: `top` keeps the largest, `bottom` the smallest.
 
     Returns:
-        A, float32 (rank, in).
+        The kept part, float64, the largest value first.
     """
-    random = np.random.Generator(np.random.Philox(key=[seed, _stream(name)]))
-    if kind == "gaussian":
-        return (random.standard_normal((rank, fan_in)) / rank).astype(np.float32)
-    bound = 1.0 / np.sqrt(fan_in)
-    return random.uniform(-bound, bound, (rank, fan_in)).astype(np.float32)
+    wide = np.asarray(matrix, np.float64)
+    if wide.shape[0] > wide.shape[1]:
+        flipped = svd(wide.T, rank, end)
+        return Decomposition(flipped.right.T, flipped.values, flipped.left.T, flipped.energy, flipped.operations)
+    squares, vectors = np.linalg.eigh(wide @ wide.T)
+    kept = slice(0, rank) if end == "bottom" else slice(len(squares) - rank, None)
+    left = vectors[:, kept][:, ::-1]
+    right = left.T @ wide
+    values = np.linalg.norm(right, axis=1)
+    right = right / np.where(values > 0, values, 1.0)[:, None]
+    rows, columns = wide.shape
+    return Decomposition(left, values, right, _share(values, wide), 2.0 * rows * rows * columns + 9.0 * rows**3)
 
 
-def _stream(name: str) -> int:
-    """A stable 64-bit number for a name (FNV-1a), to key random streams."""
-    value = 0xCBF29CE484222325
-    for byte in name.encode():
-        value = ((value ^ byte) * 0x100000001B3) & 0xFFFFFFFFFFFFFFFF
-    return value
+def randomised_svd(
+    matrix: Array, rank: int, iterations: int = 4, oversampling: int = 8, seed: int = 0
+) -> Decomposition:
+    """Top of the spectrum by subspace iteration on a random start (Halko et al., arXiv:0909.4061, algorithm 4.4).
+
+    Args:
+        matrix: float (rows, columns).
+        rank: Singular values kept.
+        iterations: Times the subspace is multiplied by M Mᵀ; four leave at most 1 % more than the best residual.
+        oversampling: Further directions that are carried along and dropped at the end.
+        seed: Of the random start.
+
+    Returns:
+        The kept part, the largest value first.
+    """
+    rows, columns = matrix.shape
+    width = min(rank + oversampling, rows, columns)
+    basis = np.random.Generator(np.random.Philox(key=[seed, width])).standard_normal((columns, width))
+    narrow = np.asarray(matrix, np.float32)  # the large products; the small ones are float64
+    image: Array = narrow @ basis.astype(np.float32)
+    for _ in range(iterations):
+        image = narrow @ (narrow.T @ _orthonormal(image))
+    left = _orthonormal(image)
+    u, values, right = np.linalg.svd((left.T @ narrow).astype(np.float64), full_matrices=False)
+    operations = (2.0 * iterations + 2) * 2 * rows * columns * width
+    kept = (left @ u)[:, :rank], values[:rank], right[:rank]
+    return Decomposition(*kept, _share(values[:rank], narrow), operations)
+
+
+def qr(matrix: Array, rank: int) -> Decomposition:
+    """The first columns of Q and rows of R: the part of a matrix in the span of its first `rank` columns.
+
+    Only those columns are orthonormalised, R follows as Qᵀ M: the same product at a fraction of the cost of a full QR.
+
+    Args:
+        matrix: float (rows, columns).
+        rank: Columns of Q kept, at most the smaller side.
+
+    Returns:
+        Q and R with values of one.
+    """
+    wide = np.asarray(matrix, np.float64)
+    left = _orthonormal(wide[:, :rank])
+    right = left.T @ wide
+    rows, columns = wide.shape
+    energy = _share(np.linalg.norm(right, axis=1), wide)
+    return Decomposition(left, np.ones(rank), right, energy, 4.0 * rows * rank**2 + 2.0 * rows * columns * rank)
+
+
+def eigen(moment: Array, rank: int, end: str = "top") -> Decomposition:
+    """Eigendecomposition of a symmetric matrix, such as a second moment Σ x xᵀ; no other matrix has one of this form.
+
+    Args:
+        moment: float (n, n), symmetric and positive semidefinite.
+        rank: Eigenvalues kept.
+        end: `top` keeps the largest, `bottom` the smallest.
+
+    Returns:
+        Eigenvectors as columns of `left` and rows of `right`, the largest value first.
+    """
+    values, vectors = np.linalg.eigh(np.asarray(moment, np.float64))
+    kept = slice(0, rank) if end == "bottom" else slice(len(values) - rank, None)
+    left, values = vectors[:, kept][:, ::-1], np.maximum(values[kept][::-1], 0.0)
+    return Decomposition(left, values, left.T, _share(values, moment), 9.0 * len(moment) ** 3)
+
+
+def pca(samples: Array, rank: int, is_centred: bool = True) -> Decomposition:
+    """Principal components: the eigenvectors of a covariance, which are the right singular vectors of the samples.
+
+    Args:
+        samples: float (samples, n).
+        rank: Components kept.
+        is_centred: Take off the mean first, which makes the second moment a covariance.
+
+    Returns:
+        Scores in `left`, components as rows of `right`; energy is the share of the variance.
+    """
+    wide = np.asarray(samples, np.float64)
+    return svd(wide - wide.mean(0) if is_centred else wide, rank)
+
+
+def _orthonormal(matrix: Array) -> Array:
+    return np.linalg.qr(matrix)[0]
+
+
+def _share(values: Array, matrix: Array) -> float:
+    total = float(np.square(matrix, dtype=np.float64).sum())
+    return min(1.0, float((values**2).sum()) / total) if total > 0 else 1.0
+
+
+def rank_for(values: Array, energy: float) -> int:
+    """The smallest rank whose values hold a share of the energy.
+
+    Args:
+        values: All singular values, the largest first.
+        energy: Share of Σ values² wanted, above 0 and at most 1.
+
+    Returns:
+        The rank, at least 1.
+
+    Example:
+        >>> rank_for(np.array([3.0, 1.0, 0.5]), 0.9)
+        2
+    """
+    squares = np.cumsum(np.square(values, dtype=np.float64))
+    if not len(squares) or squares[-1] == 0:
+        return 1
+    return int(min(np.searchsorted(squares, energy * squares[-1] * (1 - 1e-12)) + 1, len(squares)))

@@ -1,10 +1,12 @@
-"""Which linear layers get an adapter; a name that matches nothing is an error."""
+"""Which linear layers get an adapter, and how large a one; a name that matches nothing is an error."""
 
 import difflib
 import fnmatch
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
+from thimble.core.lowrank import scale
 from thimble.errors import ConfigError, listing
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj")
@@ -38,6 +40,58 @@ def select_layers(targets: Sequence[str], layers: Iterable[str]) -> list[str]:
     if problems:
         raise ConfigError(*problems)
     return [path for path in layers if path in chosen]
+
+
+class Size(NamedTuple):
+    """The size of one layer's update.
+
+    Attributes:
+        rank: Rank r.
+        scale: Factor of B A.
+    """
+
+    rank: int
+    scale: float
+
+
+def size_layers(
+    layers: Sequence[str],
+    rank: int,
+    alpha: float,
+    ranks: Mapping[str, float] | None = None,
+    alphas: Mapping[str, float] | None = None,
+    use_rslora: bool = False,
+) -> dict[str, Size]:
+    """Give each adapted layer its rank and scale, as PEFT's patterns do.
+
+    Args:
+        layers: Paths of the adapted layers.
+        rank: Of the layers that no pattern names.
+        alpha: Scale numerator, likewise.
+        ranks: Ranks by target, in the words of `select_layers`; of several that match, the last counts.
+        alphas: Alphas by target.
+        use_rslora: Divide alpha by √rank.
+
+    Returns:
+        Sizes by path.
+
+    Raises:
+        ConfigError: Naming every pattern that matches none of the layers.
+    """
+    found_ranks, found_alphas = dict.fromkeys(layers, float(rank)), dict.fromkeys(layers, alpha)
+    problems = []
+    for found, pattern, what in ((found_ranks, ranks, "rank_pattern"), (found_alphas, alphas, "alpha_pattern")):
+        for target, number in (pattern or {}).items():
+            matched = [path for path in layers if _matches(target, path, 0)]
+            found.update(dict.fromkeys(matched, number))
+            if not matched:
+                problems.append(_no_match(target, list(layers)).replace("targets names", f"{what} names"))
+    if problems:
+        raise ConfigError(*problems)
+    return {
+        path: Size(int(found_ranks[path]), scale(found_alphas[path], int(found_ranks[path]), use_rslora))
+        for path in layers
+    }
 
 
 def block_of(path: str) -> int:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from thimble import __version__
 from thimble.core.adapter import fresh_adapter
 from thimble.core.config import TrainConfig
+from thimble.core.targets import size_layers
 from thimble.data.batches import micro_batches, shares
 from thimble.data.encode import Row
 from thimble.errors import RunError
@@ -152,7 +153,9 @@ class _Run:
         run_folder.write_config(folder, config.resolved())
         shapes = self.job.model.base.spec.linear_shapes()
         adapted = {layer: shapes[layer] for layer in self.job.layers}
-        fresh = fresh_adapter(adapted, config.init, config.rank, config.alpha, config.seed)
+        fresh = fresh_adapter(
+            adapted, config.init, size_layers(self.job.layers, config.rank, config.alpha), config.seed
+        )
         adapter = replace(fresh, base=self.job.model.base.name, notes={"thimble_version": __version__})
         self.report.adapter_parameters = adapter.num_parameters
         self.session.train(adapter, config.weight_decay)
