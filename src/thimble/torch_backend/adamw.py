@@ -5,7 +5,7 @@ before the first step, and memory that is never used.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -22,25 +22,47 @@ class AdamW:
 
     Args:
         numbers: What is trained, changed in place; float32 (n,).
-        weight_decay: Share of the numbers taken off at each step, times the learning rate.
+        weight_decay: Share of the way back to `goal` taken at each step, times the learning rate.
+        goal: Where weight decay pulls to, float32 (n,); None: to zero, as in the paper.
+        rates: Spans of the numbers, and what their learning rate is multiplied by; 0 leaves them alone. None: all, 1.
     """
 
-    def __init__(self, numbers: Tensor, weight_decay: float) -> None:
-        self._numbers, self._weight_decay = numbers, weight_decay
+    def __init__(
+        self,
+        numbers: Tensor,
+        weight_decay: float,
+        goal: Tensor | None = None,
+        rates: Sequence[tuple[slice, float]] | None = None,
+    ) -> None:
+        self._numbers, self._weight_decay, self._goal = numbers, weight_decay, goal
+        self._rates = [(slice(0, len(numbers)), 1.0)] if rates is None else rates
         self._mean, self._square = torch.zeros_like(numbers), torch.zeros_like(numbers)
         self._steps = 0
 
     def step(self, gradient: Tensor, learning_rate: float) -> None:
         """Take a step against the gradient, float32 (n,)."""
         self._steps += 1
+        for span, factor in self._rates:
+            for start in range(span.start, span.stop, PIECE) if factor else ():
+                self._move(slice(start, min(start + PIECE, span.stop)), gradient, learning_rate * factor)
+
+    def _move(self, span: slice, gradient: Tensor, learning_rate: float) -> None:
         first, second = BETAS
-        flat = (self._numbers, self._mean, self._square, gradient)
-        for numbers, mean, square, slope in zip(*(array.split(PIECE) for array in flat), strict=True):
-            numbers.mul_(1 - learning_rate * self._weight_decay)
-            mean.lerp_(slope, 1 - first)
-            square.mul_(second).addcmul_(slope, slope, value=1 - second)
-            spread = square.sqrt().div_((1 - second**self._steps) ** 0.5).add_(EPSILON)
-            numbers.addcdiv_(mean, spread, value=-learning_rate / (1 - first**self._steps))
+        numbers, mean, square, slope = (x[span] for x in (self._numbers, self._mean, self._square, gradient))
+        decay = learning_rate * self._weight_decay
+        if decay and self._goal is None:
+            numbers.mul_(1 - decay)
+        elif decay:
+            numbers.lerp_(self._goal[span], decay)
+        mean.lerp_(slope, 1 - first)
+        square.mul_(second).addcmul_(slope, slope, value=1 - second)
+        spread = square.sqrt().div_((1 - second**self._steps) ** 0.5).add_(EPSILON)
+        numbers.addcdiv_(mean, spread, value=-learning_rate / (1 - first**self._steps))
+
+    @property
+    def steps(self) -> int:
+        """Steps taken."""
+        return self._steps
 
     def state(self) -> dict[str, NDArray[np.float32]]:
         """Moments and step count, as copies; the names are torch's."""

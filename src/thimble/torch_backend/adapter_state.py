@@ -1,10 +1,11 @@
-"""The trained numbers: every A and B of an adapter as views of one flat float32 vector.
+"""The trained numbers: every A, B and magnitude of an adapter as views of one flat float32 vector.
 
-One vector makes the optimiser, the gradient norm, checkpoints and the cast to the compute type single operations.
+One vector makes the optimiser, the gradient norm and checkpoints single operations. All A come first, then all B, then
+all magnitudes, so that each kind can have a learning rate of its own.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -14,22 +15,66 @@ from thimble.core.adapter import Adapter
 from thimble.core.lowrank import Factors
 
 
+@dataclass(frozen=True)
+class Numbers:
+    """Numbers of one layer that belong together, as views: the trained ones, or their gradients.
+
+    Attributes:
+        A: float32 (rank, in).
+        B: float32 (out, rank).
+        magnitude: float32 (out,), or None.
+    """
+
+    A: Tensor
+    B: Tensor
+    magnitude: Tensor | None
+
+
 @dataclass
 class LoraPair:
     """A and B of one layer, in the compute type, with room for their gradients.
 
+    Of a layer in delta form they hold both updates, A over A₀ and B beside −B₀; the first `rank` are trained.
+
     Attributes:
-        A: (rank, in), compute type.
-        B: (out, rank), compute type.
+        A: (ranks, in), compute type.
+        B: (out, ranks), compute type.
         scale: Factor of B A.
-        grads: For each task that runs beside others, the gradients of A and B summed over its micro-batches, float32;
-            empty if the adapter is not trained.
+        rank: How many rows of A and columns of B are trained.
+        trained: The numbers behind them.
+        grads: For each task that runs beside others, the gradients summed over its micro-batches; empty if the adapter
+            is not trained.
+        freezes_a: Whether A gets no gradient.
+        row_rates: float32 (out,): magnitude over the length of each row of W + scale · B A, where there is a magnitude.
     """
 
     A: Tensor
     B: Tensor
     scale: float
-    grads: Sequence[tuple[Tensor, Tensor]] = ()
+    rank: int
+    trained: Numbers
+    grads: Sequence[Numbers] = ()
+    freezes_a: bool = False
+    row_rates: Tensor | None = None
+
+
+@dataclass
+class _Shape:
+    """What does not change in training."""
+
+    A: tuple[int, ...]
+    B: tuple[int, ...]
+    scale: float
+    has_magnitude: bool
+
+
+@dataclass
+class Spans:
+    """Where each kind of number lies in the flat vector."""
+
+    A: slice
+    B: slice
+    magnitude: slice = field(default_factory=lambda: slice(0, 0))
 
 
 class AdapterState:
@@ -39,30 +84,53 @@ class AdapterState:
         adapter: Start values.
         compute: Type of the products that A and B take part in.
         num_tasks: Keep gradients, for this many tasks that run side by side; 0 if the adapter is not trained.
+        freezes_a: Whether A gets no gradient.
     """
 
-    def __init__(self, adapter: Adapter, compute: torch.dtype, num_tasks: int = 0) -> None:
-        self.shapes = {path: (f.A.shape, f.B.shape, f.scale) for path, f in adapter.layers.items()}
-        parts = [part.reshape(-1) for f in adapter.layers.values() for part in (f.A, f.B)]
-        self.master = torch.from_numpy(np.concatenate(parts or [np.zeros(0)]).astype(np.float32))
+    def __init__(self, adapter: Adapter, compute: torch.dtype, num_tasks: int = 0, freezes_a: bool = False) -> None:
+        self.shapes = {
+            path: _Shape(f.A.shape, f.B.shape, f.scale, f.magnitude is not None) for path, f in adapter.layers.items()
+        }
+        self.origin = dict(adapter.origin)
+        every = adapter.layers.values()
+        kinds = ([f.A for f in every], [f.B for f in every], [f.magnitude for f in every if f.magnitude is not None])
+        ends = np.cumsum([0, *(sum(array.size for array in arrays) for arrays in kinds)])
+        self.spans = Spans(*(slice(int(a), int(b)) for a, b in zip(ends, ends[1:], strict=False)))
+        self.master = torch.empty(int(ends[-1]))
+        for span, arrays in zip((self.spans.A, self.spans.B, self.spans.magnitude), kinds, strict=True):
+            flat = np.concatenate([array.reshape(-1) for array in arrays] or [np.zeros(0)])
+            self.master[span] = torch.from_numpy(flat.astype(np.float32))
         self.grads = [torch.zeros_like(self.master) for _ in range(num_tasks)]
-        self.working = self.master if compute == torch.float32 else self.master.to(compute)
-        self.pairs = self._make_pairs()
-
-    def _make_pairs(self) -> dict[str, LoraPair]:
-        working, grads = self._views(self.working), [self._views(grad) for grad in self.grads]
-        return {
-            path: LoraPair(*working[path], shape[2], [views[path] for views in grads])
-            for path, shape in self.shapes.items()
+        trained, grads = self.views(self.master), [self.views(grad) for grad in self.grads]
+        self.pairs = {
+            path: self._pair(path, trained[path], [views[path] for views in grads], compute, freezes_a)
+            for path in self.shapes
         }
 
-    def _views(self, flat: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        views, start = {}, 0
-        for path, (a, b, _) in self.shapes.items():
-            middle, end = start + a[0] * a[1], start + a[0] * a[1] + b[0] * b[1]
-            views[path] = (flat[start:middle].view(a), flat[middle:end].view(b))
-            start = end
-        return views
+    def _pair(
+        self, path: str, trained: Numbers, grads: Sequence[Numbers], compute: torch.dtype, freezes_a: bool
+    ) -> LoraPair:
+        origin, a, b = self.origin.get(path), trained.A, trained.B
+        if origin is not None:
+            a = torch.cat([a, torch.from_numpy(origin.A)]).to(compute)
+            b = torch.cat([b, -torch.from_numpy(origin.B)], 1).to(compute)
+        return LoraPair(
+            a.to(compute), b.to(compute), self.shapes[path].scale, len(trained.A), trained, grads, freezes_a
+        )
+
+    def views(self, flat: Tensor) -> dict[str, Numbers]:
+        """A flat vector of the adapter's size by layer."""
+        rests = [flat[span] for span in (self.spans.A, self.spans.B, self.spans.magnitude)]
+
+        def take(kind: int, shape: tuple[int, ...]) -> Tensor:
+            count = int(np.prod(shape))
+            part, rests[kind] = rests[kind][:count], rests[kind][count:]
+            return part.view(shape)
+
+        return {
+            path: Numbers(take(0, s.A), take(1, s.B), take(2, s.B[:1]) if s.has_magnitude else None)
+            for path, s in self.shapes.items()
+        }
 
     def clear_gradients(self) -> None:
         """Begin a new sum."""
@@ -76,14 +144,18 @@ class AdapterState:
         return self.grads[0]
 
     def refresh(self) -> None:
-        """Bring the compute-type copy up to date after the masters changed."""
-        if self.working is not self.master:
-            self.working.copy_(self.master)
+        """Bring the copies in the compute type up to date after the masters changed."""
+        for pair in self.pairs.values():
+            if pair.A.data_ptr() != pair.trained.A.data_ptr():
+                pair.A[: pair.rank].copy_(pair.trained.A)
+                pair.B[:, : pair.rank].copy_(pair.trained.B)
 
     def export(self, like: Adapter) -> Adapter:
         """The current numbers as an adapter, with the base and notes of `like`."""
-        views: Mapping[str, tuple[Tensor, Tensor]] = self._views(self.master)
-        layers = {
-            path: Factors(a.numpy().copy(), b.numpy().copy(), self.shapes[path][2]) for path, (a, b) in views.items()
-        }
-        return Adapter(layers, like.base, like.notes)
+        views: Mapping[str, Numbers] = self.views(self.master)
+        layers = {path: self._factors(numbers, self.shapes[path].scale) for path, numbers in views.items()}
+        return Adapter(layers, like.base, like.notes, self.origin)
+
+    def _factors(self, numbers: Numbers, scale: float) -> Factors:
+        magnitude = None if numbers.magnitude is None else numbers.magnitude.numpy().copy()
+        return Factors(numbers.A.numpy().copy(), numbers.B.numpy().copy(), scale, magnitude)

@@ -20,7 +20,7 @@ from thimble.torch_backend.elementwise import Gated, Prologue, RmsNorm
 from thimble.torch_backend.frozen import FrozenLinear, Matrix, Neighbours, load_matrix
 from thimble.torch_backend.int8 import Int8Linear, Watched
 from thimble.torch_backend.kv_cache import KvCache, Slots, attend_cached
-from thimble.torch_backend.lora import Projection, project
+from thimble.torch_backend.lora import Noise, Projection, project
 from thimble.torch_backend.memory import Memory
 
 
@@ -99,6 +99,8 @@ class Decoder:
         self.norm = self._norm(FINAL_NORM.removesuffix(".weight"))
         self.gate = Gated(base.spec.activation)
         self.blocks = [self._block(number) for number in range(base.spec.num_layers)]
+        for number, projection in enumerate(self.projections):
+            projection.number = number
         # So many, from the lowest, keep only their input in the forward pass and are run again in the backward pass.
         self.recomputed_blocks = 0
 
@@ -160,29 +162,42 @@ class Decoder:
         Args:
             sample: int32 (tokens,), text that shows which columns of the activations are large.
         """
-        projections = [projection for block in self.blocks for projection in block.projections]
-        watched = [Watched(projection.frozen) for projection in projections]
-        for projection, layer in zip(projections, watched, strict=True):
+        watched = [Watched(projection.frozen) for projection in self.projections]
+        for projection, layer in zip(self.projections, watched, strict=True):
             projection.frozen = layer
         with torch.no_grad():
             self.hidden(sample, self.pack(np.array([0, len(sample)])))
-        for projection, layer in zip(projections, watched, strict=True):
+        for projection, layer in zip(self.projections, watched, strict=True):
             projection.frozen = Int8Linear(layer)
         self.memory.release()
 
     def stream(self) -> None:
         """From now on, read weights ahead of every product and let go of them behind it."""
-        layers = [projection.frozen for block in self.blocks for projection in block.projections] + [self.head]
+        layers = [projection.frozen for projection in self.projections] + [self.head]
         for earlier, layer, later in zip([None, *layers], layers, [*layers[1:], None], strict=False):
             layer.neighbours = Neighbours(earlier, later)
 
     # ---- adapters -------------------------------------------------------------------------------------------------
 
-    def attach(self, pairs: dict[str, LoraPair]) -> None:
-        """Hang on an adapter by layer path; an empty dict takes all off and restores the base bit for bit."""
-        for block in self.blocks:
-            for projection in block.projections:
-                projection.attach(pairs)
+    @property
+    def projections(self) -> list[Projection]:
+        """Every group of linear layers, in the order they run."""
+        return [projection for block in self.blocks for projection in block.projections]
+
+    def attach(self, pairs: dict[str, LoraPair], noise: Noise | None = None) -> None:
+        """Hang on an adapter by layer path; an empty dict takes all off and restores the base bit for bit.
+
+        Args:
+            pairs: A and B by layer path.
+            noise: Dropout in training.
+        """
+        for projection in self.projections:
+            projection.attach(pairs, noise)
+
+    def measure(self) -> None:
+        """Hear that the numbers of the adapter changed."""
+        for projection in self.projections:
+            projection.measure()
 
     # ---- running --------------------------------------------------------------------------------------------------
 
@@ -266,7 +281,7 @@ class Decoder:
     def resident_bytes(self) -> int:
         """Bytes of frozen weights held in memory of our own; the memory-mapped file does not count."""
         linears = [self.embedding] + ([] if self.head is self.embedding else [self.head])
-        linears += [projection.frozen for block in self.blocks for projection in block.projections]
+        linears += [projection.frozen for projection in self.projections]
         return sum(linear.resident_bytes for linear in linears)
 
 
@@ -305,8 +320,8 @@ class _Recompute(torch.autograd.Function):
 
 
 def _recomputed(decoder: Decoder, block: Block, x: Tensor, packed: Packed) -> Tensor:
-    is_adapted = x.requires_grad or any(projection.pairs for projection in block.projections)
-    if not (torch.is_grad_enabled() and is_adapted):
+    needs_gradient = x.requires_grad or any(projection.needs_gradient for projection in block.projections)
+    if not (torch.is_grad_enabled() and needs_gradient):
         return decoder.block(block, x, packed)
     return _Recompute.apply(x, torch.empty(0, requires_grad=True), decoder, block, packed)
 

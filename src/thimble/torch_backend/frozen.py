@@ -213,6 +213,7 @@ class FrozenLinear:
         self.bias = bias
         self.memory = memory
         self.neighbours: Neighbours | None = None
+        self._row_squares: Tensor | None = None
         if len(matrices) > 1 and all(isinstance(matrix, DenseMatrix) for matrix in matrices):
             matrices = [DenseMatrix(torch.cat([matrix.dense for matrix in matrices]))]  # type: ignore[misc]
         self.matrices = list(matrices)
@@ -220,10 +221,22 @@ class FrozenLinear:
 
     def product(self, x: Tensor, out: Tensor) -> Tensor:
         """Write x Wᵀ + bias to `out`: (tokens, in) to (tokens, out)."""
+        self.times(x, out)
+        return out if self.bias is None else out.add_(self.bias)
+
+    def times(self, x: Tensor, out: Tensor) -> Tensor:
+        """Write x Wᵀ to `out`: (tokens, in) to (tokens, out)."""
         is_whole = self.dense is not None and not self.neighbours
         for rows in [slice(0, self.rows)] if is_whole else self._windows(self.neighbours and self.neighbours.later):
             torch.mm(x, self.decoded(rows).t(), out=out[:, rows])
-        return out if self.bias is None else out.add_(self.bias)
+        return out
+
+    def row_squares(self) -> Tensor:
+        """Squared lengths of the rows of W, float32 (out,); measured once."""
+        if self._row_squares is None:
+            parts = [self.decoded(rows).float().square().sum(1) for rows in self._windows(None)]
+            self._row_squares = torch.cat(parts)
+        return self._row_squares
 
     def back(self, grad: Tensor, out: Tensor) -> Tensor:
         """Write grad W to `out`: (tokens, out) to (tokens, in)."""

@@ -118,6 +118,29 @@ def _make_gate(activate):
 GATES = {"silu": _make_gate(_silu), "gelu_tanh": _make_gate(_gelu)}
 
 
+# ---- dropout --------------------------------------------------------------------------------------------------------
+
+
+@register_jitable
+def _mixed(bits):
+    """A uint32 scattered over all of them (the finaliser of MurmurHash3)."""
+    bits = np.uint32((bits ^ (bits >> np.uint32(16))) * np.uint32(0x85EBCA6B))  # numba would widen it
+    bits = np.uint32((bits ^ (bits >> np.uint32(13))) * np.uint32(0xC2B2AE35))
+    return np.uint32(bits ^ (bits >> np.uint32(16)))
+
+
+@njit(**LOOP)
+def drop(begin, end, x, key, threshold, factor, out, is_added):
+    """x · factor, or 0 at threshold / 2³² of all places, which the key decides; written to out, or added to it."""
+    for i in range(begin, end):
+        row_key = _mixed(np.uint32(key + np.uint32(i)))
+        source, to = x[i], out[i]
+        for j in range(x.shape[1]):
+            is_kept = _mixed(np.uint32(row_key ^ np.uint32(j))) >= threshold
+            value = loaded(source[j]) * factor if is_kept else np.float32(0)
+            to[j] = stored(loaded(to[j]) + value if is_added else value, out)
+
+
 # ---- heads ---------------------------------------------------------------------------------------------------------
 
 

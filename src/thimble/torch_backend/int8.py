@@ -31,10 +31,10 @@ class Watched(FrozenLinear):
         super().__init__(source.matrices, source.bias, source.memory)
         self.largest = np.zeros(self.cols, np.float32)
 
-    def product(self, x: Tensor, out: Tensor) -> Tensor:
+    def times(self, x: Tensor, out: Tensor) -> Tensor:
         """See FrozenLinear."""
         np.maximum(self.largest, x.abs().amax(0).float().numpy(), out=self.largest)
-        return super().product(x, out)
+        return super().times(x, out)
 
 
 class Int8Linear(FrozenLinear):
@@ -57,14 +57,22 @@ class Int8Linear(FrozenLinear):
         self.release(slice(0, self.rows))
         self.matrices = []
 
-    def product(self, x: Tensor, out: Tensor) -> Tensor:
+    def times(self, x: Tensor, out: Tensor) -> Tensor:
         """See FrozenLinear."""
         q, scale = self._quantized(x, self.divisor)
         for rows in windows(self.rows, len(x)):  # so that the sums are scaled while they are in the cache
             sums = self.memory.scratch("sums", len(x), rows.stop - rows.start, torch.int32)
             torch._int_mm(q, self.q[rows].t(), out=sums)
             kernels.rescale_into(sums.numpy(), scale, self.scale[rows], as_numpy(out), rows.start)
-        return out if self.bias is None else out.add_(self.bias)
+        return out
+
+    def row_squares(self) -> Tensor:
+        """See FrozenLinear."""
+        if self._row_squares is None:
+            rows = (self.q[part].float() / torch.from_numpy(self.divisor) for part in windows(self.rows, self.cols))
+            squares = torch.cat([part.square().sum(1) for part in rows])
+            self._row_squares = squares * torch.from_numpy(self.scale) ** 2
+        return self._row_squares
 
     def back(self, grad: Tensor, out: Tensor) -> Tensor:
         """See FrozenLinear."""

@@ -3,6 +3,7 @@
 The only object a training loop needs; hides that this backend changes tensors in place.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,14 +16,18 @@ from numpy.typing import NDArray
 from thimble.core.adapter import Adapter
 from thimble.core.base import Base
 from thimble.core.estimate import Way
+from thimble.core.method import Method
 from thimble.core.metrics import LossSum
 from thimble.torch_backend.adamw import AdamW, norm
 from thimble.torch_backend.adapter_state import AdapterState
 from thimble.torch_backend.compute import DTYPES
 from thimble.torch_backend.decoder import Decoder
 from thimble.torch_backend.generate import Sampler, read, write
+from thimble.torch_backend.lora import Noise
 from thimble.torch_backend.loss import label_loss
-from thimble.torch_backend.threads import side_by_side
+from thimble.torch_backend.threads import place, side_by_side
+
+PLAIN = Method()
 
 
 class LabelledRow(Protocol):
@@ -75,6 +80,8 @@ class TorchSession:
         self.release()
         self._like: Adapter | None = None  # base and notes of the adapter that hangs on
         self._state: AdapterState | None = None
+        self._noise: Noise | None = None
+        self._seed = 0
         self._optimiser: AdamW | None = None
 
     # ---- adapters -------------------------------------------------------------------------------------------------
@@ -82,24 +89,28 @@ class TorchSession:
     def attach(self, adapter: Adapter | None) -> None:
         """Use an adapter, or none: then every result is the bare base's, bit for bit."""
         self._like, self._optimiser = _without_numbers(adapter) if adapter else None, None
-        self._state = AdapterState(adapter, self.decoder.compute) if adapter else None
+        self._state, self._noise = AdapterState(adapter, self.decoder.compute) if adapter else None, None
         self.decoder.attach(self._state.pairs if self._state else {})
 
-    def train(self, adapter: Adapter, weight_decay: float = 0.0) -> None:
+    def train(self, adapter: Adapter, method: Method = PLAIN) -> None:
         """Start to train an adapter, from the values it has.
 
         Args:
             adapter: The start.
-            weight_decay: Of AdamW.
+            method: How its numbers are trained.
         """
         self._like = _without_numbers(adapter)
-        self._state = AdapterState(adapter, self.decoder.compute, self._way.num_shares)
-        self._optimiser = AdamW(self._state.master, weight_decay)
-        self.decoder.attach(self._state.pairs)
+        self._state = AdapterState(adapter, self.decoder.compute, self._way.num_shares, method.freezes_a)
+        spans, master = self._state.spans, self._state.master
+        rates = [(spans.A, 0.0 if method.freezes_a else 1.0), (spans.B, method.lora_plus), (spans.magnitude, 1.0)]
+        self._optimiser = AdamW(master, method.weight_decay, master.clone() if method.weight_decay else None, rates)
+        self._noise = Noise(method.dropout, [None] * self._way.num_shares) if method.dropout else None
+        self._seed = method.seed
+        self.decoder.attach(self._state.pairs, self._noise)
 
     def switch(self, is_on: bool) -> None:
         """Take the adapter off, which gives the bare base bit for bit, or put it back on."""
-        self.decoder.attach(self._state.pairs if self._state and is_on else {})
+        self.decoder.attach(self._state.pairs if self._state and is_on else {}, self._noise)
 
     def adapter(self) -> Adapter:
         """The adapter as it is now, float32."""
@@ -131,11 +142,23 @@ class TorchSession:
     def _add_gradients(self, share: Sequence[PackedRows]) -> LossSum:
         """Add the gradients of some micro-batches to the sum of this share."""
         total = LossSum()
-        for batch in share:
-            loss = self._label_loss(batch)
-            loss.backward()
+        for number, batch in enumerate(share):
+            with self._dropping(number):
+                loss = self._label_loss(batch)
+                loss.backward()
             total += LossSum(float(loss.detach()), _count(batch.labels))
         return total
+
+    @contextlib.contextmanager
+    def _dropping(self, number: int) -> Iterator[None]:
+        """Within, dropout leaves out what it does in this micro-batch of this step and share."""
+        if not self._noise:
+            yield
+            return
+        assert self._optimiser is not None, "nothing is being trained"
+        self._noise.keys[place()] = hash((self._seed, self._optimiser.steps, place(), number))
+        yield
+        self._noise.keys[place()] = None
 
     def apply(self, gradients: Gradients, learning_rate: float, max_norm: float) -> None:
         """Take one AdamW step on the adapter.
@@ -151,7 +174,13 @@ class TorchSession:
         if gradients.norm > max_norm:
             grad.mul_(max_norm / gradients.norm)
         self._optimiser.step(grad, learning_rate)
+        self._refresh()
+
+    def _refresh(self) -> None:
+        """Have the numbers of the adapter reach the layers."""
+        assert self._state is not None, "nothing is being trained"
         self._state.refresh()
+        self.decoder.measure()
 
     def _label_loss(self, batch: PackedRows) -> torch.Tensor:
         hidden = self.decoder.hidden(batch.ids, self.decoder.pack(batch.starts))
@@ -252,12 +281,12 @@ class TorchSession:
         assert self._state is not None, "nothing is being trained"
         assert self._optimiser is not None, "nothing is being trained"
         self._state.master.copy_(torch.from_numpy(state["adapter"]))
-        self._state.refresh()
+        self._refresh()
         self._optimiser.restore(state)
 
 
 def _without_numbers(adapter: Adapter) -> Adapter:
-    return replace(adapter, layers={})
+    return replace(adapter, layers={}, origin={})
 
 
 def _count(labels: NDArray[np.int32]) -> int:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from thimble import __version__
 from thimble.core.adapter import fresh_adapter
 from thimble.core.config import TrainConfig
+from thimble.core.method import Method
 from thimble.core.targets import size_layers
 from thimble.data.batches import micro_batches, shares
 from thimble.data.encode import Row
@@ -158,7 +159,7 @@ class _Run:
         )
         adapter = replace(fresh, base=self.job.model.base.name, notes={"thimble_version": __version__})
         self.report.adapter_parameters = adapter.num_parameters
-        self.session.train(adapter, config.weight_decay)
+        self.session.train(adapter, Method(weight_decay=config.weight_decay))
         checkpoint = run_folder.latest_checkpoint(folder) if config.resume else None
         if checkpoint:
             self.report.steps, state, progress = checkpoint

@@ -1,0 +1,42 @@
+"""A batch, an adapter of any base, and PEFT's loss, for the tests of training."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+from thimble.core.adapter import Adapter
+from thimble.core.lowrank import Factors
+from thimble.core.starts import draw
+
+RANDOM = np.random.default_rng(3)
+IDS = RANDOM.integers(3, 290, 48).astype(np.int32)
+
+
+def make_batch(starts=(0, 20, 48), label_share=0.6):
+    labels = np.roll(IDS, -1)
+    labels[RANDOM.random(len(IDS)) > label_share] = -100
+    labels[np.array(starts[1:]) - 1] = -100
+    return SimpleNamespace(ids=IDS, labels=labels, starts=np.array(starts))
+
+
+def make_adapter(base, rank=4, b_size=0.05, only=None):
+    layers = {
+        path: Factors(
+            draw("kaiming", (fan_out, fan_in), rank, 2.0, 0, path).A,
+            (RANDOM.standard_normal((fan_out, rank)) * b_size).astype(np.float32),
+            2.0,
+        )
+        for path, (fan_out, fan_in) in base.spec.linear_shapes().items()
+        if only is None or only in path
+    }
+    return Adapter(layers)
+
+
+def peft_loss(model, batch):
+    total = 0.0
+    for start, end in zip(batch.starts, batch.starts[1:], strict=False):
+        logits = model(torch.from_numpy(batch.ids[start:end].astype(np.int64))[None]).logits[0]
+        targets = torch.from_numpy(batch.labels[start:end].astype(np.int64))
+        total = total + torch.nn.functional.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
+    return total / (batch.labels >= 0).sum()
