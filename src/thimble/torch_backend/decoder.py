@@ -221,6 +221,13 @@ class Decoder:
         angles = {number: _angles(rope, positions, ends) for number, rope in enumerate(self.ropes)}
         return Packed(starts.tolist(), size, angles, cache, slots)
 
+    def embed(self, ids: NDArray[np.int32], packed: Packed) -> Tensor:
+        """Look up tokens: int32 (tokens,) to (tokens with padding, hidden), compute type."""
+        x = self.embedding.gather(np.pad(ids.astype(np.int64), (0, packed.size - len(ids))))
+        if self.spec.embedding_scale != 1.0:
+            x = x * torch.tensor(self.spec.embedding_scale, dtype=self.compute)
+        return x
+
     def hidden(self, ids: NDArray[np.int32], packed: Packed) -> Tensor:
         """Run all blocks.
 
@@ -231,9 +238,7 @@ class Decoder:
         Returns:
             (tokens with padding, hidden), compute type, before the final norm.
         """
-        x = self.embedding.gather(np.pad(ids.astype(np.int64), (0, packed.size - len(ids))))
-        if self.spec.embedding_scale != 1.0:
-            x = x * torch.tensor(self.spec.embedding_scale, dtype=self.compute)
+        x = self.embed(ids, packed)
         self.memory.begin()
         for block in self.blocks:
             is_recomputed = block.number < self.recomputed_blocks

@@ -54,6 +54,7 @@ class Projection:
         number: Its place among all groups of the decoder.
         pairs: Adapted layers: their columns and their A and B.
         noise: Dropout of what A reads in training, or None.
+        on_input: Called, where no gradient is wanted, with what the weights are multiplied with, (tokens, in).
         on_gradient: Called in the backward pass with what the weights were multiplied with, (tokens, in), and the
             gradient of the result, (tokens, sum of outs); None if nobody looks.
     """
@@ -63,6 +64,7 @@ class Projection:
     number: int = 0
     pairs: list[tuple[slice, LoraPair]] = field(default_factory=list)
     noise: Noise | None = None
+    on_input: Callable[[Tensor], None] | None = None
     on_gradient: Callable[[Tensor, Tensor], None] | None = None
 
     def attach(self, pairs: dict[str, LoraPair], noise: Noise | None = None) -> None:
@@ -137,6 +139,8 @@ def project(
     else:
         y = torch.empty(size, dtype=x.dtype)
     h = _input(x, projection, prologue)
+    if projection.on_input:
+        projection.on_input(h)
     _update(h, projection, y, projection.dropout_key())
     return y if residual is None else y.add_(residual)
 

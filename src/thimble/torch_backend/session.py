@@ -176,6 +176,10 @@ class TorchSession:
         self._optimiser.step(grad, learning_rate)
         self._refresh()
 
+    def backward(self, batch: PackedRows) -> None:
+        """Run one batch forward and back, for those who watch the gradients; see thimble.torch_backend.calibrate."""
+        self._label_loss(batch).backward()
+
     def _refresh(self) -> None:
         """Have the numbers of the adapter reach the layers."""
         assert self._state is not None, "nothing is being trained"
