@@ -15,6 +15,8 @@ TORCH_FROM = $(TORCH) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 # What a newcomer needs, and what a contributor needs: the stamps say when each was last installed.
 BASE := .venv/installed-base
 DEV := .venv/installed-dev
+# Peers of the benchmarks that Thimble's own environment does not need.
+PEERS := benchmarks/peers-env
 
 .PHONY: help setup demo test check test-all docs bench
 
@@ -44,7 +46,7 @@ test-all: $(DEV)  ## run every test
 docs: $(DEV)  ## write docs/verbs.md again
 	$(BIN)/python docs/make_verbs.py
 
-bench: $(DEV)  ## measure speed and memory against PEFT; takes over an hour and 12 GB of disk, and wants the machine alone
+bench: $(DEV) $(PEERS)/installed  ## measure speed and memory against PEFT; takes over an hour and 12 GB of disk, and wants the machine alone
 	test -d demo/data || $(BIN)/python examples/01_tool_calling.py demo/data
 	$(BIN)/python benchmarks/run.py
 
@@ -64,4 +66,11 @@ $(BASE): pyproject.toml constraints.txt
 
 $(DEV): $(BASE)
 	$(PIP) -e .[dev]
+	touch $@
+
+# After BASE, which has made sure that this is a CPU build of PyTorch.
+$(PEERS)/installed: benchmarks/peers.txt constraints.txt | $(BASE)
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install -c constraints.txt $(TORCH_FROM)
+	$(PEERS)/bin/python -m pip install -r benchmarks/peers.txt
 	touch $@

@@ -13,8 +13,6 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from thimble.core.base import open_base
-
 # hidden, intermediate, layers, heads, key heads, vocabulary, whether the head is the embedding
 SHAPES = {
     "135m": (576, 1536, 30, 9, 3, 49152, True),
@@ -117,6 +115,8 @@ def write_model(shape: str, dtype: str, path: Path) -> Path:
 
 def metadata(shape: str) -> dict[str, Any]:
     """Key-value pairs: the shape's own sizes, and the tokenizer of the default base."""
+    from thimble.core.base import open_base  # here, because peers read SHAPES where Thimble is not installed
+
     hidden, inner, layers, heads, kv_heads, vocab, _ = SHAPES[shape]
     source = open_base(None).metadata
     assert source is not None

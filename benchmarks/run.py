@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 MODELS = Path(os.environ.get("THIMBLE_BENCH_MODELS", HERE / "models"))
 DEMO_DATA = HERE.parent / "demo" / "data"
+PEERS_PYTHON = HERE / "peers-env" / "bin" / "python"  # of the environment made from peers.txt
 ROUNDS = 3
 GROUP = Path("/sys/fs/cgroup/memory/thimble-bench")
 NO_MORE = "at most"
@@ -55,9 +56,9 @@ class Row:
 # ---- running contestants --------------------------------------------------------------------------------------------
 
 
-def run_contestant(program: str, *arguments: str, limit_bytes: int = 0) -> dict:
+def run_contestant(program: str, *arguments: str, python: str | Path = sys.executable, limit_bytes: int = 0) -> dict:
     """Run one program of this folder, in a memory control group if asked; its last line is a JSON object."""
-    command = [sys.executable, str(HERE / program), *arguments]
+    command = [str(python), str(HERE / program), *arguments]
     with _control_group(limit_bytes) as join:
         result = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=join)
     if result.returncode:
@@ -78,12 +79,15 @@ def _control_group(limit_bytes: int):  # noqa: ANN202
     GROUP.rmdir()
 
 
-def alternate(contestants: dict[str, tuple[str, ...]], rounds: int) -> dict[str, dict[str, float]]:
-    """Run contestants in turns; medians of their figures."""
+def alternate(
+    contestants: dict[str, tuple[str, ...]], rounds: int, peers: Collection[str] = ()
+) -> dict[str, dict[str, float]]:
+    """Run contestants in turns, those named as peers in the peers' environment; medians of their figures."""
     found: dict[str, list[dict]] = {name: [] for name in contestants}
     for _ in range(rounds):
         for name, arguments in contestants.items():
-            found[name].append(run_contestant(*arguments))
+            python = PEERS_PYTHON if name in peers else sys.executable
+            found[name].append(run_contestant(*arguments, python=python))
     return {name: {key: statistics.median(row[key] for row in rows) for key in rows[0]} for name, rows in found.items()}
 
 
@@ -95,19 +99,16 @@ def model(shape: str, dtype: str) -> str:
     return str(write_model(shape, dtype, MODELS / f"{shape}-{dtype}.gguf"))
 
 
-def compared(group: str, what: str, ours: dict, peer_name: str, peer: dict, goals: Sequence[float | None]) -> list[Row]:
+def compared(
+    group: str, what: str, ours: dict, peer_name: str, peer: dict, goals: tuple[float | None, float | None]
+) -> list[Row]:
     """Speed and memory of a contestant against a peer's."""
-    speed, memory = goals
-    rows = []
-    if speed is not None:
-        rate = ours["tokens_per_second"]
-        ratio = rate / peer["tokens_per_second"]
-        rows.append(Row(group, f"tokens/s, {what}", peer_name, ratio, NO_LESS, speed, f"{rate:.1f} tokens/s"))
-    if memory is not None:
-        size = ours["peak_bytes"]
-        ratio = size / peer["peak_bytes"]
-        rows.append(Row(group, f"peak memory, {what}", peer_name, ratio, NO_MORE, memory, f"{size / 1e9:.2f} GB"))
-    return rows
+    rate, size = ours["tokens_per_second"], ours["peak_bytes"]
+    speed, memory = rate / peer["tokens_per_second"], size / peer["peak_bytes"]
+    return [
+        Row(group, f"tokens/s, {what}", peer_name, speed, NO_LESS, goals[0], f"{rate:.1f} tokens/s"),
+        Row(group, f"peak memory, {what}", peer_name, memory, NO_MORE, goals[1], f"{size / 1e9:.2f} GB"),
+    ]
 
 
 # ---- rows -----------------------------------------------------------------------------------------------------------
@@ -168,6 +169,24 @@ def limit_seconds(shape: str, tokens: int) -> float:
     from thimble.torch_backend.compute import race
 
     return 4 * num_numbers(shape) * tokens / race()["bf16"]
+
+
+def nf4(group: str) -> list[Row]:
+    """A base in 4 bits on both sides: Q4_0 in a file against NF4 by bitsandbytes, in the environment of the peers."""
+    if not PEERS_PYTHON.exists():
+        print(f"  left out: there is no {PEERS_PYTHON}; `make bench` makes it")
+        return []
+    rows = []
+    for shape, count, steps in (("135m", "4", "3"), ("1b", "2", "2")):
+        size = ("--rows", count, "--steps", steps)
+        found = alternate({
+            "ours": ("train_thimble.py", "--base", model(shape, "Q4_0"), "--store", "file", *size),
+            "PEFT": ("train_peft.py", "--shape", shape, "--dtype", "nf4", *size),
+        }, ROUNDS, peers=("PEFT",))  # fmt: skip
+        note_plan(found)
+        what = f"{shape.upper()} shape, {count}x512 tokens, Q4_0 file"
+        rows += compared(group, what, found["ours"], "PEFT bf16, NF4 base", found["PEFT"], (None, None))
+    return rows
 
 
 def smallest(group: str) -> list[Row]:
@@ -332,6 +351,7 @@ GROUPS: dict[str, Callable[[str], list[Row]]] = {
     "135m": lambda group: step_135m(group, "1.0", {"bf16": 2.3, "int8": 2.8, "memory": 0.45}),
     "135m-40": lambda group: step_135m(group, "0.4", {"bf16": 2.6, "int8": 3.1, "memory": 0.45}),
     "1b": step_1b,
+    "nf4": nf4,
     "smallest": smallest,
     "8b": larger_than_memory,
     "chat": chat,

@@ -2,13 +2,14 @@
 
 import argparse
 import json
+import tempfile
 import time
 
 import torch
 from make_models import SHAPES
 from make_rows import ALPHA, RANK, RATE, make_tokens, peak_bytes
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 
 def make_model(shape: str, dtype: str) -> LlamaForCausalLM:
@@ -19,16 +20,30 @@ def make_model(shape: str, dtype: str) -> LlamaForCausalLM:
         num_key_value_heads=kv_heads, vocab_size=vocab, tie_word_embeddings=is_tied, max_position_embeddings=8192,
         attn_implementation="sdpa",
     )  # fmt: skip
-    torch.set_default_dtype({"bf16": torch.bfloat16, "fp32": torch.float32, "medium": torch.float32}[dtype])
+    torch.set_default_dtype(torch.bfloat16 if dtype in ("bf16", "nf4") else torch.float32)
     model = LlamaForCausalLM(config)
     torch.set_default_dtype(torch.float32)
-    return model
+    return as_nf4(model) if dtype == "nf4" else model
+
+
+def as_nf4(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    """The model in 4 bits, as bitsandbytes makes it when it loads a folder: all matrices but embedding and head."""
+    # Without prepare_model_for_kbit_training, which makes embedding, head and norms fp32: 5.5 GB become 6.3.
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return LlamaForCausalLM.from_pretrained(
+            folder, quantization_config=config, dtype=torch.bfloat16, device_map="cpu", attn_implementation="sdpa"
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--shape", default="135m")
-    parser.add_argument("--dtype", default="bf16")
+    parser.add_argument("--dtype", choices=("bf16", "fp32", "medium", "nf4"), default="bf16")
     parser.add_argument("--labels", type=float, default=1.0)
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--length", type=int, default=512)

@@ -184,6 +184,7 @@ def named_things() -> list[Path]:
     """Every Python file of the project and every folder that holds one."""
     folders = (SOURCE, ROOT / "tests", ROOT / "examples", ROOT / "benchmarks", ROOT / "docs")
     files = [path.relative_to(ROOT) for folder in folders for path in folder.rglob("*.py")]
+    files = [file for file in files if "site-packages" not in file.parts]  # the benchmarks' peers are not ours to name
     return sorted({*files, *(parent for file in files for parent in file.parents if parent.name not in ("", "src"))})
 
 
