@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from thimble.core.lowrank import Factors, delta
+from thimble.core.method import INITS
 from thimble.core.starts import (
-    INITS,
     Moments,
     Sketch,
     at_kaiming_length,

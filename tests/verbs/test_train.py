@@ -86,21 +86,46 @@ def test_a_run_that_diverges_keeps_the_last_good_adapter_and_says_so(train, tmp_
     assert (tmp_path / "run" / "report.html").exists()
 
 
-def test_nan_in_a_loss_changes_nothing_and_ends_the_run(train, tmp_path, monkeypatch):
+@pytest.fixture
+def poison(monkeypatch):
+    """Make the loss of some steps NaN."""
     from thimble.core.metrics import LossSum
     from thimble.torch_backend.session import Gradients, TorchSession
 
-    true = TorchSession.gradients
-    calls = iter(range(100))
+    def when(is_bad):
+        true, calls = TorchSession.gradients, iter(range(1, 1000))
 
-    def poisoned(self, *arguments):
-        found = true(self, *arguments)
-        return Gradients(LossSum(math.nan, 1), found.norm) if next(calls) == 3 else found
+        def poisoned(self, *arguments):
+            found = true(self, *arguments)
+            return Gradients(LossSum(math.nan, 1), found.norm) if is_bad(next(calls)) else found
 
-    monkeypatch.setattr(TorchSession, "gradients", poisoned)
-    with pytest.raises(RunError, match="diverged at step 4: the loss is nan"):
-        train("run")
+        monkeypatch.setattr(TorchSession, "gradients", poisoned)
+
+    return when
+
+
+def test_one_nan_is_left_out_and_the_run_goes_on(train, poison, tmp_path):
+    poison(lambda step: step == 4)
+    report = train("run")
+    assert (report.status, report.steps, report.returns) == ("done", 6, 0)
+    assert "step 4 was left out: the loss is nan" in report.told["warning"]
     assert load_adapter(tmp_path / "run").is_finite()
+
+
+def test_two_in_a_row_take_the_run_back_and_halve_its_rate(train, poison, tmp_path):
+    poison(lambda step: step in (4, 5))
+    report = train("run", schedule="constant", warmup_steps=0)
+    assert (report.status, report.returns) == ("done", 1)
+    assert "step 5: the loss is nan; back to the last good adapter, at 0.5 of the rate" in report.told["warning"]
+    assert [row["learning_rate"] for row in steps(tmp_path / "run")] == [0.01] * 5 + [0.005]
+
+
+def test_a_run_that_is_nan_for_good_ends_and_keeps_the_last_good_adapter(train, poison, tmp_path):
+    poison(lambda step: step > 3)
+    with pytest.raises(RunError, match="diverged at step 11: the loss is nan"):
+        train("run", max_steps=40)
+    assert load_adapter(tmp_path / "run").is_finite()
+    assert any(factors.B.any() for factors in load_adapter(tmp_path / "run").layers.values())
 
 
 def test_an_interrupted_run_keeps_what_was_learned(train, tmp_path):

@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+from thimble.core.method import ADAPTER, AUTO, INITS, init_name
+
 Check = Callable[[Any], str | None]
 
 # Names other tools use for the same knob. Accepted in config files, answered with ours.
@@ -25,7 +27,9 @@ SYNONYMS = {
     "cutoff_len": "seq_len", "sequence_len": "seq_len", "max_seq_len": "seq_len", "model": "base", "base_model": "base",
     "model_name_or_path": "base", "dataset": "data", "output_dir": "out", "val_set_size": "valid_split",
     "save_steps": "checkpoint_every_steps", "lr_scheduler_type": "schedule", "init_lora_weights": "init",
-    "gradient_clipping": "max_grad_norm", "resume_from_checkpoint": "resume",
+    "gradient_clipping": "max_grad_norm", "resume_from_checkpoint": "resume", "lora_dropout": "dropout",
+    "loraplus_lr_ratio": "lora_plus", "rslora": "use_rslora", "dora": "use_dora", "eval_steps": "eval_every_steps",
+    "early_stopping_patience": "patience",
 }  # fmt: skip
 
 # Knobs of other tools that have no single counterpart here, with what to use instead.
@@ -77,6 +81,11 @@ def at_least(low: float) -> Check:
     return lambda value: None if value >= low else f"expected at least {low:g}"
 
 
+def between(low: float, high: float) -> Check:
+    """Make a check for numbers above `low` and at most `high`."""
+    return lambda value: None if low < value <= high else f"expected a number above {low:g} and at most {high:g}"
+
+
 def above(low: float) -> Check:
     """Make a check for finite numbers greater than `low`."""
     return lambda value: None if math.isfinite(value) and value > low else f"expected a finite number above {low:g}"
@@ -85,6 +94,34 @@ def above(low: float) -> Check:
 def fraction(value: float) -> str | None:
     """Check a share of a whole that must leave something of it."""
     return None if 0 <= value < 1 else "expected a fraction from 0 up to, but not including, 1"
+
+
+def an_init(value: str) -> str | None:
+    """Check the name of a start."""
+    if value == AUTO or init_name(value) in INITS and value != ADAPTER:
+        return None
+    names = [AUTO, *(name for name in INITS if name != ADAPTER), f"{ADAPTER}:PATH"]
+    near = difflib.get_close_matches(value, names, n=1)
+    return f"expected one of {', '.join(names)}" + (f"; did you mean {near[0]}?" if near else "")
+
+
+def a_pattern(value: tuple[str, ...]) -> str | None:
+    """Check pairs of a target and a number."""
+    for pair in value:
+        target, _, number = pair.rpartition("=")
+        if not target or not re.fullmatch(r"\d+(\.\d+)?", number) or float(number) <= 0:
+            return "expected pairs such as q_proj=8,down_proj=32, with numbers above 0"
+    return None
+
+
+def read_pattern(pairs: tuple[str, ...]) -> dict[str, float]:
+    """The pairs of a pattern: target to number, in the order given.
+
+    Example:
+        >>> read_pattern(("q_proj=8", "mlp=32"))
+        {'q_proj': 8.0, 'mlp': 32.0}
+    """
+    return {target: float(number) for target, _, number in (pair.rpartition("=") for pair in pairs)}
 
 
 @dataclass(frozen=True)
@@ -164,7 +201,7 @@ def convert(spec: dataclasses.Field[Any], value: Any) -> Any:
         ValueError: With what was expected.
     """
     kind, optional = knob_type(spec)
-    if value is None or (optional and value == "none"):
+    if value is None or (optional and value in ("none", AUTO)):
         if optional:
             return None
         raise ValueError("expected a value")
@@ -185,6 +222,8 @@ def _to_type(kind: Any, value: Any, is_size: bool) -> Any:
     if kind is bool:
         return _to_bool(value)
     if typing.get_origin(kind) is tuple:
+        if isinstance(value, dict):  # a pattern in a YAML file
+            value = [f"{name}={number}" for name, number in value.items()]
         parts = value if isinstance(value, list | tuple) else str(value).split(",")
         return tuple(str(part).strip() for part in parts if str(part).strip())
     if kind in (int, float):
@@ -320,15 +359,52 @@ class TrainConfig(MeasureKnobs):
     """The knobs of `thimble train` and `thimble plan`."""
 
     out: str | None = knob(None, "Run folder to make; default: runs/<data name>-<number>.", metavar="DIR")
-    rank: int = knob(16, "Rank r of the update: A is (r, in), B is (out, r).", check=at_least(1))
+    rank: int | None = knob(
+        16,
+        "Rank r of the update: A is (r, in), B is (out, r). auto gives each layer a rank of its own, by what its "
+        "gradient needs.",
+        check=at_least(1),
+    )
+    rank_budget: int | None = knob(
+        None, "Most numbers in the adapter, for rank auto; default: as many as rank 16 has.", check=at_least(1)
+    )
+    energy: float | None = knob(
+        None,
+        "For rank auto: give each layer the rank that holds this share of the energy, instead of sharing out a budget.",
+        check=between(0, 1),
+    )  # fmt: skip
+    energy_of: str = knob(
+        "gradients",
+        "Whose energy that is: gradients, activations (a layer's inputs) or weights (which says nothing about the rank "
+        "an adapter needs).",
+        choices=("gradients", "activations", "weights"),
+    )
+    rank_pattern: tuple[str, ...] = knob(
+        (), "Ranks of some layers, such as q_proj=8,down_proj=32.", check=a_pattern, metavar="NAME=N"
+    )
     alpha: float = knob(32.0, "Scale numerator: the update is alpha/rank * B A.", check=above(0))
+    alpha_pattern: tuple[str, ...] = knob((), "Alphas of some layers.", check=a_pattern, metavar="NAME=X")
+    use_rslora: bool = knob(False, "Scale by alpha/sqrt(rank) instead of alpha/rank (rsLoRA).")
+    use_dora: bool = knob(False, "Learn the length of each row of the weight apart from its direction (DoRA).")
     targets: tuple[str, ...] = knob(
         ("all-linear",),
         "Layers to adapt: all-linear, attention, mlp, last-8 (all of the last 8 blocks), or names and patterns such as "
         "q_proj,v_proj.",
         metavar="NAMES",
     )  # fmt: skip
-    init: str = knob("kaiming", "Start of A (B starts at zero).", choices=("kaiming", "gaussian"))
+    init: str = knob(
+        "kaiming",
+        "Where A and B begin: kaiming, gaussian, orthogonal (random); olora, pissa, milora (pieces of the weight); "
+        "eva, corda (from a layer's inputs); gradient, weighted-pca (from its gradient); loftq (from what an int8 "
+        "store loses); adapter:PATH (go on with an adapter); or auto. Variants: pissa:exact, eva:centred, "
+        "corda:knowledge, gradient:lora-ga, gradient:lora-one.",
+        check=an_init,
+        metavar="NAME",
+    )
+    calibration_steps: int = knob(
+        4, "Steps' worth of training rows that starts made from data look at before training.", check=at_least(1)
+    )
+    explain: bool = knob(False, "Print every number behind the choice of init, ranks and learning rate.")
     learning_rate: float | None = knob(
         None, "Peak learning rate; default: derived from the width of the base and the batch.", check=above(0)
     )
@@ -343,10 +419,26 @@ class TrainConfig(MeasureKnobs):
     )
     max_steps: int | None = knob(None, "Stop after this many optimiser steps.", check=at_least(1))
     max_minutes: float | None = knob(None, "Stop training after this many minutes.", check=above(0))
-    weight_decay: float = knob(0.0, "AdamW weight decay of the adapter.", check=at_least(0))
+    weight_decay: float = knob(
+        0.0, "AdamW weight decay of the adapter; it pulls towards the start, not towards zero.", check=at_least(0)
+    )
+    lora_plus: float = knob(1.0, "Learning rate of B over that of A (LoRA+; 16 in its paper).", check=above(0))
+    dropout: float = knob(0.0, "Share of the inputs of A left out at each step.", check=fraction)
+    freeze_a: bool = knob(False, "Train B alone.")
     max_grad_norm: float = knob(1.0, "Gradients are scaled down to this global norm.", check=above(0))
     memory_budget: int | None = knob(
         None, "Peak memory allowed, such as 4GB; default: what this machine has free.", is_size=True, metavar="SIZE"
+    )
+    keep_general: float = knob(
+        0.0,
+        "Weight, from 0 up to 1, of answering general text as the base does (KL divergence) against learning the task.",
+        check=fraction,
+    )  # fmt: skip
+    eval_every_steps: int | None = knob(
+        None, "Measure held-out rows every N steps of training; default: ten times a run; 0: never.", check=at_least(0)
+    )
+    patience: int = knob(
+        3, "Stop when so many measurements in a row bring no lower held-out loss; 0: never.", check=at_least(0)
     )
     valid_split: float = knob(0.1, "Share of rows held out when the data has no valid file.", check=fraction)
     checkpoint_every_steps: int | None = knob(None, "Save a checkpoint every N steps.", check=at_least(1))
@@ -356,6 +448,15 @@ class TrainConfig(MeasureKnobs):
     def _conflicts(cls, given: Mapping[str, Any]) -> list[str]:
         lengths = [name for name in ("epochs", "max_steps", "max_minutes") if given.get(name) is not None]
         problems = super()._conflicts(given)
+        if given.get("rank", 16) is not None:
+            problems += [
+                f"{name} is set but rank is {given.get('rank', 16)}: it is for rank auto"
+                for name in ("rank_budget", "energy") if given.get(name) is not None
+            ]  # fmt: skip
+        elif given.get("rank_budget") and given.get("energy"):
+            problems.append("rank_budget and energy are given together: choose one")
+        if any(number % 1 for number in read_pattern(given.get("rank_pattern", ())).values()):
+            problems.append(f"rank_pattern is {','.join(given['rank_pattern'])}: expected whole ranks")
         if len(lengths) > 1:
             problems.append(f"{' and '.join(lengths)} are given together: choose one of epochs, max_steps, max_minutes")
         if given.get("resume") and not given.get("out"):

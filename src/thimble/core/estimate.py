@@ -1,6 +1,6 @@
 """How much memory and time a run will need, part by part, before anything is loaded."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 
 from thimble.core.base import EMBEDDING, HEAD, Base
@@ -16,7 +16,7 @@ from thimble.core.sizes import (
     logit_chunk,
     windows,
 )
-from thimble.core.targets import block_of
+from thimble.core.targets import Size, block_of
 
 COMPUTE_BYTES = {"fp32": 4, "bf16": 2, "int8": 2}  # of an activation
 PROCESS_BYTES = 330_000_000  # Python, torch, numba and their libraries, before any weight
@@ -32,6 +32,7 @@ OVERHEAD_SECONDS = 1e-3  # of a block's pass
 DECODED = 2.5e9  # numbers per second and core
 ONE_SHARE = 1.1  # a step that is not cut into a share a core
 ADAPTER_NUMBER_BYTES = 3 * 4  # master and two moments, float32
+SKETCH_NUMBERS = 4  # of a gradient's sketch, for each number of the adapter that is made from it
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class MemoryPlan:
     Attributes:
         process: The interpreter, its libraries, and the products they keep compiled.
         weights: Frozen weights in memory, or the pages of the memory-mapped file.
-        adapter: Adapter, gradients and optimiser.
+        adapter: Adapter, gradients and optimiser, and what a start in delta form takes off.
         activations: What the forward pass keeps for the backward pass.
         scratch: Decoded weights, logits and the temporaries of one block, on each core.
     """
@@ -94,10 +95,29 @@ class MemoryPlan:
         return {field.name: getattr(self, field.name) for field in fields(self)} | {"total": self.total}
 
 
-def adapter_parameters(spec: DecoderSpec, layers: list[str], rank: int) -> int:
-    """Numbers in an adapter of one rank on some layers."""
+def adapter_parameters(spec: DecoderSpec, sizes: Mapping[str, Size], use_dora: bool = False) -> int:
+    """Numbers in an adapter with given sizes of its layers."""
     shapes = spec.linear_shapes()
-    return sum(rank * sum(shapes[layer]) for layer in layers)
+    return sum(size.rank * sum(shapes[path]) + use_dora * shapes[path][0] for path, size in sizes.items())
+
+
+def start_bytes(spec: DecoderSpec, needs: str, trained: int) -> int:
+    """What making a start takes at its peak, beside weights and activations.
+
+    Args:
+        spec: Of the base.
+        needs: What it is made of; see `thimble.core.method.Init`.
+        trained: Numbers in the adapter.
+
+    Returns:
+        Bytes.
+    """
+    widths = (spec.hidden_size, spec.q_size, spec.hidden_size, spec.intermediate_size)  # inputs of a block's layers
+    if needs == "inputs":  # second moments of one block, and the decomposition of the largest
+        return 4 * sum(n * n for n in widths) + 3 * 4 * max(widths) ** 2
+    if needs in ("weights", "quantised"):
+        return 4 * 8 * max(rows * cols for rows, cols in spec.linear_shapes().values())
+    return SKETCH_NUMBERS * 4 * trained if needs == "gradients" else 0
 
 
 def lowest_block(layers: Iterable[str]) -> int:
@@ -110,7 +130,16 @@ def cache_token_bytes(spec: DecoderSpec, compute: str) -> int:
     return 2 * spec.num_layers * spec.kv_size * COMPUTE_BYTES[compute]
 
 
-def estimate_memory(base: Base, compute: str, trained: int, longest: int, way: Way, lowest: int = 0) -> MemoryPlan:
+def estimate_memory(
+    base: Base,
+    compute: str,
+    trained: int,
+    longest: int,
+    way: Way,
+    lowest: int = 0,
+    needs: str = "nothing",
+    is_delta: bool = False,
+) -> MemoryPlan:
     """Expected peak memory of training.
 
     Args:
@@ -120,17 +149,21 @@ def estimate_memory(base: Base, compute: str, trained: int, longest: int, way: W
         longest: Tokens of the longest row.
         way: How a step is run.
         lowest: Number of the lowest adapted block; those below keep nothing.
+        needs: What the start is made of, before there are activations to keep.
+        is_delta: Whether what it starts from is kept and taken off.
 
     Returns:
         The parts.
     """
     width = COMPUTE_BYTES[compute]
-    working = 0 if compute == "fp32" else width
+    working = 4 + 2 * width if is_delta else 0 if compute == "fp32" else width
+    adapter = trained * (ADAPTER_NUMBER_BYTES + 4 * way.num_shares + working)
+    activations = _activation_bytes(base.spec, width, way, lowest)
     return MemoryPlan(
         process=PROCESS_BYTES + base.spec.vocab_size * TOKEN_BYTES + _product_bytes(way),
         weights=_weight_bytes(base, compute, way),
-        adapter=trained * (ADAPTER_NUMBER_BYTES + 4 * way.num_shares + working),
-        activations=_activation_bytes(base.spec, width, way, lowest),
+        adapter=max(adapter, start_bytes(base.spec, needs, trained) - (needs != "gradients") * activations),
+        activations=activations,
         scratch=way.num_shares * _scratch_bytes(base, compute, longest, way),
     )
 

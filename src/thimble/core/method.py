@@ -1,6 +1,66 @@
-"""How the numbers of an adapter are trained, whatever they begin as."""
+"""How an adapter begins and how its numbers are trained: the names, and what each needs. The maths is in `starts`."""
 
 from dataclasses import dataclass
+
+AUTO, ADAPTER = "auto", "adapter"
+DORA_RATE = 0.55  # what the default learning rate is multiplied by, from the sweeps of arXiv:2602.04998
+LORA_PLUS_RATE = 0.5  # the same where B learns faster than A (Hayou et al., arXiv:2402.12354, section 5)
+
+
+@dataclass(frozen=True)
+class Init:
+    """What a start needs and how it is trained.
+
+    Attributes:
+        needs: `nothing`, `weights`, `inputs` or `gradients` of some training rows, `quantised` weights beside those of
+            the file, or an `adapter`.
+        is_delta: Whether it is trained as B A − B₀ A₀.
+        rate: What the default learning rate is multiplied by. Fitted to published sweeps (arXiv:2602.04998); those of
+            1 keep the length of A x at Kaiming's, which makes the rate transfer.
+        changes_base: Whether the model differs from the base before the first step.
+    """
+
+    needs: str = "nothing"
+    is_delta: bool = False
+    rate: float = 1.0
+    changes_base: bool = False
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether training rows have to be run through the base first."""
+        return self.needs in ("inputs", "gradients")
+
+
+INITS = {
+    "kaiming": Init(),
+    "gaussian": Init(),
+    "orthogonal": Init(),
+    "olora": Init("weights", is_delta=True, rate=0.055),
+    "pissa": Init("weights", is_delta=True, rate=0.2),
+    "pissa:exact": Init("weights", is_delta=True, rate=0.2),
+    "milora": Init("weights", is_delta=True, rate=0.3),
+    "eva": Init("inputs"),
+    "eva:centred": Init("inputs", rate=0.14),
+    "corda": Init("inputs", is_delta=True, rate=0.2),
+    "corda:knowledge": Init("inputs", is_delta=True, rate=0.3),
+    "weighted-pca": Init("gradients"),
+    "gradient": Init("gradients"),
+    "gradient:lora-ga": Init("gradients", is_delta=True, rate=0.055),
+    "gradient:lora-one": Init("gradients", rate=0.055, changes_base=True),
+    "loftq": Init("quantised", changes_base=True),
+    ADAPTER: Init("adapter", changes_base=True),
+}
+
+
+def method_rate(init: str, use_dora: bool, lora_plus: float) -> float:
+    """What the default learning rate is multiplied by for a start and a method."""
+    rate = 1.0 if init == AUTO else INITS[init_name(init)].rate
+    return rate * (DORA_RATE if use_dora else 1.0) * (LORA_PLUS_RATE if lora_plus > 1 else 1.0)
+
+
+def init_name(init: str) -> str:
+    """The entry of `INITS` for a value of the knob: `adapter:PATH` is `adapter`."""
+    return ADAPTER if init.startswith(ADAPTER + ":") else init
 
 
 @dataclass(frozen=True)

@@ -13,20 +13,21 @@ UNKNOWN_EXPONENT = 0.4
 FINAL_SHARE = 0.1
 
 
-def default_rate(family: str, hidden_size: int, rows_per_step: float) -> float:
+def default_rate(family: str, hidden_size: int, rows_per_step: float, factor: float = 1.0) -> float:
     """Peak learning rate when the user names none.
 
     Args:
         family: Family of the base, such as `llama`.
         hidden_size: Width of the base.
         rows_per_step: Mean number of rows in one optimiser step.
+        factor: Of the start and the method; see `thimble.core.method.method_rate`.
 
     Returns:
         The rate, rounded to two digits.
     """
     exponent = WIDTH_EXPONENT.get(family, UNKNOWN_EXPONENT)
     rows = min(max(rows_per_step, 1.0), REFERENCE_ROWS)
-    rate = REFERENCE_RATE * (REFERENCE_WIDTH / hidden_size) ** exponent * math.sqrt(rows / REFERENCE_ROWS)
+    rate = factor * REFERENCE_RATE * (REFERENCE_WIDTH / hidden_size) ** exponent * math.sqrt(rows / REFERENCE_ROWS)
     return float(f"{rate:.1e}")
 
 

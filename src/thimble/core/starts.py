@@ -19,51 +19,6 @@ ONE_GAMMA = 128.0  # LoRA-One: the size of its first step, from its reference co
 EXACT_SIDE = 256  # a matrix this small is decomposed exactly: a random start would save nothing
 
 
-@dataclass(frozen=True)
-class Init:
-    """What a start needs and how it is trained.
-
-    Attributes:
-        needs: `nothing`, `weights`, `inputs` or `gradients` of some training rows, `quantised` weights beside those of
-            the file, or an `adapter`.
-        is_delta: Whether it is trained as B A − B₀ A₀.
-        rate: What the default learning rate is multiplied by. Fitted to published sweeps (arXiv:2602.04998); those of
-            1 keep the length of A x at Kaiming's, which makes the rate transfer.
-        changes_base: Whether the model differs from the base before the first step.
-    """
-
-    needs: str = "nothing"
-    is_delta: bool = False
-    rate: float = 1.0
-    changes_base: bool = False
-
-    @property
-    def needs_data(self) -> bool:
-        """Whether training rows have to be run through the base first."""
-        return self.needs in ("inputs", "gradients")
-
-
-INITS = {
-    "kaiming": Init(),
-    "gaussian": Init(),
-    "orthogonal": Init(),
-    "olora": Init("weights", is_delta=True, rate=0.055),
-    "pissa": Init("weights", is_delta=True, rate=0.2),
-    "pissa:exact": Init("weights", is_delta=True, rate=0.2),
-    "milora": Init("weights", is_delta=True, rate=0.3),
-    "eva": Init("inputs"),
-    "eva:centred": Init("inputs", rate=0.14),
-    "corda": Init("inputs", is_delta=True, rate=0.2),
-    "corda:knowledge": Init("inputs", is_delta=True, rate=0.3),
-    "weighted-pca": Init("gradients"),
-    "gradient": Init("gradients"),
-    "gradient:lora-ga": Init("gradients", is_delta=True, rate=0.055),
-    "gradient:lora-one": Init("gradients", rate=0.055, changes_base=True),
-    "loftq": Init("quantised", changes_base=True),
-    "adapter": Init("adapter", changes_base=True),
-}
-
-
 # ---- random ---------------------------------------------------------------------------------------------------------
 
 

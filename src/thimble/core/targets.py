@@ -94,6 +94,42 @@ def size_layers(
     }
 
 
+def share_out(
+    energies: Mapping[str, Sequence[float]], costs: Mapping[str, int], budget: int, least: int = 1
+) -> dict[str, int]:
+    """Ranks that hold the most energy for a number of parameters.
+
+    Every layer gets `least`; then directions are taken one by one, those with the most energy per parameter first. The
+    energies of a layer fall, so this greedy choice is the best one.
+
+    Args:
+        energies: Of each direction of each layer, the largest first; as many as its rank may be.
+        costs: Parameters of one rank of each layer, in + out.
+        budget: Parameters in all.
+        least: Smallest rank of a layer.
+
+    Returns:
+        Ranks by layer.
+
+    Example:
+        >>> share_out({"a": [9, 8, 1], "b": [4, 1, 1]}, {"a": 10, "b": 10}, 30)
+        {'a': 2, 'b': 1}
+    """
+    ranks = {path: min(least, len(values)) for path, values in energies.items()}
+    left = budget - sum(rank * costs[path] for path, rank in ranks.items())
+    directions = sorted(
+        (-value / costs[path], number, path)
+        for path, values in energies.items()
+        for number, value in enumerate(values)
+        if number >= ranks[path]
+    )
+    for _, number, path in directions:
+        if costs[path] <= left and number == ranks[path]:
+            ranks[path] += 1
+            left -= costs[path]
+    return ranks
+
+
 def block_of(path: str) -> int:
     """Number of the block that a layer belongs to."""
     return int(path.split(".")[2])

@@ -226,7 +226,7 @@ def captured_energy(
     session: "TorchSession",
     batches: Sequence["PackedRows"],
     candidates: Mapping[str, Mapping[str, NDArray[np.float32]]],
-) -> dict[str, dict[str, tuple[float, float]]]:
+) -> dict[str, dict[str, tuple[NDArray[np.float64], float]]]:
     """How much of the gradient of W, on rows not seen before, lies in the span of each candidate for A.
 
     With B at zero, that is the part of the gradient that the first steps can follow.
@@ -237,13 +237,14 @@ def captured_energy(
         candidates: A by layer path, float32 (rank, in), by name of the candidate.
 
     Returns:
-        By candidate and layer path: ‖G P‖² and ‖G‖², summed over batches; P projects on the rows of A.
+        By candidate and layer path: what each row of A adds to ‖G P‖², float64 (rank,), P projecting on the rows so
+        far, and ‖G‖²; both summed over batches.
     """
     bases = {
         name: {path: torch.linalg.qr(torch.from_numpy(a).t()).Q for path, a in layers.items()}
         for name, layers in candidates.items()
     }
-    found: dict[str, dict[str, tuple[float, float]]] = {name: {} for name in candidates}
+    found: dict[str, dict[str, tuple[NDArray[np.float64], float]]] = {name: {} for name in candidates}
 
     def visit(projection: Projection, h: Tensor, grad: Tensor) -> None:
         for path, columns in projection.columns.items():
@@ -253,9 +254,9 @@ def captured_energy(
             gradient = grad[:, columns].float().t() @ h.float()  # as large as the weight, for a moment
             whole = float(gradient.square().sum())
             for name in own:
-                part = float((gradient @ bases[name][path]).square().sum())
-                before = found[name].get(path, (0.0, 0.0))
-                found[name][path] = (before[0] + part, before[1] + whole)
+                parts = (gradient @ bases[name][path]).square().sum(0).double().numpy()
+                before = found[name].get(path, (np.zeros_like(parts), 0.0))
+                found[name][path] = (before[0] + parts, before[1] + whole)
 
     watch_gradients(session, batches, visit)
     return found

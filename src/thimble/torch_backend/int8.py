@@ -66,13 +66,10 @@ class Int8Linear(FrozenLinear):
             kernels.rescale_into(sums.numpy(), scale, self.scale[rows], as_numpy(out), rows.start)
         return out
 
-    def row_squares(self) -> Tensor:
+    def decoded(self, rows: slice) -> Tensor:
         """See FrozenLinear."""
-        if self._row_squares is None:
-            rows = (self.q[part].float() / torch.from_numpy(self.divisor) for part in windows(self.rows, self.cols))
-            squares = torch.cat([part.square().sum(1) for part in rows])
-            self._row_squares = squares * torch.from_numpy(self.scale) ** 2
-        return self._row_squares
+        wide = self.q[rows].float() * torch.from_numpy(self.scale[rows])[:, None] * torch.from_numpy(self.divisor)
+        return wide.to(self.memory.compute)
 
     def back(self, grad: Tensor, out: Tensor) -> Tensor:
         """See FrozenLinear."""

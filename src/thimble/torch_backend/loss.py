@@ -73,3 +73,47 @@ def _chunk_loss(x: Tensor, decoder: Decoder, targets: Tensor, needs_grad: bool) 
     if needs_grad:
         decoder.head.back(logits, x)
     return float(losses.sum(dtype=np.float64))
+
+
+def divergence(decoder: Decoder, hidden: Tensor, base_hidden: Tensor, weight: float) -> Tensor:
+    """weight · Σ KL(base ‖ model) over the tokens of some text.
+
+    Its gradient at the logits is softmax(model) − softmax(base): the model is pulled to all the base would have said,
+    not only to the word that followed.
+
+    Args:
+        decoder: For its final norm, head and soft-cap.
+        hidden: (tokens with padding, hidden), compute type.
+        base_hidden: (tokens, hidden), the same of the bare base.
+        weight: Factor of the sum.
+
+    Returns:
+        A float32 scalar; its gradient flows to `hidden` only.
+    """
+    return _Divergence.apply(hidden, base_hidden, decoder, weight)  # type: ignore[no-any-return]
+
+
+class _Divergence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, base_hidden: Tensor, decoder: Decoder, weight: float) -> Tensor:
+        grad, total = torch.zeros_like(hidden), 0.0
+        size = logit_chunk(len(base_hidden), 4 * decoder.head.rows)
+        for start in range(0, len(base_hidden), size):
+            rows = slice(start, min(start + size, len(base_hidden)))
+            x = decoder.norm.forward(hidden[rows])
+            wanted = decoder.logits(base_hidden[rows]).log_softmax(1)
+            logits = decoder.logits(hidden[rows])
+            found = logits.log_softmax(1)
+            share = wanted.exp()
+            total += float((share * (wanted - found)).sum())
+            slope = (found.exp() - share).mul_(weight)
+            if decoder.spec.final_softcap:
+                slope *= 1 - (logits / decoder.spec.final_softcap) ** 2
+            decoder.head.back(slope.to(hidden.dtype), x)
+            grad[rows] = decoder.norm.backward(hidden[rows], x)
+        ctx.save_for_backward(grad)
+        return torch.tensor(total * weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.saved_tensors[0] * grads[0], None, None, None

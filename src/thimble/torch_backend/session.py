@@ -24,7 +24,7 @@ from thimble.torch_backend.compute import DTYPES
 from thimble.torch_backend.decoder import Decoder
 from thimble.torch_backend.generate import Sampler, read, write
 from thimble.torch_backend.lora import Noise
-from thimble.torch_backend.loss import label_loss
+from thimble.torch_backend.loss import divergence, label_loss
 from thimble.torch_backend.threads import place, side_by_side
 
 PLAIN = Method()
@@ -43,6 +43,19 @@ class PackedRows(Protocol):
     ids: NDArray[np.int32]
     labels: NDArray[np.int32]
     starts: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """Text and what the base makes of it.
+
+    Attributes:
+        batch: The text.
+        hidden: (tokens, hidden), the last hidden states of the base, compute type.
+    """
+
+    batch: PackedRows
+    hidden: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -112,6 +125,22 @@ class TorchSession:
         """Take the adapter off, which gives the bare base bit for bit, or put it back on."""
         self.decoder.attach(self._state.pairs if self._state and is_on else {}, self._noise)
 
+    @torch.no_grad()
+    def with_magnitudes(self, adapter: Adapter) -> Adapter:
+        """Give every layer the magnitudes that change nothing: the row lengths of W + scale · B A (DoRA)."""
+        ones = {path: replace(f, magnitude=np.ones(len(f.B), np.float32)) for path, f in adapter.layers.items()}
+        state = AdapterState(replace(adapter, layers=ones), self.decoder.compute)
+        self.decoder.attach(state.pairs)
+        self.decoder.attach({})
+        rates = {path: pair.row_rates for path, pair in state.pairs.items() if pair.row_rates is not None}
+        layers = {path: replace(f, magnitude=(1 / rates[path]).numpy()) for path, f in ones.items()}
+        return replace(adapter, layers=layers)
+
+    def kept_weight(self, path: str) -> NDArray[np.float32]:
+        """A weight as it is kept, which may be coarser than in the file: float32 (out, in)."""
+        projection = next(group for group in self.decoder.projections if path in group.columns)
+        return projection.frozen.decoded(projection.columns[path]).float().numpy()
+
     def adapter(self) -> Adapter:
         """The adapter as it is now, float32."""
         assert self._state is not None, "no adapter is attached"
@@ -120,13 +149,17 @@ class TorchSession:
 
     # ---- training -------------------------------------------------------------------------------------------------
 
-    def gradients(self, shares: Sequence[Sequence[PackedRows]], label_tokens: int) -> Gradients:
+    def gradients(
+        self, shares: Sequence[Sequence[PackedRows]], label_tokens: int, anchor: Anchor | None = None, weight: float = 0
+    ) -> Gradients:
         """Gradients of the mean loss over all label tokens of a step.
 
         Args:
             shares: Together they are the step. Shares run side by side, the micro-batches of a share one by one, so
                 that the result does not depend on which core is faster.
             label_tokens: Labelled tokens in all of them.
+            anchor: Text on which the answers of the base are to be kept, from `remember`.
+            weight: Of keeping them, from 0 to 1; the rest is that of the loss.
 
         Returns:
             The step's loss and the norm of its gradient; the gradient itself stays here for `apply`.
@@ -136,8 +169,19 @@ class TorchSession:
         self._state.clear_gradients()
         losses = side_by_side([functools.partial(self._add_gradients, share) for share in shares], len(shares))
         total = sum(losses, LossSum())
-        gradient = self._state.gradient().div_(label_tokens)
+        gradient = self._state.gradient().mul_((1 - weight) / label_tokens)
+        if anchor is not None:
+            hidden = self.decoder.hidden(anchor.batch.ids, self.decoder.pack(anchor.batch.starts))
+            divergence(self.decoder, hidden, anchor.hidden, weight / len(anchor.hidden)).backward()
         return Gradients(total, norm(gradient))
+
+    @torch.no_grad()
+    def remember(self, batch: PackedRows) -> Anchor:
+        """What the bare base makes of some text, for `gradients` to keep; takes the adapter off and puts it back."""
+        self.switch(False)
+        hidden = self.decoder.hidden(batch.ids, self.decoder.pack(batch.starts))[: len(batch.ids)].clone()
+        self.switch(True)
+        return Anchor(batch, hidden)
 
     def _add_gradients(self, share: Sequence[PackedRows]) -> LossSum:
         """Add the gradients of some micro-batches to the sum of this share."""
@@ -280,12 +324,17 @@ class TorchSession:
         assert self._optimiser is not None, "nothing is being trained"
         return {"adapter": self._state.master.numpy().copy(), **self._optimiser.state()}
 
+    def take(self, numbers: NDArray[np.float32]) -> None:
+        """Set the adapter to the numbers of an earlier `state`, and leave the optimiser as it is."""
+        assert self._state is not None, "nothing is being trained"
+        self._state.master.copy_(torch.from_numpy(numbers))
+        self._refresh()
+
     def restore(self, state: Mapping[str, NDArray[np.float32]]) -> None:
         """Go back to what `state` returned."""
         assert self._state is not None, "nothing is being trained"
         assert self._optimiser is not None, "nothing is being trained"
-        self._state.master.copy_(torch.from_numpy(state["adapter"]))
-        self._refresh()
+        self.take(state["adapter"])
         self._optimiser.restore(state)
 
 

@@ -6,6 +6,7 @@ A pure function of the row lengths, the knobs and the seed, so that a resumed ru
 from collections.abc import Sequence
 
 from thimble.core.config import TrainConfig
+from thimble.core.method import method_rate
 from thimble.core.schedule import default_rate, learning_rate
 from thimble.data.batches import epoch_steps
 
@@ -31,7 +32,8 @@ class Course:
         self.minutes = config.max_minutes
         self.total_steps = None if self.minutes else self._count_steps()
         rows_per_step = len(lengths) / len(self._epoch(0))
-        self.rate = config.learning_rate or default_rate(family, hidden_size, rows_per_step)
+        factor = method_rate(config.init, config.use_dora, config.lora_plus)
+        self.rate = config.learning_rate or default_rate(family, hidden_size, rows_per_step, factor)
         self.is_default_rate = config.learning_rate is None
         steps = self.total_steps or LEAST_STEPS
         warmup = config.warmup_steps

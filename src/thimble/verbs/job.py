@@ -18,12 +18,13 @@ from thimble.core.estimate import (
     lowest_block,
 )
 from thimble.core.machine import available_bytes
+from thimble.core.method import AUTO, INITS, init_name
 from thimble.core.metrics import Metric
 from thimble.core.sizes import MICRO_BATCH_TOKENS, padded
-from thimble.core.targets import select_layers
+from thimble.core.targets import Size, select_layers
 from thimble.data.encode import Row, encode_all
 from thimble.data.records import Dataset, general_records, split_rows
-from thimble.errors import ConfigError, DoesNotFitError, Problems, plural
+from thimble.errors import DoesNotFitError, Problems, plural
 from thimble.verbs import run_folder
 from thimble.verbs.course import Course
 from thimble.verbs.events import Teller
@@ -38,12 +39,17 @@ from thimble.verbs.prepare import (
     open_model,
     tell_examples,
 )
+from thimble.verbs.start import check_start
 
 MOST_SIZES = 7  # of batches, however uneven the rows are: what many rows make together varies less
 SHARE_TOKENS = 512  # a step is shared out to cores as long as each gets so many tokens
 RUN_FOLDER_BYTES = 20_000_000  # report, logs and room to spare, beside adapter and checkpoints
 ADAPTER_FILES = 8  # adapter, its temporary copy, and two checkpoints of three times its size
 WARNED_RATE = 0.02  # of learning: far above what works for adapters
+WATCHED_SHARE = 0.05  # of a run's time, spent on held-out rows on the way
+TRAINED_TOKEN_COST = 2.5  # of a token that is learned from, in tokens that are only read
+MOST_WATCHES, LEAST_WATCHES = 9, 3  # measurements on the way
+LEAST_WATCHED = 8  # rows: fewer say too little to stop by
 SHOWN_WITHOUT_METRIC = 3  # held-out rows answered only to be looked at
 
 
@@ -57,6 +63,9 @@ class Job:
         examples: The user's rows.
         general: Rows of general text, for the forgetting check.
         layers: Paths of the adapted layers.
+        sizes: Their ranks and scales, as far as they are known before training.
+        watched: Held-out rows measured on the way.
+        eval_every_steps: How often; 0 is never.
         course: The steps.
         memory: Expected peak.
         allowed_bytes: By the user, or by what the machine has free.
@@ -73,6 +82,9 @@ class Job:
     examples: Examples
     general: tuple[Row, ...]
     layers: list[str]
+    sizes: dict[str, Size]
+    watched: list[Row]
+    eval_every_steps: int
     course: Course
     memory: MemoryPlan
     allowed_bytes: int
@@ -110,6 +122,7 @@ class _Checked(NamedTuple):
 
     model: Model
     layers: list[str]
+    sizes: dict[str, Size]
     examples: Examples
     questions: list[Question]
     metric: tuple[str, Metric | None]
@@ -121,30 +134,32 @@ def _check(config: TrainConfig, needs_folder: bool) -> _Checked:
     problems = Problems(config.problems)
     model = problems.attempt(open_model, config.base)
     dataset = problems.attempt(open_data, config.data)
-    layers = problems.attempt(_choose_layers, config, model) if model else None
+    layers = problems.attempt(select_layers, config.targets, model.base.spec.linear_shapes()) if model else None
+    sizes = problems.attempt(check_start, config, model, layers) if model and layers else None
     folder = run_folder.choose_folder(config.out, config.data)
     if needs_folder:
-        trained = adapter_parameters(model.base.spec, layers, config.rank) if model and layers else 0
+        trained = adapter_parameters(model.base.spec, sizes, config.use_dora) if model and sizes else 0
         needed = RUN_FOLDER_BYTES + trained * 4 * ADAPTER_FILES
         problems.attempt(run_folder.check_folder, folder, config.resume, needed)
     examples = problems.attempt(_split_and_encode, dataset, model, config) if model and dataset else None
     questions = make_questions(examples.valid_records, examples.encoder, config.eval_rows) if examples else []
     metric = problems.attempt(choose_metric, config.metric, questions)
-    return _Checked(*problems.required(model, layers, examples, questions, metric, folder))
+    return _Checked(*problems.required(model, layers, sizes, examples, questions, metric, folder))
 
 
 def _decide(config: TrainConfig, checked: _Checked, tell: Teller) -> Job:
     """Choose what the user left open, and tell it."""
     from thimble.torch_backend.compute import choose_compute, machine
 
-    model, layers, examples, questions, (metric_name, metric), folder = checked
+    model, layers, sizes, examples, questions, (metric_name, metric), folder = checked
+    layers = list(sizes)
     spec = model.base.spec
     compute, why_compute = choose_compute(config.compute)
     stores, why_store = choose_store(config, model.base, compute)
     tell.decision(f"compute: {why_compute}")
     course = Course(config, examples.train_report.lengths, spec.family, spec.hidden_size)
     _tell_course(course, len(examples.train), tell)
-    trained = adapter_parameters(spec, layers, config.rank)
+    trained = adapter_parameters(spec, sizes, config.use_dora)
     lowest = lowest_block(layers)
     allowed = config.memory_budget or available_bytes()
     memory, way = _fit_memory(model, config, (compute, stores), (trained, lowest), examples, allowed)
@@ -153,6 +168,8 @@ def _decide(config: TrainConfig, checked: _Checked, tell: Teller) -> Job:
     work = _work(examples, course, trained, lowest)
     seconds = estimate_seconds(model.base, compute, work, way, machine())
     _tell_time(seconds, course, tell)
+    watched, every = _choose_watched(config, examples, course.total_steps or course.minutes * 60 / seconds)
+    _tell_watched(config, watched, every, tell)
     resolved = config.replace(
         out=str(folder), compute=compute, store=way.store, learning_rate=course.rate, warmup_steps=course.warmup_steps,
         **({} if config.epochs or course.minutes else {"max_steps": course.total_steps}),
@@ -165,8 +182,8 @@ def _decide(config: TrainConfig, checked: _Checked, tell: Teller) -> Job:
     )  # fmt: skip
     return Job(
         config=resolved, model=model, examples=examples, general=_general_rows(model, config), layers=layers,
-        course=course, memory=memory, allowed_bytes=allowed, work=work, seconds_per_step=seconds, way=way,
-        held_out=held_out, metric_name=metric_name, folder=folder,
+        sizes=sizes, watched=watched, eval_every_steps=every, course=course, memory=memory, allowed_bytes=allowed,
+        work=work, seconds_per_step=seconds, way=way, held_out=held_out, metric_name=metric_name, folder=folder,
     )  # fmt: skip
 
 
@@ -174,19 +191,6 @@ def _general_rows(model: Model, config: TrainConfig) -> tuple[Row, ...]:
     """General text for the forgetting check; conversations only where the base has a template for them."""
     records = [record for record in general_records() if model.template or record.text is not None]
     return encode_all(records, make_encoder(model, config.replace(loss_on="auto")))[0]
-
-
-def _choose_layers(config: TrainConfig, model: Model) -> list[str]:
-    """The adapted layers; a rank that one of them cannot hold is refused."""
-    shapes = model.base.spec.linear_shapes()
-    layers = select_layers(config.targets, shapes)
-    small = min(layers, key=lambda layer: min(shapes[layer]))
-    most = min(shapes[small])
-    if config.rank > most:
-        raise ConfigError(
-            f"rank is {config.rank}: expected at most {most}, the smaller side of {small} {shapes[small]}"
-        )
-    return layers
 
 
 def _split_and_encode(dataset: Dataset, model: Model, config: TrainConfig) -> Examples:
@@ -242,7 +246,9 @@ def _fit_memory(
     step_tokens = min(config.batch_tokens, examples.train_report.tokens)
     ways = _ways(step_tokens, longest, stores, model.base.spec.num_layers, num_sizes)
     trained, lowest = what
-    plans = [(estimate_memory(model.base, compute, trained, longest, way, lowest), way) for way in ways]
+    init = INITS["eva" if config.init == AUTO else init_name(config.init)]  # auto looks at inputs and gradients
+    start = (init.needs, init.is_delta)
+    plans = [(estimate_memory(model.base, compute, trained, longest, way, lowest, *start), way) for way in ways]
     for plan, way in plans:
         if plan.total <= allowed:
             return plan, way
@@ -261,6 +267,33 @@ def _work(examples: Examples, course: Course, trained: int, lowest: int) -> Work
     steps = course.steps_per_epoch
     squares = sum(length * length for length in report.lengths)
     return Work(report.tokens / steps, report.label_tokens / steps, squares / report.tokens, trained, lowest)
+
+
+def _choose_watched(config: TrainConfig, examples: Examples, steps: float) -> tuple[list[Row], int]:
+    """Held-out rows to measure on the way, and every how many steps.
+
+    All of it takes at most a small share of the run: as many rows as that allows, and at least LEAST_WATCHED, for which
+    a short run is measured less often, or not at all.
+    """
+    rows = list(examples.valid)
+    if not rows or config.eval_every_steps == 0:
+        return [], 0
+    tokens = sum(len(row.ids) for row in rows) / len(rows)
+    step_tokens = min(config.batch_tokens, examples.train_report.tokens)
+    allowed = WATCHED_SHARE * TRAINED_TOKEN_COST * step_tokens * steps / tokens  # rows read on the way, in all
+    times = min(MOST_WATCHES, int(allowed / min(len(rows), LEAST_WATCHED)))
+    every = config.eval_every_steps or (round(steps / (times + 1)) if times >= LEAST_WATCHES else 0)
+    if not every:
+        return [], 0
+    count = min(len(rows), max(LEAST_WATCHED, int(allowed * every / steps)))
+    return [rows[int(number * len(rows) / count)] for number in range(count)], max(1, every)
+
+
+def _tell_watched(config: TrainConfig, watched: Sequence[Row], every: int, tell: Teller) -> None:
+    if not every:
+        return
+    stops = f"; {config.patience} in a row without a new best end the run" if config.patience else ""
+    tell.decision(f"held-out loss: on {plural(len(watched), 'row')} every {plural(every, 'step')}{stops}")
 
 
 def _tell_time(seconds: float, course: Course, tell: Teller) -> None:

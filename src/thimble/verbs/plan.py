@@ -127,12 +127,13 @@ def _alternatives(job: Job, rates: Machine) -> Iterator[Alternative]:
     half = base.spec.num_layers // 2
     if 0 < half and work.lowest < half:
         name = f"last-{base.spec.num_layers - half}"
-        trained = adapter_parameters(base.spec, select_layers([name], base.spec.linear_shapes()), config.rank)
+        some = {path: job.sizes[path] for path in select_layers([name], job.sizes)}
+        trained = adapter_parameters(base.spec, some, config.use_dora)
         yield cost(f"--targets {name}", replace(work, trained=trained, lowest=half))
     if way.recomputed_blocks < base.spec.num_layers:
         less = cost("", work, way=replace(way, recomputed_blocks=base.spec.num_layers))
         yield replace(less, change=f"--memory-budget {math.ceil(less.memory_bytes / 1e8) / 10:.1f}GB")
-    if config.rank > 1:
+    if config.rank is not None and config.rank > 1:
         yield cost(f"--rank {config.rank // 2}", replace(work, trained=work.trained // 2))
 
 

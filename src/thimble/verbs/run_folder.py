@@ -2,6 +2,7 @@
 
 config.yaml           every knob, with what `auto` chose
 metrics.jsonl         one object a step
+start/                what A and B began as, where that cannot be drawn again from the seed alone
 before.json           the evaluation before training, saved so that a resumed run need not repeat it
 checkpoints/step-N/   state.safetensors and manifest.json (sizes and SHA-256); a folder counts only if they match
 adapter/              the result, in PEFT's layout
@@ -25,6 +26,7 @@ from thimble.core.tensorfile import open_tensors, write_safetensors
 from thimble.errors import ConfigError, DoesNotFitError
 
 KEPT_CHECKPOINTS = 2
+START = "start"
 
 
 def choose_folder(out: str | None, data: str) -> Path:
@@ -95,9 +97,9 @@ def write_config(folder: Path, values: Mapping[str, Any]) -> None:
     write_text(folder / "config.yaml", head + yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True))
 
 
-def publish_adapter(folder: Path, adapter: Adapter) -> Path:
-    """Write `adapter/` beside its place and move it there whole, replacing an earlier one."""
-    target, temporary = folder / "adapter", folder / ".adapter.tmp"
+def publish_adapter(folder: Path, adapter: Adapter, name: str = "adapter") -> Path:
+    """Write an adapter beside its place in the run folder and move it there whole, replacing an earlier one."""
+    target, temporary = folder / name, folder / ".adapter.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     save_adapter(adapter, temporary)
     if target.exists():

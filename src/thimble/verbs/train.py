@@ -8,27 +8,31 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from thimble import __version__
-from thimble.core.adapter import fresh_adapter
+from thimble.core.adapter import Adapter, load_adapter
 from thimble.core.config import TrainConfig
-from thimble.core.method import Method
-from thimble.core.targets import size_layers
+from thimble.core.method import INITS, Method, init_name
+from thimble.core.metrics import LossSum
 from thimble.data.batches import micro_batches, shares
 from thimble.data.encode import Row
 from thimble.errors import RunError
 from thimble.report import write_report
 from thimble.verbs import run_folder
 from thimble.verbs.events import OnEvent, ShouldStop, Teller, ignore, never
+from thimble.verbs.guard import Guard, Plateau, Verdict
 from thimble.verbs.job import Job, prepare_job
 from thimble.verbs.measure import Answer, held_out_loss, measure, scores_of
 from thimble.verbs.prepare import open_session
+from thimble.verbs.start import Start, make_start
 
 if TYPE_CHECKING:
-    from thimble.torch_backend.session import TorchSession
+    from thimble.torch_backend.session import Anchor, TorchSession
 
-SNAPSHOT_EVERY_STEPS = 10  # how far a diverged run falls back at most
-DIVERGED_FACTOR = 2.0  # a loss above this many times the first one, plus the margin, is no longer a model's
-DIVERGED_MARGIN_NATS = 4.0
+SNAPSHOT_EVERY_STEPS = 10  # how far a run falls back at most
+ANCHOR_TOKENS = 256  # of general text beside each step, where the base's answers to it are to be kept
 SHOWN_SAMPLES = 6
 
 
@@ -60,6 +64,9 @@ class TrainReport:
         samples: Held-out questions with reference and both answers.
         adapter_parameters: Numbers in the adapter.
         base_parameters: Numbers in the base.
+        start: What was measured for the choice of init and ranks, and the seconds it took.
+        kept_step: The step whose adapter was kept, the last one unless an earlier one did better on held-out rows.
+        returns: How often the loss left the road and the run went back and on at half the rate.
         plan: Expected peak memory by part, bytes.
         planned_seconds_per_step: Expected time of a step.
         told: Decisions, notes and warnings, in order.
@@ -89,6 +96,9 @@ class TrainReport:
     samples: list[dict[str, str]] = field(default_factory=list)
     adapter_parameters: int = 0
     base_parameters: int = 0
+    start: dict[str, Any] = field(default_factory=dict)
+    kept_step: int = 0
+    returns: int = 0
     plan: dict[str, int] = field(default_factory=dict)
     planned_seconds_per_step: float = 0.0
     told: dict[str, list[str]] = field(default_factory=dict)
@@ -118,8 +128,9 @@ def train(config: TrainConfig, on_event: OnEvent = ignore, should_stop: ShouldSt
     job = prepare_job(config, tell)
     tell.stage("loading the base")
     session = open_session(job.model, job.config.compute, job.way)
-    run = _Run(job, session, tell, should_stop)
-    run.begin()
+    start = _saved_start(job) or make_start(job, session, tell)
+    run = _Run(replace(job, config=start.config), session, tell, should_stop)
+    run.begin(start)
     run.measure_before()
     run.learn()
     run.measure_after()
@@ -130,6 +141,17 @@ def _finished_report(config: TrainConfig) -> TrainReport | None:
     """The report of a run that `resume` finds finished."""
     value = run_folder.read_json(Path(config.out) / "report.json") if config.resume and config.out else None
     return TrainReport(**value) if value and value.get("status") == "done" else None
+
+
+def _saved_start(job: Job) -> Start | None:
+    """Where a run that is taken up again began, if that was written down."""
+    folder = job.folder / run_folder.START
+    if not job.config.resume or not folder.is_dir() or run_folder.latest_checkpoint(job.folder) is None:
+        return None
+    found = load_adapter(folder)
+    is_delta = INITS[init_name(job.config.init)].is_delta
+    bare = {path: replace(factors, magnitude=None) for path, factors in found.layers.items()}
+    return Start(Adapter(found.layers, origin=bare if is_delta else {}), job.config)
 
 
 class _Run:
@@ -143,33 +165,44 @@ class _Run:
             config=job.config.resolved(), told=tell.told,
         )  # fmt: skip
         self.before: list[Answer] = []
+        self.guard, self.plateau = Guard(), Plateau(job.config.patience)
+        self.best: NDArray[np.float32] | None = None  # numbers of the adapter that did best on held-out rows
+        self.good: dict[str, NDArray[np.float32]] = {}  # the last state known to be sound
         self.diverged = ""
         self.cut_file: Path | None = None
 
     # ---- beginning ------------------------------------------------------------------------------------------------
 
-    def begin(self) -> None:
+    def begin(self, start: Start) -> None:
         """Make the run folder and the adapter, or take up a checkpoint."""
         folder, config = self.job.folder, self.job.config
-        run_folder.write_config(folder, config.resolved())
-        shapes = self.job.model.base.spec.linear_shapes()
-        adapted = {layer: shapes[layer] for layer in self.job.layers}
-        fresh = fresh_adapter(
-            adapted, config.init, size_layers(self.job.layers, config.rank, config.alpha), config.seed
-        )
-        adapter = replace(fresh, base=self.job.model.base.name, notes={"thimble_version": __version__})
-        self.report.adapter_parameters = adapter.num_parameters
-        self.session.train(adapter, Method(weight_decay=config.weight_decay))
         checkpoint = run_folder.latest_checkpoint(folder) if config.resume else None
+        run_folder.write_config(folder, config.resolved())
+        if INITS[init_name(config.init)].needs != "nothing" and not checkpoint:
+            plain = replace(start.adapter, origin={})
+            run_folder.publish_adapter(folder, plain, run_folder.START)
+        name, notes = self.job.model.base.name, {"thimble_version": __version__, "init": config.init}
+        adapter = replace(start.adapter, base=name, notes=notes)
+        self.report.adapter_parameters, self.report.start = adapter.num_parameters, start.numbers
+        self.session.train(adapter, _method(config))
         if checkpoint:
-            self.report.steps, state, progress = checkpoint
-            self.session.restore(state)
-            for name, value in progress.items():
-                setattr(self.report, name, value)
-            self.tell.note(f"resumed after step {self.report.steps}")
+            self._take_up(*checkpoint)
         elif config.resume:
             self.tell.note(f"{folder} has no valid checkpoint: training starts from the beginning")
         self.log = run_folder.StepLog(folder / "metrics.jsonl", self.report.steps)
+        general = self.job.general
+        if config.keep_general:  # what is kept is not what is measured
+            self.anchored, self.job = general[::2], replace(self.job, general=general[1::2])
+
+    def _take_up(self, steps: int, state: dict[str, NDArray[np.float32]], progress: dict[str, Any]) -> None:
+        """Continue from a checkpoint."""
+        self.report.steps = steps
+        self.best = state.pop("best", None)
+        self.session.restore(state)
+        self.guard, self.plateau = Guard.restored(progress.pop("guard")), Plateau.restored(progress.pop("plateau"))
+        for name, value in progress.items():
+            setattr(self.report, name, value)
+        self.tell.note(f"resumed after step {steps}")
 
     def measure_before(self) -> None:
         """Evaluate the base before training, or read what an interrupted run measured."""
@@ -192,7 +225,7 @@ class _Run:
         run_folder.write_json(path, {**values, "answers": [asdict(answer) for answer in self.before]})
 
     def _loss_at_start(self) -> float:
-        """Held-out loss with the adapter on. B is zero, so one batch must be the base's bit for bit; then all are."""
+        """Held-out loss with the adapter on. Where one batch is the base's bit for bit, as with B at zero, all are."""
         batches = micro_batches(self.job.examples.valid[:4] or self.job.general[:4], self.job.way.micro_tokens)
         (attached,) = self.session.losses(batches[:1])
         self.session.switch(False)
@@ -215,48 +248,102 @@ class _Run:
         """The training loop."""
         self.tell.stage("training")
         self.session.release()  # measuring and learning have buffers of other sizes
+        anchors = self._anchors()
         course, report, every = self.job.course, self.report, self.job.config.checkpoint_every_steps
-        good, first_loss = self.session.state(), math.nan
+        self.good = self.session.state()
         began = time.perf_counter() - report.seconds
-        while not course.is_done(report.steps, report.seconds) and not self.should_stop():
+        while not (course.is_done(report.steps, report.seconds) or self.plateau.is_over or self.should_stop()):
             self.cut_file = self.job.model.base.cut_file()
             if self.cut_file:
                 break
-            row = self._step(course.rows(report.steps), course.rate_at(report.steps, report.seconds), began)
-            first_loss = row["loss"] if math.isnan(first_loss) else first_loss
-            self.diverged = _why_diverged(row, first_loss)
+            rate = course.rate_at(report.steps, report.seconds) * self.guard.rate
+            anchor = anchors[report.steps % len(anchors)] if anchors else None
+            self._step(course.rows(report.steps), rate, began, anchor)
             if self.diverged:
-                self.session.restore(good)
                 break
-            if report.steps % SNAPSHOT_EVERY_STEPS == 1:
-                good = self.session.state() if self.session.is_finite() else good
             if every and report.steps % every == 0:
                 self._save_checkpoint()
         if self.should_stop() and every:
             self._save_checkpoint()
+        self._keep_best()
         self.log.close()
 
-    def _step(self, numbers: list[int], rate: float, began: float) -> dict[str, Any]:
-        """Take one optimiser step and log it; a step whose loss or gradient is not finite changes nothing."""
+    def _anchors(self) -> list["Anchor"]:
+        """General text with what the base makes of it, in small batches; none unless it is to be kept."""
+        if not self.job.config.keep_general:
+            return []
+        longest = max(ANCHOR_TOKENS, *(len(row.ids) for row in self.anchored))
+        return [self.session.remember(batch) for batch in micro_batches(self.anchored, longest)]
+
+    def _step(self, numbers: list[int], rate: float, began: float, anchor: "Anchor | None") -> None:
+        """Take one optimiser step, if its loss and gradient are sound, and log it."""
         rows = [self.job.examples.train[number] for number in numbers]
         labels = sum(row.label_tokens for row in rows)
-        gradients = self.session.gradients(shares(rows, self.job.way.num_shares, self.job.way.micro_tokens), labels)
-        report = self.report
-        if math.isfinite(gradients.loss.mean) and math.isfinite(gradients.norm):
-            self.session.apply(gradients, rate, self.job.config.max_grad_norm)
-        tokens = sum(len(row.ids) for row in rows)
+        parts = shares(rows, self.job.way.num_shares, self.job.way.micro_tokens)
+        gradients = self.session.gradients(parts, labels, anchor, self.job.config.keep_general if anchor else 0.0)
+        report, held_out = self.report, {}
         report.steps += 1
+        verdict = self.guard.judge(gradients.loss.mean, gradients.norm)
+        if verdict is Verdict.TAKE:
+            self.session.apply(gradients, rate, self.job.config.max_grad_norm)
+            held_out = self._watch()
+        else:
+            self._go_back(verdict)
+        if report.steps % SNAPSHOT_EVERY_STEPS == 1 and verdict is Verdict.TAKE:
+            self.good = self.session.state() if self.session.is_finite() else self.good
+        tokens = sum(len(row.ids) for row in rows)
         report.tokens += tokens
         report.label_tokens += labels
         report.seconds = time.perf_counter() - began
         row = {
             "step": report.steps, "loss": gradients.loss.mean, "learning_rate": rate, "grad_norm": gradients.norm,
             "tokens": tokens, "label_tokens": labels, "seconds": round(report.seconds, 3),
-            "peak_memory_bytes": peak_memory_bytes(),
+            "peak_memory_bytes": peak_memory_bytes(), **held_out,
         }  # fmt: skip
         self.log.add(row)
         self.tell.step({**row, **self._outlook()})
-        return row
+
+    def _go_back(self, verdict: Verdict) -> None:
+        """Leave a step out, or return to the last good state and go on more slowly, or give up there."""
+        guard, step = self.guard, self.report.steps
+        if verdict is Verdict.SKIP:
+            self.tell.warning(f"step {step} was left out: {guard.why}")
+            return
+        self.session.restore(self.good)
+        self.report.returns = guard.returns
+        if verdict is Verdict.GIVE_UP:
+            self.diverged = guard.why
+            return
+        self.tell.warning(f"step {step}: {guard.why}; back to the last good adapter, at {guard.rate:g} of the rate")
+
+    def _watch(self) -> dict[str, float]:
+        """The loss on some held-out rows, if it is time for it; the best adapter is remembered."""
+        every, steps = self.job.eval_every_steps, self.report.steps
+        if not every or steps % every or steps == self.job.course.total_steps:
+            return {}
+        return {"held_out_loss": self._held_out_on_the_way()}
+
+    def _held_out_on_the_way(self) -> float:
+        batches = micro_batches(self.job.watched, self.job.way.micro_tokens)
+        loss = sum(self.session.losses(batches), LossSum()).mean
+        if self.plateau.hear(self.report.steps, loss):
+            self.best = self.session.state()["adapter"]
+        return loss
+
+    def _keep_best(self) -> None:
+        """Go back to the adapter that did best on held-out rows, if a later one does worse."""
+        report = self.report
+        report.kept_step = report.steps
+        if self.best is None or self.diverged or self.should_stop() or self.cut_file:
+            return
+        if self.plateau.best_step < report.steps:  # the last step has not been measured
+            self._held_out_on_the_way()
+        if self.plateau.best_step == report.steps:
+            return
+        self.session.take(self.best)
+        report.kept_step = self.plateau.best_step
+        why = f"{self.plateau.since} later measurements brought no lower held-out loss than {self.plateau.best:.3f}"
+        self.tell.decision(f"kept: the adapter of step {report.kept_step}; {why}")
 
     def _outlook(self) -> dict[str, Any]:
         """What progress shows beside the step's own figures."""
@@ -267,8 +354,12 @@ class _Run:
         return {"total": course.total_steps, "tokens_so_far": report.tokens, "seconds_left": max(0.0, left or 0.0)}
 
     def _save_checkpoint(self) -> None:
-        progress = {name: getattr(self.report, name) for name in ("tokens", "label_tokens", "seconds")}
-        run_folder.save_checkpoint(self.job.folder, self.report.steps, self.session.state(), progress)
+        names = ("tokens", "label_tokens", "seconds", "returns", "start")
+        progress = {name: getattr(self.report, name) for name in names}
+        progress |= {"guard": self.guard.state(), "plateau": self.plateau.state()}
+        self.good = self.session.state()
+        state = self.good if self.best is None else {**self.good, "best": self.best}
+        run_folder.save_checkpoint(self.job.folder, self.report.steps, state, progress)
 
     # ---- ending ---------------------------------------------------------------------------------------------------
 
@@ -326,14 +417,8 @@ class _Run:
         return report
 
 
-def _why_diverged(row: Mapping[str, Any], first_loss: float) -> str:
-    """What shows that training has left the road, or an empty string."""
-    loss, norm, limit = row["loss"], row["grad_norm"], first_loss * DIVERGED_FACTOR + DIVERGED_MARGIN_NATS
-    if not math.isfinite(loss):
-        return f"the loss is {loss}"
-    if not math.isfinite(norm):
-        return f"the gradient norm is {norm}"
-    return f"the loss rose from {first_loss:.2f} to {loss:.2f}" if loss > limit else ""
+def _method(config: TrainConfig) -> Method:
+    return Method(config.weight_decay, config.lora_plus, config.dropout, config.freeze_a, config.seed)
 
 
 def _samples(before: list[Answer], after: list[Answer]) -> list[dict[str, str]]:

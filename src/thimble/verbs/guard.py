@@ -1,0 +1,142 @@
+"""What keeps a run on the road: it goes back when the loss leaves it, and ends when held-out rows gain no more.
+
+Both are functions of the losses alone, and their state is plain data that a checkpoint keeps.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from enum import Enum
+from typing import Any
+
+DIVERGED_FACTOR = 2.0  # a loss above this many times the first one, plus the margin, is no longer a model's
+DIVERGED_MARGIN_NATS = 4.0
+SPIKE_DEVIATIONS = 6.0  # a loss so many deviations above its running mean is a spike
+SPIKE_LEAST_NATS = 0.5  # unless it is that close to it
+MEMORY = 0.95  # of the running mean and variance
+LEAST_STEPS = 20  # before spikes can be told from noise
+IN_A_ROW = 2  # bad steps that take the run back
+MOST_RETURNS = 3  # before it is given up
+SLOWER = 0.5  # what the learning rate is multiplied by on each return
+
+
+class Verdict(Enum):
+    """What to do with a step whose loss and gradient are known."""
+
+    TAKE = "take"
+    SKIP = "skip"  # leave the adapter as it is
+    RETURN = "return"  # go back to the last good state, and on more slowly
+    GIVE_UP = "give up"
+
+
+@dataclass
+class Guard:
+    """Judges every step before it is taken.
+
+    Attributes:
+        first: Loss of the first step.
+        mean: Running mean of the loss.
+        square: Running mean of its squared deviation.
+        steps: Steps taken.
+        bad: Bad steps in a row.
+        returns: How often the run went back.
+        rate: What the learning rate is multiplied by.
+        why: What was wrong with the last bad step.
+    """
+
+    first: float = math.nan
+    mean: float = 0.0
+    square: float = 0.0
+    steps: int = 0
+    bad: int = 0
+    returns: int = 0
+    rate: float = 1.0
+    why: str = ""
+
+    def judge(self, loss: float, norm: float) -> Verdict:
+        """Say what to do with a step.
+
+        Args:
+            loss: Its loss, nats per label token.
+            norm: Norm of its gradient.
+
+        Returns:
+            The verdict; a step that is taken counts towards what is normal.
+        """
+        self.first = loss if math.isnan(self.first) and math.isfinite(loss) else self.first
+        why = self._fault(loss, norm)
+        if not why:
+            self._count(loss)
+            return Verdict.TAKE
+        self.why, self.bad = why, self.bad + 1
+        if self.bad < IN_A_ROW:
+            return Verdict.SKIP
+        self.bad, self.returns = 0, self.returns + 1
+        self.rate *= SLOWER
+        return Verdict.RETURN if self.returns <= MOST_RETURNS else Verdict.GIVE_UP
+
+    def _fault(self, loss: float, norm: float) -> str:
+        if not math.isfinite(loss):
+            return f"the loss is {loss}"
+        if not math.isfinite(norm):
+            return f"the gradient norm is {norm}"
+        if loss > self.first * DIVERGED_FACTOR + DIVERGED_MARGIN_NATS:
+            return f"the loss rose from {self.first:.2f} to {loss:.2f}"
+        allowed = self.mean + max(SPIKE_LEAST_NATS, SPIKE_DEVIATIONS * math.sqrt(self.square))
+        if self.steps >= LEAST_STEPS and loss > allowed:
+            return f"the loss jumped from about {self.mean:.2f} to {loss:.2f}"
+        return ""
+
+    def _count(self, loss: float) -> None:
+        self.bad, self.steps = 0, self.steps + 1
+        keep = min(MEMORY, 1 - 1 / self.steps)
+        self.square = keep * (self.square + (1 - keep) * (loss - self.mean) ** 2)
+        self.mean = keep * self.mean + (1 - keep) * loss
+
+    def state(self) -> dict[str, Any]:
+        """Plain data for a checkpoint; NaN becomes None."""
+        return {name: None if value != value else value for name, value in asdict(self).items()}
+
+    @classmethod
+    def restored(cls, state: Mapping[str, Any]) -> "Guard":
+        """What `state` was taken of."""
+        return cls(**{name: math.nan if value is None else value for name, value in state.items()})
+
+
+@dataclass
+class Plateau:
+    """Follows the held-out loss, and ends the run when it falls no more.
+
+    Attributes:
+        patience: Measurements without a new best before the end; 0: never.
+        best: Lowest loss so far.
+        best_step: When it was measured.
+        since: Measurements since then.
+    """
+
+    patience: int = 0
+    best: float = math.inf
+    best_step: int = 0
+    since: int = 0
+
+    def hear(self, step: int, loss: float) -> bool:
+        """Take note of a measurement; whether it is the best so far."""
+        if loss < self.best:
+            self.best, self.best_step, self.since = loss, step, 0
+            return True
+        self.since += 1
+        return False
+
+    @property
+    def is_over(self) -> bool:
+        """Whether patience is at its end."""
+        return 0 < self.patience <= self.since
+
+    def state(self) -> dict[str, Any]:
+        """Plain data for a checkpoint; infinity becomes None."""
+        return {name: None if value == math.inf else value for name, value in asdict(self).items()}
+
+    @classmethod
+    def restored(cls, state: Mapping[str, Any]) -> "Plateau":
+        """What `state` was taken of."""
+        return cls(**{name: math.inf if value is None else value for name, value in state.items()})
