@@ -18,7 +18,8 @@ from thimble.api import CONFIGS
 from thimble.cli import SUMMARIES, main
 from thimble.core.config import ELSEWHERE, SYNONYMS
 from thimble.verbs.evaluate import EvaluateReport, Result
-from thimble.verbs.inspect_ import InspectReport, Overlap, Spectrum, Update
+from thimble.verbs.findings import Overlap, Spectrum, Update
+from thimble.verbs.inspect_ import InspectReport
 from thimble.verbs.plan import PlanReport
 from thimble.verbs.train import TrainReport
 

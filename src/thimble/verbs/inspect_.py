@@ -12,149 +12,26 @@ import numpy as np
 from thimble.core.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter
 from thimble.core.base import Base, Weight
 from thimble.core.config import InspectConfig
-from thimble.core.lowrank import Array, Factors, merge, rank_for, svd, svd_of_update
-from thimble.core.quantize import step_sizes
-from thimble.core.spectra import (
-    INTRUDER_DIRECTIONS,
-    column_space,
-    effective_rank,
-    energy_curve,
-    energy_within,
-    inner_product,
-    intruders,
-    mean_squared_cosine,
-    noise_edge,
-    overlap,
-    singular_values,
-    stable_rank,
-)
-from thimble.core.targets import ATTENTION, MLP
+from thimble.core.lowrank import Array, Factors
 from thimble.errors import AdapterError, BaseModelError, ConfigError, Problems, listing, plural
 from thimble.figures import figure_files, write_figures
 from thimble.verbs.events import OnEvent, ShouldStop, Teller, ignore, never
+from thimble.verbs.findings import (
+    Overlap,
+    Spectrum,
+    Update,
+    find_block,
+    in_order,
+    overlap_of,
+    spectrum_of,
+    update_of,
+)
 from thimble.verbs.prepare import find_base, is_hub_name, open_adapters
 from thimble.verbs.run_folder import check_folder
 
-CURVE_POINTS = 101  # of a cumulated spectrum
-SHARE_OF_DIRECTIONS = 0.9  # of an update's energy: the directions that hold it are compared with those of W
 MOST_OPERATIONS = 1e12  # about a minute on two cores; a base that takes more has its blocks sampled
 LEAST_BLOCKS = 3  # sampled, however large they are
 FIGURE_BYTES = 10_000_000  # room that figures are sure not to exceed
-
-
-@dataclass
-class Spectrum:
-    """The singular values of one weight.
-
-    Attributes:
-        layer: Path of the layer.
-        kind: Last part of the path.
-        block: Number of its block.
-        shape: Outputs and inputs.
-        norm: Frobenius norm of W.
-        stable_rank: Energy over that of the largest singular value.
-        effective_rank: exp of the entropy of the singular values.
-        rank_50: Rank that holds 50 % of the energy.
-        rank_80: The same for 80 %.
-        rank_90: The same for 90 %.
-        rank_95: The same for 95 %.
-        rank_99: The same for 99 %.
-        top_16: Share of the energy in the 16 largest singular values.
-        below_noise: Share of the singular values below what rounding to the file's number type makes by itself; null
-            for types without one step size a block.
-        curve: Share of the energy held by 0, 1, ... 100 % of the full rank.
-    """
-
-    layer: str
-    kind: str
-    block: int
-    shape: list[int]
-    norm: float
-    stable_rank: float
-    effective_rank: float
-    rank_50: int
-    rank_80: int
-    rank_90: int
-    rank_95: int
-    rank_99: int
-    top_16: float
-    below_noise: float | None
-    curve: list[float]
-
-
-@dataclass
-class Update:
-    """What an adapter does to one layer; null where nothing can be said, or the block was not decomposed.
-
-    Attributes:
-        layer: Path of the layer.
-        kind: Last part of the path.
-        block: Number of its block.
-        rank: Rows of A.
-        norm: Frobenius norm of the update, scale included.
-        relative_norm: The same over the norm of W.
-        stable_rank: Energy over that of the largest singular value.
-        effective_rank: exp of the entropy of the singular values.
-        rank_90: Rank that holds 90 % of the energy.
-        rank_99: The same for 99 %.
-        written_top: How far the leading directions that the update writes (those that hold 90 % of its energy) lie in
-            the top left singular vectors of W, as many as the adapter has rank: mean squared cosine.
-        written_bottom: The same for the bottom ones.
-        written_chance: What random directions would give.
-        read_top: As written_top, of the directions that the update reads and the right singular vectors of W.
-        read_bottom: As written_bottom.
-        read_chance: As written_chance.
-        intruders: Of the 10 largest directions of the updated weight, how many are like none of W's.
-        values: Singular values of the update.
-    """
-
-    layer: str
-    kind: str
-    block: int
-    rank: int
-    norm: float
-    relative_norm: float | None
-    stable_rank: float
-    effective_rank: float
-    rank_90: int
-    rank_99: int
-    written_top: float | None = None
-    written_bottom: float | None = None
-    written_chance: float | None = None
-    read_top: float | None = None
-    read_bottom: float | None = None
-    read_chance: float | None = None
-    intruders: int | None = None
-    values: list[float] = field(default_factory=list)
-
-
-@dataclass
-class Overlap:
-    """What two adapters have in common in one layer; null where one of them does nothing.
-
-    Attributes:
-        layer: Path of the layer.
-        kind: Last part of the path.
-        block: Number of its block; null for a layer outside the blocks.
-        ranks: Rows of both A.
-        read: Overlap of the row spaces of A, from 0 (at right angles) to 1 (one holds the other).
-        read_chance: What random ones would give.
-        written: Overlap of the column spaces of B.
-        written_chance: What random ones would give.
-        cosine: Of the angle between both updates, from -1 (opposite) over 0 (unrelated) to 1 (the same but for size).
-        norms: Frobenius norms of both updates.
-    """
-
-    layer: str
-    kind: str
-    block: int | None
-    ranks: list[int]
-    read: float | None
-    read_chance: float
-    written: float | None
-    written_chance: float
-    cosine: float | None
-    norms: list[float]
 
 
 @dataclass
@@ -343,7 +220,7 @@ def _choose_blocks(config: InspectConfig, base: Base, adapters: Mapping[str, Ada
     """The blocks that were asked for; else all, or an even spread of as many as take about a minute."""
     layers = [layer for adapter in adapters.values() for layer in adapter.layers] or list(base.spec.linear_shapes())
     shapes = base.spec.linear_shapes()
-    known = sorted({_block_of(layer) for layer in layers if layer in shapes} - {None})
+    known = sorted({find_block(layer) for layer in layers if layer in shapes} - {None})
     if config.blocks:
         wrong = [name for name in config.blocks if not name.isdecimal() or int(name) not in known]
         if wrong:
@@ -367,25 +244,6 @@ def _operations(shape: tuple[int, int]) -> float:
     return 2.0 * small**2 * large + 9.0 * small**3
 
 
-def _block_of(path: str) -> int | None:
-    return next((int(part) for part in path.split(".") if part.isdecimal()), None)
-
-
-def _kind(path: str) -> str:
-    return path.rsplit(".", 1)[-1]
-
-
-def _in_order(layers: Iterable[str]) -> list[str]:
-    """Layers as they run in a model: a file holds them by name, with block 10 before block 2."""
-    kinds = (*ATTENTION, *MLP)
-
-    def place(layer: str) -> tuple[int, int, str]:
-        block, kind = _block_of(layer), _kind(layer)
-        return (-1 if block is None else block, kinds.index(kind) if kind in kinds else len(kinds), layer)
-
-    return sorted(layers, key=place)
-
-
 # ---- measuring ------------------------------------------------------------------------------------------------------
 
 
@@ -406,7 +264,7 @@ def _look_into_base(
     subject: _Subject, report: InspectReport, tell: Teller, should_stop: ShouldStop
 ) -> Sequence[Spectrum]:
     assert subject.base
-    layers = [layer for layer in subject.base.spec.linear_shapes() if _block_of(layer) in subject.blocks]
+    layers = [layer for layer in subject.base.spec.linear_shapes() if find_block(layer) in subject.blocks]
     tell.stage(f"decomposing {plural(len(layers), 'weight')} of {plural(len(subject.blocks), 'block')}")
     for done, layer in enumerate(layers, 1):
         if _is_stopped(should_stop, done, len(layers), tell):
@@ -414,7 +272,7 @@ def _look_into_base(
         weight = subject.base.weights[f"{layer}.weight"]
         matrix = _read(layer, weight, report, tell)
         if matrix is not None:
-            report.spectra.append(_spectrum(layer, matrix, weight))
+            report.spectra.append(spectrum_of(layer, matrix, weight))
         tell.progress("weights", done, len(layers))
     if len(report.skipped) == len(layers):
         raise BaseModelError(*(f"base {subject.base.name}: {what}" for what in report.skipped))
@@ -428,19 +286,6 @@ def _is_stopped(should_stop: ShouldStop, done: int, total: int, tell: Teller) ->
     return False
 
 
-def _spectrum(layer: str, matrix: Array, weight: Weight) -> Spectrum:
-    values = singular_values(matrix)
-    rows, columns = matrix.shape
-    steps = step_sizes(weight.raw(), weight.dtype)
-    below = None if steps is None else float((values < noise_edge((rows, columns), steps)).mean())
-    ranks = [rank_for(values, share) for share in (0.5, 0.8, 0.9, 0.95, 0.99)]
-    return Spectrum(
-        layer, _kind(layer), _block_of(layer) or 0, [rows, columns], float(np.linalg.norm(values)),
-        stable_rank(values), effective_rank(values), *ranks, energy_within(values, 16), below,
-        energy_curve(values, CURVE_POINTS).round(5).tolist(),
-    )  # fmt: skip
-
-
 def _look_into_adapter(
     subject: _Subject, report: InspectReport, tell: Teller, should_stop: ShouldStop
 ) -> Sequence[Update]:
@@ -449,11 +294,11 @@ def _look_into_adapter(
     tell.stage(f"looking at {plural(len(layers), 'layer')}, beside {plural(len(subject.blocks), 'block')} of the base")
     if any(factors.magnitude is not None for factors in layers.values()):
         tell.note("the magnitudes of DoRA are left out of account, except in the count of intruders")
-    for done, layer in enumerate(_in_order(layers), 1):
+    for done, layer in enumerate(in_order(layers), 1):
         if _is_stopped(should_stop, done, len(layers), tell):
             break
         matrix = _read(layer, subject.base.weights[f"{layer}.weight"], report, tell)
-        report.updates.append(_update(layer, layers[layer], matrix, _block_of(layer) in subject.blocks))
+        report.updates.append(update_of(layer, layers[layer], matrix, find_block(layer) in subject.blocks))
         tell.progress("layers", done, len(layers))
     report.unmoved = [update.layer for update in report.updates if not update.norm]
     moved = [update for update in report.updates if update.norm and update.relative_norm is not None]
@@ -461,68 +306,20 @@ def _look_into_adapter(
     return report.updates
 
 
-def _update(layer: str, factors: Factors, matrix: Array | None, is_decomposed: bool) -> Update:
-    whole = svd_of_update(factors)
-    values = np.abs(whole.values)
-    norm = float(np.linalg.norm(values))
-    of_weight = None if matrix is None else norm / float(np.linalg.norm(matrix.astype(np.float64)))
-    rank_90, rank_99 = (rank_for(values, share) if norm else 0 for share in (0.9, 0.99))
-    update = Update(
-        layer, _kind(layer), _block_of(layer) or 0, factors.rank, norm, of_weight, stable_rank(values),
-        effective_rank(values), rank_90, rank_99, values=values.tolist(),
-    )  # fmt: skip
-    if norm and matrix is not None and is_decomposed:
-        _compare_with_weight(update, factors, matrix)
-    return update
-
-
-def _compare_with_weight(update: Update, factors: Factors, matrix: Array) -> None:
-    """Fill in how the leading directions of an update lie to those of W, and which of W + update are new."""
-    size = min(matrix.shape)
-    rank = min(factors.rank, size)
-    of_update, of_weight = svd_of_update(factors), svd(matrix, size)
-    leading = rank_for(of_update.values, SHARE_OF_DIRECTIONS)
-    written, read = of_update.left[:, :leading], of_update.right[:leading].T
-    left, right = of_weight.left, of_weight.right.T
-    update.written_top, update.written_bottom = (
-        mean_squared_cosine(s, written) for s in (left[:, :rank], left[:, -rank:])
-    )
-    update.read_top, update.read_bottom = (mean_squared_cosine(s, read) for s in (right[:, :rank], right[:, -rank:]))
-    update.written_chance, update.read_chance = rank / matrix.shape[0], rank / matrix.shape[1]
-    update.intruders = intruders(left, svd(merge(matrix, factors), min(INTRUDER_DIRECTIONS, size)).left)
-
-
 def _compare_adapters(
     subject: _Subject, report: InspectReport, tell: Teller, should_stop: ShouldStop
 ) -> Sequence[Overlap]:
     first, second = (adapter.layers for adapter in subject.adapters)
-    shared = _in_order(layer for layer in first if layer in second)
+    shared = in_order(layer for layer in first if layer in second)
     tell.stage(f"comparing {plural(len(shared), 'layer')}")
     for done, layer in enumerate(shared, 1):
         if _is_stopped(should_stop, done, len(shared), tell):
             break
-        report.overlaps.append(_overlap(layer, first[layer], second[layer]))
+        report.overlaps.append(overlap_of(layer, first[layer], second[layer]))
     report.unmoved = [row.layer for row in report.overlaps if not all(row.norms)]
     for name, own, others in zip(subject.names, (first, second), (second, first), strict=True):
-        report.only_in[name] = _in_order(layer for layer in own if layer not in others)
+        report.only_in[name] = in_order(layer for layer in own if layer not in others)
     return report.overlaps
-
-
-def _overlap(layer: str, first: Factors, second: Factors) -> Overlap:
-    read = [column_space(factors.A.T) for factors in (first, second)]
-    written = [column_space(factors.B) for factors in (first, second)]
-    norms = [math.sqrt(max(inner_product(factors, factors), 0.0)) for factors in (first, second)]
-    rank = max(first.rank, second.rank)
-    return Overlap(
-        layer, _kind(layer), _block_of(layer), [first.rank, second.rank],
-        _known(overlap(*read)), rank / first.A.shape[1],
-        _known(overlap(*written)), rank / first.B.shape[0],
-        inner_product(first, second) / (norms[0] * norms[1]) if all(norms) else None, norms,
-    )  # fmt: skip
-
-
-def _known(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 _MEASURES: dict[str, Any] = {
