@@ -82,11 +82,12 @@ def _has_data(name: str, report: Report) -> bool:
 
 def _entitle(axes: "Axes", title: str, subtitle: str) -> None:
     """A title that begins where the axes do, and what it holds for below it."""
-    axes.set_title(subtitle)
-    axes.annotate(
+    axes.set_title(f"\n{subtitle}", linespacing=1.8)  # the empty line keeps room for the title
+    above = axes.annotate(
         title, (0, 1), (0, TITLE_POINTS), xycoords="axes fraction", textcoords="offset points", fontsize=13,
         fontweight="bold", annotation_clip=False,
     )  # fmt: skip
+    above.set_in_layout(False)  # it may be wider than a panel, which must not push the next one away
 
 
 def _kinds(rows: Rows) -> list[str]:
@@ -257,7 +258,10 @@ def _draw_overlap(figure: "Figure", report: Report) -> None:
     for axes, (name, title, colours, limits) in zip(panels, OVERLAPS, strict=True):
         values = {(row["kind"], row["block"]): row[name] for row in report["overlaps"] if row[name] is not None}
         image = _heat_map(axes, report["overlaps"], values, colours, Normalize(*limits))
-        _entitle(axes, f"What two adapters have in common: {_names(report)}" if name == "read" else "", title)
+        if name == "read":
+            _entitle(axes, f"What two adapters have in common: {_names(report)}", title)
+        else:
+            axes.set_title(title)
         _scale_bar(figure, image, axes, "")
     panels[-1].set_xlabel("block")
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from thimble.core.base import Weight
-from thimble.core.lowrank import Array, Factors, merge, rank_for, svd, svd_of_update
+from thimble.core.lowrank import Array, Decomposition, Factors, merge, rank_for, svd, svd_of_update
 from thimble.core.quantize import step_sizes
 from thimble.core.spectra import (
     INTRUDER_DIRECTIONS,
@@ -219,15 +219,15 @@ def update_of(layer: str, factors: Factors, matrix: Array | None, is_decomposed:
         effective_rank(values), rank_90, rank_99, values=values.tolist(),
     )  # fmt: skip
     if norm and matrix is not None and is_decomposed:
-        _compare_with_weight(update, factors, matrix)
+        _compare_with_weight(update, whole, factors, matrix)
     return update
 
 
-def _compare_with_weight(update: Update, factors: Factors, matrix: Array) -> None:
+def _compare_with_weight(update: Update, of_update: Decomposition, factors: Factors, matrix: Array) -> None:
     """Fill in how the leading directions of an update lie to those of W, and which of W + update are new."""
     size = min(matrix.shape)
     rank = min(factors.rank, size)
-    of_update, of_weight = svd_of_update(factors), svd(matrix, size)
+    of_weight = svd(matrix, size)
     leading = rank_for(of_update.values, SHARE_OF_DIRECTIONS)
     written, read = of_update.left[:, :leading], of_update.right[:leading].T
     left, right = of_weight.left, of_weight.right.T
