@@ -48,7 +48,7 @@ def write_figures(folder: Path, report: Report) -> list[str]:
         report: `asdict` of an InspectReport with at least one layer.
 
     Returns:
-        Paths of the files; none of an adapter that moved no layer.
+        Paths of the files; none if there is nothing to draw, as of an adapter that moved no layer.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -77,7 +77,9 @@ def _has_data(name: str, report: Report) -> bool:
     """Whether there is anything to draw: an adapter may have moved nothing, or nothing in the blocks looked at."""
     if name == "alignment":
         return "written_top" in report["overall"]
-    return report["subject"] != "adapter" or bool(report["moved"])
+    if name == "overlap":
+        return any(row["block"] is not None for row in report["overlaps"])
+    return report["subject"] == "base" or bool(report["moved"])
 
 
 def _entitle(axes: "Axes", title: str, subtitle: str) -> None:

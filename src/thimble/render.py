@@ -226,14 +226,18 @@ def _adapter_parts(report: Any) -> list[str]:
         ("mean", "layers", "|ΔW|", "of |W|", "stable", "effective", "90 %", "99 %",
          "writes top/bottom", "reads top/bottom", "intruders")
     ]  # fmt: skip
-    for kind, mean in {**report.by_kind, "all": report.overall}.items():
-        rows.append(_update_row(kind, mean))
+    rows += [_update_row(name, mean) for name, mean in _means(report).items()]
     legend = (
         "  stable, effective, 90 %, 99 %: rank of ΔW by four measures. top/bottom: how far its leading directions\n"
         "  lie along the largest and the smallest of W, as a multiple of chance. intruders: of the 10 largest\n"
         f"  directions of W + ΔW, those like none of W. Beside W: {_blocks_of(report)}."
     )
     return [head, _table(rows), legend, _moves(report)]
+
+
+def _means(report: Any) -> dict[str, Mapping[str, float]]:
+    """Those of each kind and of all layers; none if the work was stopped before the first."""
+    return {**report.by_kind, "all": report.overall} if report.by_kind else {}
 
 
 def _update_row(name: str, mean: Mapping[str, float]) -> tuple[str, ...]:
@@ -279,7 +283,7 @@ def _few(items: Iterable[Any]) -> str:
 def _pair_parts(report: Any) -> list[str]:
     head = f"1  {report.names[0]}\n2  {report.names[1]}"
     rows: list[tuple[str, ...]] = [("mean", "layers", "A reads", "chance", "B writes", "chance", "cosine of ΔW")]
-    for kind, mean in {**report.by_kind, "all": report.overall}.items():
+    for kind, mean in _means(report).items():
         shown = [_number(mean.get(name)) for name in ("read", "read_chance", "written", "written_chance", "cosine")]
         rows.append((kind, f"{mean['layers']:.0f}", *shown))
     legend = (

@@ -14,6 +14,7 @@ from thimble.core.base import open_base
 from thimble.core.lowrank import Factors, delta
 from thimble.core.tensorfile import open_tensors, write_safetensors
 from thimble.errors import InputError
+from thimble.render import render_inspect
 
 Q = "model.layers.0.self_attn.q_proj"
 
@@ -306,6 +307,27 @@ def test_figures_are_drawn_in_both_forms(thimble, tiny_base, adapter, tmp_path, 
     code, _, text = thimble("inspect", *argv)
     assert code == 2
     assert f"out is figures, which holds {names[0]}.png" in text
+
+
+def test_adapters_of_the_head_alone_are_compared_but_not_drawn(thimble, tmp_path):
+    random = np.random.default_rng(0)
+    for name in ("one", "two"):
+        a, b = random.standard_normal((2, 8)).astype("f4"), random.standard_normal((9, 2)).astype("f4")
+        save_adapter(Adapter({"lm_head": Factors(a, b, 1.0)}), tmp_path / name)
+    code, out, text = thimble("inspect", "one", "two", "--out", "figures")
+    assert code == 0
+    assert "lm_head" in out
+    assert "no figure was drawn" in text
+    assert not (tmp_path / "figures").exists()
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_what_is_stopped_before_the_first_layer_is_still_shown(tiny_base, adapter, tmp_path, count):
+    other = make_adapter(tiny_base, tmp_path / "other", seed=1)
+    named = [adapter, other][:count]
+    report = package.inspect(*named, base=tiny_base, out=str(tmp_path / "figures"), should_stop=lambda: True)
+    assert "mean" in render_inspect(report)
+    assert report.figures == []
 
 
 # ---- refusals -------------------------------------------------------------------------------------------------------

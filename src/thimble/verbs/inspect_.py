@@ -109,7 +109,7 @@ def inspect(config: InspectConfig, on_event: OnEvent = ignore, should_stop: Shou
         tell.stage("drawing")
         report.figures = write_figures(Path(config.out), asdict(report))
         if not report.figures:
-            tell.warning("no layer moved: there is nothing to draw")
+            tell.warning("no figure was drawn: there is nothing in the blocks to show")
     report.seconds, report.told = time.perf_counter() - began, tell.told
     return report
 
