@@ -244,7 +244,7 @@ def _update_row(name: str, mean: Mapping[str, float]) -> tuple[str, ...]:
     relative = f"{mean['relative_norm']:.2%}" if "relative_norm" in mean else "-"
     ranks = [f"{mean[field]:.1f}" for field in ("stable_rank", "effective_rank", "rank_90", "rank_99")]
     sides = [_multiples(mean, side) for side in ("written", "read")]
-    new = f"{mean['intruders']:.1f}" if "intruders" in mean else "-"
+    new = f"{mean['intruders']:.2f}" if "intruders" in mean else "-"
     return (name, f"{mean['layers']:.0f}", f"{mean['norm']:.3g}", relative, *ranks, *sides, new)
 
 
