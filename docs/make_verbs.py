@@ -18,6 +18,8 @@ from thimble.api import CONFIGS
 from thimble.cli import SUMMARIES, main
 from thimble.core.config import ELSEWHERE, SYNONYMS
 from thimble.verbs.evaluate import EvaluateReport, Result
+from thimble.verbs.findings import Overlap, Spectrum, Update
+from thimble.verbs.inspect_ import InspectReport
 from thimble.verbs.plan import PlanReport
 from thimble.verbs.train import TrainReport
 
@@ -28,6 +30,7 @@ REPORTS: dict[str, tuple[type, ...]] = {
     "train": (TrainReport,),
     "plan": (PlanReport,),
     "evaluate": (EvaluateReport, Result),
+    "inspect": (InspectReport, Spectrum, Update, Overlap),
 }
 JSON_TYPES = {str: "text", int: "whole number", float: "number", bool: "true or false"}
 

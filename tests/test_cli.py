@@ -33,7 +33,7 @@ def refused(thimble, tmp_path):
 def test_help_names_every_verb(thimble):
     code, out, _ = thimble()
     assert code == 0
-    assert all(verb in out for verb in ("train", "plan", "evaluate", "chat"))
+    assert all(verb in out for verb in ("train", "plan", "evaluate", "chat", "inspect"))
 
 
 def test_missing_data_says_what_to_name(refused, tiny_base):

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from thimble.core.config import ChatConfig, EvaluateConfig, Knobs, PlanConfig, TrainConfig
+from thimble.core.config import ChatConfig, EvaluateConfig, InspectConfig, Knobs, PlanConfig, TrainConfig
 from thimble.errors import ConfigError
 
 CONFIGS: dict[str, type[Knobs]] = {
@@ -13,12 +13,14 @@ CONFIGS: dict[str, type[Knobs]] = {
     "plan": PlanConfig,
     "evaluate": EvaluateConfig,
     "chat": ChatConfig,
+    "inspect": InspectConfig,
 }
+MODULES = {"inspect": "inspect_"}  # of verbs that a module of the standard library is named like
 
 
 def load_verb(verb: str) -> Callable[..., Any]:
     """The function of a verb; imports what it needs only now."""
-    return getattr(importlib.import_module(f"thimble.verbs.{verb}"), verb)
+    return getattr(importlib.import_module(f"thimble.verbs.{MODULES.get(verb, verb)}"), verb)
 
 
 def build_config(
@@ -112,3 +114,21 @@ def chat(**knobs: Any) -> Any:
     from thimble.verbs.chat import open_conversation
 
     return open_conversation(build_config("chat", knobs, knobs.pop("config", None)))
+
+
+def inspect(path: str | Path | None = None, other: str | Path | None = None, **knobs: Any) -> Any:
+    """Look into a base, an adapter or two adapters; see `thimble inspect --help` for the knobs.
+
+    Args:
+        path: A base, or an adapter or run folder; default: the base named by `base`, or the default base.
+        other: A second adapter to compare the first with.
+        **knobs: `base`, `blocks`, `out`; also `config`, `on_event` and `should_stop`.
+
+    Returns:
+        A thimble.verbs.inspect_.InspectReport.
+
+    Raises:
+        InputError: If there is nothing to look into; with every problem found.
+    """
+    named = {name: str(value) for name, value in (("path", path), ("other", other)) if value is not None}
+    return _call("inspect", None, {**knobs, **named})

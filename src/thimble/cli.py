@@ -14,14 +14,16 @@ from thimble import __version__
 from thimble.api import CONFIGS, build_config
 from thimble.core.config import Knobs, knob_type, knobs_of
 from thimble.errors import InputError, ThimbleError
-from thimble.render import Progress, render_evaluate, render_plan, render_train, to_json
+from thimble.render import Progress, render_evaluate, render_inspect, render_plan, render_train, to_json
 
 SUMMARIES = {
     "train": "Learn from examples; writes a run folder with the adapter and a report.",
     "plan": "Say what a training run would decide, need and cost, without training.",
     "evaluate": "Measure a base and adapters on the same rows.",
     "chat": "Talk to a base or an adapter, and switch between them.",
+    "inspect": "Look into the weights of a base, into an adapter, or compare two adapters.",
 }
+RENDERERS = {"train": render_train, "plan": render_plan, "evaluate": render_evaluate, "inspect": render_inspect}
 EXIT_INTERRUPTED = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 
@@ -134,7 +136,7 @@ def _run(options: argparse.Namespace, unknown: list[str]) -> int:
     if is_json:
         print(to_json(report))
     else:
-        print({"train": render_train, "plan": render_plan, "evaluate": render_evaluate}[verb](report))
+        print(RENDERERS[verb](report))
     return EXIT_INTERRUPTED[stop.signal] if stop.signal else 0
 
 

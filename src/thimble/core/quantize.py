@@ -40,6 +40,8 @@ LAYOUTS: dict[str, np.dtype[Any]] = {
 }
 _VALUES = {"F32": 1, "F16": 1, "BF16": 1, "Q4_K": 256, "Q5_K": 256, "Q6_K": 256}
 
+ONE_SCALE = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")  # types whose blocks have one step size
+
 # dtype -> (values in one block, bytes of one block)
 BLOCKS: dict[str, tuple[int, int]] = {
     name: (_VALUES.get(name, 32), layout.itemsize) for name, layout in LAYOUTS.items()
@@ -351,3 +353,20 @@ _ENCODERS: dict[str, Callable[[Floats], Any]] = {
     "Q4_0": _encode_q4_0,
     "Q4_1": _encode_q4_1,
 }
+
+
+def step_sizes(raw: Bytes, dtype: str) -> Floats | None:
+    """Distances between neighbouring values of a quantised tensor, which bound its rounding errors.
+
+    Args:
+        raw: Its bytes, uint8.
+        dtype: Its type.
+
+    Returns:
+        One a block, float32 (blocks,); None for numbers that are not in blocks or whose blocks have scales of two
+        levels.
+    """
+    if dtype not in ONE_SCALE:
+        return None
+    blocks = np.ascontiguousarray(raw).reshape(-1).view(LAYOUTS[dtype])
+    return np.abs(np.ascontiguousarray(blocks["scale"]).view(np.float16).astype(np.float32))

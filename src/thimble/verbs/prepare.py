@@ -55,7 +55,7 @@ def open_model(name: str | None) -> Model:
     Raises:
         BaseModelError: If anything is missing or not supported.
     """
-    base = open_base(_from_hub(name) if name and _is_hub_name(name) else name)
+    base = find_base(name)
     if base.metadata is not None:
         tokenizer = tokenizer_from_gguf(base.metadata)
     else:
@@ -65,7 +65,13 @@ def open_model(name: str | None) -> Model:
     return Model(base, tokenizer, template)
 
 
-def _is_hub_name(name: str) -> bool:
+def find_base(name: str | None) -> Base:
+    """Open a base by path or hub name; None is the default base. Raises a BaseModelError as `open_base` does."""
+    return open_base(_from_hub(name) if name and is_hub_name(name) else name)
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a name is `owner/name` and nothing here is called that."""
     parts = name.split("/")
     return not Path(name).exists() and len(parts) == 2 and all(parts) and not name.startswith((".", "~"))
 
