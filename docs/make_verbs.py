@@ -18,6 +18,7 @@ from thimble.api import CONFIGS
 from thimble.cli import SUMMARIES, main
 from thimble.core.config import ELSEWHERE, SYNONYMS
 from thimble.verbs.evaluate import EvaluateReport, Result
+from thimble.verbs.merge import MergedKind, MergedLayer, MergeReport
 from thimble.verbs.plan import PlanReport
 from thimble.verbs.train import TrainReport
 
@@ -28,6 +29,7 @@ REPORTS: dict[str, tuple[type, ...]] = {
     "train": (TrainReport,),
     "plan": (PlanReport,),
     "evaluate": (EvaluateReport, Result),
+    "merge": (MergeReport, MergedKind, MergedLayer),
 }
 JSON_TYPES = {str: "text", int: "whole number", float: "number", bool: "true or false"}
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from thimble.core.config import ChatConfig, EvaluateConfig, Knobs, PlanConfig, TrainConfig
+from thimble.core.config import ChatConfig, EvaluateConfig, Knobs, MergeConfig, PlanConfig, TrainConfig
 from thimble.errors import ConfigError
 
 CONFIGS: dict[str, type[Knobs]] = {
@@ -13,6 +13,7 @@ CONFIGS: dict[str, type[Knobs]] = {
     "plan": PlanConfig,
     "evaluate": EvaluateConfig,
     "chat": ChatConfig,
+    "merge": MergeConfig,
 }
 
 
@@ -112,3 +113,21 @@ def chat(**knobs: Any) -> Any:
     from thimble.verbs.chat import open_conversation
 
     return open_conversation(build_config("chat", knobs, knobs.pop("config", None)))
+
+
+def merge(*adapters: str | Path, **knobs: Any) -> Any:
+    """Make an adapter smaller, or merge it into a base; see `thimble merge --help` for the knobs.
+
+    Args:
+        *adapters: Adapter or run folders; several are added up.
+        **knobs: `out`, `truncate`, `rank`, `base`, by the names of the flags; also `config`, `on_event`, `should_stop`.
+
+    Returns:
+        A thimble.verbs.merge.MergeReport.
+
+    Raises:
+        InputError: If it is refused; nothing is written then.
+        RunError: If a merged weight does not fit its number type.
+    """
+    given = {"adapter": [str(path) for path in adapters]} if adapters else {}
+    return _call("merge", None, {**given, **knobs})

@@ -87,6 +87,11 @@ def fraction(value: float) -> str | None:
     return None if 0 <= value < 1 else "expected a fraction from 0 up to, but not including, 1"
 
 
+def share(value: float) -> str | None:
+    """Check a share of a whole that may be all of it, but not nothing."""
+    return None if 0 < value <= 1 else "expected a share above 0 and up to 1"
+
+
 @dataclass(frozen=True)
 class Knobs:
     """What every verb takes, and how any config is built from loosely typed values."""
@@ -382,3 +387,29 @@ class ChatConfig(AdapterKnobs):
     temperature: float = knob(0.7, "Sampling temperature; 0 always takes the likeliest token.", check=at_least(0))
     top_p: float = knob(0.95, "Sample from the likeliest tokens that make up this share.", check=above(0))
     max_new_tokens: int = knob(512, "Longest answer, in tokens.", check=at_least(1))
+
+
+@dataclass(frozen=True)
+class MergeConfig(Knobs):
+    """The knobs of `thimble merge`."""
+
+    adapter: tuple[str, ...] = knob(
+        (), "Adapter folders, or the run folders that hold them; several are added up.", positional=True,
+        metavar="ADAPTER",
+    )  # fmt: skip
+    base: str | None = knob(
+        None,
+        "Base to merge into: a Hugging Face folder or a hub name; with --truncate or --rank it is only checked that "
+        "the adapters fit it.",
+        metavar="BASE",
+    )
+    out: str = knob("", "Folder to write; it must not exist yet, or be empty.", metavar="DIR")
+    truncate: float | None = knob(
+        None,
+        "Write a smaller adapter: each layer keeps the smallest rank that holds this share of its update's energy "
+        "(squared singular values), such as 0.99; 1 drops only what is zero. Without it, and without --rank, the "
+        "adapter is merged into the base.",
+        check=share,
+        metavar="SHARE",
+    )
+    rank: int | None = knob(None, "Write a smaller adapter: the most rank any layer keeps.", check=at_least(1))

@@ -15,7 +15,7 @@ import mmap
 import os
 import secrets
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -433,6 +433,33 @@ def write_safetensors(
     text += b" " * (-len(text) % 8)
     parts = (arrays[name].reshape(-1).view(np.uint8).data for name in names)
     _write_atomically(Path(path), itertools.chain([len(text).to_bytes(8, "little"), text], parts))
+
+
+def rewrite_safetensors(
+    file: TensorFile, path: str | Path, changed: Mapping[str, Callable[[], Iterable[bytes | memoryview]]]
+) -> None:
+    """Write a safetensors file anew with the numbers of some tensors changed, and everything else byte for byte.
+
+    Types and shapes stay, so the header does. Nothing is held in memory but what `changed` hands out at a time.
+
+    Args:
+        file: The file as it is.
+        path: Where the new one goes; not the same place.
+        changed: Name of a tensor to what gives its new bytes, in pieces.
+    """
+    _write_atomically(Path(path), _rewritten(file, changed))
+
+
+def _rewritten(
+    file: TensorFile, changed: Mapping[str, Callable[[], Iterable[bytes | memoryview]]]
+) -> Iterator[bytes | memoryview]:
+    position, old = 0, memoryview(file.data)
+    for info in sorted((file.tensors[name] for name in changed), key=lambda info: info.offset):
+        yield old[position : info.offset]
+        yield from changed[info.name]()
+        position = info.offset + info.nbytes
+        file.release(info.name, 0, info.nbytes)
+    yield old[position:]
 
 
 def _storable(name: str, array: ArrayLike) -> NDArray[Any]:

@@ -55,7 +55,7 @@ def open_model(name: str | None) -> Model:
     Raises:
         BaseModelError: If anything is missing or not supported.
     """
-    base = open_base(_from_hub(name) if name and _is_hub_name(name) else name)
+    base = find_base(name)
     if base.metadata is not None:
         tokenizer = tokenizer_from_gguf(base.metadata)
     else:
@@ -63,6 +63,11 @@ def open_model(name: str | None) -> Model:
     source = tokenizer.chat_template
     template = ChatTemplate(source, tokenizer.bos_token or "", tokenizer.eos_token or "") if source else None
     return Model(base, tokenizer, template)
+
+
+def find_base(name: str | None) -> Base:
+    """Open a base by path or hub name, without its tokenizer; see `open_model`."""
+    return open_base(_from_hub(name) if name and _is_hub_name(name) else name)
 
 
 def _is_hub_name(name: str) -> bool:
