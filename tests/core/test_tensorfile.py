@@ -13,7 +13,7 @@ import pytest
 import safetensors.numpy
 
 from thimble.core.quantize import from_bfloat16, to_bfloat16
-from thimble.core.tensorfile import open_tensors, write_safetensors
+from thimble.core.tensorfile import open_tensors, rewrite_safetensors, write_safetensors
 from thimble.errors import BaseModelError
 
 Q4_0, Q8_0, BF16 = (gguf.GGMLQuantizationType[name] for name in ("Q4_0", "Q8_0", "BF16"))
