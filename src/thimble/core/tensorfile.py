@@ -18,7 +18,7 @@ import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -54,6 +54,7 @@ _GGUF_STRING, _GGUF_ARRAY = 8, 9
 _MAX_HEADER_BYTES = 100_000_000
 _MAX_GGUF_DIMENSIONS = 4
 _MAX_DIMENSIONS = 32
+_PIECE_BYTES = 1 << 24
 
 # What people give by mistake, by its first bytes.
 _MISTAKES = {
@@ -453,13 +454,19 @@ def rewrite_safetensors(
 def _rewritten(
     file: TensorFile, changed: Mapping[str, Callable[[], Iterable[bytes | memoryview]]]
 ) -> Iterator[bytes | memoryview]:
-    position, old = 0, memoryview(file.data)
-    for info in sorted((file.tensors[name] for name in changed), key=lambda info: info.offset):
-        yield old[position : info.offset]
-        yield from changed[info.name]()
-        position = info.offset + info.nbytes
-        file.release(info.name, 0, info.nbytes)
-    yield old[position:]
+    # Read, not mapped: pages that are copied once would only count as memory of this process.
+    with file.path.open("rb") as old:
+        for info in sorted((file.tensors[name] for name in changed), key=lambda info: info.offset):
+            yield from _pieces(old, info.offset - old.tell())
+            yield from changed[info.name]()
+            old.seek(info.offset + info.nbytes)
+        yield from _pieces(old, len(file.data) - old.tell())
+
+
+def _pieces(stream: BinaryIO, size: int) -> Iterator[bytes]:
+    """The next `size` bytes of a file, a few at a time."""
+    for start in range(0, size, _PIECE_BYTES):
+        yield stream.read(min(_PIECE_BYTES, size - start))
 
 
 def _storable(name: str, array: ArrayLike) -> NDArray[Any]:

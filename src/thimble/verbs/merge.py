@@ -388,22 +388,24 @@ def _merged_rows(work: _Work, layer: str, weight: Weight, done: list[MergedLayer
     factors = work.updates[layer]
     num_rows, columns = weight.shape
     step = max(1, WINDOW_VALUES // columns)
+    # Wide enough that what is lost is lost by rounding to the file's type, and rounding happens once.
+    wide = np.float64 if weight.dtype == "F32" else np.float32
     lost = size = 0.0
     for start in range(0, num_rows, step):
         rows = slice(start, min(start + step, num_rows))
         old = dequantize(weight.raw()[rows], weight.dtype, (rows.stop - rows.start, columns))
         magnitude = None if factors.magnitude is None else factors.magnitude[rows]
         update = Factors(factors.A, factors.B[rows], factors.scale, magnitude)
-        exact = merge_weight(old.astype(np.float64), update)
-        if not np.isfinite(exact).all():
-            raise RunError(f"{layer} would hold numbers that are not finite: nothing is written; the base holds some")
+        exact = merge_weight(old.astype(wide), update)
+        size += float(np.linalg.norm(exact - old)) ** 2
+        if not math.isfinite(size):
+            raise RunError(f"{layer} of the base holds numbers that are not finite: nothing is written")
         try:
-            packed = quantize(merge_weight(old, update), weight.dtype)
+            packed = quantize(exact.astype(np.float32), weight.dtype)
         except BaseModelError as error:
             raise RunError(f"{layer}: {error}: nothing is written") from None
-        stored = dequantize(packed, weight.dtype, old.shape)
-        lost += float(np.square(stored - exact).sum())
-        size += float(np.square(exact - old).sum())
+        lost += float(np.linalg.norm(dequantize(packed, weight.dtype, old.shape) - exact)) ** 2
+        weight.release(rows)
         yield packed.data
     error = math.sqrt(lost / size) if size else 0.0
     before = (factors.rank, 0, _count(factors), 0, work.bytes_before[layer], 0)
