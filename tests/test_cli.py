@@ -188,7 +188,7 @@ def test_merging_adapters_prints_ranks_sizes_and_errors(thimble, adapters):
     assert rows["all"][:2] == ["1", "4"]
     assert int(rows["all"][2]) < 4
     assert rows["all"][3] == "56"
-    assert "of the update cut off the sum in all; most in model.layers.0.mlp.up_proj" in out
+    assert "of the update cut off in all; most in model.layers.0.mlp.up_proj" in out
     assert "thimble chat --adapter sum" in out
 
 
@@ -202,7 +202,7 @@ def test_merging_as_json_lists_every_layer(thimble, adapters):
     assert 0 < layer["error"] == report["kinds"][-1]["error"] < 1
 
 
-def test_merging_into_a_base_says_where_it_is_and_what_rounding_did(thimble, tmp_path, tiny_base):
+def test_merging_into_a_base_says_where_it_is_and_what_rounding_did(thimble, tmp_path):
     import numpy as np
 
     from families import make_hf_folder

@@ -169,7 +169,7 @@ def render_merge(report: Any) -> str:
     table = _adapter_rows(report) if report.wrote == "adapter" else _base_rows(report)
     whole = report.kinds[-1]
     if report.wrote == "adapter":
-        what = "cut off in all" if len(report.adapters) == 1 else "cut off the sum in all"
+        what = "cut off in all"
         use = f"adapter  {report.out}\ntry it   thimble chat --adapter {report.out}"
     else:
         what = "lost by rounding in all"

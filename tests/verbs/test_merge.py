@@ -346,6 +346,25 @@ def test_a_weight_that_does_not_fit_its_type_leaves_nothing_behind(refuse, tmp_p
     assert "does not fit float16" in refuse(adapter, base=str(base), kind=RunError)
 
 
+def test_a_base_that_is_not_finite_leaves_nothing_behind(refuse, tmp_path):
+    base = make_hf_folder("llama", tmp_path / "base")
+    model = load_hf(base)
+    with torch.no_grad():
+        model.get_parameter("model.layers.1.mlp.up_proj.weight")[3, 4] = float("nan")
+    model.save_pretrained(base)
+    adapter = write_adapter(tmp_path / "a", open_base(base).spec.linear_shapes())
+    assert "model.layers.1.mlp.up_proj of the base holds numbers" in refuse(adapter, base=str(base), kind=RunError)
+
+
+def test_a_base_of_another_number_type_is_refused_before_work(refuse, tmp_path):
+    base = make_hf_folder("llama", tmp_path / "base")
+    load_hf(base, dtype=torch.float64).save_pretrained(base)
+    adapter = write_adapter(tmp_path / "a", open_base(base).spec.linear_shapes())
+    text = refuse(adapter, base=str(base))
+    assert "model.layers.0.mlp.down_proj is F64" in text
+    assert "expected F32, F16, BF16" in text
+
+
 @pytest.mark.parametrize("to_base", [False, True])
 def test_who_stops_a_merge_finds_nothing_written(tmp_path, to_base):
     base = make_hf_folder("llama", tmp_path / "base")
