@@ -380,3 +380,11 @@ def test_an_empty_folder_is_filled(tmp_path):
     (tmp_path / "out").mkdir()
     thimble.merge(write_adapter(tmp_path / "a"), truncate=1, out=str(tmp_path / "out"))
     assert load_adapter(tmp_path / "out").layers
+
+
+def test_the_folder_one_stands_in_is_filled(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    thimble.merge(write_adapter(tmp_path / "a"), truncate=1, out=".")
+    assert load_adapter(tmp_path / "out").layers
+    assert names_in(tmp_path / "out") == {CONFIG_FILE, WEIGHTS_FILE}

@@ -104,6 +104,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     Yields:
         Path: The folder to write into meanwhile.
     """
+    folder = folder.resolve()
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -115,7 +116,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    _sync_folder(folder.absolute().parent)
+    _sync_folder(folder.parent)
 
 
 def write_text(path: Path, text: str) -> None:
