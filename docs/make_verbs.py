@@ -20,6 +20,7 @@ from thimble.core.config import ELSEWHERE, SYNONYMS
 from thimble.verbs.evaluate import EvaluateReport, Result
 from thimble.verbs.findings import Overlap, Spectrum, Update
 from thimble.verbs.inspect_ import InspectReport
+from thimble.verbs.merge import MergedKind, MergedLayer, MergeReport
 from thimble.verbs.plan import PlanReport
 from thimble.verbs.train import TrainReport
 
@@ -31,6 +32,7 @@ REPORTS: dict[str, tuple[type, ...]] = {
     "plan": (PlanReport,),
     "evaluate": (EvaluateReport, Result),
     "inspect": (InspectReport, Spectrum, Update, Overlap),
+    "merge": (MergeReport, MergedKind, MergedLayer),
 }
 JSON_TYPES = {str: "text", int: "whole number", float: "number", bool: "true or false"}
 

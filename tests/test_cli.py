@@ -33,7 +33,7 @@ def refused(thimble, tmp_path):
 def test_help_names_every_verb(thimble):
     code, out, _ = thimble()
     assert code == 0
-    assert all(verb in out for verb in ("train", "plan", "evaluate", "chat", "inspect"))
+    assert all(verb in out for verb in ("train", "plan", "evaluate", "chat", "inspect", "merge"))
 
 
 def test_missing_data_says_what_to_name(refused, tiny_base):
@@ -165,3 +165,73 @@ def test_refusals_as_json_are_one_object_on_stdout(thimble, tiny_base):
     code, out, _ = thimble("train", "absent.jsonl", "--base", tiny_base, "--json")
     assert code == 2
     assert json.loads(out)["exit_code"] == 2
+
+
+@pytest.fixture
+def adapters(tmp_path):
+    """Two adapters of one layer, rank 2 each."""
+    import numpy as np
+
+    from thimble.core.adapter import Adapter
+
+    for seed, name in enumerate(("one", "two")):
+        random = np.random.default_rng(seed)
+        a, b = random.standard_normal((2, 8)).astype("f4"), random.standard_normal((6, 2)).astype("f4")
+        save_adapter(Adapter({"model.layers.0.mlp.up_proj": Factors(a, b, 1.0)}, "some/base"), tmp_path / name)
+    return "one", "two"
+
+
+def test_merging_adapters_prints_ranks_sizes_and_errors(thimble, adapters):
+    code, out, _ = thimble("merge", *adapters, "--truncate", "0.9", "--out", "sum")
+    assert code == 0
+    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line.strip()}
+    assert rows["all"][:2] == ["1", "4"]
+    assert int(rows["all"][2]) < 4
+    assert rows["all"][3] == "56"
+    assert "of the update cut off in all; most in model.layers.0.mlp.up_proj" in out
+    assert "thimble chat --adapter sum" in out
+
+
+def test_merging_as_json_lists_every_layer(thimble, adapters):
+    code, out, _ = thimble("merge", *adapters, "--rank", "1", "--out", "sum", "--json")
+    report = json.loads(out)
+    assert code == 0
+    assert (report["status"], report["wrote"]) == ("done", "adapter")
+    [layer] = report["layers"]
+    assert (layer["rank_before"], layer["rank_after"]) == (4, 1)
+    assert 0 < layer["error"] == report["kinds"][-1]["error"] < 1
+
+
+def test_merging_into_a_base_says_where_it_is_and_what_rounding_did(thimble, tmp_path):
+    import numpy as np
+
+    from families import make_hf_folder
+    from thimble.core.adapter import Adapter
+
+    base = make_hf_folder("llama", tmp_path / "base")
+    update = Factors(np.ones((2, 32), "f4"), np.ones((32, 2), "f4"), 0.1)
+    save_adapter(Adapter({"model.layers.0.self_attn.q_proj": update}), tmp_path / "adapter")
+    code, out, _ = thimble("merge", "adapter", "--base", base, "--out", "merged")
+    assert code == 0
+    assert "lost by rounding in all; most in model.layers.0.self_attn.q_proj" in out
+    assert "thimble chat --base merged" in out
+
+
+def test_an_adapter_after_the_flags_is_answered_with_where_it_belongs(refused, adapters):
+    text = refused("merge", "one", "--out", "sum", "two", "--truncate", "1")
+    assert "'two' is one argument too many for thimble merge: name all of them before the flags" in text
+
+
+def test_faults_of_a_merge_are_told_together(refused, adapters):
+    text = refused("merge", "one", "absent", "--out", "two", "--truncate", "nan", "--rnk", "3")
+    assert "truncate is 'nan': expected a share above 0 and up to 1" in text
+    assert "adapter absent does not exist" in text
+    assert "out is two, which exists and is not empty" in text
+    assert "--rnk is not a flag of thimble merge: did you mean --rank?" in text
+    assert "no base is given" not in text
+
+
+def test_an_interrupted_merge_says_that_nothing_was_written(thimble, adapters, monkeypatch):
+    monkeypatch.setattr("thimble.cli._StopFlag.__call__", lambda self: True)
+    _, out, _ = thimble("merge", *adapters, "--rank", "1", "--out", "sum")
+    assert out.strip() == "interrupted: nothing was written"

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 MOST_LINES = 60
-RUN_HERE = {"01_tool_calling.py"}
+RUN_HERE = {"01_tool_calling.py", "02_decompositions.py"}
 needs_bfcl = pytest.mark.skipif(
     importlib.util.find_spec("bfcl_eval") is None, reason="needs the data: pip install --no-deps bfcl-eval"
 )
@@ -76,3 +77,31 @@ def test_the_demo_data_is_the_same_every_time(demo, tmp_path):
     run_example("01_tool_calling.py", str(tmp_path), PYTHONHASHSEED="2")
     for side in ("train", "valid"):
         assert (tmp_path / f"{side}.jsonl").read_bytes() == (demo / f"{side}.jsonl").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def decompositions() -> str:
+    return run_example("02_decompositions.py")
+
+
+def test_the_decompositions_are_a_table_of_the_energy_each_keeps(decompositions):
+    rows = {line[:48].rstrip(): line[48:].split() for line in decompositions.partition("\n\n")[0].splitlines()[1:]}
+    energy = {name: float(cells[0].rstrip("%")) for name, cells in rows.items()}
+    whole = {" ".join(name.split()): value for name, value in energy.items()}
+    assert len(whole) == 7
+    assert whole["W SVD, largest"] >= whole["W randomised SVD"] > whole["W QR, first columns"] > 50
+    assert whole["W SVD, smallest"] < 1
+
+
+def test_the_two_parts_of_the_article_add_up_and_are_no_factors(decompositions):
+    [line] = [line for line in decompositions.splitlines() if line.startswith("L + R")]
+    added, multiplied = (float(word) for word in re.findall(r"[\d.]+(?:e-\d+)?", line))
+    assert added < 1e-12
+    assert multiplied > 1
+
+
+def test_lora_in_the_example_learns_and_leaves_w_alone(decompositions):
+    losses = [float(loss) for loss in re.findall(r"loss +([\d.]+)", decompositions)]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < losses[0] / 1000
+    assert "changed: {'W': False, 'A': True, 'B': True}" in decompositions

@@ -13,7 +13,7 @@ import thimble
 from thimble.api import CONFIGS
 
 HEAVY = {"numpy", "torch", "numba", "llvmlite", "tokenizers", "jinja2", "yaml", "matplotlib", "pyarrow", "transformers"}
-VERBS = ("train", "plan", "evaluate", "chat", "inspect")
+VERBS = ("train", "plan", "evaluate", "chat", "inspect", "merge")
 
 
 def modules_after(code: str) -> set[str]:

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from thimble.api import chat, evaluate, inspect, plan, train
+    from thimble.api import chat, evaluate, inspect, merge, plan, train
     from thimble.core.adapter import Adapter, load_adapter, save_adapter
     from thimble.core.base import open_base
 
@@ -12,14 +12,14 @@ __version__ = "0.1.0"
 # Public name to the module that holds it; loaded when first used, so that importing thimble stays instant.
 _HOMES = {
     "train": "thimble.api", "plan": "thimble.api", "evaluate": "thimble.api", "chat": "thimble.api",
-    "inspect": "thimble.api",
+    "inspect": "thimble.api", "merge": "thimble.api",
     "Adapter": "thimble.core.adapter", "load_adapter": "thimble.core.adapter", "save_adapter": "thimble.core.adapter",
     "open_base": "thimble.core.base",
 }  # fmt: skip
 
 __all__ = [
-    "Adapter", "__version__", "chat", "evaluate", "inspect", "load_adapter", "open_base", "plan", "save_adapter",
-    "train",
+    "Adapter", "__version__", "chat", "evaluate", "inspect", "load_adapter", "merge", "open_base", "plan",
+    "save_adapter", "train",
 ]  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from thimble.core.config import ChatConfig, EvaluateConfig, InspectConfig, Knobs, PlanConfig, TrainConfig
+from thimble.core.config import ChatConfig, EvaluateConfig, InspectConfig, Knobs, MergeConfig, PlanConfig, TrainConfig
 from thimble.errors import ConfigError
 
 CONFIGS: dict[str, type[Knobs]] = {
@@ -14,6 +14,7 @@ CONFIGS: dict[str, type[Knobs]] = {
     "evaluate": EvaluateConfig,
     "chat": ChatConfig,
     "inspect": InspectConfig,
+    "merge": MergeConfig,
 }
 MODULES = {"inspect": "inspect_"}  # of verbs that a module of the standard library is named like
 
@@ -132,3 +133,21 @@ def inspect(path: str | Path | None = None, other: str | Path | None = None, **k
     """
     named = {name: str(value) for name, value in (("path", path), ("other", other)) if value is not None}
     return _call("inspect", None, {**knobs, **named})
+
+
+def merge(*adapters: str | Path, **knobs: Any) -> Any:
+    """Make an adapter smaller, or merge it into a base; see `thimble merge --help` for the knobs.
+
+    Args:
+        *adapters: Adapter or run folders; several are added up.
+        **knobs: `out`, `truncate`, `rank`, `base`, by the names of the flags; also `config`, `on_event`, `should_stop`.
+
+    Returns:
+        A thimble.verbs.merge.MergeReport.
+
+    Raises:
+        InputError: If it is refused; nothing is written then.
+        RunError: If a merged weight does not fit its number type.
+    """
+    given = {"adapter": [str(path) for path in adapters]} if adapters else {}
+    return _call("merge", None, {**given, **knobs})

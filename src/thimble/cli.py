@@ -8,13 +8,14 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from dataclasses import Field
+from typing import Any, NoReturn, get_origin
 
 from thimble import __version__
 from thimble.api import CONFIGS, build_config
 from thimble.core.config import Knobs, knob_type, knobs_of
 from thimble.errors import InputError, ThimbleError
-from thimble.render import Progress, render_evaluate, render_inspect, render_plan, render_train, to_json
+from thimble.render import Progress, render_evaluate, render_inspect, render_merge, render_plan, render_train, to_json
 
 SUMMARIES = {
     "train": "Learn from examples; writes a run folder with the adapter and a report.",
@@ -22,8 +23,12 @@ SUMMARIES = {
     "evaluate": "Measure a base and adapters on the same rows.",
     "chat": "Talk to a base or an adapter, and switch between them.",
     "inspect": "Look into the weights of a base, into an adapter, or compare two adapters.",
+    "merge": "Make an adapter smaller, or merge it into a base of float weights.",
 }
-RENDERERS = {"train": render_train, "plan": render_plan, "evaluate": render_evaluate, "inspect": render_inspect}
+RENDERERS = {
+    "train": render_train, "plan": render_plan, "evaluate": render_evaluate, "inspect": render_inspect,
+    "merge": render_merge,
+}  # fmt: skip
 EXIT_INTERRUPTED = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 
@@ -93,7 +98,7 @@ def _add_knobs(parser: argparse.ArgumentParser, config: type[Knobs]) -> None:
         shown = "" if spec.default in (None, "", (), False) else f" (default: {_shown(spec.default)})"
         options: dict[str, Any] = {"help": (meta["help"] + shown).replace("%", "%%"), "default": argparse.SUPPRESS}
         if meta["positional"]:
-            parser.add_argument(name, nargs="?", metavar=meta["metavar"], **options)
+            parser.add_argument(name, nargs="*" if _takes_many(spec) else "?", metavar=meta["metavar"], **options)
         elif kind is bool:
             parser.add_argument(_flag(name), action="store_true", **options)
         else:
@@ -101,6 +106,10 @@ def _add_knobs(parser: argparse.ArgumentParser, config: type[Knobs]) -> None:
             metavar = meta["metavar"] or choices or "N"
             action = "append" if name == "adapter" else "store"
             parser.add_argument(_flag(name), metavar=metavar, action=action, **options)
+
+
+def _takes_many(spec: Field[Any]) -> bool:
+    return get_origin(knob_type(spec)[0]) is tuple
 
 
 def _flag(name: str) -> str:
@@ -124,7 +133,7 @@ def _run(options: argparse.Namespace, unknown: list[str]) -> int:
     config = build_config(verb, values, config_file, _unknown_flags(verb, unknown))
     if verb == "chat":
         return _chat(config, is_json)
-    stop = _StopFlag()
+    stop = _StopFlag("writing nothing" if verb == "merge" else "keeping what was learned")
     progress = Progress(sys.stderr)
     from thimble.api import load_verb
 
@@ -142,7 +151,8 @@ def _run(options: argparse.Namespace, unknown: list[str]) -> int:
 
 def _unknown_flags(verb: str, unknown: list[str]) -> list[str]:
     """A problem for each argument that no knob takes, with the nearest flag."""
-    flags = [_flag(name) for name in knobs_of(CONFIGS[verb])] + ["--config", "--json", "--debug"]
+    knobs = knobs_of(CONFIGS[verb])
+    flags = [_flag(name) for name in knobs] + ["--config", "--json", "--debug"]
     problems = []
     for word in unknown:
         if word.startswith("-"):
@@ -150,14 +160,17 @@ def _unknown_flags(verb: str, unknown: list[str]) -> list[str]:
             hint = f"did you mean {near[0]}?" if near else f"see thimble {verb} --help"
             problems.append(f"{word.split('=')[0]} is not a flag of thimble {verb}: {hint}")
         elif not any(other.startswith("-") for other in unknown):
-            problems.append(f"{word!r} is one argument too many for thimble {verb}")
+            is_many = any(spec.metadata["positional"] and _takes_many(spec) for spec in knobs.values())
+            advice = ": name all of them before the flags" if is_many else ""
+            problems.append(f"{word!r} is one argument too many for thimble {verb}{advice}")
     return problems
 
 
 class _StopFlag:
     """Turns the first Ctrl-C or termination into a polite request, the second into an end."""
 
-    def __init__(self) -> None:
+    def __init__(self, result: str) -> None:
+        self.result = result
         self.signal: signal.Signals | None = None
         for number in EXIT_INTERRUPTED:
             signal.signal(number, self._hear)
@@ -166,7 +179,7 @@ class _StopFlag:
         if self.signal:
             os._exit(EXIT_INTERRUPTED[signal.Signals(number)])
         self.signal = signal.Signals(number)
-        print("\nstopping after this step and keeping what was learned (once more to leave at once)", file=sys.stderr)
+        print(f"\nstopping after this step and {self.result} (once more to leave at once)", file=sys.stderr)
 
     def __call__(self) -> bool:
         return self.signal is not None

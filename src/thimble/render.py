@@ -163,6 +163,48 @@ def render_evaluate(report: Any) -> str:
     return "\n\n".join(parts)
 
 
+def render_merge(report: Any) -> str:
+    """What was merged, kind by kind, and what it cost."""
+    if report.status != "done":
+        return f"{report.status}: nothing was written"
+    table = _adapter_rows(report) if report.wrote == "adapter" else _base_rows(report)
+    whole = report.kinds[-1]
+    if report.wrote == "adapter":
+        what = "cut off in all"
+        use = f"adapter  {report.out}\ntry it   thimble chat --adapter {report.out}"
+    else:
+        what = "lost by rounding in all"
+        use = f"base     {report.out}\ntry it   thimble chat --base {report.out}"
+    cost = f"{_percent(whole.error)} of the update {what}; most in {whole.worst_layer}: {_percent(whole.worst_error)}"
+    return "\n\n".join([_table(table), cost, use])
+
+
+def _adapter_rows(report: Any) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = [("", "layers", "rank", "now", "parameters", "now", "MB", "now", "error", "worst")]
+    for kind in report.kinds:
+        sizes = (f"{kind.parameters_before:,}", f"{kind.parameters_after:,}")
+        sizes += (f"{kind.bytes_before / 1e6:.2f}", f"{kind.bytes_after / 1e6:.2f}")
+        ranks = (_span(kind.rank_before), _span(kind.rank_after))
+        rows.append((kind.kind, f"{kind.layers}", *ranks, *sizes, _percent(kind.error), _percent(kind.worst_error)))
+    return rows
+
+
+def _base_rows(report: Any) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = [("", "layers", "rank", "rounding", "worst")]
+    for kind in report.kinds:
+        errors = (_percent(kind.error), _percent(kind.worst_error))
+        rows.append((kind.kind, f"{kind.layers}", _span(kind.rank_before), *errors))
+    return rows
+
+
+def _span(ends: list[int]) -> str:
+    return f"{ends[0]}" if ends[0] == ends[1] else f"{ends[0]}-{ends[1]}"
+
+
+def _percent(value: float) -> str:
+    return f"{value:.2%}" if value >= 1e-4 or not value else f"{value:.0e}"
+
+
 def render_plan(report: Any) -> str:
     """A plan in a few lines."""
     from thimble.verbs.plan import as_table

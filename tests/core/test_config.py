@@ -2,7 +2,7 @@
 
 import pytest
 
-from thimble.core.config import TrainConfig, knobs_of, parse_size
+from thimble.core.config import MergeConfig, TrainConfig, knobs_of, parse_size
 
 
 def problems(**values):
@@ -65,8 +65,9 @@ def test_sizes_are_read_as_people_write_them(text, size):
     assert parse_size(text) == size
 
 
-def test_every_knob_has_help_and_a_default_that_passes_its_own_check():
-    for name, spec in knobs_of(TrainConfig).items():
+@pytest.mark.parametrize("config", [TrainConfig, MergeConfig])
+def test_every_knob_has_help_and_a_default_that_passes_its_own_check(config):
+    for name, spec in knobs_of(config).items():
         assert spec.metadata["help"].endswith("."), name
         check = spec.metadata["check"]
         assert spec.default is None or check is None or check(spec.default) is None, name

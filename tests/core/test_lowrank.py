@@ -16,6 +16,7 @@ from thimble.core.lowrank import (
     scale,
     svd,
     svd_of_update,
+    total,
     truncate,
     unmerge,
 )
@@ -92,6 +93,29 @@ def test_a_difference_of_updates_is_one_update_of_both_ranks():
     whole = difference(update, origin)
     assert whole.rank == 7
     np.testing.assert_allclose(delta(whole), delta(update) - delta(origin), atol=1e-12)
+
+
+def test_a_sum_of_updates_is_one_update_whatever_their_scales():
+    updates = [factors(rank=2, number=0.5), factors(rank=3, number=-4.0), factors(rank=1, number=0.0)]
+    whole = total(updates)
+    assert whole.rank == 6
+    np.testing.assert_allclose(delta(whole), sum(delta(update) for update in updates), atol=1e-12)
+    assert not delta(total([updates[2], updates[2]])).any()
+
+
+def test_a_sum_of_updates_of_one_scale_keeps_every_number():
+    updates = [factors(rank=2, number=0.3), factors(rank=3, number=0.3)]
+    whole = total(updates)
+    np.testing.assert_array_equal(whole.B, np.concatenate([update.B for update in updates], axis=1))
+    assert whole.scale == 0.3
+
+
+def test_magnitudes_do_not_add_up_and_one_alone_is_left_as_it_is():
+    update = factors()
+    with_lengths = Factors(update.A, update.B, update.scale, np.ones(30))
+    assert total([with_lengths]) is with_lengths
+    with pytest.raises(ValueError, match="magnitudes cannot be added"):
+        total([update, with_lengths])
 
 
 def test_the_spectrum_of_an_update_is_that_of_its_dense_form():

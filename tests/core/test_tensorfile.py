@@ -13,7 +13,7 @@ import pytest
 import safetensors.numpy
 
 from thimble.core.quantize import from_bfloat16, to_bfloat16
-from thimble.core.tensorfile import open_tensors, write_safetensors
+from thimble.core.tensorfile import open_tensors, rewrite_safetensors, write_safetensors
 from thimble.errors import BaseModelError
 
 Q4_0, Q8_0, BF16 = (gguf.GGMLQuantizationType[name] for name in ("Q4_0", "Q8_0", "BF16"))
@@ -320,6 +320,22 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypat
         write_safetensors(path, {"a": numbers(9)})
     assert [found.name for found in tmp_path.iterdir()] == [path.name]
     assert np.array_equal(open_tensors(path).read("a"), numbers(3))
+
+
+def test_rewriting_changes_the_named_tensors_and_no_other_byte(tmp_path):
+    arrays = {"a": numbers(3, 4), "b": np.arange(5), "c": numbers(6).astype(np.float16)}
+    write_safetensors(tmp_path / "old.safetensors", arrays, {"format": "pt"})
+    new_a = numbers(3, 4, seed=1)
+    changed = {"c": lambda: [bytes(12)], "a": lambda: (new_a[row].data for row in range(3))}
+    rewrite_safetensors(open_tensors(tmp_path / "old.safetensors"), tmp_path / "new.safetensors", changed)
+    write_safetensors(tmp_path / "wanted.safetensors", {**arrays, "a": new_a, "c": np.zeros(6, "f2")}, {"format": "pt"})
+    assert (tmp_path / "new.safetensors").read_bytes() == (tmp_path / "wanted.safetensors").read_bytes()
+
+
+def test_rewriting_nothing_is_a_copy(tmp_path):
+    write_safetensors(tmp_path / "old.safetensors", {"a": numbers(3, 4)})
+    rewrite_safetensors(open_tensors(tmp_path / "old.safetensors"), tmp_path / "new.safetensors", {})
+    assert (tmp_path / "new.safetensors").read_bytes() == (tmp_path / "old.safetensors").read_bytes()
 
 
 def test_a_safetensors_type_that_cannot_be_decoded_is_refused_only_when_read(tmp_path):

@@ -197,7 +197,7 @@ def _open_folder(folder: Path) -> Base:
     config = _read_json(folder / "config.json")
     spec = spec_from_config(config)
     weights: dict[str, Weight] = {}
-    for shard in _shards(folder):
+    for shard in weight_files(folder):
         file = open_tensors(shard)
         for name, info in file.tensors.items():
             ours = name.replace("language_model.model.", "model.").replace("model.language_model.", "model.")
@@ -220,7 +220,18 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _shards(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a Hugging Face folder, all shards of them.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        Their paths, in order.
+
+    Raises:
+        BaseModelError: If there are none, or one that the index names is missing.
+    """
     index = folder / "model.safetensors.index.json"
     if index.exists():
         names = sorted(set(_read_json(index).get("weight_map", {}).values()))

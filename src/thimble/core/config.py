@@ -81,11 +81,6 @@ def at_least(low: float) -> Check:
     return lambda value: None if value >= low else f"expected at least {low:g}"
 
 
-def between(low: float, high: float) -> Check:
-    """Make a check for numbers above `low` and at most `high`."""
-    return lambda value: None if low < value <= high else f"expected a number above {low:g} and at most {high:g}"
-
-
 def above(low: float) -> Check:
     """Make a check for finite numbers greater than `low`."""
     return lambda value: None if math.isfinite(value) and value > low else f"expected a finite number above {low:g}"
@@ -122,6 +117,11 @@ def read_pattern(pairs: tuple[str, ...]) -> dict[str, float]:
         {'q_proj': 8.0, 'mlp': 32.0}
     """
     return {target: float(number) for target, _, number in (pair.rpartition("=") for pair in pairs)}
+
+
+def share(value: float) -> str | None:
+    """Check a share of a whole that may be all of it, but not nothing."""
+    return None if 0 < value <= 1 else "expected a share above 0 and up to 1"
 
 
 @dataclass(frozen=True)
@@ -377,7 +377,7 @@ class TrainConfig(MeasureKnobs):
     energy: float | None = knob(
         None,
         "For rank auto: give each layer the rank that holds this share of the energy, instead of sharing out a budget.",
-        check=between(0, 1),
+        check=share,
     )  # fmt: skip
     energy_of: str = knob(
         "gradients",
@@ -507,3 +507,29 @@ class InspectConfig(BaseName):
         "one.",
         metavar="NUMBERS",
     )
+
+
+@dataclass(frozen=True)
+class MergeConfig(Knobs):
+    """The knobs of `thimble merge`."""
+
+    adapter: tuple[str, ...] = knob(
+        (), "Adapter folders, or the run folders that hold them; several are added up.", positional=True,
+        metavar="ADAPTER",
+    )  # fmt: skip
+    base: str | None = knob(
+        None,
+        "Base to merge into: a Hugging Face folder or a hub name; with --truncate or --rank it is only checked that "
+        "the adapters fit it.",
+        metavar="BASE",
+    )
+    out: str = knob("", "Folder to write; it must not exist yet, or be empty.", metavar="DIR")
+    truncate: float | None = knob(
+        None,
+        "Write a smaller adapter: each layer keeps the smallest rank that holds this share of its update's energy "
+        "(squared singular values), such as 0.99; 1 drops only what is zero. Without it, and without --rank, the "
+        "adapter is merged into the base.",
+        check=share,
+        metavar="SHARE",
+    )
+    rank: int | None = knob(None, "Write a smaller adapter: the most rank any layer keeps.", check=at_least(1))

@@ -5,6 +5,7 @@ A layer with an adapter computes y = x Wᵀ + scale · (x Aᵀ) Bᵀ, so its wei
 (Hu et al., LoRA, arXiv:2106.09685, section 4.1).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,6 +113,28 @@ def difference(factors: Factors, origin: Factors) -> Factors:
     """
     a, b = np.concatenate([factors.A, origin.A]), np.concatenate([factors.B, -origin.B], axis=1)
     return Factors(a, b, factors.scale, factors.magnitude)
+
+
+def total(updates: Sequence[Factors]) -> Factors:
+    """The sum of updates as one of the sum of their ranks, exactly.
+
+    Args:
+        updates: Without magnitudes, which do not add.
+
+    Returns:
+        All A above one another and all B side by side, with the scale that is largest; B is rescaled only where
+        scales differ.
+
+    Raises:
+        ValueError: If an update has a magnitude and is not the only one.
+    """
+    if len(updates) > 1 and any(update.magnitude is not None for update in updates):
+        raise ValueError("updates with magnitudes cannot be added")
+    if len(updates) == 1:
+        return updates[0]
+    largest = max((update.scale for update in updates), key=abs)
+    sides = [update.B * (update.scale / (largest or 1.0)) for update in updates]
+    return Factors(np.concatenate([update.A for update in updates]), np.concatenate(sides, axis=1), largest)
 
 
 def _add(weight: Array, update: Array) -> Array:

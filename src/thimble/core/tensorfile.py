@@ -15,10 +15,10 @@ import mmap
 import os
 import secrets
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -54,6 +54,7 @@ _GGUF_STRING, _GGUF_ARRAY = 8, 9
 _MAX_HEADER_BYTES = 100_000_000
 _MAX_GGUF_DIMENSIONS = 4
 _MAX_DIMENSIONS = 32
+_PIECE_BYTES = 1 << 24
 
 # What people give by mistake, by its first bytes.
 _MISTAKES = {
@@ -433,6 +434,39 @@ def write_safetensors(
     text += b" " * (-len(text) % 8)
     parts = (arrays[name].reshape(-1).view(np.uint8).data for name in names)
     _write_atomically(Path(path), itertools.chain([len(text).to_bytes(8, "little"), text], parts))
+
+
+def rewrite_safetensors(
+    file: TensorFile, path: str | Path, changed: Mapping[str, Callable[[], Iterable[bytes | memoryview]]]
+) -> None:
+    """Write a safetensors file anew with the numbers of some tensors changed, and everything else byte for byte.
+
+    Types and shapes stay, so the header does. Nothing is held in memory but what `changed` hands out at a time.
+
+    Args:
+        file: The file as it is.
+        path: Where the new one goes; not the same place.
+        changed: Name of a tensor to what gives its new bytes, in pieces.
+    """
+    _write_atomically(Path(path), _rewritten(file, changed))
+
+
+def _rewritten(
+    file: TensorFile, changed: Mapping[str, Callable[[], Iterable[bytes | memoryview]]]
+) -> Iterator[bytes | memoryview]:
+    # Read, not mapped: pages that are copied once would only count as memory of this process.
+    with file.path.open("rb") as old:
+        for info in sorted((file.tensors[name] for name in changed), key=lambda info: info.offset):
+            yield from _pieces(old, info.offset - old.tell())
+            yield from changed[info.name]()
+            old.seek(info.offset + info.nbytes)
+        yield from _pieces(old, len(file.data) - old.tell())
+
+
+def _pieces(stream: BinaryIO, size: int) -> Iterator[bytes]:
+    """The next `size` bytes of a file, a few at a time."""
+    for start in range(0, size, _PIECE_BYTES):
+        yield stream.read(min(_PIECE_BYTES, size - start))
 
 
 def _storable(name: str, array: ArrayLike) -> NDArray[Any]:

@@ -10,11 +10,12 @@ report.json           the report as data, and report.html for people
 manifest.json         hashes of base, data and result
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,36 @@ def check_folder(folder: Path, is_resumed: bool, needed_bytes: int) -> None:
     """
     if folder.exists() and not is_resumed and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"out is {folder}, which exists: name another folder, or add --resume to continue that run")
+    check_room(folder, needed_bytes)
+
+
+def check_new_folder(folder: Path, needed_bytes: int) -> None:
+    """Refuse a folder that holds anything, cannot be written, or has no room.
+
+    Args:
+        folder: The folder to make.
+        needed_bytes: Room for what will be written.
+
+    Raises:
+        ConfigError: If it exists and is not empty, or cannot be written.
+        DoesNotFitError: If the disk is too full.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"out is {folder}, which exists and is not empty: name another folder")
+    check_room(folder, needed_bytes)
+
+
+def check_room(folder: Path, needed_bytes: int) -> None:
+    """Refuse a folder that cannot be written, or whose disk has no room.
+
+    Args:
+        folder: The folder, which need not exist.
+        needed_bytes: Room for what will be written.
+
+    Raises:
+        ConfigError: If it cannot be written.
+        DoesNotFitError: If the disk is too full.
+    """
     parent = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise ConfigError(f"out is {folder}, but {parent} cannot be written to: name another folder")
@@ -61,8 +92,33 @@ def check_folder(folder: Path, is_resumed: bool, needed_bytes: int) -> None:
     if free < needed_bytes:
         raise DoesNotFitError(
             f"the disk of {folder} has {free / 1e6:.0f} MB free and the run writes up to {needed_bytes / 1e6:.0f} MB: "
-            "free some room, lower rank, or name another folder with --out"
+            "free some room or name another folder with --out"
         )
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Fill a folder beside its place and move it there whole; if anything goes wrong, nothing is left behind.
+
+    Args:
+        folder: Where it goes; it must not exist, or be empty.
+
+    Yields:
+        Path: The folder to write into meanwhile.
+    """
+    folder = folder.resolve()
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        if folder.exists():
+            folder.rmdir()  # refuses one that was filled meanwhile
+        os.rename(temporary, folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _sync_folder(folder.parent)
 
 
 def write_text(path: Path, text: str) -> None:
