@@ -400,6 +400,8 @@ def as_page(lines: list[dict]) -> str:
         page.append(f"| {' | '.join(cells)} |")
     if (HERE / "sizes.svg").exists():
         page += ["", "![Tokens per second over row length and model size](sizes.svg)"]
+    if (HERE / "initialisation.md").exists():
+        page += ["", (HERE / "initialisation.md").read_text().rstrip()]
     return "\n".join(page) + "\n"
 
 
