@@ -110,7 +110,13 @@ def a_pattern(value: tuple[str, ...]) -> str | None:
 
 
 def read_pattern(pairs: tuple[str, ...]) -> dict[str, float]:
-    """The pairs of a pattern: target to number, in the order given.
+    """Read the pairs of a pattern.
+
+    Args:
+        pairs: As `a_pattern` finds them sound.
+
+    Returns:
+        Target to number, in the order given.
 
     Example:
         >>> read_pattern(("q_proj=8", "mlp=32"))

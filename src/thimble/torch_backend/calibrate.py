@@ -52,7 +52,7 @@ def input_moments(session: "TorchSession", batches: Sequence["PackedRows"]) -> I
         batches: Rows to look at.
 
     Yields:
-        Paths of the layers that share an input, and its moments; in the order of the layers.
+        tuple[list[str], Moments]: Paths of the layers that share an input, and its moments; in the order of the layers.
     """
     decoder = session.decoder
     decoder.attach({})

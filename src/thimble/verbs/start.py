@@ -88,15 +88,7 @@ def check_start(config: TrainConfig, model: Model, layers: Sequence[str]) -> dic
         adapter = load_adapter(path)
         check_fits(path, adapter, model.base)
         return {layer: Size(factors.rank, factors.scale) for layer, factors in adapter.layers.items()}
-    needed = 2 if init == "gradient:lora-ga" else 1
-    problems = []
-    for layer, size in sizes.items():
-        most = min(shapes[layer]) // needed
-        if size.rank > most and config.rank is not None:
-            why = f"the smaller side of {layer} {shapes[layer]}" + (
-                ", halved for gradient:lora-ga" if needed > 1 else ""
-            )
-            problems.append(f"rank is {size.rank}: expected at most {most}, {why}")
+    problems = _rank_problems(config, sizes, shapes)
     if init == "orthogonal" and any(size.rank % 2 for size in sizes.values()):
         odd = sorted({size.rank for size in sizes.values() if size.rank % 2})
         problems.append(f"init orthogonal makes A and B of halves, and rank is {listing(odd)}: expected even ranks")
@@ -105,8 +97,26 @@ def check_start(config: TrainConfig, model: Model, layers: Sequence[str]) -> dic
         problems.append(f"rank_budget is {config.rank_budget:,}: expected at least {least:,}, rank 1 for every layer")
     problems += _loftq_problems(config, model, layers)
     if problems:
-        raise ConfigError(*problems[:3], *([f"and {len(problems) - 3} more layers"] if problems[3:] else []))
+        raise ConfigError(*problems)
     return sizes
+
+
+def _rank_problems(config: TrainConfig, sizes: Mapping[str, Size], shapes: Mapping[str, tuple[int, int]]) -> list[str]:
+    """For each rank that is too large for a layer, the smallest such layer."""
+    if config.rank is None:
+        return []
+    parts, halved = (2, ", halved for gradient:lora-ga") if config.init == "gradient:lora-ga" else (1, "")
+    smallest: dict[int, str] = {}
+    for layer, size in sizes.items():
+        known = smallest.setdefault(size.rank, layer)
+        if min(shapes[layer]) < min(shapes[known]):
+            smallest[size.rank] = layer
+    return [
+        f"rank is {rank}: expected at most {min(shapes[layer]) // parts}, the smaller side of {layer} "
+        f"{shapes[layer]}{halved}"
+        for rank, layer in sorted(smallest.items())
+        if rank > min(shapes[layer]) // parts
+    ]
 
 
 def _loftq_problems(config: TrainConfig, model: Model, layers: Sequence[str]) -> list[str]:

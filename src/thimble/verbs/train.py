@@ -148,10 +148,11 @@ def _saved_start(job: Job) -> Start | None:
     folder = job.folder / run_folder.START
     if not job.config.resume or not folder.is_dir() or run_folder.latest_checkpoint(job.folder) is None:
         return None
-    found = load_adapter(folder)
+    saved = load_adapter(folder).layers
+    layers = {path: saved[path] for path in job.sizes}  # checkpoints hold numbers in this order
     is_delta = INITS[init_name(job.config.init)].is_delta
-    bare = {path: replace(factors, magnitude=None) for path, factors in found.layers.items()}
-    return Start(Adapter(found.layers, origin=bare if is_delta else {}), job.config)
+    bare = {path: replace(factors, magnitude=None) for path, factors in layers.items()}
+    return Start(Adapter(layers, origin=bare if is_delta else {}), job.config)
 
 
 class _Run:

@@ -1,0 +1,74 @@
+"""What takes a run back, and what ends it."""
+
+import json
+import math
+
+import pytest
+
+from thimble.verbs.guard import IN_A_ROW, MOST_RETURNS, Guard, Plateau, Verdict
+
+
+def steady(guard, count=40, low=2.0):
+    for number in range(count):
+        assert guard.judge(low + 0.1 * (number % 3), 1.0) is Verdict.TAKE
+
+
+@pytest.mark.parametrize(
+    ("loss", "norm", "why"),
+    [
+        (math.nan, 1.0, "the loss is nan"),
+        (math.inf, 1.0, "the loss is inf"),
+        (2.0, math.nan, "the gradient norm is nan"),
+        (30.0, 1.0, "the loss rose from 2.00 to 30.00"),
+        (3.2, 1.0, "the loss jumped from about 2.10 to 3.20"),
+    ],
+)
+def test_a_bad_step_is_left_out_and_two_in_a_row_take_the_run_back(loss, norm, why):
+    guard = Guard()
+    steady(guard)
+    assert guard.judge(loss, norm) is Verdict.SKIP
+    assert guard.why == why
+    assert guard.judge(2.1, 1.0) is Verdict.TAKE
+    assert guard.judge(loss, norm) is Verdict.SKIP
+    assert guard.judge(loss, norm) is Verdict.RETURN
+    assert guard.rate == 0.5
+
+
+def test_a_run_that_keeps_leaving_the_road_is_given_up():
+    guard = Guard()
+    steady(guard)
+    verdicts = [guard.judge(math.nan, 1.0) for _ in range(IN_A_ROW * (MOST_RETURNS + 1))]
+    assert verdicts[-1] is Verdict.GIVE_UP
+    assert verdicts.count(Verdict.RETURN) == MOST_RETURNS
+
+
+def test_uneven_rows_and_a_falling_loss_raise_no_alarm():
+    guard = Guard()
+    for number in range(200):
+        loss = 3.0 * math.exp(-number / 30) + 0.4 + 0.4 * ((number * 7919) % 13) / 13
+        assert guard.judge(loss, 1.0 + 30 * (number % 17 == 0)) is Verdict.TAKE
+
+
+def test_the_end_comes_when_patience_does():
+    plateau = Plateau(patience=2)
+    assert [plateau.hear(step, loss) for step, loss in enumerate([3.0, 2.0, 2.1, 1.9, 2.0])] == [
+        True, True, False, True, False,
+    ]  # fmt: skip
+    assert not plateau.is_over
+    plateau.hear(5, 1.9)
+    assert plateau.is_over
+    assert (plateau.best, plateau.best_step) == (1.9, 3)
+
+
+def test_without_patience_there_is_no_end():
+    plateau = Plateau(patience=0)
+    for step in range(20):
+        plateau.hear(step, 1.0 + step)
+    assert not plateau.is_over
+
+
+@pytest.mark.parametrize("kind", [Guard, Plateau])
+def test_state_survives_json(kind):
+    fresh = kind()
+    again = kind.restored(json.loads(json.dumps(fresh.state(), allow_nan=False)))
+    assert repr(again) == repr(fresh)
