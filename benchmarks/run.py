@@ -303,6 +303,24 @@ def planner(group: str) -> list[Row]:
     ]  # fmt: skip
 
 
+def starts(group: str) -> list[Row]:
+    """Starts that PEFT has too, on SmolLM2 once it is loaded: time, and memory beside the model."""
+    rows = []
+    for init in ("pissa", "olora", "eva"):
+        found = alternate({who: ("starts.py", who, init, str(DEMO_DATA)) for who in ("ours", "peft")}, ROUNDS)
+        ours, peer = found["ours"], found["peft"]
+        faster, less = peer["seconds"] / ours["seconds"], ours["extra_bytes"] / peer["extra_bytes"]
+        told = f"{ours['seconds']:.2f} s", f"{ours['extra_bytes'] / 1e6:.0f} MB"
+        rows += [
+            Row(group, f"init {init}: times as fast", f"PEFT {init}", faster, NO_LESS, 5.0, told[0]),
+            Row(group, f"init {init}: extra memory", f"PEFT {init}", less, NO_MORE, 0.333, told[1]),
+        ]
+    for init, goal in (("gradient", 60.0), ("gradient:lora-ga", 60.0)):
+        ours = alternate({"ours": ("starts.py", "ours", init, str(DEMO_DATA))}, ROUNDS)["ours"]
+        rows.append(Row(group, f"init {init}: seconds", "", ours["seconds"], NO_MORE, goal))
+    return rows
+
+
 def start(group: str) -> list[Row]:
     """Seconds from process start to the end of the first optimiser step, evaluation before training not counted."""
     from make_rows import ten_rows
@@ -348,6 +366,7 @@ def show_help(group: str) -> list[Row]:
 GROUPS: dict[str, Callable[[str], list[Row]]] = {
     "help": show_help,
     "start": start,
+    "starts": starts,
     "135m": lambda group: step_135m(group, "1.0", {"bf16": 2.3, "int8": 2.8, "memory": 0.45}),
     "135m-40": lambda group: step_135m(group, "0.4", {"bf16": 2.6, "int8": 3.1, "memory": 0.45}),
     "1b": step_1b,

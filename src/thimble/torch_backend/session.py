@@ -22,6 +22,7 @@ from thimble.torch_backend.adamw import AdamW, norm
 from thimble.torch_backend.adapter_state import AdapterState
 from thimble.torch_backend.compute import DTYPES
 from thimble.torch_backend.decoder import Decoder
+from thimble.torch_backend.frozen import FileMatrix
 from thimble.torch_backend.generate import Sampler, read, write
 from thimble.torch_backend.lora import Noise
 from thimble.torch_backend.loss import divergence, label_loss
@@ -86,7 +87,7 @@ class TorchSession:
         if compute == "int8":
             assert sample is not None, "compute int8 needs a sample of text"
             self.decoder.quantize(sample)
-        self._way = way
+        self._base, self._way = base, way
         self.decoder.recomputed_blocks = min(way.recomputed_blocks, len(self.decoder.blocks))
         if way.is_streamed:
             self.decoder.stream()
@@ -135,6 +136,14 @@ class TorchSession:
         rates = {path: pair.row_rates for path, pair in state.pairs.items() if pair.row_rates is not None}
         layers = {path: replace(f, magnitude=(1 / rates[path]).numpy()) for path, f in ones.items()}
         return replace(adapter, layers=layers)
+
+    def file_weight(self, path: str) -> NDArray[np.float32]:
+        """A weight as it is in the file, decoded by the engine's kernels: float32 (out, in)."""
+        matrix = FileMatrix(self._base.weights[f"{path}.weight"], torch.float32)
+        values = torch.empty(matrix.rows, matrix.cols)
+        matrix.decode(slice(0, matrix.rows), values)
+        matrix.release(slice(0, matrix.rows))
+        return values.numpy()
 
     def kept_weight(self, path: str) -> NDArray[np.float32]:
         """A weight as it is kept, which may be coarser than in the file: float32 (out, in)."""

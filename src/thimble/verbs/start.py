@@ -218,15 +218,13 @@ class _Look:
         """The adapted weights one by one; refuses those that cannot be decomposed."""
         problems, layers = [], self.job.layers
         for number, path in enumerate(layers):
-            weight = self.job.model.base.weights[f"{path}.weight"]
-            values = weight.read()
+            values = self.session.file_weight(path)
             if not np.isfinite(values).all():
                 problems.append(f"{path} holds numbers that are not finite: {needs}; copy the base again")
             elif not values.any():
                 problems.append(f"{path} holds only zeros: {needs}; leave the layer out with --targets")
             elif not problems:
                 yield path, values
-            weight.release(slice(0, len(values)))
             self.tell.progress("layers decomposed,", number + 1, len(layers))
         if problems:
             raise BaseModelError(*problems[:5])
@@ -273,8 +271,9 @@ def _from_inputs(config: TrainConfig, sizes: Mapping[str, Size], look: _Look) ->
                 continue
             rank, scale = sizes[path]
             if config.init.startswith("corda"):
-                weight = base.weights[f"{path}.weight"].read()
-                found[path] = corda(weight, moments, rank, scale, config.init == "corda:knowledge")
+                found[path] = corda(
+                    look.session.file_weight(path), moments, rank, scale, config.init == "corda:knowledge"
+                )
                 continue
             if rank not in shared:
                 shared[rank] = eva(moments, rank, config.init == "eva:centred")
