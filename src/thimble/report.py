@@ -599,9 +599,13 @@ def _charts(report: Report, steps: Steps) -> dict[str, Any] | None:
     if sum(_is_number(row.get("loss")) for row in steps) < 2:
         return None
     at, losses = _column(steps, "step"), _column(steps, "loss")
+    watched = [row for row in steps if _is_number(row.get("held_out_loss"))]
+    on_the_way = _column(watched, "step"), _column(watched, "held_out_loss")
+    kept = report.get("kept_step") or report["steps"]
 
     def loss(axes: "Axes") -> None:
         _draw_loss(axes, at, losses, _held_out_marks(report))
+        axes.plot(*on_the_way, "o", color=WARM, markersize=4.5, fillstyle="none", clip_on=False, zorder=5)
 
     return {
         "loss": _draw("loss", loss),
@@ -609,6 +613,8 @@ def _charts(report: Report, steps: Steps) -> dict[str, Any] | None:
         "rate": _draw("rate", lambda axes: _draw_line(axes, at, _column(steps, "learning_rate"))),
         "norm": _draw("norm", lambda axes: _draw_line(axes, at, _column(steps, "grad_norm"))),
         "held_out": [(word, _number(value)) for word, value in _held_out_marks(report).items()],
+        "on_the_way": bool(watched),
+        "kept": kept if kept != report["steps"] else None,
         "is_smoothed": _is_smoothed(losses),
         "each": "each step" if _group_size(steps) == 1 else f"means of {_group_size(steps)} steps",
         "broken": [step for step, value in zip(at, losses, strict=True) if not _is_number(value)],

@@ -52,10 +52,25 @@ INITS = {
 }
 
 
-def method_rate(init: str, use_dora: bool, lora_plus: float) -> float:
-    """What the default learning rate is multiplied by for a start and a method."""
-    rate = 1.0 if init == AUTO else INITS[init_name(init)].rate
-    return rate * (DORA_RATE if use_dora else 1.0) * (LORA_PLUS_RATE if lora_plus > 1 else 1.0)
+def method_rates(init: str, use_dora: bool, lora_plus: float, rslora_rank: int = 1) -> dict[str, float]:
+    """What the default learning rate is multiplied by, and for what.
+
+    Args:
+        init: The knob.
+        use_dora: The knob.
+        lora_plus: The knob.
+        rslora_rank: The rank, if rsLoRA makes the scale √rank times as large: the first steps stay as long.
+
+    Returns:
+        Factors by what they are for; none of them is 1.
+    """
+    factors = {
+        f"init {init}": 1.0 if init == AUTO else INITS[init_name(init)].rate,
+        "DoRA": DORA_RATE if use_dora else 1.0,
+        "LoRA+": LORA_PLUS_RATE if lora_plus > 1 else 1.0,
+        "rsLoRA": rslora_rank**-0.5,
+    }
+    return {name: factor for name, factor in factors.items() if factor != 1}
 
 
 def init_name(init: str) -> str:

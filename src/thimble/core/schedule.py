@@ -20,7 +20,7 @@ def default_rate(family: str, hidden_size: int, rows_per_step: float, factor: fl
         family: Family of the base, such as `llama`.
         hidden_size: Width of the base.
         rows_per_step: Mean number of rows in one optimiser step.
-        factor: Of the start and the method; see `thimble.core.method.method_rate`.
+        factor: Of the start and the method; see `thimble.core.method.method_rates`.
 
     Returns:
         The rate, rounded to two digits.

@@ -3,10 +3,11 @@
 A pure function of the row lengths, the knobs and the seed, so that a resumed run continues where it stopped.
 """
 
+import math
 from collections.abc import Sequence
 
 from thimble.core.config import TrainConfig
-from thimble.core.method import method_rate
+from thimble.core.method import method_rates
 from thimble.core.schedule import default_rate, learning_rate
 from thimble.data.batches import epoch_steps
 
@@ -32,7 +33,9 @@ class Course:
         self.minutes = config.max_minutes
         self.total_steps = None if self.minutes else self._count_steps()
         rows_per_step = len(lengths) / len(self._epoch(0))
-        factor = method_rate(config.init, config.use_dora, config.lora_plus)
+        rank = config.rank or 1 if config.use_rslora else 1
+        self.rate_factors = method_rates(config.init, config.use_dora, config.lora_plus, rank)
+        factor = math.prod(self.rate_factors.values())
         self.rate = config.learning_rate or default_rate(family, hidden_size, rows_per_step, factor)
         self.is_default_rate = config.learning_rate is None
         steps = self.total_steps or LEAST_STEPS

@@ -226,7 +226,8 @@ def _tell_course(course: Course, rows: int, tell: Teller) -> None:
         passes = f"{course.epochs:.1f} passes over {plural(rows, 'row')}"
         tell.decision(f"length: {plural(course.total_steps or 0, 'step')}, {passes}")
     if course.is_default_rate:
-        tell.decision(f"learning rate: {course.rate:g}, from the width of the base and the rows in a step")
+        times = "".join(f", times {factor:.2g} for {name}" for name, factor in course.rate_factors.items())
+        tell.decision(f"learning rate: {course.rate:g}, from the width of the base and the rows in a step{times}")
     elif course.rate > WARNED_RATE:
         tell.warning(f"learning_rate is {course.rate:g}: far above what works for adapters (about 0.0001 to 0.002)")
 
