@@ -40,3 +40,21 @@ def peft_loss(model, batch):
         targets = torch.from_numpy(batch.labels[start:end].astype(np.int64))
         total = total + torch.nn.functional.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
     return total / (batch.labels >= 0).sum()
+
+
+def loss_curves(session, model, steps, rate):
+    """The losses of a session and of PEFT's model, trained side by side on the same batches with AdamW."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimiser = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
+    curves = []
+    for _ in range(steps):
+        batch = make_batch()
+        loss = peft_loss(model, batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimiser.step()
+        optimiser.zero_grad()
+        gradients = session.gradients([[batch]], int((batch.labels >= 0).sum()))
+        session.apply(gradients, rate, 1.0)
+        curves.append((gradients.loss.mean, float(loss.detach())))
+    return np.array(curves).T

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from families import hf_model, make_hf_folder
-from samples import IDS, make_adapter, make_batch, peft_loss
+from samples import IDS, loss_curves, make_adapter, make_batch, peft_loss
 from thimble.core.adapter import Adapter, load_adapter, save_adapter
 from thimble.core.base import open_base
 from thimble.core.estimate import Way
@@ -155,21 +155,9 @@ def test_fifty_steps_follow_the_loss_curve_of_peft(tmp_path):
     adapter = make_adapter(base, b_size=0.0)
     save_adapter(adapter, tmp_path / "adapter")
     model = peft_model("llama", tmp_path / "adapter")
-    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3, weight_decay=0.0)
     session = TorchSession(base, "fp32", Way("dense"))
     session.train(adapter)
-    curves = []
-    for _ in range(50):
-        batch = make_batch()
-        loss = peft_loss(model, batch)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
-        optimiser.step()
-        optimiser.zero_grad()
-        gradients = session.gradients([[batch]], int((batch.labels >= 0).sum()))
-        session.apply(gradients, 2e-3, 1.0)
-        curves.append((float(loss.detach()), gradients.loss.mean))
-    ours, theirs = np.array(curves).T
+    ours, theirs = loss_curves(session, model, 50, 2e-3)
     assert ours[0] - ours[-1] > 0.5
     np.testing.assert_allclose(ours, theirs, atol=1e-3)
 

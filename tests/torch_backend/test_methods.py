@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from families import hf_model, make_hf_folder
-from samples import IDS, RANDOM, make_adapter, make_batch, peft_loss
+from samples import IDS, RANDOM, loss_curves, make_adapter, make_batch, peft_loss
 from thimble.core.adapter import Adapter, load_adapter, save_adapter
 from thimble.core.base import open_base
 from thimble.core.estimate import Way
@@ -99,21 +99,7 @@ def test_training_in_delta_form_is_training_on_a_base_without_the_piece(tmp_path
             layer.lora_A["default"].weight.copy_(torch.from_numpy(factors.A))
             layer.lora_B["default"].weight.copy_(torch.from_numpy(factors.B))
             layer.get_base_layer().weight -= torch.from_numpy(delta(factors))
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0)
-    session = step_session(base, start)
-    curves = []
-    for _ in range(20):
-        batch = make_batch()
-        loss = peft_loss(model, batch)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimiser.step()
-        optimiser.zero_grad()
-        gradients = session.gradients([[batch]], int((batch.labels >= 0).sum()))
-        session.apply(gradients, 1e-3, 1.0)
-        curves.append((float(loss.detach()), gradients.loss.mean))
-    ours, theirs = np.array(curves).T
+    ours, theirs = loss_curves(step_session(base, start), model, 20, 1e-3)
     assert ours[0] - ours[-1] > 0.3
     np.testing.assert_allclose(ours, theirs, atol=1e-3)
 

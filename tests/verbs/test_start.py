@@ -10,7 +10,7 @@ import torch
 
 import thimble
 from families import hf_model, make_hf_folder
-from samples import IDS, RANDOM, make_adapter, make_batch, peft_loss
+from samples import IDS, RANDOM, loss_curves, make_adapter, make_batch
 from thimble.core.adapter import load_adapter, save_adapter
 from thimble.core.base import open_base
 from thimble.core.config import TrainConfig
@@ -134,20 +134,7 @@ def test_twenty_steps_follow_those_of_peft_which_takes_the_piece_out_of_the_weig
     with torch.no_grad():
         found = model(torch.from_numpy(IDS.astype(np.int64))[None]).logits[0].numpy()
     np.testing.assert_allclose(found, bare, atol=1e-4)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0)
-    curves = []
-    for _ in range(20):
-        batch = make_batch()
-        loss = peft_loss(model, batch)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimiser.step()
-        optimiser.zero_grad()
-        gradients = session.gradients([[batch]], int((batch.labels >= 0).sum()))
-        session.apply(gradients, 1e-3, 1.0)
-        curves.append((float(loss.detach()), gradients.loss.mean))
-    ours, expected = np.array(curves).T
+    ours, expected = loss_curves(session, model, 20, 1e-3)
     assert ours[0] - ours[-1] > 0.2
     np.testing.assert_allclose(ours, expected, atol=1e-3)
 
