@@ -5,7 +5,16 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from thimble.core.config import ChatConfig, EvaluateConfig, InspectConfig, Knobs, MergeConfig, PlanConfig, TrainConfig
+from thimble.core.config import (
+    ChatConfig,
+    EvaluateConfig,
+    InspectConfig,
+    Knobs,
+    MergeConfig,
+    PlanConfig,
+    TrainConfig,
+    take_up,
+)
 from thimble.errors import ConfigError
 
 CONFIGS: dict[str, type[Knobs]] = {
@@ -41,12 +50,11 @@ def build_config(
     Raises:
         ConfigError: If the YAML file cannot be read.
     """
-    layers: dict[str, Any] = {}
+    layers = _read_yaml(Path(config_file)) if config_file else {}
     resumed = Path(str(values.get("out"))) / "config.yaml" if values.get("resume") and values.get("out") else None
     if resumed and resumed.exists():
-        layers |= _read_yaml(resumed)
-    if config_file:
-        layers |= _read_yaml(Path(config_file))
+        layers, differing = take_up(_read_yaml(resumed), {**layers, **values})
+        problems, values = [*problems, *differing], {name: layers[name] for name in values if name in layers}
     lengths = ("epochs", "max_steps", "max_minutes")
     if any(values.get(name) is not None for name in lengths):  # a length that is given replaces any in a file
         layers = {name: value for name, value in layers.items() if name not in lengths}

@@ -16,6 +16,7 @@ from thimble.core.lowrank import (
     scale,
     svd,
     svd_of_update,
+    thin_svd,
     total,
     truncate,
     unmerge,
@@ -89,9 +90,10 @@ def test_a_magnitude_sets_the_lengths_of_the_merged_rows():
 
 
 def test_a_difference_of_updates_is_one_update_of_both_ranks():
-    update, origin = factors(rank=4), factors(rank=3)
+    update, origin = factors(rank=4), factors(rank=4)
     whole = difference(update, origin)
-    assert whole.rank == 7
+    assert whole.rank == 8
+    assert not delta(difference(origin, origin)).any()
     np.testing.assert_allclose(delta(whole), delta(update) - delta(origin), atol=1e-12)
 
 
@@ -197,6 +199,21 @@ def test_pca_is_the_svd_of_centred_samples_and_says_what_centring_took():
     mean = samples.mean(0) / np.linalg.norm(samples.mean(0))
     assert abs(raw.right[0] @ mean) > 0.99
     assert abs(centred.right[0] @ mean) < 0.5
+
+
+def test_a_matrix_on_which_lapack_fails_is_turned_over(monkeypatch):
+    true, whole = np.linalg.svd, matrix((12, 7))
+
+    def failing(found, **options):
+        if found.shape[0] > found.shape[1]:
+            raise np.linalg.LinAlgError("SVD did not converge")
+        return true(found, **options)
+
+    monkeypatch.setattr(np.linalg, "svd", failing)
+    u, values, vt = thin_svd(whole)
+    np.testing.assert_allclose((u * values) @ vt, whole, atol=1e-12)
+    with pytest.raises(np.linalg.LinAlgError):
+        thin_svd(whole * np.nan)
 
 
 def test_the_rank_for_an_energy_is_the_smallest_that_holds_it():

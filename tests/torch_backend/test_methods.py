@@ -85,6 +85,21 @@ def test_a_delta_form_is_saved_as_a_plain_adapter_with_the_same_effect_in_peft(t
     assert np.abs(ours - bare).max() > 0.05
 
 
+def test_a_small_update_is_not_rounded_away_beside_its_start(tmp_path):
+    base = open_base(make_hf_folder("llama", tmp_path / "base"))
+    _, start = pissa(base)
+    moved = {path: replace(f, B=f.B * np.float32(1.001)) for path, f in start.layers.items()}
+    logits = []
+    for compute in ("fp32", "bf16"):
+        session = TorchSession(base, compute, DENSE)
+        bare = session.logits(IDS)
+        session.attach(Adapter(moved, origin=start.layers))
+        pair = next(iter(session._state.pairs.values()))
+        logits.append(pair.scale * (pair.B.float() @ pair.A.float()))
+        assert np.abs(session.logits(IDS) - bare).max() > 0
+    assert (logits[1] - logits[0]).norm() < 0.01 * logits[0].norm()
+
+
 def test_training_in_delta_form_is_training_on_a_base_without_the_piece(tmp_path):
     """PEFT takes B₀ A₀ out of W: the same losses, step by step."""
     from peft import LoraConfig, get_peft_model
@@ -172,6 +187,24 @@ def test_dora_keeps_its_row_lengths_while_a_and_b_move(tmp_path):
     np.testing.assert_allclose(peft_logits("llama", tmp_path / "adapter"), ours, atol=1e-4)
 
 
+def test_magnitudes_that_were_learned_are_kept_and_rows_of_zeros_stay(tmp_path):
+    base = open_base(make_hf_folder("llama", tmp_path / "base"))
+    session = TorchSession(base, "fp32", DENSE)
+    learned = with_magnitude(make_adapter(base), base)
+    again = session.with_magnitudes(learned)
+    for path, factors in learned.layers.items():
+        np.testing.assert_array_equal(again.layers[path].magnitude, factors.magnitude)
+    projection = session.decoder.projections[0]
+    projection.frozen.dense[0] = 0
+    fresh = session.with_magnitudes(make_adapter(base, b_size=0.0))
+    path = next(iter(projection.columns))
+    assert fresh.layers[path].magnitude[0] == 0
+    session.train(fresh)
+    for _ in range(2):
+        session.apply(session.gradients([[make_batch()]], 20), 1e-3, 1.0)
+    assert projection.pairs[0][1].row_rates[0] * session.adapter().layers[path].magnitude[0] == 0
+
+
 # ---- dropout --------------------------------------------------------------------------------------------------------
 
 
@@ -209,7 +242,7 @@ def test_dropout_differs_between_steps_and_rests_outside_of_training(tmp_path):
 def test_dropout_leaves_out_its_share_and_keeps_the_mean():
     from thimble.torch_backend.lora import Noise
 
-    noise, x = Noise(0.3, [0]), torch.ones(400, 500)
+    noise, x = Noise(0.3), torch.ones(400, 500)
     left = noise.drop(x, 7, torch.empty_like(x))
     assert float((left == 0).float().mean()) == pytest.approx(0.3, abs=0.005)
     assert float(left.mean()) == pytest.approx(1, abs=0.01)

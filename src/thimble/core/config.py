@@ -104,7 +104,7 @@ def a_pattern(value: tuple[str, ...]) -> str | None:
     """Check pairs of a target and a number."""
     for pair in value:
         target, _, number = pair.rpartition("=")
-        if not target or not re.fullmatch(r"\d+(\.\d+)?", number) or float(number) <= 0:
+        if not target or not re.fullmatch(r"\d+(\.\d+)?(e[+-]?\d+)?", number) or float(number) <= 0:
             return "expected pairs such as q_proj=8,down_proj=32, with numbers above 0"
     return None
 
@@ -460,6 +460,11 @@ class TrainConfig(MeasureKnobs):
     def _conflicts(cls, given: Mapping[str, Any]) -> list[str]:
         lengths = [name for name in ("epochs", "max_steps", "max_minutes") if given.get(name) is not None]
         problems = super()._conflicts(given)
+        if given.get("rank", 16) is None:
+            problems += [
+                f"{name} is set and rank is auto: leave one of them out"
+                for name in ("rank_pattern", "alpha_pattern") if given.get(name)
+            ]  # fmt: skip
         if given.get("rank", 16) is not None:
             problems += [
                 f"{name} is set but rank is {given.get('rank', 16)}: it is for rank auto"
@@ -474,6 +479,36 @@ class TrainConfig(MeasureKnobs):
         if given.get("resume") and not given.get("out"):
             problems.append("resume is set without out: name the run folder to continue, such as --out runs/mydata-1")
         return problems
+
+
+# Knobs that make a run what it is: one that is taken up again has them as it began.
+FIXED = (
+    "base", "data", "loss_on", "seq_len", "batch_tokens", "seed", "targets", "rank", "rank_pattern", "alpha",
+    "alpha_pattern", "use_rslora", "use_dora", "init", "freeze_a", "dropout", "keep_general", "valid_split",
+)  # fmt: skip
+
+
+def take_up(saved: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Join the knobs of a run that is resumed with those that are given now.
+
+    Args:
+        saved: From the run's config.yaml, in which every `auto` is resolved.
+        given: By flags, keywords or a file.
+
+    Returns:
+        The knobs, those that are given as auto being what they were resolved to; and a problem for each that would make
+        it another run.
+    """
+    kept = {name: value for name, value in given.items() if not (value == AUTO and name in saved)}
+    kept = {name: value for name, value in kept.items() if name not in ("rank_budget", "energy") or saved.get(name)}
+    before, now = TrainConfig.build(saved), TrainConfig.build({**saved, **kept})
+    problems = [
+        f"{name} is {_plain(getattr(now, name))}, but the run to resume began with {_plain(getattr(before, name))}: "
+        "leave it out, or begin another run with another --out"
+        for name in FIXED
+        if name in kept and getattr(now, name) != getattr(before, name)
+    ]
+    return {**saved, **kept}, problems
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """How much memory and time a run will need, part by part, before anything is loaded."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 from thimble.core.base import EMBEDDING, HEAD, Base
@@ -101,23 +101,15 @@ def adapter_parameters(spec: DecoderSpec, sizes: Mapping[str, Size], use_dora: b
     return sum(size.rank * sum(shapes[path]) + use_dora * shapes[path][0] for path, size in sizes.items())
 
 
-def start_bytes(spec: DecoderSpec, needs: str, trained: int) -> int:
-    """What making a start takes at its peak, beside weights and activations.
-
-    Args:
-        spec: Of the base.
-        needs: What it is made of; see `thimble.core.method.Init`.
-        trained: Numbers in the adapter.
-
-    Returns:
-        Bytes.
-    """
+def _start_bytes(spec: DecoderSpec, needs: str, trained: int, activations: int) -> int:
+    """What making a start takes, beyond what is there for activations, which only gradients need at that time."""
     widths = (spec.hidden_size, spec.q_size, spec.hidden_size, spec.intermediate_size)  # inputs of a block's layers
+    largest = max(rows * cols for rows, cols in spec.linear_shapes().values())
     if needs == "inputs":  # second moments of one block, and the decomposition of the largest
-        return 4 * sum(n * n for n in widths) + 3 * 4 * max(widths) ** 2
+        return 4 * sum(n * n for n in widths) + 3 * 4 * max(widths) ** 2 - activations
     if needs in ("weights", "quantised"):
-        return 4 * 8 * max(rows * cols for rows, cols in spec.linear_shapes().values())
-    return SKETCH_NUMBERS * 4 * trained if needs == "gradients" else 0
+        return 4 * 8 * largest - activations
+    return SKETCH_NUMBERS * 4 * trained + 3 * 4 * largest if needs == "gradients" else 0
 
 
 def lowest_block(layers: Iterable[str]) -> int:
@@ -137,7 +129,7 @@ def estimate_memory(
     longest: int,
     way: Way,
     lowest: int = 0,
-    needs: str = "nothing",
+    needs: Sequence[str] = (),
     is_delta: bool = False,
 ) -> MemoryPlan:
     """Expected peak memory of training.
@@ -149,7 +141,7 @@ def estimate_memory(
         longest: Tokens of the longest row.
         way: How a step is run.
         lowest: Number of the lowest adapted block; those below keep nothing.
-        needs: What the start is made of, before there are activations to keep.
+        needs: What the start is made of.
         is_delta: Whether what it starts from is kept and taken off.
 
     Returns:
@@ -162,7 +154,7 @@ def estimate_memory(
     return MemoryPlan(
         process=PROCESS_BYTES + base.spec.vocab_size * TOKEN_BYTES + _product_bytes(way),
         weights=_weight_bytes(base, compute, way),
-        adapter=max(adapter, start_bytes(base.spec, needs, trained) - (needs != "gradients") * activations),
+        adapter=max([adapter, *(_start_bytes(base.spec, need, trained, activations) for need in needs)]),
         activations=activations,
         scratch=way.num_shares * _scratch_bytes(base, compute, longest, way),
     )

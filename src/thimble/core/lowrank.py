@@ -102,16 +102,20 @@ def unmerge(weight: Array, factors: Factors) -> Array:
 
 
 def difference(factors: Factors, origin: Factors) -> Factors:
-    """One update that is another less a third: scale · (B A − B₀ A₀), of rank r + r₀, exactly.
+    """One update that is another less a third: scale · (B A − B₀ A₀), of rank 2 r, exactly.
+
+    Written as (B − B₀) A + B₀ (A − A₀): while A and B are near their start, A over A₀ and B beside −B₀ would cancel but
+    for the rounding of whatever type they are multiplied in.
 
     Args:
         factors: The update.
-        origin: What is taken off it, of the same scale.
+        origin: What is taken off it, of the same shapes and scale.
 
     Returns:
-        A over A₀, and B beside −B₀.
+        A over A − A₀, and B − B₀ beside B₀.
     """
-    a, b = np.concatenate([factors.A, origin.A]), np.concatenate([factors.B, -origin.B], axis=1)
+    a = np.concatenate([factors.A, factors.A - origin.A])
+    b = np.concatenate([factors.B - origin.B, origin.B], axis=1)
     return Factors(a, b, factors.scale, factors.magnitude)
 
 
@@ -156,7 +160,7 @@ def svd_of_update(factors: Factors) -> "Decomposition":
     """
     q_b, r_b = np.linalg.qr(factors.B.astype(np.float64))
     q_a, r_a = np.linalg.qr(factors.A.astype(np.float64).T)
-    u, values, vt = np.linalg.svd(r_b @ r_a.T, full_matrices=False)
+    u, values, vt = thin_svd(r_b @ r_a.T)
     fan_out, fan_in, rank = len(factors.B), factors.A.shape[1], factors.rank
     return Decomposition(q_b @ u, values * factors.scale, vt @ q_a.T, 1.0, 6.0 * (fan_out + fan_in) * rank**2)
 
@@ -211,6 +215,29 @@ class Decomposition:
         return np.asarray((self.left * self.values) @ self.right)
 
 
+def thin_svd(matrix: Array) -> tuple[Array, Array, Array]:
+    """All singular values and vectors of a small matrix, in float64.
+
+    LAPACK's divide and conquer, as numpy brings it, fails on a few ordinary matrices ("SVD did not converge"), and then
+    does not on their transposes.
+
+    Args:
+        matrix: float (rows, columns).
+
+    Returns:
+        U (rows, k), values (k,) and Vᵀ (k, columns), the largest value first; k is the smaller side.
+    """
+    wide = np.asarray(matrix, np.float64)
+    try:
+        u, values, vt = np.linalg.svd(wide, full_matrices=False)
+    except np.linalg.LinAlgError:
+        if not np.isfinite(wide).all():
+            raise
+        v, values, ut = np.linalg.svd(wide.T, full_matrices=False)
+        u, vt = ut.T, v.T
+    return u, values, vt
+
+
 def svd(matrix: Array, rank: int, end: str = "top") -> Decomposition:
     """Exact singular value decomposition, kept at one end of the spectrum (Eckart and Young, 1936).
 
@@ -262,7 +289,7 @@ def randomised_svd(
     for _ in range(iterations):
         image = narrow @ (narrow.T @ _orthonormal(image))
     left = _orthonormal(image)
-    u, values, right = np.linalg.svd((left.T @ narrow).astype(np.float64), full_matrices=False)
+    u, values, right = thin_svd(left.T @ narrow)
     operations = (2.0 * iterations + 2) * 2 * rows * columns * width
     kept = (left @ u)[:, :rank], values[:rank], right[:rank]
     return Decomposition(*kept, _share(values[:rank], narrow), operations)

@@ -6,7 +6,7 @@ Frobenius norm, which is Σ σ². A subspace is given by a matrix with orthonorm
 
 import numpy as np
 
-from thimble.core.lowrank import Array, Factors
+from thimble.core.lowrank import Array, Factors, thin_svd
 
 NOISE_FLOOR = 1e-6  # of the largest singular value: smaller ones of float32 factors are rounding
 INTRUDER_COSINE = 0.6  # below this to every direction of W, a direction is new (arXiv:2410.21228, section 3)
@@ -118,7 +118,7 @@ def column_space(matrix: Array) -> Array:
     Returns:
         float64 (n, k), the strongest direction first; k is the rank, 0 for a matrix of zeros.
     """
-    left, values, _ = np.linalg.svd(np.asarray(matrix, np.float64), full_matrices=False)
+    left, values, _ = thin_svd(matrix)
     return np.asarray(left[:, values > NOISE_FLOOR * np.max(values, initial=0.0)])
 
 

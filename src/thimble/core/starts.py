@@ -160,8 +160,8 @@ def corda(weight: Array, moments: Moments, rank: int, scale: float, keeps_knowle
     """The part of W that answers the layer's inputs most, or least (Yang et al., CorDA, arXiv:2406.05223).
 
     With W C = U S Vᵀ and C = E[x xᵀ], the published piece U_r S_r V_rᵀ C⁻¹ is U_r U_rᵀ W: no inverse is needed, and
-    no damping. Each direction is split evenly between A and B, so that the scale of C does not matter; with C = I this
-    is PiSSA.
+    no damping, whatever the rank of C. Each direction is split evenly between A and B, so that the scale of C does not
+    matter; with C = I this is PiSSA.
 
     Args:
         weight: W, float (out, in).
@@ -174,7 +174,11 @@ def corda(weight: Array, moments: Moments, rank: int, scale: float, keeps_knowle
         The factors.
     """
     answers = np.asarray(weight, np.float32) @ moments.mean_square
-    piece = svd(answers, rank, "bottom") if keeps_knowledge else _top(answers, rank)
+    if keeps_knowledge:  # by eigenvectors, which are at right angles even where there is no answer at all
+        wide = answers.astype(np.float64)
+        piece = eigen(wide @ wide.T, rank, "bottom")
+    else:
+        piece = _top(answers, rank)
     rows = piece.left.T @ weight
     lengths = np.linalg.norm(rows, axis=1)
     rows = rows / np.where(lengths > 0, lengths, 1.0)[:, None]

@@ -61,6 +61,7 @@ def size_layers(
     ranks: Mapping[str, float] | None = None,
     alphas: Mapping[str, float] | None = None,
     use_rslora: bool = False,
+    num_blocks: int = 0,
 ) -> dict[str, Size]:
     """Give each adapted layer its rank and scale, as PEFT's patterns do.
 
@@ -71,6 +72,7 @@ def size_layers(
         ranks: Ranks by target, in the words of `select_layers`; of several that match, the last counts.
         alphas: Alphas by target.
         use_rslora: Divide alpha by √rank.
+        num_blocks: Of the base, for patterns such as `last-8`.
 
     Returns:
         Sizes by path.
@@ -82,7 +84,7 @@ def size_layers(
     problems = []
     for found, pattern, what in ((found_ranks, ranks, "rank_pattern"), (found_alphas, alphas, "alpha_pattern")):
         for target, number in (pattern or {}).items():
-            matched = [path for path in layers if _matches(target, path, 0)]
+            matched = [path for path in layers if _matches(target, path, num_blocks)]
             found.update(dict.fromkeys(matched, number))
             if not matched:
                 problems.append(_no_match(target, list(layers)).replace("targets names", f"{what} names"))
@@ -99,11 +101,12 @@ def share_out(
 ) -> dict[str, int]:
     """Ranks that hold the most energy for a number of parameters.
 
-    Every layer gets `least`; then directions are taken one by one, those with the most energy per parameter first. The
-    energies of a layer fall, so this greedy choice is the best one.
+    Every layer gets `least`; then directions are taken one by one, those with the most energy per parameter first.
+    Where the energies of a layer fall, as they do but for noise, this greedy choice is the best one.
 
     Args:
-        energies: Of each direction of each layer, the largest first; as many as its rank may be.
+        energies: Of each direction of each layer, in order, as many as its rank may be; one that is smaller than a
+            later one counts as much.
         costs: Parameters of one rank of each layer, in + out.
         budget: Parameters in all.
         least: Smallest rank of a layer.
@@ -118,10 +121,9 @@ def share_out(
     ranks = {path: min(least, len(values)) for path, values in energies.items()}
     left = budget - sum(rank * costs[path] for path, rank in ranks.items())
     directions = sorted(
-        (-value / costs[path], number, path)
+        (-max(values[number:]) / costs[path], number, path)
         for path, values in energies.items()
-        for number, value in enumerate(values)
-        if number >= ranks[path]
+        for number in range(ranks[path], len(values))
     )
     for _, number, path in directions:
         if costs[path] <= left and number == ranks[path]:

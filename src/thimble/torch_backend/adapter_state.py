@@ -34,7 +34,8 @@ class Numbers:
 class LoraPair:
     """A and B of one layer, in the compute type, with room for their gradients.
 
-    Of a layer in delta form they hold both updates, A over A₀ and B beside −B₀; the first `rank` are trained.
+    Of a layer in delta form they hold B A − B₀ A₀ as (B − B₀) A + B₀ (A − A₀): A over A − A₀, and B − B₀ beside B₀. The
+    differences are taken in float32, so that what is small beside the start is not rounded away.
 
     Attributes:
         A: (ranks, in), compute type.
@@ -42,10 +43,12 @@ class LoraPair:
         scale: Factor of B A.
         rank: How many rows of A and columns of B are trained.
         trained: The numbers behind them.
+        origin: What they are trained as the difference to, or None.
         grads: For each task that runs beside others, the gradients summed over its micro-batches; empty if the adapter
             is not trained.
         freezes_a: Whether A gets no gradient.
-        row_rates: float32 (out,): magnitude over the length of each row of W + scale · B A, where there is a magnitude.
+        row_lengths: float32 (out,): length of each row of W + scale · B A, where there is a magnitude.
+        row_rates: float32 (out,): magnitude over length; 1 where there is no length to set.
     """
 
     A: Tensor
@@ -53,8 +56,10 @@ class LoraPair:
     scale: float
     rank: int
     trained: Numbers
+    origin: Numbers | None = None
     grads: Sequence[Numbers] = ()
     freezes_a: bool = False
+    row_lengths: Tensor | None = None
     row_rates: Tensor | None = None
 
 
@@ -110,13 +115,12 @@ class AdapterState:
     def _pair(
         self, path: str, trained: Numbers, grads: Sequence[Numbers], compute: torch.dtype, freezes_a: bool
     ) -> LoraPair:
-        origin, a, b = self.origin.get(path), trained.A, trained.B
-        if origin is not None:
-            a = torch.cat([a, torch.from_numpy(origin.A)]).to(compute)
-            b = torch.cat([b, -torch.from_numpy(origin.B)], 1).to(compute)
-        return LoraPair(
-            a.to(compute), b.to(compute), self.shapes[path].scale, len(trained.A), trained, grads, freezes_a
-        )
+        start, a, b, origin = self.origin.get(path), trained.A, trained.B, None
+        if start is not None:
+            origin = Numbers(torch.from_numpy(start.A), torch.from_numpy(start.B), None)
+            a, b = torch.cat([a, a - origin.A]), torch.cat([b - origin.B, origin.B], 1)
+        a, b, scale = a.to(compute), b.to(compute), self.shapes[path].scale
+        return LoraPair(a, b, scale, len(trained.A), trained, origin, grads, freezes_a)
 
     def views(self, flat: Tensor) -> dict[str, Numbers]:
         """A flat vector of the adapter's size by layer."""
@@ -146,9 +150,12 @@ class AdapterState:
     def refresh(self) -> None:
         """Bring the copies in the compute type up to date after the masters changed."""
         for pair in self.pairs.values():
-            if pair.A.data_ptr() != pair.trained.A.data_ptr():
-                pair.A[: pair.rank].copy_(pair.trained.A)
-                pair.B[:, : pair.rank].copy_(pair.trained.B)
+            trained, origin, rank = pair.trained, pair.origin, pair.rank
+            if pair.A.data_ptr() != trained.A.data_ptr():
+                pair.A[:rank].copy_(trained.A)
+                pair.B[:, :rank].copy_(trained.B if origin is None else trained.B - origin.B)
+            if origin is not None:
+                pair.A[rank:].copy_(trained.A - origin.A)
 
     def export(self, like: Adapter) -> Adapter:
         """The current numbers as an adapter, with the base and notes of `like`."""

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from thimble.core.lowrank import thin_svd
 from thimble.core.starts import Moments, Sketch
 from thimble.torch_backend.lora import Projection
 
@@ -213,7 +214,7 @@ def _add_inputs(layer: _Watched, x: Tensor, low: Tensor) -> None:
 
 
 def _finished(layer: _Watched) -> Sketch:
-    left, values, turn = np.linalg.svd(layer.image.double().numpy(), full_matrices=False)
+    left, values, turn = thin_svd(layer.image.numpy())
     answer = turn @ (layer.answer.double().numpy() / layer.count) @ turn.T
     right = (turn @ layer.rows.double().numpy()).astype(np.float32)
     return Sketch(left, values, right, layer.input_square / layer.count, answer)

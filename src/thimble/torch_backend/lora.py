@@ -10,6 +10,7 @@ rows of W + scale · B A. They count as constants of a step (section 4.3 there),
 of the above, and ∂L/∂m = Σ g · (y before it) / n.
 """
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,11 +32,11 @@ class Noise:
 
     Attributes:
         rate: Share left out.
-        keys: For each task that runs beside others, the number of the micro-batch it learns from, or None.
+        here: Of each thread, the number of the micro-batch it learns from, as `batch`; nothing is left out without one.
     """
 
     rate: float
-    keys: list[int | None]
+    here: threading.local = field(default_factory=threading.local)
 
     def drop(self, x: Tensor, key: int, out: Tensor, is_added: bool = False) -> Tensor:
         """Write what is left of x to `out`, or add it: both (tokens, n), contiguous."""
@@ -89,7 +90,7 @@ class Projection:
 
     def dropout_key(self) -> int | None:
         """The key of this group in the micro-batch that this thread learns from; None if it does not."""
-        batch = self.noise.keys[place()] if self.noise else None
+        batch = getattr(self.noise.here, "batch", None) if self.noise else None
         return None if batch is None else hash((batch, self.number)) & 0xFFFFFFFF
 
     @torch.no_grad()
@@ -113,7 +114,7 @@ class Projection:
             square = self.frozen.row_squares()[columns].clone()
             square += 2 * pair.scale * (answers[rows, columns].t().float() * b).sum(1)
             square += pair.scale**2 * ((b @ (wide_a @ wide_a.t())) * b).sum(1)
-            length = square.clamp_(min=0).sqrt_()
+            length = pair.row_lengths = square.clamp_(min=0).sqrt_()
             pair.row_rates = torch.where(length > 0, pair.trained.magnitude / length, torch.ones_like(length))
 
 
@@ -260,7 +261,9 @@ def _adapter_gradients(projection: Projection, h: Tensor, low: Tensor, grad: Ten
     a_grad = torch.mm(low_grad.t(), h)
     row = 0
     for _, pair in projection.pairs:
-        pair.grads[task].A.add_(a_grad[row : row + pair.rank])
+        own = pair.grads[task].A.add_(a_grad[row : row + pair.rank])
+        if pair.origin is not None:  # A is in both halves
+            own.add_(a_grad[row + pair.rank : row + 2 * pair.rank])
         row += pair.A.shape[0]
     return low_grad
 

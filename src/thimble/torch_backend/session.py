@@ -118,7 +118,7 @@ class TorchSession:
         spans, master = self._state.spans, self._state.master
         rates = [(spans.A, 0.0 if method.freezes_a else 1.0), (spans.B, method.lora_plus), (spans.magnitude, 1.0)]
         self._optimiser = AdamW(master, method.weight_decay, master.clone() if method.weight_decay else None, rates)
-        self._noise = Noise(method.dropout, [None] * self._way.num_shares) if method.dropout else None
+        self._noise = Noise(method.dropout) if method.dropout else None
         self._seed = method.seed
         self.decoder.attach(self._state.pairs, self._noise)
 
@@ -128,14 +128,15 @@ class TorchSession:
 
     @torch.no_grad()
     def with_magnitudes(self, adapter: Adapter) -> Adapter:
-        """Give every layer the magnitudes that change nothing: the row lengths of W + scale · B A (DoRA)."""
-        ones = {path: replace(f, magnitude=np.ones(len(f.B), np.float32)) for path, f in adapter.layers.items()}
+        """Give layers without magnitudes those that change nothing: the row lengths of W + scale · B A (DoRA)."""
+        bare = {path: f for path, f in adapter.layers.items() if f.magnitude is None}
+        ones = {path: replace(f, magnitude=np.ones(len(f.B), np.float32)) for path, f in bare.items()}
         state = AdapterState(replace(adapter, layers=ones), self.decoder.compute)
         self.decoder.attach(state.pairs)
         self.decoder.attach({})
-        rates = {path: pair.row_rates for path, pair in state.pairs.items() if pair.row_rates is not None}
-        layers = {path: replace(f, magnitude=(1 / rates[path]).numpy()) for path, f in ones.items()}
-        return replace(adapter, layers=layers)
+        lengths = {path: pair.row_lengths for path, pair in state.pairs.items() if pair.row_lengths is not None}
+        found = {path: replace(f, magnitude=lengths[path].numpy()) for path, f in bare.items()}
+        return replace(adapter, layers={path: found.get(path, f) for path, f in adapter.layers.items()})
 
     def file_weight(self, path: str) -> NDArray[np.float32]:
         """A weight as it is in the file, decoded by the engine's kernels: float32 (out, in)."""
@@ -209,9 +210,11 @@ class TorchSession:
             yield
             return
         assert self._optimiser is not None, "nothing is being trained"
-        self._noise.keys[place()] = hash((self._seed, self._optimiser.steps, place(), number))
-        yield
-        self._noise.keys[place()] = None
+        self._noise.here.batch = hash((self._seed, self._optimiser.steps, place(), number))
+        try:
+            yield
+        finally:
+            self._noise.here.batch = None
 
     def apply(self, gradients: Gradients, learning_rate: float, max_norm: float) -> None:
         """Take one AdamW step on the adapter.

@@ -1,6 +1,7 @@
 """What the data show before training: which start captures most of the gradient, and which rank each layer needs.
 
-Directions are found on rows of the first steps and judged on held-out rows, never on what they were fitted to.
+Directions are found on some training rows and judged on others: never on what they were fitted to, and never on the
+rows that the result is measured on.
 """
 
 import math
@@ -11,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from thimble.core.config import TrainConfig
+from thimble.core.lowrank import scale as scale_of
 from thimble.core.lowrank import svd
 from thimble.core.starts import Sketch
 from thimble.core.targets import Size, share_out
@@ -27,7 +29,6 @@ RANK_SPREAD = 2  # times the mean rank, and a quarter of it, are the bounds of r
 MOST_RANK = 128  # by a share of energy
 AUTO_INITS = ("kaiming", "eva", "gradient")  # whose A x are equally long: one learning rate is right for all
 CLEARLY_MORE = 5.0  # times as much of the gradient must a start that costs a look at the data capture
-WORTH_SHARING = 1.05  # times as much must ranks by layer capture as one rank for all
 MOST_STEPS = 2000  # of longer runs, a faster beginning is a small part
 LOOK_SHARE = 0.02  # of a run that init auto may take, as far as that gives it LEAST_LOOK steps to look at
 LEAST_LOOK, MOST_LOOK = 2, 8
@@ -44,25 +45,29 @@ class Look:
     def __init__(self, job: "Job", session: "TorchSession", tell: Teller) -> None:
         self.job, self.session, self.tell = job, session, tell
         self.steps = job.config.calibration_steps
-        self._sketches: dict[str, Sketch] = {}
+        self._sketches: dict[Any, dict[str, Sketch]] = {}  # the last ones, by what was asked for
 
     def batches(self) -> list[Batch]:
-        """Rows of the first steps, as micro-batches."""
-        course, rows = self.job.course, self.job.examples.train
-        chosen = dict.fromkeys(number for step in range(self.steps) for number in course.rows(step))
-        return micro_batches([rows[number] for number in chosen], self.job.way.micro_tokens)
+        """Rows that starts are made from, those of the first steps, as micro-batches."""
+        return self._batches(self._numbers()[0])
 
-    def held_out(self) -> list[Batch]:
-        """A step's worth of rows not among `batches`: held-out ones, or those of the next step."""
-        rows = list(self.job.examples.valid) or [
-            self.job.examples.train[number] for number in self.job.course.rows(self.steps)
-        ]
-        most, chosen = self.job.config.batch_tokens, []
-        for row in rows:
-            if chosen and sum(len(other.ids) for other in chosen) + len(row.ids) > most:
-                break
-            chosen.append(row)
-        return micro_batches(chosen, self.job.way.micro_tokens)
+    def others(self) -> list[Batch]:
+        """Rows that starts are judged by: a step's worth of training rows that are not among `batches`."""
+        return self._batches(self._numbers()[1])
+
+    def _numbers(self) -> tuple[list[int], list[int]]:
+        """Numbers of the rows to look at and of those to judge by; of few rows each gets a half."""
+        course, steps = self.job.course, self.steps
+        looked = list(dict.fromkeys(number for step in range(steps) for number in course.rows(step)))
+        others = [number for number in course.rows(steps) if number not in looked]
+        return (looked, others) if others else (looked[::2], looked[1::2] or looked)
+
+    def _batches(self, numbers: list[int]) -> list[Batch]:
+        return micro_batches([self.job.examples.train[number] for number in numbers], self.job.way.micro_tokens)
+
+    def general(self) -> list[Batch]:
+        """General text, on which the base is not to change."""
+        return micro_batches(self.job.general, self.job.way.micro_tokens)
 
     def weights(self, needs: str) -> Iterator[tuple[str, NDArray[np.float32]]]:
         """The adapted weights one by one; refuses those that cannot be decomposed."""
@@ -83,92 +88,54 @@ class Look:
         """Main directions of the gradients."""
         from thimble.torch_backend.calibrate import sketch_gradients
 
-        is_known = not is_weighted and all(
-            path in self._sketches and len(self._sketches[path].values) >= rank for path, rank in ranks.items()
-        )
-        if is_known:
-            return self._sketches
-        self.tell.stage(f"looking at the gradients of {self.steps} steps")
-        found = sketch_gradients(self.session, self.batches(), ranks, is_weighted, self.job.config.seed)
-        self._sketches = {} if is_weighted else found
-        return found
+        asked = is_weighted, tuple(ranks.items())
+        if asked not in self._sketches:
+            self.tell.stage(f"looking at the gradients of {self.steps} steps")
+            found = sketch_gradients(self.session, self.batches(), ranks, is_weighted, self.job.config.seed)
+            self._sketches = {asked: found}
+        return self._sketches[asked]
 
 
 # ---- init auto ------------------------------------------------------------------------------------------------------
 
 
-def choose(
-    config: TrainConfig, look: Look, make: Callable[[str], Arrays]
-) -> tuple[str, dict[str, Size], dict[str, Any]]:
-    """Choose the start that captures most of the gradient of held-out rows, if clearly more than a random one does.
+def choose(look: Look, make: Callable[[str], Arrays]) -> tuple[str, dict[str, Any]]:
+    """Choose the start that captures most of the gradient of other rows, if clearly more than a random one does.
 
     Args:
-        config: The knobs.
         look: The rows.
         make: Makes A of every layer for a start.
 
     Returns:
-        The init, the sizes of the layers, and what was measured.
+        The init, and what was measured.
     """
     job = look.job
-    steps = job.course.total_steps or max(1, round(job.course.minutes * 60 / job.seconds_per_step))  # type: ignore[operator]
+    steps = job.course.total_steps or max(1, round((job.course.minutes or 0) * 60 / job.seconds_per_step))
     look.steps = min(MOST_LOOK, max(LEAST_LOOK, round(LOOK_SHARE * steps / LOOK_COST)))
     cost = look.steps * LOOK_COST
     if cost > MOST_LOOK_SHARE * steps:
         look.tell.decision(f"init kaiming: {steps} steps are too few to look at {look.steps} of them first")
-        return "kaiming", job.sizes, {}
+        return "kaiming", {}
     about = f"about {cost * job.seconds_per_step:.0f} s, {cost / steps:.0%} of the run"
     look.tell.decision(f"init auto looks at {look.steps} steps first: {about}")
-    wide = {path: min(RANK_SPREAD * size.rank, *_shape(job, path)) for path, size in job.sizes.items()}
-    look.sketches(wide)
-    candidates: dict[str, Arrays] = {init: make(init) for init in AUTO_INITS}
-    candidates["wide"] = {path: look.sketches(wide)[path].right[:rank] for path, rank in wide.items()}
-    scores, by_kind, sizes = _score(candidates, look)
-    best = max(AUTO_INITS, key=lambda init: scores[init])
-    times = scores[best] / scores["kaiming"]
-    if times < CLEARLY_MORE or steps > MOST_STEPS:
+    captured, by_kind = _score({init: make(init) for init in AUTO_INITS}, look)
+    best = max(AUTO_INITS, key=lambda init: captured[init])
+    if captured[best] < CLEARLY_MORE * captured["kaiming"] or steps > MOST_STEPS:
         best = "kaiming"
-    shown = ", ".join(f"{name} {score:.3f}" for name, score in scores.items())
-    look.tell.decision(f"init {best}: of the gradient of held-out rows, each start captures: {shown}")
-    numbers = {"captured": scores, "captured_by_kind": by_kind, "looked_at_steps": look.steps}
-    if sizes is not job.sizes:
-        ranks = numbers["ranks"] = {path: size.rank for path, size in sizes.items()}
-        low, high = min(ranks.values()), max(ranks.values())
-        look.tell.decision(f"rank: {low} to {high} by layer, for the same number of parameters")
-    return best, sizes, numbers
+    shown = ", ".join(f"{name} {score:.3f}" for name, score in captured.items())
+    look.tell.decision(f"init {best}: of the gradient of other rows, each start captures: {shown}")
+    return best, {"captured": captured, "captured_by_kind": by_kind, "looked_at_steps": look.steps}
 
 
-def _shape(job: "Job", path: str) -> tuple[int, int]:
-    return job.model.base.spec.linear_shapes()[path]
-
-
-def _score(
-    candidates: Mapping[str, Mapping[str, NDArray[np.float32]]], look: Look
-) -> tuple[dict[str, float], dict[str, dict[str, float]], dict[str, Size]]:
-    """What each start captures, in all and by kind of layer, and sizes by layer if these let it capture more."""
+def _score(candidates: Mapping[str, Arrays], look: Look) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """What each start captures, in all and by kind of layer."""
     from thimble.torch_backend.calibrate import captured_energy
 
-    sizes = look.job.sizes
-    look.tell.stage("measuring the starts on held-out rows")
-    found = captured_energy(look.session, look.held_out(), candidates)
+    look.tell.stage("measuring the starts on other rows")
+    found = captured_energy(look.session, look.others(), candidates)
     whole = sum(total for _, total in found["kaiming"].values())
-    scores = {init: sum(float(parts.sum()) for parts, _ in found[init].values()) / whole for init in AUTO_INITS}
-    by_kind = {init: _by_kind(found[init]) for init in AUTO_INITS}
-    if look.job.config.rank_pattern or look.job.config.rank is None:
-        return scores, by_kind, sizes
-    sketches = look.sketches({})
-    costs = {path: sum(_shape(look.job, path)) for path in sizes}
-    mean = look.job.config.rank or AUTO_RANK
-    ranks = share_out(
-        {path: sketches[path].values[: len(rows)] ** 2 for path, rows in candidates["wide"].items()},  # type: ignore[misc]
-        costs, sum(sizes[path].rank * cost for path, cost in costs.items()), max(1, mean // RANK_SPREAD**2),
-    )  # fmt: skip
-    shared = sum(float(found["wide"][path][0][:rank].sum()) for path, rank in ranks.items())
-    even = sum(float(found["wide"][path][0][: size.rank].sum()) for path, size in sizes.items())
-    scores["gradient, ranks by layer"] = shared / whole
-    if shared < WORTH_SHARING * even:
-        return scores, by_kind, sizes
-    return scores, by_kind, {path: Size(rank, sizes[path].scale) for path, rank in ranks.items()}
+    captured = {init: sum(float(parts.sum()) for parts, _ in layers.values()) / whole for init, layers in found.items()}
+    return captured, {init: _by_kind(layers) for init, layers in found.items()}
 
 
 def _by_kind(found: Mapping[str, tuple[NDArray[np.float64], float]]) -> dict[str, float]:
@@ -208,7 +175,8 @@ def choose_ranks(config: TrainConfig, look: Look) -> tuple[dict[str, Size], dict
     else:
         ranks = _ranks_of_budget(config, energies, shapes)
         how = f"{sum(rank * sum(shapes[path]) for path, rank in ranks.items()):,} parameters, by {config.energy_of}"
-    scale = config.alpha / AUTO_RANK  # the same for all, so that the learning rate stays right
+    ranks = {path: _allowed(rank, shapes[path], config.init) for path, rank in ranks.items()}
+    scale = scale_of(config.alpha, AUTO_RANK, config.use_rslora)  # the same for all: one learning rate is right
     sizes = {path: Size(rank, scale) for path, rank in ranks.items()}
     low, high = min(ranks.values()), max(ranks.values())
     look.tell.decision(f"rank: {low} to {high}, {np.mean(list(ranks.values())):.1f} on average: {how}")
@@ -218,6 +186,13 @@ def choose_ranks(config: TrainConfig, look: Look) -> tuple[dict[str, Size], dict
             "update has a small rank whatever the spectrum of W"
         )
     return sizes, {"ranks": ranks}
+
+
+def _allowed(rank: int, shape: tuple[int, int], init: str) -> int:
+    """The nearest rank that a start can have."""
+    if init == "orthogonal":
+        return max(2, rank // 2 * 2)
+    return max(1, min(rank, min(shape) // 2)) if init == "gradient:lora-ga" else rank
 
 
 def _ranks_of_budget(
@@ -245,7 +220,7 @@ def _gradient_energies(config: TrainConfig, shapes: Mapping[str, tuple[int, int]
     wanted = MOST_RANK if config.energy else 2 * AUTO_RANK
     sketches = look.sketches({path: min(wanted, *shape) for path, shape in shapes.items()})
     rows = {path: sketch.right[:wanted] for path, sketch in sketches.items()}
-    found = captured_energy(look.session, look.held_out(), {"": rows})[""]
+    found = captured_energy(look.session, look.others(), {"": rows})[""]
     return {path: parts for path, (parts, _) in found.items()}, {path: whole for path, (_, whole) in found.items()}
 
 

@@ -15,7 +15,8 @@ SPIKE_DEVIATIONS = 6.0  # a loss so many deviations above its running mean is a 
 SPIKE_LEAST_NATS = 0.5  # unless it is that close to it
 MEMORY = 0.95  # of the running mean and variance
 LEAST_STEPS = 20  # before spikes can be told from noise
-IN_A_ROW = 2  # bad steps that take the run back
+IN_A_ROW = 2  # steps that are no model's that take the run back
+SPIKES_IN_A_ROW = 4  # spikes that do
 MOST_RETURNS = 3  # before it is given up
 SLOWER = 0.5  # what the learning rate is multiplied by on each return
 
@@ -64,34 +65,40 @@ class Guard:
             The verdict; a step that is taken counts towards what is normal.
         """
         self.first = loss if math.isnan(self.first) and math.isfinite(loss) else self.first
-        why = self._fault(loss, norm)
+        why, most, verdict = self._fault(loss, norm), IN_A_ROW, Verdict.SKIP
+        if not why:  # a single spike is a hard row, to be learned from; several in a row are a model that was spoilt
+            why, most, verdict = self._spike(loss), SPIKES_IN_A_ROW, Verdict.TAKE
         if not why:
-            self._count(loss)
+            self.bad = 0
             return Verdict.TAKE
         self.why, self.bad = why, self.bad + 1
-        if self.bad < IN_A_ROW:
-            return Verdict.SKIP
-        self.bad, self.returns = 0, self.returns + 1
+        if self.bad < most:
+            return verdict
+        self.bad, self.steps, self.returns = 0, 0, self.returns + 1
         self.rate *= SLOWER
         return Verdict.RETURN if self.returns <= MOST_RETURNS else Verdict.GIVE_UP
 
     def _fault(self, loss: float, norm: float) -> str:
+        """What shows that these are no model's numbers."""
         if not math.isfinite(loss):
             return f"the loss is {loss}"
         if not math.isfinite(norm):
             return f"the gradient norm is {norm}"
         if loss > self.first * DIVERGED_FACTOR + DIVERGED_MARGIN_NATS:
             return f"the loss rose from {self.first:.2f} to {loss:.2f}"
-        allowed = self.mean + max(SPIKE_LEAST_NATS, SPIKE_DEVIATIONS * math.sqrt(self.square))
-        if self.steps >= LEAST_STEPS and loss > allowed:
-            return f"the loss jumped from about {self.mean:.2f} to {loss:.2f}"
         return ""
 
-    def _count(self, loss: float) -> None:
-        self.bad, self.steps = 0, self.steps + 1
+    def _spike(self, loss: float) -> str:
+        """Whether a loss is far above what is normal; it counts towards that, as far as it could be normal."""
+        allowed = self.mean + max(SPIKE_LEAST_NATS, SPIKE_DEVIATIONS * math.sqrt(self.square))
+        is_spike = self.steps >= LEAST_STEPS and loss > allowed
+        why = f"the loss jumped from about {self.mean:.2f} to {loss:.2f}" if is_spike else ""
+        loss = min(loss, allowed) if is_spike else loss
+        self.steps += 1
         keep = min(MEMORY, 1 - 1 / self.steps)
         self.square = keep * (self.square + (1 - keep) * (loss - self.mean) ** 2)
         self.mean = keep * self.mean + (1 - keep) * loss
+        return why
 
     def state(self) -> dict[str, Any]:
         """Plain data for a checkpoint; NaN becomes None."""
@@ -108,19 +115,22 @@ class Plateau:
     """Follows the held-out loss, and ends the run when it falls no more.
 
     Attributes:
-        patience: Measurements without a new best before the end; 0: never.
+        patience: Measurements without a new best before the end; 0: never. A knob of the run, not kept with the rest.
         best: Lowest loss so far.
         best_step: When it was measured.
         since: Measurements since then.
+        step: When the last measurement was made.
     """
 
     patience: int = 0
     best: float = math.inf
     best_step: int = 0
     since: int = 0
+    step: int = 0
 
     def hear(self, step: int, loss: float) -> bool:
         """Take note of a measurement; whether it is the best so far."""
+        self.step = step
         if loss < self.best:
             self.best, self.best_step, self.since = loss, step, 0
             return True
@@ -134,9 +144,11 @@ class Plateau:
 
     def state(self) -> dict[str, Any]:
         """Plain data for a checkpoint; infinity becomes None."""
-        return {name: None if value == math.inf else value for name, value in asdict(self).items()}
+        state = {name: None if value == math.inf else value for name, value in asdict(self).items()}
+        del state["patience"]
+        return state
 
-    @classmethod
-    def restored(cls, state: Mapping[str, Any]) -> "Plateau":
-        """What `state` was taken of."""
-        return cls(**{name: math.inf if value is None else value for name, value in state.items()})
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state` returned."""
+        for name, value in state.items():
+            setattr(self, name, math.inf if value is None else value)

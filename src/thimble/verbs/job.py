@@ -44,7 +44,9 @@ from thimble.verbs.start import check_start
 MOST_SIZES = 7  # of batches, however uneven the rows are: what many rows make together varies less
 SHARE_TOKENS = 512  # a step is shared out to cores as long as each gets so many tokens
 RUN_FOLDER_BYTES = 20_000_000  # report, logs and room to spare, beside adapter and checkpoints
-ADAPTER_FILES = 8  # adapter, its temporary copy, and two checkpoints of three times its size
+ADAPTER_FILES = (
+    25  # adapter and start, each twice as large in delta form, and three checkpoints of seven times its size
+)
 WARNED_RATE = 0.02  # of learning: far above what works for adapters
 WATCHED_SHARE = 0.05  # of a run's time, spent on held-out rows on the way
 TRAINED_TOKEN_COST = 2.5  # of a token that is learned from, in tokens that are only read
@@ -135,8 +137,8 @@ def _check(config: TrainConfig, needs_folder: bool) -> _Checked:
     model = problems.attempt(open_model, config.base)
     dataset = problems.attempt(open_data, config.data)
     layers = problems.attempt(select_layers, config.targets, model.base.spec.linear_shapes()) if model else None
-    sizes = problems.attempt(check_start, config, model, layers) if model and layers else None
     folder = run_folder.choose_folder(config.out, config.data)
+    sizes = problems.attempt(check_start, config, model, layers, folder) if model and layers else None
     if needs_folder:
         trained = adapter_parameters(model.base.spec, sizes, config.use_dora) if model and sizes else 0
         needed = RUN_FOLDER_BYTES + trained * 4 * ADAPTER_FILES
@@ -247,8 +249,9 @@ def _fit_memory(
     step_tokens = min(config.batch_tokens, examples.train_report.tokens)
     ways = _ways(step_tokens, longest, stores, model.base.spec.num_layers, num_sizes)
     trained, lowest = what
-    init = INITS["eva" if config.init == AUTO else init_name(config.init)]  # auto looks at inputs and gradients
-    start = (init.needs, init.is_delta)
+    looks_at_all = ("inputs", "gradients") if config.init == AUTO or config.rank is None else ()
+    init = INITS["kaiming" if config.init == AUTO else init_name(config.init)]
+    start = ((init.needs, *looks_at_all), init.is_delta)
     plans = [(estimate_memory(model.base, compute, trained, longest, way, lowest, *start), way) for way in ways]
     for plan, way in plans:
         if plan.total <= allowed:

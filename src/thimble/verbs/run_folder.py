@@ -153,6 +153,11 @@ def write_config(folder: Path, values: Mapping[str, Any]) -> None:
     write_text(folder / "config.yaml", head + yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True))
 
 
+def has_start(folder: Path) -> bool:
+    """Whether there is a checkpoint to go on from and the start it belongs to."""
+    return (folder / START).is_dir() and latest_checkpoint(folder) is not None
+
+
 def publish_adapter(folder: Path, adapter: Adapter, name: str = "adapter") -> Path:
     """Write an adapter beside its place in the run folder and move it there whole, replacing an earlier one."""
     target, temporary = folder / name, folder / ".adapter.tmp"

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,12 +17,14 @@ from numpy.typing import NDArray
 
 from thimble.core.adapter import Adapter, fresh_adapter, load_adapter
 from thimble.core.config import TrainConfig, read_pattern
+from thimble.core.family import DecoderSpec
 from thimble.core.method import ADAPTER, AUTO, INITS, init_name
 from thimble.core.starts import corda, eva, from_sketch, from_weight, loftq, with_zero_b
 from thimble.core.targets import Size, size_layers
 from thimble.errors import ConfigError, listing
+from thimble.verbs import run_folder
 from thimble.verbs.events import Teller
-from thimble.verbs.evidence import AUTO_RANK, Look, choose, choose_ranks
+from thimble.verbs.evidence import AUTO_RANK, MOST_RANK, Look, choose, choose_ranks
 from thimble.verbs.prepare import Model, check_fits
 
 if TYPE_CHECKING:
@@ -49,20 +52,26 @@ class Start:
 # ---- before the base is loaded --------------------------------------------------------------------------------------
 
 
-def plan_sizes(config: TrainConfig, layers: Sequence[str]) -> dict[str, Size]:
-    """Rank and scale of each layer as far as they are known before training; rank auto counts as its mean."""
-    rank = AUTO_RANK if config.rank is None else config.rank
+def _plan_sizes(config: TrainConfig, spec: DecoderSpec, layers: Sequence[str]) -> dict[str, Size]:
+    """Rank and scale of each layer as far as they are known before training; rank auto counts as the most it may be."""
+    shapes = spec.linear_shapes()
+    if config.rank is None and config.energy is not None:
+        return {layer: Size(min(MOST_RANK, *shapes[layer]), 1.0) for layer in layers}
+    rank = config.rank or AUTO_RANK
+    if config.rank_budget is not None:
+        rank = max(1, math.ceil(config.rank_budget / sum(sum(shapes[layer]) for layer in layers)))
     ranks, alphas = read_pattern(config.rank_pattern), read_pattern(config.alpha_pattern)
-    return size_layers(layers, rank, config.alpha, ranks, alphas, config.use_rslora)
+    return size_layers(layers, rank, config.alpha, ranks, alphas, config.use_rslora, spec.num_layers)
 
 
-def check_start(config: TrainConfig, model: Model, layers: Sequence[str]) -> dict[str, Size]:
+def check_start(config: TrainConfig, model: Model, layers: Sequence[str], folder: Path) -> dict[str, Size]:
     """Refuse ranks and starts that cannot be.
 
     Args:
         config: The knobs.
         model: The base.
         layers: Paths of the adapted layers.
+        folder: The run folder, which knows where it began if it is resumed.
 
     Returns:
         Sizes of the layers, as far as they are known.
@@ -71,9 +80,10 @@ def check_start(config: TrainConfig, model: Model, layers: Sequence[str]) -> dic
         ConfigError: With every problem found, naming the layers.
         AdapterError: If the adapter to start from cannot be read or does not fit.
     """
-    sizes, shapes, init = plan_sizes(config, layers), model.base.spec.linear_shapes(), config.init
+    sizes, shapes, init = _plan_sizes(config, model.base.spec, layers), model.base.spec.linear_shapes(), config.init
     if init_name(init) == ADAPTER:
-        path = init.removeprefix(ADAPTER + ":")
+        is_resumed = config.resume and run_folder.has_start(folder)
+        path = str(folder / run_folder.START) if is_resumed else init.removeprefix(ADAPTER + ":")
         adapter = load_adapter(path)
         check_fits(path, adapter, model.base)
         return {layer: Size(factors.rank, factors.scale) for layer, factors in adapter.layers.items()}
@@ -145,12 +155,14 @@ def make_start(job: "Job", session: "TorchSession", tell: Teller) -> Start:
     look, config, sizes = Look(job, session, tell), job.config, job.sizes
     numbers: dict[str, Any] = {}
     if config.init == AUTO:
-        init, sizes, numbers = choose(config, look, lambda init: _a_of(config.replace(init=init), look))
-        config = config.replace(init=init)
-    if config.rank is None:
+        chosen, numbers = choose(look, lambda init: _a_of(config.replace(init=init), look))
+        config = config.replace(init=chosen, calibration_steps=look.steps)
+    if init_name(config.init) == ADAPTER:
+        tell.decision("ranks and scales: those of the adapter to start from")
+        config = _with_sizes(config, sizes)
+    elif config.rank is None:
         sizes, found = choose_ranks(config, look)
         numbers |= found
-    if sizes is not job.sizes:
         config = _with_sizes(config, sizes)
     init = INITS[init_name(config.init)]
     adapter = _MAKERS[init.needs](config, sizes, look)
@@ -177,14 +189,15 @@ def _explain(numbers: Mapping[str, Any], tell: Teller) -> None:
 
 def _with_sizes(config: TrainConfig, sizes: Mapping[str, Size]) -> TrainConfig:
     """The knobs that give every layer its size again."""
+    alphas = {
+        path: size.scale * (math.sqrt(size.rank) if config.use_rslora else size.rank) for path, size in sizes.items()
+    }
     rank = Counter(size.rank for size in sizes.values()).most_common(1)[0][0]
-    others = {path: size for path, size in sizes.items() if size.rank != rank}
-    factor = math.sqrt if config.use_rslora else float
-    alphas = {path: size.scale * factor(size.rank) for path, size in others.items()}
+    alpha = Counter(alphas.values()).most_common(1)[0][0]
     return config.replace(
-        rank=rank, alpha=next(s.scale for s in sizes.values()) * factor(rank), rank_budget=None, energy=None,
-        rank_pattern=tuple(f"{path}={size.rank}" for path, size in others.items()),
-        alpha_pattern=tuple(f"{path}={alpha:.10g}" for path, alpha in alphas.items()),
+        rank=rank, alpha=alpha, rank_budget=None, energy=None,
+        rank_pattern=tuple(f"{path}={size.rank}" for path, size in sizes.items() if size.rank != rank),
+        alpha_pattern=tuple(f"{path}={number!r}" for path, number in alphas.items() if number != alpha),
     )  # fmt: skip
 
 
@@ -207,17 +220,17 @@ def _from_inputs(config: TrainConfig, sizes: Mapping[str, Size], look: Look) -> 
     from thimble.torch_backend.calibrate import input_moments
 
     base, found = look.job.model.base, {}
-    look.tell.stage(f"looking at the inputs of every layer over {look.steps} steps")
-    for paths, moments in input_moments(look.session, look.batches()):
+    is_knowledge = config.init == "corda:knowledge"
+    what = "general text" if is_knowledge else f"{look.steps} steps"
+    look.tell.stage(f"looking at the inputs of every layer over {what}")
+    for paths, moments in input_moments(look.session, look.general() if is_knowledge else look.batches()):
         shared: dict[int, NDArray[np.float32]] = {}  # layers that read the same input begin with the same A
         for path in paths:
             if path not in sizes:
                 continue
             rank, scale = sizes[path]
             if config.init.startswith("corda"):
-                found[path] = corda(
-                    look.session.file_weight(path), moments, rank, scale, config.init == "corda:knowledge"
-                )
+                found[path] = corda(look.session.file_weight(path), moments, rank, scale, is_knowledge)
                 continue
             if rank not in shared:
                 shared[rank] = eva(moments, rank, config.init == "eva:centred")

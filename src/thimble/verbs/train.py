@@ -18,7 +18,7 @@ from thimble.core.method import INITS, Method, init_name
 from thimble.core.metrics import LossSum
 from thimble.data.batches import micro_batches, shares
 from thimble.data.encode import Row
-from thimble.errors import RunError
+from thimble.errors import RunError, plural
 from thimble.report import write_report
 from thimble.verbs import run_folder
 from thimble.verbs.events import OnEvent, ShouldStop, Teller, ignore, never
@@ -31,7 +31,8 @@ from thimble.verbs.start import Start, make_start
 if TYPE_CHECKING:
     from thimble.torch_backend.session import Anchor, TorchSession
 
-SNAPSHOT_EVERY_STEPS = 10  # how far a run falls back at most
+SNAPSHOT_EVERY_STEPS = 2  # how far a run falls back at most: a copy takes a hundredth of a step
+GOOD = "good."  # before the names of the last sound state in a checkpoint
 ANCHOR_TOKENS = 256  # of general text beside each step, where the base's answers to it are to be kept
 SHOWN_SAMPLES = 6
 
@@ -145,10 +146,9 @@ def _finished_report(config: TrainConfig) -> TrainReport | None:
 
 def _saved_start(job: Job) -> Start | None:
     """Where a run that is taken up again began, if that was written down."""
-    folder = job.folder / run_folder.START
-    if not job.config.resume or not folder.is_dir() or run_folder.latest_checkpoint(job.folder) is None:
+    if not job.config.resume or not run_folder.has_start(job.folder):
         return None
-    saved = load_adapter(folder).layers
+    saved = load_adapter(job.folder / run_folder.START).layers
     layers = {path: saved[path] for path in job.sizes}  # checkpoints hold numbers in this order
     is_delta = INITS[init_name(job.config.init)].is_delta
     bare = {path: replace(factors, magnitude=None) for path, factors in layers.items()}
@@ -169,6 +169,7 @@ class _Run:
         self.guard, self.plateau = Guard(), Plateau(job.config.patience)
         self.best: NDArray[np.float32] | None = None  # numbers of the adapter that did best on held-out rows
         self.good: dict[str, NDArray[np.float32]] = {}  # the last state known to be sound
+        self.watching_seconds = 0.0  # spent on held-out rows on the way
         self.diverged = ""
         self.cut_file: Path | None = None
 
@@ -193,14 +194,17 @@ class _Run:
         self.log = run_folder.StepLog(folder / "metrics.jsonl", self.report.steps)
         general = self.job.general
         if config.keep_general:  # what is kept is not what is measured
-            self.anchored, self.job = general[::2], replace(self.job, general=general[1::2])
+            halves = [[row for number, row in enumerate(general) if number % 4 // 2 == half] for half in (0, 1)]
+            self.anchored, self.job = halves[0], replace(self.job, general=tuple(halves[1]))
 
     def _take_up(self, steps: int, state: dict[str, NDArray[np.float32]], progress: dict[str, Any]) -> None:
         """Continue from a checkpoint."""
         self.report.steps = steps
         self.best = state.pop("best", None)
+        self.good = {name[len(GOOD) :]: state.pop(name) for name in list(state) if name.startswith(GOOD)}
         self.session.restore(state)
-        self.guard, self.plateau = Guard.restored(progress.pop("guard")), Plateau.restored(progress.pop("plateau"))
+        self.guard = Guard.restored(progress.pop("guard", {}))
+        self.plateau.restore(progress.pop("plateau", {}))
         for name, value in progress.items():
             setattr(self.report, name, value)
         self.tell.note(f"resumed after step {steps}")
@@ -251,8 +255,8 @@ class _Run:
         self.session.release()  # measuring and learning have buffers of other sizes
         anchors = self._anchors()
         course, report, every = self.job.course, self.report, self.job.config.checkpoint_every_steps
-        self.good = self.session.state()
-        began = time.perf_counter() - report.seconds
+        self.good = self.good or self.session.state()
+        began, self.watching_seconds = time.perf_counter() - report.seconds, 0.0
         while not (course.is_done(report.steps, report.seconds) or self.plateau.is_over or self.should_stop()):
             self.cut_file = self.job.model.base.cut_file()
             if self.cut_file:
@@ -286,16 +290,16 @@ class _Run:
         report.steps += 1
         verdict = self.guard.judge(gradients.loss.mean, gradients.norm)
         if verdict is Verdict.TAKE:
+            if report.steps % SNAPSHOT_EVERY_STEPS == 1:  # before the step: this is the state that was just judged
+                self.good = self.session.state()
             self.session.apply(gradients, rate, self.job.config.max_grad_norm)
             held_out = self._watch()
         else:
             self._go_back(verdict)
-        if report.steps % SNAPSHOT_EVERY_STEPS == 1 and verdict is Verdict.TAKE:
-            self.good = self.session.state() if self.session.is_finite() else self.good
         tokens = sum(len(row.ids) for row in rows)
         report.tokens += tokens
         report.label_tokens += labels
-        report.seconds = time.perf_counter() - began
+        report.seconds = time.perf_counter() - began - self.watching_seconds
         row = {
             "step": report.steps, "loss": gradients.loss.mean, "learning_rate": rate, "grad_norm": gradients.norm,
             "tokens": tokens, "label_tokens": labels, "seconds": round(report.seconds, 3),
@@ -325,25 +329,28 @@ class _Run:
         return {"held_out_loss": self._held_out_on_the_way()}
 
     def _held_out_on_the_way(self) -> float:
+        began = time.perf_counter()
         batches = micro_batches(self.job.watched, self.job.way.micro_tokens)
         loss = sum(self.session.losses(batches), LossSum()).mean
         if self.plateau.hear(self.report.steps, loss):
             self.best = self.session.state()["adapter"]
+        self.watching_seconds += time.perf_counter() - began
         return loss
 
     def _keep_best(self) -> None:
         """Go back to the adapter that did best on held-out rows, if a later one does worse."""
         report = self.report
         report.kept_step = report.steps
-        if self.best is None or self.diverged or self.should_stop() or self.cut_file:
+        if self.best is None or self.should_stop() or self.cut_file:
             return
-        if self.plateau.best_step < report.steps:  # the last step has not been measured
+        if self.plateau.step < report.steps and not self.diverged:  # the last step has not been measured
             self._held_out_on_the_way()
         if self.plateau.best_step == report.steps:
             return
         self.session.take(self.best)
         report.kept_step = self.plateau.best_step
-        why = f"{self.plateau.since} later measurements brought no lower held-out loss than {self.plateau.best:.3f}"
+        later = plural(self.plateau.since, "later measurement")
+        why = f"{later} brought no lower held-out loss than {self.plateau.best:.3f}"
         self.tell.decision(f"kept: the adapter of step {report.kept_step}; {why}")
 
     def _outlook(self) -> dict[str, Any]:
@@ -358,8 +365,8 @@ class _Run:
         names = ("tokens", "label_tokens", "seconds", "returns", "start")
         progress = {name: getattr(self.report, name) for name in names}
         progress |= {"guard": self.guard.state(), "plateau": self.plateau.state()}
-        self.good = self.session.state()
-        state = self.good if self.best is None else {**self.good, "best": self.best}
+        state = {**self.session.state(), **{GOOD + name: values for name, values in self.good.items()}}
+        state |= {} if self.best is None else {"best": self.best}
         run_folder.save_checkpoint(self.job.folder, self.report.steps, state, progress)
 
     # ---- ending ---------------------------------------------------------------------------------------------------
