@@ -33,8 +33,8 @@ from thimble.verbs.start import Start, make_start
 
 HERE = Path(__file__).parent
 DEMO_DATA = HERE.parent / "demo" / "data"
-ARMS = ("kaiming", "pissa", "olora", "milora", "eva", "corda", "gradient", "gradient:lora-ga")
-FEWER = ("kaiming", "pissa", "eva", "gradient")  # on the second task, so that all of it takes about an hour
+ARMS = ("kaiming", "pissa", "milora", "corda", "eva", "gradient", "gradient:lora-ga")
+FEWER = ("kaiming", "pissa", "gradient")  # on the second task, so that all of it takes about an hour
 STEP = 1.78  # between learning rates: five to a decade and a quarter, as in arXiv:2602.04998
 MOST_EXTRA = 3  # rates beyond the first ones
 BATCH_TOKENS, EVAL_ROWS, CALIBRATION_STEPS = 1024, 12, 4
