@@ -240,6 +240,7 @@ def test_ranks_and_starts_that_cannot_be_are_refused_with_the_layer_named(tmp_pa
     both = refused(base, rank=31, init="orthogonal", rank_pattern="k_proj=999")
     assert "expected at most" in both
     assert "expected even ranks" in both
+    assert "expected even ranks" in refused(base, rank=3, init="orthogonal", rank_pattern="qproj=4")
 
 
 def test_loftq_on_a_quantised_base_is_refused():

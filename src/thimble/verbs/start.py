@@ -21,7 +21,7 @@ from thimble.core.family import DecoderSpec
 from thimble.core.method import ADAPTER, AUTO, INITS, init_name
 from thimble.core.starts import corda, eva, from_sketch, from_weight, loftq, with_zero_b
 from thimble.core.targets import Size, size_layers
-from thimble.errors import ConfigError, listing
+from thimble.errors import Problems, listing
 from thimble.verbs import run_folder
 from thimble.verbs.events import Teller
 from thimble.verbs.evidence import AUTO_RANK, MOST_RANK, Look, choose, choose_ranks
@@ -77,26 +77,29 @@ def check_start(config: TrainConfig, model: Model, layers: Sequence[str], folder
         Sizes of the layers, as far as they are known.
 
     Raises:
-        ConfigError: With every problem found, naming the layers.
+        InputError: With every problem found, naming the layers.
         AdapterError: If the adapter to start from cannot be read or does not fit.
     """
-    sizes, shapes, init = _plan_sizes(config, model.base.spec, layers), model.base.spec.linear_shapes(), config.init
+    shapes, init = model.base.spec.linear_shapes(), config.init
     if init_name(init) == ADAPTER:
         is_resumed = config.resume and run_folder.has_start(folder)
         path = str(folder / run_folder.START) if is_resumed else init.removeprefix(ADAPTER + ":")
         adapter = load_adapter(path)
         check_fits(path, adapter, model.base)
         return {layer: Size(factors.rank, factors.scale) for layer, factors in adapter.layers.items()}
-    problems = _rank_problems(config, sizes, shapes)
+    problems = Problems()
+    sizes = problems.attempt(_plan_sizes, config, model.base.spec, layers)
+    plain = config.replace(rank_pattern=(), alpha_pattern=())
+    sizes = sizes or _plan_sizes(plain, model.base.spec, layers)  # so that what else is wrong is told too
+    problems.add(*_rank_problems(config, sizes, shapes))
     if init == "orthogonal" and any(size.rank % 2 for size in sizes.values()):
         odd = sorted({size.rank for size in sizes.values() if size.rank % 2})
-        problems.append(f"init orthogonal makes A and B of halves, and rank is {listing(odd)}: expected even ranks")
+        problems.add(f"init orthogonal makes A and B of halves, and rank is {listing(odd)}: expected even ranks")
     least = sum(sum(shapes[layer]) for layer in layers)
     if config.rank_budget is not None and config.rank_budget < least:
-        problems.append(f"rank_budget is {config.rank_budget:,}: expected at least {least:,}, rank 1 for every layer")
-    problems += _loftq_problems(config, model, layers)
-    if problems:
-        raise ConfigError(*problems)
+        problems.add(f"rank_budget is {config.rank_budget:,}: expected at least {least:,}, rank 1 for every layer")
+    problems.add(*_loftq_problems(config, model, layers))
+    problems.required()
     return sizes
 
 
