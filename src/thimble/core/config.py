@@ -454,7 +454,12 @@ class TrainConfig(MeasureKnobs):
     )
     valid_split: float = knob(0.1, "Share of rows held out when the data has no valid file.", check=fraction)
     checkpoint_every_steps: int | None = knob(None, "Save a checkpoint every N steps.", check=at_least(1))
+    checkpoint_every_minutes: float = knob(
+        5.0, "Save a checkpoint every N minutes, and when the run is interrupted; 0: only as steps say.",
+        check=at_least(0),
+    )  # fmt: skip
     resume: bool = knob(False, "Continue the run in --out from its newest checkpoint.")
+    accept_changes: bool = knob(False, "Resume although the base or the data have changed since the run began.")
 
     @classmethod
     def _conflicts(cls, given: Mapping[str, Any]) -> list[str]:

@@ -54,6 +54,11 @@ def choose_compute(wanted: str) -> tuple[str, str]:
     return best, f"{best} is fastest here ({told}{'; fp32 through oneDNN' if fast else ''})"
 
 
+def torch_version() -> str:
+    """Version of torch, which decides how products are summed."""
+    return str(torch.__version__)
+
+
 def machine() -> Machine:
     """The rates of this machine, measured now or remembered."""
     name, flags = processor()

@@ -26,6 +26,7 @@ from thimble.data.encode import Row, encode_all
 from thimble.data.records import Dataset, general_records, split_rows
 from thimble.errors import DoesNotFitError, Problems, plural
 from thimble.verbs import run_folder
+from thimble.verbs.checkpoint import Checkpoint, check_origin, latest_checkpoint, origin_of
 from thimble.verbs.course import Course
 from thimble.verbs.events import Teller
 from thimble.verbs.measure import HeldOut, Question, choose_metric, make_questions
@@ -76,6 +77,8 @@ class Job:
         way: How a step is run.
         held_out: What the base and the result are measured on.
         metric_name: What the metric is called.
+        origin: What the run is made of, by hash, and what its sums depend on.
+        checkpoint: Where it is taken up, or None.
         folder: The run folder, not made yet.
     """
 
@@ -95,6 +98,8 @@ class Job:
     way: Way
     held_out: HeldOut
     metric_name: str
+    origin: dict[str, str]
+    checkpoint: Checkpoint | None
     folder: Path
 
 
@@ -151,7 +156,8 @@ def _check(config: TrainConfig, needs_folder: bool) -> _Checked:
 
 def _decide(config: TrainConfig, checked: _Checked, tell: Teller) -> Job:
     """Choose what the user left open, and tell it."""
-    from thimble.torch_backend.compute import choose_compute, machine
+    from thimble.torch_backend.compute import choose_compute, machine, torch_version
+    from thimble.torch_backend.threads import num_cores
 
     model, layers, sizes, examples, questions, (metric_name, metric), folder = checked
     layers = list(sizes)
@@ -172,6 +178,13 @@ def _decide(config: TrainConfig, checked: _Checked, tell: Teller) -> Job:
     _tell_time(seconds, course, tell)
     watched, every = _choose_watched(config, examples, course.total_steps or course.minutes * 60 / seconds)
     _tell_watched(config, watched, every, tell)
+    origin = origin_of(
+        model.base, (*examples.train, *examples.valid), compute=compute, cores=str(num_cores()), way=str(way),
+        torch=torch_version(),
+    )  # fmt: skip
+    checkpoint = latest_checkpoint(folder) if config.resume else None
+    if checkpoint:
+        check_origin(checkpoint, origin, config.accept_changes, tell)
     resolved = config.replace(
         out=str(folder), compute=compute, store=way.store, learning_rate=course.rate, warmup_steps=course.warmup_steps,
         **({} if config.epochs or course.minutes else {"max_steps": course.total_steps}),
@@ -185,7 +198,8 @@ def _decide(config: TrainConfig, checked: _Checked, tell: Teller) -> Job:
     return Job(
         config=resolved, model=model, examples=examples, general=_general_rows(model, config), layers=layers,
         sizes=sizes, watched=watched, eval_every_steps=every, course=course, memory=memory, allowed_bytes=allowed,
-        work=work, seconds_per_step=seconds, way=way, held_out=held_out, metric_name=metric_name, folder=folder,
+        work=work, seconds_per_step=seconds, way=way, held_out=held_out, metric_name=metric_name,
+        origin=origin, checkpoint=checkpoint, folder=folder,
     )  # fmt: skip
 
 

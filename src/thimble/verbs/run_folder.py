@@ -19,14 +19,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from thimble.core.adapter import Adapter, save_adapter
-from thimble.core.tensorfile import open_tensors, write_safetensors
 from thimble.errors import ConfigError, DoesNotFitError
 
-KEPT_CHECKPOINTS = 2
 START = "start"
 
 
@@ -118,7 +113,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    _sync_folder(folder.parent)
+    sync_folder(folder.parent)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -153,11 +148,6 @@ def write_config(folder: Path, values: Mapping[str, Any]) -> None:
     write_text(folder / "config.yaml", head + yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True))
 
 
-def has_start(folder: Path) -> bool:
-    """Whether there is a checkpoint to go on from and the start it belongs to."""
-    return (folder / START).is_dir() and latest_checkpoint(folder) is not None
-
-
 def publish_adapter(folder: Path, adapter: Adapter, name: str = "adapter") -> Path:
     """Write an adapter beside its place in the run folder and move it there whole, replacing an earlier one."""
     target, temporary = folder / name, folder / ".adapter.tmp"
@@ -171,6 +161,7 @@ def publish_adapter(folder: Path, adapter: Adapter, name: str = "adapter") -> Pa
         shutil.rmtree(old)
     else:
         os.rename(temporary, target)
+    sync_folder(folder)
     return target
 
 
@@ -205,54 +196,14 @@ def read_steps(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def save_checkpoint(folder: Path, step: int, state: Mapping[str, NDArray[Any]], progress: Mapping[str, Any]) -> None:
-    """Publish a checkpoint whole, then remove older ones.
-
-    Args:
-        folder: The run folder.
-        step: Steps done.
-        state: From `session.state()`.
-        progress: Plain data to continue with.
-    """
-    target = folder / "checkpoints" / f"step-{step:08d}"
-    temporary = folder / "checkpoints" / f".tmp-{step:08d}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    write_safetensors(temporary / "state.safetensors", dict(state))
-    manifest = {
-        "step": step,
-        "progress": dict(progress),
-        "files": {"state.safetensors": _hash(temporary / "state.safetensors")},
-    }
-    write_json(temporary / "manifest.json", manifest)
-    shutil.rmtree(target, ignore_errors=True)
-    os.rename(temporary, target)
-    _sync_folder(target.parent)
-    for old in _checkpoints(folder)[KEPT_CHECKPOINTS:]:
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def latest_checkpoint(folder: Path) -> tuple[int, dict[str, NDArray[np.float32]], dict[str, Any]] | None:
-    """The newest checkpoint whose hashes match: its step, state and progress; None if there is none."""
-    for path in _checkpoints(folder):
-        manifest = read_json(path / "manifest.json")
-        file = path / "state.safetensors"
-        if manifest and file.exists() and manifest["files"].get(file.name) == _hash(file):
-            tensors = open_tensors(file)
-            return manifest["step"], {name: tensors.read(name) for name in tensors.tensors}, manifest["progress"]
-    return None
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    return sorted((folder / "checkpoints").glob("step-*"), reverse=True)
-
-
-def _hash(path: Path) -> str:
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Have the names in a folder reach the disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -264,11 +215,11 @@ def write_manifest(
     folder: Path, base_fingerprint: str, base_name: str, data_files: Sequence[Path], version: str
 ) -> None:
     """Write what the run was made of and what it made, by SHA-256."""
-    results = {str(path.relative_to(folder)): _hash(path) for path in sorted((folder / "adapter").iterdir())}
+    results = {str(path.relative_to(folder)): hash_file(path) for path in sorted((folder / "adapter").iterdir())}
     manifest = {
         "thimble": version,
         "base": {"name": base_name, "sha256": base_fingerprint},
-        "data": {str(path): _hash(path) for path in data_files},
+        "data": {str(path): hash_file(path) for path in data_files},
         "result": results,
     }
     write_json(folder / "manifest.json", manifest)

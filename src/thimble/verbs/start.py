@@ -23,6 +23,7 @@ from thimble.core.starts import corda, eva, from_sketch, from_weight, loftq, wit
 from thimble.core.targets import Size, size_layers
 from thimble.errors import Problems, listing
 from thimble.verbs import run_folder
+from thimble.verbs.checkpoint import latest_checkpoint
 from thimble.verbs.events import Teller
 from thimble.verbs.evidence import AUTO_RANK, MOST_RANK, Look, choose, choose_ranks
 from thimble.verbs.prepare import Model, check_fits
@@ -82,7 +83,7 @@ def check_start(config: TrainConfig, model: Model, layers: Sequence[str], folder
     """
     shapes, init = model.base.spec.linear_shapes(), config.init
     if init_name(init) == ADAPTER:
-        is_resumed = config.resume and run_folder.has_start(folder)
+        is_resumed = config.resume and latest_checkpoint(folder) and (folder / run_folder.START).is_dir()
         path = str(folder / run_folder.START) if is_resumed else init.removeprefix(ADAPTER + ":")
         adapter = load_adapter(path)
         check_fits(path, adapter, model.base)

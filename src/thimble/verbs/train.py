@@ -21,6 +21,7 @@ from thimble.data.encode import Row
 from thimble.errors import RunError, plural
 from thimble.report import write_report
 from thimble.verbs import run_folder
+from thimble.verbs.checkpoint import Checkpoint, clear_checkpoints, clear_unfinished, locked, save_checkpoint
 from thimble.verbs.events import OnEvent, ShouldStop, Teller, ignore, never
 from thimble.verbs.guard import Guard, Plateau, Verdict
 from thimble.verbs.job import Job, prepare_job
@@ -131,11 +132,13 @@ def train(config: TrainConfig, on_event: OnEvent = ignore, should_stop: ShouldSt
     session = open_session(job.model, job.config.compute, job.way)
     start = _saved_start(job) or make_start(job, session, tell)
     run = _Run(replace(job, config=start.config), session, tell, should_stop)
-    run.begin(start)
-    run.measure_before()
-    run.learn()
-    run.measure_after()
-    return run.finish(started)
+    job.folder.mkdir(parents=True, exist_ok=True)
+    with locked(job.folder):
+        run.begin(start)
+        run.measure_before()
+        run.learn()
+        run.measure_after()
+        return run.finish(started)
 
 
 def _finished_report(config: TrainConfig) -> TrainReport | None:
@@ -146,7 +149,7 @@ def _finished_report(config: TrainConfig) -> TrainReport | None:
 
 def _saved_start(job: Job) -> Start | None:
     """Where a run that is taken up again began, if that was written down."""
-    if not job.config.resume or not run_folder.has_start(job.folder):
+    if not job.checkpoint or not (job.folder / run_folder.START).is_dir():
         return None
     saved = load_adapter(job.folder / run_folder.START).layers
     layers = {path: saved[path] for path in job.sizes}  # checkpoints hold numbers in this order
@@ -169,6 +172,7 @@ class _Run:
         self.guard, self.plateau = Guard(), Plateau(job.config.patience)
         self.best: NDArray[np.float32] | None = None  # numbers of the adapter that did best on held-out rows
         self.good: dict[str, NDArray[np.float32]] = {}  # the last state known to be sound
+        self.saved_at = time.perf_counter()
         self.watching_seconds = 0.0  # spent on held-out rows on the way
         self.diverged = ""
         self.cut_file: Path | None = None
@@ -178,7 +182,8 @@ class _Run:
     def begin(self, start: Start) -> None:
         """Make the run folder and the adapter, or take up a checkpoint."""
         folder, config = self.job.folder, self.job.config
-        checkpoint = run_folder.latest_checkpoint(folder) if config.resume else None
+        checkpoint = self.job.checkpoint
+        clear_unfinished(folder)
         run_folder.write_config(folder, config.resolved())
         if INITS[init_name(config.init)].needs != "nothing" and not checkpoint:
             plain = replace(start.adapter, origin={})
@@ -188,7 +193,7 @@ class _Run:
         self.report.adapter_parameters, self.report.start = adapter.num_parameters, start.numbers
         self.session.train(adapter, _method(config))
         if checkpoint:
-            self._take_up(*checkpoint)
+            self._take_up(checkpoint)
         elif config.resume:
             self.tell.note(f"{folder} has no valid checkpoint: training starts from the beginning")
         self.log = run_folder.StepLog(folder / "metrics.jsonl", self.report.steps)
@@ -197,9 +202,10 @@ class _Run:
             halves = [[row for number, row in enumerate(general) if number % 4 // 2 == half] for half in (0, 1)]
             self.anchored, self.job = halves[0], replace(self.job, general=tuple(halves[1]))
 
-    def _take_up(self, steps: int, state: dict[str, NDArray[np.float32]], progress: dict[str, Any]) -> None:
+    def _take_up(self, checkpoint: Checkpoint) -> None:
         """Continue from a checkpoint."""
-        self.report.steps = steps
+        state, progress = dict(checkpoint.state), dict(checkpoint.progress)
+        self.report.steps = checkpoint.step
         self.best = state.pop("best", None)
         self.good = {name[len(GOOD) :]: state.pop(name) for name in list(state) if name.startswith(GOOD)}
         self.session.restore(state)
@@ -207,7 +213,7 @@ class _Run:
         self.plateau.restore(progress.pop("plateau", {}))
         for name, value in progress.items():
             setattr(self.report, name, value)
-        self.tell.note(f"resumed after step {steps}")
+        self.tell.note(f"resumed after step {checkpoint.step}")
 
     def measure_before(self) -> None:
         """Evaluate the base before training, or read what an interrupted run measured."""
@@ -254,7 +260,7 @@ class _Run:
         self.tell.stage("training")
         self.session.release()  # measuring and learning have buffers of other sizes
         anchors = self._anchors()
-        course, report, every = self.job.course, self.report, self.job.config.checkpoint_every_steps
+        course, report = self.job.course, self.report
         self.good = self.good or self.session.state()
         began, self.watching_seconds = time.perf_counter() - report.seconds, 0.0
         while not (course.is_done(report.steps, report.seconds) or self.plateau.is_over or self.should_stop()):
@@ -266,9 +272,9 @@ class _Run:
             self._step(course.rows(report.steps), rate, began, anchor)
             if self.diverged:
                 break
-            if every and report.steps % every == 0:
+            if self._is_time_to_save():
                 self._save_checkpoint()
-        if self.should_stop() and every:
+        if self.should_stop() and report.steps:
             self._save_checkpoint()
         self._keep_best()
         self.log.close()
@@ -361,13 +367,20 @@ class _Run:
             left = (course.total_steps - report.steps) * report.seconds / report.steps
         return {"total": course.total_steps, "tokens_so_far": report.tokens, "seconds_left": max(0.0, left or 0.0)}
 
+    def _is_time_to_save(self) -> bool:
+        every, minutes = self.job.config.checkpoint_every_steps, self.job.config.checkpoint_every_minutes
+        if every and self.report.steps % every == 0:
+            return True
+        return bool(minutes) and time.perf_counter() - self.saved_at >= minutes * 60
+
     def _save_checkpoint(self) -> None:
         names = ("tokens", "label_tokens", "seconds", "returns", "start")
         progress = {name: getattr(self.report, name) for name in names}
         progress |= {"guard": self.guard.state(), "plateau": self.plateau.state()}
         state = {**self.session.state(), **{GOOD + name: values for name, values in self.good.items()}}
         state |= {} if self.best is None else {"best": self.best}
-        run_folder.save_checkpoint(self.job.folder, self.report.steps, state, progress)
+        save_checkpoint(self.job.folder, self.report.steps, state, progress, self.job.origin)
+        self.saved_at = time.perf_counter()
 
     # ---- ending ---------------------------------------------------------------------------------------------------
 
@@ -412,6 +425,8 @@ class _Run:
         run_folder.write_manifest(folder, base.fingerprint(), base.name, self.job.examples.dataset.files, __version__)
         run_folder.write_json(folder / "report.json", asdict(report))
         write_report(folder / "report.html", asdict(report), self.log.rows)
+        if report.status == "done" and not self.job.config.checkpoint_every_steps:
+            clear_checkpoints(folder)
         if self.cut_file:
             raise RunError(
                 f"{self.cut_file} became shorter while it was read, after step {report.steps}: what was learned until "

@@ -1,0 +1,206 @@
+"""Checkpoints of a run: whole or not at all, on disk before an older one goes, found by looking and never by a pointer.
+
+A checkpoint is filled in a folder of its own, its manifest of hashes last; everything is synced to disk, then the
+folder is given its name in one step, and that is synced too. After a crash or a power cut there is the old state or
+the new one. All of it is safetensors and JSON: nothing is unpickled.
+"""
+
+import contextlib
+import hashlib
+import os
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from thimble.core.base import Base
+from thimble.core.tensorfile import open_tensors, write_safetensors
+from thimble.data.encode import Row
+from thimble.errors import ConfigError, InputError
+from thimble.verbs.events import Teller
+from thimble.verbs.run_folder import hash_file, read_json, sync_folder, write_json
+
+FOLDER = "checkpoints"
+STATE, MANIFEST = "state.safetensors", "manifest.json"
+KEPT = 2
+UNFINISHED = ".tmp-"
+HASHED = ("base", "data")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where a run can be taken up.
+
+    Attributes:
+        step: Steps done.
+        state: Arrays by name.
+        progress: Plain data to continue with.
+        origin: What the run was made of, by hash, and what it ran on.
+        damaged: Newer ones that were left out because their hashes do not match.
+    """
+
+    step: int
+    state: dict[str, NDArray[np.float32]]
+    progress: dict[str, Any]
+    origin: dict[str, str]
+    damaged: tuple[str, ...] = ()
+
+
+def save_checkpoint(
+    folder: Path, step: int, state: Mapping[str, NDArray[Any]], progress: Mapping[str, Any], origin: Mapping[str, str]
+) -> None:
+    """Publish a checkpoint whole, then remove older ones.
+
+    Args:
+        folder: The run folder.
+        step: Steps done.
+        state: Arrays by name.
+        progress: Plain data to continue with.
+        origin: What the run was made of, and what it runs on.
+    """
+    place = folder / FOLDER
+    target, temporary = place / f"step-{step:08d}", place / f"{UNFINISHED}{uuid.uuid4().hex}"
+    if _read(target) is not None:
+        return  # a run taken up again from an older one comes to the same state
+    temporary.mkdir(parents=True)
+    try:
+        write_safetensors(temporary / STATE, dict(state))
+        files = {STATE: hash_file(temporary / STATE)}  # read back, so that what is on disk is what is vouched for
+        manifest = {"step": step, "progress": dict(progress), "origin": dict(origin), "files": files}
+        write_json(temporary / MANIFEST, manifest)
+        sync_folder(temporary)
+        shutil.rmtree(target, ignore_errors=True)  # damaged, if it is there
+        os.rename(temporary, target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    sync_folder(place)
+    for old in _names(folder)[KEPT:]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def latest_checkpoint(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint whose hashes match; None if there is none."""
+    damaged: list[str] = []
+    for path in _names(folder):
+        manifest = _read(path)
+        if manifest is None:
+            damaged.append(path.name)
+            continue
+        tensors = open_tensors(path / STATE)
+        state = {name: tensors.read(name) for name in tensors.tensors}
+        return Checkpoint(manifest["step"], state, manifest["progress"], manifest.get("origin", {}), tuple(damaged))
+    return None
+
+
+def clear_checkpoints(folder: Path) -> None:
+    """Remove all checkpoints, when the run needs them no more."""
+    shutil.rmtree(folder / FOLDER, ignore_errors=True)
+
+
+def clear_unfinished(folder: Path) -> None:
+    """Remove what a run that was killed left half-written; only its successor, who holds the lock, may do so."""
+    for path in (folder / FOLDER).glob(f"{UNFINISHED}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _names(folder: Path) -> list[Path]:
+    return sorted((folder / FOLDER).glob("step-*"), reverse=True)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """The manifest of a checkpoint, if every file is what it says."""
+    manifest = read_json(path / MANIFEST)
+    try:
+        is_sound = bool(manifest) and all(
+            hash_file(path / name) == digest for name, digest in manifest["files"].items()
+        )
+        return manifest if is_sound and {"step", "progress"} <= manifest.keys() else None
+    except (OSError, KeyError, TypeError, AttributeError, InputError):
+        return None
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a run folder, so that no other run writes to it; released by the system if the process dies.
+
+    Args:
+        folder: It must exist.
+
+    Yields:
+        None: While it is held.
+
+    Raises:
+        ConfigError: If another process holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # no such locks on this system
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise ConfigError(
+            f"out is {folder}, in which another run is at work: wait until it ends, or name another folder"
+        ) from None
+    except OSError:  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
+def origin_of(base: Base, rows: Iterable[Row], **runs_on: str) -> dict[str, str]:
+    """What a run is made of, by hash, and what the order of its sums depends on.
+
+    Args:
+        base: The base.
+        rows: Rows to learn from and held out.
+        **runs_on: Versions, cores and the like, which may change the last digits of a result.
+
+    Returns:
+        Text by name; `base` and `data` are the hashes.
+    """
+    data = hashlib.sha256()
+    for row in rows:
+        for array in (row.ids, row.labels):
+            data.update(len(array).to_bytes(8, "little"))
+            data.update(np.ascontiguousarray(array).data)
+    return {"base": base.quick_fingerprint(), "data": data.hexdigest(), **runs_on}
+
+
+def check_origin(checkpoint: Checkpoint, origin: Mapping[str, str], accepts_changes: bool, tell: Teller) -> None:
+    """Refuse to go on with another base or other data; say what may make the last digits differ.
+
+    Args:
+        checkpoint: Where the run is to be taken up.
+        origin: What it would be made of now.
+        accepts_changes: Go on all the same.
+        tell: Hears of what was left out or has changed.
+
+    Raises:
+        ConfigError: If base or data have changed.
+    """
+    for name in checkpoint.damaged:
+        tell.warning(f"checkpoint {name} is damaged and is left out: the run goes on from step {checkpoint.step}")
+    changed = [name for name, value in checkpoint.origin.items() if origin.get(name) != value]
+    what = " and ".join(f"the {name}" for name in HASHED if name in changed)
+    if what and not accepts_changes:
+        raise ConfigError(
+            f"{what} changed since the run to resume began, so it cannot end as it would have: begin another run with "
+            "another --out, or add --accept-changes"
+        )
+    if what:
+        tell.warning(f"{what} changed since the run began: it goes on with what is there now")
+    others = [f"{name} was {checkpoint.origin[name]}, is {origin.get(name)}" for name in changed if name not in HASHED]
+    if others:
+        tell.warning(f"the last digits may differ from those of an unbroken run: {'; '.join(others)}")

@@ -1,0 +1,176 @@
+"""Checkpoints: the old one or the new one after anything, and a run that goes on as if nothing had happened."""
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+
+import thimble
+from thimble.core.adapter import load_adapter
+from thimble.errors import ConfigError
+from thimble.verbs.checkpoint import FOLDER, KEPT, clear_unfinished, latest_checkpoint, locked, save_checkpoint
+
+QUICK = {"seq_len": 64, "batch_tokens": 64, "max_steps": 8, "max_new_tokens": 4, "compute": "fp32", "rank": 4}
+
+
+def state(step):
+    return {"adapter": np.full(50, step, np.float32), "step": np.array([step], np.float32)}
+
+
+def save(folder, step):
+    save_checkpoint(folder, step, state(step), {"tokens": 10 * step}, {"base": "b"})
+
+
+def test_the_newest_is_found_and_older_ones_go(tmp_path):
+    for step in range(1, 5):
+        save(tmp_path, step)
+    found = latest_checkpoint(tmp_path)
+    assert (found.step, found.progress, found.origin, found.damaged) == (4, {"tokens": 40}, {"base": "b"}, ())
+    np.testing.assert_array_equal(found.state["adapter"], state(4)["adapter"])
+    assert len(list((tmp_path / FOLDER).iterdir())) == KEPT
+
+
+@pytest.mark.parametrize("name", ["state.safetensors", "manifest.json"])
+def test_any_bit_that_flips_is_noticed(name, tmp_path):
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    path = tmp_path / FOLDER / "step-00000002" / name
+    whole = path.read_bytes()
+    random = np.random.default_rng(0)
+    for place in random.integers(0, len(whole), 100):
+        broken = bytearray(whole)
+        broken[place] ^= 1 << int(random.integers(8))
+        path.write_bytes(broken)
+        found = latest_checkpoint(tmp_path)
+        if found.step == 2:  # a manifest may still say the same
+            assert name == "manifest.json"
+            np.testing.assert_array_equal(found.state["adapter"], state(2)["adapter"])
+        else:
+            assert (found.step, found.damaged) == (1, ("step-00000002",))
+
+
+@pytest.mark.parametrize("wrong", ["missing", "empty", "not json", "foreign"])
+def test_what_is_no_checkpoint_does_not_count(wrong, tmp_path):
+    save(tmp_path, 1)
+    other = tmp_path / FOLDER / "step-00000099"
+    other.mkdir()
+    if wrong != "missing":
+        (other / "manifest.json").write_text({"empty": "", "not json": "{", "foreign": '{"step": 99}'}[wrong])
+    assert latest_checkpoint(tmp_path).step == 1
+
+
+def test_stopped_at_any_call_there_is_the_old_one_or_the_new_one(tmp_path, monkeypatch):
+    true = {name: getattr(os, name) for name in ("rename", "replace", "fsync", "open", "mkdir")}
+
+    def attempt(folder, most):
+        calls, raised = iter(range(10_000)), []
+
+        def stopping(name):
+            def call(*arguments, **options):
+                if next(calls) == most:
+                    raised.append(name)
+                    raise OSError(28, "No space left on device")
+                return true[name](*arguments, **options)
+
+            return call
+
+        for name in true:
+            monkeypatch.setattr(os, name, stopping(name))
+        try:
+            save(folder, 2)
+        except OSError:
+            pass
+        finally:
+            for name, function in true.items():
+                monkeypatch.setattr(os, name, function)
+        return raised
+
+    for most in range(100):
+        folder = tmp_path / str(most)
+        folder.mkdir()
+        save(folder, 1)
+        raised = attempt(folder, most)
+        found = latest_checkpoint(folder)
+        assert found.step in (1, 2) if raised else found.step == 2
+        np.testing.assert_array_equal(found.state["adapter"], state(found.step)["adapter"])
+        if not raised:
+            break
+    assert 8 < most < 99
+
+
+def test_what_a_killed_run_left_half_written_is_removed(tmp_path):
+    (tmp_path / FOLDER / ".tmp-123").mkdir(parents=True)
+    save(tmp_path, 1)
+    clear_unfinished(tmp_path)
+    assert [path.name for path in (tmp_path / FOLDER).iterdir()] == ["step-00000001"]
+
+
+def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
+    with locked(tmp_path), pytest.raises(ConfigError, match="another run is at work"), locked(tmp_path):
+        pass
+    with locked(tmp_path):
+        pass
+
+
+# ---- runs -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def interrupted(examples, tiny_base, tmp_path):
+    """A run that was stopped after three steps, with no flag that asks for checkpoints; its base may be changed."""
+    base = tmp_path / "base.gguf"
+    shutil.copy(tiny_base, base)
+    taken = []
+    thimble.train(
+        examples, base=str(base), out=str(tmp_path / "run"), should_stop=lambda: len(taken) >= 3, **QUICK,
+        on_event=lambda e: taken.append(e) if e.kind == "step" else None,
+    )  # fmt: skip
+    return tmp_path / "run"
+
+
+def test_an_interrupted_run_goes_on_to_the_same_end(interrupted, examples, tiny_base, tmp_path):
+    thimble.train(examples, base=tiny_base, out=str(tmp_path / "whole"), **QUICK)
+    report = thimble.train(out=str(interrupted), resume=True)
+    assert report.status == "done"
+    one, two = (load_adapter(tmp_path / name).layers for name in ("whole", "run"))
+    for path, factors in one.items():
+        np.testing.assert_array_equal(factors.A, two[path].A)
+        np.testing.assert_array_equal(factors.B, two[path].B)
+    assert not (interrupted / FOLDER).exists()  # a finished run needs them no more
+
+
+def test_resuming_with_other_data_is_refused_unless_asked_for(interrupted, examples):
+    examples.write_text(examples.read_text().replace("it is", "it was"))
+    with pytest.raises(ConfigError, match="the data changed since the run to resume began.*--accept-changes"):
+        thimble.train(out=str(interrupted), resume=True)
+    report = thimble.train(out=str(interrupted), resume=True, accept_changes=True)
+    assert any("the data changed since the run began" in text for text in report.told["warning"])
+
+
+def test_resuming_with_another_base_is_refused(interrupted, tmp_path):
+    path = tmp_path / "base.gguf"
+    whole = bytearray(path.read_bytes())
+    whole[-1] ^= 1
+    path.write_bytes(whole)
+    with pytest.raises(ConfigError, match="the base changed since the run to resume began"):
+        thimble.train(out=str(interrupted), resume=True)
+
+
+def test_resuming_on_another_machine_says_what_may_differ(interrupted):
+    (path,) = (interrupted / FOLDER).glob("step-*/manifest.json")
+    manifest = json.loads(path.read_text())
+    manifest["origin"]["cores"] = "96"
+    path.write_text(json.dumps(manifest))
+    report = thimble.train(out=str(interrupted), resume=True)
+    assert any("the last digits may differ" in text and "cores was 96" in text for text in report.told["warning"])
+
+
+def test_checkpoints_are_made_by_the_clock(examples, tiny_base, tmp_path):
+    seen = []
+    thimble.train(
+        examples, base=tiny_base, out=str(tmp_path / "run"), checkpoint_every_minutes=1e-6, **QUICK,
+        on_event=lambda e: seen.append(latest_checkpoint(tmp_path / "run")) if e.kind == "step" else None,
+    )  # fmt: skip
+    assert [found.step for found in seen[1:]] == list(range(1, 8))
