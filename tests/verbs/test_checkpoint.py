@@ -3,14 +3,18 @@
 import json
 import os
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
 import thimble
-from thimble.core.adapter import load_adapter
+from thimble.core.adapter import Adapter, load_adapter
+from thimble.core.lowrank import Factors
 from thimble.errors import ConfigError
 from thimble.verbs.checkpoint import FOLDER, KEPT, clear_unfinished, latest_checkpoint, locked, save_checkpoint
+from thimble.verbs.run_folder import publish_adapter
 
 QUICK = {"seq_len": 64, "batch_tokens": 64, "max_steps": 8, "max_new_tokens": 4, "compute": "fp32", "rank": 4}
 
@@ -112,6 +116,36 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
         pass
     with locked(tmp_path):
         pass
+
+
+def test_no_reader_ever_sees_half_an_adapter(tmp_path):
+    """Config and weights of each adapter agree: whoever mixes two of them would see it."""
+
+    def made(number):
+        a, b = np.full((2, 8), number, np.float32), np.full((8, 2), number, np.float32)
+        return Adapter({f"model.layers.{layer}.mlp.up_proj": Factors(a, b, (number + 1) / 2) for layer in range(3)})
+
+    publish_adapter(tmp_path, made(0))
+    read, is_over = [], threading.Event()
+
+    def look():
+        while not is_over.is_set():
+            layers = load_adapter(tmp_path).layers.values()
+            numbers = {(float(f.A[0, 0]), float(f.B[0, 0]), f.scale) for f in layers}
+            assert len(numbers) == 1, numbers
+            (number, other, scale) = numbers.pop()
+            assert number == other == 2 * scale - 1
+            read.append(number)
+
+    with ThreadPoolExecutor(2) as pool:
+        readers = [pool.submit(look) for _ in range(2)]
+        for number in range(1, 150):
+            publish_adapter(tmp_path, made(number))
+        is_over.set()
+        for reader in readers:
+            reader.result()
+    assert len(read) > 50
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
 
 
 # ---- runs -----------------------------------------------------------------------------------------------------------

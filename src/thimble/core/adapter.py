@@ -18,7 +18,7 @@ from thimble.core.lowrank import Factors, difference, scale
 from thimble.core.starts import draw
 from thimble.core.targets import Size
 from thimble.core.tensorfile import TensorFile, open_tensors, write_safetensors
-from thimble.errors import AdapterError, listing
+from thimble.errors import AdapterError, InputError, listing
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -26,6 +26,7 @@ KEY = re.compile(
     r"^base_model\.model\.(?P<path>[A-Za-z0-9_.\-]{1,512})\.lora_(?P<side>A\.weight|B\.weight|magnitude_vector)$"
 )
 A, B, MAGNITUDE = "A.weight", "B.weight", "magnitude_vector"  # sides of a layer, as its tensors are called
+MOST_TRIES = 20  # to read an adapter that is being replaced
 MAX_RANK = 2048  # twice the largest anybody trains: a delta form is kept as one adapter of twice the rank
 
 # What PEFT 0.21 writes for a plain LoRA adapter, field by field, so that its loader finds nothing missing.
@@ -194,7 +195,30 @@ def load_adapter(path: str | Path) -> Adapter:
     Raises:
         AdapterError: Naming every problem found.
     """
-    folder = find_adapter(path)
+    for _ in range(MOST_TRIES):
+        folder = find_adapter(path)
+        before = _identity(folder)
+        try:
+            adapter = _load(folder)
+        except (OSError, InputError):
+            if _identity(folder) == before:
+                raise
+            continue  # another one was published, and this one is gone
+        if _identity(folder) == before:  # both files are of one adapter: none was published between them
+            return adapter
+    raise AdapterError(f"adapter {path} was replaced {MOST_TRIES} times while it was read: try again later")
+
+
+def _identity(folder: Path) -> tuple[int, int, int]:
+    """What changes when another folder takes the place of this one; numbers of inodes alone are used again."""
+    try:
+        found = folder.stat()
+    except FileNotFoundError:
+        return (0, 0, 0)
+    return found.st_ino, found.st_ctime_ns, found.st_mtime_ns
+
+
+def _load(folder: Path) -> Adapter:
     config = _read_config(folder / CONFIG_FILE)
     file = open_tensors(folder / WEIGHTS_FILE)
     sides = _pair_tensors(folder, file, bool(config.get("use_dora")))

@@ -149,20 +149,43 @@ def write_config(folder: Path, values: Mapping[str, Any]) -> None:
 
 
 def publish_adapter(folder: Path, adapter: Adapter, name: str = "adapter") -> Path:
-    """Write an adapter beside its place in the run folder and move it there whole, replacing an earlier one."""
+    """Write an adapter beside its place in the run folder and move it there whole, replacing an earlier one.
+
+    Args:
+        folder: The run folder.
+        adapter: The adapter.
+        name: Of its place.
+
+    Returns:
+        The place; at every moment it holds the old adapter or the new one, where the system can exchange two names.
+    """
     target, temporary = folder / name, folder / ".adapter.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     save_adapter(adapter, temporary)
-    if target.exists():
+    sync_folder(temporary)
+    if target.exists() and not _exchange(temporary, target):
         old = folder / ".adapter.old"
         shutil.rmtree(old, ignore_errors=True)
         os.rename(target, old)
         os.rename(temporary, target)
         shutil.rmtree(old)
-    else:
+    elif temporary.exists() and not target.exists():
         os.rename(temporary, target)
     sync_folder(folder)
+    shutil.rmtree(temporary, ignore_errors=True)  # the earlier one, if names were exchanged
     return target
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two names in one step; whether the system could."""
+    import ctypes
+
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):  # not glibc
+        return False
+    return bool(renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0)
 
 
 class StepLog:
