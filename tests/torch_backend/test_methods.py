@@ -252,6 +252,18 @@ def test_dropout_leaves_out_its_share_and_keeps_the_mean():
     assert not torch.equal(left, noise.drop(x, 8, torch.empty_like(x)))
 
 
+def test_layers_without_a_gradient_are_named(tmp_path):
+    base = open_base(make_hf_folder("llama", tmp_path))
+    session = step_session(base, make_adapter(base))
+    path = "model.layers.1.mlp.down_proj"
+    assert set(session.still_layers()) == set(base.spec.linear_shapes())
+    gradients = session.gradients([[make_batch()]], 20)
+    numbers = session._state.views(session._state.grads[0])[path]
+    numbers.A.zero_(), numbers.B.zero_()
+    session.apply(gradients, 1e-3, 1.0)
+    assert session.still_layers() == [path]
+
+
 # ---- rates ----------------------------------------------------------------------------------------------------------
 
 

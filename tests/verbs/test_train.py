@@ -128,6 +128,36 @@ def test_a_run_that_is_nan_for_good_ends_and_keeps_the_last_good_adapter(train, 
     assert any(factors.B.any() for factors in load_adapter(tmp_path / "run").layers.values())
 
 
+def test_an_update_that_is_not_finite_is_never_published(train, tmp_path, monkeypatch):
+    from thimble.torch_backend.session import TorchSession
+
+    true, calls = TorchSession.apply, iter(range(1, 1000))
+
+    def poisoned(self, *arguments):
+        true(self, *arguments)
+        if next(calls) == 6:  # the last step
+            self._state.master[3] = math.inf
+
+    monkeypatch.setattr(TorchSession, "apply", poisoned)
+    with pytest.raises(RunError, match="diverged at step 6: numbers of the adapter are not finite"):
+        train("run")
+    adapter = load_adapter(tmp_path / "run")
+    assert adapter.is_finite()
+    assert any(factors.B.any() for factors in adapter.layers.values())
+
+
+def test_held_out_rows_that_are_trained_on_are_told(tiny_base, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    rows = [json.dumps({"prompt": f"say {n} ", "completion": f"{n} it is"}) for n in range(12)]
+    (folder / "train.jsonl").write_text("\n".join(rows))
+    (folder / "valid.jsonl").write_text("\n".join([rows[3], rows[3].replace("3", "33"), rows[5]]))
+    report = thimble.train(folder, base=tiny_base, out=str(tmp_path / "run"), **QUICK)
+    (warning,) = (text for text in report.told["warning"] if "also among the training rows" in text)
+    assert warning.startswith("2 held-out rows")
+    assert "valid.jsonl line 1" in warning
+
+
 def test_an_interrupted_run_keeps_what_was_learned(train, tmp_path):
     taken = []
     report = train(

@@ -64,6 +64,11 @@ class AdamW:
         """Steps taken."""
         return self._steps
 
+    @property
+    def squares(self) -> Tensor:
+        """Running means of the squared gradients, float32 (n,): zero where there never was one."""
+        return self._square
+
     def state(self) -> dict[str, NDArray[np.float32]]:
         """Moments and step count, as copies; the names are torch's."""
         steps = np.array([self._steps], np.float32)

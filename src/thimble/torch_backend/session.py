@@ -328,6 +328,13 @@ class TorchSession:
         """Whether every number of the adapter is finite."""
         return self._state is None or bool(torch.isfinite(self._state.master).all())
 
+    def still_layers(self) -> list[str]:
+        """Layers of the adapter that never had a gradient, so that nothing in them moved."""
+        assert self._state is not None, "nothing is being trained"
+        assert self._optimiser is not None, "nothing is being trained"
+        moved = self._state.views(self._optimiser.squares)
+        return [path for path, n in moved.items() if not (bool(n.A.any()) or bool(n.B.any()))]
+
     # ---- checkpoints ----------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, NDArray[np.float32]]:

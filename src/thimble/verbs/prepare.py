@@ -184,6 +184,13 @@ def tell_examples(examples: Examples, tell: Teller) -> None:
     tell.note(f"data: {plural(len(examples.train), 'row')} of {dataset.format} to learn from, {held} held out")
     for note in (*dataset.notes, *examples.encoder.notes):
         tell.note(note)
+    seen = {row.ids.tobytes() for row in examples.train}
+    known = [row.source for row in examples.valid if row.ids.tobytes() in seen]
+    if known:
+        tell.warning(
+            f"{plural(len(known), 'held-out row')} also among the training rows, where memory is enough to do well: "
+            f"{listing(known, 3)}"
+        )
     for name, report in (("training", examples.train_report), ("held-out", examples.valid_report)):
         if report.truncated_rows:
             tell.warning(

@@ -18,7 +18,7 @@ from thimble.core.method import INITS, Method, init_name
 from thimble.core.metrics import LossSum
 from thimble.data.batches import micro_batches, shares
 from thimble.data.encode import Row
-from thimble.errors import RunError, plural
+from thimble.errors import RunError, listing, plural
 from thimble.report import write_report
 from thimble.verbs import run_folder
 from thimble.verbs.checkpoint import Checkpoint, clear_checkpoints, clear_unfinished, locked, save_checkpoint
@@ -230,10 +230,20 @@ class _Run:
         report.general_before = self._loss(self.job.general, "general text")
         report.task_before, report.task_rows = scores_of(self.before), len(self.before)
         self.session.switch(True)
+        self._check_base()
         report.loss_before = self._loss_at_start()
         names = ("loss_base", "loss_before", "general_before", "task_before", "task_rows")
         values = {name: getattr(report, name) for name in names}
         run_folder.write_json(path, {**values, "answers": [asdict(answer) for answer in self.before]})
+
+    def _check_base(self) -> None:
+        """Warn of a base that knows less than nothing of the text: then something about it is wrong."""
+        chance = math.log(self.job.model.base.spec.vocab_size)
+        if self.report.general_before > chance:
+            self.tell.warning(
+                f"the base has a loss of {self.report.general_before:.1f} on general text, worse than guessing "
+                f"({chance:.1f}): its file may be damaged, or its tokenizer another's"
+            )
 
     def _loss_at_start(self) -> float:
         """Held-out loss with the adapter on. Where one batch is the base's bit for bit, as with B at zero, all are."""
@@ -274,6 +284,9 @@ class _Run:
                 break
             if self._is_time_to_save():
                 self._save_checkpoint()
+        if not self.session.is_finite():
+            self.diverged = self.diverged or "numbers of the adapter are not finite"
+            self.session.restore(self.good)
         if self.should_stop() and report.steps:
             self._save_checkpoint()
         self._keep_best()
@@ -390,6 +403,11 @@ class _Run:
             return
         self.tell.stage("measuring the result")
         report = self.report
+        still = self.session.still_layers()
+        if still:
+            self.tell.warning(
+                f"nothing moved in {plural(len(still), 'layer')}, which never had a gradient: {listing(still, 3)}"
+            )
         report.loss_after, after = self._measure()
         report.general_after = self._loss(self.job.general, "general text")
         if len(after) == len(self.before):
