@@ -18,7 +18,7 @@ DEV := .venv/installed-dev
 # Peers of the benchmarks that Thimble's own environment does not need.
 PEERS := benchmarks/peers-env
 
-.PHONY: help setup demo test check test-all docs bench
+.PHONY: help setup demo test check test-all torture docs bench
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -42,6 +42,9 @@ check: $(DEV)  ## check format, lint, types, docstrings and generated docs
 
 test-all: $(DEV)  ## run every test
 	$(BIN)/python -m pytest
+
+torture: $(DEV)  ## kill runs, mutate files: what must be survived, many times over; under an hour
+	$(BIN)/python tests/torture.py
 
 docs: $(DEV)  ## write docs/verbs.md again
 	$(BIN)/python docs/make_verbs.py

@@ -281,7 +281,10 @@ def _from_gguf_name(name: str, spec: DecoderSpec) -> str | None:
     stem, _, kind = name.rpartition(".")
     if not stem.startswith("blk."):
         return f"{GGUF_TOP[stem]}.{kind}" if stem in GGUF_TOP else None
-    _, number, part = stem.split(".", 2)
+    parts = stem.split(".", 2)
+    if len(parts) != 3:
+        return None
+    _, number, part = parts
     quirks = GEMMA_BLOCK if spec.has_post_norms else PHI3_BLOCK if spec.is_fused else {}
     known = {**GGUF_BLOCK, **quirks}
     return f"model.layers.{number}.{known[part]}.{kind}" if part in known else None

@@ -152,7 +152,26 @@ def spec_from_config(config: Mapping[str, Any]) -> DecoderSpec:
         ) from None
 
 
+# Sizes far beyond any model of these families: a file that asks for more is damaged, and would cost memory to look at.
+MOST = {
+    "num_hidden_layers": 1024, "num_attention_heads": 4096, "num_key_value_heads": 4096, "head_dim": 8192,
+    "hidden_size": 1 << 20, "intermediate_size": 1 << 22, "vocab_size": 1 << 24, "max_position_embeddings": 1 << 30,
+}  # fmt: skip
+
+
+def _check_sizes(fields: Mapping[str, Any]) -> None:
+    """Refuse sizes that no model has, before anything is made of them."""
+    wrong = [
+        f"{name} is {fields[name]}: expected from 1 to {most:,}"
+        for name, most in MOST.items()
+        if fields.get(name) is not None and not 1 <= int(fields[name]) <= most
+    ]
+    if wrong:
+        raise BaseModelError(*wrong)
+
+
 def _build(family: str, fields: dict[str, Any]) -> DecoderSpec:
+    _check_sizes(fields)
     heads, layers = int(fields["num_attention_heads"]), int(fields["num_hidden_layers"])
     head_dim = int(fields.get("head_dim") or fields["hidden_size"] // heads)
     is_gemma = family.startswith("gemma")
