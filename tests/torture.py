@@ -208,7 +208,7 @@ def _ending(out: str) -> tuple[bytes, list]:
 
 TRIALS: dict[str, tuple[Callable[[int], Line], int]] = {
     "safetensors": (fuzz_safetensors, 1_000_000),
-    "gguf": (fuzz_gguf, 200_000),
+    "gguf": (fuzz_gguf, 1_000_000),
     "adapters": (fuzz_adapter_config, 100_000),
     "rows": (fuzz_rows, 100_000),
     "kill": (kill_runs, 200),
