@@ -20,4 +20,4 @@ def test_a_constant_rate_stays():
 
 def test_wide_bases_and_small_batches_get_smaller_rates():
     assert default_rate("llama", 2048, 16) < default_rate("llama", 576, 16) < default_rate("llama", 576, 64)
-    assert default_rate("llama", 576, 16) == pytest.approx(4.7e-4, rel=0.02)
+    assert default_rate("llama", 576, 16) == pytest.approx(2 * 4.7e-4, rel=0.02)  # twice the published one

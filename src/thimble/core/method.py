@@ -15,8 +15,8 @@ class Init:
         needs: `nothing`, `weights`, `inputs` or `gradients` of some training rows, `quantised` weights beside those of
             the file, or an `adapter`.
         is_delta: Whether it is trained as B A − B₀ A₀.
-        rate: What the default learning rate is multiplied by. Fitted to published sweeps (arXiv:2602.04998); those of
-            1 keep the length of A x at Kaiming's, which makes the rate transfer.
+        rate: What the default learning rate is multiplied by. From published sweeps (arXiv:2602.04998) and our own
+            (benchmarks/RESULTS.md); those of 1 keep the length of A x at Kaiming's, which makes the rate transfer.
         changes_base: Whether the model differs from the base before the first step.
     """
 
@@ -36,16 +36,16 @@ INITS = {
     "gaussian": Init(),
     "orthogonal": Init(),
     "olora": Init("weights", is_delta=True, rate=0.055),
-    "pissa": Init("weights", is_delta=True, rate=0.2),
-    "pissa:exact": Init("weights", is_delta=True, rate=0.2),
+    "pissa": Init("weights", is_delta=True, rate=0.12),
+    "pissa:exact": Init("weights", is_delta=True, rate=0.12),
     "milora": Init("weights", is_delta=True, rate=0.3),
     "eva": Init("inputs"),
     "eva:centred": Init("inputs", rate=0.14),
-    "corda": Init("inputs", is_delta=True, rate=0.2),
+    "corda": Init("inputs", is_delta=True, rate=0.12),
     "corda:knowledge": Init("inputs", is_delta=True, rate=0.3),
     "weighted-pca": Init("gradients"),
     "gradient": Init("gradients"),
-    "gradient:lora-ga": Init("gradients", is_delta=True, rate=0.055),
+    "gradient:lora-ga": Init("gradients", is_delta=True, rate=0.1),
     "gradient:lora-one": Init("gradients", rate=0.055, changes_base=True),
     "loftq": Init("quantised", changes_base=True),
     ADAPTER: Init("adapter", changes_base=True),

@@ -2,10 +2,11 @@
 
 import math
 
-# Peak rate fitted to published sweeps for adapters on all linear layers with alpha 32: 5e-4 at width 2000 and 128
-# rows a step for Llama-like bases, growing with the root of the batch
-# (Schulman et al., LoRA Without Regret, 2025, and the sweeps behind it).
-REFERENCE_RATE = 5e-4
+# Peak rate for adapters on all linear layers with alpha 32, at width 2000 and 128 rows a step for Llama-like bases,
+# growing with the root of the batch. The form is that of published sweeps, which found 5e-4 (Schulman et al., LoRA
+# Without Regret, 2025, and the sweeps behind it); for the short runs that one machine makes, twice as much did better
+# (benchmarks/RESULTS.md and LOG.md, 2026-11-26).
+REFERENCE_RATE = 1e-3
 REFERENCE_WIDTH = 2000
 REFERENCE_ROWS = 128
 WIDTH_EXPONENT = {"llama": 0.78, "qwen2": 0.08, "qwen3": 0.08}
