@@ -1,6 +1,7 @@
 """Variations on plain LoRA: delta form, DoRA, dropout, LoRA+, a frozen A; PEFT is the oracle where it has them."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from thimble.core.starts import from_weight
 from thimble.torch_backend.session import PLAIN, TorchSession
 
 DENSE = Way("dense")
+GGUF = Path(__file__).parents[1] / "fixtures" / "gguf"
 
 
 def with_magnitude(adapter, base):
@@ -282,3 +284,15 @@ def test_lora_plus_and_a_frozen_a_move_what_they_should(tmp_path):
         np.testing.assert_array_equal(frozen.A, start.A)
         assert not np.array_equal(plain.A, start.A)
         assert not np.array_equal(frozen.B, start.B)
+
+
+@pytest.mark.parametrize("compute", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("file", ["llama_q8_0", "phi3", "gemma3"])
+def test_a_weight_of_the_file_is_the_same_for_every_compute_type(file, compute):
+    base = open_base(GGUF / f"{file}.gguf")
+    session = TorchSession(base, compute, Way("file"), sample=IDS)
+    for path in list(base.spec.linear_shapes())[:7]:
+        expected = base.weights[f"{path}.weight"].read()
+        np.testing.assert_allclose(session.file_weight(path), expected, atol=1e-6)
+        kept = session.kept_weight(path)
+        assert np.linalg.norm(kept - expected) < (0.03 if compute == "int8" else 0.005) * np.linalg.norm(expected)
