@@ -188,6 +188,7 @@ def compare(study: Study, task: Task) -> list[dict[str, Any]]:
             for name in ("final", "general")
         )
         lines.append({
+            "edge": " (edge)" if at_best[arm] == max(task.size.rates) + MOST_EXTRA else "",
             "task": task.name, "arm": arm, "rate": runs[arm][0]["rate"], "power": at_best[arm],
             "final": statistics.mean(run["final"] for run in runs[arm]), "speed": speed, "loss": loss,
             "general": general, "p_speed": p_value(speed), "p_loss": p_value(loss),
@@ -248,9 +249,9 @@ def as_page(lines: list[dict[str, Any]], size: Size) -> str:
         f"Written by `benchmarks/initialisation.py`: SmolLM2-135M-Instruct, rank 16 on all linear layers, {size.steps} "
         f"steps of {BATCH_TOKENS} tokens; each start at its own best of {len(size.rates) + 1} or more learning rates "
         f"(1.78 apart), then {size.seeds} paired seeds; mean and 95 % interval of the difference to Kaiming, p by "
-        "Student's t with Holm's correction. Tokens a start reads to calibrate are charged to it.",
+        "Student's t with Holm's correction. Tokens a start reads to calibrate are charged to it. (edge): the highest rate tried.",
         "",
-        "| task | start | best rate | × its default | final loss | loss against Kaiming | p "
+        "| task | start | best rate | × the default then | final loss | loss against Kaiming | p "
         "| tokens to Kaiming's final loss | p | general text |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
@@ -259,7 +260,7 @@ def as_page(lines: list[dict[str, Any]], size: Size) -> str:
             line["task"],
             line["arm"],
             f"{line['rate']:.1e}",
-            f"{STEP ** line['power']:.2f}",
+            f"{STEP ** line['power']:.2f}{line['edge']}",
             f"{line['final']:.4f}",
         ]
         if line["arm"] == "kaiming":
