@@ -249,7 +249,8 @@ def as_page(lines: list[dict[str, Any]], size: Size) -> str:
         f"Written by `benchmarks/initialisation.py`: SmolLM2-135M-Instruct, rank 16 on all linear layers, {size.steps} "
         f"steps of {BATCH_TOKENS} tokens; each start at its own best of {len(size.rates) + 1} or more learning rates "
         f"(1.78 apart), then {size.seeds} paired seeds; mean and 95 % interval of the difference to Kaiming, p by "
-        "Student's t with Holm's correction. Tokens a start reads to calibrate are charged to it. (edge): the highest rate tried.",
+        "Student's t with Holm's correction. Tokens a start reads to calibrate are charged to it. (edge): the highest "
+        "rate tried.",
         "",
         "| task | start | best rate | × the default then | final loss | loss against Kaiming | p "
         "| tokens to Kaiming's final loss | p | general text |",

@@ -52,7 +52,7 @@ WARNED_RATE = 0.02  # of learning: far above what works for adapters
 WATCHED_SHARE = 0.05  # of a run's time, spent on held-out rows on the way
 TRAINED_TOKEN_COST = 2.5  # of a token that is learned from, in tokens that are only read
 MOST_WATCHES, LEAST_WATCHES = 9, 3  # measurements on the way
-LEAST_WATCHED = 8  # rows: fewer say too little to stop by
+LEAST_WATCHED = 16  # rows: fewer say too little to stop by
 SHOWN_WITHOUT_METRIC = 3  # held-out rows answered only to be looked at
 
 
