@@ -63,7 +63,8 @@ class Adapter:
     @property
     def num_parameters(self) -> int:
         """How many numbers the adapter holds."""
-        return sum(factors.A.size + factors.B.size for factors in self.layers.values())
+        magnitudes = (f.magnitude for f in self.layers.values() if f.magnitude is not None)
+        return sum(f.A.size + f.B.size for f in self.layers.values()) + sum(m.size for m in magnitudes)
 
     def plain(self) -> "Adapter":
         """The same function as an adapter of larger rank, without an origin: what every other tool understands."""
