@@ -65,6 +65,16 @@ def test_what_is_no_checkpoint_does_not_count(wrong, tmp_path):
     assert latest_checkpoint(tmp_path).step == 1
 
 
+def test_damaged_newer_ones_do_not_crowd_out_sound_ones(tmp_path):
+    for step in (8, 9):
+        save(tmp_path, step)
+        (tmp_path / FOLDER / f"step-{step:08d}" / "state.safetensors").write_bytes(b"damaged")
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    assert latest_checkpoint(tmp_path).step == 2
+    assert sorted(path.name for path in (tmp_path / FOLDER).iterdir()) == ["step-00000001", "step-00000002"]
+
+
 def test_stopped_at_any_call_there_is_the_old_one_or_the_new_one(tmp_path, monkeypatch):
     true = {name: getattr(os, name) for name in ("rename", "replace", "fsync", "open", "mkdir")}
 

@@ -80,7 +80,9 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     sync_folder(place)
-    for old in _names(folder)[KEPT:]:
+    # What is newer than this one was damaged, or it would have been gone on from: it must not crowd out sound ones.
+    newer, others = [path for path in _names(folder) if path > target], [p for p in _names(folder) if p <= target]
+    for old in (*newer, *others[KEPT:]):
         shutil.rmtree(old, ignore_errors=True)
 
 
