@@ -34,7 +34,7 @@ def with_magnitude(adapter, base):
 def pissa(base, rank=4):
     """A start in delta form, moved away from its origin."""
     origin = {
-        path: from_weight("pissa", base.weights[f"{path}.weight"].read(), rank, 2.0)[0]
+        path: from_weight("pissa", base.weights[f"{path}.weight"].read(), rank, 2.0)
         for path in base.spec.linear_shapes()
     }
     layers = {

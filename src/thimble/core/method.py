@@ -25,11 +25,6 @@ class Init:
     rate: float = 1.0
     changes_base: bool = False
 
-    @property
-    def needs_data(self) -> bool:
-        """Whether training rows have to be run through the base first."""
-        return self.needs in ("inputs", "gradients")
-
 
 INITS = {
     "kaiming": Init(),

@@ -64,7 +64,7 @@ def _stream(name: str) -> int:
 # ---- from the weight ------------------------------------------------------------------------------------------------
 
 
-def from_weight(kind: str, weight: Array, rank: int, scale: float) -> tuple[Factors, Decomposition]:
+def from_weight(kind: str, weight: Array, rank: int, scale: float) -> Factors:
     """A start that is a piece of W: scale · B₀ A₀ is that piece.
 
     Args:
@@ -76,16 +76,16 @@ def from_weight(kind: str, weight: Array, rank: int, scale: float) -> tuple[Fact
         scale: Factor of B A.
 
     Returns:
-        The factors, float32, and the decomposition they come from.
+        The factors, float32.
     """
     if kind == "olora":
         piece = qr(weight, rank)
-        return _factors(piece.right, piece.left, scale), piece
+        return _factors(piece.right, piece.left, scale)
     if kind in ("milora", "pissa:exact"):
         piece = svd(weight, rank, "bottom" if kind == "milora" else "top")
     else:
         piece = _top(weight, rank)
-    return _split(piece, scale), piece
+    return _split(piece, scale)
 
 
 def _split(piece: Decomposition, scale: float) -> Factors:

@@ -161,7 +161,8 @@ def choose_ranks(config: TrainConfig, look: Look) -> tuple[dict[str, Size], dict
     Returns:
         Sizes by layer path, and what was measured.
     """
-    shapes = {path: look.job.model.base.spec.linear_shapes()[path] for path in look.job.layers}
+    known = look.job.model.base.spec.linear_shapes()
+    shapes = {path: known[path] for path in look.job.layers}
     energies, totals = _ENERGIES[config.energy_of](config, shapes, look)
     if config.energy is not None:
         ranks = {

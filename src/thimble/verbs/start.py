@@ -1,7 +1,7 @@
 """Where training begins: the rank of each layer, and A and B; drawn, decomposed, or found by looking at the data.
 
-Everything here happens after the base is loaded and before anything is written, so a weight that cannot be decomposed
-refuses the run.
+What can be refused without the base is (`check_start`); the rest is made once it is loaded and before anything is
+written, so that a weight that cannot be decomposed still refuses the run.
 """
 
 import math
@@ -214,7 +214,7 @@ def _drawn(config: TrainConfig, sizes: Mapping[str, Size], look: Look) -> Adapte
 
 def _from_weights(config: TrainConfig, sizes: Mapping[str, Size], look: Look) -> Adapter:
     found = {
-        path: from_weight(config.init, values, *sizes[path])[0]
+        path: from_weight(config.init, values, *sizes[path])
         for path, values in look.weights(f"init {config.init} decomposes it")
     }
     return Adapter(found)
@@ -223,7 +223,7 @@ def _from_weights(config: TrainConfig, sizes: Mapping[str, Size], look: Look) ->
 def _from_inputs(config: TrainConfig, sizes: Mapping[str, Size], look: Look) -> Adapter:
     from thimble.torch_backend.calibrate import input_moments
 
-    base, found = look.job.model.base, {}
+    shapes, found = look.job.model.base.spec.linear_shapes(), {}
     is_knowledge = config.init == "corda:knowledge"
     what = "general text" if is_knowledge else f"{look.steps} steps"
     look.tell.stage(f"looking at the inputs of every layer over {what}")
@@ -238,7 +238,7 @@ def _from_inputs(config: TrainConfig, sizes: Mapping[str, Size], look: Look) -> 
                 continue
             if rank not in shared:
                 shared[rank] = eva(moments, rank, config.init == "eva:centred")
-            found[path] = with_zero_b(shared[rank], base.spec.linear_shapes()[path][0], scale)
+            found[path] = with_zero_b(shared[rank], shapes[path][0], scale)
     return Adapter({path: found[path] for path in sizes})
 
 
