@@ -72,25 +72,43 @@ def test_uneven_rows_and_a_falling_loss_raise_no_alarm():
 
 def test_the_end_comes_when_patience_does():
     plateau = Plateau(patience=2)
-    assert [plateau.hear(step, loss) for step, loss in enumerate([3.0, 2.0, 2.1, 1.9, 2.0])] == [
+    assert [plateau.hear(step, [loss] * 4) for step, loss in enumerate([3.0, 2.0, 2.1, 1.9, 2.0])] == [
         True, True, False, True, False,
     ]  # fmt: skip
     assert not plateau.is_over
-    plateau.hear(5, 1.9)
+    plateau.hear(5, [1.95] * 4)
     assert plateau.is_over
     assert (plateau.best, plateau.best_step) == (1.9, 3)
+
+
+def test_noise_among_rows_ends_nothing_and_a_rise_of_all_rows_does():
+    random, ended = np.random.default_rng(0), 0
+    rows = random.normal(1.0, 0.5, 16)
+    for _ in range(100):  # runs of nine measurements, as a run makes
+        plateau = Plateau(patience=3)
+        for step in range(9):
+            plateau.hear(step, list(rows + random.normal(0, 0.1, 16)))
+            ended += plateau.is_over
+            if plateau.is_over:
+                break
+    assert ended <= 5
+    plateau = Plateau(patience=3)
+    plateau.hear(0, list(rows))
+    for step in range(1, 4):
+        plateau.hear(step, list(rows + 0.1 + random.normal(0, 0.05, 16)))
+    assert plateau.is_over
 
 
 def test_without_patience_there_is_no_end():
     plateau = Plateau(patience=0)
     for step in range(20):
-        plateau.hear(step, 1.0 + step)
+        plateau.hear(step, [1.0 + step] * 4)
     assert not plateau.is_over
 
 
 def test_state_survives_json():
     guard, plateau, again = Guard(), Plateau(patience=2), Plateau(patience=2)
     assert repr(Guard.restored(json.loads(json.dumps(guard.state(), allow_nan=False)))) == repr(guard)
-    again.hear(3, 1.0)
+    again.hear(3, [1.0, 2.0])
     again.restore(json.loads(json.dumps(plateau.state(), allow_nan=False)))
     assert again == plateau

@@ -450,7 +450,9 @@ class TrainConfig(MeasureKnobs):
         None, "Measure held-out rows every N steps of training; default: ten times a run; 0: never.", check=at_least(0)
     )
     patience: int = knob(
-        3, "Stop when so many measurements in a row bring no lower held-out loss; 0: never.", check=at_least(0)
+        3,
+        "Stop when so many measurements in a row have a held-out loss clearly above the lowest; 0: never.",
+        check=at_least(0),
     )
     valid_split: float = knob(0.1, "Share of rows held out when the data has no valid file.", check=fraction)
     checkpoint_every_steps: int | None = knob(None, "Save a checkpoint every N steps.", check=at_least(1))

@@ -4,8 +4,9 @@ Both are functions of the losses alone, and their state is plain data that a che
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from enum import Enum
 from typing import Any
 
@@ -18,6 +19,7 @@ LEAST_STEPS = 20  # before spikes can be told from noise
 IN_A_ROW = 2  # steps that are no model's that take the run back
 SPIKES_IN_A_ROW = 4  # spikes that do
 MOST_RETURNS = 3  # before it is given up
+CLEAR_ERRORS = 2.0  # standard errors, over rows, above the best measurement: a clear rise
 SLOWER = 0.5  # what the learning rate is multiplied by on each return
 
 
@@ -112,29 +114,36 @@ class Guard:
 
 @dataclass
 class Plateau:
-    """Follows the held-out loss, and ends the run when it falls no more.
+    """Follows the loss of some held-out rows, and ends the run when it has clearly risen.
+
+    A few rows are noisy, and under a falling learning rate the loss may rest before it falls again: only a rise that is
+    clear row by row, beside the best measurement, counts against a run.
 
     Attributes:
-        patience: Measurements without a new best before the end; 0: never. A knob of the run, not kept with the rest.
-        best: Lowest loss so far.
+        patience: Clear rises in a row before the end; 0: never. A knob of the run, not kept with the rest.
+        best: Lowest mean loss so far.
+        best_rows: Loss of each row then.
         best_step: When it was measured.
-        since: Measurements since then.
+        since: Clear rises in a row since then.
         step: When the last measurement was made.
     """
 
     patience: int = 0
     best: float = math.inf
+    best_rows: list[float] = field(default_factory=list)
     best_step: int = 0
     since: int = 0
     step: int = 0
 
-    def hear(self, step: int, loss: float) -> bool:
-        """Take note of a measurement; whether it is the best so far."""
-        self.step = step
-        if loss < self.best:
-            self.best, self.best_step, self.since = loss, step, 0
+    def hear(self, step: int, rows: Sequence[float]) -> bool:
+        """Take note of a measurement, the loss of each row; whether it is the best so far."""
+        self.step, mean = step, statistics.fmean(rows)
+        if mean < self.best:
+            self.best, self.best_rows, self.best_step, self.since = mean, list(rows), step, 0
             return True
-        self.since += 1
+        rises = [now - then for now, then in zip(rows, self.best_rows, strict=True)]
+        error = statistics.stdev(rises) / math.sqrt(len(rises)) if len(rises) > 1 else 0.0
+        self.since = self.since + 1 if statistics.fmean(rises) > CLEAR_ERRORS * error else 0
         return False
 
     @property

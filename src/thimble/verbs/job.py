@@ -310,7 +310,7 @@ def _choose_watched(config: TrainConfig, examples: Examples, steps: float) -> tu
 def _tell_watched(config: TrainConfig, watched: Sequence[Row], every: int, tell: Teller) -> None:
     if not every:
         return
-    stops = f"; {config.patience} in a row without a new best end the run" if config.patience else ""
+    stops = f"; {config.patience} clearly above the lowest in a row end the run" if config.patience else ""
     tell.decision(f"held-out loss: on {plural(len(watched), 'row')} every {plural(every, 'step')}{stops}")
 
 

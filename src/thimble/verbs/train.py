@@ -16,7 +16,7 @@ from thimble.core.adapter import Adapter, load_adapter
 from thimble.core.config import TrainConfig
 from thimble.core.method import INITS, Method, init_name
 from thimble.core.metrics import LossSum
-from thimble.data.batches import micro_batches, shares
+from thimble.data.batches import micro_batches, pack, shares
 from thimble.data.encode import Row
 from thimble.errors import RunError, listing, plural
 from thimble.report import write_report
@@ -349,27 +349,25 @@ class _Run:
 
     def _held_out_on_the_way(self) -> float:
         began = time.perf_counter()
-        batches = micro_batches(self.job.watched, self.job.way.micro_tokens)
-        loss = sum(self.session.losses(batches), LossSum()).mean
-        if self.plateau.hear(self.report.steps, loss):
+        rows = list(self.session.losses([pack([row]) for row in self.job.watched]))
+        if self.plateau.hear(self.report.steps, [row.mean for row in rows]):
             self.best = self.session.state()["adapter"]
         self.watching_seconds += time.perf_counter() - began
-        return loss
+        return sum(rows, LossSum()).mean
 
     def _keep_best(self) -> None:
-        """Go back to the adapter that did best on held-out rows, if a later one does worse."""
+        """Go back to the adapter that did best on held-out rows, if the last one does clearly worse."""
         report = self.report
         report.kept_step = report.steps
         if self.best is None or self.should_stop() or self.cut_file:
             return
         if self.plateau.step < report.steps and not self.diverged:  # the last step has not been measured
             self._held_out_on_the_way()
-        if self.plateau.best_step == report.steps:
+        if not self.plateau.since and not self.diverged:
             return
         self.session.take(self.best)
         report.kept_step = self.plateau.best_step
-        later = plural(self.plateau.since, "later measurement")
-        why = f"{later} brought no lower held-out loss than {self.plateau.best:.3f}"
+        why = f"its loss of {self.plateau.best:.3f} on the held-out rows watched has clearly risen since"
         self.tell.decision(f"kept: the adapter of step {report.kept_step}; {why}")
 
     def _outlook(self) -> dict[str, Any]:
