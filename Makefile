@@ -44,7 +44,7 @@ test-all: $(DEV)  ## run every test
 	$(BIN)/python -m pytest
 
 torture: $(DEV)  ## kill runs, mutate files: what must be survived, many times over; under an hour
-	$(BIN)/python tests/torture.py
+	PYTHONPATH=tests $(BIN)/python -m torture
 
 docs: $(DEV)  ## write docs/verbs.md again
 	$(BIN)/python docs/make_verbs.py

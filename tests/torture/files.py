@@ -1,49 +1,19 @@
-"""`make torture`: what a run and its files must survive, tried many times over; prints a line for each and its count.
+"""Files from strangers, damaged in every way: each is refused with an error of ours, or read."""
 
-Each trial is small, so that there can be many: a tiny base, a few steps, files of some kilobytes.
-"""
-
-import argparse
 import json
-import multiprocessing
 import os
 import random
 import resource
-import signal
-import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-HERE = Path(__file__).parent
-TINY = HERE / "fixtures" / "gguf" / "smollm2.gguf"
-SLOW_SECONDS = 0.1
+from torture import TINY, Line
 
-
-@dataclass
-class Line:
-    """One line of the table.
-
-    Attributes:
-        name: What was tried.
-        tried: How often.
-        wrong: How often it went wrong.
-        seconds: What it took.
-        note: More to say.
-    """
-
-    name: str
-    tried: int
-    wrong: int
-    seconds: float
-    note: str = ""
-
-
-# ---- files from strangers -------------------------------------------------------------------------------------------
+SLOW_SECONDS = 0.1  # of the processor's time, so that other work on the machine does not count
 
 
 def mutated(whole: bytes, dice: random.Random, header: int) -> bytes:
@@ -147,87 +117,3 @@ def fuzz_rows(count: int) -> Line:
     rows = [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}] * 3
     whole = "".join(json.dumps(row) + "\n" for row in rows).encode()
     return fuzz_files("mutated data files", whole, ".jsonl", len(whole), count, lambda path: read_dataset(str(path)))
-
-
-# ---- killed runs ----------------------------------------------------------------------------------------------------
-
-STEPS = 12
-
-
-def _train(folder: str, out: str, knobs: dict) -> None:
-    """A short run with a checkpoint at every step; in a process of its own."""
-    import thimble
-
-    os.environ["OMP_NUM_THREADS"] = "1"
-    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-    thimble.train(
-        f"{folder}/mine.jsonl", base=str(TINY), out=out, seq_len=64, batch_tokens=64, max_steps=STEPS, max_new_tokens=2,
-        eval_rows=0, compute="fp32", rank=4, dropout=0.1, checkpoint_every_steps=1, **knobs,
-    )  # fmt: skip
-
-
-def kill_runs(count: int) -> Line:
-    """Kill runs at random moments, resume them, and compare what they end with to the unbroken run."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["thimble.verbs.train", "thimble.torch_backend.session", "matplotlib.figure"])
-    began, dice, wrong = time.perf_counter(), random.Random(0), 0
-    with tempfile.TemporaryDirectory() as folder:
-        rows = [{"prompt": f"say {n} ", "completion": f"{n} it is"} for n in range(12)]
-        Path(folder, "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-        def run(out: str, knobs: dict, seconds: float | None = None) -> int | None:
-            process = context.Process(target=_train, args=(folder, out, knobs))
-            process.start()
-            process.join(seconds)
-            if process.exitcode is None and process.pid:
-                os.kill(process.pid, signal.SIGKILL)
-                process.join()
-            return process.exitcode
-
-        run(f"{folder}/warm", {})
-        started = time.perf_counter()
-        run(f"{folder}/whole", {})
-        whole_seconds, expected = time.perf_counter() - started, _ending(f"{folder}/whole")
-        killed = 0
-        for number in range(count):
-            out = f"{folder}/run-{number}"
-            killed += run(out, {}, dice.uniform(0.2, 1.0) * whole_seconds) == -signal.SIGKILL
-            is_same = run(out, {"resume": True}) == 0 and _ending(out) == expected
-            wrong += not is_same
-    note = f"{killed} were killed before their end"
-    return Line("runs killed and resumed", count, wrong, time.perf_counter() - began, note)
-
-
-def _ending(out: str) -> tuple[bytes, list]:
-    """Adapter, optimiser and losses of a finished run."""
-    rows = [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()]
-    kept = [{k: v for k, v in row.items() if k not in ("seconds", "peak_memory_bytes")} for row in rows]
-    state = Path(out, "checkpoints", f"step-{STEPS:08d}", "state.safetensors").read_bytes()
-    return Path(out, "adapter", "adapter_model.safetensors").read_bytes() + state, kept
-
-
-TRIALS: dict[str, tuple[Callable[[int], Line], int]] = {
-    "safetensors": (fuzz_safetensors, 1_000_000),
-    "gguf": (fuzz_gguf, 1_000_000),
-    "adapters": (fuzz_adapter_config, 100_000),
-    "rows": (fuzz_rows, 100_000),
-    "kill": (kill_runs, 200),
-}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", nargs="+", choices=TRIALS, default=list(TRIALS))
-    parser.add_argument("--share", type=float, default=1.0, help="of the usual counts")
-    options = parser.parse_args()
-    lines = []
-    for name in options.only:
-        trial, count = TRIALS[name]
-        line = trial(max(1, int(count * options.share)))
-        print(f"{line.name}: {line.wrong} wrong of {line.tried:,} in {line.seconds:.0f} s; {line.note}", flush=True)
-        lines.append(line)
-    sys.exit(any(line.wrong for line in lines))
-
-
-if __name__ == "__main__":
-    main()

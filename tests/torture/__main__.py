@@ -1,0 +1,54 @@
+"""Run the lines of the table, several at a time, each in a process of its own."""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+
+import torture
+from torture import Line, files, runs
+
+TRIALS: dict[str, tuple[Callable[[int], Line], int]] = {
+    "kill": (runs.kill_runs, 200),
+    "safetensors": (files.fuzz_safetensors, 1_000_000),
+    "gguf": (files.fuzz_gguf, 1_000_000),
+    "adapters": (files.fuzz_adapter_config, 100_000),
+    "rows": (files.fuzz_rows, 100_000),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="torture", description=torture.__doc__)
+    parser.add_argument("--only", nargs="+", choices=TRIALS, default=list(TRIALS))
+    parser.add_argument("--share", type=float, default=1.0, help="of the usual counts")
+    parser.add_argument("--workers", type=int, default=2, help="lines at a time")
+    parser.add_argument("--here", action="store_true", help="run one line in this process, and print it as JSON")
+    options = parser.parse_args()
+    if options.here:
+        (name,) = options.only
+        trial, count = TRIALS[name]
+        print(json.dumps(asdict(trial(max(1, int(count * options.share))))))
+        return
+    with ThreadPoolExecutor(options.workers) as pool:
+        lines = list(pool.map(lambda name: _in_a_process(name, options.share), options.only))
+    print("\n| what | tried | wrong | seconds | |\n|---|---|---|---|---|")
+    for line in lines:
+        print(f"| {line.name} | {line.tried:,} | {line.wrong:,} | {line.seconds:.0f} | {line.note} |")
+    sys.exit(any(line.wrong for line in lines))
+
+
+def _in_a_process(name: str, share: float) -> Line:
+    command = [sys.executable, "-m", "torture", "--here", "--only", name, "--share", str(share)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    *told, last = done.stdout.splitlines() or [""]
+    line = Line(**json.loads(last)) if not done.returncode else Line(name, 0, 1, 0.0, f"exit code {done.returncode}")
+    print(*told, f"{line.name}: {line.wrong} wrong of {line.tried:,} in {line.seconds:.0f} s; {line.note}", sep="\n")
+    sys.stdout.flush()
+    return line
+
+
+if __name__ == "__main__":
+    main()
