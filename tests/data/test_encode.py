@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from thimble.data.encode import IGNORED, Encoder, encode_all
-from thimble.data.records import general_records
+from thimble.data.records import Skipped, general_records
 from thimble.data.rows import Record, parse_row
 from thimble.data.template import ChatTemplate
 from thimble.errors import BaseModelError, DataError
@@ -321,11 +321,40 @@ def test_bos_survives_a_cut_from_the_left(tiny):
 # --- all records
 
 
+def test_text_that_has_been_through_a_template_is_warned_of(smollm, smollm_template):
+    encoder = Encoder(smollm, smollm_template, 64)
+    encoder.encode(chat(user(), answer()))
+    assert encoder.warnings == []
+    encoder.encode(chat(user("[INST] Hi [/INST]"), answer()))
+    encoder.encode(chat(user("<|im_start|>user Hi<|im_end|>"), answer()))
+    (warning,) = encoder.warnings
+    assert warning.startswith("2 rows with marks of a chat template in the text, first [INST] in ")
+
+
+def test_answers_that_never_end_are_warned_of(encoder_of):
+    encoder = encoder_of("{% for m in messages %}{{ m.role }}: {{ m.content }}<file_sep>{% endfor %}")
+    encoder.encode(chat(user(), answer()))
+    (warning,) = encoder.warnings
+    assert warning.startswith("1 row whose last answer ends with no token that ends an answer")
+    encoder = encoder_of("{% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}")
+    encoder.encode(chat(user(), answer()))
+    assert encoder.warnings == []  # the end of the document was put behind it
+
+
+def test_records_the_template_refuses_are_left_out_with_the_reason(encoder_of):
+    skipped = Skipped(rows=20)
+    refusing = "{% if messages[0].content == 'no' %}{{ raise_exception('not this') }}{% endif %}" + RESTS
+    records = [*[chat(user(), answer())] * 19, chat(user("no"), answer())]
+    rows, _ = encode_all(records, encoder_of(refusing), skipped)
+    assert (len(rows), skipped.count) == (19, 1)
+    assert "not this" in skipped.found[0].problems[0]
+
+
 def test_the_report_counts_what_became_of_the_records(smollm, smollm_template):
     records = [chat(user(), answer()), chat(user(), answer("word " * 100)), Record(text="Once.", source="b")]
     rows, report = encode_all(records, Encoder(smollm, smollm_template, 64))
     assert report.num_rows == len(rows) == 3
-    assert report.lengths == tuple(len(row.ids) for row in rows)
+    assert list(report.lengths) == [len(row.ids) for row in rows]
     assert (report.tokens, report.longest) == (sum(report.lengths), 64)
     assert report.label_tokens == sum(row.label_tokens for row in rows)
     assert (report.truncated_rows, report.truncated_tokens) == (1, sum(row.truncated_tokens for row in rows))

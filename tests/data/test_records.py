@@ -1,10 +1,13 @@
 import csv
 import gzip
 import json
+import os
+import tracemalloc
 
 import pytest
 
-from thimble.data.records import Dataset, Record, general_records, read_dataset, split_rows
+from thimble.data import sources
+from thimble.data.records import Record, general_records, read_dataset, split_rows
 from thimble.errors import DataError, MissingPackageError
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
@@ -46,7 +49,7 @@ def turns(record):
 def test_messages_are_taken_as_they_are(read):
     data = read(CHAT)
     assert data.format == "messages"
-    assert data.train == (Record(messages=tuple(CHAT["messages"]), source="train.jsonl line 1"),)
+    assert tuple(data.train) == (Record(messages=tuple(CHAT["messages"]), source="train.jsonl line 1"),)
     assert not data.is_text
 
 
@@ -218,7 +221,7 @@ def test_a_bad_row_says_what_was_found_and_expected(tmp_path, row, message):
     path = tmp_path / "train.jsonl"
     path.write_text(json.dumps(CHAT) + "\n" + json.dumps(row) + "\n")
     with pytest.raises(DataError) as caught:
-        read_dataset(path)
+        read_dataset(path, is_strict=True)
     assert len(caught.value.problems) == 1
     assert caught.value.problems[0].startswith("train.jsonl line 2: ")
     assert message in caught.value.problems[0]
@@ -345,7 +348,7 @@ def test_a_text_file_is_one_record(tmp_path):
     path = tmp_path / "my.book.txt"
     path.write_bytes(b"Once upon\r\na time.")
     data = read_dataset(str(path))
-    assert data.train == (Record(text="Once upon\na time.", source="my.book.txt"),)
+    assert tuple(data.train) == (Record(text="Once upon\na time.", source="my.book.txt"),)
     assert (data.name, data.format, data.is_text, data.files) == ("my.book", "plain text", True, (path,))
 
 
@@ -371,7 +374,7 @@ def test_a_text_file_is_one_record(tmp_path):
             b'{"a": [{"x": 1}], "b": [{"x": 1}]}',
             "a.json is an object with the arrays a, b: expected an array",
         ),
-        ("a.jsonl", b'{"text": "a"}\n{"text": "caf\xe9"}', "a.jsonl line 2 is not UTF-8: byte 0xe9 at offset 27."),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "caf\xe9"}', "a.jsonl line 2 is not UTF-8: byte 0xe9 at column 14."),
         ("a.txt", "text".encode("utf-16"), "a.txt is UTF-16: expected UTF-8."),
         ("a.jsonl.gz", b"not gzip", "a.jsonl.gz cannot be unpacked: Not a gzipped file"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "a"}')[:-9], "a.jsonl.gz cannot be unpacked: Compressed file ended"),
@@ -381,7 +384,7 @@ def test_a_text_file_is_one_record(tmp_path):
 def test_a_bad_file_is_told_with_its_line(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError) as caught:
-        read_dataset(tmp_path / name)
+        read_dataset(tmp_path / name, is_strict=True)
     assert caught.value.problems[0].startswith(message)
     assert len(caught.value.problems) == 1
 
@@ -537,6 +540,90 @@ def test_the_general_records_are_half_text_half_chat():
     assert len({record.text or record.messages[0]["content"] for record in records}) == 30
 
 
-def test_a_dataset_is_a_plain_value(read):
-    assert isinstance(read(CHAT), Dataset)
-    assert read(CHAT) == read(CHAT)
+# --- rows that cannot be used
+
+
+def test_one_row_in_ten_may_be_left_out_and_is_told(read):
+    data = read(*[CHAT] * 9, {"messages": "none"})
+    assert len(data.train) == 9
+    (row,) = data.skipped.found
+    assert (data.skipped.count, data.skipped.rows, row.source) == (1, 10, "train.jsonl line 10")
+    assert row.problems[0].startswith('train.jsonl line 10: messages is "none"')
+
+
+def test_more_than_one_row_in_ten_is_a_wrong_form(problems):
+    found = problems(*[CHAT] * 8, {"messages": "none"})
+    assert found[0].startswith("train.jsonl line 9: ")
+    assert found[1].startswith("1 of 9 rows cannot be used: one in ten may be left out")
+
+
+def test_strict_refuses_data_for_a_single_row(tmp_path):
+    path = write_lines(tmp_path / "train.jsonl", *[CHAT] * 99, {"messages": "none"})
+    assert len(read_dataset(path).train) == 99
+    with pytest.raises(DataError, match="line 100: messages is"):
+        read_dataset(path, is_strict=True)
+
+
+@pytest.mark.parametrize("bad", [b'{"text": ', b'{"text": "caf\xe9"}', b"\x00\x01", b"[" * 100_000])
+def test_a_line_that_cannot_be_read_is_left_out_like_any_other_row(tmp_path, bad):
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(b'{"text": "a"}\n' * 20 + bad + b'\n{"text": "last"}\n')
+    data = read_dataset(path)
+    assert [record.text for record in data.train][-1] == "last"
+    assert [row.source for row in data.skipped.found] == ["train.jsonl line 21"]
+
+
+def test_a_csv_row_with_too_many_cells_is_left_out(tmp_path):
+    path = tmp_path / "train.csv"
+    path.write_text("prompt,completion\n" + "a,b\n" * 10 + "a,b,c\n" + "c,d\n")
+    data = read_dataset(path)
+    assert (len(data.train), data.skipped.found[0].source) == (11, "train.csv line 12")
+
+
+# --- large and odd files
+
+
+def test_a_line_of_a_hundred_megabytes_is_read(tmp_path):
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(b'{"text": "' + b"a" * 100_000_000 + b'"}\n')
+    assert len(read_dataset(path).train[0].text) == 100_000_000
+
+
+def test_a_line_without_an_end_is_refused_before_it_fills_the_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "MOST_LINE_BYTES", 1000)
+    path = tmp_path / "train.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"text": "b"}\n' + b" " * 10_000_000))
+    with pytest.raises(DataError, match="line 2 is longer than 1,000 bytes"):
+        read_dataset(path)
+
+
+def test_a_kind_that_is_read_whole_has_an_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "MOST_WHOLE_BYTES", 1000)
+    path = tmp_path / "train.json"
+    path.write_text("[\n" + '{"text": "a"},\n' * 100 + '{"text": "a"}]')
+    with pytest.raises(DataError, match="larger than 1,000 bytes.*as .jsonl"):
+        read_dataset(path)
+
+
+def test_many_rows_take_little_memory(tmp_path):
+    path = tmp_path / "train.jsonl.gz"
+    row = json.dumps({"prompt": "x" * 2000, "completion": "y" * 2000}).encode() + b"\n"
+    path.write_bytes(gzip.compress(row * 20_000, 1))
+    tracemalloc.start()
+    data = read_dataset(path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(data.train) == 20_000
+    assert peak < 8_000_000  # of 80 MB of text
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "train.jsonl")
+    with pytest.raises(DataError, match="is no regular file"):
+        read_dataset(tmp_path / "train.jsonl")
+
+
+def test_a_large_data_set_holds_out_no_more_than_can_be_measured():
+    rows = [Record(text=f"row {number}") for number in range(30_000)]
+    train, held = split_rows(rows, 0.1, 0)
+    assert (len(train), len(held)) == (28_000, 2000)

@@ -349,6 +349,7 @@ class MeasureKnobs(BaseKnobs):
         "", "Examples: a .jsonl, .json, .csv, .parquet, .txt or .md file (may be gzipped), or a folder of such files.",
         positional=True, metavar="DATA",
     )  # fmt: skip
+    strict: bool = knob(False, "Refuse the data if a single row cannot be used, instead of leaving out a few.")
     loss_on: str = knob(
         "auto",
         "Tokens that are learned and measured: completions (all assistant turns) or all; auto: all for plain text, "

@@ -1,22 +1,37 @@
 """From records to token ids and labels. Knows the tokenizer and the template of a base, but no framework."""
 
+import re
+from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from thimble.data.records import raise_problems
+from thimble.data.records import Skipped
 from thimble.data.rows import Record
+from thimble.data.spool import Items, Spool
 from thimble.data.template import ChatTemplate, Message
 from thimble.data.tokenizer import Tokenizer
 from thimble.data.turns import Piece, Turns
-from thimble.errors import BaseModelError, DataError, Problems, listing, plural
+from thimble.errors import BaseModelError, DataError, listing, plural
 
 IGNORED = -100  # label of a position at which nothing is learned
 Ids = NDArray[np.int32]
+OnRecord = Callable[[int, int], None]
+
+
+# How other templates mark turns: text that holds them has been through one already.
+MARKERS = (
+    "<|im_start|>", "<|im_end|>", "[INST]", "[/INST]", "<start_of_turn>", "<end_of_turn>", "<|start_header_id|>",
+    "<|eot_id|>", "<|user|>", "<|assistant|>", "### Instruction:", "### Response:",
+)  # fmt: skip
+
+
+def _nobody(done: int, total: int) -> None:
+    """Tell nobody how far it is."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +74,7 @@ class EncodeReport:
     truncated_tokens: int = 0
     rows_without_labels: tuple[str, ...] = ()  # sources; these are left out
     longest: int = 0  # in tokens, after truncation
-    lengths: tuple[int, ...] = ()
+    lengths: Sequence[int] = ()
 
 
 class Encoder:
@@ -81,7 +96,10 @@ class Encoder:
         self._seq_len = seq_len
         self._loss_on = loss_on
         self._seen: Counter[str] = Counter()
+        self._first_mark = ""
         stops = [text for text, index in tokenizer.special_tokens.items() if index in tokenizer.stop_ids]
+        marks = {*MARKERS, *tokenizer.special_tokens}
+        self._marks = re.compile("|".join(map(re.escape, sorted(marks, key=len, reverse=True))))
         self._turns = Turns(template, tokenizer.special_tokens, stops, tokenizer.eos_token) if template else None
 
     def encode(self, record: Record) -> list[Row]:
@@ -105,6 +123,7 @@ class Encoder:
         ids, learned = self._tokens(pieces)
         if self._loss_on == "all":
             learned = [True] * len(ids)
+        self._check(record, ids, learned)
         return [self._fit(ids, learned, record.source)]
 
     def question(self, record: Record) -> Question | None:
@@ -168,6 +187,35 @@ class Encoder:
                 "chat template rewrites earlier ones"
             )
         return notes
+
+    @property
+    def warnings(self) -> list[str]:
+        """What may spoil what is learned from the records encoded so far."""
+        seen, warnings = self._seen, []
+        if seen["marked"]:
+            warnings.append(
+                f"{plural(seen['marked'], 'row')} with marks of a chat template in the text, first {self._first_mark}: "
+                "the template of the base writes such marks itself, so rows that were written with a template already "
+                "teach a form that nobody will ask for"
+            )
+        if seen["open"]:
+            warnings.append(
+                f"{plural(seen['open'], 'row')} whose last answer ends with no token that ends an answer: what is "
+                "learned from them does not say when to stop"
+            )
+        return warnings
+
+    def _check(self, record: Record, ids: Sequence[int], learned: Sequence[bool]) -> None:
+        """Look whether the record has been through a template before, and whether its answer has an end."""
+        texts = [message.get("content") or "" for message in record.messages or ()]
+        mark = next((match for text in texts if (match := self._marks.search(text))), None)
+        if mark:
+            self._first_mark = self._first_mark or f"{mark[0]} in {record.source}"
+            self._seen["marked"] += 1
+        last = next(
+            (token for token, is_learned in zip(reversed(ids), reversed(learned), strict=True) if is_learned), None
+        )
+        self._seen["open"] += last is not None and last not in self._tokenizer.stop_ids
 
     def _pieces(self, record: Record) -> tuple[list[Piece], bool]:
         if self._template is None and record.completion is not None:
@@ -245,47 +293,87 @@ class Encoder:
         return rows
 
 
-def encode_all(records: Sequence[Record], encoder: Encoder) -> tuple[tuple[Row, ...], EncodeReport]:
+def encode_all(
+    records: Items[Record], encoder: Encoder, skipped: Skipped | None = None, on_record: OnRecord = _nobody
+) -> tuple[Spool[Row], EncodeReport]:
     """Encode all records and count what became of them.
 
     Args:
         records: Examples.
         encoder: Of the base.
+        skipped: Takes the records that the template refuses; without it a single one is too many.
+        on_record: Hears how many records are done, and of how many.
 
     Returns:
-        The rows that have something to learn, in order, and the counts.
+        The rows that have something to learn, in order, and the counts; the rows lie in a temporary file.
 
     Raises:
-        DataError: If the template refuses records, or if no row has a label.
+        DataError: If the template refuses too many records, or if no row has a label.
         BaseModelError: If conversations are given and the base has no template.
     """
-    problems = Problems()
-    rows: list[Row] = []
-    for record in records:
+    skipped = Skipped(is_strict=True) if skipped is None else skipped
+    rows, counted = Spool(_packed, _unpacked), _Counted()
+    for number, record in enumerate(records):
+        on_record(number, len(records))
         try:
-            rows += encoder.encode(record)
+            for row in encoder.encode(record):
+                if counted.hear(row):
+                    rows.append(row)
         except DataError as error:
-            problems.add(*(f"{record.source}: {problem}" for problem in error.problems))
-    raise_problems(problems)
-    empty = tuple(row.source for row in rows if not row.label_tokens)
-    kept = tuple(row for row in rows if row.label_tokens)
-    if not kept:
+            skipped.add(record.source, *error.problems)
+    skipped.check()
+    if not rows:
         raise DataError(
-            f"none of {plural(len(rows), 'row')} has a token to learn ({listing(dict.fromkeys(empty), most=3)}): "
-            "expected assistant turns or completions. For plain text set loss_on to auto or all."
+            f"none of {plural(len(records), 'row')} has a token to learn "
+            f"({listing(dict.fromkeys(counted.without_labels), most=3)}): expected assistant turns or completions. "
+            "For plain text set loss_on to auto or all."
         )
-    lengths = tuple(len(row.ids) for row in kept)
-    report = EncodeReport(
-        num_rows=len(kept),
-        tokens=sum(lengths),
-        label_tokens=sum(row.label_tokens for row in kept),
-        truncated_rows=sum(row.truncated_tokens > 0 for row in kept),
-        truncated_tokens=sum(row.truncated_tokens for row in kept),
-        rows_without_labels=empty,
-        longest=max(lengths),
-        lengths=lengths,
-    )
-    return kept, report
+    return rows, counted.report()
+
+
+class _Counted:
+    """Counts rows as they come."""
+
+    def __init__(self) -> None:
+        self.lengths = array("q")
+        self.without_labels: list[str] = []
+        self.label_tokens = self.truncated_rows = self.truncated_tokens = 0
+
+    def hear(self, row: Row) -> bool:
+        """Take a row into account; whether it has something to learn."""
+        labels = row.label_tokens
+        if not labels:
+            self.without_labels.append(row.source)
+            return False
+        self.lengths.append(len(row.ids))
+        self.label_tokens += labels
+        self.truncated_rows += row.truncated_tokens > 0
+        self.truncated_tokens += row.truncated_tokens
+        return True
+
+    def report(self) -> EncodeReport:
+        return EncodeReport(
+            num_rows=len(self.lengths),
+            tokens=sum(self.lengths),
+            label_tokens=self.label_tokens,
+            truncated_rows=self.truncated_rows,
+            truncated_tokens=self.truncated_tokens,
+            rows_without_labels=tuple(self.without_labels),
+            longest=max(self.lengths),
+            lengths=self.lengths,
+        )
+
+
+def _packed(row: Row) -> bytes:
+    """Two numbers, ids, labels, and where the row came from."""
+    head = np.array([len(row.ids), row.truncated_tokens], np.int32)
+    return head.tobytes() + row.ids.tobytes() + row.labels.tobytes() + row.source.encode(errors="surrogateescape")
+
+
+def _unpacked(packed: bytes) -> Row:
+    length, truncated_tokens = (int(number) for number in np.frombuffer(packed, np.int32, 2))
+    ids, labels = np.frombuffer(packed, np.int32, 2 * length, 8).reshape(2, length)
+    return Row(ids, labels, packed[8 + 8 * length :].decode(errors="surrogateescape"), truncated_tokens)
 
 
 def _learned(seen: Counter[str]) -> str:

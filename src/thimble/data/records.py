@@ -3,17 +3,74 @@
 import hashlib
 import importlib.resources
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from thimble.data.rows import Parsed, Record, parse_row, said
-from thimble.data.sources import find_files, kind_of, read_rows
+from thimble.data.sources import RawRow, find_files, kind_of, read_rows
+from thimble.data.spool import Chosen, Items, Spool
 from thimble.errors import DataError, Problems, listing, plural
 
-__all__ = ["Dataset", "Record", "general_records", "raise_problems", "read_dataset", "split_rows"]
+__all__ = ["Dataset", "Record", "Skipped", "general_records", "read_dataset", "split_rows"]
 
-MOST_PROBLEMS = 20
+MOST_TOLD = 20  # problems of rows in one message
+MOST_KEPT = 10_000  # problems of rows that are remembered; the others are counted
+SKIPPED_SHARE = 0.1  # of the rows: more that cannot be used are no dirt but a wrong form
+MOST_HELD_OUT = 2000  # rows: more would say nothing new and take hours to measure
+
+
+class SkippedRow(NamedTuple):
+    """A row that cannot be used."""
+
+    source: str  # "train.jsonl line 12"
+    problems: tuple[str, ...]  # with the source in front
+
+
+@dataclass
+class Skipped:
+    """Rows that cannot be used, and whether the others may be without them.
+
+    Attributes:
+        is_strict: Whether a single one is too many.
+        rows: Rows read so far, these included.
+        count: How many cannot be used.
+        found: The first of them.
+    """
+
+    is_strict: bool = False
+    rows: int = 0
+    count: int = 0
+    found: list[SkippedRow] = field(default_factory=list)
+
+    def add(self, source: str, *problems: str) -> None:
+        """Take note of a row that cannot be used."""
+        self.count += 1
+        if len(self.found) < MOST_KEPT:
+            told = (problem if problem.startswith(source) else f"{source}: {problem}" for problem in problems)
+            self.found.append(SkippedRow(source, tuple(told)))
+
+    def check(self) -> None:
+        """Refuse the data if too many rows cannot be used.
+
+        Raises:
+            DataError: With the first problems and the count of the others.
+        """
+        if not self.count or not (self.is_strict or self.count > SKIPPED_SHARE * self.rows):
+            return
+        problems = list(dict.fromkeys(problem for row in self.found for problem in row.problems))
+        more = sum(len(row.problems) for row in self.found) - len(self.found) + self.count - MOST_TOLD
+        told = problems[:MOST_TOLD]
+        if len(problems) > MOST_TOLD:
+            told.append(f"and {plural(more, 'more problem')} of this kind or another.")
+        if not self.is_strict and self.rows > self.count:
+            told.append(
+                f"{self.count:,} of {plural(self.rows, 'row')} cannot be used: one in ten may be left out, more is "
+                "rather a wrong form than a slip."
+            )
+        raise DataError(*told)
 
 
 @dataclass(frozen=True)
@@ -22,27 +79,25 @@ class Dataset:
 
     name: str  # of the file or folder, without suffix
     format: str  # "messages with tools", "Alpaca"; with counts if rows differ
-    train: tuple[Record, ...]
-    valid: tuple[Record, ...] | None  # None: the data has no file of its own for this
-    test: tuple[Record, ...] | None
+    train: Items[Record]
+    valid: Items[Record] | None  # None: the data has no file of its own for this
+    test: Items[Record] | None
     notes: tuple[str, ...]  # what the user should know: columns and files not used
     files: tuple[Path, ...]
-
-    @property
-    def is_text(self) -> bool:
-        """Whether all examples are plain text."""
-        return all(record.text is not None for record in self.train)
+    is_text: bool  # whether all training examples are plain text
+    skipped: Skipped  # what could not be used, so far
 
 
-def read_dataset(path: str | Path) -> Dataset:
+def read_dataset(path: str | Path, is_strict: bool = False) -> Dataset:
     """Read examples from a file or folder and check every row.
 
     Args:
         path: A .jsonl, .json, .csv, .parquet, .txt or .md file, may be gzipped, or a folder: with files named train,
             valid and test, or with data files, or with texts in it or below it.
+        is_strict: Refuse the data if a single row cannot be used; else up to a tenth of them is left out.
 
     Returns:
-        The examples, in the order of the files.
+        The examples, in the order of the files; they lie in a temporary file, not in memory.
 
     Raises:
         DataError: With everything that is wrong, each with file and line; the first 20 are told and the rest counted.
@@ -50,28 +105,34 @@ def read_dataset(path: str | Path) -> Dataset:
     """
     path = Path(path).expanduser()
     found = find_files(path)
-    problems = Problems()
-    notes = list(found.notes)
-    parsed = {split: _read_split(files, path, problems, notes) for split, files in found.files.items()}
-    raise_problems(problems)
-    everything = [row for rows in parsed.values() for row in rows]
-    unused = sorted(set().union(*(row.unused for row in everything)))
-    notes += [f"columns not used: {listing(unused)}"] if unused else []
-    records = {split: tuple(row.record for row in rows) for split, rows in parsed.items()}
+    problems, skipped, notes = Problems(), Skipped(is_strict), list(found.notes)
+    forms: dict[str, Counter[str]] = {split: Counter() for split in found.files}
+    unused: set[str] = set()
+    records: dict[str, Spool[Record]] = {}
+    for split, files in found.files.items():
+        records[split] = Spool(_packed, _unpacked)
+        for parsed in _parsed_rows(files, path, problems, notes, skipped):
+            records[split].append(parsed.record)
+            forms[split][parsed.form] += 1
+            unused |= parsed.unused
+    problems.attempt(skipped.check)
+    if problems.found:
+        raise DataError(*problems.found)
+    notes += [f"columns not used: {listing(sorted(unused))}"] if unused else []
     return Dataset(
         name=_name(path),
-        format=said(row.form for row in everything),
+        format=said(sum(forms.values(), Counter())),
         train=records["train"],
         valid=records.get("valid"),
         test=records.get("test"),
         notes=tuple(notes),
         files=tuple(file for files in found.files.values() for file in files),
+        is_text=set(forms["train"]) == {"plain text"},
+        skipped=skipped,
     )
 
 
-def split_rows(
-    records: Sequence[Record], valid_fraction: float, seed: int
-) -> tuple[tuple[Record, ...], tuple[Record, ...]]:
+def split_rows(records: Items[Record], valid_fraction: float, seed: int) -> tuple[Items[Record], tuple[Record, ...]]:
     """Hold some examples out, so that what was learned can be measured on others.
 
     A record's side depends on its content, the seed and the other contents, not on its place in the file; records of
@@ -79,7 +140,7 @@ def split_rows(
 
     Args:
         records: Examples.
-        valid_fraction: Share to hold out, from 0 up to 1.
+        valid_fraction: Share to hold out, from 0 up to 1; of many rows MOST_HELD_OUT.
         seed: Another seed holds out others.
 
     Returns:
@@ -90,16 +151,16 @@ def split_rows(
     for index, record in enumerate(records):
         groups.setdefault(_digest(record, seed), []).append(index)
     if valid_fraction <= 0 or len(groups) < 2:
-        return tuple(records), ()
+        return records, ()
     shuffled = [indices for _, indices in sorted(groups.items())]
-    wanted = min(max(1, round(valid_fraction * len(records))), len(records) - 1)
+    wanted = min(max(1, round(valid_fraction * len(records))), len(records) - 1, MOST_HELD_OUT)
     held: list[int] = []
     for indices in shuffled:
         if len(held) + len(indices) <= wanted:
             held += indices
     held = held or min(shuffled, key=len)
     chosen = set(held)
-    train = tuple(record for index, record in enumerate(records) if index not in chosen)
+    train = Chosen(records, [index for index in range(len(records)) if index not in chosen])
     return train, tuple(records[index] for index in sorted(chosen))
 
 
@@ -112,39 +173,49 @@ def general_records() -> tuple[Record, ...]:
     )
 
 
-def raise_problems(problems: Problems) -> None:
-    """Raise one DataError with the first problems and the count of the others; nothing if there are none."""
-    found = list(dict.fromkeys(problems.found))
-    if not found:
-        return
-    more = len(found) - MOST_PROBLEMS
-    if more > 0:
-        found = [*found[:MOST_PROBLEMS], f"and {plural(more, 'more problem')} of this kind or another."]
-    raise DataError(*found)
-
-
-def _read_split(files: Sequence[Path], root: Path, problems: Problems, notes: list[str]) -> list[Parsed]:
-    rows: list[Parsed] = []
-    before = len(problems.found)
+def _parsed_rows(
+    files: Sequence[Path], root: Path, problems: Problems, notes: list[str], skipped: Skipped
+) -> Iterator[Parsed]:
+    """The rows of some files, checked; what is wrong with a file or a row is noted, and the others are read."""
+    before, count = len(problems.found) + skipped.count, 0
     for file in files:
         name = str(file.relative_to(root)) if root.is_dir() else file.name
-        raw = read_rows(file, name, problems)
-        if not raw and len(problems.found) == before:
+        had = count
+        try:
+            for raw in read_rows(file, name):
+                parsed = _parsed(raw, skipped)
+                if parsed:
+                    count += 1
+                    yield parsed
+        except DataError as error:
+            problems.add(*error.problems)
+        if count == had and len(problems.found) + skipped.count == before:
             notes.append(f"{name} is empty")
-        for row in raw:
-            parsed = _parse(row.value, row.source, problems)
-            rows += [parsed] if parsed else []
-    if not rows and len(problems.found) == before:
+    if not count and len(problems.found) + skipped.count == before:
         problems.add(f"{listing(file.name for file in files)} has no text: expected at least one example.")
-    return rows
 
 
-def _parse(value: object, source: str, problems: Problems) -> Parsed | None:
+def _parsed(raw: RawRow, skipped: Skipped) -> Parsed | None:
+    skipped.rows += 1
     try:
-        return parse_row(value, source)
+        if not raw.problem:
+            return parse_row(raw.value, raw.source)
+        skipped.add(raw.source, raw.problem)
     except DataError as error:
-        problems.add(*(f"{source}: {problem}" for problem in error.problems))
-        return None
+        skipped.add(raw.source, *error.problems)
+    return None
+
+
+def _packed(record: Record) -> bytes:
+    """A record as JSON, without what is empty; values of Parquet files that JSON does not know become text."""
+    fields = {name: value for name, value in vars(record).items() if value is not None}
+    return json.dumps(fields, default=str).encode()
+
+
+def _unpacked(packed: bytes) -> Record:
+    fields = json.loads(packed)
+    lists = {name: tuple(fields[name]) for name in ("messages", "tools") if name in fields}
+    return Record(**{**fields, **lists})
 
 
 def _name(path: Path) -> str:

@@ -5,7 +5,7 @@ the place: the caller puts the file and line in front.
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -305,11 +305,8 @@ def _loaded(value: Any) -> Any:
     return value
 
 
-def said(forms: Iterable[str]) -> str:
-    """Say in which form the rows are, with counts if they are mixed."""
-    counts: dict[str, int] = {}
-    for form in forms:
-        counts[form] = counts.get(form, 0) + 1
+def said(counts: Mapping[str, int]) -> str:
+    """Say in which form the rows are, by how many there are of each, with counts if they are mixed."""
     if len(counts) < 2:
         return next(iter(counts), "")
     return ", ".join(f"{form} ({count:,})" for form, count in sorted(counts.items(), key=lambda item: -item[1]))

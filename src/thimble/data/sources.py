@@ -1,22 +1,27 @@
 """From files to rows as they stand in them, each with the place it came from; what a row means is not known here."""
 
+import codecs
 import csv
 import difflib
 import gzip
 import io
+import itertools
 import json
 import re
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple, cast
 
-from thimble.errors import DataError, MissingPackageError, Problems, listing
+from thimble.errors import DataError, MissingPackageError, listing
 
 TABLES = (".jsonl", ".json", ".csv", ".parquet")
 TEXTS = (".txt", ".md")
 SPLITS = {"train": "train", "valid": "valid", "validation": "valid", "val": "valid", "dev": "valid", "test": "test"}
+MOST_LINE_BYTES = 1 << 28  # a file without line ends is no file of rows
+MOST_WHOLE_BYTES = 1 << 31
+PARQUET_ROWS = 1000  # read at a time
 _SPLIT_NAME = re.compile(rf"({'|'.join(SPLITS)})([-_.]\d+(-of-\d+)?)?", re.IGNORECASE)
 
 
@@ -25,6 +30,7 @@ class RawRow(NamedTuple):
 
     value: Any
     source: str  # "train.jsonl line 12"
+    problem: str = ""  # why it cannot be read; then there is no value
 
 
 class Found(NamedTuple):
@@ -51,6 +57,8 @@ def find_files(path: Path) -> Found:
             return _in_folder(path)
         if not path.exists():
             raise DataError(f"{path} does not exist{_near(path)}: expected a {_KINDS} file, or a folder of such files.")
+        if not path.is_file():  # a pipe or a device would be waited for
+            raise DataError(f"{path} is no regular file: expected a {_KINDS} file, or a folder of such files.")
     except OSError as error:
         raise DataError(f"{path} cannot be opened: {error.strerror or error}. Expected a file or a folder.") from error
     if kind_of(path) is None:
@@ -69,33 +77,36 @@ def kind_of(path: Path) -> str | None:
     return next((suffix for suffix in TABLES + TEXTS if name.endswith(suffix)), None)
 
 
-def read_rows(path: Path, name: str, problems: Problems) -> list[RawRow]:
-    """Read all rows of one file.
+def read_rows(path: Path, name: str) -> Iterator[RawRow]:
+    """Read the rows of one file, one after the other: a file of lines is never held in memory whole.
 
     Args:
         path: A file of a known kind.
         name: What to call it in messages.
-        problems: Takes what is wrong with it.
 
-    Returns:
-        The rows that could be read; for a text file the whole text is one row.
+    Yields:
+        RawRow: The rows, those that cannot be read with the problem; for a text file the whole text is one row.
+
+    Raises:
+        DataError: If the file itself cannot be read, or has no rows.
+        MissingPackageError: If it is a Parquet file and pyarrow is not installed.
     """
-    kind = kind_of(path)
-    reader = _PARSERS.get(kind or "")
-    content = problems.attempt(_bytes_of, path, name)
-    if content is None:
-        return []
-    if kind == ".parquet":
-        _require_pyarrow(name)
-        return problems.attempt(_parquet, content, name) or []
-    text = problems.attempt(_decode, content, name)
-    if text is None or reader is None:
-        return []
-    if not text.strip():
-        if kind in TABLES:
-            problems.add(f"{name} is empty: expected rows.")
-        return []
-    return list(reader(text, name, problems))
+    kind = kind_of(path) or ""
+    count = 0
+    try:
+        with path.open("rb") as whole:
+            file = gzip.GzipFile(fileobj=whole) if path.name.lower().endswith(".gz") else whole
+            if file.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff"):
+                raise DataError(f"{name} is UTF-16: expected UTF-8. Save it again with that encoding.")
+            for row in _PARSERS[kind](cast(IO[bytes], file), name):
+                count += 1
+                yield row
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{name} cannot be unpacked: {error}. Expected a whole gzip file; fetch it again.") from error
+    except OSError as error:
+        raise DataError(f"{name} cannot be read: {error.strerror or error}.") from error
+    if not count and kind in TABLES:
+        raise DataError(f"{name} is empty: expected rows.")
 
 
 def _near(path: Path) -> str:
@@ -143,67 +154,84 @@ def _left_out(top: Iterable[Path], splits: dict[str, list[Path]]) -> list[str]:
     return [f"files not used: {listing(others)}"] if others else []
 
 
-def _bytes_of(path: Path, name: str) -> bytes:
-    try:
-        if path.name.lower().endswith(".gz"):
-            with gzip.open(path) as file:
-                return file.read()
-        return path.read_bytes()
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"{name} cannot be unpacked: {error}. Expected a whole gzip file; fetch it again.") from error
-    except OSError as error:
-        raise DataError(f"{name} cannot be read: {error.strerror or error}.") from error
-
-
-def _decode(content: bytes, name: str) -> str:
-    if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise DataError(f"{name} is UTF-16: expected UTF-8. Save it again with that encoding.")
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise DataError(
-            f"{name} line {line} is not UTF-8: byte 0x{content[error.start]:02x} at offset {error.start:,}. "
-            "Save the file again with UTF-8 encoding."
-        ) from error
-    return text.replace("\r\n", "\n")
-
-
-def _text(text: str, name: str, problems: Problems) -> Iterator[RawRow]:
-    yield RawRow({"text": text}, name)
-
-
-def _json_lines(text: str, name: str, problems: Problems) -> Iterator[RawRow]:
+def _lines(file: IO[bytes], name: str) -> Iterator[tuple[int, bytes]]:
+    """Numbered lines without their ends, without a byte order mark."""
     # Not splitlines(): JSON text may hold U+2028, which that takes for the end of a line.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            yield RawRow(json.loads(line), f"{name} line {number}")
-        except (ValueError, RecursionError) as error:
-            problems.add(f"{name} line {number} is not valid JSON: {_reason(error)}. Expected one JSON object a line.")
+    for number in itertools.count(1):
+        line = file.readline(MOST_LINE_BYTES + 1)
+        if not line:
+            return
+        if len(line) > MOST_LINE_BYTES:
+            raise DataError(
+                f"{name} line {number} is longer than {MOST_LINE_BYTES:,} bytes: expected one example a line."
+            )
+        line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+        yield number, line.removesuffix(b"\n").removesuffix(b"\r")
 
 
-def _json(text: str, name: str, problems: Problems) -> Iterator[RawRow]:
+def _decoded(line: bytes, source: str) -> str:
     try:
-        value = json.loads(text)
+        return line.decode()
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{source} is not UTF-8: byte 0x{line[error.start]:02x} at column {error.start + 1:,}. "
+            "Save the file again with UTF-8 encoding."
+        ) from None
+
+
+def _whole(file: IO[bytes], name: str) -> str:
+    """The text of a file, its line ends as on Unix."""
+    lines, size = [], 0
+    for number, line in _lines(file, name):
+        lines.append(_decoded(line, f"{name} line {number}"))
+        size += len(line) + 1
+        if size > MOST_WHOLE_BYTES:
+            raise DataError(
+                f"{name} is larger than {MOST_WHOLE_BYTES:,} bytes, and its kind is read as a whole: write it as "
+                ".jsonl, which is read line by line."
+            )
+    return "\n".join(lines)
+
+
+def _text(file: IO[bytes], name: str) -> Iterator[RawRow]:
+    text = _whole(file, name)
+    if text.strip():
+        yield RawRow({"text": text}, name)
+
+
+def _json_lines(file: IO[bytes], name: str) -> Iterator[RawRow]:
+    for number, line in _lines(file, name):
+        if line.strip():
+            yield _json_line(line, f"{name} line {number}")
+
+
+def _json_line(line: bytes, source: str) -> RawRow:
+    try:
+        return RawRow(json.loads(_decoded(line, source)), source)
+    except DataError as error:
+        return RawRow(None, source, error.problems[0])
+    except (ValueError, RecursionError) as error:
+        problem = f"{source} is not valid JSON: {_reason(error)}. Expected one JSON object a line."
+        return RawRow(None, source, problem)
+
+
+def _json(file: IO[bytes], name: str) -> Iterator[RawRow]:
+    text = _whole(file, name)
+    try:
+        value = json.loads(text) if text.strip() else []
     except (ValueError, RecursionError) as error:
         if getattr(error, "msg", "") == "Extra data":  # many .json files hold one object a line
-            yield from _json_lines(text, name, problems)
+            yield from _json_lines(io.BytesIO(text.encode()), name)
             return
         line = f" line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
-        problems.add(f"{name}{line} is not valid JSON: {_reason(error)}. Expected an array of objects.")
-        return
+        raise DataError(f"{name}{line} is not valid JSON: {_reason(error)}. Expected an array of objects.") from None
     if isinstance(value, dict):
         arrays = [key for key, inner in value.items() if isinstance(inner, list) and _holds_objects(inner)]
         is_row = not arrays or bool({"messages", "conversations"} & set(arrays))
         value = [value] if is_row else value[arrays[0]] if len(arrays) == 1 else value
     if not isinstance(value, list):
         found = f"an object with the arrays {listing(arrays)}" if isinstance(value, dict) else _kind(value)
-        problems.add(f"{name} is {found}: expected an array of objects, or an object with one such array inside.")
-        return
-    if not value:
-        problems.add(f"{name} is empty: expected rows.")
+        raise DataError(f"{name} is {found}: expected an array of objects, or an object with one such array inside.")
     for number, row in enumerate(value, start=1):
         yield RawRow(row, f"{name} row {number}")
 
@@ -223,65 +251,65 @@ def _kind(value: Any) -> str:
     return names.get(type(value), "an object" if isinstance(value, dict) else type(value).__name__)
 
 
-def _csv(text: str, name: str, problems: Problems) -> Iterator[RawRow]:
+def _csv(file: IO[bytes], name: str) -> Iterator[RawRow]:
     limit = csv.field_size_limit(sys.maxsize)  # the default refuses documents of 128 KiB
     try:
-        yield from _csv_rows(text, name, problems)
+        yield from _csv_rows((f"{_decoded(line, f'{name} line {n}')}\n" for n, line in _lines(file, name)), name)
     except csv.Error as error:
-        problems.add(f"{name} is not valid CSV: {error}. Expected cells with commas or line breaks in double quotes.")
+        raise DataError(
+            f"{name} is not valid CSV: {error}. Expected cells with commas or line breaks in double quotes."
+        ) from None
     finally:
         csv.field_size_limit(limit)
 
 
-def _csv_rows(text: str, name: str, problems: Problems) -> Iterator[RawRow]:
-    first = text[: text.find("\n")] if "\n" in text else text
+def _csv_rows(lines: Iterator[str], name: str) -> Iterator[RawRow]:
+    first = next(lines, "")
+    if not first.strip():
+        return
     delimiter = next((mark for mark in "\t;" if mark in first and "," not in first), ",")
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    reader = csv.reader(itertools.chain([first], lines), delimiter=delimiter, strict=True)
     header = [cell.strip() for cell in next(reader)]
-    line = reader.line_num + 1
-    count = 0
+    line, count = reader.line_num + 1, 0
     for cells in reader:
         source, line = f"{name} line {line}", reader.line_num + 1
         if not any(cells):
             continue
         count += 1
-        if len(cells) != len(header):
-            problems.add(
-                f"{source} has {len(cells)} cells: expected {len(header)}, as in the header ({listing(header)}). "
-                "Put cells that hold commas or line breaks in double quotes."
-            )
+        if len(cells) == len(header):
+            yield RawRow({key: cell for key, cell in zip(header, cells, strict=True) if cell}, source)
             continue
-        yield RawRow({key: cell for key, cell in zip(header, cells, strict=True) if cell}, source)
+        problem = (
+            f"{source} has {len(cells)} cells: expected {len(header)}, as in the header ({listing(header)}). "
+            "Put cells that hold commas or line breaks in double quotes."
+        )
+        yield RawRow(None, source, problem)
     if not count:
-        problems.add(f"{name} has a header and no rows: expected at least one row below {listing(header)}.")
+        raise DataError(f"{name} has a header and no rows: expected at least one row below {listing(header)}.")
 
 
-def _require_pyarrow(name: str) -> None:
+def _parquet(file: IO[bytes], name: str) -> Iterator[RawRow]:
     try:
-        import pyarrow.parquet  # noqa: F401
+        import pyarrow
+        import pyarrow.parquet
     except ImportError as error:
         raise MissingPackageError(
             f'{name} is a Parquet file: reading it needs pyarrow. Install it with: pip install "thimble-lora[parquet]"'
         ) from error
-
-
-def _parquet(content: bytes, name: str) -> list[RawRow]:
-    import pyarrow
-    import pyarrow.parquet
-
     try:
-        rows = pyarrow.parquet.read_table(pyarrow.BufferReader(content)).to_pylist()
+        groups = pyarrow.parquet.ParquetFile(file).iter_batches(PARQUET_ROWS)
+        rows = (row for group in groups for row in group.to_pylist())
+        for number, row in enumerate(rows, start=1):
+            yield RawRow(row, f"{name} row {number}")
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{name} is not a whole Parquet file: {error}. Fetch it again.") from error
-    if not rows:
-        raise DataError(f"{name} is empty: expected rows.")
-    return [RawRow(row, f"{name} row {number}") for number, row in enumerate(rows, start=1)]
 
 
-_PARSERS: dict[str, Callable[[str, str, Problems], Iterator[RawRow]]] = {
+_PARSERS: dict[str, Callable[[IO[bytes], str], Iterator[RawRow]]] = {
     ".jsonl": _json_lines,
     ".json": _json,
     ".csv": _csv,
+    ".parquet": _parquet,
     ".txt": _text,
     ".md": _text,
 }

@@ -7,7 +7,8 @@ from thimble.core.adapter import Adapter
 from thimble.core.config import EvaluateConfig
 from thimble.core.estimate import Way, cache_token_bytes
 from thimble.core.metrics import Metric
-from thimble.data.records import Record
+from thimble.data.records import Dataset, Record
+from thimble.data.spool import Items
 from thimble.errors import Problems, plural
 from thimble.verbs.events import OnEvent, ShouldStop, Teller, ignore, never
 from thimble.verbs.measure import HeldOut, Question, choose_metric, make_questions, measure, scores_of
@@ -20,6 +21,7 @@ from thimble.verbs.prepare import (
     open_data,
     open_model,
     open_session,
+    tell_skipped,
 )
 
 SHOWN_ANSWERS = 3
@@ -121,22 +123,23 @@ def _prepare(
     problems = Problems(config.problems)
     tell.stage("reading the base and the examples")
     model = problems.attempt(open_model, config.base)
-    records = problems.attempt(_records, config.data)
+    records = problems.attempt(_records, config.data, config.strict)
     adapters = open_adapters(config.adapter, model.base if model else None, problems)
     examples = None
     if model and records is not None:
         dataset, rows = records
-        examples = problems.attempt(encode_examples, dataset, (), rows, model, config)
+        examples = problems.attempt(encode_examples, dataset, (), rows, model, config, tell)
     questions = make_questions(examples.valid_records, examples.encoder, config.eval_rows) if examples else []
     chosen = problems.attempt(choose_metric, config.metric, questions)
     model, examples, chosen = problems.required(model, examples, chosen)
     tell.note(f"data: {plural(len(examples.valid), 'row')} of {examples.dataset.format}")
     for note in (*examples.dataset.notes, *examples.encoder.notes):
         tell.note(note)
+    tell_skipped(examples.dataset, tell)
     return model, examples, adapters, questions, chosen
 
 
-def _records(path: str) -> tuple[Any, tuple[Record, ...]]:
+def _records(path: str, is_strict: bool) -> tuple[Dataset, Items[Record]]:
     """The rows to measure on: the test file of a folder, else its valid file, else all rows."""
-    dataset = open_data(path)
+    dataset = open_data(path, is_strict)
     return dataset, dataset.test or dataset.valid or dataset.train

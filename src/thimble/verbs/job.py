@@ -1,5 +1,6 @@
 """A training run, checked and decided but not begun: what `train` carries out and `plan` describes."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +24,8 @@ from thimble.core.metrics import Metric
 from thimble.core.sizes import MICRO_BATCH_TOKENS, padded
 from thimble.core.targets import Size, select_layers
 from thimble.data.encode import Row, encode_all
-from thimble.data.records import Dataset, general_records, split_rows
+from thimble.data.records import MOST_HELD_OUT, Dataset, general_records, split_rows
+from thimble.data.spool import Chosen
 from thimble.errors import DoesNotFitError, Problems, plural
 from thimble.verbs import run_folder
 from thimble.verbs.checkpoint import Checkpoint, check_origin, latest_checkpoint, origin_of
@@ -118,7 +120,7 @@ def prepare_job(config: TrainConfig, tell: Teller, needs_folder: bool = True) ->
         InputError: With every problem found.
     """
     tell.stage("reading the base and the examples")
-    checked = _check(config, needs_folder)
+    checked = _check(config, needs_folder, tell)
     tell.note(f"base: {describe_base(checked.model)}")
     tell_examples(checked.examples, tell)
     return _decide(config, checked, tell)
@@ -136,11 +138,11 @@ class _Checked(NamedTuple):
     folder: Path
 
 
-def _check(config: TrainConfig, needs_folder: bool) -> _Checked:
+def _check(config: TrainConfig, needs_folder: bool, tell: Teller) -> _Checked:
     """Read everything, and refuse the run with every problem found."""
     problems = Problems(config.problems)
     model = problems.attempt(open_model, config.base)
-    dataset = problems.attempt(open_data, config.data)
+    dataset = problems.attempt(open_data, config.data, config.strict)
     layers = problems.attempt(select_layers, config.targets, model.base.spec.linear_shapes()) if model else None
     folder = run_folder.choose_folder(config.out, config.data)
     sizes = problems.attempt(check_start, config, model, layers, folder) if model and layers else None
@@ -148,7 +150,7 @@ def _check(config: TrainConfig, needs_folder: bool) -> _Checked:
         trained = adapter_parameters(model.base.spec, sizes, config.use_dora) if model and sizes else 0
         needed = RUN_FOLDER_BYTES + trained * 4 * ADAPTER_FILES
         problems.attempt(run_folder.check_folder, folder, config.resume, needed)
-    examples = problems.attempt(_split_and_encode, dataset, model, config) if model and dataset else None
+    examples = problems.attempt(_split_and_encode, dataset, model, config, tell) if model and dataset else None
     questions = make_questions(examples.valid_records, examples.encoder, config.eval_rows) if examples else []
     metric = problems.attempt(choose_metric, config.metric, questions)
     return _Checked(*problems.required(model, layers, sizes, examples, questions, metric, folder))
@@ -179,8 +181,8 @@ def _decide(config: TrainConfig, checked: _Checked, tell: Teller) -> Job:
     watched, every = _choose_watched(config, examples, course.total_steps or course.minutes * 60 / seconds)
     _tell_watched(config, watched, every, tell)
     origin = origin_of(
-        model.base, (*examples.train, *examples.valid), compute=compute, cores=str(num_cores()), way=str(way),
-        torch=torch_version(),
+        model.base, itertools.chain(examples.train, examples.valid), compute=compute, cores=str(num_cores()),
+        way=str(way), torch=torch_version(),
     )  # fmt: skip
     checkpoint = latest_checkpoint(folder) if config.resume else None
     if checkpoint:
@@ -206,25 +208,31 @@ def _decide(config: TrainConfig, checked: _Checked, tell: Teller) -> Job:
 def _general_rows(model: Model, config: TrainConfig) -> tuple[Row, ...]:
     """General text for the forgetting check; conversations only where the base has a template for them."""
     records = [record for record in general_records() if model.template or record.text is not None]
-    return encode_all(records, make_encoder(model, config.replace(loss_on="auto")))[0]
+    return tuple(encode_all(records, make_encoder(model, config.replace(loss_on="auto")))[0])
 
 
-def _split_and_encode(dataset: Dataset, model: Model, config: TrainConfig) -> Examples:
+def _split_and_encode(dataset: Dataset, model: Model, config: TrainConfig, tell: Teller) -> Examples:
     if dataset.valid is not None:
-        return encode_examples(dataset, dataset.train, dataset.valid, model, config)
+        return encode_examples(dataset, dataset.train, dataset.valid, model, config, tell)
     if dataset.is_text:
-        return _split_pieces(encode_examples(dataset, dataset.train, (), model, config), config.valid_split)
+        return _split_pieces(encode_examples(dataset, dataset.train, (), model, config, tell), config.valid_split)
     train, valid = split_rows(dataset.train, config.valid_split, config.seed)
-    return encode_examples(dataset, train, valid, model, config)
+    return encode_examples(dataset, train, valid, model, config, tell)
 
 
 def _split_pieces(examples: Examples, share: float) -> Examples:
     """Hold out pieces of long texts, evenly spread: a file of text is one record but many rows."""
     rows = examples.train
-    count = max(1, round(len(rows) * share)) if share and len(rows) > 1 else 0
+    count = min(max(1, round(len(rows) * share)), MOST_HELD_OUT) if share and len(rows) > 1 else 0
     held = {int((number + 0.5) * len(rows) / count) for number in range(count)}
-    train, valid = (tuple(row for i, row in enumerate(rows) if (i in held) == is_held) for is_held in (False, True))
-    return replace(examples, train=train, valid=valid)
+    learned = [number for number in range(len(rows)) if number not in held]
+    lengths = [examples.train_report.lengths[number] for number in learned]
+    report = replace(
+        examples.train_report, num_rows=len(learned), lengths=lengths, tokens=sum(lengths), longest=max(lengths),
+        label_tokens=sum(rows[number].label_tokens for number in learned),
+    )  # fmt: skip
+    valid = tuple(rows[number] for number in sorted(held))
+    return replace(examples, train=Chosen(rows, learned), train_report=report, valid=valid)
 
 
 def describe_base(model: Model) -> str:

@@ -3,6 +3,7 @@
 Each step collects its problems instead of raising, so that a user hears of all of them at once.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from thimble.core.config import BaseKnobs, MeasureKnobs
 from thimble.core.estimate import Way
 from thimble.data.encode import Encoder, EncodeReport, Row, encode_all
 from thimble.data.records import Dataset, Record, general_records, read_dataset
+from thimble.data.spool import Items
 from thimble.data.template import ChatTemplate
 from thimble.data.tokenizer import Tokenizer, tokenizer_from_folder, tokenizer_from_gguf
 from thimble.errors import AdapterError, BaseModelError, ConfigError, MissingPackageError, Problems, listing, plural
@@ -25,6 +27,7 @@ from thimble.verbs.events import Teller
 if TYPE_CHECKING:
     from thimble.torch_backend.session import TorchSession
 
+SHOWN_SKIPPED = 3  # rows that cannot be used, told of in full
 SAMPLE_TOKENS = 512  # of text that shows compute int8 which columns of the activations are large
 
 
@@ -155,7 +158,7 @@ class Examples:
 
     dataset: Dataset
     encoder: Encoder
-    train: tuple[Row, ...]
+    train: Items[Row]
     train_report: EncodeReport
     valid: tuple[Row, ...]
     valid_records: tuple[Record, ...]
@@ -168,13 +171,22 @@ def make_encoder(model: Model, config: MeasureKnobs) -> Encoder:
 
 
 def encode_examples(
-    dataset: Dataset, train: Sequence[Record], valid: Sequence[Record], model: Model, config: MeasureKnobs
+    dataset: Dataset,
+    train: Items[Record],
+    valid: Items[Record],
+    model: Model,
+    config: MeasureKnobs,
+    tell: Teller,
 ) -> Examples:
-    """Turn records into rows."""
+    """Turn records into rows; what the template refuses is left out with the rest that cannot be used."""
     encoder = make_encoder(model, config)
-    train_rows, train_report = encode_all(train, encoder) if train else ((), EncodeReport())
-    valid_rows, valid_report = encode_all(valid, encoder) if valid else ((), EncodeReport())
-    return Examples(dataset, encoder, train_rows, train_report, valid_rows, tuple(valid), valid_report)
+    on_record = functools.partial(tell.progress, "rows encoded")
+    sides = [
+        encode_all(part, encoder, dataset.skipped, on_record) if part else ((), EncodeReport())
+        for part in (train, valid)
+    ]
+    (train_rows, train_report), (valid_rows, valid_report) = sides
+    return Examples(dataset, encoder, train_rows, train_report, tuple(valid_rows), tuple(valid), valid_report)
 
 
 def tell_examples(examples: Examples, tell: Teller) -> None:
@@ -184,31 +196,57 @@ def tell_examples(examples: Examples, tell: Teller) -> None:
     tell.note(f"data: {plural(len(examples.train), 'row')} of {dataset.format} to learn from, {held} held out")
     for note in (*dataset.notes, *examples.encoder.notes):
         tell.note(note)
-    seen = {row.ids.tobytes() for row in examples.train}
-    known = [row.source for row in examples.valid if row.ids.tobytes() in seen]
+    tell_skipped(dataset, tell)
+    for warning in examples.encoder.warnings:
+        tell.warning(warning)
+    held_ids = {row.ids.tobytes(): row.source for row in examples.valid}
+    known = {held_ids[ids] for row in examples.train if (ids := row.ids.tobytes()) in held_ids} if held_ids else ()
     if known:
         tell.warning(
             f"{plural(len(known), 'held-out row')} also among the training rows, where memory is enough to do well: "
-            f"{listing(known, 3)}"
+            f"{listing(sorted(known), 3)}"
         )
     for name, report in (("training", examples.train_report), ("held-out", examples.valid_report)):
-        if report.truncated_rows:
-            tell.warning(
-                f"{plural(report.truncated_rows, f'{name} row')} longer than seq_len lost "
-                f"{plural(report.truncated_tokens, 'token')} in all"
-            )
-        if report.rows_without_labels:
-            sources = listing(report.rows_without_labels, 3)
-            tell.warning(
-                f"{plural(len(report.rows_without_labels), f'{name} row')} left out, nothing to learn: {sources}"
-            )
+        _tell_lengths(name, report, tell)
 
 
-def open_data(path: str) -> Dataset:
+def tell_skipped(dataset: Dataset, tell: Teller) -> None:
+    """Warn of rows that cannot be used, with the first of them."""
+    skipped = dataset.skipped
+    if skipped.count:
+        problems = (problem for row in skipped.found[:SHOWN_SKIPPED] for problem in row.problems[:1])
+        tell.warning(
+            f"{skipped.count:,} of {plural(skipped.rows, 'row')} cannot be used and left out (--strict refuses them): "
+            f"{listing(problems, SHOWN_SKIPPED)}"
+        )
+
+
+def _tell_lengths(name: str, report: EncodeReport, tell: Teller) -> None:
+    """Warn of rows that were cut, or that have nothing to learn."""
+    if report.truncated_rows:
+        share = report.truncated_rows / report.num_rows
+        tell.warning(
+            f"{plural(report.truncated_rows, f'{name} row')} longer than seq_len ({share:.0%}) lost "
+            f"{plural(report.truncated_tokens, 'token')} in all"
+        )
+    if report.rows_without_labels:
+        sources = listing(report.rows_without_labels, 3)
+        tell.warning(f"{plural(len(report.rows_without_labels), f'{name} row')} left out, nothing to learn: {sources}")
+
+
+def skipped_rows(examples: Examples) -> list[dict[str, str]]:
+    """Every row that was left out, with where it stands and why."""
+    rows = [{"source": row.source, "problem": "; ".join(row.problems)} for row in examples.dataset.skipped.found]
+    for report in (examples.train_report, examples.valid_report):
+        rows += [{"source": source, "problem": "nothing to learn"} for source in report.rows_without_labels]
+    return rows
+
+
+def open_data(path: str, is_strict: bool) -> Dataset:
     """Read the examples; see thimble.data.records. Refuses an empty name, which no flag or file gave."""
     if not path:
         raise ConfigError("no data is given: name a file or folder of examples, as in: thimble train examples.jsonl")
-    return read_dataset(path)
+    return read_dataset(path, is_strict)
 
 
 def choose_store(config: BaseKnobs, base: Base, compute: str) -> tuple[tuple[str, ...], str]:

@@ -1,5 +1,6 @@
 """`thimble train`: from examples to an adapter, with proof of what it learned. The one training loop is here."""
 
+import json
 import math
 import resource
 import time
@@ -26,7 +27,7 @@ from thimble.verbs.events import OnEvent, ShouldStop, Teller, ignore, never
 from thimble.verbs.guard import Guard, Plateau, Verdict
 from thimble.verbs.job import Job, prepare_job
 from thimble.verbs.measure import Answer, held_out_loss, measure, scores_of
-from thimble.verbs.prepare import open_session
+from thimble.verbs.prepare import open_session, skipped_rows
 from thimble.verbs.start import Start, make_start
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ class TrainReport:
         task_after: The same after training.
         task_rows: Rows answered.
         samples: Held-out questions with reference and both answers.
+        skipped_rows: Rows left out, which skipped.jsonl lists with the reasons.
         adapter_parameters: Numbers in the adapter.
         base_parameters: Numbers in the base.
         start: What was measured for the choice of init and ranks, and the seconds it took.
@@ -96,6 +98,7 @@ class TrainReport:
     task_after: Mapping[str, float] = field(default_factory=dict)
     task_rows: int = 0
     samples: list[dict[str, str]] = field(default_factory=list)
+    skipped_rows: int = 0
     adapter_parameters: int = 0
     base_parameters: int = 0
     start: dict[str, Any] = field(default_factory=dict)
@@ -185,6 +188,10 @@ class _Run:
         checkpoint = self.job.checkpoint
         clear_unfinished(folder)
         run_folder.write_config(folder, config.resolved())
+        skipped = skipped_rows(self.job.examples)
+        if skipped:
+            run_folder.write_text(folder / "skipped.jsonl", "".join(json.dumps(row) + "\n" for row in skipped))
+        self.report.skipped_rows = len(skipped)
         if INITS[init_name(config.init)].needs != "nothing" and not checkpoint:
             plain = replace(start.adapter, origin={})
             run_folder.publish_adapter(folder, plain, run_folder.START)

@@ -1,0 +1,92 @@
+"""Items kept in a file without a name instead of in memory, so that a million examples take little of it.
+
+Reads like a list. The system removes the file when the process ends, however it ends. What an item is made of is the
+owner's business: it hands in how to write one and how to read it back.
+"""
+
+import tempfile
+import threading
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Generic, TypeVar
+
+from thimble.core.machine import cache_folder
+
+T = TypeVar("T")
+
+
+class Spool(Generic[T]):
+    """A list on disk, to which items are appended.
+
+    Args:
+        pack: An item to bytes.
+        unpack: Those bytes to the item.
+
+    Example:
+        >>> words = Spool(str.encode, bytes.decode)
+        >>> words.append("one"), words.append("two"), len(words), words[1]
+        (None, None, 2, 'two')
+    """
+
+    def __init__(self, pack: Callable[[T], bytes], unpack: Callable[[bytes], T]) -> None:
+        self._pack, self._unpack = pack, unpack
+        self._file = _nameless_file()
+        self._ends = array("q", [0])
+        self._lock = threading.Lock()  # a file has one position
+
+    def append(self, item: T) -> None:
+        """Add an item at the end."""
+        packed = self._pack(item)
+        with self._lock:
+            self._file.seek(self._ends[-1])
+            self._file.write(packed)
+        self._ends.append(self._ends[-1] + len(packed))
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, number: int) -> T:
+        if not -len(self) <= number < len(self):  # where iteration ends
+            raise IndexError(f"item {number} of {len(self)}")
+        begin, end = (self._ends[number % len(self) + side] for side in (0, 1))
+        with self._lock:
+            self._file.seek(begin)
+            return self._unpack(self._file.read(end - begin))
+
+    def __iter__(self) -> Iterator[T]:
+        return (self[number] for number in range(len(self)))
+
+
+class Chosen(Generic[T]):
+    """Some items of another list, in a given order; nothing is copied.
+
+    Args:
+        items: The other list.
+        numbers: Which of them.
+    """
+
+    def __init__(self, items: "Items[T]", numbers: Sequence[int]) -> None:
+        self._items, self._numbers = items, array("q", numbers)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, number: int) -> T:
+        return self._items[self._numbers[number]]
+
+    def __iter__(self) -> Iterator[T]:
+        return (self._items[number] for number in self._numbers)
+
+
+Items = Spool[T] | Chosen[T] | Sequence[T]
+
+
+def _nameless_file() -> IO[bytes]:
+    """A temporary file beside the measurements of this machine: the system's own place for them may be memory."""
+    folder: Path | None = cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryFile(dir=folder)
+    except OSError:  # a home that cannot be written
+        return tempfile.TemporaryFile()
