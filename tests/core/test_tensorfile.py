@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import os
+import random
+import resource
 import struct
 import time
 from pathlib import Path
@@ -15,6 +17,7 @@ import safetensors.numpy
 from thimble.core.quantize import from_bfloat16, to_bfloat16
 from thimble.core.tensorfile import open_tensors, rewrite_safetensors, write_safetensors
 from thimble.errors import BaseModelError
+from torture.foreign_files import compare_with_reference, damaged_tensors
 
 Q4_0, Q8_0, BF16 = (gguf.GGMLQuantizationType[name] for name in ("Q4_0", "Q8_0", "BF16"))
 
@@ -128,7 +131,7 @@ def test_raw_bytes_are_a_read_only_view_of_the_map(tmp_path):
 @pytest.mark.parametrize(("kind", "name"), [(23, "IQ4_XS"), (99, "type 99")])
 def test_a_type_that_cannot_be_decoded_is_listed_and_refused_only_when_read(tmp_path, kind, name):
     path = tmp_path / "exotic.gguf"
-    path.write_bytes(gguf_bytes(tensors=[tensor_entry("odd", (256, 2), kind), tensor_entry()], data=bytes(256)))
+    path.write_bytes(gguf_bytes(tensors=[tensor_entry(), tensor_entry("odd", (256, 2), kind, 256)], data=bytes(512)))
     file = open_tensors(path)
     assert file.tensors["odd"].dtype == name
     assert file.tensors["odd"].shape == (2, 256)
@@ -161,12 +164,15 @@ DAMAGED_GGUF = {
     "the first version": (gguf_bytes(version=1), "version 1"),
     "big-endian": (gguf_bytes(version=3 << 24), "big-endian"),
     "nothing behind the magic": (b"GGUF", "needs 4 bytes at byte 4"),
-    "more pairs than bytes": (gguf_bytes(counts=(0, HUGE)), "the header needs"),
-    "more tensors than bytes": (gguf_bytes(counts=(HUGE, 0)), "the header needs"),
+    "more pairs than bytes": (gguf_bytes(counts=(0, HUGE)), "holds 9,223,372,036,854,775,813 metadata values, exp"),
+    "more tensors than bytes": (
+        gguf_bytes(counts=(HUGE, 0)),
+        "holds 9,223,372,036,854,775,813 tensors, expected at most 50,000",
+    ),
     "a huge key": (gguf_bytes([struct.pack("<Q", HUGE)]), "the header needs"),
     "a huge string": (gguf_bytes([pair("k", 8, struct.pack("<Q", HUGE))]), "the header needs"),
-    "a huge array of numbers": (gguf_bytes([pair("k", 9, struct.pack("<IQ", 10, HUGE))]), "the header needs"),
-    "a huge array of strings": (gguf_bytes([pair("k", 9, struct.pack("<IQ", 8, HUGE))]), "the header needs"),
+    "a huge array of numbers": (gguf_bytes([pair("k", 9, struct.pack("<IQ", 10, HUGE))]), "items in metadata arrays"),
+    "a huge array of strings": (gguf_bytes([pair("k", 9, struct.pack("<IQ", 8, HUGE))]), "items in metadata arrays"),
     "an array with a huge string": (
         gguf_bytes([pair("k", 9, struct.pack("<IQQ", 8, 2, (1 << 64) - 1))]),
         "the header needs",
@@ -199,7 +205,27 @@ DAMAGED_GGUF = {
         gguf_bytes([pair("general.alignment", 10, struct.pack("<Q", 1 << 63))], [tensor_entry()]),
         "tensor t ends at byte",
     ),
-    "control characters in a name": (gguf_bytes(tensors=[tensor_entry("\x1b[2J\n")]), "tensor .\\[2J. ends at byte"),
+    "control characters in a name": (gguf_bytes(tensors=[tensor_entry("\x1b[2J\n")]), r"is called '\\x1b\[2J\\n'"),
+    "a name without characters": (gguf_bytes(tensors=[tensor_entry("")]), "is called ''"),
+    "a name without end": (gguf_bytes(tensors=[tensor_entry("t" * 513)]), "expected 1 to 512 characters"),
+    "a key without characters": (gguf_bytes([pair("", 0, b"1")]), "a metadata key is ''"),
+    "a key without end": (gguf_bytes([pair("k" * 65_536, 0, b"1")]), "expected 1 to 65,535 characters"),
+    "text without end": (gguf_bytes([pair("k", 8, text("x" * (1 << 24)))]), "more than 16,777,216 bytes of text"),
+    "a few too many items": (
+        gguf_bytes(
+            [pair("a", 9, struct.pack("<IQ", 0, 1 << 22) + bytes(1 << 22)), pair("b", 9, struct.pack("<IQ", 0, 1))]
+        ),
+        "holds 1 items in metadata arrays, expected at most 0",
+    ),
+    "a size of zero": (gguf_bytes(tensors=[tensor_entry(dims=(0, 2))]), r"shape \(2, 0\): expected sizes from 1"),
+    "tensors that overlap": (
+        gguf_bytes(tensors=[tensor_entry("a"), tensor_entry("b", offset=224)], data=bytes(512)),
+        "tensors a and b overlap at byte 352",
+    ),
+    "tensors in one place": (
+        gguf_bytes(tensors=[tensor_entry("a", kind=99), tensor_entry("b")], data=bytes(512)),
+        "tensors a and b overlap",
+    ),
 }
 
 
@@ -340,7 +366,7 @@ def test_rewriting_nothing_is_a_copy(tmp_path):
 
 def test_a_safetensors_type_that_cannot_be_decoded_is_refused_only_when_read(tmp_path):
     path = tmp_path / "a.safetensors"
-    path.write_bytes(safetensors_bytes({"odd": entry("F8_E4M3", (8,)), "t": entry(span=(0, 8))}, bytes(8)))
+    path.write_bytes(safetensors_bytes({"odd": entry("F8_E4M3", (8,)), "t": entry(span=(8, 16))}, bytes(16)))
     file = open_tensors(path)
     assert file.tensors["odd"].nbytes == 8
     assert file.read("t").tolist() == [0, 0]
@@ -354,9 +380,9 @@ DAMAGED_SAFETENSORS = {
     "a header cut short": (safetensors_bytes({"t": entry()}, bytes(8), length=20), "not JSON"),
     "a key twice": (safetensors_bytes(b'{"t":1,"t":1}'), "a key occurs twice"),
     "a constant that is no JSON": (safetensors_bytes(b'{"t":NaN}'), "NaN is not a number"),
-    "a header that is not UTF-8": (safetensors_bytes(b'{"\xff":1}'), "not JSON"),
-    "a header nested too deeply": (safetensors_bytes(b'{"t":' + b"[" * 100_000), "not JSON"),
-    "an absurd number": (safetensors_bytes(b'{"t":' + b"9" * 5000 + b"}"), "not JSON"),
+    "a header that is not UTF-8": (safetensors_bytes(b'{"\xff":1}'), "byte 0xff at 2 is not UTF-8"),
+    "a header nested too deeply": (safetensors_bytes(b'{"t":' + b"[" * 100_000), "nested too deeply"),
+    "an absurd number": (safetensors_bytes(b'{"t":' + b"9" * 5000 + b"}"), "a number has 5,000 digits"),
     "metadata that are no strings": (safetensors_bytes({"__metadata__": {"a": 1}}), "not an object of strings"),
     "metadata that are no object": (safetensors_bytes({"__metadata__": []}), "not an object of strings"),
     "an entry that is no object": (safetensors_bytes({"t": 5}), "not described by"),
@@ -369,11 +395,31 @@ DAMAGED_SAFETENSORS = {
         safetensors_bytes({"t": entry(shape=(3,))}, bytes(8)),
         r"tensor t has 8 bytes, but F32 \(3,\) needs 12",
     ),
-    "offsets in the wrong order": (safetensors_bytes({"t": entry("ODD", span=(8, 0))}, bytes(8)), "has -8 bytes"),
+    "offsets in the wrong order": (safetensors_bytes({"t": entry(span=(8, 0))}, bytes(8)), "has -8 bytes"),
     "data cut short": (safetensors_bytes({"t": entry()}, bytes(7)), "tensor t ends at byte"),
     "a huge offset": (safetensors_bytes({"t": entry(span=(10**30, 10**30 + 8))}, bytes(8)), "tensor t ends at byte"),
     "a huge shape": (safetensors_bytes({"t": entry(shape=(1 << 31, 1 << 31))}, bytes(8)), "too large"),
     "an empty huge shape": (safetensors_bytes({"t": entry(shape=(0, 10**30), span=(0, 0))}), "too large"),
+    "an overlap": (safetensors_bytes({"t": entry(), "u": entry(span=(4, 12))}, bytes(12)), "begins at byte .* overlap"),
+    "a hole": (safetensors_bytes({"t": entry(), "u": entry(span=(12, 20))}, bytes(20)), "expected no hole"),
+    "a hole in front": (safetensors_bytes({"t": entry(span=(4, 12))}, bytes(12)), "expected no hole"),
+    "something behind the data": (safetensors_bytes({"t": entry()}, bytes(12)), "expected nothing behind them"),
+    "data of no tensor": (safetensors_bytes({}, bytes(4)), "expected nothing behind them"),
+    "an empty tensor within another": (
+        safetensors_bytes({"t": entry(), "u": entry(shape=(0,), span=(4, 4))}, bytes(8)),
+        "expected no hole and no overlap",
+    ),
+    "a field too many": (safetensors_bytes({"t": {**entry(), "x": 1}}, bytes(8)), "data_offsets alone"),
+    "an unknown type": (
+        safetensors_bytes({"t": entry("F33")}, bytes(8)),
+        "of type F33, which safetensors does not have",
+    ),
+    "a type of GGUF": (safetensors_bytes({"t": entry("Q8_0", (32,), (0, 34))}, bytes(34)), "of type Q8_0"),
+    "half a byte": (safetensors_bytes({"t": entry("F4", (3,), (0, 2))}, bytes(2)), "F4 .3,. needs 2"),
+    "a name without characters": (safetensors_bytes({"": entry()}, bytes(8)), "is called ''"),
+    "a name without end": (safetensors_bytes({"t" * 513: entry()}, bytes(8)), "expected 1 to 512 characters"),
+    "a name with a NUL": (safetensors_bytes({"a\0b": entry()}, bytes(8)), r"is called 'a\\x00b'"),
+    "a header of 17 MB": (safetensors_bytes(b'{"a":"' + b"x" * 17_000_000 + b'"}'), "expected at most 16,777,216"),
     "too many dimensions": (safetensors_bytes({"t": entry(shape=(1,) * 100)}, bytes(8)), "too large"),
 }
 
@@ -387,6 +433,81 @@ def test_a_damaged_safetensors_file_is_refused_in_one_sentence(tmp_path, case):
         open_tensors(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def empty_entries(count):
+    return {f"t{number}": entry(shape=(0,), span=(0, 0)) for number in range(count)}
+
+
+def test_an_empty_tensor_is_a_tensor(tmp_path):
+    """The reference writes and reads them; they take no place, so that they lie between two others."""
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(safetensors_bytes({"e": entry(shape=(0, 3), span=(8, 8)), "t": entry()}, bytes(8)))
+    assert open_tensors(path).read("e").shape == safetensors.numpy.load_file(path)["e"].shape == (0, 3)
+
+
+def test_how_much_a_header_may_hold_can_be_said(tmp_path):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(safetensors_bytes(empty_entries(6)))
+    assert len(open_tensors(path, most_header_bytes=1000, most_tensors=6).tensors) == 6
+    with pytest.raises(BaseModelError, match="holds 6 tensors, expected at most 5"):
+        open_tensors(path, most_tensors=5)
+    with pytest.raises(BaseModelError, match="bytes long, expected at most 300"):
+        open_tensors(path, most_header_bytes=300)
+
+
+def test_twenty_thousand_tensors_open_in_a_third_of_a_second(tmp_path):
+    path = tmp_path / "a.safetensors"
+    write_safetensors(path, {f"model.layers.{n}.self_attn.q_proj.lora_A.weight": numbers(2) for n in range(20_000)})
+    seconds = []
+    for _ in range(3):  # the quickest: other work on the machine does not count
+        began = time.process_time()
+        assert len(open_tensors(path).tensors) == 20_000
+        seconds.append(time.process_time() - began)
+    assert min(seconds) < 0.3
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        safetensors_bytes(b'{"a":' + b"[" * 100_000),
+        safetensors_bytes(b'{"a":[' + b"{}," * 5_000_000 + b"{}]}"),
+        safetensors_bytes(empty_entries(100_000)),
+        safetensors_bytes({"t": entry()}, bytes(8), length=95_000_000) + bytes(95_000_000),
+        gguf_bytes([pair("k", 9, struct.pack("<IQ", 8, 6_000_000)), bytes(48_000_000)], counts=(0, 1)),
+        gguf_bytes([pair(str(number), 0, b"1") for number in range(1_000_000)]),
+    ],
+    ids=["depth", "objects", "empty tensors", "95 MB", "empty strings", "pairs"],
+)
+def test_what_would_take_long_is_refused_before_it_does(tmp_path, content):
+    path = tmp_path / "model"
+    path.write_bytes(content)
+    before, seconds = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, []
+    for _ in range(3):
+        began = time.process_time()
+        with pytest.raises(BaseModelError):
+            open_tensors(path)
+        seconds.append(time.process_time() - began)
+    assert min(seconds) < 0.05
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64_000
+
+
+def test_what_we_open_the_reference_opens_and_finds_the_same(tmp_path):
+    """Headers of all sorts: whatever the reference refuses is refused, what both take is equal."""
+    path = tmp_path / "a.safetensors"
+    write_safetensors(path, {"a": numbers(3, 4), "b": np.arange(6, dtype="i2"), "c": numbers(2, 2)}, {"format": "pt"})
+    whole, dice, both = path.read_bytes(), random.Random(0), 0
+    size = int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8 : 8 + size])
+    for _ in range(1000):
+        path.write_bytes(damaged_tensors(header, whole[8 + size :], whole, dice))
+        try:
+            file = open_tensors(path)
+        except BaseModelError:
+            continue
+        compare_with_reference(path, file)
+        both += 1
+    assert both > 10
 
 
 # Both
@@ -413,8 +534,11 @@ def test_what_is_no_tensor_file_is_refused_with_what_it_is(tmp_path, content, me
 def test_a_path_that_cannot_be_opened_is_refused(tmp_path):
     with pytest.raises(BaseModelError, match="No such file"):
         open_tensors(tmp_path / "missing.gguf")
-    with pytest.raises(BaseModelError, match="directory"):
+    with pytest.raises(BaseModelError, match="is a directory: expected a file"):
         open_tensors(tmp_path)
+    os.mkfifo(tmp_path / "pipe.gguf")
+    with pytest.raises(BaseModelError, match="is a pipe: expected a file"):
+        open_tensors(tmp_path / "pipe.gguf")
 
 
 def test_the_format_is_told_by_the_first_bytes_and_not_by_the_name(tmp_path):

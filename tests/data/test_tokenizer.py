@@ -1,4 +1,5 @@
 import json
+import os
 import time
 from pathlib import Path
 
@@ -7,7 +8,8 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from thimble.core.tensorfile import open_tensors
-from thimble.data.gguf_vocab import byte_level_alphabet, merges_from_scores
+from thimble.data import gguf_vocab
+from thimble.data.gguf_vocab import byte_level_alphabet, merges_from_scores, rust_faults
 from thimble.data.tokenizer import Tokenizer, tokenizer_from_folder, tokenizer_from_gguf
 from thimble.errors import BaseModelError
 
@@ -244,6 +246,18 @@ def test_end_of_message_stops_a_model_of_channels_but_end_of_channel_does_not():
         ({"token_type": [1, 2]}, "token_type has 2 entries, expected one for each of the 259 tokens"),
         ({"eos_token_id": 999_999}, "eos_token_id is 999999, expected an id below 259"),
         ({"model": "llama"}, "scores has 0 entries, expected one for each of the 259 tokens"),
+        ({"model": ["gpt2"]}, "kind ..gpt2..: expected one of gpt2"),
+        ({"pre": ["smollm"]}, "pre is ..smollm.., expected one of"),
+        ({"tokens": 7}, "tokens is 7, expected an array of str"),
+        ({"tokens": [1, 2]}, "tokens is .1, 2., expected an array of str"),
+        ({"tokens": []}, "a vocabulary of 0 tokens"),
+        ({"tokens": ["a" * 2000] * 259}, "the longest 2,000: expected 1 to 1,048,576 tokens of at most 1,024"),
+        ({"merges": "a b"}, "merges is 'a b', expected an array of str"),
+        ({"merges": [1]}, "merges is .1., expected an array of str"),
+        ({"token_type": ["1"] * 259}, "token_type is .*, expected an array of int"),
+        ({"eos_token_id": "7"}, "eos_token_id is '7', expected an id below 259"),
+        ({"bos_token_id": 1.5}, "bos_token_id is 1.5, expected an id below 259"),
+        ({"bos_token_id": -1}, "bos_token_id is -1, expected an id below 259"),
     ],
 )
 def test_a_damaged_or_unknown_vocabulary_is_refused_by_name(changes, message):
@@ -357,6 +371,18 @@ def test_a_folder_with_only_a_sentencepiece_file_says_how_to_convert_it(tmp_path
         ("tokenizer.json", "{", r"tokenizer\.json cannot be read as a tokenizer"),
         ("tokenizer_config.json", "{", r"tokenizer_config\.json is damaged.*Expected JSON"),
         ("tokenizer_config.json", "[]", "expected a JSON object, found list"),
+        ("tokenizer_config.json", '{"a": 1, "a": 2}', "a key occurs twice, 'a'"),
+        ("special_tokens_map.json", '{"a": NaN}', "NaN is not a number"),
+        ("chat_template.json", "[" * 100_000, "nested too deeply"),
+        ("chat_template.json", '{"chat_template": 7}', "has a chat template 7: expected text"),
+        ("tokenizer_config.json", '{"chat_template": {"a": "b"}}', "has a chat template .*: expected text"),
+        ("chat_template.jinja", "\xff", r"chat_template\.jinja is not UTF-8 at byte 0"),
+        ("chat_template.jinja", "x" * 1_000_001, r"chat_template\.jinja is larger than 1,000,000 bytes"),
+        ("generation_config.json", '{"eos_token_id": "7"}', "eos_token_id '7': expected an id, or a list of them"),
+        ("generation_config.json", '{"eos_token_id": [[7]]}', "eos_token_id ..7..: expected an id"),
+        ("generation_config.json", '{"eos_token_id": -1}', "eos_token_id -1: expected an id"),
+        ("generation_config.json", '{"eos_token_id": 9223372036854775808}', "eos_token_id 9223372036854775808: exp"),
+        ("tokenizer.json", '{"model":' * 100_000, r"tokenizer\.json cannot be read as a tokenizer"),
         ("generation_config.json", "\xff", r"generation_config\.json is damaged"),
     ],
 )
@@ -364,6 +390,90 @@ def test_a_damaged_file_in_a_folder_is_named(folder, name, content, message):
     (folder / name).write_bytes(content.encode("latin-1"))
     with pytest.raises(BaseModelError, match=message):
         tokenizer_from_folder(folder)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+                                  "generation_config.json", "chat_template.jinja", "chat_template.json"])  # fmt: skip
+@pytest.mark.parametrize(("kind", "make"), [("a pipe", os.mkfifo), ("a directory", os.mkdir)])
+def test_what_is_no_file_is_refused_without_waiting_for_it(folder, name, kind, make):
+    (folder / name).unlink(missing_ok=True)
+    make(folder / name)
+    with pytest.raises(BaseModelError, match=f"{name} is {kind}: expected a file"):
+        tokenizer_from_folder(folder)
+
+
+def test_a_tokenizer_without_end_is_not_read(folder):
+    with open(folder / "tokenizer.json", "wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(BaseModelError, match=r"tokenizer.json is larger than 128,000,000 bytes"):
+        tokenizer_from_folder(folder)
+
+
+def test_a_template_may_link_into_the_cache_of_the_hub_client_and_nowhere_else(folder, tmp_path_factory):
+    snapshot = folder / "snapshots" / "main"
+    snapshot.mkdir(parents=True)
+    (folder / "blobs").mkdir()
+    (folder / "blobs" / "0123").write_text("of the cache")
+    for path in folder.glob("*.json"):
+        (snapshot / path.name).symlink_to(path)
+    (snapshot / "chat_template.jinja").symlink_to("../../blobs/0123")
+    assert tokenizer_from_folder(snapshot).chat_template == "of the cache"
+    secret = tmp_path_factory.mktemp("elsewhere") / "secret"
+    secret.write_text("root:x:0:0")
+    (snapshot / "chat_template.jinja").unlink()
+    (snapshot / "chat_template.jinja").symlink_to(secret)
+    with pytest.raises(BaseModelError, match="links to .*secret.: expected a file of the same folder"):
+        tokenizer_from_folder(snapshot)
+
+
+def test_a_tokenizer_that_leaves_out_merges_at_random_is_refused(folder):
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["model"]["dropout"] = 0.5
+    path.write_text(json.dumps(content))
+    with pytest.raises(BaseModelError, match="leaves out merges at random"):
+        tokenizer_from_folder(folder)
+
+
+def test_a_panic_in_the_rust_package_is_an_error_of_ours():
+    class PanicException(BaseException):
+        """As the package raises it: no Exception."""
+
+    with pytest.raises(BaseModelError, match="x.json cannot be read: index out of bounds. Copy it again"):
+        with rust_faults("x.json cannot be read", "Copy it again."):
+            raise PanicException("index out of bounds")
+    for ours in (KeyboardInterrupt, SystemExit):
+        with pytest.raises(ours), rust_faults("x", "y"):
+            raise ours
+
+
+def test_a_real_panic_in_the_rust_package_is_an_error_of_ours(folder, capfd):
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "AAAAAAAA"}
+    path.write_text(json.dumps(content))
+    with pytest.raises(BaseModelError, match="tokenizer"):
+        tokenizer_from_folder(folder).encode("a text")
+
+
+def test_a_token_that_only_looks_like_a_byte_is_text():
+    assert gguf_vocab.byte_of("<0x0A>") == b"\n"
+    assert [gguf_vocab.byte_of(token) for token in ("<0xZZ>", "<0x 1>", "<0x-1>", "<0x1_>")] == [None] * 4
+
+
+def test_a_long_token_does_not_take_the_square_of_its_length():
+    file = sentencepiece_file()
+    file["tokenizer.ggml.tokens"][-1] = "a" * 1_000_000
+    began = time.process_time()
+    with pytest.raises(BaseModelError, match="the longest 1,000,000: expected 1 to"):
+        tokenizer_from_gguf(file)
+    assert time.process_time() - began < 1
+
+
+@pytest.mark.parametrize("template", [7, ["x"], "x" * 1_000_001])
+def test_a_template_in_a_gguf_is_text_of_some_length(template):
+    with pytest.raises(BaseModelError, match="has a chat template"):
+        tokenizer_from_gguf({**byte_level_file(), "tokenizer.chat_template": template})
 
 
 def test_a_bare_tokenizer_needs_no_ids_at_all():

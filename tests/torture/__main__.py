@@ -9,14 +9,26 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
 import torture
-from torture import Line, files, runs
+from torture import Line, canaries, crash, damage, files, foreign_files, runs, storage, templates
 
 TRIALS: dict[str, tuple[Callable[[int], Line], int]] = {
     "kill": (runs.kill_runs, 200),
     "safetensors": (files.fuzz_safetensors, 1_000_000),
     "gguf": (files.fuzz_gguf, 1_000_000),
-    "adapters": (files.fuzz_adapter_config, 100_000),
+    "adapters": (foreign_files.fuzz_adapter_config, 50_000),
+    "adapter_tensors": (foreign_files.fuzz_adapter_tensors, 50_000),
+    "bases": (foreign_files.fuzz_base_folder, 30_000),
+    "tokenizers": (foreign_files.fuzz_tokenizers, 20_000),
+    "gguf_metadata": (foreign_files.fuzz_gguf_metadata, 20_000),
+    "canaries": (canaries.canaries, 500),
     "rows": (files.fuzz_rows, 100_000),
+    "templates": (templates.hostile_templates, 10_000),
+    "stops": (storage.stopped_saves, 4),
+    "cuts": (crash.power_cuts, 20_000),
+    "full": (storage.full_disks, 50),
+    "flips": (damage.bit_flips, 1_000),
+    "publishes": (storage.publishes, 1_000),
+    "modes": (storage.modes, 1),
 }
 
 

@@ -1,12 +1,13 @@
 """Files from strangers, damaged in every way: each is refused with an error of ours, or read."""
 
+import functools
 import json
 import os
 import random
 import resource
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,8 @@ import numpy as np
 from torture import TINY, Line
 
 SLOW_SECONDS = 0.1  # of the processor's time, so that other work on the machine does not count
+SLOW_WALL_SECONDS = 5.0  # by the clock: something that waits
+MEMORY = "/dev/shm" if os.path.isdir("/dev/shm") else None
 
 
 def mutated(whole: bytes, dice: random.Random, header: int) -> bytes:
@@ -45,28 +48,42 @@ def mutated(whole: bytes, dice: random.Random, header: int) -> bytes:
 
 def fuzz_files(name: str, whole: bytes, suffix: str, header: int, count: int, read: Callable[[Path], object]) -> Line:
     """Read mutated files: each is refused with an error of ours, or read; nothing else, and quickly."""
+    dice = random.Random(0)
+    with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
+
+        def cases() -> Iterator[Callable[[], object]]:
+            for number in range(count):
+                path = Path(folder) / f"{number}{suffix}"
+                path.write_bytes(mutated(whole, dice, header))
+                yield functools.partial(read, path)
+                path.unlink()
+
+        return try_all(name, cases())
+
+
+def try_all(name: str, cases: Iterable[Callable[[], object]]) -> Line:
+    """Call each case: it ends well, or in an error of ours, and quickly."""
     from thimble.errors import InputError
 
-    dice, wrong, slow, refused = random.Random(0), [], 0, 0
+    wrong, slow, refused, tried = [], 0, 0, 0
     before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
-        for number in range(count):
-            path = Path(folder) / f"{number}{suffix}"
-            path.write_bytes(mutated(whole, dice, header))
-            started = time.perf_counter()
-            try:
-                read(path)
-            except InputError:
-                refused += 1
-            except Exception as error:
-                wrong.append(f"{type(error).__name__}: {error}")
-            slow += time.perf_counter() - started > SLOW_SECONDS
-            path.unlink()
+    for case in cases:
+        tried += 1
+        started, started_wall = time.process_time(), time.perf_counter()
+        try:
+            case()
+        except InputError:
+            refused += 1
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a panic of a package in Rust is no Exception
+            wrong.append(f"{type(error).__name__}: {error}")
+        slow += time.process_time() - started > SLOW_SECONDS or time.perf_counter() - started_wall > SLOW_WALL_SECONDS
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1000
     for text in sorted(set(wrong))[:10]:
         print("   ", text[:200])
     note = f"{refused} refused, {slow} took over {SLOW_SECONDS} s, memory grew by {grown:.0f} MB"
-    return Line(name, count, len(wrong) + slow, time.perf_counter() - began, note)
+    return Line(name, tried, len(wrong) + slow, time.perf_counter() - began, note)
 
 
 def fuzz_safetensors(count: int) -> Line:
@@ -91,24 +108,6 @@ def fuzz_gguf(count: int) -> Line:
     whole = TINY.read_bytes()
     header = len(whole) - sum(w.info.nbytes for w in open_base(TINY).weights.values())
     return fuzz_files("mutated GGUF", whole, ".gguf", header, count, lambda path: open_base(path))
-
-
-def fuzz_adapter_config(count: int) -> Line:
-    from thimble.core.adapter import Adapter, load_adapter, save_adapter
-    from thimble.core.lowrank import Factors
-
-    with tempfile.TemporaryDirectory() as folder:
-        adapter = Adapter({"model.layers.0.mlp.up_proj": Factors(np.ones((2, 4), "f4"), np.ones((3, 2), "f4"), 1.0)})
-        save_adapter(adapter, Path(folder))
-        config, weights = (Path(folder) / n for n in ("adapter_config.json", "adapter_model.safetensors"))
-        whole, kept = config.read_bytes(), weights.read_bytes()
-
-        def read(path: Path) -> None:
-            config.write_bytes(path.read_bytes())
-            weights.write_bytes(kept)
-            load_adapter(folder)
-
-        return fuzz_files("mutated adapter configs", whole, ".json", len(whole), count, read)
 
 
 def fuzz_rows(count: int) -> Line:

@@ -5,20 +5,23 @@ and `.lora_B.weight` (out, rank). Knows no framework and no base.
 """
 
 import json
+import os
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from thimble.core.lowrank import Factors, difference, scale
+from thimble.core.adapter_config import MAX_RANK, MOST_SCALE, AdapterConfig, read_adapter_config
+from thimble.core.foreign import names_in, printable, some
+from thimble.core.lowrank import Factors, difference
 from thimble.core.starts import draw
 from thimble.core.targets import Size
 from thimble.core.tensorfile import TensorFile, open_tensors, write_safetensors
-from thimble.errors import AdapterError, InputError, listing
+from thimble.errors import AdapterError, BaseModelError, InputError, listing
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -27,7 +30,13 @@ KEY = re.compile(
 )
 A, B, MAGNITUDE = "A.weight", "B.weight", "magnitude_vector"  # sides of a layer, as its tensors are called
 MOST_TRIES = 20  # to read an adapter that is being replaced
-MAX_RANK = 2048  # twice the largest anybody trains: a delta form is kept as one adapter of twice the rank
+MOST_HEADER_BYTES, MOST_TENSORS = 8_000_000, 20_000
+MOST_BYTES = 1 << 32  # of the numbers of an adapter
+PICKLE = "adapter_model.bin"
+TO_SAFETENSORS = (
+    "if you trust it, convert it with safetensors.torch.save_file(torch.load('adapter_model.bin', weights_only=True), "
+    "'adapter_model.safetensors')"
+)
 
 # What PEFT 0.21 writes for a plain LoRA adapter, field by field, so that its loader finds nothing missing.
 PEFT_FIELDS: dict[str, Any] = {
@@ -175,12 +184,19 @@ def find_adapter(path: str | Path) -> Path:
     """
     path = Path(path)
     for folder in (path, path / "adapter"):
-        if (folder / CONFIG_FILE).is_file() and (folder / WEIGHTS_FILE).is_file():
-            return folder
-    found = listing(sorted(p.name for p in path.iterdir())) if path.is_dir() else ""
-    state = f"holds {found or 'nothing'}" if path.is_dir() else "is not a folder" if path.exists() else "does not exist"
+        if all(os.path.lexists(folder / name) for name in (CONFIG_FILE, WEIGHTS_FILE)):
+            return folder  # whether these are files is seen when they are opened
+    try:
+        found = names_in(path)
+        state = f"holds {listing(found) or 'nothing'}"
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        found, state = [], f"cannot be opened ({getattr(error, 'strerror', None) or error})"
+        state = "does not exist" if isinstance(error, FileNotFoundError) else state
+        state = "is not a folder" if isinstance(error, NotADirectoryError) else state
+    hint = f"; {PICKLE} is a pickle, which can run code when read: {TO_SAFETENSORS}" if PICKLE in found else ""
     raise AdapterError(
-        f"adapter {path} {state}: expected a folder with {CONFIG_FILE} and {WEIGHTS_FILE}, or the run folder around it"
+        f"adapter {printable(str(path))} {state}: expected a folder with {CONFIG_FILE} and {WEIGHTS_FILE}, or the run "
+        f"folder around it{hint}"
     )
 
 
@@ -201,7 +217,7 @@ def load_adapter(path: str | Path) -> Adapter:
         before = _identity(folder)
         try:
             adapter = _load(folder)
-        except (OSError, InputError):
+        except InputError:
             if _identity(folder) == before:
                 raise
             continue  # another one was published, and this one is gone
@@ -214,53 +230,59 @@ def _identity(folder: Path) -> tuple[int, int, int]:
     """What changes when another folder takes the place of this one; numbers of inodes alone are used again."""
     try:
         found = folder.stat()
-    except FileNotFoundError:
+    except OSError:
         return (0, 0, 0)
     return found.st_ino, found.st_ctime_ns, found.st_mtime_ns
 
 
 def _load(folder: Path) -> Adapter:
-    config = _read_config(folder / CONFIG_FILE)
-    file = open_tensors(folder / WEIGHTS_FILE)
-    sides = _pair_tensors(folder, file, bool(config.get("use_dora")))
-    layers, problems = {}, []
+    config = read_adapter_config(folder / CONFIG_FILE)
+    file = _open_weights(folder)
+    sides = _pair_tensors(folder, file, config.use_dora)
+    _refuse(folder, _check_sizes(config, file, sides))
+    layers = {}
+    for layer, names in sides.items():
+        number = config.scale(layer, file.tensors[names[A]].shape[0])
+        magnitude = file.read(names[MAGNITUDE]) if MAGNITUDE in names else None
+        layers[layer] = Factors(file.read(names[A]), file.read(names[B]), number, magnitude)
+    broken = [layer for layer, factors in layers.items() if not _is_finite(factors)]
+    _refuse(folder, [f"{layer} holds numbers that are not finite: train it again" for layer in broken])
+    notes = {name: text for name, text in file.metadata.items() if name != "format"}
+    return Adapter(layers, config.base, notes)
+
+
+def _refuse(folder: Path, problems: Iterable[str]) -> None:
+    """Raise one error that holds the problems, if there are any."""
+    if told := some(problems):
+        raise AdapterError(*(f"adapter {folder}: {problem}" for problem in told))
+
+
+def _open_weights(folder: Path) -> TensorFile:
+    try:
+        file = open_tensors(folder / WEIGHTS_FILE, MOST_HEADER_BYTES, MOST_TENSORS)
+    except BaseModelError as error:
+        raise AdapterError(*error.problems) from None
+    if file.format != "safetensors":
+        raise AdapterError(f"{file.path} is a {file.format} file: expected the safetensors that PEFT writes")
+    return file
+
+
+def _check_sizes(config: AdapterConfig, file: TensorFile, sides: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """What the config says of each layer and its tensors do not, and the other way round."""
+    problems = []
+    if sum(info.nbytes for info in file.tensors.values()) > MOST_BYTES:
+        problems.append(f"its tensors take more than {MOST_BYTES:,} bytes, which no adapter does")
     for layer, names in sides.items():
         rank = file.tensors[names[A]].shape[0]
-        number = _layer_scale(config, layer, rank)
-        magnitude = file.read(names[MAGNITUDE]) if MAGNITUDE in names else None
-        factors = Factors(file.read(names[A]), file.read(names[B]), number, magnitude)
-        if not _is_finite(factors):
-            problems.append(f"adapter {folder}: {layer} holds numbers that are not finite")
-        layers[layer] = factors
-    if problems:
-        raise AdapterError(*problems)
-    notes = {name: text for name, text in file.metadata.items() if name != "format"}
-    return Adapter(layers, config.get("base_model_name_or_path") or "", notes)
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise AdapterError(f"{path} is not JSON ({error}): copy the adapter again") from None
-    if not isinstance(config, dict):
-        raise AdapterError(f"{path} holds {type(config).__name__}: expected an object with r and lora_alpha")
-    problems = []
-    if config.get("peft_type") != "LORA":
-        problems.append(f"peft_type is {config.get('peft_type')!r}: only LORA adapters are supported")
-    for name, low in (("r", 1), ("lora_alpha", 0)):
-        value = config.get(name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value < 1e9:
-            problems.append(f"{name} is {value!r}: expected a number from {low}")
-    for name, plain in (("modules_to_save", None), ("bias", "none"), ("lora_bias", False)):
-        if config.get(name, plain) not in (plain, []):
-            problems.append(f"{name} is {config[name]!r}: not supported yet; expected {plain!r}")
-    for name in ("rank_pattern", "alpha_pattern"):
-        if not isinstance(config.get(name) or {}, dict):
-            problems.append(f"{name} is {config[name]!r}: expected an object of layer names and numbers")
-    if problems:
-        raise AdapterError(*(f"{path}: {problem}" for problem in problems))
-    return config
+        allowed, number = config.allowed_ranks(layer), config.scale(layer, rank)
+        if rank not in allowed:
+            wanted = " or ".join(map(str, sorted(allowed)))
+            problems.append(
+                f"{layer} has tensors of rank {rank}, but {CONFIG_FILE} gives it {wanted}: expected the same"
+            )
+        if number > MOST_SCALE:
+            problems.append(f"{layer} is scaled by {number:,.0f}: expected alpha / rank of at most {MOST_SCALE:,.0f}")
+    return problems
 
 
 def _pair_tensors(folder: Path, file: TensorFile, use_dora: bool) -> dict[str, dict[str, str]]:
@@ -281,31 +303,12 @@ def _pair_tensors(folder: Path, file: TensorFile, use_dora: bool) -> dict[str, d
             problems.append(f"{layer} has {found}: expected {wanted}")
             continue
         a, b = file.tensors[names[A]].shape, file.tensors[names[B]].shape
-        if a[0] != b[1] or not 1 <= a[0] <= MAX_RANK:
+        if a[0] != b[1] or not 1 <= a[0] <= MAX_RANK or 0 in a + b:
             problems.append(f"{layer} has A {a} and B {b}: expected (rank, in) and (out, rank), rank 1 to {MAX_RANK}")
         if use_dora and file.tensors[names[MAGNITUDE]].shape != b[:1]:
             shape = file.tensors[names[MAGNITUDE]].shape
             problems.append(f"{layer} has a magnitude of shape {shape}: expected {b[:1]}")
     if not sides and not problems:
         problems.append("it holds no LoRA matrices")
-    if problems:
-        raise AdapterError(*(f"adapter {folder}: {problem}" for problem in problems))
+    _refuse(folder, problems)
     return sides
-
-
-def _layer_scale(config: Mapping[str, Any], layer: str, rank: int) -> float:
-    alpha = _from_pattern(config.get("alpha_pattern") or {}, layer, config["lora_alpha"])
-    return scale(float(alpha), rank, bool(config.get("use_rslora")))
-
-
-def _from_pattern(pattern: Mapping[str, Any], layer: str, default: Any) -> Any:
-    """The pattern entry that names this layer or the end of its path.
-
-    PEFT reads the keys as regular expressions; those written by it and by us are plain names, and plain names are all
-    that is read here, since a foreign regular expression can be made to run forever.
-    """
-    for name, value in pattern.items():
-        plain = name.replace("\\.", ".").removeprefix("^").removeprefix(".*").lstrip(".").removesuffix("$")
-        if layer == plain or layer.endswith("." + plain):
-            return value
-    return default

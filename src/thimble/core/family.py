@@ -12,24 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from thimble.core.base_fields import MOST, check_sizes, flag, group, number, per_layer, positives, whole
+from thimble.core.foreign import printable, shown
+from thimble.core.rope import Rope, make_rope
 from thimble.errors import BaseModelError, listing
-
-
-@dataclass(frozen=True)
-class Rope:
-    """Rotary position embedding of a layer (Su et al., arXiv:2104.09864).
-
-    Attributes:
-        inv_freq: float64 (dim / 2,), angle per position of each pair (i, i + dim / 2).
-        scale: Factor of both cos and sin (1 but for YaRN and LongRoPE).
-        long_inv_freq: Used instead when a row is longer than `long_from` tokens (LongRoPE), else None.
-        long_from: Length up to which `inv_freq` holds.
-    """
-
-    inv_freq: NDArray[np.float64]
-    scale: float = 1.0
-    long_inv_freq: NDArray[np.float64] | None = None
-    long_from: int = 0
 
 
 @dataclass(frozen=True)
@@ -138,102 +124,98 @@ def spec_from_config(config: Mapping[str, Any]) -> DecoderSpec:
         BaseModelError: If the family or one of its settings is not supported, or a field is missing.
     """
     if "text_config" in config and config.get("model_type") in ("gemma3", "mistral3"):
-        config = {"tie_word_embeddings": True, **config["text_config"]}
-    kind = str(config.get("model_type"))
-    if kind not in SUPPORTED:
-        raise BaseModelError(f"config.json names model_type {kind!r}: supported are {', '.join(SUPPORTED)}")
+        config = {"tie_word_embeddings": True, **group(config, "text_config")}
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind not in SUPPORTED:
+        raise BaseModelError(f"config.json names model_type {shown(kind)}: supported are {', '.join(SUPPORTED)}")
     family = kind.removesuffix("_text")
     fields = {**DEFAULTS.get(family, {}), **config}  # a null is a value: Mistral v0.3 has no window
     try:
         return _build(family, fields)
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise BaseModelError(
-            f"config.json cannot be used ({type(error).__name__}: {error}): copy the base again"
-        ) from None
-
-
-# Sizes far beyond any model of these families: a file that asks for more is damaged, and would cost memory to look at.
-MOST = {
-    "num_hidden_layers": 1024, "num_attention_heads": 4096, "num_key_value_heads": 4096, "head_dim": 8192,
-    "hidden_size": 1 << 20, "intermediate_size": 1 << 22, "vocab_size": 1 << 24, "max_position_embeddings": 1 << 30,
-}  # fmt: skip
-
-
-def _check_sizes(fields: Mapping[str, Any]) -> None:
-    """Refuse sizes that no model has, before anything is made of them."""
-    wrong = [
-        f"{name} is {fields[name]}: expected from 1 to {most:,}"
-        for name, most in MOST.items()
-        if fields.get(name) is not None and not 1 <= int(fields[name]) <= most
-    ]
-    if wrong:
-        raise BaseModelError(*wrong)
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+        what = printable(f"{type(error).__name__}: {error}")
+        raise BaseModelError(f"config.json cannot be used ({what}): copy the base again") from None
 
 
 def _build(family: str, fields: dict[str, Any]) -> DecoderSpec:
-    _check_sizes(fields)
-    heads, layers = int(fields["num_attention_heads"]), int(fields["num_hidden_layers"])
-    head_dim = int(fields.get("head_dim") or fields["hidden_size"] // heads)
+    check_sizes(fields)
+    heads, layers = fields["num_attention_heads"], fields["num_hidden_layers"]
+    kv_heads = fields.get("num_key_value_heads") or heads
+    head_dim = fields.get("head_dim") or fields["hidden_size"] // heads
+    if heads % kv_heads or head_dim < 2 or head_dim % 2:
+        raise BaseModelError(
+            f"{heads:,} heads of {head_dim:,} numbers share {kv_heads:,} key heads: expected an even width, and a "
+            "whole number of heads for each key head"
+        )
     is_gemma = family.startswith("gemma")
-    activation = fields.get("hidden_activation") or fields.get("hidden_act") or "silu"
+    scalar = number(fields, "query_pre_attn_scalar", 1e-3, 1e6) if is_gemma else head_dim
     return DecoderSpec(
         family=family,
-        hidden_size=int(fields["hidden_size"]),
-        intermediate_size=int(fields["intermediate_size"]),
+        hidden_size=fields["hidden_size"],
+        intermediate_size=fields["intermediate_size"],
         num_layers=layers,
         num_heads=heads,
-        num_kv_heads=int(fields.get("num_key_value_heads") or heads),
+        num_kv_heads=kv_heads,
         head_dim=head_dim,
-        vocab_size=int(fields["vocab_size"]),
-        norm_eps=float(fields.get("rms_norm_eps") or 1e-6),
+        vocab_size=fields["vocab_size"],
+        norm_eps=number(fields, "rms_norm_eps", 1e-12, 0.1, 1e-6),
         windows=_windows(family, fields, layers),
         ropes=_ropes(family, fields, layers, head_dim),
-        attention_scale=float(fields["query_pre_attn_scalar"] if is_gemma else head_dim) ** -0.5,
-        max_positions=int(fields.get("max_position_embeddings", 2048)),
-        activation=_activation(activation),
-        attention_softcap=fields.get("attn_logit_softcapping"),
-        final_softcap=fields.get("final_logit_softcapping"),
+        attention_scale=scalar**-0.5,
+        max_positions=whole(fields, "max_position_embeddings", 1, MOST["max_position_embeddings"], 2048),
+        activation=_activation(fields.get("hidden_activation") or fields.get("hidden_act") or "silu"),
+        attention_softcap=_softcap(fields, "attn_logit_softcapping"),
+        final_softcap=_softcap(fields, "final_logit_softcapping"),
         embedding_scale=math.sqrt(fields["hidden_size"]) if is_gemma else 1.0,
         has_qk_norm=family in ("qwen3", "gemma3"),
         has_post_norms=is_gemma,
         norm_offset=1.0 if is_gemma else 0.0,
         is_fused=family == "phi3",
-        is_tied=bool(fields.get("tie_word_embeddings", False)),
+        is_tied=flag(fields, "tie_word_embeddings"),
     )
 
 
-def _activation(name: str) -> str:
+def _softcap(fields: Mapping[str, Any], name: str) -> float | None:
+    return None if fields.get(name) is None else number(fields, name, 1e-3, 1e6)
+
+
+def _activation(name: Any) -> str:
     known = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
-    if name not in known:
-        raise BaseModelError(f"the base uses the activation {name!r}: supported are {listing(known)}")
+    if not isinstance(name, str) or name not in known:
+        raise BaseModelError(f"the base uses the activation {shown(name)}: supported are {listing(known)}")
     return known[name]
 
 
 def _windows(family: str, fields: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
-    window = fields.get("sliding_window")
-    if not window or (family in ("qwen2", "qwen3", "smollm3") and not fields.get("use_sliding_window")):
+    is_on = family not in ("qwen2", "qwen3", "smollm3") or flag(fields, "use_sliding_window")
+    if not fields.get("sliding_window") or not is_on:
         return (None,) * layers
-    return tuple(int(window) if is_local else None for is_local in _local_layers(family, fields, layers))
+    window = whole(fields, "sliding_window", 1, MOST["max_position_embeddings"])
+    return tuple(window if is_local else None for is_local in _local_layers(family, fields, layers))
 
 
 def _local_layers(family: str, fields: Mapping[str, Any], layers: int) -> list[bool]:
     """Which layers see only a window, by the published pattern where config.json does not list them."""
-    if "layer_types" in fields:
-        return [kind == "sliding_attention" for kind in fields["layer_types"]]
+    kinds = per_layer(fields, "layer_types", layers, ("sliding_attention", "full_attention"))
+    if kinds is not None:
+        return [kind == "sliding_attention" for kind in kinds]
     if family == "gemma2":
         return [i % 2 == 0 for i in range(layers)]
     if family == "gemma3":
-        every = int(fields.get("_sliding_window_pattern") or fields["sliding_window_pattern"])
+        name = "_sliding_window_pattern" if fields.get("_sliding_window_pattern") else "sliding_window_pattern"
+        every = whole(fields, name, 1, MOST["num_hidden_layers"])
         return [(i + 1) % every != 0 for i in range(layers)]
     if family.startswith("qwen"):
-        return [i >= int(fields.get("max_window_layers", 28)) for i in range(layers)]
+        return [i >= whole(fields, "max_window_layers", 0, 1 << 20, 28) for i in range(layers)]
     return [True] * layers
 
 
 def _ropes(family: str, fields: Mapping[str, Any], layers: int, head_dim: int) -> tuple[Rope | None, ...]:
-    scaling = dict(fields.get("rope_parameters") or fields.get("rope_scaling") or {})
+    scaling = group(fields, "rope_parameters") or group(fields, "rope_scaling")
     if "full_attention" in scaling:  # transformers 5 keeps one set per kind of layer for Gemma 3
-        local_scaling, scaling = dict(scaling["sliding_attention"]), dict(scaling["full_attention"])
+        if not scaling.get("sliding_attention"):
+            raise BaseModelError("rope_parameters has full_attention without sliding_attention: copy the base again")
+        local_scaling, scaling = group(scaling, "sliding_attention"), group(scaling, "full_attention")
     else:
         local_scaling = {"rope_theta": fields.get("rope_local_base_freq")}
     full = make_rope(scaling, fields, head_dim)
@@ -241,79 +223,10 @@ def _ropes(family: str, fields: Mapping[str, Any], layers: int, head_dim: int) -
         local = make_rope(local_scaling, fields, head_dim)
         return tuple(local if is_local else full for is_local in _local_layers(family, fields, layers))
     if family == "smollm3":
-        every = int(fields["no_rope_layer_interval"])
-        keeps = fields.get("no_rope_layers") or [(i + 1) % every != 0 for i in range(layers)]
+        every = whole(fields, "no_rope_layer_interval", 1, MOST["num_hidden_layers"])
+        keeps = per_layer(fields, "no_rope_layers", layers, (0, 1)) or [(i + 1) % every != 0 for i in range(layers)]
         return tuple(full if keep else None for keep in keeps)
     return (full,) * layers
-
-
-def make_rope(scaling: Mapping[str, Any], fields: Mapping[str, Any], head_dim: int) -> Rope:
-    """Compute the angles of a rotary embedding.
-
-    Args:
-        scaling: `rope_parameters` (transformers 5) or `rope_scaling` (4): type and its settings.
-        fields: The whole config, for what those leave out.
-        head_dim: Width of a head.
-
-    Returns:
-        The rotary embedding.
-
-    Raises:
-        BaseModelError: If the type is not supported.
-    """
-    theta = float(scaling.get("rope_theta") or fields.get("rope_theta") or 1e4)
-    share = float(scaling.get("partial_rotary_factor") or fields.get("partial_rotary_factor") or 1.0)
-    dim = int(head_dim * share)
-    inv_freq = theta ** -(np.arange(0, dim, 2, dtype=np.float64) / dim)
-    kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    factor = float(scaling.get("factor") or 1.0)
-    if kind == "default":
-        return Rope(inv_freq)
-    if kind == "linear":
-        return Rope(inv_freq / factor)
-    if kind == "llama3":
-        return Rope(_llama3(inv_freq, scaling, factor))
-    if kind in ("longrope", "su"):
-        return _longrope(inv_freq, scaling, fields)
-    if kind == "yarn":
-        return _yarn(inv_freq, scaling, fields, theta, dim)
-    raise BaseModelError(f"the base scales its positions by {kind!r}: supported are linear, llama3, longrope and yarn")
-
-
-def _llama3(inv_freq: NDArray[np.float64], scaling: Mapping[str, Any], factor: float) -> NDArray[np.float64]:
-    """Llama 3.1: slow angles are divided by `factor`, fast ones kept, with a smooth passage between."""
-    low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
-    original = float(scaling["original_max_position_embeddings"])
-    turns = original * inv_freq / (2 * math.pi)
-    smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
-    return (1 - smooth) * inv_freq / factor + smooth * inv_freq
-
-
-def _longrope(inv_freq: NDArray[np.float64], scaling: Mapping[str, Any], fields: Mapping[str, Any]) -> Rope:
-    """Phi-3 long context: one divisor per angle, other divisors beyond the original length (arXiv:2402.13753)."""
-    original = int(scaling.get("original_max_position_embeddings") or fields["original_max_position_embeddings"])
-    factor = float(scaling.get("factor") or int(fields["max_position_embeddings"]) / original)
-    default = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
-    number = float(scaling.get("attention_factor") or default)
-    short, long = np.asarray(scaling["short_factor"], float), np.asarray(scaling["long_factor"], float)
-    return Rope(inv_freq / short, number, inv_freq / long, original)
-
-
-def _yarn(
-    inv_freq: NDArray[np.float64], scaling: Mapping[str, Any], fields: Mapping[str, Any], theta: float, dim: int
-) -> Rope:
-    """YaRN (arXiv:2309.00071, section 3.2): interpolate angles that turn seldom, keep those that turn often."""
-    original = float(scaling.get("original_max_position_embeddings") or fields["max_position_embeddings"])
-    factor = float(scaling.get("factor") or float(fields["max_position_embeddings"]) / original)
-    number = float(scaling.get("attention_factor") or (0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0))
-
-    def dimension(turns: float) -> float:
-        return dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
-
-    low = max(math.floor(dimension(float(scaling.get("beta_fast") or 32.0))), 0)
-    high = min(math.ceil(dimension(float(scaling.get("beta_slow") or 1.0))), dim - 1)
-    ramp = np.clip((np.arange(dim // 2) - low) / max(high - low, 1e-3), 0.0, 1.0)
-    return Rope(inv_freq * (1 - ramp) + inv_freq / factor * ramp, number)
 
 
 # GGUF names of the settings that `_build` knows by their Hugging Face names.
@@ -347,18 +260,19 @@ def spec_from_gguf(
     Raises:
         BaseModelError: If the architecture or one of its settings is not supported, or a field is missing.
     """
-    arch = str(metadata.get("general.architecture"))
-    if arch not in GGUF_FAMILIES:
-        raise BaseModelError(f"the GGUF holds architecture {arch!r}: supported are {', '.join(GGUF_FAMILIES)}")
+    arch = metadata.get("general.architecture")
+    if not isinstance(arch, str) or arch not in GGUF_FAMILIES:
+        raise BaseModelError(f"the GGUF holds architecture {shown(arch)}: supported are {', '.join(GGUF_FAMILIES)}")
     family = GGUF_FAMILIES[arch]
     given = {hf: metadata[f"{arch}.{key}"] for key, hf in GGUF_FIELDS.items() if f"{arch}.{key}" in metadata}
     fields = {**DEFAULTS.get(family, {}), "sliding_window": None, **given}
     fields |= {"vocab_size": vocab_size, "tie_word_embeddings": is_tied}
+    check_sizes(fields)
     try:
         fields |= _gguf_quirks(family, arch, metadata, fields, divisors)
         return _with_divisors(_build(family, fields), divisors)
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        what = f"{type(error).__name__}: {error}"
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+        what = printable(f"{type(error).__name__}: {error}")
         raise BaseModelError(f"the GGUF metadata cannot be used ({what}): download the file again") from None
 
 
@@ -371,8 +285,8 @@ def _gguf_quirks(
     scaling = {"rope_type": kind if kind in ("linear", "yarn") else "default"}
     scaling["factor"] = metadata.get(f"{arch}.rope.scaling.factor")
     scaling["original_max_position_embeddings"] = metadata.get(f"{arch}.rope.scaling.original_context_length")
-    head_dim = int(fields.get("head_dim") or fields["hidden_size"] // fields["num_attention_heads"])
-    rotary = metadata.get(f"{arch}.rope.dimension_count", head_dim)
+    head_dim = fields.get("head_dim") or fields["hidden_size"] // fields["num_attention_heads"]
+    rotary = whole(metadata, f"{arch}.rope.dimension_count", 2, MOST["head_dim"], head_dim)
     quirks |= {"rope_scaling": scaling, "partial_rotary_factor": rotary / head_dim}
     if family.startswith("gemma"):
         quirks |= {"hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": _gemma_scalar(family, fields)}
@@ -380,7 +294,7 @@ def _gguf_quirks(
         quirks["rope_scaling"] = {
             "rope_type": "longrope",
             "long_factor": divisors["rope_factors_long.weight"],
-            "short_factor": divisors["rope_factors_short.weight"],
+            "short_factor": divisors.get("rope_factors_short.weight"),
             "attention_factor": metadata.get(f"{arch}.rope.scaling.attn_factor"),
         }
     return quirks
@@ -396,5 +310,6 @@ def _with_divisors(spec: DecoderSpec, divisors: Mapping[str, NDArray[np.float32]
     """Apply `rope_freqs.weight`, in which the converter stores Llama 3.1's scaling."""
     if "rope_freqs.weight" not in divisors:
         return spec
-    by = divisors["rope_freqs.weight"].astype(np.float64)
-    return replace(spec, ropes=tuple(rope and replace(rope, inv_freq=rope.inv_freq / by) for rope in spec.ropes))
+    by = {id(rope): positives(divisors, "rope_freqs.weight", len(rope.inv_freq)) for rope in spec.ropes if rope}
+    ropes = (rope and replace(rope, inv_freq=rope.inv_freq / by[id(rope)]) for rope in spec.ropes)
+    return replace(spec, ropes=tuple(ropes))

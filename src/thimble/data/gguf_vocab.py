@@ -4,18 +4,23 @@ Knows three kinds: byte-level BPE (model "gpt2"), SentencePiece BPE with scores 
 with merges (model "gemma4"). The rules for missing keys are those of llama.cpp, which will run the file.
 """
 
+import contextlib
 import itertools
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from thimble.core.foreign import printable, shown
 from thimble.data.pretokenize import PRE_TOKENIZERS, PreTokenizer
-from thimble.errors import BaseModelError, listing
+from thimble.errors import BaseModelError, InputError, listing
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 KEY = "tokenizer.ggml."
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # values of tokenizer.ggml.token_type
+# Beyond any vocabulary: the longest token in use has some 250 characters, the largest vocabulary 2 million in all.
+MOST_TOKENS, MOST_TOKEN_CHARACTERS, MOST_CHARACTERS = 1 << 20, 1024, 1 << 24
 SPACE = "\u2581"  # how SentencePiece writes a space
 
 # Tokens that end an answer, whatever the file calls them: llama.cpp knows them by their text too.
@@ -23,6 +28,20 @@ END_TOKENS = (
     "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|return|>", "<|call|>", "<end_of_turn>", "<turn|>",
     "<|endoftext|>", "<|end_of_text|>", "<end_of_utterance>", "<|end_of_turn|>", "<|END_OF_TURN_TOKEN|>",
 )  # fmt: skip
+
+
+@contextlib.contextmanager
+def rust_faults(problem: str, advice: str) -> Iterator[None]:
+    """Turn what the package `tokenizers` raises over a damaged vocabulary into a BaseModelError."""
+    # It raises bare Exceptions, and where its Rust code panics something that is no Exception at all.
+    try:
+        yield
+    except InputError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise BaseModelError(f"{problem}: {printable(str(error))}. {advice}") from None
 
 
 class GgufVocab(NamedTuple):
@@ -54,17 +73,45 @@ def read_vocab(metadata: Mapping[str, Any], source: str) -> GgufVocab:
             f"{source} has no tokenizer: {missing} is missing. Expected a complete language model; "
             "a file with weights only (an adapter, an image encoder) cannot be a base."
         )
-    if model not in builders:
+    if not isinstance(model, str) or model not in builders:
         raise BaseModelError(
-            f"{source} has a tokenizer of kind {model!r}: expected one of {', '.join(builders)}. "
+            f"{source} has a tokenizer of kind {shown(model)}: expected one of {', '.join(builders)}. "
             "Use another base, or the Hugging Face folder this file was made from."
         )
-    tokens = _unique(metadata[KEY + "tokens"])
+    tokens = _unique(_tokens(metadata, source))
     types = _token_types(metadata, tokens, source)
     ids = _special_ids(metadata, len(tokens), source)
-    tokenizer, adds_bos = builders[model](metadata, tokens, types, source)
-    _add_special_tokens(tokenizer, tokens, types, ids.values(), _strips_after(metadata))
+    problem = f"{source} is damaged: its vocabulary and merges do not fit together"
+    with rust_faults(problem, "Fetch the file again."):
+        tokenizer, adds_bos = builders[model](metadata, tokens, types, source)
+        _add_special_tokens(tokenizer, tokens, types, ids.values(), _strips_after(metadata))
     return GgufVocab(tokenizer, ids, bool(metadata.get(KEY + "add_bos_token", adds_bos)) and "bos" in ids)
+
+
+def _array(metadata: Mapping[str, Any], name: str, kinds: tuple[type, ...], source: str) -> list[Any] | None:
+    """An array of one kind of value, or None if the file has none."""
+    values = metadata.get(KEY + name)
+    if values is None:
+        return None
+    if not isinstance(values, list | tuple) or not all(type(value) in kinds for value in values):
+        raise BaseModelError(
+            f"{source} is damaged: {KEY}{name} is {shown(values)}, expected an array of {kinds[0].__name__}. "
+            "Fetch the file again."
+        )
+    return list(values)
+
+
+def _tokens(metadata: Mapping[str, Any], source: str) -> list[str]:
+    tokens = _array(metadata, "tokens", (str,), source) or []
+    longest = max(map(len, tokens), default=0)
+    total = sum(map(len, tokens))
+    if not 1 <= len(tokens) <= MOST_TOKENS or longest > MOST_TOKEN_CHARACTERS or total > MOST_CHARACTERS:
+        raise BaseModelError(
+            f"{source} has a vocabulary of {len(tokens):,} tokens with {total:,} characters, the longest {longest:,}: "
+            f"expected 1 to {MOST_TOKENS:,} tokens of at most {MOST_TOKEN_CHARACTERS:,}, {MOST_CHARACTERS:,} in all. "
+            "Fetch the file again."
+        )
+    return tokens
 
 
 def _unique(tokens: Sequence[str]) -> list[str]:
@@ -79,7 +126,7 @@ def _unique(tokens: Sequence[str]) -> list[str]:
 
 
 def _token_types(metadata: Mapping[str, Any], tokens: list[str], source: str) -> list[int]:
-    types = metadata.get(KEY + "token_type")
+    types = _array(metadata, "token_type", (int,), source)
     if types is None:
         return [NORMAL] * len(tokens)
     if len(types) < len(tokens):
@@ -87,7 +134,7 @@ def _token_types(metadata: Mapping[str, Any], tokens: list[str], source: str) ->
             f"{source} is damaged: {KEY}token_type has {len(types):,} entries, expected one for each of the "
             f"{len(tokens):,} tokens. Fetch the file again."
         )
-    return [int(kind) for kind in types]
+    return types
 
 
 def _special_ids(metadata: Mapping[str, Any], num_tokens: int, source: str) -> dict[str, int]:
@@ -97,12 +144,12 @@ def _special_ids(metadata: Mapping[str, Any], num_tokens: int, source: str) -> d
         value = metadata.get(f"{KEY}{name}_token_id", defaults.get(name))
         if value is None:
             continue
-        if not 0 <= int(value) < num_tokens:
+        if type(value) is not int or not 0 <= value < num_tokens:
             raise BaseModelError(
-                f"{source} is damaged: {KEY}{name}_token_id is {value}, expected an id below {num_tokens:,}, the "
-                "number of tokens. Fetch or convert the file again."
+                f"{source} is damaged: {KEY}{name}_token_id is {shown(value)}, expected an id below {num_tokens:,}, "
+                "the number of tokens. Fetch or convert the file again."
             )
-        ids[name] = int(value)
+        ids[name] = value
     return ids
 
 
@@ -129,31 +176,26 @@ def _add_special_tokens(tokenizer: "Tokenizer", tokens: list[str], types: list[i
 
 def _pre_tokenizer(metadata: Mapping[str, Any], source: str) -> PreTokenizer:
     name = metadata.get(KEY + "pre") or "default"
-    if name not in PRE_TOKENIZERS:
+    if not isinstance(name, str) or name not in PRE_TOKENIZERS:
         raise BaseModelError(
-            f"{source} cuts text in a way not known here: {KEY}pre is {name!r}, expected one of "
+            f"{source} cuts text in a way not known here: {KEY}pre is {shown(name)}, expected one of "
             f"{listing(PRE_TOKENIZERS, most=60)}. Use the Hugging Face folder this file was made from."
         )
     return PRE_TOKENIZERS[name]
 
 
 def _merges(metadata: Mapping[str, Any], source: str) -> list[tuple[str, str]]:
-    merges = metadata.get(KEY + "merges")
+    merges = _array(metadata, "merges", (str,), source)
     if merges is None:
         raise BaseModelError(f"{source} is damaged: {KEY}merges is missing. Fetch or convert the file again.")
     cuts = [merge.find(" ", 1) for merge in merges]  # from 1: the left part may itself begin with a space
     return [(merge[:cut], merge[cut + 1 :]) for merge, cut in zip(merges, cuts, strict=True)]
 
 
-def _bpe(source: str, tokens: list[str], merges: list[tuple[str, str]], **options: Any) -> "Tokenizer":
+def _bpe(tokens: list[str], merges: list[tuple[str, str]], **options: Any) -> "Tokenizer":
     from tokenizers import Tokenizer, models
 
-    try:
-        return Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, merges, **options))
-    except Exception as error:  # the package raises bare Exception when a merge names an unknown token
-        raise BaseModelError(
-            f"{source} is damaged: its vocabulary and merges do not fit together ({error}). Fetch the file again."
-        ) from error
+    return Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, merges, **options))
 
 
 def _byte_level(
@@ -162,7 +204,7 @@ def _byte_level(
     from tokenizers import Regex, decoders, pre_tokenizers
 
     pre = _pre_tokenizer(metadata, source)
-    tokenizer = _bpe(source, tokens, _merges(metadata, source), ignore_merges=pre.ignores_merges)
+    tokenizer = _bpe(tokens, _merges(metadata, source), ignore_merges=pre.ignores_merges)
     splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in pre.patterns]
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, to_bytes])
@@ -175,14 +217,14 @@ def _sentencepiece(
 ) -> tuple["Tokenizer", bool]:
     from tokenizers import decoders, normalizers
 
-    scores = metadata.get(KEY + "scores")
+    scores = _array(metadata, "scores", (float, int), source)
     if scores is None or len(scores) < len(tokens):
         raise BaseModelError(
             f"{source} is damaged: {KEY}scores has {0 if scores is None else len(scores):,} entries, expected one for "
             f"each of the {len(tokens):,} tokens. Fetch or convert the file again."
         )
-    merges = merges_from_scores(tokens, [float(score) for score in scores], types)
-    tokenizer = _with_spaces_spelled(_bpe(source, tokens, merges, **_fallback(tokens, types)))
+    merges = merges_from_scores(tokens, scores, types)
+    tokenizer = _with_spaces_spelled(_bpe(tokens, merges, **_fallback(tokens, types)))
     if metadata.get(KEY + "add_space_prefix", True):
         tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), tokenizer.normalizer])
         tokenizer.decoder = decoders.Sequence([tokenizer.decoder, decoders.Strip(" ", 1, 0)])
@@ -192,7 +234,7 @@ def _sentencepiece(
 def _gemma4(metadata: Mapping[str, Any], tokens: list[str], types: list[int], source: str) -> tuple["Tokenizer", bool]:
     from tokenizers import Regex, pre_tokenizers
 
-    tokenizer = _with_spaces_spelled(_bpe(source, tokens, _merges(metadata, source), **_fallback(tokens, types)))
+    tokenizer = _with_spaces_spelled(_bpe(tokens, _merges(metadata, source), **_fallback(tokens, types)))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n+"), "isolated")
     return tokenizer, True
 
@@ -236,9 +278,8 @@ def merges_from_scores(tokens: list[str], scores: list[float], types: list[int])
 
 def byte_of(token: str) -> bytes | None:
     """The byte a SentencePiece byte token such as `<0x0A>` stands for, or None."""
-    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-        return bytes([int(token[3:5], 16)])
-    return None
+    found = re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", token)
+    return bytes([int(found[1], 16)]) if found else None
 
 
 def byte_level_alphabet() -> dict[str, int]:

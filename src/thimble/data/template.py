@@ -1,28 +1,21 @@
 """Conversation to text, by the Jinja chat template that came with the base.
 
-A template is a program from a stranger: it runs in Jinja's sandbox, with its output, its loops and its time bounded.
+A template is a program from a stranger: it runs in a sandbox, with its work, its time and its output bounded.
 What templates differ in (a system role, tools, the form of a call's arguments) is found by trying, not by reading them.
 """
 
 import functools
 import json
-import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from thimble.data.budget import MAX_CHARACTERS, Budget, RunawayTemplateError
+from thimble.data.sandbox import compile_template, shortened
 from thimble.data.tool_text import write_tools
 from thimble.errors import BaseModelError, DataError
 
-if TYPE_CHECKING:
-    import jinja2
-
 Message = Mapping[str, Any]
-
-MAX_CHARACTERS = 1_000_000  # of one rendered conversation
-MAX_ITERATIONS = 1_000_000  # of all range() loops of one rendering
-MAX_PRODUCT = 10_000_000  # of a multiplication, which also repeats text
-MAX_SECONDS = 10.0
 
 _USER, _SYSTEM, _RESULT = "probe user text", "probe system text", "probe result text"
 _TOOL = {
@@ -48,12 +41,12 @@ class ChatTemplate:
             now: The time a template may ask for; fixed, so that all rows of a run agree.
 
         Raises:
-            BaseModelError: If the source is not valid Jinja.
+            BaseModelError: If the source is not valid Jinja, too long, or asks for other files.
         """
         self.source = source
         self._now = now or datetime.now()
         self._context = {"bos_token": bos_token, "eos_token": eos_token}
-        self._template = _compile(source, self._now)
+        self._template = compile_template(source, self._now)
 
     def render(
         self, messages: Sequence[Message], tools: Sequence[Any] | None = None, add_generation_prompt: bool = False
@@ -158,123 +151,43 @@ class ChatTemplate:
     def _try(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> str:
         try:
             return self._run(messages, tools, False)
+        except RunawayTemplateError:
+            raise
         except (DataError, BaseModelError):
             return ""
 
     def _run(self, messages: Sequence[Message], tools: Sequence[Any] | None, add_generation_prompt: bool) -> str:
         from jinja2.exceptions import SecurityError, TemplateError
 
-        deadline = time.monotonic() + MAX_SECONDS
-        chunks, length = [], 0
+        given = {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
         try:
-            for chunk in self._template.generate(
-                messages=messages, tools=tools, add_generation_prompt=add_generation_prompt,
-                range=_bounded_range(), **self._context,
-            ):  # fmt: skip
-                chunks.append(chunk)
-                length += len(chunk)
-                if length > MAX_CHARACTERS or time.monotonic() > deadline:
-                    raise DataError(
-                        f"the chat template wrote more than {MAX_CHARACTERS:,} characters, or took longer than "
-                        f"{MAX_SECONDS:g} seconds: expected one conversation. Shorten it."
-                    )
+            with Budget(messages, tools):
+                return self._write(given | self._context)
+        except (DataError, BaseModelError):
+            raise
         except SecurityError as error:
-            raise BaseModelError(f"the chat template of the base does what no template may: {error}") from error
+            raise BaseModelError(
+                f"the chat template of the base does what no template may: {shortened(error)}"
+            ) from error
         except TemplateError as error:
-            raise DataError(f"the chat template of the base refuses this conversation: {error}") from error
-        except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
-            if isinstance(error, DataError):
-                raise
-            raise DataError(f"the chat template of the base fails on this conversation: {error}") from error
+            raise DataError(f"the chat template of the base refuses this conversation: {shortened(error)}") from error
+        except (RecursionError, MemoryError) as error:
+            raise RunawayTemplateError("it calls itself without end, or fills the memory") from error
+        except Exception as error:  # a program from a stranger may raise anything
+            raise DataError(f"the chat template of the base fails on this conversation: {shortened(error)}") from error
+
+    def _write(self, variables: dict[str, Any]) -> str:
+        chunks, length = [], 0
+        # Not by render, which compiles code of its own to tell where an error was.
+        for chunk in self._template.root_render_func(self._template.new_context(variables)):
+            chunks.append(chunk)
+            length += len(chunk)
+            if length > MAX_CHARACTERS:
+                raise DataError(
+                    f"the chat template wrote more than {MAX_CHARACTERS:,} characters: expected one conversation. "
+                    "Shorten it."
+                )
         return "".join(chunks)
-
-
-def _compile(source: str, now: datetime) -> "jinja2.Template":
-    """Compile a template in the environment transformers gives it: same options, filters and functions."""
-    import jinja2
-
-    environment = _sandbox()(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _mark()])
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = now.strftime
-    try:
-        return environment.from_string(source)
-    except jinja2.TemplateSyntaxError as error:
-        raise BaseModelError(
-            f"the chat template of the base is not valid Jinja: {error.message} (line {error.lineno} of the template). "
-            "Use a base whose template is intact."
-        ) from error
-    except RecursionError as error:
-        raise BaseModelError("the chat template of the base is nested too deeply to be read") from error
-
-
-@functools.cache
-def _sandbox() -> type:
-    from jinja2.exceptions import SecurityError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Sandbox(ImmutableSandboxedEnvironment):
-        """Jinja's sandbox, which also refuses products and powers that fill the memory."""
-
-        intercepted_binops = frozenset({"*", "**"})
-
-        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-            sizes = [len(value) if hasattr(value, "__len__") else abs(value) for value in (left, right)]
-            result = sizes[0] * sizes[1] if operator == "*" else sizes[0] ** min(sizes[1], 64)
-            if max(*sizes, result) > MAX_PRODUCT:
-                raise SecurityError(f"it computes {sizes[0]} {operator} {sizes[1]}, which is too large")
-            return super().call_binop(context, operator, left, right)
-
-    return Sandbox
-
-
-@functools.cache
-def _mark() -> type:
-    from jinja2.ext import Extension
-
-    class Generation(Extension):
-        """`{% generation %}` marks assistant text for other trainers; here it changes nothing."""
-
-        tags = {"generation"}
-
-        def parse(self, parser: Any) -> Any:
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-    return Generation
-
-
-def _bounded_range() -> Any:
-    left = MAX_ITERATIONS
-
-    def bounded(*bounds: int) -> range:
-        from jinja2.exceptions import SecurityError
-
-        nonlocal left
-        numbers = range(*bounds)
-        left -= len(numbers)
-        if left < 0:
-            raise SecurityError(f"it loops more than {MAX_ITERATIONS:,} times")
-        return numbers
-
-    return bounded
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    # Jinja's own tojson escapes <, > and & for web pages, which models have never seen.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _raise_exception(message: str) -> None:
-    from jinja2.exceptions import TemplateError
-
-    raise TemplateError(message)
 
 
 def _complete(messages: Sequence[Message]) -> list[dict[str, Any]]:

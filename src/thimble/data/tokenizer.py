@@ -5,16 +5,22 @@ conversation to text first (`template.py`).
 """
 
 import functools
-import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from thimble.core.foreign import read_bytes, read_json_object, shown
 from thimble.data import gguf_vocab
+from thimble.data.gguf_vocab import rust_faults
 from thimble.errors import BaseModelError
 
 if TYPE_CHECKING:
     import tokenizers
+
+
+MOST_TOKENIZER_BYTES, MOST_SETTINGS_BYTES, MOST_TEMPLATE_BYTES = 128_000_000, 8_000_000, 1_000_000
+_ADVICE = "Copy the file again, or update the package tokenizers."
 
 
 class Tokenizer:
@@ -73,8 +79,9 @@ class Tokenizer:
         Returns:
             Token ids.
         """
-        inner = self._inner if special else self._plain
-        return inner.encode(text, add_special_tokens=False).ids
+        with rust_faults("the tokenizer of the base cannot encode a text", _ADVICE):
+            inner = self._inner if special else self._plain
+            return inner.encode(text, add_special_tokens=False).ids
 
     def encode_pieces(self, pieces: Sequence[str]) -> list[list[int]]:
         """Turn consecutive pieces of one text into ids, so that no token crosses from one piece into the next.
@@ -99,7 +106,8 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
         """Turn ids into text; bytes that form no character become U+FFFD."""
-        return self._inner.decode([int(index) for index in ids], skip_special_tokens=skip_special)
+        with rust_faults("the tokenizer of the base cannot decode its tokens", _ADVICE):
+            return self._inner.decode([int(index) for index in ids], skip_special_tokens=skip_special)
 
     def piece(self, index: int) -> str:
         """The text of one token as it stands inside a sentence, with its leading space."""
@@ -165,7 +173,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], source: str = "the GGUF fil
         eos_id=vocab.ids.get("eos"),
         stop_ids=[vocab.ids[name] for name in ("eot", "eom") if name in vocab.ids],
         add_bos=vocab.adds_bos,
-        chat_template=metadata.get("tokenizer.chat_template"),
+        chat_template=_template(metadata.get("tokenizer.chat_template"), source),
     )
 
 
@@ -183,27 +191,38 @@ def tokenizer_from_folder(folder: Path) -> Tokenizer:
     """
     folder = Path(folder)
     inner = _read_inner(folder)
-    config = {**_read_json(folder / "special_tokens_map.json"), **_read_json(folder / "tokenizer_config.json")}
-    bos_id, eos_id = (_token_id(inner, config.get(name)) for name in ("bos_token", "eos_token"))
-    further = _read_json(folder / "generation_config.json").get("eos_token_id")
-    further = further if isinstance(further, list) else [] if further is None else [further]
-    begins_with_bos = bos_id is not None and inner.encode("").ids[:1] == [bos_id]
-    adds_bos = config.get("add_bos_token")
-    return Tokenizer(
-        inner,
-        bos_id=bos_id,
-        eos_id=next(iter(further), None) if eos_id is None else eos_id,
-        stop_ids=further,
-        add_bos=begins_with_bos if adds_bos is None else bool(adds_bos),
-        chat_template=_folder_template(folder, config),
-    )
+    config = {**_settings(folder / "special_tokens_map.json"), **_settings(folder / "tokenizer_config.json")}
+    further = _further_ids(folder / "generation_config.json")
+    with rust_faults(f"{folder / 'tokenizer.json'} cannot be used as a tokenizer", _ADVICE):
+        bos_id, eos_id = (_token_id(inner, config.get(name)) for name in ("bos_token", "eos_token"))
+        if eos_id is None:
+            eos_id = next((index for index in further if inner.id_to_token(index) is not None), None)
+        begins_with_bos = bos_id is not None and inner.encode("").ids[:1] == [bos_id]
+        adds_bos = config.get("add_bos_token")
+        return Tokenizer(
+            inner,
+            bos_id=bos_id,
+            eos_id=eos_id,
+            stop_ids=further,
+            add_bos=begins_with_bos if adds_bos is None else bool(adds_bos),
+            chat_template=_folder_template(folder, config),
+        )
+
+
+def _further_ids(path: Path) -> list[int]:
+    """Ids that end an answer by generation_config.json: a number, a list, or nothing."""
+    found = _settings(path).get("eos_token_id")
+    further = found if isinstance(found, list) else [] if found is None else [found]
+    if not all(type(index) is int and 0 <= index < 1 << 31 for index in further):
+        raise BaseModelError(f"{path} has the eos_token_id {shown(found)}: expected an id, or a list of them")
+    return further
 
 
 def _read_inner(folder: Path) -> "tokenizers.Tokenizer":
     from tokenizers import Tokenizer as Inner
 
     path = folder / "tokenizer.json"
-    if not path.is_file():
+    if not os.path.lexists(path):
         if (folder / "tokenizer.model").is_file():
             raise BaseModelError(
                 f"{folder} has only tokenizer.model, expected tokenizer.json. Write it once with transformers: "
@@ -213,24 +232,19 @@ def _read_inner(folder: Path) -> "tokenizers.Tokenizer":
             f"{folder} has no tokenizer: expected tokenizer.json beside the weights. Copy it from where the model "
             "came from."
         )
-    try:
-        return Inner.from_file(str(path))
-    except Exception as error:  # the package raises bare Exception
-        raise BaseModelError(
-            f"{path} cannot be read as a tokenizer: {error}. Copy the file again, or update the package tokenizers."
-        ) from error
+    content = read_bytes(path, MOST_TOKENIZER_BYTES, BaseModelError)
+    with rust_faults(f"{path} cannot be read as a tokenizer", _ADVICE):
+        inner = Inner.from_buffer(content)
+        if getattr(inner.model, "dropout", None):
+            raise BaseModelError(
+                f"{path} leaves out merges at random (dropout): expected the same ids for the same text"
+            )
+        return inner
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BaseModelError(f"{path} is damaged: {error}. Expected JSON; copy the file again.") from error
-    if not isinstance(content, dict):
-        raise BaseModelError(f"{path} is damaged: expected a JSON object, found {type(content).__name__}.")
-    return content
+def _settings(path: Path) -> dict[str, Any]:
+    """The content of a JSON file of settings, or nothing if there is none."""
+    return read_json_object(path, MOST_SETTINGS_BYTES, BaseModelError) if os.path.lexists(path) else {}
 
 
 def _token_id(inner: "tokenizers.Tokenizer", token: Any) -> int | None:
@@ -241,10 +255,37 @@ def _token_id(inner: "tokenizers.Tokenizer", token: Any) -> int | None:
 
 def _folder_template(folder: Path, config: Mapping[str, Any]) -> str | None:
     path = folder / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    template = _read_json(folder / "chat_template.json").get("chat_template") or config.get("chat_template")
+    if os.path.lexists(path):
+        return _template(_read_text(path), str(path))
+    template = _settings(folder / "chat_template.json").get("chat_template") or config.get("chat_template")
     if isinstance(template, list):  # several templates by name
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        named = {entry.get("name"): entry.get("template") for entry in template if _is_named(entry)}
         template = named.get("default") or next(iter(named.values()), None)
-    return template if isinstance(template, str) else None
+    return _template(template, str(folder))
+
+
+def _is_named(entry: Any) -> bool:
+    return isinstance(entry, dict) and isinstance(entry.get("name"), str)
+
+
+def _read_text(path: Path) -> str:
+    """A text file of a folder; any text will do for it, so a link must not bring in one from elsewhere."""
+    home, place = path.parent.resolve(), path.resolve()
+    cache = (home.parent.parent / "blobs").resolve()  # where the hub client keeps what the files of a snapshot link to
+    if not place.is_relative_to(home) and not place.is_relative_to(cache):
+        raise BaseModelError(f"{path} links to {shown(str(place))}: expected a file of the same folder; copy it there")
+    try:
+        return read_bytes(path, MOST_TEMPLATE_BYTES, BaseModelError).decode()
+    except UnicodeDecodeError as error:
+        raise BaseModelError(f"{path} is not UTF-8 at byte {error.start:,}: copy the file again") from None
+
+
+def _template(template: Any, source: str) -> str | None:
+    """Return a chat template; refuse what is no text, or too much of it."""
+    if template is None or (isinstance(template, str) and len(template) <= MOST_TEMPLATE_BYTES):
+        return template
+    what = f"of {len(template):,} characters" if isinstance(template, str) else shown(template)
+    raise BaseModelError(
+        f"{source} has a chat template {what}: expected text of at most {MOST_TEMPLATE_BYTES:,} characters. "
+        "Copy the file again."
+    )

@@ -1,12 +1,14 @@
 """Checkpoints of a run: whole or not at all, on disk before an older one goes, found by looking and never by a pointer.
 
-A checkpoint is filled in a folder of its own, its manifest of hashes last; everything is synced to disk, then the
-folder is given its name in one step, and that is synced too. After a crash or a power cut there is the old state or
-the new one. All of it is safetensors and JSON: nothing is unpickled.
+A checkpoint is filled in a folder of its own, its manifest of hashes last, which holds its own hash too; everything is
+synced to disk, then the folder is given its name in one step, and that is synced too. After a crash or a power cut
+there is the old state or the new one. All of it is safetensors and JSON: nothing is unpickled.
 """
 
 import contextlib
 import hashlib
+import itertools
+import json
 import os
 import shutil
 import uuid
@@ -21,13 +23,14 @@ from numpy.typing import NDArray
 from thimble.core.base import Base
 from thimble.core.tensorfile import open_tensors, write_safetensors
 from thimble.data.encode import Row
-from thimble.errors import ConfigError, InputError
+from thimble.errors import ConfigError
 from thimble.verbs.events import Teller
-from thimble.verbs.run_folder import hash_file, read_json, sync_folder, write_json
+from thimble.verbs.run_folder import STEPS, hash_file, make_folder, read_json, sync, write_json
 
 FOLDER = "checkpoints"
 STATE, MANIFEST = "state.safetensors", "manifest.json"
 KEPT = 2
+NAMED = "step-" + "[0-9]" * 8
 UNFINISHED = ".tmp-"
 HASHED = ("base", "data")
 
@@ -64,26 +67,38 @@ def save_checkpoint(
         origin: What the run was made of, and what it runs on.
     """
     place = folder / FOLDER
-    target, temporary = place / f"step-{step:08d}", place / f"{UNFINISHED}{uuid.uuid4().hex}"
-    if _read(target) is not None:
-        return  # a run taken up again from an older one comes to the same state
-    temporary.mkdir(parents=True)
+    target = place / _name(step)
+    make_folder(place)
+    if (folder / STEPS).exists():
+        sync(folder / STEPS)  # a run that goes on from here keeps the log up to here
+    sync(folder)
+    if _read(target) is None:  # a run taken up again from an older one comes to the same state
+        manifest = {"step": step, "progress": dict(progress), "origin": dict(origin)}
+        _publish(target, state, manifest)
+    sync(place)
+    # What is newer than this one was damaged, or it would have been gone on from: it must not crowd out sound ones.
+    sound = (path for path in _names(folder) if path < target and _read(path) is not None)
+    kept = {target, *itertools.islice(sound, KEPT - 1)}
+    for path in _names(folder):
+        if path not in kept:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _publish(target: Path, state: Mapping[str, NDArray[Any]], manifest: dict[str, Any]) -> None:
+    """Fill a folder, and give it its name when all of it is on disk."""
+    temporary = target.with_name(f"{UNFINISHED}{uuid.uuid4().hex}")
+    temporary.mkdir()
     try:
         write_safetensors(temporary / STATE, dict(state))
-        files = {STATE: hash_file(temporary / STATE)}  # read back, so that what is on disk is what is vouched for
-        manifest = {"step": step, "progress": dict(progress), "origin": dict(origin), "files": files}
-        write_json(temporary / MANIFEST, manifest)
-        sync_folder(temporary)
+        # Read back, so that what is on disk is what is vouched for.
+        manifest = {**manifest, "files": {STATE: hash_file(temporary / STATE)}}
+        write_json(temporary / MANIFEST, {**manifest, "sha256": _seal(manifest)})
+        sync(temporary)
         shutil.rmtree(target, ignore_errors=True)  # damaged, if it is there
         os.rename(temporary, target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    sync_folder(place)
-    # What is newer than this one was damaged, or it would have been gone on from: it must not crowd out sound ones.
-    newer, others = [path for path in _names(folder) if path > target], [p for p in _names(folder) if p <= target]
-    for old in (*newer, *others[KEPT:]):
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def latest_checkpoint(folder: Path) -> Checkpoint | None:
@@ -96,7 +111,7 @@ def latest_checkpoint(folder: Path) -> Checkpoint | None:
             continue
         tensors = open_tensors(path / STATE)
         state = {name: tensors.read(name) for name in tensors.tensors}
-        return Checkpoint(manifest["step"], state, manifest["progress"], manifest.get("origin", {}), tuple(damaged))
+        return Checkpoint(manifest["step"], state, manifest["progress"], manifest["origin"], tuple(damaged))
     return None
 
 
@@ -107,24 +122,40 @@ def clear_checkpoints(folder: Path) -> None:
 
 def clear_unfinished(folder: Path) -> None:
     """Remove what a run that was killed left half-written; only its successor, who holds the lock, may do so."""
-    for path in (folder / FOLDER).glob(f"{UNFINISHED}*"):
-        shutil.rmtree(path, ignore_errors=True)
+    sync(folder)  # an adapter may have been exchanged: the earlier one goes when that is on disk
+    for path in (*(folder / FOLDER).glob(f"{UNFINISHED}*"), *folder.glob(".*.tmp")):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
 
 
 def _names(folder: Path) -> list[Path]:
-    return sorted((folder / FOLDER).glob("step-*"), reverse=True)
+    return sorted((folder / FOLDER).glob(NAMED), reverse=True)
+
+
+def _seal(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of what a manifest says, so that no bit of it flips unnoticed."""
+    return hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """The manifest of a checkpoint, if every file is what it says."""
+    """The manifest of a checkpoint, if it and the state are what was saved under this name."""
     manifest = read_json(path / MANIFEST)
     try:
-        is_sound = bool(manifest) and all(
-            hash_file(path / name) == digest for name, digest in manifest["files"].items()
+        is_sound = (
+            manifest.pop("sha256") == _seal(manifest)
+            and path.name == _name(manifest["step"])
+            and manifest["files"] == {STATE: hash_file(path / STATE)}
+            and {"progress", "origin"} <= manifest.keys()
         )
-        return manifest if is_sound and {"step", "progress"} <= manifest.keys() else None
-    except (OSError, KeyError, TypeError, AttributeError, InputError):
+    except (OSError, KeyError, TypeError, ValueError, AttributeError):
         return None
+    return manifest if is_sound else None
 
 
 @contextlib.contextmanager

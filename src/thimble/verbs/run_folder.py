@@ -4,7 +4,7 @@ config.yaml           every knob, with what `auto` chose
 metrics.jsonl         one object a step
 start/                what A and B began as, where that cannot be drawn again from the seed alone
 before.json           the evaluation before training, saved so that a resumed run need not repeat it
-checkpoints/step-N/   state.safetensors and manifest.json (sizes and SHA-256); a folder counts only if they match
+checkpoints/step-N/   state.safetensors and manifest.json (hashes); a folder counts only if they match
 adapter/              the result, in PEFT's layout
 report.json           the report as data, and report.html for people
 manifest.json         hashes of base, data and result
@@ -22,7 +22,7 @@ from typing import Any
 from thimble.core.adapter import Adapter, save_adapter
 from thimble.errors import ConfigError, DoesNotFitError
 
-START = "start"
+START, STEPS = "start", "metrics.jsonl"
 
 
 def choose_folder(out: str | None, data: str) -> Path:
@@ -104,27 +104,40 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     folder = folder.resolve()
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    make_folder(temporary)
     try:
         yield temporary
+        sync_whole(temporary)
         if folder.exists():
             folder.rmdir()  # refuses one that was filled meanwhile
         os.rename(temporary, folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    sync_folder(folder.parent)
+    sync(folder.parent)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those above it, so that no power cut takes their names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for parent in folder.absolute().parents:  # all: a process may have died after it made one
+        with contextlib.suppress(OSError):  # closed to us, or of a system that cannot
+            sync(parent)
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a file so that a reader sees the old content or the new, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -136,7 +149,7 @@ def read_json(path: Path) -> Any:
     """Read JSON, or None if there is none to read."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
 
 
@@ -159,21 +172,36 @@ def publish_adapter(folder: Path, adapter: Adapter, name: str = "adapter") -> Pa
     Returns:
         The place; at every moment it holds the old adapter or the new one, where the system can exchange two names.
     """
-    target, temporary = folder / name, folder / ".adapter.tmp"
+    target, temporary, old = (folder / part for part in (name, f".{name}.tmp", f".{name}.old"))
+    make_folder(folder)
+    if old.exists() and not target.exists():
+        os.rename(old, target)  # a process died between two names
+    sync(folder)  # one may have died after it exchanged them: the earlier adapter goes when that is on disk
     shutil.rmtree(temporary, ignore_errors=True)
-    save_adapter(adapter, temporary)
-    sync_folder(temporary)
-    if target.exists() and not _exchange(temporary, target):
-        old = folder / ".adapter.old"
-        shutil.rmtree(old, ignore_errors=True)
-        os.rename(target, old)
-        os.rename(temporary, target)
-        shutil.rmtree(old)
-    elif temporary.exists() and not target.exists():
-        os.rename(temporary, target)
-    sync_folder(folder)
-    shutil.rmtree(temporary, ignore_errors=True)  # the earlier one, if names were exchanged
+    try:
+        save_adapter(adapter, temporary)
+        sync_whole(temporary)
+        if not target.exists():
+            os.rename(temporary, target)
+        elif not _exchange(temporary, target):
+            _rename_both(temporary, target, old)
+        sync(folder)
+    finally:  # what could not be published, or, once the names are on disk, the earlier one
+        shutil.rmtree(temporary, ignore_errors=True)
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
     return target
+
+
+def _rename_both(temporary: Path, target: Path, old: Path) -> None:
+    """Replace a folder in two steps, or not at all."""
+    shutil.rmtree(old, ignore_errors=True)
+    os.rename(target, old)
+    try:
+        os.rename(temporary, target)
+    except BaseException:
+        os.rename(old, target)
+        raise
 
 
 def _exchange(one: Path, other: Path) -> bool:
@@ -209,12 +237,13 @@ class StepLog:
 
 
 def read_steps(path: Path) -> list[dict[str, Any]]:
-    """The steps of a log; a last line that was cut off is left out."""
+    """The steps of a log, up to a line that was cut off or damaged."""
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
         try:
-            rows.append(json.loads(line))
-        except ValueError:
+            row = json.loads(line)
+            rows.append({**row, "step": int(row["step"])})
+        except (ValueError, KeyError, TypeError):
             break
     return rows
 
@@ -225,13 +254,19 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def sync_folder(folder: Path) -> None:
-    """Have the names in a folder reach the disk."""
-    handle = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Have a file, or the names in a folder, reach the disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def sync_whole(folder: Path) -> None:
+    """Have a folder and all that is in it reach the disk."""
+    for path in (*folder.rglob("*"), folder):
+        sync(path)
 
 
 def write_manifest(
