@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -193,19 +193,32 @@ class StepLog:
 
     def __init__(self, path: Path, done_steps: int = 0) -> None:
         kept = [row for row in read_steps(path) if row["step"] <= done_steps] if done_steps else []
-        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+        write_text(path, _as_lines(kept))
         self.rows = kept
-        self._stream = path.open("a", encoding="utf-8")
+        self._path, self._stream = path, path.open("a", encoding="utf-8")
+        self._is_whole = True
 
     def add(self, row: dict[str, Any]) -> None:
-        """Append a step."""
+        """Append a step; one that cannot be written, on a full disk, is written when the file is closed."""
         self.rows.append(row)
-        self._stream.write(json.dumps(row) + "\n")
-        self._stream.flush()
+        try:
+            if self._is_whole:
+                self._stream.write(_as_lines([row]))
+                self._stream.flush()
+        except OSError:
+            self._is_whole = False
 
     def close(self) -> None:
-        """Close the file."""
-        self._stream.close()
+        """Close the file; write it anew if something is missing in it, as far as there is room."""
+        with contextlib.suppress(OSError):
+            self._stream.close()
+        if not self._is_whole:
+            with contextlib.suppress(OSError):
+                write_text(self._path, _as_lines(self.rows))
+
+
+def _as_lines(rows: Iterable[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def read_steps(path: Path) -> list[dict[str, Any]]:
