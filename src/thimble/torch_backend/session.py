@@ -328,8 +328,8 @@ class TorchSession:
         self.decoder.memory.release()
 
     def is_finite(self) -> bool:
-        """Whether every number of the adapter is finite."""
-        return self._state is None or bool(torch.isfinite(self._state.master).all())
+        """Whether every number of the adapter and of its optimiser is finite."""
+        return all(np.isfinite(values).all() for values in self.state().values())
 
     def still_layers(self) -> list[str]:
         """Layers of the adapter that never had a gradient, so that nothing in them moved."""

@@ -23,6 +23,7 @@ from thimble.core.adapter import Adapter, save_adapter
 from thimble.errors import ConfigError, DoesNotFitError
 
 START = "start"
+STEPS = "metrics.jsonl"
 
 
 def choose_folder(out: str | None, data: str) -> Path:
@@ -194,27 +195,29 @@ class StepLog:
     def __init__(self, path: Path, done_steps: int = 0) -> None:
         kept = [row for row in read_steps(path) if row["step"] <= done_steps] if done_steps else []
         write_text(path, _as_lines(kept))
-        self.rows = kept
         self._path, self._stream = path, path.open("a", encoding="utf-8")
-        self._is_whole = True
+        self._unwritten: list[dict[str, Any]] = []  # on a full disk
 
     def add(self, row: dict[str, Any]) -> None:
-        """Append a step; one that cannot be written, on a full disk, is written when the file is closed."""
-        self.rows.append(row)
+        """Append a step; one that finds no room is written when the file is closed."""
         try:
-            if self._is_whole:
+            if not self._unwritten:
                 self._stream.write(_as_lines([row]))
                 self._stream.flush()
+                return
         except OSError:
-            self._is_whole = False
+            pass
+        self._unwritten.append(row)
 
     def close(self) -> None:
         """Close the file; write it anew if something is missing in it, as far as there is room."""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # what is buffered cannot be written either
             self._stream.close()
-        if not self._is_whole:
+        if self._unwritten:
+            first = self._unwritten[0]["step"]  # of which a part may have been written
+            whole = [*(row for row in read_steps(self._path) if row["step"] < first), *self._unwritten]
             with contextlib.suppress(OSError):
-                write_text(self._path, _as_lines(self.rows))
+                write_text(self._path, _as_lines(whole))
 
 
 def _as_lines(rows: Iterable[Mapping[str, Any]]) -> str:

@@ -170,7 +170,7 @@ class _Run:
             self._take_up(checkpoint)
         elif config.resume:
             self.tell.note(f"{folder} has no valid checkpoint: training starts from the beginning")
-        self.log = run_folder.StepLog(folder / "metrics.jsonl", self.report.steps)
+        self.log = run_folder.StepLog(folder / run_folder.STEPS, self.report.steps)
         general = self.job.general
         if config.keep_general:  # what is kept is not what is measured
             halves = [[row for number, row in enumerate(general) if number % 4 // 2 == half] for half in (0, 1)]
@@ -211,7 +211,7 @@ class _Run:
                 break
             self._between_steps()
         if not self.session.is_finite():
-            self.diverged = self.diverged or "numbers of the adapter are not finite"
+            self.diverged = self.diverged or "numbers of the adapter or its optimiser are not finite"
             self.session.restore(self.good)
         self._save_last()
         self._keep_best()
@@ -283,7 +283,9 @@ class _Run:
             )
 
     def _remember(self) -> None:
-        """Keep a copy of the state, in the place of the one before."""
+        """Keep a copy of the state, in the place of the one before, if there is nothing wrong with it."""
+        if not self.session.is_finite():
+            return
         for name, values in self.session.state().items():
             if name in self.good:
                 np.copyto(self.good[name], values)
@@ -424,7 +426,7 @@ class _Run:
         report, folder, base = self.report, self.job.folder, self.job.model.base
         report.adapter = str(run_folder.publish_adapter(folder, self.session.adapter()))
         run_folder.write_manifest(folder, base.fingerprint(), base.name, self.job.examples.dataset.files, __version__)
-        write_report(folder / "report.html", asdict(report), self.log.rows)
+        write_report(folder / "report.html", asdict(report), run_folder.read_steps(folder / run_folder.STEPS))
         run_folder.write_json(folder / "report.json", asdict(report))  # last: with it the run is done
         if report.status == "done" and not self.job.config.checkpoint_every_steps:
             clear_checkpoints(folder)
