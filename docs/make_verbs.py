@@ -22,7 +22,7 @@ from thimble.verbs.findings import Overlap, Spectrum, Update
 from thimble.verbs.inspect_ import InspectReport
 from thimble.verbs.merge import MergedKind, MergedLayer, MergeReport
 from thimble.verbs.plan import PlanReport
-from thimble.verbs.train import TrainReport
+from thimble.verbs.train_report import TrainReport
 
 PAGE = Path(__file__).with_name("verbs.md")
 COLUMNS = "100"  # argparse wraps its text to the terminal; fixed, so that the page does not depend on it

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from families import make_hf_folder
 from thimble import cli
 from thimble.core.adapter import save_adapter
 from thimble.core.lowrank import Factors
@@ -235,3 +236,17 @@ def test_an_interrupted_merge_says_that_nothing_was_written(thimble, adapters, m
     monkeypatch.setattr("thimble.cli._StopFlag.__call__", lambda self: True)
     _, out, _ = thimble("merge", *adapters, "--rank", "1", "--out", "sum")
     assert out.strip() == "interrupted: nothing was written"
+
+
+def test_a_tokenizer_of_another_base_is_refused(refused, examples, tmp_path):
+    base = make_hf_folder("llama", tmp_path / "base")
+    path = base / "tokenizer.json"
+    whole = json.loads(path.read_text())
+    whole["model"]["vocab"]["<|more|>"] = 9999
+    path.write_text(json.dumps(whole))
+    assert "has tokens up to number 9,999, but the base knows" in refused("plan", examples, "--base", base)
+
+
+def test_an_alpha_that_no_reader_would_take_is_refused(refused, examples, tiny_base):
+    told = refused("plan", examples, "--base", tiny_base, "--alpha", "20000")
+    assert "alpha is '20000': expected a number above 0, at most 10000" in told

@@ -2,10 +2,10 @@
 
 import pytest
 
-from torture import files, runs
+from torture import files
 from torture.__main__ import TRIALS
 
-QUICK = {"safetensors": 3000, "gguf": 2000, "rows": 500}
+QUICK = {"safetensors": 3000, "gguf": 2000, "data": 500}
 FOREIGN = {"adapters": 1000, "adapter_tensors": 1000, "bases": 1000, "tokenizers": 400, "gguf_metadata": 400}
 STORAGE = {"stops": 1, "cuts": 300, "full": 10, "flips": 100, "publishes": 20, "modes": 1}
 
@@ -29,9 +29,20 @@ def test_no_hostile_folder_runs_anything():
     assert (line.wrong, line.tried) == (0, 52)
 
 
-def test_killed_runs_end_as_they_would_have():
-    line = runs.kill_runs(2)
-    assert (line.wrong, line.tried) == (0, 2)
+@pytest.mark.parametrize(("name", "count"), [("kill", 2), ("stopped", 3), ("numbers", 15), ("many_rows", 20_000)])
+def test_runs_end_as_they_would_have_or_say_that_they_failed(name, count):
+    line = TRIALS[name][0](count)
+    assert (line.wrong, line.tried) == (0, count)
+
+
+def test_hundreds_of_steps_leave_no_memory_and_no_files_behind():
+    line = TRIALS["soak"][0](400)
+    assert line.wrong == 0, line.note
+
+
+def test_a_run_with_too_little_memory_takes_less_or_is_refused(tmp_path):
+    line = TRIALS["memory"][0](1)
+    assert (line.wrong, line.tried) == (0, 1)
 
 
 @pytest.mark.parametrize("name", STORAGE)

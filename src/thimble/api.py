@@ -84,7 +84,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _call(verb: str, data: str | Path | None, knobs: dict[str, Any]) -> Any:
-    listeners = {name: knobs.pop(name) for name in ("on_event", "should_stop") if name in knobs}
+    listeners = {name: knobs.pop(name) for name in ("on_event", "should_stop", "should_wait") if name in knobs}
     config_file = knobs.pop("config", None)
     given = {**knobs, "data": str(data)} if data is not None else knobs
     return load_verb(verb)(build_config(verb, given, config_file), **listeners)
@@ -96,10 +96,10 @@ def train(data: str | Path | None = None, **knobs: Any) -> Any:
     Args:
         data: File or folder of examples; may stand in the `config` file instead.
         **knobs: `base`, `rank`, `epochs` and so on, by the names of the flags; also `config` (a YAML file),
-            `on_event` and `should_stop`.
+            `on_event`, `should_stop` and `should_wait`.
 
     Returns:
-        A thimble.verbs.train.TrainReport.
+        A thimble.verbs.train_report.TrainReport.
 
     Raises:
         InputError: If the run is refused.

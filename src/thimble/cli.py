@@ -58,6 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         is_full = error.errno == errno.ENOSPC
         return _failed([f"the disk is full ({error.filename or error})" if is_full else str(error)], 3, is_json)
+    except MemoryError as error:
+        if is_debug:
+            raise
+        return _failed([f"memory ran out ({error}): free some, or take a smaller base or shorter rows"], 3, is_json)
     except KeyboardInterrupt:
         return 130
     except Exception as error:
@@ -139,6 +143,8 @@ def _run(options: argparse.Namespace, unknown: list[str]) -> int:
 
     if verb == "plan":
         report = load_verb(verb)(config, progress.hear)
+    elif verb == "train":
+        report = load_verb(verb)(config, progress.hear, stop, _PauseFlag())
     else:
         report = load_verb(verb)(config, progress.hear, stop)
     progress.end()
@@ -183,6 +189,35 @@ class _StopFlag:
 
     def __call__(self) -> bool:
         return self.signal is not None
+
+
+class _PauseFlag:
+    """Turns Ctrl-Z into a request to pause: the run saves a checkpoint first, then the process is stopped.
+
+    Pressed once more it stops at once, as it does for every other command. `fg` or the signal CONT goes on.
+    """
+
+    def __init__(self) -> None:
+        self.is_asked = self.is_told = False
+        if hasattr(signal, "SIGTSTP"):
+            signal.signal(signal.SIGTSTP, self._hear)
+
+    def _hear(self, number: int, frame: object) -> None:
+        if self.is_asked:
+            os.kill(os.getpid(), signal.SIGSTOP)
+            return
+        self.is_asked = True
+        print("\npausing after this step (once more to pause at once)", file=sys.stderr)
+
+    def __call__(self) -> str:
+        if not self.is_asked:
+            return ""
+        if not self.is_told:
+            self.is_told = True
+            return "asked for with Ctrl-Z; fg goes on, or kill -CONT"
+        self.is_asked = self.is_told = False
+        os.kill(os.getpid(), signal.SIGSTOP)  # here the process rests
+        return ""
 
 
 def _chat(config: Any, is_json: bool) -> int:

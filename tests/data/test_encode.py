@@ -350,6 +350,17 @@ def test_records_the_template_refuses_are_left_out_with_the_reason(encoder_of):
     assert "not this" in skipped.found[0].problems[0]
 
 
+def test_a_token_that_the_base_does_not_know_is_refused(smollm, smollm_template):
+    last = smollm.last_id
+    encoder = Encoder(smollm, smollm_template, 64, vocab_size=last)
+    encoder.encode(chat(user(), answer()))
+    text = smollm.decode([last])
+    assert smollm.encode(text) == [last]
+    for record in (chat(user(text), answer()), Record(text=text)):
+        with pytest.raises(DataError, match=rf"token {last:,}, which the base does not know \(it has {last:,}\)"):
+            encoder.encode(record)
+
+
 def test_the_report_counts_what_became_of_the_records(smollm, smollm_template):
     records = [chat(user(), answer()), chat(user(), answer("word " * 100)), Record(text="Once.", source="b")]
     rows, report = encode_all(records, Encoder(smollm, smollm_template, 64))

@@ -170,7 +170,7 @@ def test_restoring_a_state_repeats_the_next_step_bit_for_bit(tmp_path):
 
     def step():
         session.apply(session.gradients([[batch]], 20), 1e-2, 1.0)
-        return session.state()
+        return {name: values.copy() for name, values in session.state().items()}
 
     step()
     kept = step()

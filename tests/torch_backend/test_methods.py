@@ -124,15 +124,14 @@ def test_training_in_delta_form_is_training_on_a_base_without_the_piece(tmp_path
 def test_weight_decay_pulls_back_to_the_start(tmp_path):
     base = open_base(make_hf_folder("llama", tmp_path))
     _, start = pissa(base)
-    far = {}
+    far, batches = {}, [make_batch() for _ in range(10)]
     for decay in (0.0, 5.0):
         session = step_session(base, start, Method(weight_decay=decay))
-        for _ in range(10):
-            batch = make_batch()
+        for batch in batches:
             session.apply(session.gradients([[batch]], 20), 1e-2, 1.0)
         moved = session.adapter()
         far[decay] = sum(np.abs(f.A - start.layers[p].A).sum() for p, f in moved.layers.items())
-    assert far[5.0] < 0.85 * far[0.0]
+    assert far[5.0] < 0.9 * far[0.0]
 
 
 # ---- DoRA -----------------------------------------------------------------------------------------------------------

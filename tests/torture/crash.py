@@ -199,7 +199,7 @@ def _run(run: Path, works: list[tuple[str, int]], story: _Story) -> None:
     try:
         while works:
             kind, number = works[0]
-            if kind == "save" and number > len(log.rows):
+            if kind == "save" and number > len(read_steps(run / STEPS)):
                 log.add({"step": number})
             story.begun.append((len(story.operations), kind, number))
             DO[kind](run, number)

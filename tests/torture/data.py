@@ -29,7 +29,10 @@ ROWS: tuple[dict[str, Any], ...] = (
     {"prompt": [ASKED], "completion": [SAID]},
     {"text": "once upon a time"},
 )  # fmt: skip
-TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
 MOST_GROWN_BYTES = 200_000_000  # while a million rows are read
 
 

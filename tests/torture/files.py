@@ -1,7 +1,6 @@
 """Files from strangers, damaged in every way: each is refused with an error of ours, or read."""
 
 import functools
-import json
 import os
 import random
 import resource
@@ -16,6 +15,7 @@ from torture import TINY, Line
 
 SLOW_SECONDS = 0.1  # of the processor's time, so that other work on the machine does not count
 SLOW_WALL_SECONDS = 5.0  # by the clock: something that waits
+MOST_GROWN_MB = 64  # over all cases of a line
 MEMORY = "/dev/shm" if os.path.isdir("/dev/shm") else None
 
 
@@ -83,7 +83,7 @@ def try_all(name: str, cases: Iterable[Callable[[], object]]) -> Line:
     for text in sorted(set(wrong))[:10]:
         print("   ", text[:200])
     note = f"{refused} refused, {slow} took over {SLOW_SECONDS} s, memory grew by {grown:.0f} MB"
-    return Line(name, tried, len(wrong) + slow, time.perf_counter() - began, note)
+    return Line(name, tried, len(wrong) + slow + (grown > MOST_GROWN_MB), time.perf_counter() - began, note)
 
 
 def fuzz_safetensors(count: int) -> Line:
@@ -108,11 +108,3 @@ def fuzz_gguf(count: int) -> Line:
     whole = TINY.read_bytes()
     header = len(whole) - sum(w.info.nbytes for w in open_base(TINY).weights.values())
     return fuzz_files("mutated GGUF", whole, ".gguf", header, count, lambda path: open_base(path))
-
-
-def fuzz_rows(count: int) -> Line:
-    from thimble.data.records import read_dataset
-
-    rows = [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}] * 3
-    whole = "".join(json.dumps(row) + "\n" for row in rows).encode()
-    return fuzz_files("mutated data files", whole, ".jsonl", len(whole), count, lambda path: read_dataset(str(path)))

@@ -122,7 +122,7 @@ def compare_with_reference(path: Path, file: Any) -> None:
 
 
 _SMALL = {
-    "vocab_size": 16, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "vocab_size": 320, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2,
     "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "rope_theta": 1e4,
     "tie_word_embeddings": True, "hidden_act": "silu",
 }  # fmt: skip

@@ -195,6 +195,16 @@ def test_a_merged_folder_has_the_other_files_and_no_other_copy_of_the_weights(tm
         assert (tmp_path / "merged" / name).read_bytes() == (base / name).read_bytes()
 
 
+def test_a_merged_folder_takes_no_programs_and_nothing_from_outside_of_the_base(tmp_path):
+    base = shard_folder("llama", tmp_path / "base")
+    (base / "modeling_llama.py").write_text("import os")
+    (tmp_path / "secret.txt").write_text("mine")
+    (base / "notes.txt").symlink_to(tmp_path / "secret.txt")
+    adapter = write_adapter(tmp_path / "a", open_base(base).spec.linear_shapes())
+    thimble.merge(adapter, base=str(base), out=str(tmp_path / "merged"))
+    assert not {"modeling_llama.py", "notes.txt"} & names_in(tmp_path / "merged")
+
+
 def test_a_weight_without_an_adapter_stays_as_it_is_byte_for_byte(tmp_path):
     base = make_hf_folder("llama", tmp_path / "base")
     one = "model.layers.1.mlp.up_proj"
@@ -342,7 +352,7 @@ def test_a_full_disk_is_refused_before_work(refuse, tmp_path, monkeypatch):
 
 def test_a_weight_that_does_not_fit_its_type_leaves_nothing_behind(refuse, tmp_path):
     base = shard_folder("llama", tmp_path / "base", torch.float16)
-    adapter = write_adapter(tmp_path / "a", open_base(base).spec.linear_shapes(), scale=1e5)
+    adapter = write_adapter(tmp_path / "a", open_base(base).spec.linear_shapes(), scale=1e4)
     assert "does not fit float16" in refuse(adapter, base=str(base), kind=RunError)
 
 

@@ -139,7 +139,7 @@ def test_an_update_that_is_not_finite_is_never_published(train, tmp_path, monkey
             self._state.master[3] = math.inf
 
     monkeypatch.setattr(TorchSession, "apply", poisoned)
-    with pytest.raises(RunError, match="diverged at step 6: numbers of the adapter are not finite"):
+    with pytest.raises(RunError, match="diverged at step 6: numbers of the adapter or its optimiser are not finite"):
         train("run")
     adapter = load_adapter(tmp_path / "run")
     assert adapter.is_finite()
@@ -207,6 +207,16 @@ def test_resuming_without_a_checkpoint_starts_from_the_beginning_and_says_so(tra
     report = train("run", resume=True)
     assert report.status == "done"
     assert any("no valid checkpoint" in note for note in report.told["note"])
+
+
+def test_resuming_with_damaged_checkpoints_alone_starts_from_the_beginning_with_a_warning(train, tmp_path):
+    train("run", checkpoint_every_steps=3)
+    (tmp_path / "run" / "report.json").unlink()
+    for state in (tmp_path / "run" / "checkpoints").glob("step-*/state.safetensors"):
+        state.write_bytes(state.read_bytes()[:-1])
+    report = train("run", resume=True)
+    assert report.steps == 6
+    assert any("(step-00000006, step-00000003 found, but damaged)" in text for text in report.told["warning"])
 
 
 def test_a_damaged_checkpoint_is_passed_over(train, tmp_path):

@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from thimble.core.adapter_config import MAX_RANK, MOST_SCALE, AdapterConfig, read_adapter_config
+from thimble.core.adapter_config import MAX_RANK, AdapterConfig, read_adapter_config
 from thimble.core.foreign import names_in, printable, some
 from thimble.core.lowrank import Factors, difference
+from thimble.core.method import MOST_SCALE
 from thimble.core.starts import draw
 from thimble.core.targets import Size
 from thimble.core.tensorfile import TensorFile, open_tensors, write_safetensors

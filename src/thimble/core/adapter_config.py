@@ -13,11 +13,11 @@ from typing import Any
 
 from thimble.core.foreign import read_json_object, shown, some
 from thimble.core.lowrank import scale
+from thimble.core.method import MOST_SCALE
 from thimble.errors import AdapterError
 
 MOST_BYTES = 1 << 20
 MAX_RANK = 2048  # twice the largest anybody trains: a delta form is kept as one adapter of twice the rank
-MOST_SCALE = 1e4
 MOST_ALPHA = MOST_SCALE * MAX_RANK
 MOST_ENTRIES = 20_000  # of a pattern
 MOST_PATH_CHARACTERS = 1024

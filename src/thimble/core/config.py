@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-from thimble.core.method import ADAPTER, AUTO, INITS, init_name
+from thimble.core.method import ADAPTER, AUTO, INITS, MOST_SCALE, init_name
 
 Check = Callable[[Any], str | None]
 
@@ -91,6 +91,11 @@ def fraction(value: float) -> str | None:
     return None if 0 <= value < 1 else "expected a fraction from 0 up to, but not including, 1"
 
 
+def an_alpha(value: float) -> str | None:
+    """Check the numerator of a scale: one that is larger is refused where adapters are read."""
+    return None if 0 < value <= MOST_SCALE else f"expected a number above 0, at most {MOST_SCALE:g}"
+
+
 def an_init(value: str) -> str | None:
     """Check the name of a start."""
     if value == AUTO or init_name(value) in INITS and value != ADAPTER:
@@ -104,8 +109,8 @@ def a_pattern(value: tuple[str, ...]) -> str | None:
     """Check pairs of a target and a number."""
     for pair in value:
         target, _, number = pair.rpartition("=")
-        if not target or not re.fullmatch(r"\d+(\.\d+)?(e[+-]?\d+)?", number) or float(number) <= 0:
-            return "expected pairs such as q_proj=8,down_proj=32, with numbers above 0"
+        if not target or not re.fullmatch(r"\d+(\.\d+)?(e[+-]?\d+)?", number) or not 0 < float(number) <= MOST_SCALE:
+            return f"expected pairs such as q_proj=8,down_proj=32, with numbers above 0, at most {MOST_SCALE:g}"
     return None
 
 
@@ -395,7 +400,7 @@ class TrainConfig(MeasureKnobs):
     rank_pattern: tuple[str, ...] = knob(
         (), "Ranks of some layers, such as q_proj=8,down_proj=32.", check=a_pattern, metavar="NAME=N"
     )
-    alpha: float = knob(32.0, "Scale numerator: the update is alpha/rank * B A.", check=above(0))
+    alpha: float = knob(32.0, "Scale numerator: the update is alpha/rank * B A.", check=an_alpha)
     alpha_pattern: tuple[str, ...] = knob((), "Alphas of some layers.", check=a_pattern, metavar="NAME=X")
     use_rslora: bool = knob(False, "Scale by alpha/sqrt(rank) instead of alpha/rank (rsLoRA).")
     use_dora: bool = knob(False, "Learn the length of each row of the weight apart from its direction (DoRA).")

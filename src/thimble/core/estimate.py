@@ -1,7 +1,7 @@
 """How much memory and time a run will need, part by part, before anything is loaded."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from thimble.core.base import EMBEDDING, HEAD, Base
 from thimble.core.family import DecoderSpec
@@ -31,7 +31,7 @@ MOVES = 3.0  # times that a kept number is read or written in a pass
 OVERHEAD_SECONDS = 1e-3  # of a block's pass
 DECODED = 2.5e9  # numbers per second and core
 ONE_SHARE = 1.1  # a step that is not cut into a share a core
-ADAPTER_NUMBER_BYTES = 3 * 4  # master and two moments, float32
+ADAPTER_NUMBER_BYTES = 2 * 3 * 4  # master and two moments, float32, and a copy of the last sound state of them
 SKETCH_NUMBERS = 4  # of a gradient's sketch, for each number of the adapter that is made from it
 
 
@@ -65,6 +65,12 @@ class Way:
         slow *= 1.0 if self.num_shares >= min(2, cores) else 1.2
         slow *= 1.0 if self.micro_tokens >= MICRO_BATCH_TOKENS[0] else 1.05
         return slow * (1.15 if self.is_streamed else 1.0) * (1.1 if self.store == "int8" else 1.0)
+
+    def smaller(self, longest: int) -> "Way | None":
+        """The next way that takes less memory, for rows of at most so many tokens; None if there is none."""
+        if self.micro_tokens > longest:
+            return replace(self, micro_tokens=max(longest, self.micro_tokens // 2))
+        return replace(self, num_shares=self.num_shares // 2) if self.num_shares > 1 else None
 
 
 @dataclass(frozen=True)

@@ -202,3 +202,9 @@ def _check_characters(value: Any) -> None:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise ValueError("it holds half of a character (a lone surrogate), which is no text") from None
+
+
+def is_inside(path: Path, folder: Path) -> bool:
+    """Whether a file, followed through links, lies in a folder, or where the hub's client keeps the files of one."""
+    home, place = folder.resolve(), path.resolve()
+    return place.is_relative_to(home) or place.is_relative_to((home.parent.parent / "blobs").resolve())

@@ -1,10 +1,11 @@
-"""What this machine can do, as measured, and kept for a while so that nothing is measured twice.
+"""What this machine can do, as measured, and kept for a while so that nothing is measured twice; and how it is now.
 
 Knows files and figures; what measures is given to it, since a product needs a framework.
 """
 
 import contextlib
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -12,6 +13,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 CGROUP = Path("/sys/fs/cgroup")
+POWER = Path("/sys/class/power_supply")
+CORES = Path("/sys/devices/system/cpu")
 STALE_AFTER_SECONDS = 7 * 24 * 3600
 DISK_SAMPLE_BYTES = 1 << 26
 
@@ -104,7 +107,19 @@ def available_bytes() -> int:
             except (OSError, ValueError):  # no such group, or its limit is "max"
                 continue
             free = min(free, max(allowed, 0))
-    return free
+    return int(min(free, _address_bytes()))
+
+
+def _address_bytes() -> float:
+    """Addresses this process may still take, where `ulimit -v` limits them."""
+    try:
+        import resource
+
+        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+        taken = int(_read_line(Path("/proc/self/statm")).split()[0]) * resource.getpagesize()
+    except (ImportError, OSError, ValueError):  # not Linux
+        return math.inf
+    return math.inf if limit == resource.RLIM_INFINITY else max(0, limit - taken)
 
 
 def _control_groups() -> list[Path]:
@@ -135,3 +150,39 @@ def _meminfo_bytes(name: str) -> int:
     except OSError:  # not Linux
         pass
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+@dataclass(frozen=True)
+class Battery:
+    """The battery of a laptop.
+
+    Attributes:
+        percent: How full it is, 0 to 100.
+        is_discharging: Whether nothing charges it.
+    """
+
+    percent: int
+    is_discharging: bool
+
+
+def battery() -> Battery | None:
+    """How full the battery is; None where there is none, or the system does not tell."""
+    for folder in sorted(POWER.glob("*")):
+        with contextlib.suppress(OSError, ValueError):
+            kind, status, percent = (_read_line(folder / name) for name in ("type", "status", "capacity"))
+            if kind == "Battery":
+                return Battery(int(percent), status == "Discharging")
+    return None
+
+
+def count_throttled() -> int | None:
+    """How often the cores have slowed themselves down because they were hot; None where the system does not tell."""
+    counts = []
+    for path in CORES.glob("cpu[0-9]*/thermal_throttle/core_throttle_count"):
+        with contextlib.suppress(OSError, ValueError):
+            counts.append(int(_read_line(path)))
+    return sum(counts) if counts else None
+
+
+def _read_line(path: Path) -> str:
+    return path.read_text().strip()

@@ -1,5 +1,6 @@
 """From records to token ids and labels. Knows the tokenizer and the template of a base, but no framework."""
 
+import math
 import re
 from array import array
 from collections import Counter
@@ -81,7 +82,12 @@ class Encoder:
     """Turns records into rows for one base."""
 
     def __init__(
-        self, tokenizer: Tokenizer, template: ChatTemplate | None, seq_len: int, loss_on: str = "auto"
+        self,
+        tokenizer: Tokenizer,
+        template: ChatTemplate | None,
+        seq_len: int,
+        loss_on: str = "auto",
+        vocab_size: int | None = None,
     ) -> None:
         """Prepare to encode.
 
@@ -90,11 +96,13 @@ class Encoder:
             template: Of the base, or None if it has none.
             seq_len: Longest row, in tokens.
             loss_on: "completions" (all assistant turns), "all", or "auto": all for plain text, else completions.
+            vocab_size: Tokens the base knows: some tokenizers have marks beyond, such as those for pictures.
         """
         self._tokenizer = tokenizer
         self._template = template
         self._seq_len = seq_len
         self._loss_on = loss_on
+        self._vocab_size = math.inf if vocab_size is None else vocab_size
         self._seen: Counter[str] = Counter()
         self._first_mark = ""
         stops = [text for text, index in tokenizer.special_tokens.items() if index in tokenizer.stop_ids]
@@ -249,11 +257,21 @@ class Encoder:
 
     def _tokens(self, pieces: Sequence[Piece]) -> tuple[list[int], list[bool]]:
         encoded = self._tokenizer.encode_pieces([piece.text for piece in pieces])
-        ids = [index for part in encoded for index in part]
+        ids = self._known([index for part in encoded for index in part])
         learned = [piece.is_learned for piece, part in zip(pieces, encoded, strict=True) for _ in part]
         if self._begins_bare(ids):
             return [self._tokenizer.bos_id or 0, *ids], [False, *learned]
         return ids, learned
+
+    def _known(self, ids: list[int]) -> list[int]:
+        """Refuse tokens that the base has no numbers for."""
+        last = max(ids, default=0)
+        if last >= self._vocab_size:
+            raise DataError(
+                f'the text holds "{self._tokenizer.piece(last)}", token {last:,}, which the base does not know (it has '
+                f"{self._vocab_size:,}): take it out of the text"
+            )
+        return ids
 
     def _begins_bare(self, ids: Sequence[int]) -> bool:
         return self._tokenizer.add_bos and list(ids[:1]) != [self._tokenizer.bos_id]
@@ -273,7 +291,7 @@ class Encoder:
 
     def _text_rows(self, record: Record) -> list[Row]:
         self._seen["text"] += 1
-        ids = self._tokenizer.encode(record.text or "")
+        ids = self._known(self._tokenizer.encode(record.text or ""))
         eos = self._tokenizer.eos_id
         ids += [eos] if eos is not None and ids[-1:] != [eos] else []
         head = [self._tokenizer.bos_id or 0] if self._begins_bare(ids) else []

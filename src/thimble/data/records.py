@@ -2,12 +2,15 @@
 
 import hashlib
 import importlib.resources
+import itertools
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
 
 from thimble.data.rows import Parsed, Record, parse_row, said
 from thimble.data.sources import RawRow, find_files, kind_of, read_rows
@@ -147,20 +150,20 @@ def split_rows(records: Items[Record], valid_fraction: float, seed: int) -> tupl
         Examples to learn from and examples held out, each in the given order. At least one is held out if there are
         two different ones and the share is above 0.
     """
-    groups: dict[bytes, list[int]] = {}
-    for index, record in enumerate(records):
-        groups.setdefault(_digest(record, seed), []).append(index)
-    if valid_fraction <= 0 or len(groups) < 2:
+    digests = np.fromiter((_digest(record, seed) for record in records), np.uint64, len(records))
+    order = np.argsort(digests, kind="stable")  # shuffled, those of the same content side by side
+    begins = np.flatnonzero(np.diff(digests[order], prepend=~digests[order[:1]])).tolist()
+    if valid_fraction <= 0 or len(begins) < 2:
         return records, ()
-    shuffled = [indices for _, indices in sorted(groups.items())]
     wanted = min(max(1, round(valid_fraction * len(records))), len(records) - 1, MOST_HELD_OUT)
+    ends = [*begins, len(order)]
     held: list[int] = []
-    for indices in shuffled:
-        if len(held) + len(indices) <= wanted:
-            held += indices
-    held = held or min(shuffled, key=len)
+    for begin, end in itertools.pairwise(ends):
+        if len(held) + end - begin <= wanted:
+            held += order[begin:end].tolist()
+    held = held or order[slice(*min(itertools.pairwise(ends), key=lambda group: group[1] - group[0]))].tolist()
     chosen = set(held)
-    train = Chosen(records, [index for index in range(len(records)) if index not in chosen])
+    train = Chosen(records, (index for index in range(len(records)) if index not in chosen))
     return train, tuple(records[index] for index in sorted(chosen))
 
 
@@ -223,7 +226,8 @@ def _name(path: Path) -> str:
     return name[: name.lower().rindex(kind)] if (kind := kind_of(path)) and path.is_file() else name
 
 
-def _digest(record: Record, seed: int) -> bytes:
-    """A number that belongs to this content and this seed; sorted by it, contents are shuffled."""
+def _digest(record: Record, seed: int) -> int:
+    """A number of 64 bits that belongs to this content and this seed; sorted by it, contents are shuffled."""
     content = [seed, record.messages, record.text, record.tools]
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).digest()
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).digest()
+    return int.from_bytes(digest[:8], "big")

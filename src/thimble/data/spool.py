@@ -7,7 +7,7 @@ owner's business: it hands in how to write one and how to read it back.
 import tempfile
 import threading
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Generic, TypeVar
 
@@ -66,7 +66,7 @@ class Chosen(Generic[T]):
         numbers: Which of them.
     """
 
-    def __init__(self, items: "Items[T]", numbers: Sequence[int]) -> None:
+    def __init__(self, items: "Items[T]", numbers: Iterable[int]) -> None:
         self._items, self._numbers = items, array("q", numbers)
 
     def __len__(self) -> int:

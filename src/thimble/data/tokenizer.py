@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from thimble.core.foreign import read_bytes, read_json_object, shown
+from thimble.core.foreign import is_inside, read_bytes, read_json_object, shown
 from thimble.data import gguf_vocab
 from thimble.data.gguf_vocab import rust_faults
 from thimble.errors import BaseModelError
@@ -52,6 +52,7 @@ class Tokenizer:
         added = inner.get_added_tokens_decoder()
         self._added = {index: token.content for index, token in added.items()}
         self.vocab_size: int = inner.get_vocab_size()
+        self.last_id = max(inner.get_vocab(with_added_tokens=False).values(), default=-1)  # of ordinary tokens
         self.bos_id, self.eos_id = bos_id, eos_id
         self.bos_token = inner.id_to_token(bos_id) if bos_id is not None else ""
         self.eos_token = inner.id_to_token(eos_id) if eos_id is not None else ""
@@ -270,10 +271,10 @@ def _is_named(entry: Any) -> bool:
 
 def _read_text(path: Path) -> str:
     """A text file of a folder; any text will do for it, so a link must not bring in one from elsewhere."""
-    home, place = path.parent.resolve(), path.resolve()
-    cache = (home.parent.parent / "blobs").resolve()  # where the hub client keeps what the files of a snapshot link to
-    if not place.is_relative_to(home) and not place.is_relative_to(cache):
-        raise BaseModelError(f"{path} links to {shown(str(place))}: expected a file of the same folder; copy it there")
+    if not is_inside(path, path.parent):
+        raise BaseModelError(
+            f"{path} links to {shown(str(path.resolve()))}: expected a file of the same folder; copy it there"
+        )
     try:
         return read_bytes(path, MOST_TEMPLATE_BYTES, BaseModelError).decode()
     except UnicodeDecodeError as error:

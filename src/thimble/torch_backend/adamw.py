@@ -70,9 +70,9 @@ class AdamW:
         return self._square
 
     def state(self) -> dict[str, NDArray[np.float32]]:
-        """Moments and step count, as copies; the names are torch's."""
+        """Moments, not copied, and step count; the names are torch's."""
         steps = np.array([self._steps], np.float32)
-        return {"exp_avg": self._mean.numpy().copy(), "exp_avg_sq": self._square.numpy().copy(), "step": steps}
+        return {"exp_avg": self._mean.numpy(), "exp_avg_sq": self._square.numpy(), "step": steps}
 
     def restore(self, state: Mapping[str, NDArray[np.float32]]) -> None:
         """Go back to what `state` returned."""

@@ -6,13 +6,19 @@ holes in which smaller long-lived ones settle: up to twice the memory that is in
 
 import contextlib
 import ctypes
+import functools
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from thimble.core.sizes import BUFFER_TOKENS
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass
@@ -68,6 +74,21 @@ class Memory:
         """Give the memory back; what was taken stays valid for those who hold it."""
         self._rooms.clear()
         _trim_heap()
+
+
+def out_of_memory(work: Callable[P, T]) -> Callable[P, T]:
+    """Have work raise a MemoryError when memory runs out, which torch tells as a RuntimeError like any other."""
+
+    @functools.wraps(work)
+    def told(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return work(*args, **kwargs)
+        except RuntimeError as error:
+            if "can't allocate memory" in str(error):
+                raise MemoryError(str(error).partition(":")[2].strip().partition(". ")[0]) from None
+            raise
+
+    return told
 
 
 def _trim_heap() -> None:

@@ -26,6 +26,7 @@ from thimble.torch_backend.frozen import FileMatrix
 from thimble.torch_backend.generate import Sampler, read, write
 from thimble.torch_backend.lora import Noise
 from thimble.torch_backend.loss import divergence, label_loss
+from thimble.torch_backend.memory import out_of_memory
 from thimble.torch_backend.threads import place, side_by_side
 
 PLAIN = Method()
@@ -193,6 +194,7 @@ class TorchSession:
         self.switch(True)
         return Anchor(batch, hidden)
 
+    @out_of_memory
     def _add_gradients(self, share: Sequence[PackedRows]) -> LossSum:
         """Add the gradients of some micro-batches to the sum of this share."""
         total = LossSum()
@@ -252,6 +254,7 @@ class TorchSession:
         """Summed loss over the labelled tokens of each batch, in order, as they are ready."""
         return side_by_side([functools.partial(self._loss, batch) for batch in batches], self._way.num_shares)
 
+    @out_of_memory
     @torch.no_grad()
     def _loss(self, batch: PackedRows) -> LossSum:
         return LossSum(float(self._label_loss(batch)), _count(batch.labels))
@@ -325,8 +328,8 @@ class TorchSession:
         self.decoder.memory.release()
 
     def is_finite(self) -> bool:
-        """Whether every number of the adapter is finite."""
-        return self._state is None or bool(torch.isfinite(self._state.master).all())
+        """Whether every number of the adapter and of its optimiser is finite."""
+        return all(np.isfinite(values).all() for values in self.state().values())
 
     def still_layers(self) -> list[str]:
         """Layers of the adapter that never had a gradient, so that nothing in them moved."""
@@ -338,10 +341,10 @@ class TorchSession:
     # ---- checkpoints ----------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, NDArray[np.float32]]:
-        """All that training changes: the flat adapter and AdamW's moments and step count, as copies."""
+        """All that training changes: the flat adapter and AdamW's moments and step count; copy what you keep."""
         assert self._state is not None, "nothing is being trained"
         assert self._optimiser is not None, "nothing is being trained"
-        return {"adapter": self._state.master.numpy().copy(), **self._optimiser.state()}
+        return {"adapter": self._state.master.numpy(), **self._optimiser.state()}
 
     def take(self, numbers: NDArray[np.float32]) -> None:
         """Set the adapter to the numbers of an earlier `state`, and leave the optimiser as it is."""

@@ -10,7 +10,7 @@ import functools
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
 import torch
@@ -63,7 +63,18 @@ def side_by_side(tasks: Sequence[Callable[[], T]], most: int) -> Iterator[T]:
     if count <= 1:
         return (task() for task in tasks)
     cores = num_cores() // count
-    return _workers(count).map(lambda number: _run(tasks[number], number, cores), range(len(tasks)))
+    return _results([_workers(count).submit(_run, task, number, cores) for number, task in enumerate(tasks)])
+
+
+def _results(futures: Sequence["Future[T]"]) -> Iterator[T]:
+    """Results in order; if one failed, or nobody wants the rest, none is at work any more when that is told."""
+    try:
+        for future in futures:
+            yield future.result()
+    finally:
+        for future in futures:
+            future.cancel()
+        wait(futures)
 
 
 def _run(task: Callable[[], T], number: int, cores: int) -> T:

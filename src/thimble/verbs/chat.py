@@ -30,7 +30,9 @@ class Conversation:
 
     def __init__(self, config: ChatConfig, model: Model, session: "TorchSession", adapters: dict[str, Adapter]) -> None:
         self._config, self._model, self._session = config, model, session
-        self._encoder = Encoder(model.tokenizer, model.template, model.base.spec.max_positions, "auto")
+        self._encoder = Encoder(
+            model.tokenizer, model.template, model.base.spec.max_positions, vocab_size=model.base.spec.vocab_size
+        )
         self._adapters: dict[str, Adapter | None] = {BASE_NAME: None, **adapters}
         self._turns_taken = 0
         self.active = BASE_NAME

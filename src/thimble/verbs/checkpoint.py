@@ -115,6 +115,11 @@ def latest_checkpoint(folder: Path) -> Checkpoint | None:
     return None
 
 
+def checkpoint_names(folder: Path) -> list[str]:
+    """Names of all checkpoints, damaged or not, the newest first."""
+    return [path.name for path in _names(folder)]
+
+
 def clear_checkpoints(folder: Path) -> None:
     """Remove all checkpoints, when the run needs them no more."""
     shutil.rmtree(folder / FOLDER, ignore_errors=True)
@@ -163,7 +168,7 @@ def locked(folder: Path) -> Iterator[None]:
     """Hold a run folder, so that no other run writes to it; released by the system if the process dies.
 
     Args:
-        folder: It must exist.
+        folder: Made if it is not there; if the work fails before anything is in it, it is removed again.
 
     Yields:
         None: While it is held.
@@ -171,11 +176,25 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         ConfigError: If another process holds it.
     """
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = _hold(folder)
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # refuses one that holds anything
+        raise
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def _hold(folder: Path) -> int | None:
+    """The handle whose closing lets go of the folder; None where the system has no such locks."""
     try:
         import fcntl
-    except ImportError:  # no such locks on this system
-        yield
-        return
+    except ImportError:
+        return None
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -186,10 +205,7 @@ def locked(folder: Path) -> Iterator[None]:
         ) from None
     except OSError:  # a file system without locks
         pass
-    try:
-        yield
-    finally:
-        os.close(handle)
+    return handle
 
 
 def origin_of(base: Base, rows: Iterable[Row], **runs_on: str) -> dict[str, str]:

@@ -3,6 +3,8 @@
 A pure function of the row lengths, the knobs and the seed, so that a resumed run continues where it stopped.
 """
 
+import bisect
+import functools
 import math
 from collections.abc import Sequence
 
@@ -29,7 +31,8 @@ class Course:
 
     def __init__(self, config: TrainConfig, lengths: Sequence[int], family: str, hidden_size: int) -> None:
         self._config, self._lengths = config, lengths
-        self._epochs: list[list[list[int]]] = []
+        self._begins = [0]  # first step of each epoch looked at so far, and of the one after
+        self._epoch = functools.lru_cache(maxsize=2)(self._make_epoch)
         self.minutes = config.max_minutes
         self.total_steps = None if self.minutes else self._count_steps()
         rows_per_step = len(lengths) / len(self._epoch(0))
@@ -42,11 +45,15 @@ class Course:
         warmup = config.warmup_steps
         self.warmup_steps = min(MOST_WARMUP_STEPS, max(1, round(steps * WARMUP_SHARE))) if warmup is None else warmup
 
-    def _epoch(self, number: int) -> list[list[int]]:
-        while len(self._epochs) <= number:
-            config = self._config
-            self._epochs.append(epoch_steps(self._lengths, config.batch_tokens, config.seed, len(self._epochs)))
-        return self._epochs[number]
+    def _make_epoch(self, number: int) -> list[list[int]]:
+        return epoch_steps(self._lengths, self._config.batch_tokens, self._config.seed, number)
+
+    def _epoch_of(self, step: int) -> tuple[int, int]:
+        """Number of the epoch that a step belongs to, and its place there."""
+        while self._begins[-1] <= step:
+            self._begins.append(self._begins[-1] + len(self._epoch(len(self._begins) - 1)))
+        number = bisect.bisect_right(self._begins, step) - 1
+        return number, step - self._begins[number]
 
     def _count_steps(self) -> int:
         if self._config.max_steps:
@@ -59,11 +66,8 @@ class Course:
 
     def rows(self, step: int) -> list[int]:
         """Numbers of the rows that step `step` (from 0) learns from."""
-        number = 0
-        while step >= len(self._epoch(number)):
-            step -= len(self._epoch(number))
-            number += 1
-        return self._epoch(number)[step]
+        number, place = self._epoch_of(step)
+        return self._epoch(number)[place]
 
     def is_done(self, step: int, seconds: float) -> bool:
         """Whether the run ends before step `step`, `seconds` after training began."""
@@ -89,8 +93,5 @@ class Course:
     @property
     def epochs(self) -> float:
         """Passes over the data that `total_steps` make; 0 for a run by the clock."""
-        steps, number = self.total_steps or 0, 0
-        while steps > len(self._epoch(number)):
-            steps -= len(self._epoch(number))
-            number += 1
-        return number + steps / len(self._epoch(number))
+        number, place = self._epoch_of(self.total_steps or 0)
+        return number + place / len(self._epoch(number))

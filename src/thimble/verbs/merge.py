@@ -12,6 +12,7 @@ import numpy as np
 from thimble.core.adapter import KEY, MAX_RANK, WEIGHTS_FILE, Adapter, find_adapter, save_adapter
 from thimble.core.base import Base, Weight, weight_files
 from thimble.core.config import MergeConfig
+from thimble.core.foreign import is_inside
 from thimble.core.lowrank import Factors, rank_for, svd_of_update, total, truncate
 from thimble.core.lowrank import merge as merge_weight
 from thimble.core.quantize import dequantize, quantize
@@ -373,12 +374,14 @@ def _write_base(work: _Work, folder: Path) -> list[MergedLayer]:
 
 
 def _other_files(folder: Path) -> list[Path]:
-    """Everything of a Hugging Face folder but weights and hidden files."""
+    """What describes a model in a Hugging Face folder: no weights, no programs, nothing from outside of it."""
     files = []
     for path in sorted(folder.rglob("*")):
         parts = path.relative_to(folder).parts
         is_weight = path.suffix in WEIGHT_SUFFIXES or path.name.endswith(".bin.index.json")
-        if path.is_file() and not is_weight and not any(part.startswith(".") for part in parts):
+        if is_weight or path.suffix == ".py" or any(part.startswith(".") for part in parts):
+            continue
+        if path.is_file() and is_inside(path, folder):
             files.append(path)
     return files
 

@@ -63,6 +63,11 @@ def open_model(name: str | None) -> Model:
         tokenizer = tokenizer_from_gguf(base.metadata)
     else:
         tokenizer = tokenizer_from_folder(base.path)
+    if tokenizer.last_id >= base.spec.vocab_size:
+        raise BaseModelError(
+            f"the tokenizer of {base.name} has tokens up to number {tokenizer.last_id:,}, but the base knows "
+            f"{base.spec.vocab_size:,}: it belongs to another base; copy the right one"
+        )
     source = tokenizer.chat_template
     template = ChatTemplate(source, tokenizer.bos_token or "", tokenizer.eos_token or "") if source else None
     return Model(base, tokenizer, template)
@@ -167,7 +172,8 @@ class Examples:
 
 def make_encoder(model: Model, config: MeasureKnobs) -> Encoder:
     """The encoder for a base and the user's wishes."""
-    return Encoder(model.tokenizer, model.template, config.seq_len, config.loss_on)
+    vocab_size = model.base.spec.vocab_size
+    return Encoder(model.tokenizer, model.template, config.seq_len, config.loss_on, vocab_size)
 
 
 def encode_examples(

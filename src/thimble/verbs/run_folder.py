@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -221,19 +221,34 @@ class StepLog:
 
     def __init__(self, path: Path, done_steps: int = 0) -> None:
         kept = [row for row in read_steps(path) if row["step"] <= done_steps] if done_steps else []
-        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
-        self.rows = kept
-        self._stream = path.open("a", encoding="utf-8")
+        write_text(path, _as_lines(kept))
+        self._path, self._stream = path, path.open("a", encoding="utf-8")
+        self._unwritten: list[dict[str, Any]] = []  # on a full disk
 
     def add(self, row: dict[str, Any]) -> None:
-        """Append a step."""
-        self.rows.append(row)
-        self._stream.write(json.dumps(row) + "\n")
-        self._stream.flush()
+        """Append a step; one that finds no room is written when the file is closed."""
+        try:
+            if not self._unwritten:
+                self._stream.write(_as_lines([row]))
+                self._stream.flush()
+                return
+        except OSError:
+            pass
+        self._unwritten.append(row)
 
     def close(self) -> None:
-        """Close the file."""
-        self._stream.close()
+        """Close the file; write it anew if something is missing in it, as far as there is room."""
+        with contextlib.suppress(OSError):  # what is buffered cannot be written either
+            self._stream.close()
+        if self._unwritten:
+            first = self._unwritten[0]["step"]  # of which a part may have been written
+            whole = [*(row for row in read_steps(self._path) if row["step"] < first), *self._unwritten]
+            with contextlib.suppress(OSError):
+                write_text(self._path, _as_lines(whole))
+
+
+def _as_lines(rows: Iterable[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def read_steps(path: Path) -> list[dict[str, Any]]:

@@ -1,0 +1,77 @@
+"""What a training run did, as plain data: report.json, `--json` and the Python call give the same names."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class TrainReport:
+    """What a run did; the JSON report has the same names.
+
+    Attributes:
+        status: `done`, `interrupted` or `diverged`.
+        out: The run folder.
+        adapter: The adapter folder.
+        base: Name of the base.
+        steps: Optimiser steps taken.
+        tokens: Tokens read in training, prompts included.
+        label_tokens: Tokens learned from.
+        seconds: Time spent training, evaluation not counted.
+        total_seconds: Time from the call to the report.
+        tokens_per_second: Tokens read in training per second.
+        peak_memory_bytes: Largest resident size of the process.
+        loss_base: Held-out loss of the bare base, nats per label token; NaN if nothing was held out.
+        loss_before: The same with the adapter attached, before step 1.
+        loss_after: The same after training.
+        general_before: Loss of the base on general text.
+        general_after: The same after training: what it forgot.
+        metric: Name of the task metric.
+        task_before: Task figures of the base over held-out rows, 0 to 1.
+        task_after: The same after training.
+        task_rows: Rows answered.
+        samples: Held-out questions with reference and both answers.
+        skipped_rows: Rows left out, which skipped.jsonl lists with the reasons.
+        adapter_parameters: Numbers in the adapter.
+        base_parameters: Numbers in the base.
+        start: What was measured for the choice of init and ranks, and the seconds it took.
+        kept_step: The step whose adapter was kept, the last one unless an earlier one did better on held-out rows.
+        returns: How often the loss left the road and the run went back and on at half the rate.
+        plan: Expected peak memory by part, bytes.
+        planned_seconds_per_step: Expected time of a step.
+        told: Decisions, notes and warnings, in order.
+        config: Every knob, resolved.
+    """
+
+    status: str = "done"
+    out: str = ""
+    adapter: str = ""
+    base: str = ""
+    steps: int = 0
+    tokens: int = 0
+    label_tokens: int = 0
+    seconds: float = 0.0
+    total_seconds: float = 0.0
+    tokens_per_second: float = 0.0
+    peak_memory_bytes: int = 0
+    loss_base: float = math.nan
+    loss_before: float = math.nan
+    loss_after: float = math.nan
+    general_before: float = math.nan
+    general_after: float = math.nan
+    metric: str = "none"
+    task_before: Mapping[str, float] = field(default_factory=dict)
+    task_after: Mapping[str, float] = field(default_factory=dict)
+    task_rows: int = 0
+    samples: list[dict[str, str]] = field(default_factory=list)
+    skipped_rows: int = 0
+    adapter_parameters: int = 0
+    base_parameters: int = 0
+    start: dict[str, Any] = field(default_factory=dict)
+    kept_step: int = 0
+    returns: int = 0
+    plan: dict[str, int] = field(default_factory=dict)
+    planned_seconds_per_step: float = 0.0
+    told: dict[str, list[str]] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)

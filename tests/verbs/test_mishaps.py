@@ -1,0 +1,316 @@
+"""What happens around a run: full disks, memory that runs out, low batteries, Ctrl-Z, damaged bases, dirty rows."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import thimble
+from thimble.core import machine
+from thimble.core.machine import Battery
+from thimble.core.tensorfile import open_tensors
+from thimble.errors import ConfigError, RunError
+from thimble.torch_backend.session import TorchSession
+from thimble.verbs import run_folder
+from thimble.verbs import train as verb
+from thimble.verbs.checkpoint import latest_checkpoint, locked
+from thimble.verbs.events import Teller
+from thimble.verbs.waiting import Waiting
+
+QUICK = {"seq_len": 64, "batch_tokens": 64, "max_steps": 8, "max_new_tokens": 2, "compute": "fp32", "rank": 4}
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.fixture
+def train(examples, tiny_base, tmp_path):
+    def run(name="run", **knobs):
+        return thimble.train(examples, base=tiny_base, out=str(tmp_path / name), **{**QUICK, **knobs})
+
+    return run
+
+
+def adapter_of(folder):
+    return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+# ---- full disks -----------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_that_cannot_be_written_does_not_end_the_run(train, tmp_path, monkeypatch):
+    whole, times = verb.save_checkpoint, []
+
+    def save(*args):
+        times.append(args[1])
+        if len(times) in (2, 3):
+            raise FULL
+        whole(*args)
+
+    monkeypatch.setattr(verb, "save_checkpoint", save)
+    report = train(checkpoint_every_steps=2)
+    assert (report.status, report.steps, times) == ("done", 8, [2, 4, 6, 8])
+    warnings = [text for text in report.told["warning"] if "cannot be written" in text]
+    assert len(warnings) == 2
+    assert "step 6 cannot be written (No space left on device): the run goes on, and that of step 2 is" in warnings[1]
+    train("other")
+    assert adapter_of(tmp_path / "run") == adapter_of(tmp_path / "other")
+
+
+def test_a_result_that_cannot_be_written_is_an_honest_failure_that_can_be_resumed(train, tmp_path, monkeypatch):
+    publish = run_folder.publish_adapter
+    monkeypatch.setattr(run_folder, "publish_adapter", lambda *a: (_ for _ in ()).throw(FULL))
+    with pytest.raises(RunError, match=r"cannot be written to .*No space left.*--resume, which goes on from step 8"):
+        train()
+    assert latest_checkpoint(tmp_path / "run").step == 8
+    assert not (tmp_path / "run" / "adapter").exists()
+    monkeypatch.setattr(run_folder, "publish_adapter", publish)
+    assert train(resume=True).status == "done"
+    train("other")
+    assert adapter_of(tmp_path / "run") == adapter_of(tmp_path / "other")
+
+
+def test_lines_of_the_log_that_found_no_room_are_written_at_the_end(tmp_path, monkeypatch):
+    log = run_folder.StepLog(tmp_path / "metrics.jsonl")
+    log.add({"step": 1})
+    room = log._stream.write
+    monkeypatch.setattr(log._stream, "write", lambda text: (_ for _ in ()).throw(FULL), raising=False)
+    log.add({"step": 2})
+    monkeypatch.setattr(log._stream, "write", room, raising=False)
+    log.add({"step": 3})
+    log.close()
+    assert [row["step"] for row in run_folder.read_steps(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+
+
+# ---- memory ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def scarce(monkeypatch):
+    """Let memory run out in micro-batches of more than so many tokens."""
+
+    def limit(most_tokens):
+        whole = TorchSession._add_gradients
+
+        def add(session, share):
+            if max(len(batch.ids) for batch in share) > most_tokens:
+                raise MemoryError("you tried to allocate 12345 bytes")
+            return whole(session, share)
+
+        monkeypatch.setattr(TorchSession, "_add_gradients", add)
+
+    return limit
+
+
+def test_a_step_that_runs_out_of_memory_is_taken_in_smaller_parts(train, tmp_path, scarce):
+    train("whole", valid_split=0, batch_tokens=256, seq_len=64)
+    scarce(128)
+    report = train(valid_split=0, batch_tokens=256, seq_len=64)
+    assert any("memory ran out in step 1: from here on in micro-batches of" in text for text in report.told["warning"])
+    ours, other = (open_tensors(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("run", "whole"))
+    for name in ours.tensors:  # the same sums in another order; Adam makes much of the last digit of a tiny gradient
+        np.testing.assert_allclose(ours.read(name), other.read(name), atol=2e-3)
+
+
+def test_a_step_that_does_not_fit_at_all_ends_the_run_with_what_to_do(train, tmp_path, scarce):
+    train(max_steps=3, checkpoint_every_steps=1)
+    (tmp_path / "run" / "report.json").unlink()
+    scarce(4)
+    with pytest.raises(RunError, match=r"ran out \(in step 4, in the smallest parts.*--resume goes on from step 3"):
+        train(max_steps=5, resume=True, eval_rows=0)
+
+
+def test_torch_telling_of_memory_is_understood():
+    from thimble.torch_backend.memory import out_of_memory
+
+    def refuse(text):
+        raise RuntimeError(text)
+
+    told = "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to "
+    with pytest.raises(MemoryError):
+        out_of_memory(refuse)(told + "allocate 4000000000000 bytes. Error code 12 (Cannot allocate memory)")
+    with pytest.raises(RuntimeError, match="shapes"):
+        out_of_memory(refuse)("shapes do not match")
+
+
+# ---- waiting --------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_is_asked_to_wait_saves_a_checkpoint_and_goes_on(train, tmp_path, monkeypatch):
+    monkeypatch.setattr("thimble.verbs.waiting.LOOK_SECONDS", 1.5)
+    asked, found = [], []
+
+    def should_wait():
+        asked.append(1)
+        if len(asked) in (4, 5, 6):
+            found.append(latest_checkpoint(tmp_path / "run"))
+            return "somebody wants the machine"
+        return ""
+
+    report = train(should_wait=should_wait)
+    assert found[1].step == 4
+    assert any("paused after step 4, with a checkpoint: somebody wants" in text for text in report.told["warning"])
+    assert report.seconds < 3 < report.total_seconds  # two looks: a pause is not training
+    train("other")
+    assert adapter_of(tmp_path / "run") == adapter_of(tmp_path / "other")
+
+
+def test_a_run_can_be_left_while_it_waits(train):
+    paused = []
+    report = train(
+        should_wait=lambda: "rest" if paused or not paused.append(1) else "", should_stop=lambda: len(paused) > 0
+    )
+    assert report.status == "interrupted"
+
+
+def power(folder, **values):
+    (folder / "BAT0").mkdir(parents=True, exist_ok=True)
+    for name, value in values.items():
+        (folder / "BAT0" / name).write_text(f"{value}\n")
+
+
+def test_the_battery_is_read_where_the_system_tells_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "POWER", tmp_path)
+    assert machine.battery() is None
+    power(tmp_path, type="Mains", online=1)
+    assert machine.battery() is None
+    power(tmp_path, type="Battery", status="Discharging", capacity=42)
+    assert machine.battery() == Battery(42, True)
+    power(tmp_path, capacity="unknown")
+    assert machine.battery() is None
+
+
+def test_a_low_battery_pauses_until_it_is_charged(monkeypatch):
+    monkeypatch.setattr("thimble.verbs.waiting.LOOK_SECONDS", 0.0)
+    levels = iter([Battery(30, True), Battery(9, True), Battery(9, True), Battery(12, True), Battery(12, False)])
+    waiting = Waiting(lambda: "", lambda: False, Teller(lambda event: None), lambda: next(levels))
+    assert waiting.why() == ""
+    assert waiting.why() == "the battery is at 9 % and nothing charges it"
+    waiting.wait()
+    assert next(levels, None) is None  # 12 % was not enough while nothing charged it
+
+
+def test_a_processor_that_slows_itself_down_is_told_of_once(tmp_path, monkeypatch):
+    count = tmp_path / "cpu0" / "thermal_throttle" / "core_throttle_count"
+    count.parent.mkdir(parents=True)
+    count.write_text("7\n")
+    monkeypatch.setattr(machine, "CORES", tmp_path)
+    monkeypatch.setattr("thimble.verbs.waiting.HEAT_SECONDS", 0.0)
+    tell = Teller(lambda event: None)
+    waiting = Waiting(lambda: "", lambda: False, tell)
+    waiting.watch_heat()
+    assert tell.told["warning"] == []
+    for hot in ("8\n", "9\n"):
+        count.write_text(hot)
+        waiting.watch_heat()
+    assert tell.told["warning"] == ["the processor is hot and slows itself down: steps take longer until it is cooler"]
+
+
+@pytest.fixture
+def process(examples, tiny_base, tmp_path):
+    """A run of its own process that takes long, and a way to wait for what it says."""
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in {**QUICK, "max_steps": 100_000}.items()]
+    command = [sys.executable, "-m", "thimble", "train", str(examples), "--base", tiny_base, "--out", "run", *flags]
+    told = open(tmp_path / "told", "w+")  # noqa: SIM115
+    running = subprocess.Popen(command, cwd=tmp_path, stdout=told, stderr=told)
+
+    def until(text, seconds=60):
+        end = time.monotonic() + seconds
+        while text not in (tmp_path / "told").read_text():
+            assert time.monotonic() < end, (tmp_path / "told").read_text()
+            assert running.poll() is None, (tmp_path / "told").read_text()
+            time.sleep(0.02)
+
+    yield running, until
+    running.kill()
+    running.wait()
+    told.close()
+
+
+def state_of(process):
+    return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+def test_ctrl_z_saves_a_checkpoint_and_stops_the_process_until_it_is_continued(process, tmp_path):
+    running, until = process
+    until("step 1/")
+    os.kill(running.pid, signal.SIGTSTP)
+    until("with a checkpoint: asked for with Ctrl-Z")
+    end = time.monotonic() + 20
+    while state_of(running) != "T":
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    step = latest_checkpoint(tmp_path / "run").step
+    os.kill(running.pid, signal.SIGCONT)
+    until("going on after a pause of")
+    os.kill(running.pid, signal.SIGTERM)
+    assert running.wait(20) == 143
+    assert latest_checkpoint(tmp_path / "run").step > step
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_run_within_five_seconds_and_keeps_what_was_learned(process, tmp_path, number, code):
+    running, until = process
+    until("step 1/")
+    asked = time.monotonic()
+    os.kill(running.pid, number)
+    assert running.wait(20) == code
+    assert time.monotonic() - asked < 5
+    assert latest_checkpoint(tmp_path / "run").step > 0
+    assert (tmp_path / "run" / "adapter" / "adapter_config.json").exists()
+
+
+# ---- bases and data -------------------------------------------------------------------------------------------------
+
+
+def test_a_base_with_a_weight_that_is_not_finite_is_named_before_anything_is_learned(examples, tiny_base, tmp_path):
+    info = open_tensors(tiny_base).tensors["blk.1.ffn_up.weight"]
+    whole = bytearray(Path(tiny_base).read_bytes())
+    whole[info.offset : info.offset + 4] = np.float32(np.nan).tobytes()
+    (tmp_path / "bad.gguf").write_bytes(whole)
+    with pytest.raises(RunError, match=r"not finite in model\.layers\.1\.mlp\.up_proj\.weight: copy or convert it"):
+        thimble.train(examples, base=str(tmp_path / "bad.gguf"), out=str(tmp_path / "run"), **QUICK)
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_a_base_that_is_worse_than_guessing_on_the_rows_is_warned_of(train):
+    report = train()
+    assert any("on the held-out rows, worse than guessing" in text for text in report.told["warning"])
+
+
+def test_rows_that_are_left_out_are_listed_with_the_reason(tiny_base, tmp_path):
+    rows = [{"prompt": f"say {n} ", "completion": f"{n} it is"} for n in range(20)]
+    lines = [*map(json.dumps, rows), '{"prompt": "x"']
+    (tmp_path / "mine.jsonl").write_text("\n".join(lines) + "\n")
+    report = thimble.train(tmp_path / "mine.jsonl", base=tiny_base, out=str(tmp_path / "run"), **QUICK)
+    (line,) = (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()
+    assert json.loads(line)["source"] == "mine.jsonl line 21"
+    assert "is not valid JSON" in json.loads(line)["problem"]
+    assert report.skipped_rows == 1
+    assert any("1 of 21 rows cannot be used and left out" in text for text in report.told["warning"])
+
+
+def test_a_second_run_in_a_folder_is_refused_before_the_base_is_loaded(train, tmp_path, monkeypatch):
+    monkeypatch.setattr(verb, "open_session", lambda *a: pytest.fail("the base was loaded"))
+    with locked(tmp_path / "run"), pytest.raises(ConfigError, match="in which another run is at work"):
+        train()
+
+
+def test_a_run_that_fails_before_anything_is_written_leaves_no_folder(train, tmp_path, monkeypatch):
+    monkeypatch.setattr(verb, "open_session", lambda *a: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_report_of_another_version_is_read_as_far_as_it_is_known(train, tmp_path):
+    train()
+    path = tmp_path / "run" / "report.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "of_the_future": 1}))
+    assert train(resume=True).steps == 8
