@@ -13,8 +13,9 @@ import pytest
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from thimble.core.tensorfile import open_tensors
-from thimble.data import budget, sandbox
-from thimble.data.budget import Budget, RunawayTemplateError
+from thimble.data.sandbox import budget
+from thimble.data.sandbox import environment as sandbox
+from thimble.data.sandbox.budget import Budget, RunawayTemplateError
 from thimble.data.template import MAX_CHARACTERS, ChatTemplate
 from thimble.errors import BaseModelError, DataError
 from torture.templates import ESCAPES, LIMIT_MEGABYTES, LIMIT_SECONDS, PAYLOADS, grown_template, try_template

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from thimble.data.budget import MAX_CHARACTERS, Budget, RunawayTemplateError
-from thimble.data.sandbox import compile_template, shortened
+from thimble.data.sandbox.budget import MAX_CHARACTERS, Budget, RunawayTemplateError
+from thimble.data.sandbox.environment import compile_template, shortened
 from thimble.data.tool_text import write_tools
 from thimble.errors import BaseModelError, DataError
 

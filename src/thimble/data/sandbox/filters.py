@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Callable
 from typing import Any
 
-from thimble.data.bounded import (
+from thimble.data.sandbox.bounded import (
     MARKUP,
     add,
     call_method,
@@ -23,7 +23,7 @@ from thimble.data.bounded import (
     pieces,
     sliced,
 )
-from thimble.data.budget import (
+from thimble.data.sandbox.budget import (
     UNIT_BYTES,
     Counted,
     RunawayTemplateError,

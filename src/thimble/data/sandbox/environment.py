@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from thimble.data import bounded
-from thimble.data.budget import Counted, RunawayTemplateError, current, produce, text, units_of, weigh
-from thimble.data.filters import INNER, all_filters, all_tests
-from thimble.data.rewrite import rewrite
+from thimble.data.sandbox import bounded
+from thimble.data.sandbox.budget import Counted, RunawayTemplateError, current, produce, text, units_of, weigh
+from thimble.data.sandbox.filters import INNER, all_filters, all_tests
+from thimble.data.sandbox.rewrite import rewrite
 from thimble.errors import BaseModelError
 
 if TYPE_CHECKING:

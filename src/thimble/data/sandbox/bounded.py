@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from thimble.data.budget import (
+from thimble.data.sandbox.budget import (
     UNIT_BYTES,
     Counted,
     RunawayTemplateError,

@@ -7,7 +7,7 @@ keys become filters. What is written where no one sees it before it is whole is 
 import functools
 from typing import Any
 
-from thimble.data.filters import INNER
+from thimble.data.sandbox.filters import INNER
 from thimble.errors import BaseModelError
 
 NODES_PER_UNIT = 16  # nodes of the syntax tree that take the time of a step
