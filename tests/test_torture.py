@@ -29,7 +29,10 @@ def test_no_hostile_folder_runs_anything():
     assert (line.wrong, line.tried) == (0, 52)
 
 
-@pytest.mark.parametrize(("name", "count"), [("kill", 2), ("stopped", 3), ("numbers", 15), ("many_rows", 20_000)])
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [("kill", 2), ("stopped", 3), ("numbers", 15), ("signals", 2), ("full_runs", 4), ("many_rows", 20_000)],
+)
 def test_runs_end_as_they_would_have_or_say_that_they_failed(name, count):
     line = TRIALS[name][0](count)
     assert (line.wrong, line.tried) == (0, count)

@@ -26,6 +26,8 @@ TRIALS: dict[str, tuple[Callable[[int], Line], int]] = {
     "templates": (templates.hostile_templates, 10_000),
     "stopped": (runs.stop_runs, 71),
     "numbers": (runs.bad_numbers, 100),
+    "signals": (runs.signalled_runs, 50),
+    "full_runs": (runs.full_runs, 50),
     "many_rows": (data.many_rows, 1_000_000),
     "stops": (storage.stopped_saves, 4),
     "publishes": (storage.publishes, 1_000),

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import random
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from torture import TINY, Line
+from torture.storage import Failing
 
 STEPS = 12
 KNOBS: dict[str, Any] = {
@@ -167,6 +169,68 @@ def _once_an_epoch(steps: list[tuple[str, ...]], rows: int) -> bool:
     flat = list(itertools.chain(*steps))
     epochs = [flat[start : start + rows] for start in range(0, len(flat) - rows + 1, rows)]
     return len(epochs) > 2 and all(len(set(epoch)) == rows for epoch in epochs)
+
+
+def full_runs(count: int) -> Line:
+    """Let the disk be full at byte k of a run; it goes on or says so, and with room again ends as it would have."""
+    import thimble
+    from thimble.errors import RunError
+
+    began, wrong, ended = time.perf_counter(), 0, Counter[str]()
+    knobs = {**KNOBS, "max_steps": STEPS, "checkpoint_every_steps": 4}
+    with examples() as folder:
+
+        def run(out: Path, room: float, **more: Any) -> tuple[int, str]:
+            with Failing(out.parent, room=room) as disk:
+                try:
+                    thimble.train(folder / "mine.jsonl", out=str(out), **knobs, **more)
+                except (OSError, RunError) as error:
+                    return disk.written, f"said {type(error).__name__}"
+            return disk.written, "ended without some checkpoints" if disk.failed else "ended"
+
+        whole, _ = run(folder / "whole" / "run", math.inf)
+        expected = ending(folder / "whole" / "run")
+        for number in range(count):
+            out = folder / f"{number}" / "run"
+            ended[run(out, number * whole // count)[1]] += 1
+            (out / "report.json").unlink(missing_ok=True)  # of a run that ended with holes: taken up all the same
+            wrong += run(out, math.inf, resume=out.exists())[1] != "ended" or ending(out) != expected
+    note = ", ".join(f"{times} {what}" for what, times in ended.most_common())
+    return Line("runs on a disk that is full at some byte", count, wrong, time.perf_counter() - began, note)
+
+
+SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143}
+MOST_SECONDS_TO_END = 5.0
+
+
+def signalled_runs(count: int) -> Line:
+    """Send a signal to a command at some moment of its training; it ends in time, with its code, and can go on."""
+    began, dice, wrong, slowest = time.perf_counter(), random.Random(3), 0, 0.0
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in {**KNOBS, "max_steps": 100_000}.items()]
+    with examples() as folder:
+        for number in range(count):
+            out, sent = folder / f"run-{number}", list(SIGNALS)[number % 2]
+            command = [sys.executable, "-m", "thimble", "train", "mine.jsonl", "--out", str(out), *flags]
+            with subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+                for line in process.stderr or ():
+                    if b"step 1/" in line:
+                        break
+                time.sleep(dice.uniform(0, 0.5))
+                process.send_signal(sent)
+                asked = time.perf_counter()
+                process.communicate()
+            slowest = max(slowest, time.perf_counter() - asked)
+            wrong += process.returncode != SIGNALS[sent] or not _can_go_on(out)
+    wrong += slowest > MOST_SECONDS_TO_END
+    return Line("runs asked to end by a signal", count, wrong, time.perf_counter() - began, f"slowest {slowest:.1f} s")
+
+
+def _can_go_on(out: Path) -> bool:
+    from thimble.core.adapter import load_adapter
+    from thimble.verbs.checkpoint import latest_checkpoint
+
+    found = latest_checkpoint(out)
+    return found is not None and found.step > 0 and load_adapter(out).is_finite()
 
 
 # ---- bad numbers ----------------------------------------------------------------------------------------------------

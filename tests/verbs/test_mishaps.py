@@ -254,18 +254,6 @@ def test_ctrl_z_saves_a_checkpoint_and_stops_the_process_until_it_is_continued(p
     assert latest_checkpoint(tmp_path / "run").step > step
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_a_run_within_five_seconds_and_keeps_what_was_learned(process, tmp_path, number, code):
-    running, until = process
-    until("step 1/")
-    asked = time.monotonic()
-    os.kill(running.pid, number)
-    assert running.wait(20) == code
-    assert time.monotonic() - asked < 5
-    assert latest_checkpoint(tmp_path / "run").step > 0
-    assert (tmp_path / "run" / "adapter" / "adapter_config.json").exists()
-
-
 # ---- bases and data -------------------------------------------------------------------------------------------------
 
 
