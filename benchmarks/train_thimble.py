@@ -54,12 +54,15 @@ def main() -> None:
     }
     session = TorchSession(base, options.compute, way, ids[0, :512])
     session.train(adapter)
+    kept = {name: values.copy() for name, values in session.state().items()}  # as a run keeps its last sound state
     del adapter
     step = shares([Row(i, t, "", 0) for i, t in zip(ids, labels, strict=True)], num_shares, way.micro_tokens)
     times, losses = [], []
     for _ in range(options.steps + 1):
         began = time.perf_counter()
         gradients = session.gradients(step, int((labels >= 0).sum()))
+        for name, values in session.state().items():
+            kept[name][:] = values
         session.apply(gradients, RATE, 1.0)
         times.append(time.perf_counter() - began)
         losses.append(gradients.loss.mean)
