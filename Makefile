@@ -46,8 +46,9 @@ test-all: $(DEV)  ## run every test
 torture: $(DEV)  ## kill runs, mutate files: what must be survived, many times over; under an hour
 	PYTHONPATH=tests $(BIN)/python -m torture
 
-docs: $(DEV)  ## write docs/verbs.md again
+docs: $(DEV)  ## write docs/verbs.md and docs/troubleshooting.md again
 	$(BIN)/python docs/make_verbs.py
+	PYTHONPATH=tests $(BIN)/python -m troubleshooting
 
 bench: $(DEV) $(PEERS)/installed  ## measure speed and memory against PEFT; takes over an hour and 12 GB of disk, and wants the machine alone
 	test -d demo/data || $(BIN)/python examples/01_tool_calling.py demo/data

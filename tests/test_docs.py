@@ -251,3 +251,10 @@ def test_the_data_page_shows_how_tools_are_written():
     written = [message["content"] + "\n" for message in write_tools(record.messages, record.tools)]
     shown = [content for language, content in blocks(text.partition("### Tools that")[2]) if language == "text"]
     assert shown == [written[0], written[2], written[3]]
+
+
+def test_every_message_of_the_troubleshooting_page_is_what_is_said(monkeypatch):
+    import troubleshooting
+
+    monkeypatch.setenv("PYTHONWARNINGS", "ignore")
+    assert troubleshooting.write_page() == read("docs/troubleshooting.md"), "run `make docs`"

@@ -328,14 +328,14 @@ def test_text_that_has_been_through_a_template_is_warned_of(smollm, smollm_templ
     encoder.encode(chat(user("[INST] Hi [/INST]"), answer()))
     encoder.encode(chat(user("<|im_start|>user Hi<|im_end|>"), answer()))
     (warning,) = encoder.warnings
-    assert warning.startswith("2 rows with marks of a chat template in the text, first [INST] in ")
+    assert warning.startswith("marks of a chat template stand in the text of 2 rows, first [INST] in ")
 
 
 def test_answers_that_never_end_are_warned_of(encoder_of):
     encoder = encoder_of("{% for m in messages %}{{ m.role }}: {{ m.content }}<file_sep>{% endfor %}")
     encoder.encode(chat(user(), answer()))
     (warning,) = encoder.warnings
-    assert warning.startswith("1 row whose last answer ends with no token that ends an answer")
+    assert warning.startswith("the last answer of 1 row ends with no token that ends an answer")
     encoder = encoder_of("{% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}")
     encoder.encode(chat(user(), answer()))
     assert encoder.warnings == []  # the end of the document was put behind it

@@ -253,11 +253,18 @@ def test_all_problems_of_a_row_and_of_all_rows_are_told_at_once(problems):
     assert [problem.partition(": ")[0] for problem in found] == ["train.jsonl line 1"] * 2 + ["train.jsonl line 2"]
 
 
-def test_after_twenty_problems_the_others_are_counted(problems):
+def test_rows_with_the_same_problem_are_told_once(problems):
     found = problems(*[{"a": 1}] * 1025)
+    assert len(found) == 1
+    assert found[0].startswith("train.jsonl line 1: the columns are a: expected")
+    assert found[0].endswith(" (likewise 1,024 more rows, up to train.jsonl line 1025)")
+
+
+def test_after_twenty_problems_the_others_are_counted(problems):
+    found = problems(*[{f"a{n}": 1} for n in range(1025)])
     assert len(found) == 21
     assert found[19].startswith("train.jsonl line 20: ")
-    assert found[20] == "and 1,005 more problems of this kind or another."
+    assert found[20] == "and 1,005 more problems of other kinds."
 
 
 # --- files

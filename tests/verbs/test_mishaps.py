@@ -281,7 +281,7 @@ def test_rows_that_are_left_out_are_listed_with_the_reason(tiny_base, tmp_path):
     assert json.loads(line)["source"] == "mine.jsonl line 21"
     assert "is not valid JSON" in json.loads(line)["problem"]
     assert report.skipped_rows == 1
-    assert any("1 of 21 rows cannot be used and left out" in text for text in report.told["warning"])
+    assert any("1 of 21 rows cannot be used and are left out" in text for text in report.told["warning"])
 
 
 def test_a_second_run_in_a_folder_is_refused_before_the_base_is_loaded(train, tmp_path, monkeypatch):

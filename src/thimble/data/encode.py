@@ -202,14 +202,14 @@ class Encoder:
         seen, warnings = self._seen, []
         if seen["marked"]:
             warnings.append(
-                f"{plural(seen['marked'], 'row')} with marks of a chat template in the text, first {self._first_mark}: "
-                "the template of the base writes such marks itself, so rows that were written with a template already "
-                "teach a form that nobody will ask for"
+                f"marks of a chat template stand in the text of {plural(seen['marked'], 'row')}, first "
+                f"{self._first_mark}: the template of the base writes such marks itself, so rows that were written with "
+                "a template already teach a form that nobody will ask for"
             )
         if seen["open"]:
             warnings.append(
-                f"{plural(seen['open'], 'row')} whose last answer ends with no token that ends an answer: what is "
-                "learned from them does not say when to stop"
+                f"the last answer of {plural(seen['open'], 'row')} ends with no token that ends an answer: what is "
+                "learned there does not say when to stop"
             )
         return warnings
 

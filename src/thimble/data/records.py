@@ -63,17 +63,25 @@ class Skipped:
         """
         if not self.count or not (self.is_strict or self.count > SKIPPED_SHARE * self.rows):
             return
-        problems = list(dict.fromkeys(problem for row in self.found for problem in row.problems))
-        more = sum(len(row.problems) for row in self.found) - len(self.found) + self.count - MOST_TOLD
-        told = problems[:MOST_TOLD]
-        if len(problems) > MOST_TOLD:
-            told.append(f"and {plural(more, 'more problem')} of this kind or another.")
+        alike: dict[str, list[str]] = {}  # sources of rows with the same problem
+        for row in self.found:
+            for problem in row.problems:
+                alike.setdefault(problem.removeprefix(row.source), []).append(row.source)
+        told = [_told_once(problem, sources) for problem, sources in alike.items()][:MOST_TOLD]
+        if len(alike) > MOST_TOLD:
+            told.append(f"and {plural(len(alike) - MOST_TOLD, 'more problem')} of other kinds.")
         if not self.is_strict and self.rows > self.count:
             told.append(
                 f"{self.count:,} of {plural(self.rows, 'row')} cannot be used: one in ten may be left out, more is "
                 "rather a wrong form than a slip."
             )
         raise DataError(*told)
+
+
+def _told_once(problem: str, sources: list[str]) -> str:
+    """A problem of one row, or of many that have the same."""
+    more = len(set(sources)) - 1
+    return f"{sources[0]}{problem}" + (f" (likewise {plural(more, 'more row')}, up to {sources[-1]})" if more else "")
 
 
 @dataclass(frozen=True)

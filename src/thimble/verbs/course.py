@@ -39,7 +39,9 @@ class Course:
         rank = config.rank or 1 if config.use_rslora else 1
         self.rate_factors = method_rates(config.init, config.use_dora, config.lora_plus, rank)
         factor = math.prod(self.rate_factors.values())
-        self.rate = config.learning_rate or default_rate(family, hidden_size, rows_per_step, factor)
+        usual = default_rate(family, hidden_size, rows_per_step, factor)
+        self.rate = config.learning_rate or usual
+        self.safer_rate = min(self.rate / 10, usual)
         self.is_default_rate = config.learning_rate is None
         steps = self.total_steps or LEAST_STEPS
         warmup = config.warmup_steps

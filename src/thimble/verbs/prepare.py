@@ -209,8 +209,8 @@ def tell_examples(examples: Examples, tell: Teller) -> None:
     known = {held_ids[ids] for row in examples.train if (ids := row.ids.tobytes()) in held_ids} if held_ids else ()
     if known:
         tell.warning(
-            f"{plural(len(known), 'held-out row')} also among the training rows, where memory is enough to do well: "
-            f"{listing(sorted(known), 3)}"
+            f"also among the training rows: {plural(len(known), 'held-out row')} ({listing(sorted(known), 3)}), where "
+            "memory is enough to do well"
         )
     for name, report in (("training", examples.train_report), ("held-out", examples.valid_report)):
         _tell_lengths(name, report, tell)
@@ -222,8 +222,8 @@ def tell_skipped(dataset: Dataset, tell: Teller) -> None:
     if skipped.count:
         problems = (problem for row in skipped.found[:SHOWN_SKIPPED] for problem in row.problems[:1])
         tell.warning(
-            f"{skipped.count:,} of {plural(skipped.rows, 'row')} cannot be used and left out (--strict refuses them): "
-            f"{listing(problems, SHOWN_SKIPPED)}"
+            f"{skipped.count:,} of {plural(skipped.rows, 'row')} cannot be used and are left out (--strict refuses "
+            f"them): {listing(problems, SHOWN_SKIPPED)}"
         )
 
 

@@ -427,7 +427,7 @@ class _Run:
         if self.diverged:
             raise RunError(
                 f"training diverged at step {report.steps}: {self.diverged}. The last good adapter is kept in "
-                f"{report.adapter}; try a learning_rate of {self.job.course.rate / 10:g}"
+                f"{report.adapter}; try a learning_rate of {self.job.course.safer_rate:.2g}"
             )
         return report
 

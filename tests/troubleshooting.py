@@ -1,0 +1,294 @@
+"""docs/troubleshooting.md: every case is brought about for real, and what Thimble says then is pasted.
+
+`make docs` writes the page; a test fails if it is not what would be written.
+"""
+
+import contextlib
+import errno
+import gzip
+import io
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+
+from fixtures.tiny_tokenizers import write_tokenizer
+from thimble import cli
+from thimble.core.adapter import Adapter, save_adapter
+from thimble.core.lowrank import Factors
+from thimble.core.machine import Battery
+from thimble.core.tensorfile import open_tensors
+from torture import TINY
+from torture.foreign_files import CONFIGS, write_base
+
+PAGE = Path(__file__).parents[1] / "docs" / "troubleshooting.md"
+HEAD = """\
+# When something goes wrong
+
+*Written by `make docs`, which brings about each case and pastes what Thimble says; do not edit this page.*
+
+A message says what is wrong, where, what was expected and what to do. All that can be checked is checked before any
+work, and everything that is wrong is told at once. Exit code 2: refused, nothing was written. Exit code 3: the work
+began and failed; what was learned until then is kept. Lines with `!` are warnings: the run goes on, but its result may
+not be what you want. `--debug` shows the traceback of any error.
+
+What Thimble promises about crashes and damaged files stands in [reliability.md](reliability.md).
+"""
+# So that a run takes a second; the page leaves it out.
+QUICK = "--seq-len 64 --batch-tokens 64 --max-steps 4 --max-new-tokens 2 --compute fp32 --rank 4 --eval-rows 0".split()
+RUN = ["train", "mine.jsonl", "--out", "run", "--base", "tiny.gguf", *QUICK]
+
+Prepare = Callable[[], object]
+Around = Callable[[], contextlib.AbstractContextManager[object]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing that goes wrong.
+
+    Attributes:
+        title: What a user would say.
+        advice: What to do, beyond what the message says.
+        words: The command, without `thimble`.
+        prepare: Makes the files, in an empty folder with a base and examples.
+        around: Holds while the command runs.
+        shows: Which lines are pasted: those of an error, or warnings that hold this text.
+    """
+
+    title: str
+    advice: str
+    words: list[str]
+    prepare: Prepare = lambda: None
+    around: Around = contextlib.nullcontext
+    shows: str = ""
+
+
+def rows(count: int = 20, **more: object) -> str:
+    return "".join(json.dumps({"prompt": f"say {n} ", "completion": f"{n} it is", **more}) + "\n" for n in range(count))
+
+
+def write(name: str, text: str | bytes) -> None:
+    path = Path(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+
+
+def plan(name: str) -> list[str]:
+    return ["plan", name, "--base", "tiny.gguf"]
+
+
+def trained(*flags: str) -> Callable[[], None]:
+    """A run that ended, in run/, with its checkpoints."""
+    return lambda: quiet(*RUN, "--checkpoint-every-steps", "2", *flags)
+
+
+def quiet(*words: str) -> None:
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        cli.main(list(words))
+
+
+def unfinished() -> None:
+    trained()()
+    Path("run/report.json").unlink()
+
+
+def damage_checkpoint() -> None:
+    unfinished()
+    path = sorted(Path("run/checkpoints").glob("step-*"))[-1] / "state.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+
+
+def other_adapter() -> None:
+    layer = Factors(np.ones((2, 8), np.float32), np.ones((8, 2), np.float32), 1.0)
+    save_adapter(Adapter({"model.layers.7.self_attn.q_proj": layer}, base="another.gguf"), Path("theirs"))
+
+
+def pickled_adapter() -> None:
+    write("theirs/adapter_config.json", json.dumps({"peft_type": "LORA", "r": 8, "lora_alpha": 16}))
+    write("theirs/adapter_model.bin", b"\x80\x04")
+
+
+def nan_base() -> None:
+    info = open_tensors("tiny.gguf").tensors["blk.1.ffn_up.weight"]
+    whole = bytearray(Path("tiny.gguf").read_bytes())
+    whole[info.offset : info.offset + 4] = b"\x00\x00\xc0\x7f"
+    write("tiny.gguf", bytes(whole))
+
+
+def binary_base() -> None:
+    folder = write_base(Path("model"), CONFIGS[0])
+    for path in folder.glob("*.safetensors*"):
+        path.unlink()
+    write("model/pytorch_model.bin", b"\x80\x04")
+
+
+def endless_template() -> None:
+    folder = write_base(Path("model"), CONFIGS[0])
+    write_tokenizer("llama-bpe", folder)
+    write("model/chat_template.jinja", "{% for a in range(10000) %}{% for b in range(10000) %}{% endfor %}{% endfor %}")
+
+
+@contextlib.contextmanager
+def full_disk() -> Iterator[None]:
+    """No checkpoint finds room any more."""
+    error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with patch("thimble.verbs.train.save_checkpoint", side_effect=error):
+        yield
+
+
+@contextlib.contextmanager
+def little_room() -> Iterator[None]:
+    usage = shutil.disk_usage(".")
+    with patch("shutil.disk_usage", return_value=usage._replace(free=5_000_000)):
+        yield
+
+
+@contextlib.contextmanager
+def no_memory() -> Iterator[None]:
+    """Memory runs out in the first step, once."""
+    from thimble.torch_backend.session import TorchSession
+
+    whole, times = TorchSession._add_gradients, []
+
+    def add(session: TorchSession, share: object) -> object:
+        if not times:
+            times.append(1)
+            raise MemoryError
+        return whole(session, share)
+
+    with patch.object(TorchSession, "_add_gradients", add):
+        yield
+
+
+@contextlib.contextmanager
+def low_battery() -> Iterator[None]:
+    """A battery that is charged after a second look."""
+    levels = [Battery(60, True), Battery(8, True), Battery(8, False)]
+    with patch("thimble.verbs.waiting.LOOK_SECONDS", 0):
+        look = lambda: levels.pop(0) if len(levels) > 1 else levels[0]  # noqa: E731
+        with patch("thimble.verbs.waiting.Waiting.__init__.__defaults__", (look,)):
+            yield
+
+
+@contextlib.contextmanager
+def another_run() -> Iterator[None]:
+    from thimble.verbs.checkpoint import locked
+
+    with locked(Path("run")):
+        yield
+
+
+CHAT = [{"role": "user", "content": "<|im_start|>user\nHi<|im_end|>"}, {"role": "assistant", "content": "Hello"}]
+
+CASES: dict[str, list[Case]] = {
+    "The examples": [
+        Case("The file is not found", "", plan("train.jsonl"), lambda: shutil.move("mine.jsonl", "training.jsonl")),
+        Case("The columns have other names", "The forms are described in [data_format.md](data_format.md); rename the columns.",
+             plan("mine.jsonl"), lambda: write("mine.jsonl", '{"titel": "a", "body": "b"}\n' * 3)),
+        Case("The rows hold preferences, chosen and rejected", "", plan("mine.jsonl"),
+             lambda: write("mine.jsonl", '{"prompt": "a", "chosen": "b", "rejected": "c"}\n')),
+        Case("A few rows cannot be used", "They are left out, and listed in `skipped.jsonl` in the run folder. With `--strict` the data are "
+             "refused instead.", plan("mine.jsonl"), lambda: write("mine.jsonl", rows() + '{"prompt": "a", "compl'), shows="cannot be used"),
+        Case("Many rows cannot be used", "", plan("mine.jsonl"), lambda: write("mine.jsonl", rows(4) + "{'prompt': 'a'}\n" * 3)),
+        Case("A spreadsheet has commas in its cells", "", [*plan("mine.csv"), "--strict"],
+             lambda: write("mine.csv", "prompt,completion\nhello,hi, you\n")),
+        Case("A file is not UTF-8", "", plan("mine.jsonl"), lambda: write("mine.jsonl", rows(2).encode("utf-16"))),
+        Case("A file is packed badly", "", plan("mine.jsonl.gz"), lambda: write("mine.jsonl.gz", gzip.compress(rows().encode())[:-20])),
+        Case("Nothing is to be learned", "", [*plan("mine.txt"), "--loss-on", "completions"], lambda: write("mine.txt", "Once upon a time.")),
+        Case("The rows have been through a chat template already", "Give the messages themselves; the base's own template writes the marks.",
+             plan("mine.jsonl"), lambda: write("mine.jsonl", rows(9) + json.dumps({"prompt": CHAT[0]["content"], "completion": "Hi"})),
+             shows="marks of a chat template"),
+        Case("Held-out rows are among the training rows", "Take them out of one of the files: what is learned by heart is no proof.",
+             plan("data"), lambda: [write("data/train.jsonl", rows(9)), write("data/valid.jsonl", rows(2))], shows="also among"),
+        Case("Rows are too long", "Raise `--seq-len` if memory allows.", [*plan("mine.jsonl"), "--seq-len", "64"],
+             lambda: write("mine.jsonl", rows(9) + json.dumps({"prompt": "word " * 100, "completion": "x"})), shows="longer than seq_len"),
+    ],
+    "The base": [
+        Case("There is no such base", "", ["plan", "mine.jsonl", "--base", "tinny.gguf"]),
+        Case("The download was cut off", "", plan("mine.jsonl"), lambda: write("tiny.gguf", TINY.read_bytes()[:-5000])),
+        Case("Git LFS left a pointer", "", plan("mine.jsonl"), lambda: write("tiny.gguf", "version https://git-lfs.github.com/spec/v1\n")),
+        Case("The weights are pickles", "Thimble never reads a pickle. Load the model once with transformers and save it with "
+             "`save_pretrained`, which writes safetensors.", ["plan", "mine.jsonl", "--base", "model"], binary_base),
+        Case("A weight is not a number", "", RUN, nan_base),
+        Case("The chat template never ends", "Templates are programs from strangers: they run in a sandbox, and what they may do is bounded.",
+             ["plan", "mine.jsonl", "--base", "model", "--rank", "4"], endless_template),
+    ],
+    "An adapter": [
+        Case("It belongs to another base", "", ["evaluate", "mine.jsonl", "--base", "tiny.gguf", "--adapter", "theirs"], other_adapter),
+        Case("It is a pickle", "", ["evaluate", "mine.jsonl", "--base", "tiny.gguf", "--adapter", "theirs"], pickled_adapter),
+    ],
+    "Flags": [
+        Case("A flag is misspelt, and another has a wrong value", "", ["plan", "mine.jsonl", "--lerning-rate", "1", "--rank", "0"]),
+        Case("The folder exists", "", RUN, trained()),
+    ],
+    "Memory and disk": [
+        Case("The run does not fit the memory", "", [*RUN, "--memory-budget", "100MB"]),
+        Case("Memory runs out on the way", "", RUN, around=no_memory, shows="memory ran out"),
+        Case("The disk is too full to begin", "", RUN, around=little_room),
+        Case("The disk fills on the way", "", [*RUN, "--checkpoint-every-steps", "3"], around=full_disk, shows="cannot be written"),
+        Case("The battery is nearly empty", "The run goes on by itself when the battery is charged. To pause one yourself press Ctrl-Z; `fg` goes on.",
+             RUN, around=low_battery, shows="paused after"),
+    ],
+    "Going on": [
+        Case("Another run is at work in the folder", "", RUN, around=another_run),
+        Case("The data have changed since the run began", "", [*RUN, "--resume"], lambda: [unfinished(), write("mine.jsonl", rows(19))]),
+        Case("A knob is another one", "", [*RUN, "--resume", "--rank", "8"], unfinished),
+        Case("A checkpoint is damaged", "", [*RUN, "--resume"], damage_checkpoint, shows="is damaged"),
+    ],
+    "Training": [
+        Case("The loss explodes", "", [*RUN, "--max-steps", "60", "--learning-rate", "1000", "--max-grad-norm", "1e9"]),
+    ],
+}  # fmt: skip
+
+
+def write_page() -> str:
+    """The page as it should be."""
+    parts = [HEAD]
+    for chapter, cases in CASES.items():
+        parts.append(f"## {chapter}\n")
+        parts += [_section(case) for case in cases]
+    return "\n".join(parts)
+
+
+def _section(case: Case) -> str:
+    told, code = _bring_about(case)
+    command = " ".join(["thimble", *case.words]).replace(f" {' '.join(QUICK)}", "")
+    end = f"exit code {code}" if code else "the run goes on"
+    advice = f"\n{case.advice}\n" if case.advice else ""
+    return f"### {case.title}\n\n`{command}` — {end}\n\n```text\n{told}```\n{advice}"
+
+
+def _bring_about(case: Case) -> tuple[str, int]:
+    """What a command says in such a case, and its exit code."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        shutil.copy(TINY, "tiny.gguf")
+        write("mine.jsonl", rows())
+        case.prepare()
+        told = io.StringIO()
+        with case.around(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(told):
+            with patch.object(cli.signal, "signal"):
+                code = cli.main(case.words)
+    lines = [line for line in told.getvalue().splitlines() if _is_shown(line, case.shows)]
+    assert lines, (case.title, told.getvalue())
+    return "".join(f"{_settled(line)}\n" for line in lines), code
+
+
+def _is_shown(line: str, shows: str) -> bool:
+    return line.startswith("! ") and shows in line if shows else line.startswith("thimble: ")
+
+
+def _settled(line: str) -> str:
+    """A line without what differs from machine to machine."""
+    return re.sub(r"this machine has free [\d.]+", "this machine has free 7.50", line)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(write_page(), encoding="utf-8")
+    print(f"wrote {PAGE}")
