@@ -84,7 +84,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _call(verb: str, data: str | Path | None, knobs: dict[str, Any]) -> Any:
-    listeners = {name: knobs.pop(name) for name in ("on_event", "should_stop", "should_wait") if name in knobs}
+    heard = ("on_event", "should_stop", *(("should_wait",) if verb == "train" else ()))
+    listeners = {name: knobs.pop(name) for name in heard if name in knobs}
     config_file = knobs.pop("config", None)
     given = {**knobs, "data": str(data)} if data is not None else knobs
     return load_verb(verb)(build_config(verb, given, config_file), **listeners)

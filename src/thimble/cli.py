@@ -144,7 +144,8 @@ def _run(options: argparse.Namespace, unknown: list[str]) -> int:
     if verb == "plan":
         report = load_verb(verb)(config, progress.hear)
     elif verb == "train":
-        report = load_verb(verb)(config, progress.hear, stop, _PauseFlag())
+        pause = _PauseFlag(progress)
+        report = load_verb(verb)(config, pause.hear, stop, pause)
     else:
         report = load_verb(verb)(config, progress.hear, stop)
     progress.end()
@@ -194,30 +195,38 @@ class _StopFlag:
 class _PauseFlag:
     """Turns Ctrl-Z into a request to pause: the run saves a checkpoint first, then the process is stopped.
 
-    Pressed once more it stops at once, as it does for every other command. `fg` or the signal CONT goes on.
+    While no steps are taken, and when it is pressed once more, it stops at once, as it does for every other command.
+    `fg` or the signal CONT goes on.
     """
 
-    def __init__(self) -> None:
-        self.is_asked = self.is_told = False
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._is_learning = self._is_asked = self._is_told = False
         if hasattr(signal, "SIGTSTP"):
-            signal.signal(signal.SIGTSTP, self._hear)
+            signal.signal(signal.SIGTSTP, self._on_signal)
 
-    def _hear(self, number: int, frame: object) -> None:
-        if self.is_asked:
-            os.kill(os.getpid(), signal.SIGSTOP)
+    def hear(self, event: Any) -> None:
+        """Take note of whether steps are being taken."""
+        if event.kind in ("stage", "step"):
+            self._is_learning = event.kind == "step"
+        self._progress.hear(event)
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        if self._is_asked or not self._is_learning:
+            self._rest()
             return
-        self.is_asked = True
+        self._is_asked = True
         print("\npausing after this step (once more to pause at once)", file=sys.stderr)
 
-    def __call__(self) -> str:
-        if not self.is_asked:
-            return ""
-        if not self.is_told:
-            self.is_told = True
-            return "asked for with Ctrl-Z; fg goes on, or kill -CONT"
-        self.is_asked = self.is_told = False
+    def _rest(self) -> None:
+        self._is_asked = self._is_told = False
         os.kill(os.getpid(), signal.SIGSTOP)  # here the process rests
-        return ""
+
+    def __call__(self) -> str:
+        if self._is_told:
+            self._rest()
+        self._is_told = self._is_asked
+        return "asked for with Ctrl-Z; fg goes on, or kill -CONT" if self._is_asked else ""
 
 
 def _chat(config: Any, is_json: bool) -> int:

@@ -154,7 +154,7 @@ def test_held_out_rows_that_are_trained_on_are_told(tiny_base, tmp_path):
     (folder / "valid.jsonl").write_text("\n".join([rows[3], rows[3].replace("3", "33"), rows[5]]))
     report = thimble.train(folder, base=tiny_base, out=str(tmp_path / "run"), **QUICK)
     (warning,) = (text for text in report.told["warning"] if "also among the training rows" in text)
-    assert warning.startswith("2 held-out rows")
+    assert "2 held-out rows (valid.jsonl line 1, valid.jsonl line 3)" in warning
     assert "valid.jsonl line 1" in warning
 
 

@@ -66,6 +66,12 @@ class Way:
         slow *= 1.0 if self.micro_tokens >= MICRO_BATCH_TOKENS[0] else 1.05
         return slow * (1.15 if self.is_streamed else 1.0) * (1.1 if self.store == "int8" else 1.0)
 
+    def described(self) -> str:
+        """How a step is run, in words."""
+        again = f", {self.recomputed_blocks} blocks computed again" if self.recomputed_blocks else ""
+        streamed = ", weights read from the file each time" if self.is_streamed else ""
+        return f"{self.store}, {self.micro_tokens} tokens at a time, {self.num_shares} side by side{again}{streamed}"
+
     def smaller(self, longest: int) -> "Way | None":
         """The next way that takes less memory, for rows of at most so many tokens; None if there is none."""
         if self.micro_tokens > longest:

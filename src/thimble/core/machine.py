@@ -7,6 +7,8 @@ import contextlib
 import json
 import math
 import os
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -51,7 +53,10 @@ def processor() -> tuple[str, frozenset[str]]:
 
 def cache_folder() -> Path:
     """Where measurements are kept between runs."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "thimble"
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    if home.startswith("~"):  # a user without a home
+        home = tempfile.gettempdir()
+    return Path(home) / "thimble"
 
 
 def remembered(key: str, measure: Callable[[], Machine]) -> Machine:
@@ -122,6 +127,16 @@ def _address_bytes() -> float:
     return math.inf if limit == resource.RLIM_INFINITY else max(0, limit - taken)
 
 
+def peak_memory_bytes() -> int:
+    """Largest resident size of this process so far, memory-mapped pages included; 0 where the system does not tell."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
 def _control_groups() -> list[Path]:
     """Folders of the groups this process may be limited by: those at the top, and its own."""
     folders = [CGROUP, CGROUP / "memory"]
@@ -166,13 +181,24 @@ class Battery:
 
 
 def battery() -> Battery | None:
-    """How full the battery is; None where there is none, or the system does not tell."""
-    for folder in sorted(POWER.glob("*")):
+    """How full the batteries are together; None where there is none, or the system does not tell."""
+    supplies = [_supply(folder) for folder in sorted(POWER.glob("*"))]
+    batteries = [told for told in supplies if told.get("type") == "Battery" and told.get("scope") != "Device"]
+    percents = [int(told["capacity"]) for told in batteries if told.get("capacity", "").isdigit()]
+    if not percents:
+        return None
+    is_plugged_in = any(told.get("online") == "1" for told in supplies)
+    is_draining = any(told.get("status") == "Discharging" for told in batteries)
+    return Battery(sum(percents) // len(percents), is_draining and not is_plugged_in)
+
+
+def _supply(folder: Path) -> dict[str, str]:
+    """What the system tells of a battery or a mains adapter; a mouse has a battery too, of scope `Device`."""
+    told = {}
+    for name in ("type", "scope", "status", "capacity", "online"):
         with contextlib.suppress(OSError, ValueError):
-            kind, status, percent = (_read_line(folder / name) for name in ("type", "status", "capacity"))
-            if kind == "Battery":
-                return Battery(int(percent), status == "Discharging")
-    return None
+            told[name] = _read_line(folder / name)
+    return told
 
 
 def count_throttled() -> int | None:

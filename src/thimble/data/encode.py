@@ -29,6 +29,7 @@ MARKERS = (
     "<|im_start|>", "<|im_end|>", "[INST]", "[/INST]", "<start_of_turn>", "<end_of_turn>", "<|start_header_id|>",
     "<|eot_id|>", "<|user|>", "<|assistant|>", "### Instruction:", "### Response:",
 )  # fmt: skip
+LIKE_MARKS = re.compile(r"<[^<>\s]{1,64}>|\[/?[A-Z_]{2,32}\]|### [A-Z][a-z]+:")  # what is worth looking up
 
 
 def _nobody(done: int, total: int) -> None:
@@ -106,8 +107,7 @@ class Encoder:
         self._seen: Counter[str] = Counter()
         self._first_mark = ""
         stops = [text for text, index in tokenizer.special_tokens.items() if index in tokenizer.stop_ids]
-        marks = {*MARKERS, *tokenizer.special_tokens}
-        self._marks = re.compile("|".join(map(re.escape, sorted(marks, key=len, reverse=True))))
+        self._marks = {*MARKERS, *tokenizer.special_tokens}
         self._turns = Turns(template, tokenizer.special_tokens, stops, tokenizer.eos_token) if template else None
 
     def encode(self, record: Record) -> list[Row]:
@@ -203,8 +203,8 @@ class Encoder:
         if seen["marked"]:
             warnings.append(
                 f"marks of a chat template stand in the text of {plural(seen['marked'], 'row')}, first "
-                f"{self._first_mark}: the template of the base writes such marks itself, so rows that were written with "
-                "a template already teach a form that nobody will ask for"
+                f"{self._first_mark}: the template of the base writes such marks itself, so rows that were written "
+                "with a template already teach a form that nobody will ask for"
             )
         if seen["open"]:
             warnings.append(
@@ -215,10 +215,10 @@ class Encoder:
 
     def _check(self, record: Record, ids: Sequence[int], learned: Sequence[bool]) -> None:
         """Look whether the record has been through a template before, and whether its answer has an end."""
-        texts = [message.get("content") or "" for message in record.messages or ()]
-        mark = next((match for text in texts if (match := self._marks.search(text))), None)
+        texts = (message.get("content") or "" for message in record.messages or ())
+        mark = next((found for text in texts for found in LIKE_MARKS.findall(text) if found in self._marks), "")
         if mark:
-            self._first_mark = self._first_mark or f"{mark[0]} in {record.source}"
+            self._first_mark = self._first_mark or f"{mark} in {record.source}"
             self._seen["marked"] += 1
         last = next(
             (token for token, is_learned in zip(reversed(ids), reversed(learned), strict=True) if is_learned), None
@@ -340,6 +340,8 @@ def encode_all(
         except DataError as error:
             skipped.add(record.source, *error.problems)
     skipped.check()
+    if not rows and skipped.found and not counted.without_labels:
+        raise DataError(*skipped.told())
     if not rows:
         raise DataError(
             f"none of {plural(len(records), 'row')} has a token to learn "

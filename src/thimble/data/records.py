@@ -63,6 +63,16 @@ class Skipped:
         """
         if not self.count or not (self.is_strict or self.count > SKIPPED_SHARE * self.rows):
             return
+        told = self.told()
+        if not self.is_strict and self.rows > self.count:
+            told.append(
+                f"{self.count:,} of {plural(self.rows, 'row')} cannot be used: one in ten may be left out, more is "
+                "rather a wrong form than a slip."
+            )
+        raise DataError(*told)
+
+    def told(self) -> list[str]:
+        """What is wrong, each problem once with the first row that has it."""
         alike: dict[str, list[str]] = {}  # sources of rows with the same problem
         for row in self.found:
             for problem in row.problems:
@@ -70,12 +80,7 @@ class Skipped:
         told = [_told_once(problem, sources) for problem, sources in alike.items()][:MOST_TOLD]
         if len(alike) > MOST_TOLD:
             told.append(f"and {plural(len(alike) - MOST_TOLD, 'more problem')} of other kinds.")
-        if not self.is_strict and self.rows > self.count:
-            told.append(
-                f"{self.count:,} of {plural(self.rows, 'row')} cannot be used: one in ten may be left out, more is "
-                "rather a wrong form than a slip."
-            )
-        raise DataError(*told)
+        return told
 
 
 def _told_once(problem: str, sources: list[str]) -> str:

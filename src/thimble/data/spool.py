@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Generic, TypeVar
 
 from thimble.core.machine import cache_folder
+from thimble.errors import DoesNotFitError
 
 T = TypeVar("T")
 
@@ -38,9 +39,15 @@ class Spool(Generic[T]):
     def append(self, item: T) -> None:
         """Add an item at the end."""
         packed = self._pack(item)
-        with self._lock:
-            self._file.seek(self._ends[-1])
-            self._file.write(packed)
+        try:
+            with self._lock:
+                self._file.seek(self._ends[-1])
+                self._file.write(packed)
+        except OSError as error:
+            raise DoesNotFitError(
+                f"the examples are kept in a file in {cache_folder()} while they are used, which cannot be written "
+                f"({error.strerror or error}): free some room there, or name another place with XDG_CACHE_HOME"
+            ) from None
         self._ends.append(self._ends[-1] + len(packed))
 
     def __len__(self) -> int:

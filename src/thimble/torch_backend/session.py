@@ -83,6 +83,7 @@ class TorchSession:
         sample: For compute int8: int32 (tokens,), any text; a few hundred tokens are enough.
     """
 
+    @out_of_memory
     def __init__(self, base: Base, compute: str, way: Way, sample: NDArray[np.int32] | None = None) -> None:
         self.decoder = Decoder(base, "file" if compute == "int8" else way.store, DTYPES[compute])
         if compute == "int8":
@@ -101,12 +102,14 @@ class TorchSession:
 
     # ---- adapters -------------------------------------------------------------------------------------------------
 
+    @out_of_memory
     def attach(self, adapter: Adapter | None) -> None:
         """Use an adapter, or none: then every result is the bare base's, bit for bit."""
         self._like, self._optimiser = _without_numbers(adapter) if adapter else None, None
         self._state, self._noise = AdapterState(adapter, self.decoder.compute) if adapter else None, None
         self.decoder.attach(self._state.pairs if self._state else {})
 
+    @out_of_memory
     def train(self, adapter: Adapter, method: Method = PLAIN) -> None:
         """Start to train an adapter, from the values it has.
 
@@ -127,6 +130,7 @@ class TorchSession:
         """Take the adapter off, which gives the bare base bit for bit, or put it back on."""
         self.decoder.attach(self._state.pairs if self._state and is_on else {}, self._noise)
 
+    @out_of_memory
     @torch.no_grad()
     def with_magnitudes(self, adapter: Adapter) -> Adapter:
         """Give layers without magnitudes those that change nothing: the row lengths of W + scale · B A (DoRA)."""
@@ -160,6 +164,7 @@ class TorchSession:
 
     # ---- training -------------------------------------------------------------------------------------------------
 
+    @out_of_memory
     def gradients(
         self, shares: Sequence[Sequence[PackedRows]], label_tokens: int, anchor: Anchor | None = None, weight: float = 0
     ) -> Gradients:
@@ -186,6 +191,7 @@ class TorchSession:
             divergence(self.decoder, hidden, anchor.hidden, weight / len(anchor.hidden)).backward()
         return Gradients(total, norm(gradient))
 
+    @out_of_memory
     @torch.no_grad()
     def remember(self, batch: PackedRows) -> Anchor:
         """What the bare base makes of some text, for `gradients` to keep; takes the adapter off and puts it back."""
@@ -194,7 +200,6 @@ class TorchSession:
         self.switch(True)
         return Anchor(batch, hidden)
 
-    @out_of_memory
     def _add_gradients(self, share: Sequence[PackedRows]) -> LossSum:
         """Add the gradients of some micro-batches to the sum of this share."""
         total = LossSum()
@@ -265,6 +270,7 @@ class TorchSession:
         packed = self.decoder.pack(np.array([0, len(ids)], np.int64))
         return self.decoder.logits(self.decoder.hidden(ids, packed)[: len(ids)]).numpy()
 
+    @out_of_memory
     def generate(
         self,
         prompts: Sequence[NDArray[np.int32]],
@@ -289,6 +295,7 @@ class TorchSession:
         cache, hidden, _ = read(self.decoder, prompts, lengths, max_new_tokens, tasks_at_once=self._way.num_shares)
         return write(self.decoder, cache, hidden, max_new_tokens, stop_ids, Sampler(**sampling), on_token)
 
+    @out_of_memory
     def answer(
         self,
         rows: Sequence[LabelledRow],

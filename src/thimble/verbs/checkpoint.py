@@ -76,7 +76,7 @@ def save_checkpoint(
         manifest = {"step": step, "progress": dict(progress), "origin": dict(origin)}
         _publish(target, state, manifest)
     sync(place)
-    # What is newer than this one was damaged, or it would have been gone on from: it must not crowd out sound ones.
+    # What is newer than this one is damaged, or it would have been gone on from: it must not crowd out sound ones.
     sound = (path for path in _names(folder) if path < target and _read(path) is not None)
     kept = {target, *itertools.islice(sound, KEPT - 1)}
     for path in _names(folder):
@@ -121,7 +121,8 @@ def checkpoint_names(folder: Path) -> list[str]:
 
 
 def clear_checkpoints(folder: Path) -> None:
-    """Remove all checkpoints, when the run needs them no more."""
+    """Remove all checkpoints, when the run needs them no more; only once what it leaves is on disk."""
+    sync(folder)
     shutil.rmtree(folder / FOLDER, ignore_errors=True)
 
 

@@ -172,7 +172,10 @@ def _decide(config: TrainConfig, checked: _Checked, tell: Teller) -> Job:
     trained = adapter_parameters(spec, sizes, config.use_dora)
     lowest = lowest_block(layers)
     allowed = config.memory_budget or available_bytes()
-    memory, way = _fit_memory(model, config, (compute, stores), (trained, lowest), examples, allowed)
+    checkpoint = latest_checkpoint(folder) if config.resume else None
+    kept = checkpoint.progress.get("way") if checkpoint else None  # sums in another order end in other digits
+    first = (Way(**kept),) if kept else ()
+    memory, way = _fit_memory(model, config, (compute, stores), (trained, lowest), examples, (allowed, first))
     tell.decision(why_store if way.store == stores[0] else f"store {way.store}: {stores[0]} does not fit the memory")
     tell.decision(f"memory: {_described(memory, way, spec.num_layers, allowed)}")
     work = _work(examples, course, trained, lowest)
@@ -182,9 +185,8 @@ def _decide(config: TrainConfig, checked: _Checked, tell: Teller) -> Job:
     _tell_watched(config, watched, every, tell)
     origin = origin_of(
         model.base, itertools.chain(examples.train, examples.valid), compute=compute, cores=str(num_cores()),
-        way=str(way), torch=torch_version(),
+        way=way.described(), torch=torch_version(),
     )  # fmt: skip
-    checkpoint = latest_checkpoint(folder) if config.resume else None
     if checkpoint:
         check_origin(checkpoint, origin, config.accept_changes, tell)
     resolved = config.replace(
@@ -262,14 +264,14 @@ def _fit_memory(
     how: tuple[str, tuple[str, ...]],
     what: tuple[int, int],
     examples: Examples,
-    allowed: int,
+    limits: tuple[int, tuple[Way, ...]],
 ) -> tuple[MemoryPlan, Way]:
-    """The fastest way to run a step that fits the memory allowed."""
-    compute, stores = how
+    """The way a run was begun in or else the fastest to run a step, if it fits the memory allowed."""
+    (compute, stores), (allowed, first) = how, limits
     longest = max(examples.train_report.longest, examples.valid_report.longest)
     num_sizes = min(MOST_SIZES, len({padded(length) for length in examples.train_report.lengths}))
     step_tokens = min(config.batch_tokens, examples.train_report.tokens)
-    ways = _ways(step_tokens, longest, stores, model.base.spec.num_layers, num_sizes)
+    ways = [*first, *_ways(step_tokens, longest, stores, model.base.spec.num_layers, num_sizes)]
     trained, lowest = what
     looks_at_all = ("inputs", "gradients") if config.init == AUTO or config.rank is None else ()
     init = INITS["kaiming" if config.init == AUTO else init_name(config.init)]

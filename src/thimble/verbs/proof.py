@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from thimble.core.estimate import Way
 from thimble.data.batches import micro_batches
 from thimble.data.encode import Row
 from thimble.errors import RunError, listing, plural
@@ -40,6 +41,15 @@ class Proof:
     ) -> None:
         self.job, self.session, self.report, self.tell, self.should_stop = job, session, report, tell, should_stop
         self.answers: list[Answer] = []  # of the base
+
+    def run_in(self, way: Way) -> None:
+        """Measure in smaller parts from now on."""
+        held_out = self.job.held_out
+        share = way.micro_tokens * way.num_shares / (self.job.way.micro_tokens * self.job.way.num_shares)
+        smaller = replace(
+            held_out, pass_tokens=way.micro_tokens, cache_tokens=max(1, int(held_out.cache_tokens * share))
+        )
+        self.job = replace(self.job, way=way, held_out=smaller)
 
     def before(self) -> None:
         """Measure the base before training, or read what an interrupted run measured.

@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -226,25 +226,38 @@ class StepLog:
         self._unwritten: list[dict[str, Any]] = []  # on a full disk
 
     def add(self, row: dict[str, Any]) -> None:
-        """Append a step; one that finds no room is written when the file is closed."""
-        try:
-            if not self._unwritten:
-                self._stream.write(_as_lines([row]))
-                self._stream.flush()
-                return
-        except OSError:
-            pass
+        """Append a step; one that finds no room is written when there is some again."""
         self._unwritten.append(row)
+        with contextlib.suppress(OSError):
+            self.flush()
+
+    def flush(self) -> None:
+        """Have every step in the file; after a write that failed it is written anew, for it may end in half a line.
+
+        Raises:
+            OSError: If there is no room.
+        """
+        rows = self._unwritten
+        try:
+            if self._stream.closed:
+                before = [row for row in read_steps(self._path) if row["step"] < rows[0]["step"]]
+                write_text(self._path, _as_lines([*before, *rows]))
+                self._stream = self._path.open("a", encoding="utf-8")
+            else:
+                self._stream.write(_as_lines(rows))
+                self._stream.flush()
+        except OSError:
+            with contextlib.suppress(OSError):  # what is buffered cannot be written either
+                self._stream.close()
+            raise
+        self._unwritten = []
 
     def close(self) -> None:
-        """Close the file; write it anew if something is missing in it, as far as there is room."""
-        with contextlib.suppress(OSError):  # what is buffered cannot be written either
+        """Close the file, with every step in it as far as there is room."""
+        with contextlib.suppress(OSError):
+            self.flush()
+        with contextlib.suppress(OSError):
             self._stream.close()
-        if self._unwritten:
-            first = self._unwritten[0]["step"]  # of which a part may have been written
-            whole = [*(row for row in read_steps(self._path) if row["step"] < first), *self._unwritten]
-            with contextlib.suppress(OSError):
-                write_text(self._path, _as_lines(whole))
 
 
 def _as_lines(rows: Iterable[Mapping[str, Any]]) -> str:
@@ -271,6 +284,8 @@ def hash_file(path: Path) -> str:
 
 def sync(path: Path) -> None:
     """Have a file, or the names in a folder, reach the disk."""
+    if os.name != "posix" and path.is_dir():  # such systems do not open folders
+        return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -285,14 +300,14 @@ def sync_whole(folder: Path) -> None:
 
 
 def write_manifest(
-    folder: Path, base_fingerprint: str, base_name: str, data_files: Sequence[Path], version: str
+    folder: Path, base_fingerprint: str | None, base_name: str, data: Mapping[str, str], version: str
 ) -> None:
-    """Write what the run was made of and what it made, by SHA-256."""
+    """Write what the run was made of and what it made, by SHA-256; None for a base that is gone."""
     results = {str(path.relative_to(folder)): hash_file(path) for path in sorted((folder / "adapter").iterdir())}
     manifest = {
         "thimble": version,
         "base": {"name": base_name, "sha256": base_fingerprint},
-        "data": {str(path): hash_file(path) for path in data_files},
+        "data": dict(data),
         "result": results,
     }
     write_json(folder / "manifest.json", manifest)

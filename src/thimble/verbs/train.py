@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import resource
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields, replace
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from thimble import __version__
 from thimble.core.adapter import Adapter, load_adapter
 from thimble.core.config import TrainConfig
+from thimble.core.machine import peak_memory_bytes
 from thimble.core.method import INITS, Method, init_name
 from thimble.core.metrics import LossSum
 from thimble.data.batches import micro_batches, pack, shares
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 SNAPSHOT_EVERY_STEPS = 2  # how far a run falls back at most: a copy takes a hundredth of a step
 GOOD = "good."  # before the names of the last sound state in a checkpoint
+COUNTED = ("tokens", "label_tokens", "seconds", "returns", "start")  # of the report, kept in a checkpoint
 ANCHOR_TOKENS = 256  # of general text beside each step, where the base's answers to it are to be kept
 
 
@@ -70,12 +71,19 @@ def train(
         RunError: If it diverged; the last good adapter is kept.
     """
     started = time.perf_counter()
-    finished = _finished_report(config)
-    if finished:
-        return finished
     tell = Teller(on_event)
-    job = prepare_job(config, tell)
-    with locked(job.folder), _memory_told(job.folder):
+    with contextlib.ExitStack() as held:
+        out = Path(config.out) if config.resume and config.out else None
+        is_held = out is not None and out.is_dir() and not _finished_report(out)
+        if out and is_held:  # before its checkpoint is read
+            held.enter_context(locked(out))
+        finished = _finished_report(out)
+        if finished:
+            return finished
+        job = prepare_job(config, tell)
+        if not is_held:
+            held.enter_context(locked(job.folder))
+        held.enter_context(_memory_told(job.folder))
         tell.stage("loading the base")
         session = open_session(job.model, job.config.compute, job.way)
         start = _saved_start(job) or make_start(job, session, tell)
@@ -84,8 +92,7 @@ def train(
         run.begin(start)
         run.proof.before()
         run.learn()
-        if not run.is_cut_short:
-            run.proof.after()
+        run.measure_after()
         return run.finish(started)
 
 
@@ -102,9 +109,9 @@ def _memory_told(folder: Path) -> Iterator[None]:
         ) from None
 
 
-def _finished_report(config: TrainConfig) -> TrainReport | None:
+def _finished_report(out: Path | None) -> TrainReport | None:
     """The report of a run that `resume` finds finished."""
-    value = run_folder.read_json(Path(config.out) / "report.json") if config.resume and config.out else None
+    value = run_folder.read_json(out / "report.json") if out else None
     if not isinstance(value, dict) or value.get("status") != "done":
         return None
     return TrainReport(**{spec.name: value[spec.name] for spec in fields(TrainReport) if spec.name in value})
@@ -140,13 +147,9 @@ class _Run:
         self.good: dict[str, NDArray[np.float32]] = {}  # the last state known to be sound
         self.saved_at, self.saved_step = time.perf_counter(), 0
         self.idle_seconds = 0.0  # since learning began: spent waiting, or on held-out rows
+        self.data = {str(path): run_folder.hash_file(path) for path in job.examples.dataset.files}
         self.diverged = ""
         self.cut_file: Path | None = None
-
-    @property
-    def is_cut_short(self) -> bool:
-        """Whether the result is not one to be measured."""
-        return bool(self.should_stop() or self.diverged or self.cut_file)
 
     # ---- beginning ------------------------------------------------------------------------------------------------
 
@@ -194,8 +197,8 @@ class _Run:
         self.session.restore(state)
         self.guard = Guard.restored(progress.pop("guard", {}))
         self.plateau.restore(progress.pop("plateau", {}))
-        for name, value in progress.items():
-            setattr(self.report, name, value)
+        for name in COUNTED:
+            setattr(self.report, name, progress[name])
         self.tell.note(f"resumed after step {checkpoint.step}")
 
     # ---- learning -------------------------------------------------------------------------------------------------
@@ -234,7 +237,8 @@ class _Run:
         why = self.waiting.why()
         if why:
             self._save_checkpoint()
-            self.tell.warning(f"paused after step {self.report.steps}, with a checkpoint: {why}")
+            saved = "with" if self.saved_step == self.report.steps else "without"
+            self.tell.warning(f"paused after step {self.report.steps}, {saved} a checkpoint: {why}")
             self.idle_seconds += self.waiting.wait()
 
     def _anchors(self) -> list["Anchor"]:
@@ -286,6 +290,7 @@ class _Run:
                     ) from None
             self.session.release()
             self.job = replace(self.job, way=smaller)
+            self.proof.run_in(smaller)
             self.tell.warning(
                 f"memory ran out in step {self.report.steps + 1}: from here on in micro-batches of "
                 f"{smaller.micro_tokens} tokens, {smaller.num_shares} side by side; the last digits may differ"
@@ -373,13 +378,13 @@ class _Run:
         report = self.report
         if report.steps == self.saved_step:
             return
-        names = ("tokens", "label_tokens", "seconds", "returns", "start")
-        progress = {name: getattr(report, name) for name in names}
-        progress |= {"guard": self.guard.state(), "plateau": self.plateau.state()}
+        progress = {name: getattr(report, name) for name in COUNTED}
+        progress |= {"guard": self.guard.state(), "plateau": self.plateau.state(), "way": asdict(self.job.way)}
         state = {**self.session.state(), **{GOOD + name: values for name, values in self.good.items()}}
         state |= {} if self.best is None else {"best": self.best}
         self.saved_at = time.perf_counter()
         try:
+            self.log.flush()
             save_checkpoint(self.job.folder, report.steps, state, progress, self.job.origin)
         except OSError as error:
             older = f"that of step {self.saved_step} is whole" if self.saved_step else "there is no older one"
@@ -391,6 +396,16 @@ class _Run:
             self.saved_step = report.steps
 
     # ---- ending ---------------------------------------------------------------------------------------------------
+
+    def measure_after(self) -> None:
+        """Measure the result, unless the run was cut short; memory that runs out does not cost what was learned."""
+        if self.should_stop() or self.diverged or self.cut_file:
+            return
+        try:
+            self.proof.after()
+        except MemoryError as error:
+            self.session.release()
+            self.tell.warning(f"memory ran out while the result was measured ({error}): `thimble evaluate` can do that")
 
     def finish(self, started: float) -> TrainReport:
         """Publish the adapter and write the reports.
@@ -434,17 +449,19 @@ class _Run:
     def _publish(self) -> None:
         report, folder, base = self.report, self.job.folder, self.job.model.base
         report.adapter = str(run_folder.publish_adapter(folder, self.session.adapter()))
-        run_folder.write_manifest(folder, base.fingerprint(), base.name, self.job.examples.dataset.files, __version__)
+        run_folder.write_manifest(folder, self._fingerprint(), base.name, self.data, __version__)
         write_report(folder / "report.html", asdict(report), run_folder.read_steps(folder / run_folder.STEPS))
         run_folder.write_json(folder / "report.json", asdict(report))  # last: with it the run is done
         if report.status == "done" and not self.job.config.checkpoint_every_steps:
             clear_checkpoints(folder)
 
+    def _fingerprint(self) -> str | None:
+        try:
+            return self.job.model.base.fingerprint()
+        except OSError as error:
+            self.tell.warning(f"the base is gone ({error.filename}), so the manifest does not hold its hash")
+            return None
+
 
 def _method(config: TrainConfig) -> Method:
     return Method(config.weight_decay, config.lora_plus, config.dropout, config.freeze_a, config.seed)
-
-
-def peak_memory_bytes() -> int:
-    """Largest resident size of this process so far, memory-mapped pages included."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
