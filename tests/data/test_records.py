@@ -371,7 +371,11 @@ def test_a_text_file_is_one_record(tmp_path):
         ("a.txt", b"", "a.txt has no text: expected at least one example."),
         ("a.csv", b"prompt,completion\n", "a.csv has a header and no rows: expected at least one row below prompt"),
         ("a.csv", b"prompt,completion\n1,2\n1,2,3\n", "a.csv line 3 has 3 cells: expected 2, as in the header"),
-        ("a.csv", b'prompt,completion\n"1,2\n', "a.csv is not valid CSV: unexpected end of data"),
+        (
+            "a.csv",
+            b'prompt,completion\n"1,2\n',
+            "a.csv line 2 is not valid CSV: unexpected end of data (line 2). Expected cells",
+        ),
         ("a.jsonl", b'{"text": "a"}\n{"text": \n', "a.jsonl line 2 is not valid JSON: Expecting value at column 10"),
         ("a.jsonl", b"[" * 100_000, "a.jsonl line 1 is not valid JSON: nested too deeply"),
         ("a.json", b'[{"text": "a"},\n{"text" 1}]', "a.json line 2 is not valid JSON: Expecting ':' delimiter at col"),
@@ -634,3 +638,21 @@ def test_a_large_data_set_holds_out_no_more_than_can_be_measured():
     rows = [Record(text=f"row {number}") for number in range(30_000)]
     train, held = split_rows(rows, 0.1, 0)
     assert (len(train), len(held)) == (28_000, 2000)
+
+
+def test_a_line_with_more_values_than_memory_has_room_for_is_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "MOST_VALUES", 1000)
+    path = tmp_path / "train.jsonl"
+    path.write_text('{"text": "a, b"}\n' * 20 + '{"text": [' + "[]," * 2000 + "[]]}\n")
+    data = read_dataset(path)
+    assert len(data.train) == 20
+    assert data.skipped.found[0].problems == (
+        "train.jsonl line 21 holds more than 1,000 values: expected one example a line.",
+    )
+
+
+def test_a_quote_that_does_not_fit_is_told_with_its_line(tmp_path):
+    path = tmp_path / "train.csv"
+    path.write_text('prompt,completion\n"a\nb",c\n"d"e,f\n')
+    with pytest.raises(DataError, match=r"train\.csv line 4 is not valid CSV: .* \(line 4\)"):
+        read_dataset(path)

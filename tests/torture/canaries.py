@@ -25,7 +25,7 @@ from typing import Any
 
 from torture import Line
 
-SECONDS = 5  # a load that takes longer waits for something
+SECONDS = 60  # a load that waits for something is stopped
 CANARY = "canary"  # the file that a trick would write
 SECRET = "secret"  # a file beside the folders that no load may take for a part of one
 FILES = (

@@ -30,6 +30,7 @@ def memory_limits(count: int) -> Line:
             {"prompt": "please say it again, and slowly: " * 40, "completion": f"{n} it is " * 30} for n in range(16)
         ]
         (folder / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        _thimble(folder, "train", "--out", "first")  # loops that are compiled for the first time take memory too
         _, plan = _thimble(folder, "plan")
         planned = plan["memory"]["total"]
         for number in range(count):

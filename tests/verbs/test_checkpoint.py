@@ -13,8 +13,16 @@ import thimble
 from thimble.core.adapter import Adapter, load_adapter
 from thimble.core.lowrank import Factors
 from thimble.errors import ConfigError
-from thimble.verbs.checkpoint import FOLDER, KEPT, clear_unfinished, latest_checkpoint, locked, save_checkpoint
-from thimble.verbs.run_folder import StepLog, publish_adapter
+from thimble.verbs.checkpoint import (
+    FOLDER,
+    KEPT,
+    clear_checkpoints,
+    clear_unfinished,
+    latest_checkpoint,
+    locked,
+    save_checkpoint,
+)
+from thimble.verbs.run_folder import StepLog, publish_adapter, write_json
 from torture.crash import World, tree
 from torture.disk import Operation, Record
 
@@ -212,6 +220,17 @@ def test_no_reader_ever_sees_half_an_adapter(tmp_path):
             reader.result()
     assert len(read) > 50
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
+
+
+def test_checkpoints_go_only_when_what_the_run_leaves_is_on_disk(tmp_path):
+    save(tmp_path, 1)
+    write_json(tmp_path / "report.json", {})
+    with Record(tmp_path) as disk:
+        clear_checkpoints(tmp_path)
+    kinds = [(operation.kind, operation.path) for operation in disk.operations]
+    assert ("fsync", ".") in kinds
+    removed = min(number for number, (kind, _) in enumerate(kinds) if kind in ("unlink", "rmdir"))
+    assert kinds.index(("fsync", ".")) < removed
 
 
 # ---- runs -----------------------------------------------------------------------------------------------------------

@@ -112,3 +112,11 @@ def test_state_survives_json():
     again.hear(3, [1.0, 2.0])
     again.restore(json.loads(json.dumps(plateau.state(), allow_nan=False)))
     assert again == plateau
+
+
+def test_a_measurement_that_is_not_finite_is_passed_over():
+    plateau = Plateau(patience=1)
+    assert plateau.hear(1, [1.0, 2.0])
+    for bad in ([math.nan, 1.0], [math.inf, 1.0], [math.nan, math.nan]):
+        assert not plateau.hear(2, bad)
+    assert (plateau.best, plateau.since, plateau.is_over) == (1.5, 0, False)

@@ -205,6 +205,17 @@ def test_a_merged_folder_takes_no_programs_and_nothing_from_outside_of_the_base(
     assert not {"modeling_llama.py", "notes.txt"} & names_in(tmp_path / "merged")
 
 
+def test_a_base_whose_files_are_links_to_elsewhere_is_merged_with_all_that_describes_it(tmp_path):
+    base = shard_folder("llama", tmp_path / "store")
+    farm = tmp_path / "farm"
+    farm.mkdir()
+    for path in base.iterdir():
+        (farm / path.name).symlink_to(path)
+    adapter = write_adapter(tmp_path / "a", open_base(base).spec.linear_shapes())
+    thimble.merge(adapter, base=str(farm), out=str(tmp_path / "merged"))
+    assert names_in(tmp_path / "merged") == names_in(base)
+
+
 def test_a_weight_without_an_adapter_stays_as_it_is_byte_for_byte(tmp_path):
     base = make_hf_folder("llama", tmp_path / "base")
     one = "model.layers.1.mlp.up_proj"

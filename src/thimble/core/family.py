@@ -104,6 +104,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "sliding_window": 4096, "tie_word_embeddings": True,
     },
     "gemma3": {
+        "vocab_size": 262208, "num_attention_heads": 8, "num_key_value_heads": 4,
         "head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 4096, "sliding_window_pattern": 6,
         "rope_theta": 1e6, "rope_local_base_freq": 1e4, "tie_word_embeddings": True,
     },

@@ -8,8 +8,6 @@ numbers mean is in `thimble.core.quantize`.
 import itertools
 import json
 import mmap
-import os
-import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from thimble.core import gguf_header, safetensors_header
+from thimble.core.durable import write_whole
 from thimble.core.foreign import open_plain
 from thimble.core.quantize import BLOCKS, dequantize
 from thimble.core.tensor_info import MOST_HEADER_BYTES, MOST_TENSORS, PLAIN, SIZES, TensorInfo
@@ -159,7 +158,7 @@ def write_safetensors(
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     parts = (arrays[name].reshape(-1).view(np.uint8).data for name in names)
-    _write_atomically(Path(path), itertools.chain([len(text).to_bytes(8, "little"), text], parts))
+    write_whole(Path(path), itertools.chain([len(text).to_bytes(8, "little"), text], parts))
 
 
 def rewrite_safetensors(
@@ -174,7 +173,7 @@ def rewrite_safetensors(
         path: Where the new one goes; not the same place.
         changed: Name of a tensor to what gives its new bytes, in pieces.
     """
-    _write_atomically(Path(path), _rewritten(file, changed))
+    write_whole(Path(path), _rewritten(file, changed))
 
 
 def _rewritten(
@@ -202,28 +201,3 @@ def _storable(name: str, array: ArrayLike) -> NDArray[Any]:
     if array.dtype.str not in _PLAIN_NAMES or name == "__metadata__":
         raise TypeError(f"tensor {name} of type {array.dtype} cannot be stored: expected numbers, {list(_PLAIN_NAMES)}")
     return array
-
-
-def _write_atomically(path: Path, parts: Iterable[bytes | memoryview]) -> None:
-    """Write under another name in the same folder, force it to disk, then rename, so that no half file is ever seen."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            file.writelines(parts)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Force a rename to disk; only POSIX systems let a folder be opened."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

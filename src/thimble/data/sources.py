@@ -8,7 +8,6 @@ import io
 import itertools
 import json
 import re
-import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -20,7 +19,8 @@ TABLES = (".jsonl", ".json", ".csv", ".parquet")
 TEXTS = (".txt", ".md")
 SPLITS = {"train": "train", "valid": "valid", "validation": "valid", "val": "valid", "dev": "valid", "test": "test"}
 MOST_LINE_BYTES = 1 << 28  # a file without line ends is no file of rows
-MOST_WHOLE_BYTES = 1 << 31
+MOST_WHOLE_BYTES = 1 << 29  # of a kind that is not read line by line
+MOST_VALUES = 20_000_000  # of a line, about: parsed, each takes far more memory than its text
 PARQUET_ROWS = 1000  # read at a time
 _SPLIT_NAME = re.compile(rf"({'|'.join(SPLITS)})([-_.]\d+(-of-\d+)?)?", re.IGNORECASE)
 
@@ -206,6 +206,8 @@ def _json_lines(file: IO[bytes], name: str) -> Iterator[RawRow]:
 
 
 def _json_line(line: bytes, source: str) -> RawRow:
+    if sum(map(line.count, (b"[", b"{", b","))) > MOST_VALUES:
+        return RawRow(None, source, f"{source} holds more than {MOST_VALUES:,} values: expected one example a line.")
     try:
         return RawRow(json.loads(_decoded(line, source)), source)
     except DataError as error:
@@ -252,13 +254,9 @@ def _kind(value: Any) -> str:
 
 
 def _csv(file: IO[bytes], name: str) -> Iterator[RawRow]:
-    limit = csv.field_size_limit(sys.maxsize)  # the default refuses documents of 128 KiB
+    limit = csv.field_size_limit((1 << 31) - 1)  # the default refuses documents of 128 KiB
     try:
         yield from _csv_rows((f"{_decoded(line, f'{name} line {n}')}\n" for n, line in _lines(file, name)), name)
-    except csv.Error as error:
-        raise DataError(
-            f"{name} is not valid CSV: {error}. Expected cells with commas or line breaks in double quotes."
-        ) from None
     finally:
         csv.field_size_limit(limit)
 
@@ -269,9 +267,10 @@ def _csv_rows(lines: Iterator[str], name: str) -> Iterator[RawRow]:
         return
     delimiter = next((mark for mark in "\t;" if mark in first and "," not in first), ",")
     reader = csv.reader(itertools.chain([first], lines), delimiter=delimiter, strict=True)
-    header = [cell.strip() for cell in next(reader)]
+    rows = _cells(reader, name)
+    header = [cell.strip() for cell in next(rows)]
     line, count = reader.line_num + 1, 0
-    for cells in reader:
+    for cells in rows:
         source, line = f"{name} line {line}", reader.line_num + 1
         if not any(cells):
             continue
@@ -286,6 +285,20 @@ def _csv_rows(lines: Iterator[str], name: str) -> Iterator[RawRow]:
         yield RawRow(None, source, problem)
     if not count:
         raise DataError(f"{name} has a header and no rows: expected at least one row below {listing(header)}.")
+
+
+def _cells(reader: Any, name: str) -> Iterator[list[str]]:
+    """The cells of each row; where quotes do not fit, nothing behind them can be told apart either."""
+    begin = reader.line_num + 1
+    try:
+        for cells in reader:
+            yield cells
+            begin = reader.line_num + 1
+    except csv.Error as error:
+        raise DataError(
+            f"{name} line {begin} is not valid CSV: {error} (line {reader.line_num}). Expected cells with commas or "
+            "line breaks in double quotes, and quotes in them doubled."
+        ) from None
 
 
 def _parquet(file: IO[bytes], name: str) -> Iterator[RawRow]:

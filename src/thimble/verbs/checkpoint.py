@@ -21,11 +21,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from thimble.core.base import Base
+from thimble.core.durable import sync
 from thimble.core.tensorfile import open_tensors, write_safetensors
 from thimble.data.encode import Row
 from thimble.errors import ConfigError
 from thimble.verbs.events import Teller
-from thimble.verbs.run_folder import STEPS, hash_file, make_folder, read_json, sync, write_json
+from thimble.verbs.run_folder import STEPS, hash_file, make_folder, read_json, write_json
 
 FOLDER = "checkpoints"
 STATE, MANIFEST = "state.safetensors", "manifest.json"
@@ -196,17 +197,21 @@ def _hold(folder: Path) -> int | None:
         import fcntl
     except ImportError:
         return None
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise ConfigError(
-            f"out is {folder}, in which another run is at work: wait until it ends, or name another folder"
-        ) from None
-    except OSError:  # a file system without locks
-        pass
-    return handle
+    # Some file systems lock only what is open to be written, which a folder never is.
+    for place, flags in ((folder, os.O_RDONLY), (folder / ".lock", os.O_RDWR | os.O_CREAT)):
+        handle = os.open(place, flags)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            raise ConfigError(
+                f"out is {folder}, in which another run is at work: wait until it ends, or name another folder"
+            ) from None
+        except OSError:
+            os.close(handle)
+            continue
+        return handle
+    return None
 
 
 def origin_of(base: Base, rows: Iterable[Row], **runs_on: str) -> dict[str, str]:

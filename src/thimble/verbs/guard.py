@@ -138,6 +138,8 @@ class Plateau:
     def hear(self, step: int, rows: Sequence[float]) -> bool:
         """Take note of a measurement, the loss of each row; whether it is the best so far."""
         self.step, mean = step, statistics.fmean(rows)
+        if not math.isfinite(mean):  # of an adapter that the next step will find spoilt
+            return False
         if mean < self.best:
             self.best, self.best_rows, self.best_step, self.since = mean, list(rows), step, 0
             return True

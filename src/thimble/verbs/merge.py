@@ -25,6 +25,12 @@ from thimble.verbs.run_folder import check_new_folder, whole_folder
 ROUNDING_LIMIT = 0.1  # share of an update that rounding may change before a warning
 WINDOW_VALUES = 4_000_000  # numbers of a weight that are merged at a time
 FLOATS = ("F32", "F16", "BF16")
+# Files that describe a model; links to them are followed wherever they lead.
+DESCRIPTIONS = {
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
+    "model.safetensors.index.json", "preprocessor_config.json",
+}  # fmt: skip
 # Other copies of the weights that a folder may hold; taken along unmerged they would contradict the merged ones.
 WEIGHT_SUFFIXES = {
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data", ".tflite",
@@ -374,14 +380,17 @@ def _write_base(work: _Work, folder: Path) -> list[MergedLayer]:
 
 
 def _other_files(folder: Path) -> list[Path]:
-    """What describes a model in a Hugging Face folder: no weights, no programs, nothing from outside of it."""
+    """What describes a model in a Hugging Face folder: no weights, no programs.
+
+    What a link brings in from outside of it is taken only under a name that a model's files have.
+    """
     files = []
     for path in sorted(folder.rglob("*")):
         parts = path.relative_to(folder).parts
         is_weight = path.suffix in WEIGHT_SUFFIXES or path.name.endswith(".bin.index.json")
         if is_weight or path.suffix == ".py" or any(part.startswith(".") for part in parts):
             continue
-        if path.is_file() and is_inside(path, folder):
+        if path.is_file() and (path.name in DESCRIPTIONS or is_inside(path, folder)):
             files.append(path)
     return files
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from thimble.core.adapter import Adapter, save_adapter
+from thimble.core.durable import sync, write_whole
 from thimble.errors import ConfigError, DoesNotFitError
 
 START, STEPS = "start", "metrics.jsonl"
@@ -126,18 +127,9 @@ def make_folder(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old content or the new, never a part."""
+    """Write a text file whole, in a folder that is made if it is not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    write_whole(path, [text.encode()])
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -280,17 +272,6 @@ def hash_file(path: Path) -> str:
     """SHA-256 of a file, hexadecimal."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def sync(path: Path) -> None:
-    """Have a file, or the names in a folder, reach the disk."""
-    if os.name != "posix" and path.is_dir():  # such systems do not open folders
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def sync_whole(folder: Path) -> None:
