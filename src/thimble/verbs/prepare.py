@@ -169,6 +169,12 @@ class Examples:
     valid_records: tuple[Record, ...]
     valid_report: EncodeReport
 
+    @property
+    def left_out(self) -> int:
+        """How many rows cannot be used, or have nothing to learn."""
+        reports = (self.train_report, self.valid_report)
+        return self.dataset.skipped.count + sum(len(report.rows_without_labels) for report in reports)
+
 
 def make_encoder(model: Model, config: MeasureKnobs) -> Encoder:
     """The encoder for a base and the user's wishes."""
@@ -241,7 +247,7 @@ def _tell_lengths(name: str, report: EncodeReport, tell: Teller) -> None:
 
 
 def skipped_rows(examples: Examples) -> list[dict[str, str]]:
-    """Every row that was left out, with where it stands and why."""
+    """The rows that were left out, of very many the first, with where each stands and why."""
     rows = [{"source": row.source, "problem": "; ".join(row.problems)} for row in examples.dataset.skipped.found]
     for report in (examples.train_report, examples.valid_report):
         rows += [{"source": source, "problem": "nothing to learn"} for source in report.rows_without_labels]

@@ -162,7 +162,7 @@ class _Run:
         skipped = skipped_rows(self.job.examples)
         if skipped:
             run_folder.write_text(folder / "skipped.jsonl", "".join(json.dumps(row) + "\n" for row in skipped))
-        self.report.skipped_rows = len(skipped)
+        self.report.skipped_rows = self.job.examples.left_out
         if INITS[init_name(config.init)].needs != "nothing" and not checkpoint:
             plain = replace(start.adapter, origin={})
             run_folder.publish_adapter(folder, plain, run_folder.START)
