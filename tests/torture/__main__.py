@@ -1,18 +1,26 @@
 """Run the lines of the table, several at a time, each in a process of its own."""
 
 import argparse
+import datetime
 import functools
 import json
 import os
 import queue
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from pathlib import Path
 
 import torture
+from thimble import __version__
+from thimble.core.machine import processor
 from torture import Line, canaries, crash, damage, data, files, foreign_files, memory, runs, storage, templates
+
+PAGE = Path(__file__).parents[2] / "docs" / "reliability.md"
+BEGIN, END = "<!-- the table: written by make torture -->", "<!-- the end of the table -->"
 
 # The longest first, so that none is left alone at the end.
 TRIALS: dict[str, tuple[Callable[[int], Line], int]] = {
@@ -58,12 +66,25 @@ def main() -> None:
     cores: queue.Queue[int] = queue.Queue()  # one for each line at work: lines that share cores slow each other
     for core in sorted(os.sched_getaffinity(0))[: options.workers]:
         cores.put(core)
+    began = time.perf_counter()
     with ThreadPoolExecutor(cores.qsize()) as pool:
         lines = list(pool.map(lambda name: _in_a_process(name, options.share, cores), options.only))
-    print("\n| what | tried | wrong | seconds | |\n|---|---|---|---|---|")
-    for line in lines:
-        print(f"| {line.name} | {line.tried:,} | {line.wrong:,} | {line.seconds:.0f} | {line.note} |")
+    table = "| what | tried | wrong | seconds | |\n|---|---|---|---|---|\n"
+    table += "".join(f"| {x.name} | {x.tried:,} | {x.wrong:,} | {x.seconds:.0f} | {x.note} |\n" for x in lines)
+    print(f"\n{table}")
+    if options.share == 1 and options.only == list(TRIALS):
+        _write_down(table, time.perf_counter() - began)
     sys.exit(any(line.wrong for line in lines))
+
+
+def _write_down(table: str, seconds: float) -> None:
+    """Put the table where the page of promises shows it."""
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(f"{BEGIN}\n")
+    _, _, after = rest.partition(f"{END}\n")
+    name, cores = processor()[0], len(os.sched_getaffinity(0))
+    how = f"{seconds / 60:.0f} minutes on {cores} cores of an {name}, thimble {__version__}"
+    when = f"{datetime.date.today()}: {how}."
+    PAGE.write_text(f"{before}{BEGIN}\n{table}\n{when}\n{END}\n{after}", encoding="utf-8")
 
 
 def _in_a_process(name: str, share: float, cores: "queue.Queue[int]") -> Line:
