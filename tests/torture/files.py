@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from torture import TINY, Line
+from torture.guided import Corpus
 
 SLOW_SECONDS = 0.1  # of the processor's time, so that other work on the machine does not count
 SLOW_WALL_SECONDS = 5.0  # by the clock: something that waits
@@ -48,17 +49,23 @@ def mutated(whole: bytes, dice: random.Random, header: int) -> bytes:
 
 def fuzz_files(name: str, whole: bytes, suffix: str, header: int, count: int, read: Callable[[Path], object]) -> Line:
     """Read mutated files: each is refused with an error of ours, or read; nothing else, and quickly."""
-    dice = random.Random(0)
+    dice, corpus = random.Random(0), Corpus(whole)
     with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
 
         def cases() -> Iterator[Callable[[], object]]:
             for number in range(count):
                 path = Path(folder) / f"{number}{suffix}"
-                path.write_bytes(mutated(whole, dice, header))
-                yield functools.partial(read, path)
+                content = mutated(corpus.pick(dice), dice, header)
+                path.write_bytes(content)
+                case = functools.partial(read, path)
+                if 0 < len(content) < 2 * len(whole):
+                    corpus.watch(content, case)
+                yield case
                 path.unlink()
 
-        return try_all(name, cases())
+        line = try_all(name, cases())
+    line.note += f"; {len(corpus.found)} that reached new lines were changed again"
+    return line
 
 
 def try_all(name: str, cases: Iterable[Callable[[], object]]) -> Line:

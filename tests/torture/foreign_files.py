@@ -1,5 +1,6 @@
 """Configs, tokenizers and headers from strangers, wrong in ways that only a reader of them would think of."""
 
+import contextlib
 import copy
 import json
 import random
@@ -15,6 +16,7 @@ import numpy as np
 from torture import TINY, Line
 from torture.files import MEMORY, mutated, try_all
 from torture.grammar import changed, damaged_json, text_of
+from torture.guided import Corpus
 
 TEXT = "Hello there, the 12 cats\n  ate <|im_end|> naïve 猫 </s>"
 
@@ -26,14 +28,20 @@ def fuzz_adapter_config(count: int) -> Line:
     dice = random.Random(0)
     with tempfile.TemporaryDirectory(dir=MEMORY) as name:
         folder = write_adapter(Path(name))
-        config = json.loads((folder / CONFIG_FILE).read_text())
+        corpus = Corpus(json.loads((folder / CONFIG_FILE).read_text()))
 
         def cases() -> Iterator[Callable[[], object]]:
             for _ in range(count):
-                (folder / CONFIG_FILE).write_bytes(damaged_json(config, dice))
-                yield partial(load_adapter, folder)
+                content = damaged_json(corpus.pick(dice), dice)
+                (folder / CONFIG_FILE).write_bytes(content)
+                case = partial(load_adapter, folder)
+                with contextlib.suppress(ValueError, RecursionError):  # to be changed again it has to be JSON
+                    corpus.watch(json.loads(content), case)
+                yield case
 
-        return try_all("adapter configs, changed as JSON and as bytes", cases())
+        line = try_all("adapter configs, changed as JSON and as bytes", cases())
+    line.note += f"; {len(corpus.found)} that reached new lines were changed again"
+    return line
 
 
 def write_adapter(folder: Path) -> Path:
