@@ -292,9 +292,13 @@ def test_a_base_with_a_weight_that_is_not_finite_is_named_before_anything_is_lea
     assert not (tmp_path / "run" / "adapter").exists()
 
 
-def test_a_base_that_is_worse_than_guessing_on_the_rows_is_warned_of(train):
-    report = train()
-    assert any("on the held-out rows, worse than guessing" in text for text in report.told["warning"])
+@pytest.mark.parametrize(("loss", "is_odd"), [(8.0, False), (12.0, True)])
+def test_a_base_that_is_far_worse_than_guessing_on_the_rows_is_warned_of(train, monkeypatch, loss, is_odd):
+    from thimble.verbs.proof import Proof
+
+    monkeypatch.setattr(Proof, "_measure", lambda self: (loss, []))  # guessing among its 320 tokens: 5.8
+    warnings = train().told["warning"]
+    assert any("on the held-out rows, worse than guessing" in text for text in warnings) == is_odd
 
 
 def test_rows_that_are_left_out_are_listed_with_the_reason(tiny_base, tmp_path):

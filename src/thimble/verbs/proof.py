@@ -85,8 +85,9 @@ class Proof:
         held_out = report.loss_base if self.job.examples.valid else 0.0
         if not math.isfinite(report.general_before) or not math.isfinite(held_out):
             raise RunError(self._why_not_finite())
-        for loss, what in ((report.general_before, "general text"), (held_out, "the held-out rows")):
-            if loss > chance:
+        # Short answers in a form that the base never gives may honestly be worse than guessing; twice as bad is odd.
+        for loss, what, most in ((report.general_before, "general text", 1), (held_out, "the held-out rows", 2)):
+            if loss > most * chance:
                 self.tell.warning(
                     f"the base has a loss of {loss:.1f} on {what}, worse than guessing ({chance:.1f}): its file may be "
                     "damaged, its tokenizer another's, or the text none that it was made for"
