@@ -410,10 +410,11 @@ def test_a_tokenizer_without_end_is_not_read(folder):
 
 
 def test_a_template_may_link_into_the_cache_of_the_hub_client_and_nowhere_else(folder, tmp_path_factory):
-    snapshot = folder / "snapshots" / "main"
+    model = folder / "models--owner--name"
+    snapshot = model / "snapshots" / "main"
     snapshot.mkdir(parents=True)
-    (folder / "blobs").mkdir()
-    (folder / "blobs" / "0123").write_text("of the cache")
+    (model / "blobs").mkdir()
+    (model / "blobs" / "0123").write_text("of the cache")
     for path in folder.glob("*.json"):
         (snapshot / path.name).symlink_to(path)
     (snapshot / "chat_template.jinja").symlink_to("../../blobs/0123")

@@ -88,7 +88,7 @@ def kill_runs(count: int) -> Line:
 
 def _place(out: Path) -> str:
     """How far a run was when it was killed."""
-    if list((out / "checkpoints").glob(".tmp-*")):
+    if list((out / "checkpoints").glob(".*.tmp")):
         return "while saving"
     if not (out / "metrics.jsonl").exists():
         return "before training"

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from thimble.core.adapter import load_adapter
-from thimble.verbs.checkpoint import FOLDER, UNFINISHED, Checkpoint, latest_checkpoint
+from thimble.verbs.checkpoint import FOLDER, Checkpoint, latest_checkpoint
 from thimble.verbs.run_folder import whole_folder
 from torture import Line
 from torture.disk import Disk, Do, Operation
@@ -82,7 +82,7 @@ def _damaged(folder: Path) -> None:
 def _left(folder: Path) -> None:
     """Another process was killed before."""
     began_run(folder)
-    for name in (f"{FOLDER}/{UNFINISHED}1", ".adapter.tmp", ".adapter.old"):
+    for name in (f"{FOLDER}/.step-00000009.tmp", ".adapter.tmp", ".adapter.old"):
         shutil.copytree(folder / "adapter", folder / name)
 
 

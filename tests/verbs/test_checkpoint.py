@@ -176,7 +176,7 @@ def test_stopped_at_any_call_there_is_the_old_one_or_the_new_one(tmp_path, monke
 
 
 def test_what_a_killed_run_left_half_written_is_removed(tmp_path):
-    (tmp_path / FOLDER / ".tmp-123").mkdir(parents=True)
+    (tmp_path / FOLDER / ".step-00000123.tmp").mkdir(parents=True)
     (tmp_path / ".adapter.tmp").mkdir()
     (tmp_path / ".config.yaml.tmp").write_text("half")
     save(tmp_path, 1)

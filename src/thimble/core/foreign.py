@@ -208,5 +208,4 @@ def is_inside(path: Path, folder: Path) -> bool:
     """Whether a file, followed through links, lies in a folder, or where the hub's client keeps the files of one."""
     home, place = folder.resolve(), path.resolve()
     models = [parent for parent in home.parents if parent.name.startswith("models--")]  # models--owner--name/snapshots
-    caches = [home.parent.parent / "blobs", *(model / "blobs" for model in models)]
-    return any(place.is_relative_to(room.resolve()) for room in (home, *caches))
+    return any(place.is_relative_to(room) for room in (home, *((model / "blobs").resolve() for model in models)))

@@ -8,7 +8,6 @@ import tempfile
 import threading
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import IO, Generic, TypeVar
 
 from thimble.core.machine import cache_folder
@@ -91,7 +90,7 @@ Items = Spool[T] | Chosen[T] | Sequence[T]
 
 def _nameless_file() -> IO[bytes]:
     """A temporary file beside the measurements of this machine: the system's own place for them may be memory."""
-    folder: Path | None = cache_folder()
+    folder = cache_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         return tempfile.TemporaryFile(dir=folder)

@@ -11,7 +11,6 @@ import itertools
 import json
 import os
 import shutil
-import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,13 +25,13 @@ from thimble.core.tensorfile import open_tensors, write_safetensors
 from thimble.data.encode import Row
 from thimble.errors import ConfigError
 from thimble.verbs.events import Teller
-from thimble.verbs.run_folder import STEPS, hash_file, make_folder, read_json, write_json
+from thimble.verbs.run_folder import STEPS, hash_file, make_folder, read_json, whole_folder, write_json
 
 FOLDER = "checkpoints"
 STATE, MANIFEST = "state.safetensors", "manifest.json"
 KEPT = 2
 NAMED = "step-" + "[0-9]" * 8
-UNFINISHED = ".tmp-"
+UNFINISHED = ".*.tmp"
 HASHED = ("base", "data")
 
 
@@ -69,14 +68,15 @@ def save_checkpoint(
     """
     place = folder / FOLDER
     target = place / _name(step)
-    make_folder(place)
     if (folder / STEPS).exists():
         sync(folder / STEPS)  # a run that goes on from here keeps the log up to here
-    sync(folder)
-    if _read(target) is None:  # a run taken up again from an older one comes to the same state
-        manifest = {"step": step, "progress": dict(progress), "origin": dict(origin)}
-        _publish(target, state, manifest)
-    sync(place)
+    if _read(target) is None:
+        shutil.rmtree(target, ignore_errors=True)  # damaged, if it is there
+        with whole_folder(target) as temporary:
+            _fill(temporary, state, {"step": step, "progress": dict(progress), "origin": dict(origin)})
+    else:  # a run taken up again from an older one comes to the same state, whose names may not be on disk yet
+        make_folder(place)
+        sync(place)
     # What is newer than this one is damaged, or it would have been gone on from: it must not crowd out sound ones.
     sound = (path for path in _names(folder) if path < target and _read(path) is not None)
     kept = {target, *itertools.islice(sound, KEPT - 1)}
@@ -85,21 +85,12 @@ def save_checkpoint(
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _publish(target: Path, state: Mapping[str, NDArray[Any]], manifest: dict[str, Any]) -> None:
-    """Fill a folder, and give it its name when all of it is on disk."""
-    temporary = target.with_name(f"{UNFINISHED}{uuid.uuid4().hex}")
-    temporary.mkdir()
-    try:
-        write_safetensors(temporary / STATE, dict(state))
-        # Read back, so that what is on disk is what is vouched for.
-        manifest = {**manifest, "files": {STATE: hash_file(temporary / STATE)}}
-        write_json(temporary / MANIFEST, {**manifest, "sha256": _seal(manifest)})
-        sync(temporary)
-        shutil.rmtree(target, ignore_errors=True)  # damaged, if it is there
-        os.rename(temporary, target)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+def _fill(folder: Path, state: Mapping[str, NDArray[Any]], manifest: dict[str, Any]) -> None:
+    """Write the state, and last the manifest that vouches for it."""
+    write_safetensors(folder / STATE, dict(state))
+    # Read back, so that what is on disk is what is vouched for.
+    manifest = {**manifest, "files": {STATE: hash_file(folder / STATE)}}
+    write_json(folder / MANIFEST, {**manifest, "sha256": _seal(manifest)})
 
 
 def latest_checkpoint(folder: Path) -> Checkpoint | None:
@@ -130,7 +121,7 @@ def clear_checkpoints(folder: Path) -> None:
 def clear_unfinished(folder: Path) -> None:
     """Remove what a run that was killed left half-written; only its successor, who holds the lock, may do so."""
     sync(folder)  # an adapter may have been exchanged: the earlier one goes when that is on disk
-    for path in (*(folder / FOLDER).glob(f"{UNFINISHED}*"), *folder.glob(".*.tmp")):
+    for path in (*(folder / FOLDER).glob(UNFINISHED), *folder.glob(UNFINISHED)):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
