@@ -18,7 +18,7 @@ DEV := .venv/installed-dev
 # Peers of the benchmarks that Thimble's own environment does not need.
 PEERS := benchmarks/peers-env
 
-.PHONY: help setup demo test check test-all torture docs bench
+.PHONY: help setup demo test check test-all stress docs bench
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -38,16 +38,16 @@ check: $(DEV)  ## check format, lint, types, docstrings and generated docs
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/pydoclint --quiet src
-	$(BIN)/python docs/make_verbs.py --check
+	$(BIN)/python docs/make_cli.py --check
 
 test-all: $(DEV)  ## run every test
 	$(BIN)/python -m pytest
 
-torture: $(DEV)  ## kill runs, mutate files: what must be survived, many times over; under an hour
-	PYTHONPATH=tests $(BIN)/python -m torture
+stress: $(DEV)  ## kill runs, mutate files: what must be survived, many times over; under an hour
+	PYTHONPATH=tests $(BIN)/python -m stress
 
-docs: $(DEV)  ## write docs/verbs.md and docs/troubleshooting.md again
-	$(BIN)/python docs/make_verbs.py
+docs: $(DEV)  ## write docs/cli.md and docs/troubleshooting.md again
+	$(BIN)/python docs/make_cli.py
 	PYTHONPATH=tests $(BIN)/python -m troubleshooting
 
 bench: $(DEV) $(PEERS)/installed  ## measure speed and memory against PEFT; takes over an hour and 12 GB of disk, and wants the machine alone

@@ -11,17 +11,17 @@ import time
 
 import torch
 
+from thimble.backends.torch.compute import machine
+from thimble.backends.torch.session import TorchSession
+from thimble.config.options import TrainConfig
 from thimble.core.adapter import fresh_adapter
-from thimble.core.base import default_base, open_base
-from thimble.core.config import TrainConfig
-from thimble.core.estimate import Way
 from thimble.core.targets import size_layers
 from thimble.data.batches import epoch_steps, shares
 from thimble.data.encode import Row
 from thimble.data.records import read_dataset
-from thimble.torch_backend.compute import machine
-from thimble.torch_backend.session import TorchSession
-from thimble.verbs.prepare import encode_examples, open_model
+from thimble.models.base import default_base, open_base
+from thimble.models.cost import Way
+from thimble.training.prepare import encode_examples, open_model
 
 RANK, ALPHA, RATE, ROWS_PER_STEP = 16, 32, 3e-4, 8
 

@@ -15,10 +15,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GgufConfig
 
-from thimble.core.base import default_base
-from thimble.core.config import TrainConfig
+from thimble.config.options import TrainConfig
 from thimble.data.records import read_dataset
-from thimble.verbs.prepare import encode_examples, open_model
+from thimble.models.base import default_base
+from thimble.training.prepare import encode_examples, open_model
 
 RATE, ROWS_AT_ONCE = 1e-3, 4
 

@@ -21,15 +21,15 @@ from typing import Any
 import numpy as np
 from run import write_results
 
-from thimble.core.config import TrainConfig
+from thimble.backends.torch.session import TorchSession
+from thimble.config.options import TrainConfig
 from thimble.core.method import INITS
 from thimble.core.metrics import LossSum
 from thimble.data.batches import micro_batches, shares
-from thimble.torch_backend.session import TorchSession
-from thimble.verbs.events import Teller, ignore
-from thimble.verbs.job import Job, prepare_job
-from thimble.verbs.prepare import open_session
-from thimble.verbs.start import Start, make_start
+from thimble.events import Teller, ignore
+from thimble.training.initialise import Start, make_start
+from thimble.training.plan import Job, prepare_job
+from thimble.training.prepare import open_session
 
 HERE = Path(__file__).parent
 DEMO_DATA = HERE.parent / "demo" / "data"

@@ -115,7 +115,7 @@ def write_model(shape: str, dtype: str, path: Path) -> Path:
 
 def metadata(shape: str) -> dict[str, Any]:
     """Key-value pairs: the shape's own sizes, and the tokenizer of the default base."""
-    from thimble.core.base import open_base  # here, because peers read SHAPES where Thimble is not installed
+    from thimble.models.base import open_base  # here, because peers read SHAPES where Thimble is not installed
 
     hidden, inner, layers, heads, kv_heads, vocab, _ = SHAPES[shape]
     source = open_base(None).metadata

@@ -166,7 +166,7 @@ def limit_seconds(shape: str, tokens: int) -> float:
     """What the bf16 products of a step would take at the rate of a large one."""
     from make_models import num_numbers
 
-    from thimble.torch_backend.compute import race
+    from thimble.backends.torch.compute import race
 
     return 4 * num_numbers(shape) * tokens / race()["bf16"]
 
@@ -340,7 +340,7 @@ def start(group: str) -> list[Row]:
 
 # Runs `thimble train` in this process and notes when the first step is logged, less what the evaluation took.
 FIRST_STEP = """
-import sys, time, thimble.verbs.train as t
+import sys, time, thimble.commands.train as t
 spent, before, step = [0.0], t._Run.measure_before, t._Run._step
 def timed(self):
     began = time.time(); before(self); spent[0] = time.time() - began
@@ -387,7 +387,7 @@ def write_results(rows: list[Row]) -> None:
     """Write the table for people and the numbers behind it; groups that were not measured now stay as they are."""
     import torch
 
-    from thimble.torch_backend.compute import machine
+    from thimble.backends.torch.compute import machine
 
     path, now = HERE / "results.json", asdict(machine()) | {"torch": torch.__version__}
     now["measured"] = time.strftime("%Y-%m-%d")

@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 from make_rows import ALPHA, RANK
 
-from thimble.core.base import default_base
-from thimble.core.config import TrainConfig
+from thimble.config.options import TrainConfig
 from thimble.data.batches import micro_batches
-from thimble.verbs.events import Teller, ignore
-from thimble.verbs.job import Job, prepare_job
-from thimble.verbs.prepare import open_session
-from thimble.verbs.start import make_start
+from thimble.events import Teller, ignore
+from thimble.models.base import default_base
+from thimble.training.initialise import make_start
+from thimble.training.plan import Job, prepare_job
+from thimble.training.prepare import open_session
 
 STEPS = 2  # of 2048 tokens, that starts made from data look at
 

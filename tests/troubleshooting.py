@@ -20,13 +20,14 @@ from unittest.mock import patch
 import numpy as np
 
 from fixtures.tiny_tokenizers import write_tokenizer
+from stress import TINY
+from stress.foreign_files import CONFIGS, write_base
 from thimble import cli
-from thimble.core.adapter import Adapter, save_adapter
+from thimble.core.adapter import Adapter
 from thimble.core.lowrank import Factors
-from thimble.core.machine import Battery
-from thimble.core.tensorfile import open_tensors
-from torture import TINY
-from torture.foreign_files import CONFIGS, write_base
+from thimble.files.peft import save_adapter
+from thimble.files.tensors import open_tensors
+from thimble.models.machine import Battery
 
 PAGE = Path(__file__).parents[1] / "docs" / "troubleshooting.md"
 HEAD = """\
@@ -139,7 +140,7 @@ def endless_template() -> None:
 def full_disk() -> Iterator[None]:
     """No checkpoint finds room any more."""
     error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    with patch("thimble.verbs.train.save_checkpoint", side_effect=error):
+    with patch("thimble.commands.train.save_checkpoint", side_effect=error):
         yield
 
 
@@ -153,7 +154,7 @@ def little_room() -> Iterator[None]:
 @contextlib.contextmanager
 def no_memory() -> Iterator[None]:
     """Memory runs out in the first step, once."""
-    from thimble.torch_backend.session import TorchSession
+    from thimble.backends.torch.session import TorchSession
 
     whole, times = TorchSession._add_gradients, []
 
@@ -171,15 +172,15 @@ def no_memory() -> Iterator[None]:
 def low_battery() -> Iterator[None]:
     """A battery that is charged after a second look."""
     levels = [Battery(60, True), Battery(8, True), Battery(8, False)]
-    with patch("thimble.verbs.waiting.LOOK_SECONDS", 0):
+    with patch("thimble.training.waiting.LOOK_SECONDS", 0):
         look = lambda: levels.pop(0) if len(levels) > 1 else levels[0]  # noqa: E731
-        with patch("thimble.verbs.waiting.Waiting.__init__.__defaults__", (look,)):
+        with patch("thimble.training.waiting.Waiting.__init__.__defaults__", (look,)):
             yield
 
 
 @contextlib.contextmanager
 def another_run() -> Iterator[None]:
-    from thimble.verbs.checkpoint import locked
+    from thimble.training.checkpoint import locked
 
     with locked(Path("run")):
         yield

@@ -4,8 +4,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from thimble.api import chat, evaluate, inspect, merge, plan, train
-    from thimble.core.adapter import Adapter, load_adapter, save_adapter
-    from thimble.core.base import open_base
+    from thimble.core.adapter import Adapter
+    from thimble.files.peft import load_adapter, save_adapter
+    from thimble.models.base import open_base
 
 __version__ = "0.1.0"
 
@@ -13,8 +14,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "train": "thimble.api", "plan": "thimble.api", "evaluate": "thimble.api", "chat": "thimble.api",
     "inspect": "thimble.api", "merge": "thimble.api",
-    "Adapter": "thimble.core.adapter", "load_adapter": "thimble.core.adapter", "save_adapter": "thimble.core.adapter",
-    "open_base": "thimble.core.base",
+    "Adapter": "thimble.core.adapter", "load_adapter": "thimble.files.peft", "save_adapter": "thimble.files.peft",
+    "open_base": "thimble.models.base",
 }  # fmt: skip
 
 __all__ = [

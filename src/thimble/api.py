@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from thimble.core.config import (
+from thimble.config.options import (
     ChatConfig,
     EvaluateConfig,
     InspectConfig,
@@ -30,7 +30,7 @@ MODULES = {"inspect": "inspect_"}  # of verbs that a module of the standard libr
 
 def load_verb(verb: str) -> Callable[..., Any]:
     """The function of a verb; imports what it needs only now."""
-    return getattr(importlib.import_module(f"thimble.verbs.{MODULES.get(verb, verb)}"), verb)
+    return getattr(importlib.import_module(f"thimble.commands.{MODULES.get(verb, verb)}"), verb)
 
 
 def build_config(
@@ -100,7 +100,7 @@ def train(data: str | Path | None = None, **knobs: Any) -> Any:
             `on_event`, `should_stop` and `should_wait`.
 
     Returns:
-        A thimble.verbs.train_report.TrainReport.
+        A thimble.training.result.TrainReport.
 
     Raises:
         InputError: If the run is refused.
@@ -110,18 +110,18 @@ def train(data: str | Path | None = None, **knobs: Any) -> Any:
 
 
 def plan(data: str | Path | None = None, **knobs: Any) -> Any:
-    """Say what training would need; see `train` for the arguments. Returns a thimble.verbs.plan.PlanReport."""
+    """Say what training would need; see `train` for the arguments. Returns a thimble.commands.plan.PlanReport."""
     return _call("plan", data, knobs)
 
 
 def evaluate(data: str | Path | None = None, **knobs: Any) -> Any:
-    """Measure a base and adapters on the same rows. Returns a thimble.verbs.evaluate.EvaluateReport."""
+    """Measure a base and adapters on the same rows. Returns a thimble.commands.evaluate.EvaluateReport."""
     return _call("evaluate", data, knobs)
 
 
 def chat(**knobs: Any) -> Any:
-    """Open a conversation: `chat(adapter=["runs/mine-1"]).ask("Hello")`. Returns a thimble.verbs.chat.Conversation."""
-    from thimble.verbs.chat import open_conversation
+    """Open a conversation: `chat(adapter=["runs/mine-1"]).ask("Hello")`. Returns a thimble.commands.chat.Conversation."""
+    from thimble.commands.chat import open_conversation
 
     return open_conversation(build_config("chat", knobs, knobs.pop("config", None)))
 
@@ -135,7 +135,7 @@ def inspect(path: str | Path | None = None, other: str | Path | None = None, **k
         **knobs: `base`, `blocks`, `out`; also `config`, `on_event` and `should_stop`.
 
     Returns:
-        A thimble.verbs.inspect_.InspectReport.
+        A thimble.commands.inspect_.InspectReport.
 
     Raises:
         InputError: If there is nothing to look into; with every problem found.
@@ -152,7 +152,7 @@ def merge(*adapters: str | Path, **knobs: Any) -> Any:
         **knobs: `out`, `truncate`, `rank`, `base`, by the names of the flags; also `config`, `on_event`, `should_stop`.
 
     Returns:
-        A thimble.verbs.merge.MergeReport.
+        A thimble.commands.merge.MergeReport.
 
     Raises:
         InputError: If it is refused; nothing is written then.

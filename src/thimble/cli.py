@@ -13,9 +13,17 @@ from typing import Any, NoReturn, get_origin
 
 from thimble import __version__
 from thimble.api import CONFIGS, build_config
-from thimble.core.config import Knobs, knob_type, knobs_of
+from thimble.config.options import Knobs, knob_type, knobs_of
 from thimble.errors import InputError, ThimbleError
-from thimble.render import Progress, render_evaluate, render_inspect, render_merge, render_plan, render_train, to_json
+from thimble.report.terminal import (
+    Progress,
+    render_evaluate,
+    render_inspect,
+    render_merge,
+    render_plan,
+    render_train,
+    to_json,
+)
 
 SUMMARIES = {
     "train": "Learn from examples; writes a run folder with the adapter and a report.",
@@ -230,7 +238,7 @@ class _PauseFlag:
 
 
 def _chat(config: Any, is_json: bool) -> int:
-    from thimble.verbs.chat import open_conversation
+    from thimble.commands.chat import open_conversation
 
     progress = Progress(sys.stderr)
     talk = open_conversation(config, progress.hear) if config.prompt is None else open_conversation(config)

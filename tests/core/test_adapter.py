@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from thimble.core.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, find_adapter, load_adapter, save_adapter
+from stress import TINY
+from thimble.core.adapter import Adapter
 from thimble.core.lowrank import Factors
 from thimble.errors import AdapterError
-from torture import TINY
+from thimble.files.peft import CONFIG_FILE, WEIGHTS_FILE, find_adapter, load_adapter, save_adapter
 
 RANDOM = np.random.default_rng(0)
 

@@ -3,9 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from thimble.core.tensorfile import open_tensors
 from thimble.data.template import ChatTemplate
 from thimble.data.tokenizer import tokenizer_from_gguf
+from thimble.files.tensors import open_tensors
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 

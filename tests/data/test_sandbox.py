@@ -12,13 +12,13 @@ import jinja2.ext
 import pytest
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from thimble.core.tensorfile import open_tensors
+from stress.templates import ESCAPES, LIMIT_MEGABYTES, LIMIT_SECONDS, PAYLOADS, grown_template, try_template
 from thimble.data.sandbox import budget
 from thimble.data.sandbox import environment as sandbox
 from thimble.data.sandbox.budget import Budget, RunawayTemplateError
 from thimble.data.template import MAX_CHARACTERS, ChatTemplate
 from thimble.errors import BaseModelError, DataError
-from torture.templates import ESCAPES, LIMIT_MEGABYTES, LIMIT_SECONDS, PAYLOADS, grown_template, try_template
+from thimble.files.tensors import open_tensors
 
 TESTS = Path(__file__).parents[1]
 SYSTEM, USER = {"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi <you> & 'me'\n\nÆ 😀"}
@@ -38,7 +38,7 @@ CHATML = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content | trim }}<|end|>
 @pytest.fixture(scope="module")
 def seen():
     """What came of each payload, in a process of its own that hears every audit event."""
-    done = subprocess.run([sys.executable, "-m", "torture.watched"], cwd=TESTS, capture_output=True, check=True)
+    done = subprocess.run([sys.executable, "-m", "stress.watched"], cwd=TESTS, capture_output=True, check=True)
     return json.loads(done.stdout)
 
 

@@ -7,11 +7,11 @@ import pytest
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
-from thimble.core.tensorfile import open_tensors
 from thimble.data import gguf_vocab
 from thimble.data.gguf_vocab import byte_level_alphabet, merges_from_scores, rust_faults
 from thimble.data.tokenizer import Tokenizer, tokenizer_from_folder, tokenizer_from_gguf
 from thimble.errors import BaseModelError
+from thimble.files.tensors import open_tensors
 
 HERE = Path(__file__).parent
 TEXTS = json.loads((HERE / "sample_texts.json").read_text())

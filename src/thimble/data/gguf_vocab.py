@@ -10,9 +10,9 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from thimble.core.foreign import printable, shown
 from thimble.data.pretokenize import PRE_TOKENIZERS, PreTokenizer
 from thimble.errors import BaseModelError, InputError, listing
+from thimble.files.untrusted import printable, shown
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -10,8 +10,8 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import IO, Generic, TypeVar
 
-from thimble.core.machine import cache_folder
 from thimble.errors import DoesNotFitError
+from thimble.models.machine import cache_folder
 
 T = TypeVar("T")
 

@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from thimble.core.foreign import is_inside, read_bytes, read_json_object, shown
 from thimble.data import gguf_vocab
 from thimble.data.gguf_vocab import rust_faults
 from thimble.errors import BaseModelError
+from thimble.files.untrusted import is_inside, read_bytes, read_json_object, shown
 
 if TYPE_CHECKING:
     import tokenizers

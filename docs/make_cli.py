@@ -1,0 +1,146 @@
+"""Write docs/cli.md from what `thimble --help` prints and from the docstrings of the reports.
+
+python docs/make_cli.py            # write the page
+python docs/make_cli.py --check    # fail if the page is not what would be written
+"""
+
+import contextlib
+import dataclasses
+import io
+import os
+import sys
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+from thimble.api import CONFIGS
+from thimble.cli import SUMMARIES, main
+from thimble.commands.evaluate import EvaluateReport, Result
+from thimble.commands.inspect_ import InspectReport
+from thimble.commands.merge import MergedKind, MergedLayer, MergeReport
+from thimble.commands.plan import PlanReport
+from thimble.config.options import ELSEWHERE, SYNONYMS
+from thimble.models.inspection import Overlap, Spectrum, Update
+from thimble.training.result import TrainReport
+
+PAGE = Path(__file__).with_name("cli.md")
+COLUMNS = "100"  # argparse wraps its text to the terminal; fixed, so that the page does not depend on it
+
+REPORTS: dict[str, tuple[type, ...]] = {
+    "train": (TrainReport,),
+    "plan": (PlanReport,),
+    "evaluate": (EvaluateReport, Result),
+    "inspect": (InspectReport, Spectrum, Update, Overlap),
+    "merge": (MergeReport, MergedKind, MergedLayer),
+}
+JSON_TYPES = {str: "text", int: "whole number", float: "number", bool: "true or false"}
+
+EXIT_CODES = """\
+| code | when |
+|---|---|
+| 0 | done |
+| 2 | refused before any work: bad data or flags, an unknown base, or too little memory; nothing is written |
+| 3 | the work began and failed honestly: training diverged, the disk is full; the last good adapter is kept |
+| 130, 143 | interrupted (Ctrl-C) or terminated; what was learned is kept |
+| 1 | a fault of Thimble's own; `--debug` shows where |
+"""
+
+HEAD = """\
+# The verbs
+
+*Written by `make docs` from `thimble --help` and the docstrings of the reports; do not edit this page.*
+
+Every verb is also a Python function of the same name with the same knobs: `thimble.train("mine.jsonl", rank=8)`.
+A YAML file given with `--config` holds the same names (`learning_rate: 1e-4`); flags override it.
+"""
+
+JSON_HEAD = """\
+With `--json` a verb prints one JSON object, and nothing else, on stdout; everything for people goes to stderr. Numbers
+that are not finite are `null`. A run that is refused, or that diverges, prints
+`{"error": [one sentence per problem], "exit_code": N}`.
+"""
+
+
+def write_page() -> str:
+    """The whole page."""
+    parts = [HEAD, _help(), "## Exit codes\n", EXIT_CODES]
+    for verb in CONFIGS:
+        parts += [f"## thimble {verb}\n", SUMMARIES[verb] + "\n", _help(verb)]
+    parts += ["## Fields of the JSON reports\n", JSON_HEAD]
+    for verb, reports in REPORTS.items():
+        parts.append(f"### {verb}\n")
+        parts += [_fields(report) for report in reports]
+    parts.append("### chat\n")
+    parts.append(
+        "With `--prompt`: `answer`, the text written, and `adapter`, the name of what wrote it (`base` for none).\n"
+    )
+    parts += ["## Names of other tools\n", _synonyms()]
+    return "\n".join(parts)
+
+
+def _help(*verb: str) -> str:
+    """What `thimble VERB --help` prints, as a block of text."""
+    os.environ |= {"COLUMNS": COLUMNS, "NO_COLOR": "1"}
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
+        main([*verb, "--help"])
+    return f"```text\n{printed.getvalue().rstrip()}\n```\n"
+
+
+def _fields(report: type) -> str:
+    """The fields of a report as a table; what each means is taken from its docstring."""
+    told = read_attributes(report.__doc__ or "")
+    rows = [
+        f"| `{spec.name}` | {_type_name(spec.type)} | {told.get(spec.name, '')} |"
+        for spec in dataclasses.fields(report)
+    ]
+    title = (report.__doc__ or "").split("\n\n")[0].replace("\n", " ").strip()
+    return "\n".join([title, "", "| field | type | meaning |", "|---|---|---|", *rows, ""])
+
+
+def read_attributes(docstring: str) -> dict[str, str]:
+    """The section `Attributes:` of a Google-style docstring: name to meaning."""
+    told: dict[str, str] = {}
+    name = ""
+    for line in docstring.partition("Attributes:")[2].splitlines():
+        indent = len(line) - len(line.lstrip())
+        if indent == 8:  # a name; what continues a meaning is indented further
+            name, _, meaning = line.strip().partition(": ")
+            told[name] = meaning
+        elif line.strip():
+            told[name] += " " + line.strip()
+    return {name: " ".join(meaning.split()).replace("|", "\\|") for name, meaning in told.items()}
+
+
+def _type_name(kind: Any) -> str:
+    """What a field becomes in JSON."""
+    if isinstance(kind, types.UnionType):
+        return " or ".join("null" if part is types.NoneType else _type_name(part) for part in typing.get_args(kind))
+    origin, inner = typing.get_origin(kind) or kind, typing.get_args(kind)
+    if origin in JSON_TYPES:
+        return JSON_TYPES[origin]
+    if origin in (list, tuple):
+        return f"list of {_type_name(inner[0])}"
+    is_known = inner and inner[1] is not Any
+    return f"object of {_type_name(inner[1])}" if is_known else "object"
+
+
+def _synonyms() -> str:
+    """What config files may say instead, and what has no counterpart."""
+    ours: dict[str, list[str]] = {}
+    for other, name in SYNONYMS.items():
+        ours.setdefault(name, []).append(f"`{other}`")
+    lines = ["Accepted for the knob on the left, in config files and in Python:", "", "| knob | also |", "|---|---|"]
+    lines += [f"| `{name}` | {', '.join(others)} |" for name, others in sorted(ours.items())]
+    lines += ["", "Refused, with what to do instead:", "", "| name | instead |", "|---|---|"]
+    lines += [f"| `{name}` | {advice} |" for name, advice in ELSEWHERE.items()]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    page = write_page()
+    if "--check" in sys.argv[1:]:
+        sys.exit(0 if PAGE.exists() and PAGE.read_text() == page else f"{PAGE.name} is not up to date: run `make docs`")
+    PAGE.write_text(page)
+    print(f"wrote {PAGE}")

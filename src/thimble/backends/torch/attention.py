@@ -1,0 +1,255 @@
+"""Causal attention over packed rows, in tiles of batched products that skip the masked half.
+
+Query heads that share a key head are batched as further rows of one product (grouped-query attention), and the
+probabilities are recomputed in the backward pass from their log-sum (Dao et al., arXiv:2205.14135). Handles sliding
+windows, soft-capped scores and per-head normalisation of q and k.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from thimble.backends.torch import fused
+from thimble.backends.torch.elementwise import RmsNorm
+from thimble.backends.torch.frozen import as_numpy
+from thimble.backends.torch.memory import Memory
+from thimble.backends.torch.threads import split
+from thimble.core.sizes import PADDED_KEYS, PADDED_QUERIES, TILE
+
+NO_WINDOW = 1 << 40  # a window longer than any row
+SOFTMAX_COST = 2  # of a score, against a plain load and store
+
+
+@dataclass(frozen=True)
+class Angles:
+    """cos and sin of every token's position for one rotary embedding; float32 (tokens, dim / 2)."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """What one layer's attention does.
+
+    Attributes:
+        num_heads: Query heads.
+        num_kv_heads: Key and value heads.
+        head_dim: Width of a head.
+        scale: Factor of q kᵀ.
+        window: Latest positions seen, or None for all.
+        softcap: Scores become cap · tanh(scores / cap), or None.
+        q_norm: Normalisation of each query head, or None.
+        k_norm: The same for keys.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+    q_norm: RmsNorm | None = None
+    k_norm: RmsNorm | None = None
+
+    @property
+    def group(self) -> int:
+        """Query heads per key head."""
+        return self.num_heads // self.num_kv_heads
+
+
+def split_heads(
+    qkv: Tensor, spec: AttentionSpec, angles: Angles | None, memory: Memory
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cut, normalise, rotate and scale q, k and v.
+
+    Args:
+        qkv: (tokens, (heads + 2 kv_heads) · head_dim).
+        spec: The layer's attention.
+        angles: Rotations, or None for a layer without positions.
+        memory: Where they are put.
+
+    Returns:
+        q (kv_heads, tokens + TILE, group, head_dim) already scaled, k and v (kv_heads, tokens + TILE, head_dim);
+        contiguous, in scratch. What lies behind the tokens is zero.
+    """
+    heads = _normalised(qkv.view(qkv.shape[0], -1, spec.head_dim), spec)
+    tokens = len(heads)
+    q, k, v = _room_for_heads(memory, "", spec, tokens)
+    cos, sin = _arrays(angles, tokens)
+    arrays = (as_numpy(heads), cos, sin, np.float32(spec.scale), as_numpy(q), as_numpy(k), as_numpy(v))
+    split(tokens, qkv.shape[1], fused.split_heads, *arrays)
+    return q, k, v
+
+
+def _room_for_heads(memory: Memory, what: str, spec: AttentionSpec, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Scratch for q, k and v, shaped as `split_heads` returns them, zero behind the tokens."""
+    return (
+        _room(memory, "q" + what, tokens, spec.num_kv_heads, spec.group, spec.head_dim),
+        _room(memory, "k" + what, tokens, spec.num_kv_heads, spec.head_dim),
+        _room(memory, "v" + what, tokens, spec.num_kv_heads, spec.head_dim),
+    )
+
+
+def _room(memory: Memory, purpose: str, tokens: int, heads: int, *size: int) -> Tensor:
+    """Scratch (heads, tokens + TILE, *size), zero behind the tokens."""
+    room = memory.scratch(purpose, tokens + TILE, heads * math.prod(size)).view(heads, tokens + TILE, *size)
+    room[:, tokens:] = 0
+    return room
+
+
+def _arrays(angles: Angles | None, tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """cos and sin as arrays; of no width for a layer without positions, which turns nothing."""
+    if angles is None:
+        nothing = np.empty((tokens, 0), np.float32)
+        return nothing, nothing
+    return angles.cos.numpy(), angles.sin.numpy()
+
+
+def _normalised(heads: Tensor, spec: AttentionSpec) -> Tensor:
+    """Heads (tokens, all heads, head_dim) with q and k normalised, where the family does that."""
+    if spec.q_norm is None or spec.k_norm is None:
+        return heads
+    q, k, v = heads.split((spec.num_heads, spec.num_kv_heads, spec.num_kv_heads), 1)
+    return torch.cat([spec.q_norm.forward(q), spec.k_norm.forward(k), v], 1)
+
+
+def _join_gradients(
+    qkv: Tensor, spec: AttentionSpec, angles: Angles | None, grads: tuple[Tensor, Tensor, Tensor], memory: Memory
+) -> Tensor:
+    """Undo `split_heads` for gradients: shapes as it returns, result as qkv, in scratch."""
+    out = memory.scratch("qkv_grad", *qkv.shape).view(qkv.shape[0], -1, spec.head_dim)
+    cos, sin = _arrays(angles, len(out))
+    arrays = (*(as_numpy(grad) for grad in grads), cos, sin, np.float32(spec.scale), as_numpy(out))
+    split(len(out), qkv.shape[1], fused.join_heads, *arrays)
+    if spec.q_norm and spec.k_norm:
+        sizes = (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads)
+        q, k, _ = qkv.view(out.shape).split(sizes, 1)
+        dq, dk, dv = out.split(sizes, 1)
+        out = torch.cat([spec.q_norm.backward(q, dq), spec.k_norm.backward(k, dk), dv], 1)
+    return out.view(qkv.shape)
+
+
+def attend(qkv: Tensor, spec: AttentionSpec, angles: Angles | None, starts: list[int], memory: Memory) -> Tensor:
+    """Attention within each packed row.
+
+    Args:
+        qkv: (tokens, (heads + 2 kv_heads) · head_dim), compute type, before rotation.
+        spec: The layer's attention.
+        angles: Rotations, or None.
+        starts: Row s is tokens starts[s] to starts[s + 1].
+        memory: For temporaries and for the result.
+
+    Returns:
+        (tokens, heads · head_dim), compute type; in scratch unless a backward pass follows.
+    """
+    is_kept = torch.is_grad_enabled() and qkv.requires_grad
+    return _Attend.apply(qkv, spec, angles, starts, memory, is_kept)  # type: ignore[no-any-return]
+
+
+class _Tile(NamedTuple):
+    """Queries of one row and the keys that they may see.
+
+    Attributes:
+        first: The first query.
+        last: The last query + 1.
+        low: The first key.
+        queries: All queries with padding.
+        keys: All keys with padding.
+    """
+
+    first: int
+    last: int
+    low: int
+    queries: slice
+    keys: slice
+
+
+def _tiles(starts: list[int], window: int | None) -> Iterator[_Tile]:
+    """Tiles that cover the causal half of every row."""
+    for start, end in zip(starts, starts[1:], strict=False):
+        for first in range(start, end, TILE):
+            last, low = min(first + TILE, end), start if window is None else max(start, first - window + 1)
+            queries = slice(first, first + -(-(last - first) // PADDED_QUERIES) * PADDED_QUERIES)
+            keys = slice(low, low + -(-(last - low) // PADDED_KEYS) * PADDED_KEYS)
+            yield _Tile(first, last, low, queries, keys)
+
+
+def _dot(a: Tensor, b: Tensor, memory: Memory, purpose: str) -> tuple[Tensor, np.ndarray]:
+    """a bᵀ of a tile, (kv_heads, queries · group, keys), in scratch; as tensor and as flat rows."""
+    heads, rows, keys = a.shape[0], a.shape[1], b.shape[1]
+    flat = memory.scratch(purpose, heads * rows, keys)
+    return torch.bmm(a, b.transpose(1, 2), out=flat.view(heads, rows, keys)), as_numpy(flat)
+
+
+def _scores(q: Tensor, k: Tensor, spec: AttentionSpec, memory: Memory) -> tuple[Tensor, np.ndarray]:
+    """Scores of a tile, bent where there is a soft-cap; as `_dot`."""
+    scores, flat = _dot(q, k, memory, "scores")
+    if spec.softcap:
+        split(*flat.shape, fused.bend, flat, np.float32(spec.softcap))
+    return scores, flat
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, qkv: Tensor, spec: AttentionSpec, angles: Angles | None, starts: list[int], memory: Memory,
+        is_kept: bool,
+    ) -> Tensor:  # fmt: skip
+        q, k, v = split_heads(qkv, spec, angles, memory)
+        size = (len(qkv), spec.num_heads * spec.head_dim)
+        mixed = memory.keep(*size) if is_kept else memory.scratch("mixed", *size)
+        mixed[starts[-1] :] = 0
+        out = mixed.view(len(qkv), spec.num_kv_heads, spec.group, spec.head_dim).transpose(0, 1)
+        log_sums = []
+        for tile in _tiles(starts, spec.window):
+            weights, flat = _scores(q[:, tile.queries].flatten(1, 2), k[:, tile.keys], spec, memory)
+            log_sums.append(np.empty(len(flat), np.float32))
+            seen = (weights.shape[1], spec.group, tile.first, tile.last, tile.low, spec.window or NO_WINDOW)
+            split(len(flat), SOFTMAX_COST * flat.shape[1], fused.softmax_forward, flat, *seen, log_sums[-1])
+            _put(out, tile, torch.bmm(weights, v[:, tile.keys]))
+        ctx.save_for_backward(qkv, mixed)
+        ctx.call, ctx.log_sums = (spec, angles, starts, memory), log_sums
+        return mixed
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+        qkv, mixed = ctx.saved_tensors
+        spec, angles, starts, memory = ctx.call
+        q, k, v = split_heads(qkv, spec, angles, memory)
+        grad, drift = _by_head(grads[0], mixed, spec, memory)
+        dq, dk, dv = (room.zero_() for room in _room_for_heads(memory, "_grad", spec, len(qkv)))
+        per_cap = np.float32(1 / spec.softcap if spec.softcap else 0.0)
+        for tile, log_sum in zip(_tiles(starts, spec.window), ctx.log_sums, strict=True):
+            rows, g_rows = q[:, tile.queries].flatten(1, 2), grad[:, tile.queries].flatten(1, 2)
+            keys, values = k[:, tile.keys], v[:, tile.keys]
+            weights, flat = _scores(rows, keys, spec, memory)
+            slopes, flat_slopes = _dot(g_rows, values, memory, "slopes")
+            seen = (rows.shape[1], spec.group, tile.first, tile.last, tile.low, spec.window or NO_WINDOW)
+            arrays = (flat, flat_slopes, *seen, per_cap, log_sum, drift[:, tile.queries].flatten().numpy())
+            split(len(flat), SOFTMAX_COST * flat.shape[1], fused.softmax_backward, *arrays)
+            dv[:, tile.keys] += torch.bmm(weights.transpose(1, 2), g_rows)
+            dk[:, tile.keys] += torch.bmm(slopes.transpose(1, 2), rows)
+            _put(dq, tile, torch.bmm(slopes, keys))
+        return _join_gradients(qkv, spec, angles, (dq, dk, dv), memory), None, None, None, None, None
+
+
+def _put(heads: Tensor, tile: _Tile, values: Tensor) -> None:
+    """Write what was computed for the queries of a tile to their place, (kv_heads, tokens, group, head_dim)."""
+    count = tile.last - tile.first
+    heads[:, tile.first : tile.last] = values.view(len(heads), -1, *heads.shape[2:])[:, :count]
+
+
+def _by_head(grad: Tensor, mixed: Tensor, spec: AttentionSpec, memory: Memory) -> tuple[Tensor, Tensor]:
+    """The gradient, shaped as q, and its dot products with the result, (kv_heads, tokens + TILE, group)."""
+    shape = (len(mixed), spec.num_kv_heads, spec.group, spec.head_dim)
+    out = _room(memory, "mixed_grad", len(mixed), spec.num_kv_heads, spec.group, spec.head_dim)
+    dots = torch.zeros(out.shape[:3])
+    arrays = (as_numpy(array.view(shape)) for array in (grad.contiguous(), mixed))
+    split(len(mixed), mixed.shape[1], fused.by_head, *arrays, as_numpy(out), dots.numpy())
+    return out, dots

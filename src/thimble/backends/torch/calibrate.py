@@ -1,0 +1,263 @@
+"""A look at what reaches each layer before training begins: its inputs, and the gradient of its weight.
+
+Inputs are seen in a forward pass that goes block by block, so that one block's second moments are held at a time. The
+gradient of a weight is as large as the weight and is never kept: two backward passes over the same batches give its
+main directions. The first multiplies it from the left with random numbers, Ωᵀ G, whose rows span what it does to its
+inputs; the second measures it there, G V (Halko et al., arXiv:0909.4061, sections 4.1 and 5.1). That needs the memory
+of an adapter, and no float weights.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from thimble.backends.torch.lora import Projection
+from thimble.core.inits import Moments, Sketch
+from thimble.core.lowrank import thin_svd
+
+if TYPE_CHECKING:
+    from thimble.backends.torch.session import PackedRows, TorchSession
+
+SPARE = 8  # directions a sketch carries beside those wanted
+
+
+# ---- inputs ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Sums:
+    """Of the inputs of one group of layers."""
+
+    square: Tensor
+    total: Tensor
+    count: int = 0
+
+    def add(self, h: Tensor) -> None:
+        wide = h.float()
+        self.square.addmm_(wide.t(), wide)
+        self.total.add_(wide.sum(0))
+        self.count += len(h)
+
+
+@torch.no_grad()
+def input_moments(session: "TorchSession", batches: Sequence["PackedRows"]) -> Iterator[tuple[list[str], Moments]]:
+    """Second moments of the inputs of every layer, a block at a time.
+
+    Args:
+        session: The base; adapters are taken off.
+        batches: Rows to look at.
+
+    Yields:
+        tuple[list[str], Moments]: Paths of the layers that share an input, and its moments; in the order of the layers.
+    """
+    decoder = session.decoder
+    decoder.attach({})
+    packs = [decoder.pack(batch.starts) for batch in batches]
+    streams = [decoder.embed(batch.ids, packed) for batch, packed in zip(batches, packs, strict=True)]
+    for block in decoder.blocks:
+        sums = {
+            projection.number: _Sums(torch.zeros(n, n), torch.zeros(n))
+            for projection in block.projections
+            for n in (projection.frozen.cols,)
+        }
+        for number, packed in enumerate(packs):
+            real = packed.starts[-1]
+            for projection in block.projections:
+                projection.on_input = lambda h, of=sums[projection.number], real=real: of.add(h[:real])
+            decoder.memory.begin()
+            streams[number] = decoder.block(block, streams[number], packed)
+        for projection in block.projections:
+            projection.on_input = None
+            of = sums.pop(projection.number)
+            yield list(projection.columns), Moments(of.square.numpy(), of.total.numpy(), of.count)
+
+
+# ---- gradients ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Watched:
+    """One layer's sketch in the making.
+
+    Attributes:
+        columns: Its part of the group's output.
+        probe: Ω: (out, k) for the gradient; (in, k) where inputs are weighted by the square of their gradient.
+        rows: First Ωᵀ G, (k, in), then an orthonormal basis V of its rows.
+        image: G Vᵀ, (out, k); with weights V Σ w x xᵀ Vᵀ, (k, k).
+        answer: Σ (V x)(V x)ᵀ, (k, k).
+        input_square: Σ ‖x‖².
+        count: Inputs seen.
+    """
+
+    columns: slice
+    probe: Tensor
+    rows: Tensor
+    image: Tensor = field(default_factory=lambda: torch.empty(0))
+    answer: Tensor = field(default_factory=lambda: torch.empty(0))
+    input_square: float = 0.0
+    count: int = 0
+
+
+def sketch_gradients(
+    session: "TorchSession",
+    batches: Sequence["PackedRows"],
+    ranks: Mapping[str, int],
+    is_weighted: bool = False,
+    seed: int = 0,
+) -> dict[str, Sketch]:
+    """Main directions of the gradient of each weight over some batches.
+
+    Args:
+        session: The base; adapters are taken off.
+        batches: Rows to learn from; run twice.
+        ranks: How many directions are wanted, by layer path.
+        is_weighted: Of Σ ‖δ‖² x xᵀ instead, δ being the gradient of a token's output: the same right singular vectors
+            if the δ of different tokens point in unrelated directions.
+        seed: Of the random numbers.
+
+    Returns:
+        Sketches by layer path, with at least as many values as wanted where the layer has them.
+    """
+    found: dict[str, _Watched] = {}
+    random = torch.Generator().manual_seed(seed)
+    for projection in session.decoder.projections:
+        fan_in = projection.frozen.cols
+        for path, columns in projection.columns.items():
+            if path in ranks:
+                fan_out = columns.stop - columns.start
+                width = min(ranks[path] + SPARE, fan_in, fan_out)
+                probe = torch.randn(fan_in if is_weighted else fan_out, width, generator=random)
+                found[path] = _Watched(columns, probe, torch.zeros(width, fan_in))
+    spread, measure = (_spread_weighted, _measure_weighted) if is_weighted else (_spread, _measure)
+    _watch(session, batches, found, spread)
+    for layer in found.values():
+        layer.rows = torch.linalg.qr(layer.rows.t()).Q.t().contiguous()
+        width = len(layer.rows)
+        layer.probe = torch.empty(0)
+        layer.image = torch.zeros(width if is_weighted else layer.columns.stop - layer.columns.start, width)
+        layer.answer = torch.zeros(width, width)
+    _watch(session, batches, found, measure)
+    return {path: _finished(layer) for path, layer in found.items()}
+
+
+def _watch(
+    session: "TorchSession",
+    batches: Sequence["PackedRows"],
+    found: Mapping[str, _Watched],
+    look: Callable[[_Watched, Tensor, Tensor], None],
+) -> None:
+    """Run batches forward and back, and let each layer's sketch look at its input and its output's gradient."""
+
+    def visit(projection: Projection, h: Tensor, grad: Tensor) -> None:
+        wide = h.float()
+        for path, columns in projection.columns.items():
+            if path in found:
+                look(found[path], wide, grad[:, columns].float())
+
+    watch_gradients(session, batches, visit)
+
+
+def watch_gradients(
+    session: "TorchSession",
+    batches: Sequence["PackedRows"],
+    visit: Callable[[Projection, Tensor, Tensor], None],
+) -> None:
+    """Run batches forward and back on the bare base.
+
+    Args:
+        session: The base; adapters are taken off.
+        batches: Rows to learn from.
+        visit: Called for every group of layers with the inputs (tokens, in) and the gradient of the outputs
+            (tokens, sum of outs), padding left out.
+    """
+    decoder = session.decoder
+    decoder.attach({})
+    for batch in batches:
+        real = int(batch.starts[-1])
+        for projection in decoder.projections:
+            projection.on_gradient = lambda h, g, of=projection, real=real: visit(of, h[:real], g[:real])
+        session.backward(batch)
+    for projection in decoder.projections:
+        projection.on_gradient = None
+
+
+def _spread(layer: _Watched, x: Tensor, grad: Tensor) -> None:
+    layer.rows.addmm_((grad @ layer.probe).t(), x)
+
+
+def _measure(layer: _Watched, x: Tensor, grad: Tensor) -> None:
+    low = x @ layer.rows.t()
+    layer.image.addmm_(grad.t(), low)
+    _add_inputs(layer, x, low)
+
+
+def _spread_weighted(layer: _Watched, x: Tensor, grad: Tensor) -> None:
+    weights = grad.square().sum(1, keepdim=True)
+    layer.rows.addmm_((weights * (x @ layer.probe)).t(), x)
+
+
+def _measure_weighted(layer: _Watched, x: Tensor, grad: Tensor) -> None:
+    low = x @ layer.rows.t()
+    layer.image.addmm_((grad.square().sum(1, keepdim=True) * low).t(), low)
+    _add_inputs(layer, x, low)
+
+
+def _add_inputs(layer: _Watched, x: Tensor, low: Tensor) -> None:
+    layer.answer.addmm_(low.t(), low)
+    layer.input_square += float(x.square().sum())
+    layer.count += len(x)
+
+
+def _finished(layer: _Watched) -> Sketch:
+    left, values, turn = thin_svd(layer.image.numpy())
+    answer = turn @ (layer.answer.double().numpy() / layer.count) @ turn.T
+    right = (turn @ layer.rows.double().numpy()).astype(np.float32)
+    return Sketch(left, values, right, layer.input_square / layer.count, answer)
+
+
+# ---- how good a start is --------------------------------------------------------------------------------------------
+
+
+def captured_energy(
+    session: "TorchSession",
+    batches: Sequence["PackedRows"],
+    candidates: Mapping[str, Mapping[str, NDArray[np.float32]]],
+) -> dict[str, dict[str, tuple[NDArray[np.float64], float]]]:
+    """How much of the gradient of W, on rows not seen before, lies in the span of each candidate for A.
+
+    With B at zero, that is the part of the gradient that the first steps can follow.
+
+    Args:
+        session: The base; adapters are taken off.
+        batches: Held-out rows.
+        candidates: A by layer path, float32 (rank, in), by name of the candidate.
+
+    Returns:
+        By candidate and layer path: what each row of A adds to ‖G P‖², float64 (rank,), P projecting on the rows so
+        far, and ‖G‖²; both summed over batches.
+    """
+    bases = {
+        name: {path: torch.linalg.qr(torch.from_numpy(a).t()).Q for path, a in layers.items()}
+        for name, layers in candidates.items()
+    }
+    found: dict[str, dict[str, tuple[NDArray[np.float64], float]]] = {name: {} for name in candidates}
+
+    def visit(projection: Projection, h: Tensor, grad: Tensor) -> None:
+        for path, columns in projection.columns.items():
+            own = [name for name in bases if path in bases[name]]
+            if not own:
+                continue
+            gradient = grad[:, columns].float().t() @ h.float()  # as large as the weight, for a moment
+            whole = float(gradient.square().sum())
+            for name in own:
+                parts = (gradient @ bases[name][path]).square().sum(0).double().numpy()
+                before = found[name].get(path, (np.zeros_like(parts), 0.0))
+                found[name][path] = (before[0] + parts, before[1] + whole)
+
+    watch_gradients(session, batches, visit)
+    return found

@@ -1,0 +1,123 @@
+"""What this machine multiplies fastest, found by a short race that starts small.
+
+bfloat16 is about twice as fast as float32 on CPUs with instructions for it and up to 499 times slower on others
+(pytorch issue 146508), so the loser of a small product never meets a large one.
+"""
+
+import math
+import time
+from collections.abc import Callable
+
+import torch
+
+from thimble.backends.torch.threads import num_cores
+from thimble.errors import ConfigError
+from thimble.models.machine import Machine, processor, remembered
+
+# Sizes of square products; a type this many times slower than the best is dropped there. A busy machine makes small
+# products look slow, so only a hopeless loser goes early; the last size decides.
+SIZES = {64: 30.0, 256: 6.0, 1024: 0.0}  # 0: none is dropped
+REPEATS = 6
+FP32_ERROR = 1e-5  # largest relative error that still counts as float32
+COPY_NUMBERS = 1 << 24
+FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {**FLOATS, "int8": torch.bfloat16}  # of activations
+SLOWER = 1.5  # a choice of the user's that is so many times slower is told
+INT8_INSTRUCTIONS = {"avx512_vnni", "avx_vnni", "amx_int8"}
+
+
+def choose_compute(wanted: str) -> tuple[str, str]:
+    """Decide the type of the large products.
+
+    Args:
+        wanted: `auto`, `fp32`, `bf16` or `int8`.
+
+    Returns:
+        The type, and why, in a sentence.
+
+    Raises:
+        ConfigError: If this processor has no instructions for it.
+    """
+    fast, flops = use_fast_fp32(), machine().flops
+    if wanted == "int8" and wanted not in flops:
+        raise ConfigError(
+            "compute is int8: this processor has no instructions for products of int8 (VNNI or AMX), which would be "
+            "slower than fp32; use compute auto"
+        )
+    rates = {name: rate for name, rate in flops.items() if name in FLOATS}
+    if wanted != "auto":
+        slower = max(rates.values()) / flops[wanted] if wanted in flops else math.inf
+        how_slow = "far" if math.isinf(slower) else f"{slower:.1f} times"
+        return wanted, f"{wanted} was asked for" + (f", {how_slow} slower than auto here" if slower > SLOWER else "")
+    best = max(rates, key=lambda name: rates[name])
+    told = ", ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in rates.items())
+    return best, f"{best} is fastest here ({told}{'; fp32 through oneDNN' if fast else ''})"
+
+
+def torch_version() -> str:
+    """Version of torch, which decides how products are summed."""
+    return str(torch.__version__)
+
+
+def machine() -> Machine:
+    """The rates of this machine, measured now or remembered."""
+    name, flags = processor()
+    use_fast_fp32()
+
+    def measure() -> Machine:
+        flops = race()
+        if flags & INT8_INSTRUCTIONS:
+            flops["int8"] = _int8_rate(max(SIZES))
+        return Machine(name, num_cores(), flops, _copy_rate(), time.time())
+
+    return remembered(f"{name}, {num_cores()} cores, torch {torch.__version__}", measure)
+
+
+def race() -> dict[str, float]:
+    """Measure square products; returns operations per second of each type that was still in at the end."""
+    rates = dict.fromkeys(FLOATS, 1.0)
+    for size, too_slow in SIZES.items():
+        rates = {name: _rate(FLOATS[name], size) for name in rates}
+        best = max(rates.values())
+        rates = {name: rate for name, rate in rates.items() if not too_slow or rate * too_slow >= best}
+    return rates
+
+
+def _rate(dtype: torch.dtype, size: int) -> float:
+    a, b = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
+    return 2 * size**3 / _fastest(lambda: torch.mm(a, b))
+
+
+def _int8_rate(size: int) -> float:
+    a, b = torch.ones(size, size, dtype=torch.int8), torch.ones(size, size, dtype=torch.int8)
+    return 2 * size**3 / _fastest(lambda: torch._int_mm(a, b))
+
+
+def _copy_rate() -> float:
+    source, target = torch.ones(COPY_NUMBERS), torch.empty(COPY_NUMBERS)
+    return 2 * source.nbytes / _fastest(lambda: target.copy_(source))
+
+
+def _fastest(work: Callable[[], object]) -> float:
+    """Seconds of the quickest of a few runs."""
+    times = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def use_fast_fp32() -> bool:
+    """Route float32 products through oneDNN where that is still float32: 2.3 times MKL's rate on AMD.
+
+    The switch permits less precise arithmetic, so it is kept only if one product against float64 is exact enough.
+    """
+    torch.set_float32_matmul_precision("medium")
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((64, 576), (576, 512)))
+    exact = a @ b
+    error = ((a.float() @ b.float()).double() - exact).norm() / exact.norm()
+    if error > FP32_ERROR:
+        torch.set_float32_matmul_precision("highest")
+    return bool(error <= FP32_ERROR)

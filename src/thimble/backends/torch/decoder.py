@@ -1,0 +1,349 @@
+"""The decoder of every Llama-like family, as plain as it can be: read `Decoder.block` first.
+
+Built from a base's description and weights; used for training, evaluation and generation. Rows are packed: a batch is
+one long list of tokens, cut into rows by `starts`. Knows nothing of tokenizers, optimisers or files.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from thimble.backends.torch.adapter_state import LoraPair
+from thimble.backends.torch.attention import Angles, AttentionSpec, attend
+from thimble.backends.torch.elementwise import Gated, Prologue, RmsNorm
+from thimble.backends.torch.frozen import FrozenLinear, Matrix, Neighbours, load_matrix
+from thimble.backends.torch.int8 import Int8Linear, Watched
+from thimble.backends.torch.kv_cache import KvCache, Slots, attend_cached
+from thimble.backends.torch.lora import Noise, Projection, project
+from thimble.backends.torch.memory import Memory
+from thimble.core.sizes import padded
+from thimble.models.base import EMBEDDING, FINAL_NORM, HEAD, Base
+from thimble.models.spec import Rope
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Where the rows of a packed batch begin, and the rotations of every token.
+
+    Attributes:
+        starts: Row s is tokens starts[s] to starts[s + 1].
+        size: Tokens with padding, which belongs to no row.
+        angles: By number of the rotary embedding in `Decoder.ropes`.
+        cache: Keys and values to read and extend, when generating.
+        slots: For whole prompts: where they go in the cache.
+    """
+
+    starts: list[int]
+    size: int
+    angles: dict[int, Angles]
+    cache: KvCache | None = None
+    slots: Slots | None = None
+
+
+@dataclass(frozen=True)
+class Block:
+    """One layer's weights and settings.
+
+    Attributes:
+        number: Place in the stack, from 0.
+        attention: Its heads, scale, window and soft-cap.
+        rope: Number of its rotary embedding in `Decoder.ropes`, or None.
+        qkv: Makes queries, keys and values.
+        out: Mixes the heads.
+        gate_up: Makes the gate and the values of the MLP.
+        down: Brings the MLP back to the width of the stream.
+        attn_norm: Applied to what attention reads.
+        mlp_norm: Applied to what the MLP reads.
+        attn_out_norm: Applied to what attention adds (Gemma), or None.
+        mlp_out_norm: Applied to what the MLP adds (Gemma), or None.
+    """
+
+    number: int
+    attention: AttentionSpec
+    rope: int | None
+    qkv: Projection
+    out: Projection
+    gate_up: Projection
+    down: Projection
+    attn_norm: RmsNorm
+    mlp_norm: RmsNorm
+    attn_out_norm: RmsNorm | None
+    mlp_out_norm: RmsNorm | None
+
+    @property
+    def projections(self) -> tuple[Projection, ...]:
+        """All linear layers, in the order they run."""
+        return self.qkv, self.out, self.gate_up, self.down
+
+
+class Decoder:
+    """A frozen base, ready to run, on which adapters can be hung.
+
+    Args:
+        base: The opened base.
+        store: `dense`, `int8` or `file`.
+        compute: float32 or bfloat16.
+    """
+
+    def __init__(self, base: Base, store: str, compute: torch.dtype) -> None:
+        self.spec = base.spec
+        self.compute = compute
+        self.memory = Memory(compute)
+        self.ropes = _distinct(base.spec.ropes)
+        self._base, self._store = base, store
+        self.embedding = self._linear([EMBEDDING])
+        self.head = self.embedding if base.spec.is_tied else self._linear([HEAD])
+        self.norm = self._norm(FINAL_NORM.removesuffix(".weight"))
+        self.gate = Gated(base.spec.activation)
+        self.blocks = [self._block(number) for number in range(base.spec.num_layers)]
+        for number, projection in enumerate(self.projections):
+            projection.number = number
+        # So many, from the lowest, keep only their input in the forward pass and are run again in the backward pass.
+        self.recomputed_blocks = 0
+
+    # ---- building -------------------------------------------------------------------------------------------------
+
+    def _linear(self, names: list[str]) -> FrozenLinear:
+        matrices: list[Matrix] = [load_matrix(self._base.weights[name], self._store, self.compute) for name in names]
+        biases = [self._base.weights.get(name.removesuffix("weight") + "bias") for name in names]
+        bias = None
+        if any(biases):
+            parts = [b.read() if b else np.zeros(m.rows, np.float32) for b, m in zip(biases, matrices, strict=True)]
+            bias = torch.from_numpy(np.concatenate(parts)).to(self.compute)
+        return FrozenLinear(matrices, bias, self.memory)
+
+    def _projection(self, number: int, *kinds: str) -> Projection:
+        paths = [f"model.layers.{number}.{kind}" for kind in kinds]
+        shapes, columns, start = self.spec.linear_shapes(), {}, 0
+        for path in paths:
+            columns[path] = slice(start, start + shapes[path][0])
+            start = columns[path].stop
+        return Projection(self._linear([f"{path}.weight" for path in paths]), columns)
+
+    def _norm(self, path: str) -> RmsNorm:
+        return RmsNorm(torch.from_numpy(self._base.weights[f"{path}.weight"].read()), self.spec.norm_eps)
+
+    def _block(self, number: int) -> Block:
+        spec, path = self.spec, f"model.layers.{number}"
+        qkv = ("self_attn.qkv_proj",) if spec.is_fused else ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+        gate_up = ("mlp.gate_up_proj",) if spec.is_fused else ("mlp.gate_proj", "mlp.up_proj")
+        post, rope = spec.has_post_norms, spec.ropes[number]
+        return Block(
+            number=number,
+            attention=self._attention(number),
+            rope=None if rope is None else next(i for i, known in enumerate(self.ropes) if known is rope),
+            qkv=self._projection(number, *qkv),
+            out=self._projection(number, "self_attn.o_proj"),
+            gate_up=self._projection(number, *gate_up),
+            down=self._projection(number, "mlp.down_proj"),
+            attn_norm=self._norm(f"{path}.input_layernorm"),
+            mlp_norm=self._norm(f"{path}.{'pre_feedforward_layernorm' if post else 'post_attention_layernorm'}"),
+            attn_out_norm=self._norm(f"{path}.post_attention_layernorm") if post else None,
+            mlp_out_norm=self._norm(f"{path}.post_feedforward_layernorm") if post else None,
+        )
+
+    def _attention(self, number: int) -> AttentionSpec:
+        spec, path = self.spec, f"model.layers.{number}.self_attn"
+        q_norm, k_norm = (self._norm(f"{path}.{x}_norm") if spec.has_qk_norm else None for x in "qk")
+        return AttentionSpec(
+            spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.attention_scale, spec.windows[number],
+            spec.attention_softcap, q_norm, k_norm,
+        )  # fmt: skip
+
+    def quantize(self, sample: NDArray[np.int32]) -> None:
+        """Make the products of all blocks whole-number ones; those of the head stay as they are.
+
+        The gradient at the head's output has one large number a row and thousands of small ones that matter together:
+        eight bits would lose them.
+
+        Args:
+            sample: int32 (tokens,), text that shows which columns of the activations are large.
+        """
+        watched = [Watched(projection.frozen) for projection in self.projections]
+        for projection, layer in zip(self.projections, watched, strict=True):
+            projection.frozen = layer
+        with torch.no_grad():
+            self.hidden(sample, self.pack(np.array([0, len(sample)])))
+        for projection, layer in zip(self.projections, watched, strict=True):
+            projection.frozen = Int8Linear(layer)
+        self.memory.release()
+
+    def stream(self) -> None:
+        """From now on, read weights ahead of every product and let go of them behind it."""
+        layers = [projection.frozen for projection in self.projections] + [self.head]
+        for earlier, layer, later in zip([None, *layers], layers, [*layers[1:], None], strict=False):
+            layer.neighbours = Neighbours(earlier, later)
+
+    # ---- adapters -------------------------------------------------------------------------------------------------
+
+    @property
+    def projections(self) -> list[Projection]:
+        """Every group of linear layers, in the order they run."""
+        return [projection for block in self.blocks for projection in block.projections]
+
+    def attach(self, pairs: dict[str, LoraPair], noise: Noise | None = None) -> None:
+        """Hang on an adapter by layer path; an empty dict takes all off and restores the base bit for bit.
+
+        Args:
+            pairs: A and B by layer path.
+            noise: Dropout in training.
+        """
+        for projection in self.projections:
+            projection.attach(pairs, noise)
+
+    def measure(self) -> None:
+        """Hear that the numbers of the adapter changed."""
+        for projection in self.projections:
+            projection.measure()
+
+    # ---- running --------------------------------------------------------------------------------------------------
+
+    def pack(self, starts: NDArray[np.int64], cache: KvCache | None = None, slots: Slots | None = None) -> Packed:
+        """Prepare the rotations of a packed batch.
+
+        Args:
+            starts: int64 (rows + 1,), where rows begin in the list of tokens.
+            cache: Keys and values of earlier positions, when generating.
+            slots: Where whole prompts go in the cache; without them every row of the cache gets its next token.
+
+        Returns:
+            The rows with their rotations.
+        """
+        lengths = np.diff(starts)
+        first = cache.lengths.numpy() if cache and slots is None else np.zeros(len(lengths), np.int64)
+        positions = np.concatenate([np.arange(a, a + n) for a, n in zip(first, lengths, strict=True)])
+        ends = np.repeat(np.maximum(first + lengths, cache.capacity if cache else 0), lengths)
+        size = len(positions) if cache and slots is None else padded(len(positions))
+        positions, ends = (np.pad(array, (0, size - len(array))) for array in (positions, ends))
+        angles = {number: _angles(rope, positions, ends) for number, rope in enumerate(self.ropes)}
+        return Packed(starts.tolist(), size, angles, cache, slots)
+
+    def embed(self, ids: NDArray[np.int32], packed: Packed) -> Tensor:
+        """Look up tokens: int32 (tokens,) to (tokens with padding, hidden), compute type."""
+        x = self.embedding.gather(np.pad(ids.astype(np.int64), (0, packed.size - len(ids))))
+        if self.spec.embedding_scale != 1.0:
+            x = x * torch.tensor(self.spec.embedding_scale, dtype=self.compute)
+        return x
+
+    def hidden(self, ids: NDArray[np.int32], packed: Packed) -> Tensor:
+        """Run all blocks.
+
+        Args:
+            ids: int32 (tokens,), packed rows.
+            packed: From `pack`.
+
+        Returns:
+            (tokens with padding, hidden), compute type, before the final norm.
+        """
+        x = self.embed(ids, packed)
+        self.memory.begin()
+        for block in self.blocks:
+            is_recomputed = block.number < self.recomputed_blocks
+            x = _recomputed(self, block, x, packed) if is_recomputed else self.block(block, x, packed)
+        return x
+
+    def block(self, block: Block, x: Tensor, packed: Packed) -> Tensor:
+        """One transformer block: attention and a gated MLP, each added to the stream.
+
+        Args:
+            block: The layer.
+            x: (tokens, hidden), compute type.
+            packed: Rows and rotations.
+
+        Returns:
+            (tokens, hidden), compute type.
+        """
+        angles = None if block.rope is None else packed.angles[block.rope]
+        qkv = project(x, block.qkv, block.attn_norm)
+        if packed.cache is None:
+            mixed = attend(qkv, block.attention, angles, packed.starts, self.memory)
+        else:
+            place = (packed.starts, packed.cache, block.number, packed.slots)
+            mixed = attend_cached(qkv, block.attention, angles, *place, self.memory)
+        x = self._added(x, mixed, block.out, None, block.attn_out_norm)
+        gate_up = project(x, block.gate_up, block.mlp_norm)
+        return self._added(x, gate_up, block.down, self.gate, block.mlp_out_norm)
+
+    def _added(
+        self, x: Tensor, update: Tensor, projection: Projection, prologue: Prologue | None, norm: RmsNorm | None
+    ) -> Tensor:
+        """The residual stream with a projected update added, which Gemma normalises first."""
+        if norm is None:
+            return project(update, projection, prologue, residual=x)
+        return x + _Normalise.apply(project(update, projection, prologue), norm)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Final norm, head and soft-cap: (n, hidden) to float32 (n, vocabulary)."""
+        logits = torch.empty(len(hidden), self.head.rows, dtype=self.compute)
+        logits = self.head.product(self.norm.forward(hidden), logits).float()
+        cap = self.spec.final_softcap
+        return torch.tanh(logits / cap) * cap if cap else logits
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of frozen weights held in memory of our own; the memory-mapped file does not count."""
+        linears = [self.embedding] + ([] if self.head is self.embedding else [self.head])
+        linears += [projection.frozen for projection in self.projections]
+        return sum(linear.resident_bytes for linear in linears)
+
+
+class _Normalise(torch.autograd.Function):
+    """A norm that stands alone."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, norm: RmsNorm) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.norm = norm
+        return norm.forward(x)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None]:
+        return ctx.norm.backward(ctx.saved_tensors[0], grads[0]), None
+
+
+class _Recompute(torch.autograd.Function):
+    """Runs a block without keeping anything but its input, and again when its gradients are asked for."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, anchor: Tensor, decoder: Decoder, block: Block, packed: Packed) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.call = (decoder, block, packed)
+        return decoder.memory.keep(*x.shape).copy_(decoder.block(block, x, packed))
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, None, None, None, None]:
+        decoder, block, packed = ctx.call
+        x = ctx.saved_tensors[0].detach().requires_grad_(ctx.needs_input_grad[0])
+        decoder.memory.begin(decoder.recomputed_blocks)  # beside their outputs, nothing of other blocks is needed
+        with torch.enable_grad():
+            y = decoder.block(block, x, packed)
+        torch.autograd.backward(y, grads[0])
+        return x.grad, None, None, None, None
+
+
+def _recomputed(decoder: Decoder, block: Block, x: Tensor, packed: Packed) -> Tensor:
+    needs_gradient = x.requires_grad or any(projection.needs_gradient for projection in block.projections)
+    if not (torch.is_grad_enabled() and needs_gradient):
+        return decoder.block(block, x, packed)
+    return _Recompute.apply(x, torch.empty(0, requires_grad=True), decoder, block, packed)
+
+
+def _distinct(ropes: tuple[Rope | None, ...]) -> list[Rope]:
+    found: list[Rope] = []
+    for rope in ropes:
+        if rope is not None and not any(known is rope for known in found):
+            found.append(rope)
+    return found
+
+
+def _angles(rope: Rope, positions: NDArray[np.int64], ends: NDArray[np.int64]) -> Angles:
+    """cos and sin per token; rows longer than `long_from` use the long angles."""
+    inv_freq = rope.inv_freq.astype(np.float32)[None]
+    if rope.long_inv_freq is not None:
+        is_long = (ends > rope.long_from)[:, None]
+        inv_freq = np.where(is_long, rope.long_inv_freq.astype(np.float32)[None], inv_freq)
+    turned = torch.from_numpy(positions.astype(np.float32)[:, None] * inv_freq)
+    return Angles(turned.cos() * rope.scale, turned.sin() * rope.scale)

@@ -1,0 +1,305 @@
+"""Frozen weights: how they are kept, and how a layer gets them for one product.
+
+A matrix is kept dense, as int8 rows, or as the very blocks of the base file, memory-mapped. Whatever is not dense is
+decoded just before a product and not kept: the memory of a frozen layer is the file's page cache, which the system may
+drop. Knows nothing of adapters.
+"""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from thimble.backends.torch import kernels
+from thimble.backends.torch.memory import Memory
+from thimble.core.sizes import windows
+from thimble.models.base import Weight
+
+STORES = ("dense", "int8", "file")
+TORCH_OF = {"BF16": torch.bfloat16, "F32": torch.float32, "F16": torch.float16}
+
+
+def as_numpy(tensor: Tensor) -> NDArray[np.generic]:
+    """View a float32, bfloat16 (as uint16) or int8 tensor as an array for the kernels; nothing is copied."""
+    tensor = tensor.detach()
+    return tensor.view(torch.int16).numpy().view(np.uint16) if tensor.dtype == torch.bfloat16 else tensor.numpy()
+
+
+class Matrix(Protocol):
+    """A frozen matrix (rows, cols), however it is kept."""
+
+    rows: int
+    cols: int
+
+    def decode(self, rows: slice, out: Tensor) -> None:
+        """Write some rows to `out`, (rows of the slice, cols), contiguous, in the compute type."""
+
+    def gather(self, index: NDArray[np.int64], out: Tensor) -> None:
+        """Write some rows to `out`, (len(index), cols), contiguous, in the compute type."""
+
+    def will_need(self) -> None:
+        """Hear that the matrix is going to be read soon."""
+
+    def release(self, rows: slice) -> None:
+        """Let go of whatever memory of some rows can be filled from the file again."""
+
+    @property
+    def dense(self) -> Tensor | None:
+        """The numbers themselves, (rows, cols), if they are kept in the compute type."""
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes held in memory of our own (memory-mapped files do not count)."""
+
+
+class _InMemory:
+    """What matrices in memory of our own have in common: there is no file to read ahead or to give back to."""
+
+    def will_need(self) -> None:
+        """See Matrix."""
+
+    def release(self, rows: slice) -> None:
+        """See Matrix."""
+
+
+class DenseMatrix(_InMemory):
+    """Kept as numbers in the compute type: fastest, largest."""
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+        self.rows, self.cols = values.shape
+
+    def decode(self, rows: slice, out: Tensor) -> None:
+        """See Matrix."""
+        out.copy_(self.values[rows])
+
+    def gather(self, index: NDArray[np.int64], out: Tensor) -> None:
+        """See Matrix."""
+        torch.index_select(self.values, 0, torch.from_numpy(index), out=out)
+
+    @property
+    def dense(self) -> Tensor | None:
+        """See Matrix."""
+        return self.values
+
+    @property
+    def resident_bytes(self) -> int:
+        """See Matrix."""
+        return self.values.nbytes
+
+
+class Int8Matrix(_InMemory):
+    """Kept as int8 with one scale a row: half of bfloat16, about 0.4 % error of the largest number in the row."""
+
+    def __init__(self, weight: Weight) -> None:
+        self.rows, self.cols = weight.shape
+        self.q = np.empty(weight.shape, np.int8)
+        self.scale = np.empty(self.rows, np.float32)
+        source = FileMatrix(weight, torch.float32)
+        for rows in windows(self.rows, self.cols):  # so that the float32 numbers never exist all at once
+            values = torch.empty(rows.stop - rows.start, self.cols)
+            source.decode(rows, values)
+            kernels.quantize_rows_into(values.numpy(), self.q[rows], self.scale[rows])
+            source.release(rows)
+
+    def decode(self, rows: slice, out: Tensor) -> None:
+        """See Matrix."""
+        kernels.dequantize_rows_into(self.q[rows], self.scale[rows], as_numpy(out))
+
+    def gather(self, index: NDArray[np.int64], out: Tensor) -> None:
+        """See Matrix."""
+        kernels.dequantize_rows_into(self.q[index], self.scale[index], as_numpy(out))
+
+    @property
+    def dense(self) -> Tensor | None:
+        """See Matrix."""
+        return None
+
+    @property
+    def resident_bytes(self) -> int:
+        """See Matrix."""
+        return self.q.nbytes + self.scale.nbytes
+
+
+class FileMatrix:
+    """Kept as the file's own blocks, memory-mapped and never quantised again."""
+
+    def __init__(self, weight: Weight, compute: torch.dtype) -> None:
+        self.rows, self.cols = weight.shape
+        self.weight = weight
+        self.raw = weight.raw()
+        # Row i of the weight is row index[i] of the file.
+        self.index = np.arange(self.rows) if weight.order is None else np.argsort(weight.order)
+        self._dense = self._view() if TORCH_OF.get(weight.dtype) == compute and weight.order is None else None
+
+    def _view(self) -> Tensor:
+        with warnings.catch_warnings():  # torch warns that the map is read-only; it is never written
+            warnings.simplefilter("ignore", UserWarning)
+            return torch.from_numpy(self.raw).view(TORCH_OF[self.weight.dtype])
+
+    def decode(self, rows: slice, out: Tensor) -> None:
+        """See Matrix."""
+        kernels.decode_rows(self.raw, self.weight.dtype, as_numpy(out), self.index[rows])
+
+    def gather(self, index: NDArray[np.int64], out: Tensor) -> None:
+        """See Matrix."""
+        kernels.decode_rows(self.raw, self.weight.dtype, as_numpy(out), self.index[index])
+
+    def will_need(self) -> None:
+        """See Matrix."""
+        self.weight.will_need()
+
+    def release(self, rows: slice) -> None:
+        """See Matrix; rows that lie scattered in the file go all at once."""
+        self.weight.release(slice(0, self.rows) if self.weight.order is not None else rows)
+
+    @property
+    def dense(self) -> Tensor | None:
+        """See Matrix."""
+        return self._dense
+
+    @property
+    def resident_bytes(self) -> int:
+        """See Matrix."""
+        return 0
+
+
+def load_matrix(weight: Weight, store: str, compute: torch.dtype) -> Matrix:
+    """Take a weight of the base into one of the stores.
+
+    Args:
+        weight: Matrix (rows, cols) of the base.
+        store: `dense`, `int8` or `file`.
+        compute: Type of the products, float32 or bfloat16.
+
+    Returns:
+        The frozen matrix.
+    """
+    if store == "int8":
+        return Int8Matrix(weight)
+    kept = FileMatrix(weight, compute)
+    if store == "file":
+        return kept
+    values = torch.empty(kept.rows, kept.cols, dtype=compute)
+    kept.decode(slice(0, kept.rows), values)
+    kept.release(slice(0, kept.rows))
+    return DenseMatrix(values)
+
+
+class Neighbours(NamedTuple):
+    """The layers that run before and after a streamed one in the forward pass; None at the ends."""
+
+    earlier: "FrozenLinear | None"
+    later: "FrozenLinear | None"
+
+
+class FrozenLinear:
+    """One or several frozen matrices that read the same input, stacked: (out, in) with out the sum of their rows.
+
+    Dense matrices are stacked once. Others are decoded just before a product, a window of rows at a time, so that the
+    decoded numbers are still in the cache.
+
+    Args:
+        matrices: With equal numbers of columns.
+        bias: (out,), compute type, or None.
+        memory: For the decoded windows.
+    """
+
+    def __init__(self, matrices: Sequence[Matrix], bias: Tensor | None, memory: Memory) -> None:
+        self.bias = bias
+        self.memory = memory
+        self.neighbours: Neighbours | None = None
+        self._row_squares: Tensor | None = None
+        if len(matrices) > 1 and all(isinstance(matrix, DenseMatrix) for matrix in matrices):
+            matrices = [DenseMatrix(torch.cat([matrix.dense for matrix in matrices]))]  # type: ignore[misc]
+        self.matrices = list(matrices)
+        self.rows, self.cols = sum(matrix.rows for matrix in matrices), matrices[0].cols
+
+    def product(self, x: Tensor, out: Tensor) -> Tensor:
+        """Write x Wᵀ + bias to `out`: (tokens, in) to (tokens, out)."""
+        self.times(x, out)
+        return out if self.bias is None else out.add_(self.bias)
+
+    def times(self, x: Tensor, out: Tensor) -> Tensor:
+        """Write x Wᵀ to `out`: (tokens, in) to (tokens, out)."""
+        is_whole = self.dense is not None and not self.neighbours
+        for rows in [slice(0, self.rows)] if is_whole else self._windows(self.neighbours and self.neighbours.later):
+            torch.mm(x, self.decoded(rows).t(), out=out[:, rows])
+        return out
+
+    def row_squares(self) -> Tensor:
+        """Squared lengths of the rows of W, float32 (out,); measured once."""
+        if self._row_squares is None:
+            parts = [self.decoded(rows).float().square().sum(1) for rows in self._windows(None)]
+            self._row_squares = torch.cat(parts)
+        return self._row_squares
+
+    def back(self, grad: Tensor, out: Tensor) -> Tensor:
+        """Write grad W to `out`: (tokens, out) to (tokens, in)."""
+        pieces = self._windows(self.neighbours and self.neighbours.earlier)
+        if len(windows(self.rows, self.cols)) == 1:
+            for rows in pieces:
+                torch.mm(grad, self.decoded(rows), out=out)
+            return out
+        total = self.memory.scratch("total", *out.shape, torch.float32).zero_()
+        part = self.memory.scratch("part", *out.shape)
+        for rows in pieces:
+            total.add_(torch.mm(grad[:, rows], self.decoded(rows), out=part))
+        return out.copy_(total)
+
+    def _windows(self, following: "FrozenLinear | None") -> Iterator[slice]:
+        """Windows of rows; of streamed weights, those of the next layer are read ahead and these let go of behind."""
+        if following:
+            following.will_need()
+        for rows in windows(self.rows, self.cols):
+            yield rows
+            if self.neighbours:
+                self.release(rows)
+
+    @property
+    def dense(self) -> Tensor | None:
+        """All numbers, (out, in), if nothing has to be decoded."""
+        return self.matrices[0].dense if len(self.matrices) == 1 else None
+
+    def decoded(self, rows: slice) -> Tensor:
+        """Some rows of the weight, valid until others are asked for on this thread."""
+        if self.dense is not None:
+            return self.dense[rows]
+        out = self.memory.scratch("weight", rows.stop - rows.start, self.cols)
+        for matrix, part, start in self._parts(rows):
+            matrix.decode(part, out[start : start + part.stop - part.start])
+        return out
+
+    def _parts(self, rows: slice) -> Iterator[tuple[Matrix, slice, int]]:
+        """The matrices that some rows lie in, which of their rows, and where these begin among the rows."""
+        start = 0
+        for matrix in self.matrices:
+            low, high = max(rows.start, start), min(rows.stop, start + matrix.rows)
+            if low < high:
+                yield matrix, slice(low - start, high - start), low - rows.start
+            start += matrix.rows
+
+    def will_need(self) -> None:
+        """Have the weights read ahead, where they are in a file."""
+        for matrix in self.matrices:
+            matrix.will_need()
+
+    def release(self, rows: slice) -> None:
+        """Let go of rows that the file can give again."""
+        for matrix, part, _ in self._parts(rows):
+            matrix.release(part)
+
+    def gather(self, index: NDArray[np.int64]) -> Tensor:
+        """Some rows of a single matrix, (len(index), in): a look-up in an embedding."""
+        out = torch.empty(len(index), self.cols, dtype=self.memory.compute)
+        self.matrices[0].gather(index, out)
+        return out
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes held in memory of our own."""
+        return sum(matrix.resident_bytes for matrix in self.matrices)

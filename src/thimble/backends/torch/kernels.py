@@ -1,0 +1,299 @@
+"""Compiled loops over weights: blocks of a file to numbers, numbers to int8 rows and back.
+
+The loops are numba's: compiled when first called (a few tenths of a second each), then cached on disk.
+`thimble.files.blocks` holds the same formulas in numpy, and the tests hold the two equal bit for bit. This module
+knows nothing of torch, files or layers.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+from numpy.typing import NDArray
+
+from thimble.backends.torch.threads import split
+from thimble.backends.torch.vectors import BYTE, FLOAT, INT, LONG, SHORT, Lanes, bits_of, from_bits, loaded, stored
+from thimble.files.blocks import LAYOUTS, TINY, block_of, row_bytes
+
+Array = NDArray[Any]
+
+# Lanes of a type that has no blocks: any number would do, this one fills the registers.
+_PLAIN_LANES = 32
+
+
+class _Block:
+    """One block of a file in a program being written."""
+
+    def __init__(self, builder: ir.IRBuilder, start: ir.Value, layout: np.dtype[Any], lanes: int) -> None:
+        self.builder, self.start, self.layout, self.lanes = builder, start, layout, lanes
+
+    def _load(self, name: str, skip: int, kind: ir.Type) -> Lanes:
+        at = self.builder.gep(self.start, [LONG(self.layout.fields[name][1] + skip)])
+        # A block may lie anywhere in the file, so nothing is known of its alignment.
+        return Lanes(self.builder, self.builder.load(self.builder.bitcast(at, kind.as_pointer()), align=1))
+
+    def bytes(self, name: str, count: int, skip: int = 0) -> Lanes:
+        """`count` bytes of a field, after `skip` others."""
+        return self._load(name, skip, ir.VectorType(BYTE, count))
+
+    def word(self, name: str) -> Lanes:
+        """A field of four bytes, a single int32."""
+        return self._load(name, 0, INT)
+
+    def half(self, name: str) -> Lanes:
+        """A float16 field as a single float32."""
+        return self._load(name, 0, SHORT).from_half()
+
+    def plain(self, element: ir.Type) -> Lanes:
+        """As many numbers as there are lanes, for types without blocks."""
+        return self._load("bits", 0, ir.VectorType(element, self.lanes))
+
+
+# One block -> its numbers, in order, a few float32 lanes at a time. Each product and sum is rounded on its own, as in
+# the numpy reference, where the formulas are explained.
+
+Program = Iterator[Lanes]
+
+
+def _f32(block: _Block) -> Program:
+    yield block.plain(INT).from_bits().quiet()
+
+
+def _f16(block: _Block) -> Program:
+    yield block.plain(SHORT).from_half()
+
+
+def _bf16(block: _Block) -> Program:
+    yield (block.plain(SHORT).widen() << 16).from_bits()
+
+
+def _q8_0(block: _Block) -> Program:
+    yield block.bytes("quants", 32).widen_signed().to_float() * block.half("scale")
+
+
+def _nibbles(packed: Lanes) -> tuple[Lanes, Lanes]:
+    return packed & 15, packed >> 4
+
+
+def _q4_0(block: _Block) -> Program:
+    scale = block.half("scale")
+    for quants in _nibbles(block.bytes("quants", 16)):
+        yield (quants.widen() - 8).to_float() * scale
+
+
+def _q4_1(block: _Block) -> Program:
+    scale, low = block.half("scale"), block.half("low")
+    for quants in _nibbles(block.bytes("quants", 16)):
+        yield quants.widen().to_float() * scale + low
+
+
+def _five_bits(block: _Block) -> Program:
+    high = block.word("high").pick([0] * 32)
+    fifth = ((high >> range(32)) & 1) << 4
+    for half, quants in enumerate(_nibbles(block.bytes("quants", 16))):
+        yield quants.widen() | fifth.pick(range(16 * half, 16 * half + 16))
+
+
+def _q5_0(block: _Block) -> Program:
+    scale = block.half("scale")
+    for quants in _five_bits(block):
+        yield (quants - 16).to_float() * scale
+
+
+def _q5_1(block: _Block) -> Program:
+    scale, low = block.half("scale"), block.half("low")
+    for quants in _five_bits(block):
+        yield quants.to_float() * scale + low
+
+
+def _sub_scales(block: _Block) -> tuple[Lanes, Lanes]:
+    first, second, rest = (block.bytes("scales", 4, skip) for skip in (0, 4, 8))
+    scales = (first & 63).join((rest & 15) | ((first >> 6) << 4))
+    lows = (second & 63).join((rest >> 4) | ((second >> 6) << 4))
+    return scales.widen().to_float() * block.half("scale"), lows.widen().to_float() * block.half("low")
+
+
+def _q4_k(block: _Block) -> Program:
+    scales, lows = _sub_scales(block)
+    for run in range(8):
+        quants = _nibbles(block.bytes("quants", 32, run // 2 * 32))[run % 2]
+        yield quants.widen().to_float() * scales.pick([run] * 32) - lows.pick([run] * 32)
+
+
+def _q5_k(block: _Block) -> Program:
+    scales, lows = _sub_scales(block)
+    for run in range(8):
+        quants = _nibbles(block.bytes("quants", 32, run // 2 * 32))[run % 2]
+        quants = quants | (((block.bytes("high", 32) >> run) & 1) << 4)
+        yield quants.widen().to_float() * scales.pick([run] * 32) - lows.pick([run] * 32)
+
+
+def _q6_k(block: _Block) -> Program:
+    scales = block.bytes("scales", 16).widen_signed().to_float() * block.half("scale")
+    for half in range(2):
+        high = block.bytes("high", 32, 32 * half)
+        for quarter in range(4):
+            quants = _nibbles(block.bytes("quants", 32, 64 * half + quarter % 2 * 32))[quarter // 2]
+            quants = quants | (((high >> (2 * quarter)) & 3) << 4)
+            run = 8 * half + 2 * quarter
+            yield (quants.widen() - 32).to_float() * scales.pick([run] * 16 + [run + 1] * 16)
+
+
+_DECODERS: dict[str, Callable[[_Block], Program]] = {
+    "F32": _f32, "F16": _f16, "BF16": _bf16, "Q8_0": _q8_0, "Q4_0": _q4_0, "Q4_1": _q4_1, "Q5_0": _q5_0,
+    "Q5_1": _q5_1, "Q4_K": _q4_k, "Q5_K": _q5_k, "Q6_K": _q6_k,
+}  # fmt: skip
+
+
+@intrinsic(prefer_literal=True)
+def _decode_block(typing_context, dtype, lanes, row, at, out, to):
+    """Decode the block of type `dtype` at byte `at` of row, to `out[to:]`; both rows are one-dimensional arrays."""
+
+    def write(context, builder, signature, arguments):
+        _, _, row_value, at_value, out_value, to_value = arguments
+        source = context.make_array(signature.args[2])(context, builder, row_value).data
+        target = context.make_array(signature.args[4])(context, builder, out_value).data
+        target = builder.gep(target, [to_value])
+        start = builder.gep(builder.bitcast(source, BYTE.as_pointer()), [at_value])
+        block = _Block(builder, start, LAYOUTS[dtype.literal_value], lanes.literal_value)
+        for values in _DECODERS[dtype.literal_value](block):
+            _store(values if out.dtype == types.float32 else values.bfloat16(), target)
+            target = builder.gep(target, [LONG(values.count)])
+        return context.get_dummy_value()
+
+    return types.none(dtype, lanes, row, types.intp, out, types.intp), write
+
+
+def _store(values: Lanes, target: ir.Value) -> None:
+    size = 4 if values.element == FLOAT else 2
+    values.builder.store(values.value, values.builder.bitcast(target, values.value.type.as_pointer()), align=size)
+
+
+@functools.cache
+def _decode_kernel(dtype: str, lanes: int) -> Callable[..., None]:
+    """Make the loop over the blocks of one type. It closes over plain values only: numba can cache nothing else."""
+    values, size = block_of(dtype)
+    values, size = values * lanes, size * lanes
+
+    @njit(nogil=True, cache=True)
+    def decode(begin, end, raw, index, out):
+        for i in range(begin, end):
+            row, to = raw[index[i]], out[i]
+            for block in range(row.size // size):
+                _decode_block(dtype, lanes, row, block * size, to, block * values)
+
+    return decode
+
+
+def decode_rows(raw: NDArray[np.uint8], dtype: str, out: Array, index: NDArray[np.int64] | None = None) -> None:
+    """Decode rows of a matrix: row i of `out` is row index[i] of the file.
+
+    Args:
+        raw: uint8 (rows, bytes per row), contiguous; may be a view of a memory map.
+        dtype: One of `thimble.files.blocks.BLOCKS`.
+        out: float32 or uint16 (bfloat16), (n, columns), contiguous; written in place.
+        index: int64 (n,); None takes the first rows.
+    """
+    rows, columns = out.shape
+    index = np.arange(rows) if index is None else index
+    assert raw.shape[1] == row_bytes(columns, dtype), f"{raw.shape} bytes of {dtype} do not make {out.shape}"
+    assert out.flags.c_contiguous, f"out of shape {out.shape} is not contiguous"
+    assert index.shape == (rows,), f"an index of {index.shape} does not fit {out.shape}"
+    assert rows == 0 or 0 <= index.min() <= index.max() < len(raw), f"the index leaves the {len(raw)} rows of the file"
+    lanes = _PLAIN_LANES if block_of(dtype)[0] == 1 and columns % _PLAIN_LANES == 0 else 1
+    split(rows, columns, _decode_kernel(dtype, lanes), _read_only(raw), index, out)
+
+
+def _read_only(array: Array) -> Array:
+    """View an array as read-only, like a memory map, so that one compiled version serves every caller."""
+    view = array.view()
+    view.flags.writeable = False
+    return view
+
+
+# int8 rows
+
+
+# Adding 1.5 · 2^23 to a float32 leaves, in its lower bits, the number rounded to nearest even as an integer.
+_ROUNDER = np.float32(12582912.0)
+
+
+@njit(nogil=True, cache=True)
+def _quantize(begin, end, x, factor, q, scale):
+    for i in range(begin, end):
+        largest = np.int32(0)
+        for j in range(x.shape[1]):
+            # Positive floats are ordered like their bits, and a NaN is above them all: none goes unnoticed.
+            largest = max(largest, bits_of(loaded(x[i, j]) * factor[j]) & np.int32(0x7FFFFFFF))
+        size = from_bits(largest)
+        is_zero = size < TINY
+        scale[i] = np.float32(0) if is_zero else size / np.float32(127)
+        inverse = np.float32(0) if is_zero else np.float32(127) / size
+        for j in range(x.shape[1]):
+            q[i, j] = np.int8(bits_of(loaded(x[i, j]) * factor[j] * inverse + _ROUNDER) - bits_of(_ROUNDER))
+
+
+@njit(nogil=True, cache=True)
+def _dequantize(begin, end, q, scale, out):
+    for i in range(begin, end):
+        for j in range(q.shape[1]):
+            out[i, j] = stored(np.float32(np.int32(q[i, j])) * scale[i], out)
+
+
+def quantize_rows_into(
+    x: Array, q: NDArray[np.int8], scale: NDArray[np.float32], factor: NDArray[np.float32] | None = None
+) -> None:
+    """Write rows as int8 with one scale each; see `thimble.files.blocks.quantize_rows`.
+
+    Args:
+        x: float32 or uint16 (bfloat16), (rows, n), contiguous. A NaN or infinity makes the scale of its row one too.
+        q: int8 (rows, n), written in place.
+        scale: float32 (rows,), written in place.
+        factor: float32 (n,): each column is multiplied by its own first. None leaves them as they are.
+    """
+    assert (*scale.shape, x.shape[1]) == x.shape == q.shape, f"{x.shape}, {q.shape} and {scale.shape} do not agree"
+    factor = np.ones(x.shape[1], np.float32) if factor is None else factor
+    split(*x.shape, _quantize, _read_only(x), _read_only(factor), q, scale)
+
+
+@njit(nogil=True, cache=True)
+def _rescale(begin, end, sums, row_scale, column_scale, out, first):
+    for i in range(begin, end):
+        to = out[i, first : first + sums.shape[1]]
+        for j in range(to.shape[0]):
+            to[j] = stored(np.float32(sums[i, j]) * row_scale[i] * column_scale[j], out)
+
+
+def rescale_into(
+    sums: NDArray[np.int32], row_scale: NDArray[np.float32], column_scale: NDArray[np.float32], out: Array,
+    first_column: int = 0,
+) -> None:  # fmt: skip
+    """Turn a product of int8 matrices into numbers: sums[i, j] · row_scale[i] · column_scale[j].
+
+    Args:
+        sums: int32 (rows, n), contiguous.
+        row_scale: float32 (rows,).
+        column_scale: float32 (n,).
+        out: float32 or uint16 (bfloat16), (rows, at least n), written in place.
+        first_column: Of `out`, where the numbers go.
+    """
+    assert (*row_scale.shape, *column_scale.shape) == sums.shape, f"the scales do not fit {sums.shape}"
+    assert len(out) == len(sums), f"{out.shape} has not the rows of {sums.shape}"
+    assert 0 <= first_column <= out.shape[1] - sums.shape[1], f"{sums.shape} leaves {out.shape} at {first_column}"
+    split(*sums.shape, _rescale, sums, row_scale, _read_only(column_scale), out, first_column)
+
+
+def dequantize_rows_into(q: NDArray[np.int8], scale: NDArray[np.float32], out: Array) -> None:
+    """Write q · scale, the inverse of `quantize_rows_into`.
+
+    Args:
+        q: int8 (rows, n), contiguous.
+        scale: float32 (rows,).
+        out: float32 or uint16 (bfloat16), (rows, n), written in place.
+    """
+    assert (*scale.shape, q.shape[1]) == q.shape == out.shape, f"{q.shape}, {scale.shape} and {out.shape} do not agree"
+    split(*q.shape, _dequantize, _read_only(q), _read_only(scale), out)

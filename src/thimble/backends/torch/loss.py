@@ -1,0 +1,119 @@
+"""Cross-entropy on labelled tokens only, in chunks, with the gradient made in the same pass.
+
+The frozen head needs no gradient of its own, so the forward pass can turn each chunk's logits into the gradient of
+the hidden states at once: the full logits never exist (as in Liger's fused linear cross-entropy, arXiv:2410.10989;
+rows without a label are dropped first).
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from thimble.backends.torch import fused
+from thimble.backends.torch.decoder import Decoder
+from thimble.backends.torch.frozen import as_numpy
+from thimble.backends.torch.threads import split
+from thimble.core.sizes import logit_chunk
+
+IGNORED = -100
+
+
+def label_loss(decoder: Decoder, hidden: Tensor, labels: NDArray[np.int32]) -> Tensor:
+    """Summed cross-entropy over the labelled positions.
+
+    Args:
+        decoder: For its final norm, head and soft-cap.
+        hidden: (tokens, hidden), compute type.
+        labels: int32 (tokens,): the next token, or -100 where nothing is learned.
+
+    Returns:
+        A float32 scalar; its gradient flows to `hidden` only.
+    """
+    places = torch.from_numpy(np.flatnonzero(labels != IGNORED))
+    targets = torch.from_numpy(labels[labels != IGNORED].astype(np.int64))
+    return _LabelLoss.apply(hidden, places, targets, decoder)  # type: ignore[no-any-return]
+
+
+class _LabelLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, places: Tensor, targets: Tensor, decoder: Decoder) -> Tensor:
+        needs_grad = ctx.needs_input_grad[0]
+        rows = hidden[places]
+        size = logit_chunk(len(rows), hidden.element_size() * decoder.head.rows)
+        chunks = [slice(start, start + size) for start in range(0, max(1, len(rows)), size)]
+        normal = torch.zeros(chunks[-1].stop, rows.shape[1], dtype=rows.dtype)
+        decoder.norm.forward(rows, normal[: len(rows)])
+        total = sum(_chunk_loss(normal[chunk], decoder, targets[chunk], needs_grad) for chunk in chunks)
+        if needs_grad:
+            ctx.save_for_backward(decoder.norm.backward(rows, normal[: len(rows)]), places)
+            ctx.shape = hidden.shape
+        return torch.tensor(total, dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        rows, places = ctx.saved_tensors
+        out = torch.zeros(ctx.shape, dtype=rows.dtype)
+        out[places] = rows * grads[0]
+        return out, None, None, None
+
+
+def _chunk_loss(x: Tensor, decoder: Decoder, targets: Tensor, needs_grad: bool) -> float:
+    """Summed loss of the rows that have a target; if wanted, x becomes its gradient."""
+    logits = decoder.memory.scratch("logits", len(x), decoder.head.rows)
+    decoder.head.product(x, logits)
+    losses, softcap = np.empty(len(targets), np.float32), decoder.spec.final_softcap
+    if softcap:
+        split(*logits.shape, fused.bend, as_numpy(logits), np.float32(softcap))
+    per_cap = np.float32(1 / softcap if softcap else 0.0)
+    arrays = (as_numpy(logits), targets.numpy(), per_cap, losses, needs_grad)
+    split(len(targets), logits.shape[1], fused.cross_entropy, *arrays)
+    if needs_grad:
+        decoder.head.back(logits, x)
+    return float(losses.sum(dtype=np.float64))
+
+
+def divergence(decoder: Decoder, hidden: Tensor, base_hidden: Tensor, weight: float) -> Tensor:
+    """weight · Σ KL(base ‖ model) over the tokens of some text.
+
+    Its gradient at the logits is softmax(model) − softmax(base): the model is pulled to all the base would have said,
+    not only to the word that followed.
+
+    Args:
+        decoder: For its final norm, head and soft-cap.
+        hidden: (tokens with padding, hidden), compute type.
+        base_hidden: (tokens, hidden), the same of the bare base.
+        weight: Factor of the sum.
+
+    Returns:
+        A float32 scalar; its gradient flows to `hidden` only.
+    """
+    return _Divergence.apply(hidden, base_hidden, decoder, weight)  # type: ignore[no-any-return]
+
+
+class _Divergence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, base_hidden: Tensor, decoder: Decoder, weight: float) -> Tensor:
+        grad, total = torch.zeros_like(hidden), 0.0
+        size = logit_chunk(len(base_hidden), 4 * decoder.head.rows)
+        for start in range(0, len(base_hidden), size):
+            rows = slice(start, min(start + size, len(base_hidden)))
+            x = decoder.norm.forward(hidden[rows])
+            wanted = decoder.logits(base_hidden[rows]).log_softmax(1)
+            logits = decoder.logits(hidden[rows])
+            found = logits.log_softmax(1)
+            share = wanted.exp()
+            total += float((share * (wanted - found)).sum())
+            slope = (found.exp() - share).mul_(weight)
+            if decoder.spec.final_softcap:
+                slope *= 1 - (logits / decoder.spec.final_softcap) ** 2
+            decoder.head.back(slope.to(hidden.dtype), x)
+            grad[rows] = decoder.norm.backward(hidden[rows], x)
+        ctx.save_for_backward(grad)
+        return torch.tensor(total * weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.saved_tensors[0] * grads[0], None, None, None

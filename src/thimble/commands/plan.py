@@ -1,0 +1,162 @@
+"""`thimble plan`: what a training run would decide, need and cost, without training."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from thimble.config.options import PlanConfig
+from thimble.core.targets import select_layers
+from thimble.events import OnEvent, Teller, ignore
+from thimble.models.cost import (
+    Way,
+    Work,
+    adapter_parameters,
+    estimate_memory,
+    estimate_seconds,
+)
+from thimble.models.machine import Machine, available_bytes, disk_bytes_per_second
+from thimble.training.plan import Job, describe_base, prepare_job
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """Another run than the one that was planned.
+
+    Attributes:
+        change: What to change, as knobs.
+        memory_bytes: Expected peak.
+        seconds_per_step: Expected.
+    """
+
+    change: str
+    memory_bytes: int
+    seconds_per_step: float
+
+
+@dataclass
+class PlanReport:
+    """What a run would be.
+
+    Attributes:
+        base: The base in one line.
+        base_parameters: Numbers in it.
+        adapter_parameters: Numbers that would be trained.
+        rows: Rows to learn from.
+        tokens_per_epoch: Tokens of all of them.
+        label_tokens_per_epoch: Of these, the tokens learned from.
+        longest_row_tokens: The longest row.
+        steps: Optimiser steps, or None for a run by the clock.
+        memory: Expected peak by part, bytes.
+        available_bytes: What this machine has free.
+        seconds_per_step: Expected.
+        seconds_total: For all steps, evaluation not counted.
+        tokens_per_second: Of training.
+        machine: Rates of this machine, as measured within the last week; disk_bytes is measured now.
+        alternatives: Other runs, and what they would cost.
+        told: Decisions, notes and warnings.
+    """
+
+    base: str
+    base_parameters: int
+    adapter_parameters: int
+    rows: int
+    tokens_per_epoch: int
+    label_tokens_per_epoch: int
+    longest_row_tokens: int
+    steps: int | None
+    memory: dict[str, int]
+    available_bytes: int
+    seconds_per_step: float
+    seconds_total: float
+    tokens_per_second: float
+    machine: dict[str, Any]
+    alternatives: list[Alternative]
+    told: dict[str, list[str]]
+
+
+def plan(config: PlanConfig, on_event: OnEvent = ignore) -> PlanReport:
+    """Decide everything that `train` would, and count what it would cost; writes nothing.
+
+    Args:
+        config: The knobs of train.
+        on_event: Hears what was decided.
+
+    Returns:
+        The report.
+
+    Raises:
+        InputError: If train would refuse the run.
+    """
+    from thimble.backends.torch.compute import machine
+
+    tell = Teller(on_event)
+    job = prepare_job(config, tell, needs_folder=False)
+    steps, report, rates = job.course.total_steps, job.examples.train_report, machine()
+    return PlanReport(
+        base=describe_base(job.model),
+        base_parameters=job.model.base.num_parameters,
+        adapter_parameters=job.work.trained,
+        rows=report.num_rows,
+        tokens_per_epoch=report.tokens,
+        label_tokens_per_epoch=report.label_tokens,
+        longest_row_tokens=report.longest,
+        steps=steps,
+        memory=job.memory.parts(),
+        available_bytes=available_bytes(),
+        seconds_per_step=job.seconds_per_step,
+        seconds_total=job.seconds_per_step * steps if steps else (job.course.minutes or 0) * 60,
+        tokens_per_second=job.work.tokens / job.seconds_per_step,
+        machine={**asdict(rates), "disk_bytes": disk_bytes_per_second(job.model.base.files[0])},
+        alternatives=[other for other in _alternatives(job, rates) if other.memory_bytes <= job.allowed_bytes],
+        told=tell.told,
+    )
+
+
+def _alternatives(job: Job, rates: Machine) -> Iterator[Alternative]:
+    """Runs that cost less: in time, in memory or in both."""
+    config, work, way, base = job.config, job.work, job.way, job.model.base
+    longest = job.examples.train_report.longest
+
+    def cost(change: str, work: Work, compute: str = config.compute, way: Way = way) -> Alternative:
+        memory = estimate_memory(base, compute, work.trained, longest, way, work.lowest)
+        return Alternative(change, memory.total, estimate_seconds(base, compute, work, way, rates))
+
+    if "int8" in rates.flops and config.compute != "int8":
+        yield cost("--compute int8", work, "int8", replace(way, store="int8"))
+    half = base.spec.num_layers // 2
+    if 0 < half and work.lowest < half:
+        name = f"last-{base.spec.num_layers - half}"
+        some = {path: job.sizes[path] for path in select_layers([name], job.sizes)}
+        trained = adapter_parameters(base.spec, some, config.use_dora)
+        yield cost(f"--targets {name}", replace(work, trained=trained, lowest=half))
+    if way.recomputed_blocks < base.spec.num_layers:
+        less = cost("", work, way=replace(way, recomputed_blocks=base.spec.num_layers))
+        yield replace(less, change=f"--memory-budget {math.ceil(less.memory_bytes / 1e8) / 10:.1f}GB")
+    if config.rank is not None and config.rank > 1:
+        yield cost(f"--rank {config.rank // 2}", replace(work, trained=work.trained // 2))
+
+
+def as_table(report: PlanReport) -> list[tuple[str, Any]]:
+    """The figures worth a line each, for people."""
+    memory = ", ".join(f"{name} {size / 1e6:.0f}" for name, size in report.memory.items() if name != "total")
+    share = report.adapter_parameters / report.base_parameters
+    tokens = f"{report.tokens_per_epoch:,} tokens, {report.label_tokens_per_epoch:,} learned"
+    data = f"{report.rows:,} rows, {tokens}; longest row {report.longest_row_tokens:,}"
+    machine = report.machine
+    rates = ", ".join(f"{name} {rate / 1e9:,.0f}" for name, rate in machine["flops"].items())
+    bandwidth = f"memory {machine['copy_bytes'] / 1e9:.0f} GB/s, disk {machine['disk_bytes'] / 1e9:.1f} GB/s"
+    rows = [
+        ("machine", f"{machine['name']}, {machine['cores']} cores; G operations/s: {rates}; {bandwidth}"),
+        ("base", report.base),
+        ("trained", f"{report.adapter_parameters / 1e6:.2f}M parameters ({share:.1%} of the base)"),
+        ("data", data),
+        ("memory", f"{report.memory['total'] / 1e9:.2f} GB of {report.available_bytes / 1e9:.2f} GB free"),
+        ("", f"MB: {memory}"),
+        ("speed", f"{report.tokens_per_second:,.0f} tokens/s, {report.seconds_per_step:.2f} s a step"),
+        ("time", f"{report.seconds_total / 60:.1f} minutes" + (f" for {report.steps:,} steps" if report.steps else "")),
+    ]  # fmt: skip
+    for other in report.alternatives:
+        faster = report.seconds_per_step / other.seconds_per_step
+        rows.append(("or", f"{other.change}: {other.memory_bytes / 1e9:.2f} GB, {faster:.2f} times the speed"))
+    return rows

@@ -1,0 +1,372 @@
+"""How weights are stored in few bits: the block types of GGUF, bfloat16, and int8 with one scale per row.
+
+This is the plain numpy reference: bit for bit what ggml's own Python package computes. Its fast twins are in
+`thimble.backends.torch.kernels`. It knows arrays, not files: those are read by `thimble.files.tensors`.
+
+A quantised matrix is cut along its rows into blocks of 32 or 256 values; each block holds small integers and the
+float16 numbers that scale them. The layouts and formulas are those of ggml (https://github.com/ggml-org/ggml,
+src/ggml-common.h and src/ggml-quants.c).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from thimble.errors import BaseModelError, listing
+
+Bytes = NDArray[np.uint8]
+Floats = NDArray[np.float32]
+Halves = NDArray[np.uint16]
+
+# One block of each type as it lies in a file, little endian. `scale` and `low` are float16 bits kept as integers, so
+# that compiled kernels, which know no float16, read the same layout.
+LAYOUTS: dict[str, np.dtype[Any]] = {
+    "F32": np.dtype([("bits", "<u4")]),
+    "F16": np.dtype([("bits", "<u2")]),
+    "BF16": np.dtype([("bits", "<u2")]),
+    "Q8_0": np.dtype([("scale", "<u2"), ("quants", "i1", 32)]),
+    "Q4_0": np.dtype([("scale", "<u2"), ("quants", "u1", 16)]),
+    "Q4_1": np.dtype([("scale", "<u2"), ("low", "<u2"), ("quants", "u1", 16)]),
+    "Q5_0": np.dtype([("scale", "<u2"), ("high", "<u4"), ("quants", "u1", 16)]),
+    "Q5_1": np.dtype([("scale", "<u2"), ("low", "<u2"), ("high", "<u4"), ("quants", "u1", 16)]),
+    "Q4_K": np.dtype([("scale", "<u2"), ("low", "<u2"), ("scales", "u1", 12), ("quants", "u1", 128)]),
+    "Q5_K": np.dtype(
+        [("scale", "<u2"), ("low", "<u2"), ("scales", "u1", 12), ("high", "u1", 32), ("quants", "u1", 128)]
+    ),
+    "Q6_K": np.dtype([("quants", "u1", 128), ("high", "u1", 64), ("scales", "i1", 16), ("scale", "<u2")]),
+}
+_VALUES = {"F32": 1, "F16": 1, "BF16": 1, "Q4_K": 256, "Q5_K": 256, "Q6_K": 256}
+
+ONE_SCALE = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")  # types whose blocks have one step size
+
+# dtype -> (values in one block, bytes of one block)
+BLOCKS: dict[str, tuple[int, int]] = {
+    name: (_VALUES.get(name, 32), layout.itemsize) for name, layout in LAYOUTS.items()
+}
+
+# A row or block whose largest number is below this is stored as zeros: the reciprocal of its scale would overflow.
+TINY = np.float32(1e-36)
+
+# Values decoded or encoded at a time: bounds the temporary arrays to a few megabytes, whatever the size of the tensor.
+_CHUNK_VALUES = 1 << 18
+
+
+def block_of(dtype: str) -> tuple[int, int]:
+    """Return (values, bytes) of one block of `dtype`; a BaseModelError if Thimble cannot decode that type."""
+    if dtype not in BLOCKS:
+        raise BaseModelError(
+            f"weights of type {dtype} cannot be decoded: expected one of {listing(BLOCKS, most=20)}; "
+            "take a file of the same model in one of these types (Q4_K_M, Q8_0 and F16 files are common)"
+        )
+    return BLOCKS[dtype]
+
+
+def row_bytes(columns: int, dtype: str) -> int:
+    """Return the bytes of one row of `columns` values; a BaseModelError if that is not a whole number of blocks."""
+    values, size = block_of(dtype)
+    if columns % values:
+        raise BaseModelError(f"a row of {columns} values cannot be {dtype}: expected a multiple of {values}")
+    return columns // values * size
+
+
+def to_bfloat16(values: Floats) -> Halves:
+    """Round to bfloat16, ties to even; NaN stays NaN.
+
+    Args:
+        values: float32, any shape.
+
+    Returns:
+        uint16 of the same shape: the upper half of each rounded float32.
+
+    Example:
+        >>> to_bfloat16(np.array([1.0, 1.00390625, -2.5], np.float32)).tolist()
+        [16256, 16256, 49184]
+    """
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    # Adding to a NaN could carry into its sign; it is made quiet and cut instead.
+    is_nan = (bits & 0x7FFFFFFF) > 0x7F800000
+    bits = np.where(is_nan, (bits & 0xFFFF0000) | 0x00400000, bits + (0x7FFF + ((bits >> 16) & 1)))
+    return (bits >> 16).astype(np.uint16).reshape(values.shape)
+
+
+def from_bfloat16(bits: Halves) -> Floats:
+    """Widen bfloat16 to float32; exact.
+
+    Args:
+        bits: uint16, any shape.
+
+    Returns:
+        float32 of the same shape.
+
+    Example:
+        >>> from_bfloat16(np.array([16256, 49184], np.uint16)).tolist()
+        [1.0, -2.5]
+    """
+    return (np.asarray(bits, np.uint16).astype(np.uint32) << 16).view(np.float32)
+
+
+def quantize_rows(weight: Floats) -> tuple[NDArray[np.int8], Floats]:
+    """Store each row as int8 with one scale: q = round(w / s), s = max|w| / 127 (symmetric, ties to even).
+
+    Args:
+        weight: float32 (out, in), finite.
+
+    Returns:
+        int8 (out, in) between -127 and 127 and float32 (out,), such that q · scale is close to `weight`. A row of zeros
+        (or of numbers below 1e-36, whose reciprocal would overflow) has scale 0.
+
+    Example:
+        >>> q, scale = quantize_rows(np.array([[1.0, -0.5], [0.0, 0.0]], np.float32))
+        >>> q.tolist(), (scale * 127).tolist()
+        ([[127, -64], [0, 0]], [1.0, 0.0])
+    """
+    largest: Floats = np.abs(weight).max(axis=1, initial=0.0).astype(np.float32)
+    largest[largest < TINY] = 0
+    inverse = np.divide(np.float32(127), largest, out=np.zeros_like(largest), where=largest != 0)
+    return np.rint(weight * inverse[:, None]).astype(np.int8), largest / np.float32(127)
+
+
+def dequantize(raw: Bytes, dtype: str, shape: Sequence[int]) -> Floats:
+    """Decode a tensor of any type in BLOCKS; the numbers are those of `gguf.quants.dequantize`, bit for bit.
+
+    Args:
+        raw: uint8, the bytes of the tensor, any shape.
+        dtype: One of BLOCKS.
+        shape: Shape of the result; the last dimension is a whole number of blocks.
+
+    Returns:
+        float32 (shape), a new array.
+
+    Raises:
+        BaseModelError: If the type is not supported or the bytes do not match the shape.
+
+    Example:
+        >>> dequantize(np.array([0x80, 0x3F], np.uint8), "BF16", (1,)).tolist()
+        [1.0]
+    """
+    shape = tuple(shape)
+    needed = math.prod(shape[:-1]) * row_bytes(shape[-1] if shape else 1, dtype)
+    if raw.size != needed:
+        raise BaseModelError(f"{raw.size} bytes of {dtype} do not make shape {shape}: expected {needed} bytes")
+    values, size = BLOCKS[dtype]
+    blocks = np.ascontiguousarray(raw).reshape(-1).view(LAYOUTS[dtype])
+    out = np.empty((raw.size // size, values), np.float32)
+    step = _CHUNK_VALUES // values
+    with np.errstate(over="ignore", invalid="ignore"):
+        for start in range(0, len(blocks), step):
+            out[start : start + step] = _DECODERS[dtype](blocks[start : start + step]).reshape(-1, values)
+    return out.reshape(shape)
+
+
+def quantize(array: Floats, dtype: str) -> Bytes:
+    """Encode a matrix as F32, F16, BF16, Q8_0, Q4_0 or Q4_1; the bytes are those of `gguf.quants.quantize`.
+
+    Args:
+        array: float32 (out, in), finite; `in` is a whole number of blocks.
+        dtype: The type to encode to.
+
+    Returns:
+        uint8 (out, bytes per row).
+
+    Raises:
+        BaseModelError: If the type cannot be written, or a number does not fit it.
+
+    Example:
+        >>> quantize(np.ones((2, 32), np.float32), "Q8_0").shape
+        (2, 34)
+    """
+    if dtype not in _ENCODERS:
+        raise BaseModelError(f"weights cannot be written as {dtype}: expected one of {listing(_ENCODERS)}")
+    out = np.empty((len(array), row_bytes(array.shape[1], dtype)), np.uint8)
+    values, size = BLOCKS[dtype]
+    blocks, raw = np.ascontiguousarray(array, np.float32).reshape(-1, values), out.reshape(-1, size)
+    step = _CHUNK_VALUES // values
+    for start in range(0, len(blocks), step):
+        encoded = _ENCODERS[dtype](blocks[start : start + step])
+        raw[start : start + step] = encoded.view(np.uint8).reshape(-1, size)
+    return out
+
+
+# Decoders: structured blocks (n,) -> float32 (n, values). Each product and sum is rounded to float32 on its own, in
+# ggml's order, because that is what makes the result bit-identical.
+
+Blocks = NDArray[Any]
+
+
+def _half(bits: Halves) -> Floats:
+    """Widen float16, given as uint16 (n,), to a float32 column (n, 1)."""
+    return np.ascontiguousarray(bits).view(np.float16).astype(np.float32)[:, None]
+
+
+def _nibbles(packed: Bytes) -> Bytes:
+    """Unpack (..., m) bytes to (..., 2 m): all low halves, then all high halves."""
+    return np.concatenate([packed & 15, packed >> 4], axis=-1)
+
+
+def _decode_q4_0(blocks: Blocks) -> Floats:
+    """w = scale · (q - 8), q in 0..15."""
+    return _half(blocks["scale"]) * (_nibbles(blocks["quants"]).astype(np.float32) - 8)
+
+
+def _decode_q4_1(blocks: Blocks) -> Floats:
+    """w = scale · q + low, q in 0..15."""
+    return _half(blocks["scale"]) * _nibbles(blocks["quants"]).astype(np.float32) + _half(blocks["low"])
+
+
+def _five_bits(blocks: Blocks) -> Floats:
+    """q in 0..31: four bits as in Q4, the fifth of value j is bit j of `high`."""
+    fifth = (blocks["high"][:, None] >> np.arange(32, dtype=np.uint32)) & 1
+    return (_nibbles(blocks["quants"]) | (fifth << 4)).astype(np.float32)
+
+
+def _decode_q5_0(blocks: Blocks) -> Floats:
+    """w = scale · (q - 16), q in 0..31."""
+    return _half(blocks["scale"]) * (_five_bits(blocks) - 16)
+
+
+def _decode_q5_1(blocks: Blocks) -> Floats:
+    """w = scale · q + low, q in 0..31."""
+    return _half(blocks["scale"]) * _five_bits(blocks) + _half(blocks["low"])
+
+
+def _sub_scales(blocks: Blocks) -> tuple[Floats, Floats]:
+    """Unpack the eight 6-bit scales and lows of a K block, each times the block's own: two float32 (n, 8, 1).
+
+    Bytes 0-3 hold the first four scales, 4-7 the first four lows; their upper two bits and bytes 8-11 hold the rest.
+    """
+    first, second, rest = np.split(blocks["scales"], 3, axis=1)
+    scales = np.concatenate([first & 63, (rest & 15) | (first >> 6 << 4)], axis=1)
+    lows = np.concatenate([second & 63, (rest >> 4) | (second >> 6 << 4)], axis=1)
+    scales, lows = scales.astype(np.float32), lows.astype(np.float32)
+    return (_half(blocks["scale"]) * scales)[..., None], (_half(blocks["low"]) * lows)[..., None]
+
+
+def _decode_q4_k(blocks: Blocks) -> Floats:
+    """w = scaleᵢ · q - lowᵢ for each run i of 32 values; 32 bytes hold two runs."""
+    scales, lows = _sub_scales(blocks)
+    quants = _nibbles(blocks["quants"].reshape(-1, 4, 32)).reshape(-1, 8, 32)
+    return scales * quants.astype(np.float32) - lows
+
+
+def _decode_q5_k(blocks: Blocks) -> Floats:
+    """As Q4_K; the fifth bit of value j in run i is bit i of high[j]."""
+    scales, lows = _sub_scales(blocks)
+    quants = _nibbles(blocks["quants"].reshape(-1, 4, 32)).reshape(-1, 8, 32)
+    fifth = (blocks["high"][:, None] >> np.arange(8, dtype=np.uint8)[:, None]) & 1
+    return scales * (quants | (fifth << 4)).astype(np.float32) - lows
+
+
+def _decode_q6_k(blocks: Blocks) -> Floats:
+    """w = scale · scalesᵢ · (q - 32) for each run i of 16 values; 128 values take 64 bytes of low, 32 of high bits."""
+    low = _nibbles(blocks["quants"].reshape(-1, 2, 64)).reshape(-1, 2, 4, 32)
+    high = (blocks["high"].reshape(-1, 2, 1, 32) >> np.array([0, 2, 4, 6], np.uint8)[:, None]) & 3
+    quants = (low | (high << 4)).reshape(-1, 16, 16).astype(np.float32) - 32
+    return (_half(blocks["scale"]) * blocks["scales"].astype(np.float32))[..., None] * quants
+
+
+_DECODERS: dict[str, Callable[[Blocks], Floats]] = {
+    "F32": lambda blocks: blocks["bits"].view(np.float32),
+    "F16": lambda blocks: _half(blocks["bits"]),
+    "BF16": lambda blocks: from_bfloat16(blocks["bits"]),
+    "Q8_0": lambda blocks: _half(blocks["scale"]) * blocks["quants"].astype(np.float32),
+    "Q4_0": _decode_q4_0,
+    "Q4_1": _decode_q4_1,
+    "Q5_0": _decode_q5_0,
+    "Q5_1": _decode_q5_1,
+    "Q4_K": _decode_q4_k,
+    "Q5_K": _decode_q5_k,
+    "Q6_K": _decode_q6_k,
+}
+
+
+# Encoders: float32 (n, values) -> any array whose bytes are the n blocks.
+
+
+def _to_half(values: Floats) -> NDArray[np.float16]:
+    """Round to float16; a BaseModelError if a number is not finite there, which would ruin its whole block."""
+    with np.errstate(over="ignore"):
+        half = values.astype(np.float16)
+    if not np.isfinite(half).all():
+        worst = values[~np.isfinite(half)].flat[0]
+        raise BaseModelError(
+            f"a weight or block scale of {worst:g} does not fit float16: expected finite numbers up to 65504; "
+            "write the tensor as BF16 or F32"
+        )
+    return half
+
+
+def _reciprocal(scale: Floats) -> Floats:
+    """1 / scale, and 0 where that would not be finite."""
+    return np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=np.abs(scale) > TINY)
+
+
+def _pack(dtype: str, **fields: Any) -> Blocks:
+    """Make structured blocks of one type from arrays of its fields."""
+    blocks = np.empty(len(fields["quants"]), LAYOUTS[dtype])
+    for name, values in fields.items():
+        blocks[name] = values.view(np.uint16)[:, 0] if values.dtype == np.float16 else values
+    return blocks
+
+
+def _pack_nibbles(quants: Floats) -> Bytes:
+    """Pack whole numbers (n, 32), cut off at 15, to (n, 16) bytes: value j and value j + 16 share a byte."""
+    whole: Bytes = quants.astype(np.uint8).clip(0, 15)
+    return whole[:, :16] | (whole[:, 16:] << np.uint8(4))
+
+
+def _encode_q8_0(blocks: Floats) -> Blocks:
+    """scale = max|w| / 127, q = w / scale rounded half away from zero."""
+    scale = np.abs(blocks).max(axis=1, keepdims=True) / np.float32(127)
+    half = _to_half(scale)
+    scaled = blocks * _reciprocal(scale)
+    size = np.abs(scaled)
+    whole = np.floor(size)
+    rounded = np.copysign(whole + np.floor(2 * (size - whole)), scaled)
+    return _pack("Q8_0", scale=half, quants=rounded.astype(np.int8))
+
+
+def _encode_q4_0(blocks: Floats) -> Blocks:
+    """scale = (the w of largest size) / -8, q = floor(w / scale + 8.5), at most 15."""
+    extreme = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=1, keepdims=True), axis=1)
+    scale = extreme / np.float32(-8)
+    half = _to_half(scale)
+    return _pack("Q4_0", scale=half, quants=_pack_nibbles(blocks * _reciprocal(scale) + np.float32(8.5)))
+
+
+def _encode_q4_1(blocks: Floats) -> Blocks:
+    """low = min w, scale = (max w - min w) / 15, q = floor((w - low) / scale + 0.5), at most 15."""
+    low = blocks.min(axis=1, keepdims=True)
+    scale = (blocks.max(axis=1, keepdims=True) - low) / np.float32(15)
+    half, low_half = _to_half(scale), _to_half(low)
+    quants = _pack_nibbles((blocks - low) * _reciprocal(scale) + np.float32(0.5))
+    return _pack("Q4_1", scale=half, low=low_half, quants=quants)
+
+
+_ENCODERS: dict[str, Callable[[Floats], Any]] = {
+    "F32": lambda blocks: blocks,
+    "F16": _to_half,
+    "BF16": to_bfloat16,
+    "Q8_0": _encode_q8_0,
+    "Q4_0": _encode_q4_0,
+    "Q4_1": _encode_q4_1,
+}
+
+
+def step_sizes(raw: Bytes, dtype: str) -> Floats | None:
+    """Distances between neighbouring values of a quantised tensor, which bound its rounding errors.
+
+    Args:
+        raw: Its bytes, uint8.
+        dtype: Its type.
+
+    Returns:
+        One a block, float32 (blocks,); None for numbers that are not in blocks or whose blocks have scales of two
+        levels.
+    """
+    if dtype not in ONE_SCALE:
+        return None
+    blocks = np.ascontiguousarray(raw).reshape(-1).view(LAYOUTS[dtype])
+    return np.abs(np.ascontiguousarray(blocks["scale"]).view(np.float16).astype(np.float32))

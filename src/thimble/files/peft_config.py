@@ -1,0 +1,203 @@
+"""What `adapter_config.json` says of an adapter, checked before a tensor is read.
+
+The file comes from anybody. What changes the function of the adapter is understood or refused by name; every other
+field is ignored. Nothing that it names is imported, and its patterns are never run as regular expressions, which can
+be made to run forever.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from thimble.core.lowrank import scale
+from thimble.core.method import MOST_SCALE
+from thimble.errors import AdapterError
+from thimble.files.untrusted import read_json_object, shown, some
+
+MOST_BYTES = 1 << 20
+MAX_RANK = 2048  # twice the largest anybody trains: a delta form is kept as one adapter of twice the rank
+MOST_ALPHA = MOST_SCALE * MAX_RANK
+MOST_ENTRIES = 20_000  # of a pattern
+MOST_PATH_CHARACTERS = 1024
+
+# Fields of PEFT with which an adapter computes something else than scale · B A; unset or empty they mean nothing.
+_NOT_SUPPORTED = (
+    "modules_to_save", "bias", "lora_bias", "fan_in_fan_out", "use_qalora", "use_bdlora", "alora_invocation_tokens",
+    "trainable_token_indices", "target_parameters", "layer_replication", "megatron_config", "arrow_config",
+    "velora_config", "kasa_config", "monteclora_config",
+)  # fmt: skip
+_UNSET: tuple[Any, ...] = (None, False, "none", [], {})
+# Starts that leave the base as it is. With the others (PiSSA, OLoRA, CorDA, LoftQ, ...) PEFT changes the base too.
+_KEEPS_BASE: tuple[Any, ...] = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
+_NAME = re.compile(r"[A-Za-z0-9_\-][A-Za-z0-9_.\-]*")
+
+
+class Pattern:
+    """Numbers of some layers, from `rank_pattern` or `alpha_pattern`.
+
+    PEFT reads each key as a regular expression for the end of a path, and the first that matches counts. Keys that are
+    names, with or without the marks that people put around them (`^`, `.*`, `$`, `\\.`), are read here to the same
+    effect; those that are not are kept in `unread`.
+    """
+
+    def __init__(self, entries: Mapping[str, Any]) -> None:
+        """Sort the entries by how their keys are matched.
+
+        Args:
+            entries: Keys of PEFT to numbers.
+        """
+        self._whole: dict[str, tuple[int, Any]] = {}
+        self._ends: dict[str, tuple[int, Any]] = {}
+        self._tails: dict[str, tuple[int, Any]] = {}
+        self.unread: dict[str, Any] = {}
+        for number, (key, value) in enumerate(entries.items()):
+            text = key.removeprefix("^").removesuffix("$").replace("\\.", ".")
+            is_tail = text.startswith(".*")
+            text = text[2:] if is_tail else text
+            if not _NAME.fullmatch(text.removeprefix(".") if is_tail else text):
+                self.unread[key] = value
+                continue
+            kind = self._tails if is_tail else self._whole if key.startswith("^") else self._ends
+            kind.setdefault(text, (number, value))
+        self._tail_sizes = sorted({len(text) for text in self._tails})
+
+    def of(self, layer: str, default: Any) -> Any:
+        """The number of the first entry that names this layer, or the default."""
+        found = [self._whole.get(layer), self._ends.get(layer)]
+        found += [self._ends.get(layer[dot.end() :]) for dot in re.finditer(r"\.", layer)]
+        found += [self._tails.get(layer[-size:]) for size in self._tail_sizes]
+        return min((entry for entry in found if entry), default=(0, default), key=lambda entry: entry[0])[1]
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What is needed of an adapter's config.
+
+    Attributes:
+        base: Name or path of the base it was trained on, for people; may be empty.
+        rank: Of the layers that no pattern names.
+        alpha: Scale numerator, likewise.
+        use_dora: Whether each layer has a magnitude vector.
+        use_rslora: Whether alpha is divided by √rank.
+        ranks: Ranks of some layers.
+        alphas: Alphas of some layers.
+    """
+
+    base: str
+    rank: int
+    alpha: float
+    use_dora: bool
+    use_rslora: bool
+    ranks: Pattern
+    alphas: Pattern
+
+    def allowed_ranks(self, layer: str) -> set[int]:
+        """The rank a layer must have; with keys that are regular expressions, theirs too."""
+        return {self.ranks.of(layer, self.rank), *self.ranks.unread.values()}
+
+    def scale(self, layer: str, rank: int) -> float:
+        """The factor of B A that PEFT would compute."""
+        return scale(float(self.alphas.of(layer, self.alpha)), rank, self.use_rslora)
+
+
+def read_adapter_config(path: Path) -> AdapterConfig:
+    """Read and check an adapter's config.
+
+    Args:
+        path: The file.
+
+    Returns:
+        What is needed of it.
+
+    Raises:
+        AdapterError: Naming every problem found.
+    """
+    config = read_json_object(path, MOST_BYTES, AdapterError)
+    problems = [*_check_numbers(config), *_check_patterns(config), *_check_function(config), *_check_texts(config)]
+    if problems:
+        raise AdapterError(*(f"{path}: {problem}" for problem in some(problems)))
+    return AdapterConfig(
+        config.get("base_model_name_or_path") or "",
+        config["r"],
+        float(config["lora_alpha"]),
+        bool(config.get("use_dora")),
+        bool(config.get("use_rslora")),
+        Pattern(config.get("rank_pattern") or {}),
+        Pattern(config.get("alpha_pattern") or {}),
+    )
+
+
+def _is_rank(value: Any) -> bool:
+    return type(value) is int and 1 <= value <= MAX_RANK
+
+
+def _is_alpha(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value <= MOST_ALPHA
+
+
+_RANKS, _ALPHAS = f"a whole number from 1 to {MAX_RANK:,}", f"a number above 0, up to {MOST_ALPHA:,.0f}"
+
+
+def _check_numbers(config: Mapping[str, Any]) -> list[str]:
+    problems = []
+    for name, is_sound, expected in (("r", _is_rank, _RANKS), ("lora_alpha", _is_alpha, _ALPHAS)):
+        if not is_sound(config.get(name)):
+            problems.append(f"{name} is {shown(config.get(name))}: expected {expected}")
+    for name in ("use_dora", "use_rslora"):
+        if config.get(name) not in (None, True, False):
+            problems.append(f"{name} is {shown(config[name])}: expected true or false")
+    return problems
+
+
+def _check_patterns(config: Mapping[str, Any]) -> list[str]:
+    problems = []
+    for name, is_sound, expected in (("rank_pattern", _is_rank, _RANKS), ("alpha_pattern", _is_alpha, _ALPHAS)):
+        pattern = config.get(name)
+        if pattern is None:
+            continue
+        if not isinstance(pattern, dict) or len(pattern) > MOST_ENTRIES:
+            found = f"holds {len(pattern):,} entries" if isinstance(pattern, dict) else f"is {shown(pattern)}"
+            problems.append(f"{name} {found}: expected an object of at most {MOST_ENTRIES:,} layer names and numbers")
+            continue
+        problems += [
+            f"{name} gives {shown(key)} the value {shown(value)}: expected {expected}"
+            for key, value in pattern.items()
+            if not is_sound(value)
+        ]
+        if name == "alpha_pattern":
+            problems += [
+                f"{name} names layers by the regular expression {shown(key)}, which is not run: write out the names "
+                "of the layers"
+                for key in Pattern(pattern).unread
+            ]
+    return problems
+
+
+def _check_function(config: Mapping[str, Any]) -> list[str]:
+    problems = []
+    if config.get("peft_type") != "LORA":
+        problems.append(f"peft_type is {shown(config.get('peft_type'))}: only LORA adapters are supported")
+    problems += [
+        f"{name} is {shown(config[name])}: not supported; expected an adapter without it"
+        for name in _NOT_SUPPORTED
+        if config.get(name) not in _UNSET
+    ]
+    start = config.get("init_lora_weights")
+    if start not in _KEEPS_BASE:
+        problems.append(
+            f"init_lora_weights is {shown(start)}, with which the base was changed too: save the adapter again with "
+            "PEFT's save_pretrained(folder, path_initial_model_for_weight_conversion=...)"
+        )
+    return problems
+
+
+def _check_texts(config: Mapping[str, Any]) -> list[str]:
+    base = config.get("base_model_name_or_path")
+    if base is None or (isinstance(base, str) and len(base) <= MOST_PATH_CHARACTERS and (base + " ").isprintable()):
+        return []
+    return [
+        f"base_model_name_or_path is {shown(base)}: expected null or at most {MOST_PATH_CHARACTERS:,} characters that "
+        "can be printed"
+    ]

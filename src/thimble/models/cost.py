@@ -1,0 +1,300 @@
+"""How much memory and time a run will need, part by part, before anything is loaded."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+
+from thimble.core.sizes import (
+    BUFFER_TOKENS,
+    MICRO_BATCH_TOKENS,
+    PADDED_KEYS,
+    TILE,
+    WINDOW,
+    WINDOW_ROWS,
+    logit_chunk,
+    windows,
+)
+from thimble.core.targets import Size, block_of
+from thimble.models.base import EMBEDDING, HEAD, Base
+from thimble.models.machine import Machine
+from thimble.models.spec import DecoderSpec
+
+COMPUTE_BYTES = {"fp32": 4, "bf16": 2, "int8": 2}  # of an activation
+PROCESS_BYTES = 330_000_000  # Python, torch, numba and their libraries, before any weight
+TOKEN_BYTES = 800  # of the vocabulary, in the tokenizer
+PRODUCT_BYTES = 700_000  # that the libraries keep for each size of a product
+PRODUCTS = 60  # of one size of batch: each linear layer and its low-rank parts, forward and backward
+INT8_COPIES = 3  # of the largest weight, that the library makes to multiply int8
+PAGES_AROUND = 65536  # bytes of a file that the system maps around one that is read
+# Shares of a large product's rate that the engine reaches in its kinds of products, and what else was measured.
+REACHED, REACHED_INT8, REACHED_LOW_RANK, REACHED_ATTENTION = 0.9, 0.88, 0.35, 0.7
+MOVES = 3.0  # times that a kept number is read or written in a pass
+OVERHEAD_SECONDS = 1e-3  # of a block's pass
+DECODED = 2.5e9  # numbers per second and core
+ONE_SHARE = 1.1  # a step that is not cut into a share a core
+ADAPTER_NUMBER_BYTES = 2 * 3 * 4  # master and two moments, float32, and a copy of the last sound state of them
+SKETCH_NUMBERS = 4  # of a gradient's sketch, for each number of the adapter that is made from it
+
+
+@dataclass(frozen=True)
+class Way:
+    """How the weights are kept, and how the rows of a step are run.
+
+    Attributes:
+        store: `dense`, `int8` or `file`.
+        num_shares: Micro-batches that run side by side.
+        micro_tokens: Most tokens of a micro-batch.
+        tokens_at_once: Most tokens of all that run side by side.
+        recomputed_blocks: Blocks that keep only their input for the backward pass.
+        is_streamed: Weights are read from the file for each product and not kept.
+        num_sizes: Sizes in which batches of uneven rows come, about.
+    """
+
+    store: str
+    num_shares: int = 1
+    micro_tokens: int = MICRO_BATCH_TOKENS[0]
+    tokens_at_once: int = MICRO_BATCH_TOKENS[0]
+    recomputed_blocks: int = 0
+    is_streamed: bool = False
+    num_sizes: int = 1
+
+    def slowness(self, num_blocks: int, cores: int) -> float:
+        """Time of a step against the fastest way, about: by constants, so that the choice of a way does not change with
+        what was measured this week, and a run resumed elsewhere sums in the same order.
+        """
+        slow = 1 + 0.3 * self.recomputed_blocks / num_blocks
+        slow *= 1.0 if self.num_shares >= min(2, cores) else 1.2
+        slow *= 1.0 if self.micro_tokens >= MICRO_BATCH_TOKENS[0] else 1.05
+        return slow * (1.15 if self.is_streamed else 1.0) * (1.1 if self.store == "int8" else 1.0)
+
+    def described(self) -> str:
+        """How a step is run, in words."""
+        again = f", {self.recomputed_blocks} blocks computed again" if self.recomputed_blocks else ""
+        streamed = ", weights read from the file each time" if self.is_streamed else ""
+        return f"{self.store}, {self.micro_tokens} tokens at a time, {self.num_shares} side by side{again}{streamed}"
+
+    def smaller(self, longest: int) -> "Way | None":
+        """The next way that takes less memory, for rows of at most so many tokens; None if there is none."""
+        if self.micro_tokens > longest:
+            return replace(self, micro_tokens=max(longest, self.micro_tokens // 2))
+        return replace(self, num_shares=self.num_shares // 2) if self.num_shares > 1 else None
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What a run is expected to hold at its peak, in bytes.
+
+    Attributes:
+        process: The interpreter, its libraries, and the products they keep compiled.
+        weights: Frozen weights in memory, or the pages of the memory-mapped file.
+        adapter: Adapter, gradients and optimiser, and what a start in delta form takes off.
+        activations: What the forward pass keeps for the backward pass.
+        scratch: Decoded weights, logits and the temporaries of one block, on each core.
+    """
+
+    process: int
+    weights: int
+    adapter: int
+    activations: int
+    scratch: int
+
+    @property
+    def total(self) -> int:
+        """Expected peak."""
+        return self.process + self.weights + self.adapter + self.activations + self.scratch
+
+    def parts(self) -> dict[str, int]:
+        """The parts by name, and the total."""
+        return {field.name: getattr(self, field.name) for field in fields(self)} | {"total": self.total}
+
+
+def adapter_parameters(spec: DecoderSpec, sizes: Mapping[str, Size], use_dora: bool = False) -> int:
+    """Numbers in an adapter with given sizes of its layers."""
+    shapes = spec.linear_shapes()
+    return sum(size.rank * sum(shapes[path]) + use_dora * shapes[path][0] for path, size in sizes.items())
+
+
+def _start_bytes(spec: DecoderSpec, needs: str, trained: int, activations: int) -> int:
+    """What making a start takes, beyond what is there for activations, which only gradients need at that time."""
+    widths = (spec.hidden_size, spec.q_size, spec.hidden_size, spec.intermediate_size)  # inputs of a block's layers
+    largest = max(rows * cols for rows, cols in spec.linear_shapes().values())
+    if needs == "inputs":  # second moments of one block, and the decomposition of the largest
+        return 4 * sum(n * n for n in widths) + 3 * 4 * max(widths) ** 2 - activations
+    if needs in ("weights", "quantised"):
+        return 4 * 8 * largest - activations
+    return SKETCH_NUMBERS * 4 * trained + 3 * 4 * largest if needs == "gradients" else 0
+
+
+def lowest_block(layers: Iterable[str]) -> int:
+    """Number of the lowest block that is adapted; nothing goes back through those below."""
+    return min(map(block_of, layers))
+
+
+def cache_token_bytes(spec: DecoderSpec, compute: str) -> int:
+    """What the keys and values of one token take, in bytes."""
+    return 2 * spec.num_layers * spec.kv_size * COMPUTE_BYTES[compute]
+
+
+def estimate_memory(
+    base: Base,
+    compute: str,
+    trained: int,
+    longest: int,
+    way: Way,
+    lowest: int = 0,
+    needs: Sequence[str] = (),
+    is_delta: bool = False,
+) -> MemoryPlan:
+    """Expected peak memory of training.
+
+    Args:
+        base: The base.
+        compute: `fp32`, `bf16` or `int8`.
+        trained: Numbers in the adapter.
+        longest: Tokens of the longest row.
+        way: How a step is run.
+        lowest: Number of the lowest adapted block; those below keep nothing.
+        needs: What the start is made of.
+        is_delta: Whether what it starts from is kept and taken off.
+
+    Returns:
+        The parts.
+    """
+    width = COMPUTE_BYTES[compute]
+    working = 4 + 2 * width if is_delta else 0 if compute == "fp32" else width
+    adapter = trained * (ADAPTER_NUMBER_BYTES + 4 * way.num_shares + working)
+    activations = _activation_bytes(base.spec, width, way, lowest)
+    return MemoryPlan(
+        process=PROCESS_BYTES + base.spec.vocab_size * TOKEN_BYTES + _product_bytes(way),
+        weights=_weight_bytes(base, compute, way),
+        adapter=max([adapter, *(_start_bytes(base.spec, need, trained, activations) for need in needs)]),
+        activations=activations,
+        scratch=way.num_shares * _scratch_bytes(base, compute, longest, way),
+    )
+
+
+def _product_bytes(way: Way) -> int:
+    """What the libraries keep: one size takes part in more products where shares run side by side."""
+    return PRODUCTS * PRODUCT_BYTES * (way.num_shares + way.num_sizes - 1)
+
+
+def _weight_bytes(base: Base, compute: str, way: Way) -> int:
+    """Weights in memory of our own, and pages of the file."""
+    head: int = base.weights[EMBEDDING if base.spec.is_tied else HEAD].info.nbytes
+    if compute == "int8":
+        return sum(rows * cols for rows, cols in base.spec.linear_shapes().values()) + head
+    if way.is_streamed:  # two windows, a large layer being read, and the pages around the rows of the embedding
+        layers = max(weight.info.nbytes for path, weight in base.weights.items() if path not in (EMBEDDING, HEAD))
+        return 4 * WINDOW + 2 * layers + min(head, way.tokens_at_once * PAGES_AROUND)
+    if way.store == "file":
+        return base.size_bytes
+    return base.num_parameters * (1 if way.store == "int8" else COMPUTE_BYTES[compute])
+
+
+def _activation_bytes(spec: DecoderSpec, width: int, way: Way, lowest: int) -> int:
+    tokens = _rounded(way.tokens_at_once, way.num_shares)
+    block = 2 * spec.hidden_size + 2 * spec.q_size + 2 * spec.kv_size + 2 * spec.intermediate_size
+    recomputed = max(0, way.recomputed_blocks - lowest)
+    kept = spec.num_layers - lowest - recomputed
+    inputs = recomputed * spec.hidden_size + (block if recomputed else 0)
+    return tokens * width * (block * kept + inputs)
+
+
+def _rounded(tokens: int, shares: int) -> int:
+    each = -(-tokens // shares)
+    return shares * (-(-each // BUFFER_TOKENS) * BUFFER_TOKENS)
+
+
+def _scratch_bytes(base: Base, compute: str, longest: int, way: Way) -> int:
+    """What one core needs while it runs a block or the loss, by the names in `torch_backend`."""
+    spec, width = base.spec, COMPUTE_BYTES[compute]
+    tokens = _rounded(-(-way.tokens_at_once // way.num_shares), 1)
+    hidden, inner, heads = spec.hidden_size, spec.intermediate_size, spec.q_size + 2 * spec.kv_size
+    largest = max(hidden, inner, spec.q_size)
+    numbers = tokens * (2 * largest + 2 * inner + heads)  # input, input_grad, gated_grad, qkv_grad
+    numbers += tokens * (2 * inner + heads + spec.q_size)  # outputs without a backward pass
+    numbers += (tokens + TILE) * (2 * heads + spec.q_size)  # heads, their gradients, mixed_grad
+    numbers += tokens * hidden * 4  # the stream and its gradient
+    keys = -(-longest // PADDED_KEYS) * PADDED_KEYS
+    numbers += 2 * spec.num_heads * min(TILE, keys) * keys  # scores, slopes
+    chunk = logit_chunk(tokens, width * spec.vocab_size)
+    numbers += chunk * spec.vocab_size + 3 * tokens * hidden  # logits, hidden states with a label
+    if way.store != "dense":
+        numbers += max(_window(rows, cols) for rows, cols in _stacked_shapes(spec))
+    total = max(tokens * inner, chunk * hidden) * (4 + width)  # gradients summed over windows
+    return numbers * width + total + (_whole_number_bytes(spec, tokens) if compute == "int8" else 0)
+
+
+def _whole_number_bytes(spec: DecoderSpec, tokens: int) -> int:
+    """What int8 products need beside: rows as int8, sums as int32, and the library's own copies of a weight."""
+    inner = spec.intermediate_size
+    return tokens * (2 * inner + 4 * max(WINDOW_ROWS, inner)) + INT8_COPIES * 2 * inner * spec.hidden_size
+
+
+def _window(rows: int, cols: int) -> int:
+    first = windows(rows, cols)[0]
+    return int(first.stop - first.start) * cols
+
+
+def _stacked_shapes(spec: DecoderSpec) -> list[tuple[int, int]]:
+    """Frozen matrices as they are multiplied: those with the same input are one."""
+    return [
+        (spec.vocab_size, spec.hidden_size), (2 * spec.intermediate_size, spec.hidden_size),
+        (spec.hidden_size, spec.intermediate_size), (spec.q_size + 2 * spec.kv_size, spec.hidden_size),
+    ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a training step does, as far as its time depends on it.
+
+    Attributes:
+        tokens: Read in a step.
+        label_tokens: Learned from in a step.
+        row_tokens: Length of a typical row, by which attention's work goes.
+        trained: Numbers in the adapter.
+        lowest: Number of the lowest adapted block; nothing goes back through those below.
+    """
+
+    tokens: float
+    label_tokens: float
+    row_tokens: float
+    trained: int
+    lowest: int = 0
+
+
+def estimate_seconds(base: Base, compute: str, work: Work, way: Way, machine: Machine) -> float:
+    """Expected seconds of a training step.
+
+    The products are counted, at the rates of this machine and the shares of them that the engine was measured to
+    reach; elementwise work goes by the rate of copying.
+
+    Args:
+        base: The base.
+        compute: `fp32`, `bf16` or `int8`.
+        work: What a step does.
+        way: How it is run.
+        machine: Rates.
+
+    Returns:
+        Seconds.
+    """
+    spec, width = base.spec, COMPUTE_BYTES[compute]
+    rate = machine.flops.get("fp32" if compute == "fp32" else "bf16") or max(machine.flops.values())
+    linears = sum(rows * cols for rows, cols in spec.linear_shapes().values())
+    recomputed = max(0, way.recomputed_blocks - work.lowest)
+    passes = 1 + (spec.num_layers - work.lowest + recomputed) / spec.num_layers
+    frozen = 2 * linears * passes * work.tokens
+    seconds = frozen / (machine.flops.get(compute, rate) * (REACHED_INT8 if compute == "int8" else REACHED))
+    seconds += 4 * spec.vocab_size * spec.hidden_size * work.label_tokens / (rate * REACHED)
+    seconds += 2 * (passes + 1) * work.trained * work.tokens / (rate * REACHED_LOW_RANK)
+    seen = work.row_tokens / 2 + TILE / 2
+    attention = 2 * spec.q_size * spec.num_layers * seen * work.tokens * (2 * passes + 3)
+    seconds += attention / (rate * REACHED_ATTENTION)
+    block = 2 * (spec.hidden_size + spec.q_size + spec.kv_size + spec.intermediate_size)
+    moved = work.tokens * spec.num_layers * passes * width * (block + spec.num_heads * seen)
+    seconds += moved * MOVES / machine.copy_bytes
+    batches = max(1.0, work.tokens / way.micro_tokens)
+    seconds += batches * spec.num_layers * passes * OVERHEAD_SECONDS / way.num_shares
+    if way.store == "file" or way.store == "int8" and compute != "int8":
+        seconds += batches * base.num_parameters * passes / (DECODED * machine.cores)
+    return seconds * (ONE_SHARE if way.num_shares < min(2, machine.cores) else 1.0)

@@ -1,0 +1,114 @@
+"""Rotary position embeddings: the angles of every scaling that the families use."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from thimble.errors import BaseModelError
+from thimble.files.untrusted import shown
+from thimble.models.fields import MOST, number, positives
+
+MOST_POSITIONS = MOST["max_position_embeddings"]
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding of a layer (Su et al., arXiv:2104.09864).
+
+    Attributes:
+        inv_freq: float64 (dim / 2,), angle per position of each pair (i, i + dim / 2).
+        scale: Factor of both cos and sin (1 but for YaRN and LongRoPE).
+        long_inv_freq: Used instead when a row is longer than `long_from` tokens (LongRoPE), else None.
+        long_from: Length up to which `inv_freq` holds.
+    """
+
+    inv_freq: NDArray[np.float64]
+    scale: float = 1.0
+    long_inv_freq: NDArray[np.float64] | None = None
+    long_from: int = 0
+
+
+def make_rope(scaling: Mapping[str, Any], fields: Mapping[str, Any], head_dim: int) -> Rope:
+    """Compute the angles of a rotary embedding.
+
+    Args:
+        scaling: `rope_parameters` (transformers 5) or `rope_scaling` (4): type and its settings.
+        fields: The whole config, for what those leave out.
+        head_dim: Width of a head.
+
+    Returns:
+        The rotary embedding.
+
+    Raises:
+        BaseModelError: If the type is not supported.
+    """
+    theta = number(scaling, "rope_theta", 2, 1e15, number(fields, "rope_theta", 2, 1e15, 1e4))
+    share = number(scaling, "partial_rotary_factor", 1e-3, 1, number(fields, "partial_rotary_factor", 1e-3, 1, 1.0))
+    dim = int(head_dim * share)
+    if dim < 2 or dim % 2:
+        raise BaseModelError(f"positions turn {dim} numbers of each head of {head_dim}: expected an even number from 2")
+    inv_freq = theta ** -(np.arange(0, dim, 2, dtype=np.float64) / dim)
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    factor = number(scaling, "factor", 1e-3, 1e6, 1.0)
+    if kind == "default":
+        return Rope(inv_freq)
+    if kind == "linear":
+        return Rope(inv_freq / factor)
+    if kind == "llama3":
+        return Rope(_llama3(inv_freq, scaling, factor))
+    if kind in ("longrope", "su"):
+        return _longrope(inv_freq, scaling, fields)
+    if kind == "yarn":
+        return _yarn(inv_freq, scaling, fields, theta, dim)
+    raise BaseModelError(
+        f"the base scales its positions by {shown(kind)}: supported are linear, llama3, longrope and yarn"
+    )
+
+
+def _llama3(inv_freq: NDArray[np.float64], scaling: Mapping[str, Any], factor: float) -> NDArray[np.float64]:
+    """Llama 3.1: slow angles are divided by `factor`, fast ones kept, with a smooth passage between."""
+    low = number(scaling, "low_freq_factor", 1e-3, 1e6)
+    high = number(scaling, "high_freq_factor", 1.001 * low, 1e9)
+    original = number(scaling, "original_max_position_embeddings", 2, MOST_POSITIONS)
+    turns = original * inv_freq / (2 * math.pi)
+    smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return (1 - smooth) * inv_freq / factor + smooth * inv_freq
+
+
+def _longrope(inv_freq: NDArray[np.float64], scaling: Mapping[str, Any], fields: Mapping[str, Any]) -> Rope:
+    """Phi-3 long context: one divisor per angle, other divisors beyond the original length (arXiv:2402.13753)."""
+    original, positions = _original(scaling, fields, "original_max_position_embeddings")
+    factor = number(scaling, "factor", 1e-3, 1e6, positions / original)
+    default = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+    loudness = number(scaling, "attention_factor", 1e-3, 1e3, default)
+    short, long = (positives(scaling, f"{name}_factor", len(inv_freq)) for name in ("short", "long"))
+    return Rope(inv_freq / short, loudness, inv_freq / long, int(original))
+
+
+def _original(scaling: Mapping[str, Any], fields: Mapping[str, Any], name: str) -> tuple[float, float]:
+    """Length that the base was first made for, and the one it is stretched to."""
+    positions = number(fields, "max_position_embeddings", 2, MOST_POSITIONS, 2048)
+    within = {"original_max_position_embeddings": scaling.get("original_max_position_embeddings") or fields.get(name)}
+    return number(within, "original_max_position_embeddings", 2, MOST_POSITIONS), positions
+
+
+def _yarn(
+    inv_freq: NDArray[np.float64], scaling: Mapping[str, Any], fields: Mapping[str, Any], theta: float, dim: int
+) -> Rope:
+    """YaRN (arXiv:2309.00071, section 3.2): interpolate angles that turn seldom, keep those that turn often."""
+    original, positions = _original(scaling, fields, "max_position_embeddings")
+    factor = number(scaling, "factor", 1e-3, 1e6, positions / original)
+    default = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
+    loudness = number(scaling, "attention_factor", 1e-3, 1e3, default)
+
+    def dimension(turns: float) -> float:
+        return dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low = max(math.floor(dimension(number(scaling, "beta_fast", 1e-3, 1e6, 32.0))), 0)
+    high = min(math.ceil(dimension(number(scaling, "beta_slow", 1e-3, 1e6, 1.0))), dim - 1)
+    ramp = np.clip((np.arange(dim // 2) - low) / max(high - low, 1e-3), 0.0, 1.0)
+    return Rope(inv_freq * (1 - ramp) + inv_freq / factor * ramp, loudness)

@@ -1,0 +1,1 @@
+"""What may be claimed of a run, and how it is shown: page, charts, terminal."""

@@ -1,0 +1,252 @@
+"""Checkpoints of a run: whole or not at all, on disk before an older one goes, found by looking and never by a pointer.
+
+A checkpoint is filled in a folder of its own, its manifest of hashes last, which holds its own hash too; everything is
+synced to disk, then the folder is given its name in one step, and that is synced too. After a crash or a power cut
+there is the old state or the new one. All of it is safetensors and JSON: nothing is unpickled.
+"""
+
+import contextlib
+import hashlib
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from thimble.data.encode import Row
+from thimble.errors import ConfigError
+from thimble.events import Teller
+from thimble.files.atomic import sync
+from thimble.files.tensors import open_tensors, write_safetensors
+from thimble.models.base import Base
+from thimble.training.run_folder import STEPS, hash_file, make_folder, read_json, whole_folder, write_json
+
+FOLDER = "checkpoints"
+STATE, MANIFEST = "state.safetensors", "manifest.json"
+KEPT = 2
+NAMED = "step-" + "[0-9]" * 8
+UNFINISHED = ".*.tmp"
+HASHED = ("base", "data")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where a run can be taken up.
+
+    Attributes:
+        step: Steps done.
+        state: Arrays by name.
+        progress: Plain data to continue with.
+        origin: What the run was made of, by hash, and what it ran on.
+        damaged: Newer ones that were left out because their hashes do not match.
+    """
+
+    step: int
+    state: dict[str, NDArray[np.float32]]
+    progress: dict[str, Any]
+    origin: dict[str, str]
+    damaged: tuple[str, ...] = ()
+
+
+def save_checkpoint(
+    folder: Path, step: int, state: Mapping[str, NDArray[Any]], progress: Mapping[str, Any], origin: Mapping[str, str]
+) -> None:
+    """Publish a checkpoint whole, then remove older ones.
+
+    Args:
+        folder: The run folder.
+        step: Steps done.
+        state: Arrays by name.
+        progress: Plain data to continue with.
+        origin: What the run was made of, and what it runs on.
+    """
+    place = folder / FOLDER
+    target = place / _name(step)
+    if (folder / STEPS).exists():
+        sync(folder / STEPS)  # a run that goes on from here keeps the log up to here
+    if _read(target) is None:
+        shutil.rmtree(target, ignore_errors=True)  # damaged, if it is there
+        with whole_folder(target) as temporary:
+            _fill(temporary, state, {"step": step, "progress": dict(progress), "origin": dict(origin)})
+    else:  # a run taken up again from an older one comes to the same state, whose names may not be on disk yet
+        make_folder(place)
+        sync(place)
+    # What is newer than this one is damaged, or it would have been gone on from: it must not crowd out sound ones.
+    sound = (path for path in _names(folder) if path < target and _read(path) is not None)
+    kept = {target, *itertools.islice(sound, KEPT - 1)}
+    for path in _names(folder):
+        if path not in kept:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _fill(folder: Path, state: Mapping[str, NDArray[Any]], manifest: dict[str, Any]) -> None:
+    """Write the state, and last the manifest that vouches for it."""
+    write_safetensors(folder / STATE, dict(state))
+    # Read back, so that what is on disk is what is vouched for.
+    manifest = {**manifest, "files": {STATE: hash_file(folder / STATE)}}
+    write_json(folder / MANIFEST, {**manifest, "sha256": _seal(manifest)})
+
+
+def latest_checkpoint(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint whose hashes match; None if there is none."""
+    damaged: list[str] = []
+    for path in _names(folder):
+        manifest = _read(path)
+        if manifest is None:
+            damaged.append(path.name)
+            continue
+        tensors = open_tensors(path / STATE)
+        state = {name: tensors.read(name) for name in tensors.tensors}
+        return Checkpoint(manifest["step"], state, manifest["progress"], manifest["origin"], tuple(damaged))
+    return None
+
+
+def checkpoint_names(folder: Path) -> list[str]:
+    """Names of all checkpoints, damaged or not, the newest first."""
+    return [path.name for path in _names(folder)]
+
+
+def clear_checkpoints(folder: Path) -> None:
+    """Remove all checkpoints, when the run needs them no more; only once what it leaves is on disk."""
+    sync(folder)
+    shutil.rmtree(folder / FOLDER, ignore_errors=True)
+
+
+def clear_unfinished(folder: Path) -> None:
+    """Remove what a run that was killed left half-written; only its successor, who holds the lock, may do so."""
+    sync(folder)  # an adapter may have been exchanged: the earlier one goes when that is on disk
+    for path in (*(folder / FOLDER).glob(UNFINISHED), *folder.glob(UNFINISHED)):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _names(folder: Path) -> list[Path]:
+    return sorted((folder / FOLDER).glob(NAMED), reverse=True)
+
+
+def _seal(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of what a manifest says, so that no bit of it flips unnoticed."""
+    return hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """The manifest of a checkpoint, if it and the state are what was saved under this name."""
+    manifest = read_json(path / MANIFEST)
+    try:
+        is_sound = (
+            manifest.pop("sha256") == _seal(manifest)
+            and path.name == _name(manifest["step"])
+            and manifest["files"] == {STATE: hash_file(path / STATE)}
+            and {"progress", "origin"} <= manifest.keys()
+        )
+    except (OSError, KeyError, TypeError, ValueError, AttributeError):
+        return None
+    return manifest if is_sound else None
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a run folder, so that no other run writes to it; released by the system if the process dies.
+
+    Args:
+        folder: Made if it is not there; if the work fails before anything is in it, it is removed again.
+
+    Yields:
+        None: While it is held.
+
+    Raises:
+        ConfigError: If another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = _hold(folder)
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # refuses one that holds anything
+        raise
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def _hold(folder: Path) -> int | None:
+    """The handle whose closing lets go of the folder; None where the system has no such locks."""
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    # Some file systems lock only what is open to be written, which a folder never is.
+    for place, flags in ((folder, os.O_RDONLY), (folder / ".lock", os.O_RDWR | os.O_CREAT)):
+        handle = os.open(place, flags)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            raise ConfigError(
+                f"out is {folder}, in which another run is at work: wait until it ends, or name another folder"
+            ) from None
+        except OSError:
+            os.close(handle)
+            continue
+        return handle
+    return None
+
+
+def origin_of(base: Base, rows: Iterable[Row], **runs_on: str) -> dict[str, str]:
+    """What a run is made of, by hash, and what the order of its sums depends on.
+
+    Args:
+        base: The base.
+        rows: Rows to learn from and held out.
+        **runs_on: Versions, cores and the like, which may change the last digits of a result.
+
+    Returns:
+        Text by name; `base` and `data` are the hashes.
+    """
+    data = hashlib.sha256()
+    for row in rows:
+        for array in (row.ids, row.labels):
+            data.update(len(array).to_bytes(8, "little"))
+            data.update(np.ascontiguousarray(array).data)
+    return {"base": base.quick_fingerprint(), "data": data.hexdigest(), **runs_on}
+
+
+def check_origin(checkpoint: Checkpoint, origin: Mapping[str, str], accepts_changes: bool, tell: Teller) -> None:
+    """Refuse to go on with another base or other data; say what may make the last digits differ.
+
+    Args:
+        checkpoint: Where the run is to be taken up.
+        origin: What it would be made of now.
+        accepts_changes: Go on all the same.
+        tell: Hears of what was left out or has changed.
+
+    Raises:
+        ConfigError: If base or data have changed.
+    """
+    for name in checkpoint.damaged:
+        tell.warning(f"checkpoint {name} is damaged and is left out: the run goes on from step {checkpoint.step}")
+    changed = [name for name, value in checkpoint.origin.items() if origin.get(name) != value]
+    what = " and ".join(f"the {name}" for name in HASHED if name in changed)
+    if what and not accepts_changes:
+        raise ConfigError(
+            f"{what} changed since the run to resume began, so it cannot end as it would have: begin another run with "
+            "another --out, or add --accept-changes"
+        )
+    if what:
+        tell.warning(f"{what} changed since the run began: it goes on with what is there now")
+    others = [f"{name} was {checkpoint.origin[name]}, is {origin.get(name)}" for name in changed if name not in HASHED]
+    if others:
+        tell.warning(f"the last digits may differ from those of an unbroken run: {'; '.join(others)}")

@@ -1,0 +1,99 @@
+"""The course of a run: which rows each step learns from, at which rate, and when it ends.
+
+A pure function of the row lengths, the knobs and the seed, so that a resumed run continues where it stopped.
+"""
+
+import bisect
+import functools
+import math
+from collections.abc import Sequence
+
+from thimble.config.options import TrainConfig
+from thimble.core.method import method_rates
+from thimble.core.schedule import default_rate, learning_rate
+from thimble.data.batches import epoch_steps
+
+DEFAULT_EPOCHS = 3.0
+LEAST_STEPS = 30
+WARMUP_SHARE = 0.03
+MOST_WARMUP_STEPS = 10
+
+
+class Course:
+    """Steps in order.
+
+    Args:
+        config: The knobs.
+        lengths: Tokens of each training row.
+        family: Family of the base, for the default rate.
+        hidden_size: Width of the base, likewise.
+    """
+
+    def __init__(self, config: TrainConfig, lengths: Sequence[int], family: str, hidden_size: int) -> None:
+        self._config, self._lengths = config, lengths
+        self._begins = [0]  # first step of each epoch looked at so far, and of the one after
+        self._epoch = functools.lru_cache(maxsize=2)(self._make_epoch)
+        self.minutes = config.max_minutes
+        self.total_steps = None if self.minutes else self._count_steps()
+        rows_per_step = len(lengths) / len(self._epoch(0))
+        rank = config.rank or 1 if config.use_rslora else 1
+        self.rate_factors = method_rates(config.init, config.use_dora, config.lora_plus, rank)
+        factor = math.prod(self.rate_factors.values())
+        usual = default_rate(family, hidden_size, rows_per_step, factor)
+        self.rate = config.learning_rate or usual
+        self.safer_rate = min(self.rate / 10, usual)
+        self.is_default_rate = config.learning_rate is None
+        steps = self.total_steps or LEAST_STEPS
+        warmup = config.warmup_steps
+        self.warmup_steps = min(MOST_WARMUP_STEPS, max(1, round(steps * WARMUP_SHARE))) if warmup is None else warmup
+
+    def _make_epoch(self, number: int) -> list[list[int]]:
+        return epoch_steps(self._lengths, self._config.batch_tokens, self._config.seed, number)
+
+    def _epoch_of(self, step: int) -> tuple[int, int]:
+        """Number of the epoch that a step belongs to, and its place there."""
+        while self._begins[-1] <= step:
+            self._begins.append(self._begins[-1] + len(self._epoch(len(self._begins) - 1)))
+        number = bisect.bisect_right(self._begins, step) - 1
+        return number, step - self._begins[number]
+
+    def _count_steps(self) -> int:
+        if self._config.max_steps:
+            return self._config.max_steps
+        epochs = self._config.epochs or DEFAULT_EPOCHS
+        whole = sum(len(self._epoch(number)) for number in range(int(epochs)))
+        part = round(len(self._epoch(int(epochs))) * (epochs - int(epochs))) if epochs % 1 else 0
+        least = 1 if self._config.epochs else LEAST_STEPS
+        return max(whole + part, least)
+
+    def rows(self, step: int) -> list[int]:
+        """Numbers of the rows that step `step` (from 0) learns from."""
+        number, place = self._epoch_of(step)
+        return self._epoch(number)[place]
+
+    def is_done(self, step: int, seconds: float) -> bool:
+        """Whether the run ends before step `step`, `seconds` after training began."""
+        if self.minutes:
+            return step > 0 and seconds >= self.minutes * 60
+        return step >= (self.total_steps or 0)
+
+    def rate_at(self, step: int, seconds: float) -> float:
+        """The learning rate of step `step`."""
+        if self.minutes:
+            done = min(1.0, seconds / (self.minutes * 60))
+            warmup = WARMUP_SHARE
+        else:
+            total = max(1, self.total_steps or 1)
+            done, warmup = (step + 0.5) / total, self.warmup_steps / total
+        return learning_rate(self.rate, done, min(warmup, 1.0), self._config.schedule)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps that see every row once."""
+        return len(self._epoch(0))
+
+    @property
+    def epochs(self) -> float:
+        """Passes over the data that `total_steps` make; 0 for a run by the clock."""
+        number, place = self._epoch_of(self.total_steps or 0)
+        return number + place / len(self._epoch(number))

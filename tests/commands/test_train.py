@@ -1,0 +1,263 @@
+"""Whole runs on a tiny base: what they leave behind, how they end, and that they can be repeated."""
+
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+
+import thimble
+from thimble.errors import RunError
+from thimble.files.peft import load_adapter
+
+QUICK = {
+    "seq_len": 64,
+    "batch_tokens": 64,
+    "max_steps": 6,
+    "max_new_tokens": 4,
+    "learning_rate": 0.01,
+    "compute": "fp32",
+}
+
+
+def steps(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    timing = ("seconds", "peak_memory_bytes")
+    return [{key: value for key, value in row.items() if key not in timing} for row in rows]
+
+
+def bytes_of(folder):
+    return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.fixture
+def train(examples, tiny_base, tmp_path):
+    def run(name, **knobs):
+        return thimble.train(examples, base=tiny_base, out=str(tmp_path / name), **{**QUICK, **knobs})
+
+    return run
+
+
+def test_a_run_learns_and_leaves_everything_behind(train, tmp_path):
+    report = train("run", max_steps=30)
+    assert report.status == "done"
+    assert report.loss_before == report.loss_base
+    assert report.loss_after < report.loss_before - 0.5
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names == {
+        "adapter",
+        "before.json",
+        "config.yaml",
+        "manifest.json",
+        "metrics.jsonl",
+        "report.html",
+        "report.json",
+    }
+    assert {"step", "loss", "learning_rate", "tokens", "seconds", "peak_memory_bytes"} <= set(
+        json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    )
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert len(manifest["base"]["sha256"]) == 64
+    assert manifest["data"]
+    assert set(manifest["result"]) == {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"}
+
+
+def test_the_same_seed_gives_the_same_adapter_and_another_seed_another(train, tmp_path):
+    for name, seed in (("one", 0), ("two", 0), ("three", 1)):
+        train(name, seed=seed)
+    assert bytes_of(tmp_path / "one") == bytes_of(tmp_path / "two")
+    assert steps(tmp_path / "one") == steps(tmp_path / "two")
+    assert bytes_of(tmp_path / "one") != bytes_of(tmp_path / "three")
+
+
+def test_a_run_can_be_repeated_from_its_folder(train, tmp_path):
+    train("one")
+    thimble.train(None, config=str(tmp_path / "one" / "config.yaml"), out=str(tmp_path / "two"))
+    assert bytes_of(tmp_path / "one") == bytes_of(tmp_path / "two")
+
+
+def test_a_run_that_diverges_keeps_the_last_good_adapter_and_says_so(train, tmp_path):
+    with pytest.raises(RunError, match="training diverged at step .* The last good adapter is kept in"):
+        train("run", learning_rate=1e3, max_steps=40)
+    assert load_adapter(tmp_path / "run").is_finite()
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["status"] == "diverged"
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """Make the loss of some steps NaN."""
+    from thimble.backends.torch.session import Gradients, TorchSession
+    from thimble.core.metrics import LossSum
+
+    def when(is_bad):
+        true, calls = TorchSession.gradients, iter(range(1, 1000))
+
+        def poisoned(self, *arguments):
+            found = true(self, *arguments)
+            return Gradients(LossSum(math.nan, 1), found.norm) if is_bad(next(calls)) else found
+
+        monkeypatch.setattr(TorchSession, "gradients", poisoned)
+
+    return when
+
+
+def test_one_nan_is_left_out_and_the_run_goes_on(train, poison, tmp_path):
+    poison(lambda step: step == 4)
+    report = train("run")
+    assert (report.status, report.steps, report.returns) == ("done", 6, 0)
+    assert "step 4 was left out: the loss is nan" in report.told["warning"]
+    assert load_adapter(tmp_path / "run").is_finite()
+
+
+def test_two_in_a_row_take_the_run_back_and_halve_its_rate(train, poison, tmp_path):
+    poison(lambda step: step in (4, 5))
+    report = train("run", schedule="constant", warmup_steps=0)
+    assert (report.status, report.returns) == ("done", 1)
+    assert "step 5: the loss is nan; back to the last good adapter, at 0.5 of the rate" in report.told["warning"]
+    assert [row["learning_rate"] for row in steps(tmp_path / "run")] == [0.01] * 5 + [0.005]
+
+
+def test_a_run_that_is_nan_for_good_ends_and_keeps_the_last_good_adapter(train, poison, tmp_path):
+    poison(lambda step: step > 3)
+    with pytest.raises(RunError, match="diverged at step 11: the loss is nan"):
+        train("run", max_steps=40)
+    assert load_adapter(tmp_path / "run").is_finite()
+    assert any(factors.B.any() for factors in load_adapter(tmp_path / "run").layers.values())
+
+
+def test_an_update_that_is_not_finite_is_never_published(train, tmp_path, monkeypatch):
+    from thimble.backends.torch.session import TorchSession
+
+    true, calls = TorchSession.apply, iter(range(1, 1000))
+
+    def poisoned(self, *arguments):
+        true(self, *arguments)
+        if next(calls) == 6:  # the last step
+            self._state.master[3] = math.inf
+
+    monkeypatch.setattr(TorchSession, "apply", poisoned)
+    with pytest.raises(RunError, match="diverged at step 6: numbers of the adapter or its optimiser are not finite"):
+        train("run")
+    adapter = load_adapter(tmp_path / "run")
+    assert adapter.is_finite()
+    assert any(factors.B.any() for factors in adapter.layers.values())
+
+
+def test_held_out_rows_that_are_trained_on_are_told(tiny_base, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    rows = [json.dumps({"prompt": f"say {n} ", "completion": f"{n} it is"}) for n in range(12)]
+    (folder / "train.jsonl").write_text("\n".join(rows))
+    (folder / "valid.jsonl").write_text("\n".join([rows[3], rows[3].replace("3", "33"), rows[5]]))
+    report = thimble.train(folder, base=tiny_base, out=str(tmp_path / "run"), **QUICK)
+    (warning,) = (text for text in report.told["warning"] if "also among the training rows" in text)
+    assert "2 held-out rows (valid.jsonl line 1, valid.jsonl line 3)" in warning
+    assert "valid.jsonl line 1" in warning
+
+
+def test_an_interrupted_run_keeps_what_was_learned(train, tmp_path):
+    taken = []
+    report = train(
+        "run", max_steps=50, on_event=lambda e: taken.append(e) if e.kind == "step" else None,
+        should_stop=lambda: len(taken) >= 3,
+    )  # fmt: skip
+    assert (report.status, report.steps) == ("interrupted", 3)
+    assert any(np.abs(factors.B).max() > 0 for factors in load_adapter(tmp_path / "run").layers.values())
+
+
+def test_a_base_that_is_cut_off_while_it_is_read_ends_the_run_and_keeps_what_was_learned(examples, tiny_base, tmp_path):
+    base = tmp_path / "base.gguf"
+    shutil.copy(tiny_base, base)
+
+    def cut(event):
+        if event.kind == "step" and event.data["step"] == 2:
+            with base.open("r+b") as file:
+                file.truncate(base.stat().st_size - 1)
+
+    with pytest.raises(RunError, match="became shorter while it was read, after step 2: what was learned"):
+        thimble.train(examples, base=str(base), out=str(tmp_path / "run"), on_event=cut, **QUICK)
+    assert any(np.abs(factors.B).max() > 0 for factors in load_adapter(tmp_path / "run").layers.values())
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["status"] == "interrupted"
+
+
+def test_a_resumed_run_ends_with_the_same_adapter_and_log(train, tmp_path):
+    train("whole", max_steps=9)
+    taken = []
+    train(
+        "broken", max_steps=9, checkpoint_every_steps=2,
+        on_event=lambda e: taken.append(e) if e.kind == "step" else None, should_stop=lambda: len(taken) >= 5,
+    )  # fmt: skip
+    report = train("broken", max_steps=9, checkpoint_every_steps=2, resume=True)
+    assert report.status == "done"
+    assert bytes_of(tmp_path / "whole") == bytes_of(tmp_path / "broken")
+    assert steps(tmp_path / "whole") == steps(tmp_path / "broken")
+
+
+def test_resuming_a_finished_run_returns_its_report(train):
+    first = train("run")
+    again = train("run", resume=True)
+    assert again.loss_after == first.loss_after
+    assert again.steps == first.steps
+
+
+def test_resuming_without_a_checkpoint_starts_from_the_beginning_and_says_so(train):
+    report = train("run", resume=True)
+    assert report.status == "done"
+    assert any("no valid checkpoint" in note for note in report.told["note"])
+
+
+def test_resuming_with_damaged_checkpoints_alone_starts_from_the_beginning_with_a_warning(train, tmp_path):
+    train("run", checkpoint_every_steps=3)
+    (tmp_path / "run" / "report.json").unlink()
+    for state in (tmp_path / "run" / "checkpoints").glob("step-*/state.safetensors"):
+        state.write_bytes(state.read_bytes()[:-1])
+    report = train("run", resume=True)
+    assert report.steps == 6
+    assert any("(step-00000006, step-00000003 found, but damaged)" in text for text in report.told["warning"])
+
+
+def test_a_damaged_checkpoint_is_passed_over(train, tmp_path):
+    from thimble.training.checkpoint import latest_checkpoint
+
+    train("run", checkpoint_every_steps=2)
+    assert latest_checkpoint(tmp_path / "run").step == 6
+    file = tmp_path / "run" / "checkpoints" / "step-00000006" / "state.safetensors"
+    damaged = bytearray(file.read_bytes())
+    damaged[-1] ^= 1
+    file.write_bytes(damaged)
+    assert latest_checkpoint(tmp_path / "run").step == 4
+
+
+def test_plain_text_is_cut_into_rows_and_some_are_held_out(tiny_base, tmp_path):
+    (tmp_path / "book.txt").write_text("the tool sewed and sewed until the thread was gone. " * 60)
+    report = thimble.train(tmp_path / "book.txt", base=tiny_base, out=str(tmp_path / "run"), **QUICK)
+    assert report.loss_after < report.loss_before
+
+
+def test_long_rows_are_truncated_and_counted(tiny_base, tmp_path):
+    rows = [{"prompt": "word " * 200, "completion": "done"}, *({"prompt": f"{n}", "completion": "x"} for n in range(6))]
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = thimble.train(tmp_path / "long.jsonl", base=tiny_base, out=str(tmp_path / "run"), valid_split=0, **QUICK)
+    assert any("1 training row longer than seq_len (14%) lost" in warning for warning in report.told["warning"])
+    assert math.isnan(report.loss_before)
+
+
+def test_a_metric_of_the_users_own_is_reported(train, tmp_path):
+    (tmp_path / "score.py").write_text("def length(answer, reference):\n    return {'characters': len(answer)}\n")
+    report = train("run", metric=f"{tmp_path}/score.py:length")
+    assert set(report.task_after) == {"characters"}
+
+
+def test_recomputing_blocks_gives_the_same_adapter(train, tmp_path, monkeypatch):
+    from dataclasses import replace
+
+    from thimble.training import plan as job
+
+    train("kept")
+    ways = job._ways
+    monkeypatch.setattr(job, "_ways", lambda *a: [replace(way, recomputed_blocks=99) for way in ways(*a)])
+    train("recomputed")
+    assert bytes_of(tmp_path / "kept") == bytes_of(tmp_path / "recomputed")

@@ -1,0 +1,67 @@
+"""The plan's laws: what costs more is said to cost more; the measured peak is compared in test_plan_memory.py."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from thimble.core.sizes import logit_chunk, padded, windows
+from thimble.models.base import open_base
+from thimble.models.cost import Way, Work, estimate_memory, estimate_seconds, lowest_block
+from thimble.models.machine import Machine
+
+BASE = Path(__file__).parents[1] / "fixtures" / "gguf" / "smollm2.gguf"
+MACHINE = Machine("a processor", 2, {"fp32": 1e11, "bf16": 2e11, "int8": 4e11}, 1e10, 0.0)
+
+
+@pytest.fixture
+def base():
+    return open_base(BASE)
+
+
+def memory(base, way, compute="bf16", trained=1000, longest=64, lowest=0):
+    return estimate_memory(base, compute, trained, longest, way, lowest).total
+
+
+def test_each_way_to_save_memory_saves_memory(base):
+    most = Way("dense", 2, 512, 1024)
+    layers = base.spec.num_layers
+    assert memory(base, replace(most, recomputed_blocks=layers)) < memory(base, most)
+    assert memory(base, replace(most, num_shares=1, tokens_at_once=512)) < memory(base, most)
+    assert memory(base, most, lowest=layers - 1) < memory(base, most)
+    assert memory(base, most, compute="bf16") < memory(base, most, compute="fp32")
+    assert memory(base, most, trained=1000) < memory(base, most, trained=2000)
+
+
+def test_each_way_to_save_memory_is_slower_by_the_order_of_ways():
+    fast = Way("dense", 2, 1024, 2048)
+    for slow in (replace(fast, recomputed_blocks=4), replace(fast, num_shares=1), replace(fast, micro_tokens=512),
+                 replace(fast, is_streamed=True)):  # fmt: skip
+        assert slow.slowness(8, 2) > fast.slowness(8, 2)
+
+
+def test_time_grows_with_work_and_falls_with_the_rate(base):
+    way, work = Way("dense", 2, 512, 1024), Work(1024, 512, 256, 1000)
+    seconds = estimate_seconds(base, "bf16", work, way, MACHINE)
+    layers = base.spec.num_layers
+    assert estimate_seconds(base, "fp32", work, way, MACHINE) > seconds
+    assert estimate_seconds(base, "bf16", replace(work, tokens=2048), way, MACHINE) > seconds
+    assert estimate_seconds(base, "bf16", replace(work, label_tokens=1024), way, MACHINE) > seconds
+    assert estimate_seconds(base, "bf16", work, replace(way, recomputed_blocks=layers), MACHINE) > seconds
+    assert estimate_seconds(base, "bf16", replace(work, lowest=layers - 1), way, MACHINE) < seconds
+
+
+def test_the_lowest_adapted_block():
+    assert lowest_block(["model.layers.7.mlp.up_proj", "model.layers.12.mlp.up_proj"]) == 7
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(1, 1), (256, 64), (300, 64), (49152, 576), (128256, 4096), (2048, 8192)])
+def test_windows_cover_all_rows_once(rows, cols):
+    found = windows(rows, cols)
+    assert [row for window in found for row in range(window.start, window.stop)] == list(range(rows))
+
+
+def test_sizes_are_padded_to_a_few():
+    assert [padded(n) for n in (1, 8, 9, 64, 65, 1000)] == [8, 8, 16, 64, 128, 1024]
+    assert logit_chunk(0, 98304) == 8
+    assert logit_chunk(2048, 98304) * 98304 <= 1.2 * 64_000_000

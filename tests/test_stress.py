@@ -1,0 +1,63 @@
+"""A quick version of every line of `make stress`."""
+
+import pytest
+
+from stress import files, runs
+from stress.__main__ import TRIALS
+
+QUICK = {"safetensors": 3000, "gguf": 2000, "data": 500}
+FOREIGN = {"adapters": 1000, "adapter_tensors": 1000, "bases": 1000, "tokenizers": 400, "gguf_metadata": 400}
+STORAGE = {"stops": 1, "cuts": 300, "full": 10, "flips": 100, "publishes": 20, "modes": 1}
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_a_mutated_file_is_refused_or_read_and_nothing_else(name, monkeypatch):
+    monkeypatch.setattr(files, "SLOW_SECONDS", 5.0)  # of a machine that does other things too
+    line = TRIALS[name][0](QUICK[name])
+    assert (line.wrong, line.tried) == (0, QUICK[name])
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_what_is_wrong_but_well_formed_is_refused_or_read_and_nothing_else(name, monkeypatch):
+    monkeypatch.setattr(files, "SLOW_SECONDS", 5.0)
+    line = TRIALS[name][0](FOREIGN[name])
+    assert (line.wrong, line.tried) == (0, FOREIGN[name])
+
+
+def test_no_hostile_folder_runs_anything():
+    line = TRIALS["canaries"][0](52)
+    assert (line.wrong, line.tried) == (0, 52)
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [("kill", 2), ("stopped", 3), ("numbers", 15), ("signals", 2), ("full_runs", 4), ("many_rows", 20_000)],
+)
+def test_runs_end_as_they_would_have_or_say_that_they_failed(name, count, monkeypatch):
+    monkeypatch.setattr(runs, "MOST_SECONDS_TO_END", 60.0)  # of a machine that does other things too
+    line = TRIALS[name][0](count)
+    assert (line.wrong, line.tried) == (0, count)
+
+
+def test_hundreds_of_steps_leave_no_memory_and_no_files_behind(monkeypatch):
+    monkeypatch.setattr(runs, "SETTLED", 0.5)
+    monkeypatch.setattr(runs, "MOST_GROWN_BYTES", 100_000_000)
+    line = TRIALS["soak"][0](400)
+    assert line.wrong == 0, line.note
+
+
+def test_a_run_with_too_little_memory_takes_less_or_is_refused(tmp_path):
+    line = TRIALS["memory"][0](1)
+    assert (line.wrong, line.tried) == (0, 1)
+
+
+@pytest.mark.parametrize("name", STORAGE)
+def test_storage_keeps_its_promises(name):
+    line = TRIALS[name][0](STORAGE[name])
+    assert line.wrong == 0
+    assert line.tried >= STORAGE[name]
+
+
+def test_no_hostile_template_hangs_or_fills_the_memory():
+    line = TRIALS["templates"][0](400)
+    assert (line.wrong, line.tried) == (0, 400)

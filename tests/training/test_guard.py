@@ -1,0 +1,122 @@
+"""What takes a run back, and what ends it."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from thimble.training.guard import IN_A_ROW, MOST_RETURNS, SPIKES_IN_A_ROW, Guard, Plateau, Verdict
+
+
+def steady(guard, count=40, low=2.0):
+    for number in range(count):
+        assert guard.judge(low + 0.1 * (number % 3), 1.0) is Verdict.TAKE
+
+
+@pytest.mark.parametrize(
+    ("loss", "norm", "why"),
+    [
+        (math.nan, 1.0, "the loss is nan"),
+        (math.inf, 1.0, "the loss is inf"),
+        (2.0, math.nan, "the gradient norm is nan"),
+        (30.0, 1.0, "the loss rose from 2.00 to 30.00"),
+    ],
+)
+def test_a_bad_step_is_left_out_and_two_in_a_row_take_the_run_back(loss, norm, why):
+    guard = Guard()
+    steady(guard)
+    assert guard.judge(loss, norm) is Verdict.SKIP
+    assert guard.why == why
+    assert guard.judge(2.1, 1.0) is Verdict.TAKE
+    assert guard.judge(loss, norm) is Verdict.SKIP
+    assert guard.judge(loss, norm) is Verdict.RETURN
+    assert guard.rate == 0.5
+
+
+def test_a_single_spike_is_learned_from_and_several_in_a_row_take_the_run_back():
+    guard = Guard()
+    steady(guard)
+    assert guard.judge(3.2, 1.0) is Verdict.TAKE
+    assert guard.why == "the loss jumped from about 2.10 to 3.20"
+    assert guard.judge(2.1, 1.0) is Verdict.TAKE
+    losses = [8.0 * 1.5**number for number in range(SPIKES_IN_A_ROW)]
+    guard = Guard(first=100.0)
+    steady(guard)
+    assert [guard.judge(loss, 1.0) for loss in losses] == [Verdict.TAKE] * (SPIKES_IN_A_ROW - 1) + [Verdict.RETURN]
+
+
+@pytest.mark.parametrize("share", [0.02, 0.05, 0.08, 0.2])
+def test_hard_rows_among_easy_ones_raise_no_alarm(share):
+    for seed in range(10):
+        random, guard = np.random.default_rng(seed), Guard()
+        for _ in range(2000):
+            loss = random.normal(1.5 if random.random() < share else 0.3, 0.05)
+            assert guard.judge(loss, 1.0) is Verdict.TAKE
+
+
+def test_a_run_that_keeps_leaving_the_road_is_given_up():
+    guard = Guard()
+    steady(guard)
+    verdicts = [guard.judge(math.nan, 1.0) for _ in range(IN_A_ROW * (MOST_RETURNS + 1))]
+    assert verdicts[-1] is Verdict.GIVE_UP
+    assert verdicts.count(Verdict.RETURN) == MOST_RETURNS
+
+
+def test_uneven_rows_and_a_falling_loss_raise_no_alarm():
+    guard = Guard()
+    for number in range(200):
+        loss = 3.0 * math.exp(-number / 30) + 0.4 + 0.4 * ((number * 7919) % 13) / 13
+        assert guard.judge(loss, 1.0 + 30 * (number % 17 == 0)) is Verdict.TAKE
+
+
+def test_the_end_comes_when_patience_does():
+    plateau = Plateau(patience=2)
+    assert [plateau.hear(step, [loss] * 4) for step, loss in enumerate([3.0, 2.0, 2.1, 1.9, 2.0])] == [
+        True, True, False, True, False,
+    ]  # fmt: skip
+    assert not plateau.is_over
+    plateau.hear(5, [1.95] * 4)
+    assert plateau.is_over
+    assert (plateau.best, plateau.best_step) == (1.9, 3)
+
+
+def test_noise_among_rows_ends_nothing_and_a_rise_of_all_rows_does():
+    random, ended = np.random.default_rng(0), 0
+    rows = random.normal(1.0, 0.5, 16)
+    for _ in range(100):  # runs of nine measurements, as a run makes
+        plateau = Plateau(patience=3)
+        for step in range(9):
+            plateau.hear(step, list(rows + random.normal(0, 0.1, 16)))
+            ended += plateau.is_over
+            if plateau.is_over:
+                break
+    assert ended <= 5
+    plateau = Plateau(patience=3)
+    plateau.hear(0, list(rows))
+    for step in range(1, 4):
+        plateau.hear(step, list(rows + 0.1 + random.normal(0, 0.05, 16)))
+    assert plateau.is_over
+
+
+def test_without_patience_there_is_no_end():
+    plateau = Plateau(patience=0)
+    for step in range(20):
+        plateau.hear(step, [1.0 + step] * 4)
+    assert not plateau.is_over
+
+
+def test_state_survives_json():
+    guard, plateau, again = Guard(), Plateau(patience=2), Plateau(patience=2)
+    assert repr(Guard.restored(json.loads(json.dumps(guard.state(), allow_nan=False)))) == repr(guard)
+    again.hear(3, [1.0, 2.0])
+    again.restore(json.loads(json.dumps(plateau.state(), allow_nan=False)))
+    assert again == plateau
+
+
+def test_a_measurement_that_is_not_finite_is_passed_over():
+    plateau = Plateau(patience=1)
+    assert plateau.hear(1, [1.0, 2.0])
+    for bad in ([math.nan, 1.0], [math.inf, 1.0], [math.nan, math.nan]):
+        assert not plateau.hear(2, bad)
+    assert (plateau.best, plateau.since, plateau.is_over) == (1.5, 0, False)

@@ -1,0 +1,372 @@
+"""What happens around a run: full disks, memory that runs out, low batteries, Ctrl-Z, damaged bases, dirty rows."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import thimble
+from thimble.backends.torch.session import TorchSession
+from thimble.commands import train as verb
+from thimble.errors import ConfigError, RunError
+from thimble.events import Teller
+from thimble.files.tensors import open_tensors
+from thimble.models import machine
+from thimble.models.machine import Battery
+from thimble.training import plan as job
+from thimble.training import run_folder
+from thimble.training.checkpoint import latest_checkpoint, locked
+from thimble.training.waiting import Waiting
+
+QUICK = {"seq_len": 64, "batch_tokens": 64, "max_steps": 8, "max_new_tokens": 2, "compute": "fp32", "rank": 4}
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.fixture
+def train(examples, tiny_base, tmp_path):
+    def run(name="run", **knobs):
+        return thimble.train(examples, base=tiny_base, out=str(tmp_path / name), **{**QUICK, **knobs})
+
+    return run
+
+
+def adapter_of(folder):
+    return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+# ---- full disks -----------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_that_cannot_be_written_does_not_end_the_run(train, tmp_path, monkeypatch):
+    whole, times = verb.save_checkpoint, []
+
+    def save(*args):
+        times.append(args[1])
+        if len(times) in (2, 3):
+            raise FULL
+        whole(*args)
+
+    monkeypatch.setattr(verb, "save_checkpoint", save)
+    report = train(checkpoint_every_steps=2)
+    assert (report.status, report.steps, times) == ("done", 8, [2, 4, 6, 8])
+    warnings = [text for text in report.told["warning"] if "cannot be written" in text]
+    assert len(warnings) == 2
+    assert "step 6 cannot be written (No space left on device): the run goes on, and that of step 2 is" in warnings[1]
+    train("other")
+    assert adapter_of(tmp_path / "run") == adapter_of(tmp_path / "other")
+
+
+def test_a_result_that_cannot_be_written_is_an_honest_failure_that_can_be_resumed(train, tmp_path, monkeypatch):
+    publish = run_folder.publish_adapter
+    monkeypatch.setattr(run_folder, "publish_adapter", lambda *a: (_ for _ in ()).throw(FULL))
+    with pytest.raises(RunError, match=r"cannot be written to .*No space left.*--resume, which goes on from step 8"):
+        train()
+    assert latest_checkpoint(tmp_path / "run").step == 8
+    assert not (tmp_path / "run" / "adapter").exists()
+    monkeypatch.setattr(run_folder, "publish_adapter", publish)
+    assert train(resume=True).status == "done"
+    train("other")
+    assert adapter_of(tmp_path / "run") == adapter_of(tmp_path / "other")
+
+
+def test_steps_that_found_no_room_are_in_the_log_as_soon_as_there_is_some(tmp_path, monkeypatch):
+    log = run_folder.StepLog(tmp_path / "metrics.jsonl")
+    log.add({"step": 1})
+    log._stream.close()  # a write that fails
+    monkeypatch.setattr(run_folder, "write_text", lambda *a: (_ for _ in ()).throw(FULL))
+    log.add({"step": 2})
+    with pytest.raises(OSError, match="No space"):
+        log.flush()
+    monkeypatch.undo()
+    log.add({"step": 3})
+    assert [row["step"] for row in run_folder.read_steps(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+
+
+# ---- memory ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def scarce(monkeypatch):
+    """Let memory run out in micro-batches of more than so many tokens."""
+
+    def limit(most_tokens):
+        whole = TorchSession._add_gradients
+
+        def add(session, share):
+            if max(len(batch.ids) for batch in share) > most_tokens:
+                raise MemoryError("you tried to allocate 12345 bytes")
+            return whole(session, share)
+
+        monkeypatch.setattr(TorchSession, "_add_gradients", add)
+
+    return limit
+
+
+def test_a_step_that_runs_out_of_memory_is_taken_in_smaller_parts(train, tmp_path, scarce):
+    train("whole", valid_split=0, batch_tokens=256, seq_len=64)
+    scarce(128)
+    report = train(valid_split=0, batch_tokens=256, seq_len=64)
+    assert any("memory ran out in step 1: from here on in micro-batches of" in text for text in report.told["warning"])
+    ours, other = (open_tensors(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("run", "whole"))
+    for name in ours.tensors:  # the same sums in another order; Adam makes much of the last digit of a tiny gradient
+        np.testing.assert_allclose(ours.read(name), other.read(name), atol=2e-3)
+
+
+def test_a_step_that_does_not_fit_at_all_ends_the_run_with_what_to_do(train, tmp_path, scarce):
+    train(max_steps=3, checkpoint_every_steps=1)
+    (tmp_path / "run" / "report.json").unlink()
+    scarce(4)
+    with pytest.raises(RunError, match=r"ran out \(in step 4, in the smallest parts.*--resume goes on from step 3"):
+        train(max_steps=5, resume=True, eval_rows=0)
+
+
+def test_torch_telling_of_memory_is_understood():
+    from thimble.backends.torch.memory import out_of_memory
+
+    def refuse(text):
+        raise RuntimeError(text)
+
+    told = "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to "
+    with pytest.raises(MemoryError):
+        out_of_memory(refuse)(told + "allocate 4000000000000 bytes. Error code 12 (Cannot allocate memory)")
+    with pytest.raises(RuntimeError, match="shapes"):
+        out_of_memory(refuse)("shapes do not match")
+
+
+def test_memory_that_runs_out_while_the_result_is_measured_does_not_cost_the_adapter(train, tmp_path, monkeypatch):
+    from thimble.training.before_after import Proof
+
+    monkeypatch.setattr(Proof, "after", lambda self: (_ for _ in ()).throw(MemoryError("of 5 GB")))
+    report = train()
+    assert report.status == "done"
+    assert any("memory ran out while the result was measured (of 5 GB)" in text for text in report.told["warning"])
+    assert adapter_of(tmp_path / "run")
+
+
+def test_what_is_measured_after_a_smaller_step_is_measured_in_smaller_parts(train, monkeypatch, scarce):
+    from thimble.training.before_after import Proof
+
+    ways = []
+    monkeypatch.setattr(Proof, "after", lambda self: ways.append((self.job.way, self.job.held_out.pass_tokens)))
+    scarce(128)
+    train(batch_tokens=256, seq_len=64)
+    ((way, tokens),) = ways
+    assert way.micro_tokens == tokens <= 128
+
+
+# ---- waiting --------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_is_asked_to_wait_saves_a_checkpoint_and_goes_on(train, tmp_path, monkeypatch):
+    found = []
+    monkeypatch.setattr(Waiting, "wait", lambda self: found.append(latest_checkpoint(tmp_path / "run")) or 1000.0)
+    asked = []
+
+    def should_wait():
+        asked.append(1)
+        return "somebody wants the machine" if len(asked) == 4 else ""
+
+    report = train(should_wait=should_wait)
+    assert found[0].step == 4
+    assert any("paused after step 4, with a checkpoint: somebody wants" in text for text in report.told["warning"])
+    assert report.seconds < 0  # a pause, here of a thousand seconds, is not training
+    train("other")
+    assert adapter_of(tmp_path / "run") == adapter_of(tmp_path / "other")
+
+
+def test_a_run_can_be_left_while_it_waits(train):
+    paused = []
+    report = train(
+        should_wait=lambda: "rest" if paused or not paused.append(1) else "", should_stop=lambda: len(paused) > 0
+    )
+    assert report.status == "interrupted"
+
+
+def power(folder, name, **values):
+    (folder / name).mkdir(parents=True, exist_ok=True)
+    for key, value in values.items():
+        (folder / name / key).write_text(f"{value}\n")
+
+
+def test_the_battery_is_read_where_the_system_tells_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "POWER", tmp_path)
+    assert machine.battery() is None
+    power(tmp_path, "hidpp_battery_0", type="Battery", scope="Device", status="Discharging", capacity=5)
+    assert machine.battery() is None  # a mouse
+    power(tmp_path, "BAT0", type="Battery", status="Discharging", capacity=4)
+    assert machine.battery() == Battery(4, True)
+    power(tmp_path, "BAT1", type="Battery", status="Unknown", capacity=94)
+    assert machine.battery() == Battery(49, True)  # together they last
+    power(tmp_path, "AC", type="Mains", online=1)
+    assert machine.battery() == Battery(49, False)
+    power(tmp_path, "BAT0", capacity="unknown")
+    power(tmp_path, "BAT1", capacity="unknown")
+    assert machine.battery() is None
+
+
+def test_a_low_battery_pauses_until_it_is_charged(monkeypatch):
+    monkeypatch.setattr("thimble.training.waiting.LOOK_SECONDS", 0.0)
+    levels = iter([Battery(30, True), Battery(9, True), Battery(9, True), Battery(12, True), Battery(12, False)])
+    waiting = Waiting(lambda: "", lambda: False, Teller(lambda event: None), lambda: next(levels))
+    assert waiting.why() == ""
+    assert waiting.why() == "the battery is at 9 % and nothing charges it"
+    waiting.wait()
+    assert next(levels, None) is None  # 12 % was not enough while nothing charged it
+
+
+def test_a_processor_that_slows_itself_down_is_told_of_once(tmp_path, monkeypatch):
+    count = tmp_path / "cpu0" / "thermal_throttle" / "core_throttle_count"
+    count.parent.mkdir(parents=True)
+    count.write_text("7\n")
+    monkeypatch.setattr(machine, "CORES", tmp_path)
+    monkeypatch.setattr("thimble.training.waiting.HEAT_SECONDS", 0.0)
+    tell = Teller(lambda event: None)
+    waiting = Waiting(lambda: "", lambda: False, tell)
+    waiting.watch_heat()
+    assert tell.told["warning"] == []
+    for hot in ("8\n", "9\n"):
+        count.write_text(hot)
+        waiting.watch_heat()
+    assert tell.told["warning"] == ["the processor is hot and slows itself down: steps take longer until it is cooler"]
+
+
+@pytest.fixture
+def process(examples, tiny_base, tmp_path):
+    """A run of its own process that takes long, and a way to wait for what it says."""
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in {**QUICK, "max_steps": 100_000}.items()]
+    command = [sys.executable, "-m", "thimble", "train", str(examples), "--base", tiny_base, "--out", "run", *flags]
+    told = open(tmp_path / "told", "w+")  # noqa: SIM115
+    running = subprocess.Popen(command, cwd=tmp_path, stdout=told, stderr=told)
+
+    def until(text, seconds=180):
+        end = time.monotonic() + seconds
+        while text not in (tmp_path / "told").read_text():
+            assert time.monotonic() < end, (tmp_path / "told").read_text()
+            assert running.poll() is None, (tmp_path / "told").read_text()
+            time.sleep(0.02)
+
+    yield running, until
+    running.kill()
+    running.wait()
+    told.close()
+
+
+def state_of(process):
+    return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+def test_ctrl_z_saves_a_checkpoint_and_stops_the_process_until_it_is_continued(process, tmp_path):
+    running, until = process
+    until("step 1/")
+    os.kill(running.pid, signal.SIGTSTP)
+    until("with a checkpoint: asked for with Ctrl-Z")
+    end = time.monotonic() + 60
+    while state_of(running) != "T":
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    step = latest_checkpoint(tmp_path / "run").step
+    os.kill(running.pid, signal.SIGCONT)
+    until("going on after a pause of")
+    os.kill(running.pid, signal.SIGTERM)
+    assert running.wait(60) == 143
+    assert latest_checkpoint(tmp_path / "run").step >= step
+
+
+# ---- bases and data -------------------------------------------------------------------------------------------------
+
+
+def test_a_base_with_a_weight_that_is_not_finite_is_named_before_anything_is_learned(examples, tiny_base, tmp_path):
+    info = open_tensors(tiny_base).tensors["blk.1.ffn_up.weight"]
+    whole = bytearray(Path(tiny_base).read_bytes())
+    whole[info.offset : info.offset + 4] = np.float32(np.nan).tobytes()
+    (tmp_path / "bad.gguf").write_bytes(whole)
+    with pytest.raises(RunError, match=r"not finite in model\.layers\.1\.mlp\.up_proj\.weight: copy or convert it"):
+        thimble.train(examples, base=str(tmp_path / "bad.gguf"), out=str(tmp_path / "run"), **QUICK)
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+@pytest.mark.parametrize(("loss", "is_odd"), [(8.0, False), (12.0, True)])
+def test_a_base_that_is_far_worse_than_guessing_on_the_rows_is_warned_of(train, monkeypatch, loss, is_odd):
+    from thimble.training.before_after import Proof
+
+    monkeypatch.setattr(Proof, "_measure", lambda self: (loss, []))  # guessing among its 320 tokens: 5.8
+    warnings = train().told["warning"]
+    assert any("on the held-out rows, worse than guessing" in text for text in warnings) == is_odd
+
+
+def test_rows_that_are_left_out_are_listed_with_the_reason(tiny_base, tmp_path):
+    rows = [{"prompt": f"say {n} ", "completion": f"{n} it is"} for n in range(20)]
+    lines = [*map(json.dumps, rows), '{"prompt": "x"']
+    (tmp_path / "mine.jsonl").write_text("\n".join(lines) + "\n")
+    report = thimble.train(tmp_path / "mine.jsonl", base=tiny_base, out=str(tmp_path / "run"), **QUICK)
+    (line,) = (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()
+    assert json.loads(line)["source"] == "mine.jsonl line 21"
+    assert "is not valid JSON" in json.loads(line)["problem"]
+    assert report.skipped_rows == 1
+    assert any("1 of 21 rows cannot be used and are left out" in text for text in report.told["warning"])
+
+
+def test_data_and_base_that_are_moved_away_during_a_run_do_not_cost_its_result(examples, tiny_base, tmp_path):
+    base = tmp_path / "base.gguf"
+    base.write_bytes(Path(tiny_base).read_bytes())
+
+    def hear(event):
+        if event.kind == "step" and event.data["step"] == 2:
+            base.unlink()
+            examples.unlink()
+
+    report = thimble.train(examples, base=str(base), out=str(tmp_path / "run"), on_event=hear, **QUICK)
+    assert report.status == "done"
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert manifest["base"]["sha256"] is None
+    assert len(manifest["data"][str(examples)]) == 64
+
+
+def test_a_run_is_locked_before_the_checkpoint_to_resume_is_read(train, tmp_path, monkeypatch):
+    train(checkpoint_every_steps=2)
+    (tmp_path / "run" / "report.json").unlink()
+    monkeypatch.setattr(verb, "prepare_job", lambda *a: pytest.fail("the checkpoint was read"))
+    with locked(tmp_path / "run"), pytest.raises(ConfigError, match="in which another run is at work"):
+        train(resume=True)
+
+
+def test_a_resumed_run_takes_its_steps_as_it_began_them(train, tmp_path, monkeypatch):
+    train("whole", valid_split=0, batch_tokens=256)
+    taken = []
+    train(
+        valid_split=0, batch_tokens=256, should_stop=lambda: len(taken) >= 3,
+        on_event=lambda event: taken.append(1) if event.kind == "step" else None,
+    )  # fmt: skip
+    ways = job._ways
+    monkeypatch.setattr(job, "_ways", lambda *a: ways(*a)[-1:])  # as if the machine had little memory free today
+    report = train(valid_split=0, batch_tokens=256, resume=True)
+    assert not any("digits" in text for text in report.told["warning"])
+    assert adapter_of(tmp_path / "run") == adapter_of(tmp_path / "whole")
+
+
+def test_a_second_run_in_a_folder_is_refused_before_the_base_is_loaded(train, tmp_path, monkeypatch):
+    monkeypatch.setattr(verb, "open_session", lambda *a: pytest.fail("the base was loaded"))
+    with locked(tmp_path / "run"), pytest.raises(ConfigError, match="in which another run is at work"):
+        train()
+
+
+def test_a_run_that_fails_before_anything_is_written_leaves_no_folder(train, tmp_path, monkeypatch):
+    monkeypatch.setattr(verb, "open_session", lambda *a: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_report_of_another_version_is_read_as_far_as_it_is_known(train, tmp_path):
+    train()
+    path = tmp_path / "run" / "report.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "of_the_future": 1}))
+    assert train(resume=True).steps == 8
