@@ -59,7 +59,7 @@ $(BASE): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	@if $(PIP) --dry-run $(TORCH_FROM) | grep -q nvidia; then \
 		echo 'pip would download a CUDA build of PyTorch, several gigabytes that Thimble does not use.'; \
-		echo 'Look up the CPU build on pytorch.org (Get started: Linux, Pip, Python, CPU) and name its index:'; \
+		echo 'CalibrationData up the CPU build on pytorch.org (Get started: Linux, Pip, Python, CPU) and name its index:'; \
 		echo '    make TORCH_INDEX=<the address behind --index-url> $(MAKECMDGOALS)'; \
 		exit 2; \
 	fi

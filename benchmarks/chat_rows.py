@@ -20,7 +20,7 @@ from thimble.data.batches import epoch_steps, shares
 from thimble.data.encode import Row
 from thimble.data.records import read_dataset
 from thimble.models.base import default_base, open_base
-from thimble.models.cost import Way
+from thimble.models.cost import ExecutionPlan
 from thimble.training.prepare import encode_examples, open_model
 
 RANK, ALPHA, RATE, ROWS_PER_STEP = 16, 32, 3e-4, 8
@@ -35,16 +35,16 @@ def read_rows(path: str, count: int) -> list[Row]:
 
 def with_thimble(rows: list[Row], compute: str) -> float:
     """Seconds of one pass."""
-    machine()  # chooses how fp32 is multiplied, as the verbs do
+    machine()  # chooses how fp32 is multiplied, as the commands do
     base = open_base(None)
-    session = TorchSession(base, compute, Way("file", num_shares=2), rows[0].ids)
+    session = TorchSession(base, compute, ExecutionPlan("file", num_shares=2), rows[0].ids)
     shapes = base.spec.linear_shapes()
     session.train(fresh_adapter(shapes, "kaiming", size_layers(list(shapes), RANK, ALPHA), 0))
     steps = epoch_steps([len(row.ids) for row in rows], 2048, 0, 0)
     began = time.perf_counter()
     for step in steps:
         chosen = [rows[number] for number in step]
-        gradients = session.gradients(shares(chosen, 2, 1024), sum(row.label_tokens for row in chosen))
+        gradients = session.gradients(shares(chosen, 2, 1024), sum(row.target_tokens for row in chosen))
         session.apply(gradients, RATE, 1.0)
     return time.perf_counter() - began
 

@@ -1,7 +1,7 @@
 """Does the start of A and B matter? Every start at its own best learning rate, on two tasks, over paired seeds.
 
 A start is tried at learning rates 1.78 apart, from its default upwards, with one seed; more are added while the best
-lies at the edge. The best rate is then run with five seeds that share data, order and held-out rows with those of
+lies at the edge. The best rate is then run with five seeds that share data, order and validation rows with those of
 Kaiming's. What a start reads to calibrate is charged to it. Results are kept after every run, so that a run that was
 stopped goes on; `--reduced` is a version of under twenty minutes. Writes initialisation.json, its chart and its part of
 RESULTS.md.
@@ -26,9 +26,9 @@ from thimble.config.options import TrainConfig
 from thimble.core.method import INITS
 from thimble.core.metrics import LossSum
 from thimble.data.batches import micro_batches, shares
-from thimble.events import Teller, ignore
+from thimble.events import EventLog, ignore
 from thimble.training.initialise import Start, make_start
-from thimble.training.plan import Job, prepare_job
+from thimble.training.plan import RunPlan, plan_run
 from thimble.training.prepare import open_session
 
 HERE = Path(__file__).parent
@@ -93,46 +93,50 @@ class Task:
         self.session: TorchSession | None = None
         self.starts: dict[tuple[str, int], Start] = {}
 
-    def job(self, arm: str, seed: int, rate: float | None = None) -> Job:
+    def job(self, arm: str, seed: int, rate: float | None = None) -> RunPlan:
         """A run of this task."""
         config = TrainConfig.build({
             "data": str(self.data), "init": arm, "seed": seed, "learning_rate": rate, "max_steps": self.size.steps,
             "batch_tokens": BATCH_TOKENS, "seq_len": 640, "eval_rows": 0, "eval_every_steps": 0,
             "calibration_steps": CALIBRATION_STEPS,
         })  # fmt: skip
-        return prepare_job(config, Teller(ignore), needs_folder=False)
+        return plan_run(config, EventLog(ignore), needs_folder=False)
 
     def run(self, arm: str, power: int, seed: int) -> dict[str, Any]:
         """Train once; what became of it."""
         began = time.perf_counter()
-        rate = self.job(arm, seed).course.rate * STEP**power
-        job = self.job(arm, seed, rate)
-        self.session = self.session or open_session(job.model, job.config.compute, job.way)
+        rate = self.run_plan(arm, seed).step_schedule.rate * STEP**power
+        run_plan = self.run_plan(arm, seed, rate)
+        self.session = self.session or open_session(run_plan.model, run_plan.config.compute, run_plan.execution)
         if (arm, seed) not in self.starts:
             self.starts = {key: start for key, start in self.starts.items() if key[0] == arm}
-            self.starts[arm, seed] = make_start(job, self.session, Teller(ignore))
+            self.starts[arm, seed] = make_start(run_plan, self.session, EventLog(ignore))
         self.session.train(self.starts[arm, seed].adapter)
-        looked = sum(len(job.examples.train[n].ids) for s in range(CALIBRATION_STEPS) for n in job.course.rows(s))
+        looked = sum(
+            len(run_plan.examples.train[n].ids)
+            for s in range(CALIBRATION_STEPS)
+            for n in run_plan.step_schedule.rows(s)
+        )
         tokens = int(looked * PASSES.get(INITS[arm].needs, 0))
-        curve = [(tokens, self._loss(job, job.examples.valid[:EVAL_ROWS]))]
+        curve = [(tokens, self._loss(run_plan, run_plan.examples.valid[:EVAL_ROWS]))]
         for step in range(self.size.steps):
-            rows = [job.examples.train[number] for number in job.course.rows(step)]
-            parts = shares(rows, job.way.num_shares, job.way.micro_tokens)
-            gradients = self.session.gradients(parts, sum(row.label_tokens for row in rows))
-            self.session.apply(gradients, job.course.rate_at(step, 0.0), 1.0)
+            rows = [run_plan.examples.train[number] for number in run_plan.step_schedule.rows(step)]
+            parts = shares(rows, run_plan.execution.num_shares, run_plan.execution.micro_tokens)
+            gradients = self.session.gradients(parts, sum(row.target_tokens for row in rows))
+            self.session.apply(gradients, run_plan.step_schedule.rate_at(step, 0.0), 1.0)
             tokens += sum(len(row.ids) for row in rows)
             if (step + 1) % self.size.eval_every == 0:
-                curve.append((tokens, self._loss(job, job.examples.valid[:EVAL_ROWS])))
-        general = self._loss(job, job.general)
+                curve.append((tokens, self._loss(run_plan, run_plan.examples.valid[:EVAL_ROWS])))
+        general = self._loss(run_plan, run_plan.general)
         return {
             "task": self.name, "arm": arm, "power": power, "seed": seed, "rate": rate, "curve": curve,
             "final": curve[-1][1], "general": general, "steps": self.size.steps,
             "seconds": round(time.perf_counter() - began, 1),
         }  # fmt: skip
 
-    def _loss(self, job: Job, rows: Any) -> float:
+    def _loss(self, run_plan: RunPlan, rows: Any) -> float:
         assert self.session is not None
-        mean = sum(self.session.losses(micro_batches(rows, job.way.micro_tokens)), LossSum()).mean
+        mean = sum(self.session.losses(micro_batches(rows, run_plan.execution.micro_tokens)), LossSum()).mean
         return mean if math.isfinite(mean) else 99.0
 
 
@@ -275,11 +279,11 @@ def as_page(lines: list[dict[str, Any]], size: Size) -> str:
                 f"{general[0]:+.4f} ± {general[1]:.4f}",
             ]  # fmt: skip
         page.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*page, "", "![Held-out loss over tokens, by start](initialisation.svg)", ""])
+    return "\n".join([*page, "", "![Validation loss over tokens, by start](initialisation.svg)", ""])
 
 
 def draw(study: Study, lines: list[dict[str, Any]], size: Size) -> None:
-    """Held-out loss over tokens at each start's best rate, and final loss over the rate."""
+    """Validation loss over tokens at each start's best rate, and final loss over the rate."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -297,8 +301,8 @@ def draw(study: Study, lines: list[dict[str, Any]], size: Size) -> None:
             curves.plot(mean[:, 0] / 1000, mean[:, 1], color=colours[arm], label=arm)
             tried = sorted((run["rate"], run["final"]) for run in own if run["arm"] == arm and run["seed"] == 0)
             rates.plot(*zip(*tried, strict=True), "o-", color=colours[arm], markersize=3)
-        curves.set(title=f"{name}, best rate, mean of seeds", xlabel="thousand tokens", ylabel="held-out loss")
-        rates.set(title=f"{name}, one seed", xlabel="learning rate", ylabel="final held-out loss", xscale="log")
+        curves.set(title=f"{name}, best rate, mean of seeds", xlabel="thousand tokens", ylabel="validation loss")
+        rates.set(title=f"{name}, one seed", xlabel="learning rate", ylabel="final validation loss", xscale="log")
         lowest = min(run["final"] for run in own)
         rates.set_ylim(lowest - 0.02, lowest + 0.4)
         for side in (curves, rates):

@@ -1,4 +1,4 @@
-"""One contestant: a short run on the demo's data with one compute type; the held-out loss it ends with.
+"""One contestant: a short run on the demo's data with one compute type; the validation loss it ends with.
 
 Everything else is the same: rows, order, start of A, rate. The loss is measured in the compute type that was trained.
 """

@@ -241,7 +241,7 @@ def chat(group: str) -> list[Row]:
 
 
 def quality(group: str) -> list[Row]:
-    """Held-out loss of a short demo run, int8 against fp32, three seeds."""
+    """Validation loss of a short demo run, int8 against fp32, three seeds."""
     changes = []
     for seed in ("0", "1", "2"):
         found = {
@@ -249,7 +249,7 @@ def quality(group: str) -> list[Row]:
             for compute in ("fp32", "int8")
         }
         changes.append(found["int8"]["loss_after"] / found["fp32"]["loss_after"] - 1)
-    name = "demo run of 50 steps, held-out loss with int8 against fp32: change in %, mean of 3 seeds"
+    name = "demo run of 50 steps, validation loss with int8 against fp32: change in %, mean of 3 seeds"
     spread = ", ".join(f"{change:+.2%}" for change in changes)
     return [Row(group, name, "ourselves, fp32", 100 * statistics.mean(changes), NO_MORE, 0.5, spread, 3)]
 

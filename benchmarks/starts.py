@@ -10,28 +10,28 @@ from make_rows import ALPHA, RANK
 
 from thimble.config.options import TrainConfig
 from thimble.data.batches import micro_batches
-from thimble.events import Teller, ignore
+from thimble.events import EventLog, ignore
 from thimble.models.base import default_base
 from thimble.training.initialise import make_start
-from thimble.training.plan import Job, prepare_job
+from thimble.training.plan import RunPlan, plan_run
 from thimble.training.prepare import open_session
 
 STEPS = 2  # of 2048 tokens, that starts made from data look at
 
 
-def make_job(data: str, init: str) -> Job:
+def make_job(data: str, init: str) -> RunPlan:
     """A run on some rows; both contestants see the same tokens."""
     config = TrainConfig.build({"data": data, "init": init, "rank": RANK, "alpha": ALPHA, "eval_rows": 0})
-    return prepare_job(config, Teller(ignore), needs_folder=False)
+    return plan_run(config, EventLog(ignore), needs_folder=False)
 
 
 def ours(data: str, init: str) -> dict[str, float]:
     """Thimble's start."""
-    job = make_job(data, init)
-    session = open_session(job.model, job.config.compute, job.way)
-    list(session.losses(micro_batches(job.examples.train[:2], 1024)))  # the file is in memory, as in training
+    run_plan = make_job(data, init)
+    session = open_session(run_plan.model, run_plan.config.compute, run_plan.execution)
+    list(session.losses(micro_batches(run_plan.examples.train[:2], 1024)))  # the file is in memory, as in training
     with Measured() as measured:
-        make_start(job, session, Teller(ignore))
+        make_start(run_plan, session, EventLog(ignore))
     return measured.found
 
 
@@ -40,8 +40,8 @@ def peft(data: str, init: str) -> dict[str, float]:
     from peft import EvaConfig, LoraConfig, get_peft_model, initialize_lora_eva_weights
     from transformers import AutoModelForCausalLM
 
-    job, path = make_job(data, "kaiming"), default_base()
-    rows = [job.examples.train[number] for step in range(STEPS) for number in job.course.rows(step)]
+    run_plan, path = make_job(data, "kaiming"), default_base()
+    rows = [run_plan.examples.train[number] for step in range(STEPS) for number in run_plan.step_schedule.rows(step)]
     batches = [{"input_ids": torch.from_numpy(row.ids).long()[None]} for row in rows]
     model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     kind = {"eva": EvaConfig(rho=1.0)} if init == "eva" else {}

@@ -16,7 +16,7 @@ from thimble.core.targets import size_layers
 from thimble.data.batches import shares
 from thimble.data.encode import Row
 from thimble.models.base import open_base
-from thimble.models.cost import Way, Work, estimate_memory, estimate_seconds
+from thimble.models.cost import ExecutionPlan, Work, estimate_memory, estimate_seconds
 
 
 def read_options() -> argparse.Namespace:
@@ -41,7 +41,9 @@ def main() -> None:
     tokens = options.rows * options.length
     num_shares = min(options.shares or num_cores(), options.rows)
     micro = max(MICRO_BATCH_TOKENS[0], options.length)
-    way = Way(options.store, num_shares, micro, min(num_shares * micro, tokens), options.recomputed, options.streamed)
+    execution = ExecutionPlan(
+        options.store, num_shares, micro, min(num_shares * micro, tokens), options.recomputed, options.streamed
+    )
     shapes = base.spec.linear_shapes()
     adapter = fresh_adapter(shapes, "kaiming", size_layers(list(shapes), options.rank, ALPHA), 0)
     ids, is_learned = make_tokens(options.labels, options.rows, options.length)
@@ -49,14 +51,14 @@ def main() -> None:
     labels = np.concatenate([targets[:, 1:], np.full((options.rows, 1), -100)], 1).astype(np.int32)
     work = Work(tokens, float((labels >= 0).sum()), options.length, adapter.num_parameters)
     planned = {
-        "planned_bytes": estimate_memory(base, options.compute, work.trained, options.length, way).total,
-        "planned_seconds": estimate_seconds(base, options.compute, work, way, rates),
+        "planned_bytes": estimate_memory(base, options.compute, work.trained, options.length, execution).total,
+        "planned_seconds": estimate_seconds(base, options.compute, work, execution, rates),
     }
-    session = TorchSession(base, options.compute, way, ids[0, :512])
+    session = TorchSession(base, options.compute, execution, ids[0, :512])
     session.train(adapter)
     kept = {name: values.copy() for name, values in session.state().items()}  # as a run keeps its last sound state
     del adapter
-    step = shares([Row(i, t, "", 0) for i, t in zip(ids, labels, strict=True)], num_shares, way.micro_tokens)
+    step = shares([Row(i, t, "", 0) for i, t in zip(ids, labels, strict=True)], num_shares, execution.micro_tokens)
     times, losses = [], []
     for _ in range(options.steps + 1):
         began = time.perf_counter()

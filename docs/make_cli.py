@@ -47,17 +47,17 @@ EXIT_CODES = """\
 """
 
 HEAD = """\
-# The verbs
+# The commands
 
 *Written by `make docs` from `thimble --help` and the docstrings of the reports; do not edit this page.*
 
-Every verb is also a Python function of the same name with the same knobs: `thimble.train("mine.jsonl", rank=8)`.
+Every command is also a Python function of the same name with the same options: `thimble.train("mine.jsonl", rank=8)`.
 A YAML file given with `--config` holds the same names (`learning_rate: 1e-4`); flags override it.
 """
 
 JSON_HEAD = """\
-With `--json` a verb prints one JSON object, and nothing else, on stdout; everything for people goes to stderr. Numbers
-that are not finite are `null`. A run that is refused, or that diverges, prints
+With `--json` a command prints one JSON object, and nothing else, on stdout; everything for people goes to stderr. Numbers
+that are NaN or Inf are `null`. A run that is refused, or that diverges, prints
 `{"error": [one sentence per problem], "exit_code": N}`.
 """
 
@@ -65,11 +65,11 @@ that are not finite are `null`. A run that is refused, or that diverges, prints
 def write_page() -> str:
     """The whole page."""
     parts = [HEAD, _help(), "## Exit codes\n", EXIT_CODES]
-    for verb in CONFIGS:
-        parts += [f"## thimble {verb}\n", SUMMARIES[verb] + "\n", _help(verb)]
+    for command in CONFIGS:
+        parts += [f"## thimble {command}\n", SUMMARIES[command] + "\n", _help(command)]
     parts += ["## Fields of the JSON reports\n", JSON_HEAD]
-    for verb, reports in REPORTS.items():
-        parts.append(f"### {verb}\n")
+    for command, reports in REPORTS.items():
+        parts.append(f"### {command}\n")
         parts += [_fields(report) for report in reports]
     parts.append("### chat\n")
     parts.append(
@@ -79,12 +79,12 @@ def write_page() -> str:
     return "\n".join(parts)
 
 
-def _help(*verb: str) -> str:
-    """What `thimble VERB --help` prints, as a block of text."""
+def _help(*command: str) -> str:
+    """What `thimble COMMAND --help` prints, as a block of text."""
     os.environ |= {"COLUMNS": COLUMNS, "NO_COLOR": "1"}
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
-        main([*verb, "--help"])
+        main([*command, "--help"])
     return f"```text\n{printed.getvalue().rstrip()}\n```\n"
 
 
@@ -131,7 +131,12 @@ def _synonyms() -> str:
     ours: dict[str, list[str]] = {}
     for other, name in SYNONYMS.items():
         ours.setdefault(name, []).append(f"`{other}`")
-    lines = ["Accepted for the knob on the left, in config files and in Python:", "", "| knob | also |", "|---|---|"]
+    lines = [
+        "Accepted for the option on the left, in config files and in Python:",
+        "",
+        "| option | also |",
+        "|---|---|",
+    ]
     lines += [f"| `{name}` | {', '.join(others)} |" for name, others in sorted(ours.items())]
     lines += ["", "Refused, with what to do instead:", "", "| name | instead |", "|---|---|"]
     lines += [f"| `{name}` | {advice} |" for name, advice in ELSEWHERE.items()]

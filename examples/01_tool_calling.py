@@ -1,6 +1,6 @@
 """Prepare the demo: tool calls from the Berkeley Function Calling Leaderboard (package bfcl-eval, Apache-2.0).
 
-Rows that share a function, called or not, land on the same side: no function of a held-out row is seen in training.
+Rows that share a function, called or not, land on the same side: no function of a validation row is seen in training.
 """
 
 import importlib.util

@@ -34,7 +34,7 @@ def refused(thimble, tmp_path):
 def test_help_names_every_verb(thimble):
     code, out, _ = thimble()
     assert code == 0
-    assert all(verb in out for verb in ("train", "plan", "evaluate", "chat", "inspect", "merge"))
+    assert all(command in out for command in ("train", "plan", "evaluate", "chat", "inspect", "merge"))
 
 
 def test_missing_data_says_what_to_name(refused, tiny_base):
@@ -126,14 +126,14 @@ def test_a_budget_that_is_too_small_is_refused_with_what_would_do(refused, examp
     ("yaml", "message"),
     [
         ("rank: [1", "is not YAML"),
-        ("rnak: 3", "rnak is not a knob of this verb: did you mean rank?"),
-        ("- rank", "holds no knobs"),
+        ("rnak: 3", "rnak is not a option of this command: did you mean rank?"),
+        ("- rank", "holds no options"),
         ("rank: yes", "rank is True: expected a whole number"),
     ],
 )
 def test_a_broken_config_file_is_refused(refused, examples, tiny_base, tmp_path, yaml, message):
-    (tmp_path / "knobs.yaml").write_text(yaml)
-    assert message in refused("train", examples, "--base", tiny_base, "--config", "knobs.yaml")
+    (tmp_path / "options.yaml").write_text(yaml)
+    assert message in refused("train", examples, "--base", tiny_base, "--config", "options.yaml")
 
 
 def test_an_adapter_of_another_base_is_refused(refused, examples, tiny_base, tmp_path):
@@ -153,7 +153,7 @@ def test_a_metric_that_is_not_there_is_refused(refused, examples, tiny_base):
 
 
 def test_a_fault_of_ours_is_short_and_exits_with_one(thimble, examples, tiny_base, monkeypatch):
-    monkeypatch.setattr("thimble.commands.train.prepare_job", lambda *a: 1 / 0)
+    monkeypatch.setattr("thimble.commands.train.plan_run", lambda *a: 1 / 0)
     code, _, err = thimble("train", examples, "--base", tiny_base)
     assert code == 1
     assert "a fault of Thimble's own: ZeroDivisionError" in err

@@ -135,8 +135,10 @@ def _thimble_fault(words: list[str]) -> str:
         options, unknown = make_parser().parse_known_args(words)
     except SystemExit as error:
         return "" if error.code == 0 else f"argparse refuses {words}"
-    values = {name: value for name, value in vars(options).items() if name not in ("verb", "config", "json", "debug")}
-    problems = list(build_config(options.verb, values).problems) if options.verb in CONFIGS else []
+    values = {
+        name: value for name, value in vars(options).items() if name not in ("command", "config", "json", "debug")
+    }
+    problems = list(build_config(options.command, values).problems) if options.command in CONFIGS else []
     return "; ".join([*unknown, *problems])
 
 

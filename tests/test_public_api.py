@@ -62,7 +62,9 @@ def test_importing_thimble_loads_no_heavy_package():
     assert modules_after("import thimble") & HEAVY == set()
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["--version"], [], *([verb, "--help"] for verb in VERBS)], ids=" ".join)
+@pytest.mark.parametrize(
+    "argv", [["--help"], ["--version"], [], *([command, "--help"] for command in VERBS)], ids=" ".join
+)
 def test_help_loads_no_heavy_package(argv):
     """`thimble --help` answers at once: measured by what it loads, since time depends on the machine."""
     quiet = "with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):"
@@ -83,4 +85,4 @@ def test_python_m_thimble_is_the_command():
 def test_no_verb_shows_the_help():
     done = run_command()
     assert done.returncode == 0
-    assert all(verb in done.stdout for verb in VERBS)
+    assert all(command in done.stdout for command in VERBS)

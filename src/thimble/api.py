@@ -1,4 +1,4 @@
-"""The verbs as Python functions: `thimble.train("examples.jsonl", rank=8)` returns what `thimble train` reports."""
+"""The commands as Python functions: `thimble.train("examples.jsonl", rank=8)` returns what `thimble train` reports."""
 
 import importlib
 from collections.abc import Callable, Iterable, Mapping
@@ -9,15 +9,15 @@ from thimble.config.options import (
     ChatConfig,
     EvaluateConfig,
     InspectConfig,
-    Knobs,
     MergeConfig,
+    Options,
     PlanConfig,
     TrainConfig,
     take_up,
 )
 from thimble.errors import ConfigError
 
-CONFIGS: dict[str, type[Knobs]] = {
+CONFIGS: dict[str, type[Options]] = {
     "train": TrainConfig,
     "plan": PlanConfig,
     "evaluate": EvaluateConfig,
@@ -25,23 +25,23 @@ CONFIGS: dict[str, type[Knobs]] = {
     "inspect": InspectConfig,
     "merge": MergeConfig,
 }
-MODULES = {"inspect": "inspect_"}  # of verbs that a module of the standard library is named like
+MODULES = {"inspect": "inspect_"}  # of commands that a module of the standard library is named like
 
 
-def load_verb(verb: str) -> Callable[..., Any]:
-    """The function of a verb; imports what it needs only now."""
-    return getattr(importlib.import_module(f"thimble.commands.{MODULES.get(verb, verb)}"), verb)
+def load_command(command: str) -> Callable[..., Any]:
+    """The function of a command; imports what it needs only now."""
+    return getattr(importlib.import_module(f"thimble.commands.{MODULES.get(command, command)}"), command)
 
 
 def build_config(
-    verb: str, values: Mapping[str, Any], config_file: str | None = None, problems: Iterable[str] = ()
+    command: str, values: Mapping[str, Any], config_file: str | None = None, problems: Iterable[str] = ()
 ) -> Any:
     """Layer the sources of a config: the run folder being resumed, then a YAML file, then what was given.
 
     Args:
-        verb: Name of the verb.
-        values: Knobs given by flags or keywords; they win.
-        config_file: A YAML file of knobs.
+        command: Name of the command.
+        values: Options given by flags or keywords; they win.
+        config_file: A YAML file of options.
         problems: What the caller already found wrong.
 
     Returns:
@@ -58,7 +58,7 @@ def build_config(
     lengths = ("epochs", "max_steps", "max_minutes")
     if any(values.get(name) is not None for name in lengths):  # a length that is given replaces any in a file
         layers = {name: value for name, value in layers.items() if name not in lengths}
-    config = CONFIGS[verb].build({**layers, **values}, where=config_file or "")
+    config = CONFIGS[command].build({**layers, **values}, where=config_file or "")
     return config.replace(problems=(*problems, *config.problems))
 
 
@@ -79,24 +79,24 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if value is None:
         return {}
     if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
-        raise ConfigError(f"config file {path} holds no knobs: expected lines such as `rank: 16`")
-    return {name: knob for name, knob in value.items() if knob is not None}
+        raise ConfigError(f"config file {path} holds no options: expected lines such as `rank: 16`")
+    return {name: option for name, option in value.items() if option is not None}
 
 
-def _call(verb: str, data: str | Path | None, knobs: dict[str, Any]) -> Any:
-    heard = ("on_event", "should_stop", *(("should_wait",) if verb == "train" else ()))
-    listeners = {name: knobs.pop(name) for name in heard if name in knobs}
-    config_file = knobs.pop("config", None)
-    given = {**knobs, "data": str(data)} if data is not None else knobs
-    return load_verb(verb)(build_config(verb, given, config_file), **listeners)
+def _call(command: str, data: str | Path | None, options: dict[str, Any]) -> Any:
+    heard = ("on_event", "should_stop", *(("should_wait",) if command == "train" else ()))
+    listeners = {name: options.pop(name) for name in heard if name in options}
+    config_file = options.pop("config", None)
+    given = {**options, "data": str(data)} if data is not None else options
+    return load_command(command)(build_config(command, given, config_file), **listeners)
 
 
-def train(data: str | Path | None = None, **knobs: Any) -> Any:
-    """Train an adapter; see `thimble train --help` for the knobs.
+def train(data: str | Path | None = None, **options: Any) -> Any:
+    """Train an adapter; see `thimble train --help` for the options.
 
     Args:
         data: File or folder of examples; may stand in the `config` file instead.
-        **knobs: `base`, `rank`, `epochs` and so on, by the names of the flags; also `config` (a YAML file),
+        **options: `base`, `rank`, `epochs` and so on, by the names of the flags; also `config` (a YAML file),
             `on_event`, `should_stop` and `should_wait`.
 
     Returns:
@@ -106,33 +106,33 @@ def train(data: str | Path | None = None, **knobs: Any) -> Any:
         InputError: If the run is refused.
         RunError: If it diverged.
     """
-    return _call("train", data, knobs)
+    return _call("train", data, options)
 
 
-def plan(data: str | Path | None = None, **knobs: Any) -> Any:
+def plan(data: str | Path | None = None, **options: Any) -> Any:
     """Say what training would need; see `train` for the arguments. Returns a thimble.commands.plan.PlanReport."""
-    return _call("plan", data, knobs)
+    return _call("plan", data, options)
 
 
-def evaluate(data: str | Path | None = None, **knobs: Any) -> Any:
+def evaluate(data: str | Path | None = None, **options: Any) -> Any:
     """Measure a base and adapters on the same rows. Returns a thimble.commands.evaluate.EvaluateReport."""
-    return _call("evaluate", data, knobs)
+    return _call("evaluate", data, options)
 
 
-def chat(**knobs: Any) -> Any:
+def chat(**options: Any) -> Any:
     """Open a conversation: `chat(adapter=["runs/mine-1"]).ask("Hello")`. Returns a thimble.commands.chat.Conversation."""
     from thimble.commands.chat import open_conversation
 
-    return open_conversation(build_config("chat", knobs, knobs.pop("config", None)))
+    return open_conversation(build_config("chat", options, options.pop("config", None)))
 
 
-def inspect(path: str | Path | None = None, other: str | Path | None = None, **knobs: Any) -> Any:
-    """Look into a base, an adapter or two adapters; see `thimble inspect --help` for the knobs.
+def inspect(path: str | Path | None = None, other: str | Path | None = None, **options: Any) -> Any:
+    """CalibrationData into a base, an adapter or two adapters; see `thimble inspect --help` for the options.
 
     Args:
         path: A base, or an adapter or run folder; default: the base named by `base`, or the default base.
         other: A second adapter to compare the first with.
-        **knobs: `base`, `blocks`, `out`; also `config`, `on_event` and `should_stop`.
+        **options: `base`, `blocks`, `out`; also `config`, `on_event` and `should_stop`.
 
     Returns:
         A thimble.commands.inspect_.InspectReport.
@@ -141,22 +141,22 @@ def inspect(path: str | Path | None = None, other: str | Path | None = None, **k
         InputError: If there is nothing to look into; with every problem found.
     """
     named = {name: str(value) for name, value in (("path", path), ("other", other)) if value is not None}
-    return _call("inspect", None, {**knobs, **named})
+    return _call("inspect", None, {**options, **named})
 
 
-def merge(*adapters: str | Path, **knobs: Any) -> Any:
-    """Make an adapter smaller, or merge it into a base; see `thimble merge --help` for the knobs.
+def merge(*adapters: str | Path, **options: Any) -> Any:
+    """Make an adapter smaller, or merge it into a base; see `thimble merge --help` for the options.
 
     Args:
         *adapters: Adapter or run folders; several are added up.
-        **knobs: `out`, `truncate`, `rank`, `base`, by the names of the flags; also `config`, `on_event`, `should_stop`.
+        **options: `out`, `truncate`, `rank`, `base`, by the names of the flags; also `config`, `on_event`, `should_stop`.
 
     Returns:
         A thimble.commands.merge.MergeReport.
 
     Raises:
         InputError: If it is refused; nothing is written then.
-        RunError: If a merged weight does not fit its number type.
+        RunError: If a merged weight does not fit its dtype.
     """
     given = {"adapter": [str(path) for path in adapters]} if adapters else {}
-    return _call("merge", None, {**given, **knobs})
+    return _call("merge", None, {**given, **options})

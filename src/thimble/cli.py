@@ -1,4 +1,4 @@
-"""The command line: argv to config to verb to printed report. The only file that prints or exits."""
+"""The command line: argv to config to command to printed report. The only file that prints or exits."""
 
 import argparse
 import difflib
@@ -13,7 +13,7 @@ from typing import Any, NoReturn, get_origin
 
 from thimble import __version__
 from thimble.api import CONFIGS, build_config
-from thimble.config.options import Knobs, knob_type, knobs_of
+from thimble.config.options import Options, option_type, options_of
 from thimble.errors import InputError, ThimbleError
 from thimble.report.terminal import (
     Progress,
@@ -30,7 +30,7 @@ SUMMARIES = {
     "plan": "Say what a training run would decide, need and cost, without training.",
     "evaluate": "Measure a base and adapters on the same rows.",
     "chat": "Talk to a base or an adapter, and switch between them.",
-    "inspect": "Look into the weights of a base, into an adapter, or compare two adapters.",
+    "inspect": "CalibrationData into the weights of a base, into an adapter, or compare two adapters.",
     "merge": "Make an adapter smaller, or merge it into a base of float weights.",
 }
 RENDERERS = {
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = make_parser()
     options, unknown = parser.parse_known_args(argv)
-    if not options.verb:
+    if not options.command:
         parser.print_help()
         return 0
     is_json, is_debug = options.json, options.debug
@@ -88,24 +88,24 @@ def _failed(problems: Sequence[str], exit_code: int, is_json: bool) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of all verbs, derived from the knobs of their configs."""
+    """The parser of all commands, derived from the options of their configs."""
     parser = argparse.ArgumentParser(
         prog="thimble", description="Fine-tune language models with LoRA on the machine you have.", allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=f"thimble {__version__}")
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB")
-    for verb, config in CONFIGS.items():
-        sub = verbs.add_parser(verb, help=SUMMARIES[verb], description=SUMMARIES[verb], allow_abbrev=False)
-        _add_knobs(sub, config)
-        sub.add_argument("--config", metavar="FILE.yaml", help="Read knobs from a YAML file; flags override it.")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for command, config in CONFIGS.items():
+        sub = commands.add_parser(command, help=SUMMARIES[command], description=SUMMARIES[command], allow_abbrev=False)
+        _add_options(sub, config)
+        sub.add_argument("--config", metavar="FILE.yaml", help="Read options from a YAML file; flags override it.")
         sub.add_argument("--json", action="store_true", help="Print one JSON object on stdout and nothing else there.")
         sub.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
     return parser
 
 
-def _add_knobs(parser: argparse.ArgumentParser, config: type[Knobs]) -> None:
-    for name, spec in knobs_of(config).items():
-        kind, _ = knob_type(spec)
+def _add_options(parser: argparse.ArgumentParser, config: type[Options]) -> None:
+    for name, spec in options_of(config).items():
+        kind, _ = option_type(spec)
         meta = spec.metadata
         shown = "" if spec.default in (None, "", (), False) else f" (default: {_shown(spec.default)})"
         options: dict[str, Any] = {"help": (meta["help"] + shown).replace("%", "%%"), "default": argparse.SUPPRESS}
@@ -121,7 +121,7 @@ def _add_knobs(parser: argparse.ArgumentParser, config: type[Knobs]) -> None:
 
 
 def _takes_many(spec: Field[Any]) -> bool:
-    return get_origin(knob_type(spec)[0]) is tuple
+    return get_origin(option_type(spec)[0]) is tuple
 
 
 def _flag(name: str) -> str:
@@ -140,44 +140,44 @@ def _shown(default: Any) -> str:
 
 def _run(options: argparse.Namespace, unknown: list[str]) -> int:
     values = vars(options)
-    verb, config_file, is_json = values.pop("verb"), values.pop("config"), values.pop("json")
+    command, config_file, is_json = values.pop("command"), values.pop("config"), values.pop("json")
     values.pop("debug")
-    config = build_config(verb, values, config_file, _unknown_flags(verb, unknown))
-    if verb == "chat":
+    config = build_config(command, values, config_file, _unknown_flags(command, unknown))
+    if command == "chat":
         return _chat(config, is_json)
-    stop = _StopFlag("writing nothing" if verb == "merge" else "keeping what was learned")
+    stop = _StopFlag("writing nothing" if command == "merge" else "keeping what was learned")
     progress = Progress(sys.stderr)
-    from thimble.api import load_verb
+    from thimble.api import load_command
 
-    if verb == "plan":
-        report = load_verb(verb)(config, progress.hear)
-    elif verb == "train":
+    if command == "plan":
+        report = load_command(command)(config, progress.on_event)
+    elif command == "train":
         pause = _PauseFlag(progress)
-        report = load_verb(verb)(config, pause.hear, stop, pause)
+        report = load_command(command)(config, pause.on_event, stop, pause)
     else:
-        report = load_verb(verb)(config, progress.hear, stop)
+        report = load_command(command)(config, progress.on_event, stop)
     progress.end()
     if is_json:
         print(to_json(report))
     else:
-        print(RENDERERS[verb](report))
+        print(RENDERERS[command](report))
     return EXIT_INTERRUPTED[stop.signal] if stop.signal else 0
 
 
-def _unknown_flags(verb: str, unknown: list[str]) -> list[str]:
-    """A problem for each argument that no knob takes, with the nearest flag."""
-    knobs = knobs_of(CONFIGS[verb])
-    flags = [_flag(name) for name in knobs] + ["--config", "--json", "--debug"]
+def _unknown_flags(command: str, unknown: list[str]) -> list[str]:
+    """A problem for each argument that no option takes, with the nearest flag."""
+    options = options_of(CONFIGS[command])
+    flags = [_flag(name) for name in options] + ["--config", "--json", "--debug"]
     problems = []
     for word in unknown:
         if word.startswith("-"):
             near = difflib.get_close_matches(word.split("=")[0], flags, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"see thimble {verb} --help"
-            problems.append(f"{word.split('=')[0]} is not a flag of thimble {verb}: {hint}")
+            hint = f"did you mean {near[0]}?" if near else f"see thimble {command} --help"
+            problems.append(f"{word.split('=')[0]} is not a flag of thimble {command}: {hint}")
         elif not any(other.startswith("-") for other in unknown):
-            is_many = any(spec.metadata["positional"] and _takes_many(spec) for spec in knobs.values())
+            is_many = any(spec.metadata["positional"] and _takes_many(spec) for spec in options.values())
             advice = ": name all of them before the flags" if is_many else ""
-            problems.append(f"{word!r} is one argument too many for thimble {verb}{advice}")
+            problems.append(f"{word!r} is one argument too many for thimble {command}{advice}")
     return problems
 
 
@@ -213,11 +213,11 @@ class _PauseFlag:
         if hasattr(signal, "SIGTSTP"):
             signal.signal(signal.SIGTSTP, self._on_signal)
 
-    def hear(self, event: Any) -> None:
+    def on_event(self, event: Any) -> None:
         """Take note of whether steps are being taken."""
         if event.kind in ("stage", "step"):
             self._is_learning = event.kind == "step"
-        self._progress.hear(event)
+        self._progress.on_event(event)
 
     def _on_signal(self, number: int, frame: object) -> None:
         if self._is_asked or not self._is_learning:
@@ -241,7 +241,7 @@ def _chat(config: Any, is_json: bool) -> int:
     from thimble.commands.chat import open_conversation
 
     progress = Progress(sys.stderr)
-    talk = open_conversation(config, progress.hear) if config.prompt is None else open_conversation(config)
+    talk = open_conversation(config, progress.on_event) if config.prompt is None else open_conversation(config)
     progress.end()
     if config.prompt is not None:
         answer = talk.ask(config.prompt, _no_text if is_json else _write)

@@ -2,7 +2,7 @@
 
     ThimbleError                    exit code 1 (a fault of ours, if raised bare)
     ├── InputError                  exit code 2: refused before any work was done
-    │   ├── ConfigError             a knob has a bad name or value
+    │   ├── ConfigError             a option has a bad name or value
     │   ├── DataError               the user's examples cannot be used
     │   ├── BaseModelError          the base model is missing, damaged or not supported
     │   ├── AdapterError            an adapter is damaged or does not belong to this base
@@ -38,7 +38,7 @@ class InputError(ThimbleError):
 
 
 class ConfigError(InputError, ValueError):
-    """A knob has a bad name or value."""
+    """A option has a bad name or value."""
 
 
 class DataError(InputError, ValueError):

@@ -1,4 +1,4 @@
-"""What a verb tells while it works; the command line and the server render it."""
+"""What a command reports while it works: events for whoever renders them, and the messages a report keeps."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -7,7 +7,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Event:
-    """Something worth telling.
+    """Something worth reporting.
 
     Attributes:
         kind: `decision` (what was chosen and why), `note` (what was found), `warning`, `stage` (a phase begins),
@@ -26,7 +26,7 @@ ShouldStop = Callable[[], bool]
 
 
 def ignore(event: Event) -> None:
-    """Tell nobody."""
+    """Take no notice."""
 
 
 def never() -> bool:
@@ -34,38 +34,42 @@ def never() -> bool:
     return False
 
 
-class Teller:
-    """Passes events on and remembers decisions, notes and warnings for the report."""
+class EventLog:
+    """Passes events on, and keeps decisions, notes and warnings for the report.
+
+    Args:
+        on_event: Called with each event.
+    """
 
     def __init__(self, on_event: OnEvent) -> None:
         self._on_event = on_event
-        self.told: dict[str, list[str]] = {"decision": [], "note": [], "warning": []}
+        self.messages: dict[str, list[str]] = {"decision": [], "note": [], "warning": []}
 
     def decision(self, text: str) -> None:
-        """Tell what was chosen and why."""
-        self._tell("decision", text)
+        """Report what was chosen and why."""
+        self._add("decision", text)
 
     def note(self, text: str) -> None:
-        """Tell what was found."""
-        self._tell("note", text)
+        """Report what was found."""
+        self._add("note", text)
 
     def warning(self, text: str) -> None:
-        """Tell what may spoil the result."""
-        self._tell("warning", text)
+        """Report what may spoil the result."""
+        self._add("warning", text)
 
-    def _tell(self, kind: str, text: str) -> None:
-        if text not in self.told[kind]:
-            self.told[kind].append(text)
+    def _add(self, kind: str, text: str) -> None:
+        if text not in self.messages[kind]:
+            self.messages[kind].append(text)
             self._on_event(Event(kind, text))
 
     def stage(self, text: str) -> None:
-        """Tell that a phase begins."""
+        """Report that a phase begins."""
         self._on_event(Event("stage", text))
 
     def progress(self, what: str, done: int, total: int) -> None:
-        """Tell how far a phase is, and what is counted."""
+        """Report how far a phase is, and what is counted."""
         self._on_event(Event("progress", what, {"done": done, "total": total}))
 
     def step(self, data: dict[str, Any]) -> None:
-        """Tell that an optimiser step was taken."""
+        """Report that an optimiser step was taken."""
         self._on_event(Event("step", data=data))

@@ -1,4 +1,4 @@
-"""The other verbs on a tiny base."""
+"""The other commands on a tiny base."""
 
 import json
 
@@ -31,7 +31,7 @@ def test_base_and_adapters_are_measured_on_the_same_rows(examples, tiny_base, ad
     report = thimble.evaluate(examples, base=tiny_base, adapter=[adapter], max_new_tokens=4, metric="exact")
     base, other = report.results
     assert (base.name, other.name) == ("base", adapter)
-    assert base.label_tokens == other.label_tokens > 0
+    assert base.target_tokens == other.target_tokens > 0
     assert base.loss != other.loss
     assert base.perplexity == pytest.approx(np.exp(base.loss))
     assert set(base.scores) == {"exact match"}

@@ -116,7 +116,7 @@ def test_of_a_large_base_an_even_spread_is_decomposed_and_said(tiny_base, monkey
     monkeypatch.setattr("thimble.commands.inspect_.MOST_OPERATIONS", 1.0)
     report = package.inspect(tall)
     assert report.blocks == [0, 2, 4]
-    assert "blocks 0, 2, 4 of 5 are decomposed" in report.told["decision"][0]
+    assert "blocks 0, 2, 4 of 5 are decomposed" in report.messages["decision"][0]
 
 
 def test_a_weight_of_zeros_is_left_out_by_name(tmp_path):
@@ -124,7 +124,7 @@ def test_a_weight_of_zeros_is_left_out_by_name(tmp_path):
     report = package.inspect(base)
     assert report.skipped == [
         "model.layers.0.self_attn.v_proj: its weight is all zeros",
-        "model.layers.1.mlp.up_proj: its weight holds numbers that are not finite",
+        "model.layers.1.mlp.up_proj: its weight holds numbers that are NaN or Inf",
     ]
     assert len(report.spectra) == len(open_base(base).spec.linear_shapes()) - 2
     adapted = package.inspect(make_adapter(base, tmp_path / "adapter"), base=base)
@@ -135,7 +135,7 @@ def test_a_weight_of_zeros_is_left_out_by_name(tmp_path):
 
 def test_a_base_of_nothing_but_damage_is_refused(tmp_path, refused):
     text = refused(damaged_folder(tmp_path, _proj=np.nan), "--out", tmp_path / "figures")
-    assert text.count("holds numbers that are not finite") >= 14
+    assert text.count("holds numbers that are NaN or Inf") >= 14
     assert not (tmp_path / "figures").exists()
 
 
@@ -143,7 +143,7 @@ def test_looking_stops_when_asked(tiny_base):
     asked = []
     report = package.inspect(tiny_base, should_stop=lambda: len(asked) == 3 or asked.append(1))
     assert len(report.spectra) == 3
-    assert "stopped early: 3 of" in report.told["warning"][0]
+    assert "stopped early: 3 of" in report.messages["warning"][0]
 
 
 # ---- an adapter -----------------------------------------------------------------------------------------------------
@@ -396,7 +396,7 @@ def test_an_adapter_with_numbers_that_are_not_finite_is_refused(refused, tiny_ba
     file = open_tensors(broken / "adapter_model.safetensors")
     tensors = {name: file.read(name) * np.float32(np.inf if Q in name else 1) for name in file.tensors}
     write_safetensors(broken / "adapter_model.safetensors", tensors, {"format": "pt"})
-    assert f"{Q} holds numbers that are not finite" in refused(broken, "--base", tiny_base)
+    assert f"{Q} holds numbers that are NaN or Inf" in refused(broken, "--base", tiny_base)
 
 
 def test_the_function_raises_what_the_command_tells(tmp_path):

@@ -243,7 +243,7 @@ def test_a_sum_is_rounded_once_to_the_type_of_the_file_and_the_loss_is_told(tmp_
     lost = (wanted.double() - weight.double() - update.double()).norm() / update.double().norm()
     assert layer.error == pytest.approx(float(lost), rel=1e-3)
     assert report.rounding == {name: max(layer.error for layer in report.layers)}
-    assert not report.told["warning"]
+    assert not report.messages["warning"]
 
 
 def test_an_update_that_vanishes_in_bfloat16_is_warned_about(tmp_path):
@@ -251,7 +251,7 @@ def test_an_update_that_vanishes_in_bfloat16_is_warned_about(tmp_path):
     adapter = write_adapter(tmp_path / "a", open_base(base).spec.linear_shapes(), scale=1e-4)
     report = thimble.merge(adapter, base=str(base), out=str(tmp_path / "merged"))
     assert report.rounding["BF16"] > 0.5
-    (warning,) = report.told["warning"]
+    (warning,) = report.messages["warning"]
     assert "rounding to BF16 changed the updates of 14 layers by more than 10%" in warning
     assert report.kinds[-1].worst_layer in warning
 
@@ -276,10 +276,10 @@ def test_rows_are_merged_in_windows_with_the_same_result(tmp_path, monkeypatch):
 def refuse(tmp_path):
     """A merge that must be refused and leave nothing: gives the message."""
 
-    def run(*adapters, kind=InputError, **knobs):
+    def run(*adapters, kind=InputError, **options):
         before = names_in(tmp_path)
         with pytest.raises(kind) as caught:
-            thimble.merge(*adapters, **{"out": str(tmp_path / "out"), **knobs})
+            thimble.merge(*adapters, **{"out": str(tmp_path / "out"), **options})
         assert names_in(tmp_path) == before
         return str(caught.value)
 
@@ -352,7 +352,7 @@ def test_an_adapter_given_twice_is_refused(refuse, tmp_path):
 def test_adapters_of_different_bases_are_warned_about(tmp_path):
     paths = write_adapter(tmp_path / "a"), write_adapter(tmp_path / "b", name="other/base")
     report = thimble.merge(*paths, truncate=1, out=str(tmp_path / "out"))
-    assert "other/base, some/base" in report.told["warning"][0]
+    assert "other/base, some/base" in report.messages["warning"][0]
     assert json.loads((tmp_path / "out" / CONFIG_FILE).read_text())["base_model_name_or_path"] is None
 
 

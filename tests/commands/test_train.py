@@ -10,6 +10,7 @@ import pytest
 import thimble
 from thimble.errors import RunError
 from thimble.files.peft import load_adapter
+from thimble.training import plan as planning
 
 QUICK = {
     "seq_len": 64,
@@ -33,8 +34,8 @@ def bytes_of(folder):
 
 @pytest.fixture
 def train(examples, tiny_base, tmp_path):
-    def run(name, **knobs):
-        return thimble.train(examples, base=tiny_base, out=str(tmp_path / name), **{**QUICK, **knobs})
+    def run(name, **options):
+        return thimble.train(examples, base=tiny_base, out=str(tmp_path / name), **{**QUICK, **options})
 
     return run
 
@@ -107,16 +108,16 @@ def poison(monkeypatch):
 def test_one_nan_is_left_out_and_the_run_goes_on(train, poison, tmp_path):
     poison(lambda step: step == 4)
     report = train("run")
-    assert (report.status, report.steps, report.returns) == ("done", 6, 0)
-    assert "step 4 was left out: the loss is nan" in report.told["warning"]
+    assert (report.status, report.steps, report.rollbacks) == ("done", 6, 0)
+    assert "step 4 was left out: the loss is nan" in report.messages["warning"]
     assert load_adapter(tmp_path / "run").is_finite()
 
 
 def test_two_in_a_row_take_the_run_back_and_halve_its_rate(train, poison, tmp_path):
     poison(lambda step: step in (4, 5))
     report = train("run", schedule="constant", warmup_steps=0)
-    assert (report.status, report.returns) == ("done", 1)
-    assert "step 5: the loss is nan; back to the last good adapter, at 0.5 of the rate" in report.told["warning"]
+    assert (report.status, report.rollbacks) == ("done", 1)
+    assert "step 5: the loss is nan; back to the last good adapter, at 0.5 of the rate" in report.messages["warning"]
     assert [row["learning_rate"] for row in steps(tmp_path / "run")] == [0.01] * 5 + [0.005]
 
 
@@ -139,7 +140,7 @@ def test_an_update_that_is_not_finite_is_never_published(train, tmp_path, monkey
             self._state.master[3] = math.inf
 
     monkeypatch.setattr(TorchSession, "apply", poisoned)
-    with pytest.raises(RunError, match="diverged at step 6: numbers of the adapter or its optimiser are not finite"):
+    with pytest.raises(RunError, match="diverged at step 6: numbers of the adapter or its optimiser are NaN or Inf"):
         train("run")
     adapter = load_adapter(tmp_path / "run")
     assert adapter.is_finite()
@@ -153,8 +154,8 @@ def test_held_out_rows_that_are_trained_on_are_told(tiny_base, tmp_path):
     (folder / "train.jsonl").write_text("\n".join(rows))
     (folder / "valid.jsonl").write_text("\n".join([rows[3], rows[3].replace("3", "33"), rows[5]]))
     report = thimble.train(folder, base=tiny_base, out=str(tmp_path / "run"), **QUICK)
-    (warning,) = (text for text in report.told["warning"] if "also among the training rows" in text)
-    assert "2 held-out rows (valid.jsonl line 1, valid.jsonl line 3)" in warning
+    (warning,) = (text for text in report.messages["warning"] if "also among the training rows" in text)
+    assert "2 validation rows (valid.jsonl line 1, valid.jsonl line 3)" in warning
     assert "valid.jsonl line 1" in warning
 
 
@@ -206,7 +207,7 @@ def test_resuming_a_finished_run_returns_its_report(train):
 def test_resuming_without_a_checkpoint_starts_from_the_beginning_and_says_so(train):
     report = train("run", resume=True)
     assert report.status == "done"
-    assert any("no valid checkpoint" in note for note in report.told["note"])
+    assert any("no valid checkpoint" in note for note in report.messages["note"])
 
 
 def test_resuming_with_damaged_checkpoints_alone_starts_from_the_beginning_with_a_warning(train, tmp_path):
@@ -216,7 +217,7 @@ def test_resuming_with_damaged_checkpoints_alone_starts_from_the_beginning_with_
         state.write_bytes(state.read_bytes()[:-1])
     report = train("run", resume=True)
     assert report.steps == 6
-    assert any("(step-00000006, step-00000003 found, but damaged)" in text for text in report.told["warning"])
+    assert any("(step-00000006, step-00000003 found, but damaged)" in text for text in report.messages["warning"])
 
 
 def test_a_damaged_checkpoint_is_passed_over(train, tmp_path):
@@ -241,23 +242,23 @@ def test_long_rows_are_truncated_and_counted(tiny_base, tmp_path):
     rows = [{"prompt": "word " * 200, "completion": "done"}, *({"prompt": f"{n}", "completion": "x"} for n in range(6))]
     (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     report = thimble.train(tmp_path / "long.jsonl", base=tiny_base, out=str(tmp_path / "run"), valid_split=0, **QUICK)
-    assert any("1 training row longer than seq_len (14%) lost" in warning for warning in report.told["warning"])
+    assert any("1 training row longer than seq_len (14%) lost" in warning for warning in report.messages["warning"])
     assert math.isnan(report.loss_before)
 
 
 def test_a_metric_of_the_users_own_is_reported(train, tmp_path):
     (tmp_path / "score.py").write_text("def length(answer, reference):\n    return {'characters': len(answer)}\n")
     report = train("run", metric=f"{tmp_path}/score.py:length")
-    assert set(report.task_after) == {"characters"}
+    assert set(report.metrics_after) == {"characters"}
 
 
 def test_recomputing_blocks_gives_the_same_adapter(train, tmp_path, monkeypatch):
     from dataclasses import replace
 
-    from thimble.training import plan as job
-
     train("kept")
-    ways = job._ways
-    monkeypatch.setattr(job, "_ways", lambda *a: [replace(way, recomputed_blocks=99) for way in ways(*a)])
+    plans = planning._execution_plans
+    monkeypatch.setattr(
+        planning, "_execution_plans", lambda *a: [replace(execution, checkpointed_blocks=99) for execution in plans(*a)]
+    )
     train("recomputed")
     assert bytes_of(tmp_path / "kept") == bytes_of(tmp_path / "recomputed")

@@ -1,8 +1,8 @@
-"""Knobs: declared once, converted by their type, all problems at once."""
+"""Options: declared once, converted by their type, all problems at once."""
 
 import pytest
 
-from thimble.config.options import MergeConfig, TrainConfig, knobs_of, parse_size
+from thimble.config.options import MergeConfig, TrainConfig, options_of, parse_size
 
 
 def problems(**values):
@@ -20,7 +20,7 @@ def test_words_of_other_tools_are_understood():
 
 
 def test_a_misspelt_knob_is_answered_with_the_right_one():
-    assert problems(learnin_rate=1) == "learnin_rate is not a knob of this verb: did you mean learning_rate?"
+    assert problems(learnin_rate=1) == "learnin_rate is not a option of this command: did you mean learning_rate?"
 
 
 def test_a_knob_of_another_tool_is_answered_with_what_to_use():
@@ -28,7 +28,7 @@ def test_a_knob_of_another_tool_is_answered_with_what_to_use():
 
 
 @pytest.mark.parametrize(
-    ("knob", "value", "message"),
+    ("option", "value", "message"),
     [
         ("rank", 0, "rank is 0: expected at least 1"),
         ("rank", 1.5, "rank is 1.5: expected a whole number"),
@@ -44,8 +44,8 @@ def test_a_knob_of_another_tool_is_answered_with_what_to_use():
         ("resume", "perhaps", "resume is 'perhaps': expected true or false"),
     ],
 )
-def test_a_bad_value_is_told_with_what_was_expected(knob, value, message):
-    assert message in problems(**{knob: value})
+def test_a_bad_value_is_told_with_what_was_expected(option, value, message):
+    assert message in problems(**{option: value})
 
 
 def test_every_problem_is_told_at_once():
@@ -67,7 +67,7 @@ def test_sizes_are_read_as_people_write_them(text, size):
 
 @pytest.mark.parametrize("config", [TrainConfig, MergeConfig])
 def test_every_knob_has_help_and_a_default_that_passes_its_own_check(config):
-    for name, spec in knobs_of(config).items():
+    for name, spec in options_of(config).items():
         assert spec.metadata["help"].endswith("."), name
         check = spec.metadata["check"]
         assert spec.default is None or check is None or check(spec.default) is None, name

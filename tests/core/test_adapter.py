@@ -77,7 +77,7 @@ def test_a_run_folder_stands_for_its_adapter(tmp_path):
 
 def test_an_adapter_that_is_not_finite_is_never_written(tmp_path):
     broken = Factors(np.full((1, 2), np.nan, "f4"), np.zeros((2, 1), "f4"), 1.0)
-    with pytest.raises(AdapterError, match="not finite"):
+    with pytest.raises(AdapterError, match="NaN or Inf"):
         save_adapter(Adapter({"model.layers.0.mlp.up_proj": broken}), tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
 
@@ -104,7 +104,7 @@ def test_a_folder_without_adapter_says_what_it_holds(tmp_path):
         load_adapter(tmp_path)
 
 
-# --- adapters from strangers
+# --- adapters from untrusted sources
 
 
 def peft_adapter(folder, targets=("q_proj", "v_proj"), **settings):
@@ -232,8 +232,8 @@ HOSTILE = {
         r"has A \(4, 0\) and B",
     ),
     "integers": (with_tensors(lambda t: t.update({f"{Q}.lora_A.weight": np.ones((4, 8), "i4")})), "I32 .* is not a"),
-    "NaN": (with_tensors(lambda t: t[f"{Q}.lora_A.weight"].fill(np.nan)), "numbers that are not finite"),
-    "one infinity": (with_tensors(lambda t: t[f"{Q}.lora_B.weight"].put(3, np.inf)), "numbers that are not finite"),
+    "NaN": (with_tensors(lambda t: t[f"{Q}.lora_A.weight"].fill(np.nan)), "numbers that are NaN or Inf"),
+    "one infinity": (with_tensors(lambda t: t[f"{Q}.lora_B.weight"].put(3, np.inf)), "numbers that are NaN or Inf"),
     "a GGUF": (lambda folder: (folder / WEIGHTS_FILE).write_bytes(TINY.read_bytes()), "is a gguf file"),
     "a pickle": (lambda folder: (folder / WEIGHTS_FILE).write_bytes(b"\x80\x04."), "a Python pickle"),
     "a zip": (lambda folder: (folder / WEIGHTS_FILE).write_bytes(b"PK\x03\x04xxxxx"), "perhaps a PyTorch pickle"),

@@ -56,7 +56,7 @@ def test_packed_rows_lie_end_to_end():
     assert batch.labels.tolist() == [IGNORED, 3, IGNORED, 5, IGNORED]
     assert batch.starts.tolist() == [0, 3, 5]
     assert batch.positions.tolist() == [0, 1, 2, 0, 1]
-    assert (batch.tokens, batch.label_tokens) == (5, 2)
+    assert (batch.tokens, batch.target_tokens) == (5, 2)
     assert (batch.ids.dtype, batch.labels.dtype, batch.positions.dtype) == (np.int32,) * 3
     assert batch.starts.dtype == np.int64
 
@@ -88,8 +88,8 @@ def test_a_row_is_never_split():
 
 def test_the_split_does_not_change_what_is_learned():
     rows = [of_length(length) for length in LENGTHS]
-    whole = pack(rows).label_tokens
-    assert all(sum(b.label_tokens for b in micro_batches(rows, size)) == whole for size in (60, 500))
+    whole = pack(rows).target_tokens
+    assert all(sum(b.target_tokens for b in micro_batches(rows, size)) == whole for size in (60, 500))
 
 
 def test_shares_are_even_and_hold_every_row_once():

@@ -91,7 +91,7 @@ def test_a_label_is_the_next_token(encoder):
 def test_every_assistant_turn_is_learned(encoder, smollm):
     (row,) = encoder.encode(chat(user(), answer(), user("And?"), answer("So.")))
     assert learned(smollm, row) == "Hello<|im_end|>So.<|im_end|>"
-    assert row.label_tokens == len(smollm.encode("Hello<|im_end|>So.<|im_end|>"))
+    assert row.target_tokens == len(smollm.encode("Hello<|im_end|>So.<|im_end|>"))
 
 
 def test_a_turn_of_weight_zero_is_not_learned(encoder, smollm):
@@ -306,7 +306,7 @@ def test_of_a_long_question_with_a_longer_answer_the_end_is_kept(smollm, smollm_
     (row,) = Encoder(smollm, smollm_template, 64).encode(chat(user("word " * 100), answer("no " * 100 + "yes")))
     assert len(row.ids) == 64
     assert learned(smollm, row).endswith("yes<|im_end|>")
-    assert row.label_tokens == 63
+    assert row.target_tokens == 63
 
 
 def test_bos_survives_a_cut_from_the_left(tiny):
@@ -367,7 +367,7 @@ def test_the_report_counts_what_became_of_the_records(smollm, smollm_template):
     assert report.num_rows == len(rows) == 3
     assert list(report.lengths) == [len(row.ids) for row in rows]
     assert (report.tokens, report.longest) == (sum(report.lengths), 64)
-    assert report.label_tokens == sum(row.label_tokens for row in rows)
+    assert report.target_tokens == sum(row.target_tokens for row in rows)
     assert (report.truncated_rows, report.truncated_tokens) == (1, sum(row.truncated_tokens for row in rows))
     assert report.rows_without_labels == ()
 

@@ -1,4 +1,4 @@
-"""Templates from strangers: what they may not do, what it may cost, and that all else is as under plain Jinja."""
+"""Templates from untrusted sources: what they may not do, what it may cost, and that all else is as under plain Jinja."""
 
 import json
 import random

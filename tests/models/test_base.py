@@ -39,7 +39,7 @@ def test_a_quick_fingerprint_notices_another_file_and_is_the_same_for_the_same(t
     assert one.quick_fingerprint() == one.quick_fingerprint() != two.quick_fingerprint()
 
 
-# --- bases from strangers
+# --- bases from untrusted sources
 
 INDEX, SHARD = "model.safetensors.index.json", "model-00001-of-00002.safetensors"
 

@@ -7,7 +7,7 @@ import pytest
 
 from thimble.core.sizes import logit_chunk, padded, windows
 from thimble.models.base import open_base
-from thimble.models.cost import Way, Work, estimate_memory, estimate_seconds, lowest_block
+from thimble.models.cost import ExecutionPlan, Work, estimate_memory, estimate_seconds, lowest_block
 from thimble.models.machine import Machine
 
 BASE = Path(__file__).parents[1] / "fixtures" / "gguf" / "smollm2.gguf"
@@ -19,14 +19,14 @@ def base():
     return open_base(BASE)
 
 
-def memory(base, way, compute="bf16", trained=1000, longest=64, lowest=0):
-    return estimate_memory(base, compute, trained, longest, way, lowest).total
+def memory(base, execution, compute="bf16", trained=1000, longest=64, lowest=0):
+    return estimate_memory(base, compute, trained, longest, execution, lowest).total
 
 
 def test_each_way_to_save_memory_saves_memory(base):
-    most = Way("dense", 2, 512, 1024)
+    most = ExecutionPlan("dense", 2, 512, 1024)
     layers = base.spec.num_layers
-    assert memory(base, replace(most, recomputed_blocks=layers)) < memory(base, most)
+    assert memory(base, replace(most, checkpointed_blocks=layers)) < memory(base, most)
     assert memory(base, replace(most, num_shares=1, tokens_at_once=512)) < memory(base, most)
     assert memory(base, most, lowest=layers - 1) < memory(base, most)
     assert memory(base, most, compute="bf16") < memory(base, most, compute="fp32")
@@ -34,21 +34,21 @@ def test_each_way_to_save_memory_saves_memory(base):
 
 
 def test_each_way_to_save_memory_is_slower_by_the_order_of_ways():
-    fast = Way("dense", 2, 1024, 2048)
-    for slow in (replace(fast, recomputed_blocks=4), replace(fast, num_shares=1), replace(fast, micro_tokens=512),
+    fast = ExecutionPlan("dense", 2, 1024, 2048)
+    for slow in (replace(fast, checkpointed_blocks=4), replace(fast, num_shares=1), replace(fast, micro_tokens=512),
                  replace(fast, is_streamed=True)):  # fmt: skip
-        assert slow.slowness(8, 2) > fast.slowness(8, 2)
+        assert slow.relative_cost(8, 2) > fast.relative_cost(8, 2)
 
 
 def test_time_grows_with_work_and_falls_with_the_rate(base):
-    way, work = Way("dense", 2, 512, 1024), Work(1024, 512, 256, 1000)
-    seconds = estimate_seconds(base, "bf16", work, way, MACHINE)
+    execution, work = ExecutionPlan("dense", 2, 512, 1024), Work(1024, 512, 256, 1000)
+    seconds = estimate_seconds(base, "bf16", work, execution, MACHINE)
     layers = base.spec.num_layers
-    assert estimate_seconds(base, "fp32", work, way, MACHINE) > seconds
-    assert estimate_seconds(base, "bf16", replace(work, tokens=2048), way, MACHINE) > seconds
-    assert estimate_seconds(base, "bf16", replace(work, label_tokens=1024), way, MACHINE) > seconds
-    assert estimate_seconds(base, "bf16", work, replace(way, recomputed_blocks=layers), MACHINE) > seconds
-    assert estimate_seconds(base, "bf16", replace(work, lowest=layers - 1), way, MACHINE) < seconds
+    assert estimate_seconds(base, "fp32", work, execution, MACHINE) > seconds
+    assert estimate_seconds(base, "bf16", replace(work, tokens=2048), execution, MACHINE) > seconds
+    assert estimate_seconds(base, "bf16", replace(work, target_tokens=1024), execution, MACHINE) > seconds
+    assert estimate_seconds(base, "bf16", work, replace(execution, checkpointed_blocks=layers), MACHINE) > seconds
+    assert estimate_seconds(base, "bf16", replace(work, lowest=layers - 1), execution, MACHINE) < seconds
 
 
 def test_the_lowest_adapted_block():

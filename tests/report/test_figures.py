@@ -10,7 +10,7 @@ from thimble.core.adapter import Adapter
 from thimble.core.inits import draw
 from thimble.files.peft import save_adapter
 from thimble.models.base import open_base
-from thimble.report.page import figures
+from thimble.report import figures
 
 
 @pytest.fixture

@@ -62,12 +62,12 @@ def full_report(**changes: Any) -> dict[str, Any]:
         "seconds": 1274.0, "total_seconds": 1631.0, "tokens_per_second": 205.8, "peak_memory_bytes": 1_985_000_000,
         "loss_base": 2.094, "loss_before": 2.094, "loss_after": 0.312, "general_before": 2.931, "general_after": 2.943,
         "metric": "tools",
-        "task_before": {"valid JSON": 0.0, "right function": 0.0, "all arguments right": 0.0, "fields right": 0.0},
-        "task_after": {"valid JSON": 199 / ROWS, "right function": 190 / ROWS, "all arguments right": 95 / ROWS,
+        "metrics_before": {"valid JSON": 0.0, "right function": 0.0, "all arguments right": 0.0, "fields right": 0.0},
+        "metrics_after": {"valid JSON": 199 / ROWS, "right function": 190 / ROWS, "all arguments right": 95 / ROWS,
                        "fields right": 0.7483},
-        "task_rows": ROWS, "samples": SAMPLES, "adapter_parameters": 4_884_480, "base_parameters": 134_515_008,
+        "metrics_rows": ROWS, "samples": SAMPLES, "adapter_parameters": 4_884_480, "base_parameters": 134_515_008,
         "plan": plan | {"total": sum(plan.values())}, "planned_seconds_per_step": 2.0,
-        "told": {
+        "messages": {
             "decision": ["compute: bf16, 4.3 times as fast as fp32 here",
                          "store file: the blocks of the GGUF are used as they are, memory-mapped",
                          "length: 130 steps, 3.0 passes over 1,800 rows",
@@ -84,7 +84,7 @@ def full_report(**changes: Any) -> dict[str, Any]:
 def unmeasured(**changes: Any) -> dict[str, Any]:
     """What a run has that ended before the result was measured."""
     return full_report(
-        **{"loss_after": NAN, "general_after": NAN, "task_after": {}, "samples": [], "tokens_per_second": 190.0}
+        **{"loss_after": NAN, "general_after": NAN, "metrics_after": {}, "samples": [], "tokens_per_second": 190.0}
         | changes
     )
 
@@ -92,8 +92,8 @@ def unmeasured(**changes: Any) -> dict[str, Any]:
 def empty_report(**changes: Any) -> dict[str, Any]:
     return unmeasured(
         **{"steps": 0, "tokens": 0, "label_tokens": 0, "seconds": 0.0, "tokens_per_second": 0.0, "peak_memory_bytes": 0,
-           "loss_base": NAN, "loss_before": NAN, "general_before": NAN, "metric": "none", "task_before": {},
-           "task_rows": 0, "plan": {}, "planned_seconds_per_step": 0.0, "told": {}, "config": {},
+           "loss_base": NAN, "loss_before": NAN, "general_before": NAN, "metric": "none", "metrics_before": {},
+           "metrics_rows": 0, "plan": {}, "planned_seconds_per_step": 0.0, "messages": {}, "config": {},
            "out": "runs/x", "base": ""} | changes
     )  # fmt: skip
 
@@ -116,10 +116,16 @@ def steps(count: int, bad_at: int = 0) -> list[dict[str, Any]]:
 
 STATES: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     "full": (full_report(), steps(130)),
-    "no task": (full_report(metric="none", task_before={}, task_after={}, task_rows=0), steps(130)),
+    "no task": (full_report(metric="none", metrics_before={}, metrics_after={}, metrics_rows=0), steps(130)),
     "nothing held out": (
         full_report(
-            loss_base=NAN, loss_before=NAN, loss_after=NAN, task_before={}, task_after={}, task_rows=0, samples=[]
+            loss_base=NAN,
+            loss_before=NAN,
+            loss_after=NAN,
+            metrics_before={},
+            metrics_after={},
+            metrics_rows=0,
+            samples=[],
         ),
         steps(130),
     ),
@@ -180,7 +186,9 @@ def render(folder: Path, report: dict[str, Any], rows: list[dict[str, Any]]) -> 
 def test_every_state_renders_whole(tmp_path: Path, name: str) -> None:
     text, page = render(tmp_path, *STATES[name])
     assert not page.open, "a tag is left open"
-    assert not re.search(r"\b(nan|inf|infinity|none|null|undefined)\b", page.text.split("All knobs")[0], re.IGNORECASE)
+    assert not re.search(
+        r"\b(nan|inf|infinity|none|null|undefined)\b", page.text.split("All options")[0], re.IGNORECASE
+    )
     assert not re.search(r"\b(nan|inf)\b", text, re.IGNORECASE), "in an attribute or a curve"
     ids = [value for _, attribute, value in page.attributes if attribute == "id"]
     assert len(ids) == len(set(ids))
@@ -222,8 +230,8 @@ def test_whatever_a_user_or_model_wrote_is_text(tmp_path: Path) -> None:
     sample = {"asked": EVIL * 9, "reference": EVIL, "before": EVIL + " no", "after": EVIL + "<b>yes"}
     told = {"decision": [EVIL], "note": ["a: " + EVIL], "warning": [EVIL]}
     report = full_report(
-        samples=[sample], told=told, base=EVIL, out=EVIL, adapter=EVIL, plan={EVIL: 5, "total": 5},
-        config=config(data=EVIL, base=EVIL), task_before={EVIL: 0.0}, task_after={EVIL: 1.0},
+        samples=[sample], messages=told, base=EVIL, out=EVIL, adapter=EVIL, plan={EVIL: 5, "total": 5},
+        config=config(data=EVIL, base=EVIL), metrics_before={EVIL: 0.0}, metrics_after={EVIL: 1.0},
     )  # fmt: skip
     text, page = render(tmp_path, report, steps(3))
     assert not {"script", "img"} & set(page.tags)
@@ -242,7 +250,7 @@ def test_text_that_utf8_cannot_hold_does_not_cost_the_report(tmp_path: Path) -> 
 def test_a_failure_leaves_the_old_page(tmp_path: Path) -> None:
     old, _ = render(tmp_path, *STATES["full"])
     with pytest.raises(KeyError):
-        write_report(tmp_path / "report.html", {"told": {}}, [])
+        write_report(tmp_path / "report.html", {"messages": {}}, [])
     assert (tmp_path / "report.html").read_text(encoding="utf-8") == old
 
 
@@ -254,7 +262,7 @@ def verdict(folder: Path, report: dict[str, Any], rows: list[dict[str, Any]] | N
 
 
 def task(before: float, after: float, rows: int = 200, **changes: Any) -> dict[str, Any]:
-    values = {"task_before": {"exact match": before}, "task_after": {"exact match": after}, "task_rows": rows}
+    values = {"metrics_before": {"exact match": before}, "metrics_after": {"exact match": after}, "metrics_rows": rows}
     return full_report(**values | changes)
 
 
@@ -269,17 +277,17 @@ def task(before: float, after: float, rows: int = 200, **changes: Any) -> dict[s
         (task(0.5, 0.5), "No.", ["no better"]),
         (task(0.2, 0.4, rows=10), "Unclear.", ["may be chance"]),
         (task(0.97, 0.98), "There was little to learn.", ["good at it"]),
-        (task(0.1, 0.9, loss_after=2.5), "Yes.", ["The held-out loss rose from 2.094 to 2.500"]),
+        (task(0.1, 0.9, loss_after=2.5), "Yes.", ["The validation loss rose from 2.094 to 2.500"]),
         (task(0.1, 0.9, general_after=3.4), "Yes.", ["It forgot much of its general knowledge"]),
         (task(0.1, 0.9, general_after=2.98), "Yes.", ["It forgot some of its general knowledge"]),
         (
-            task(0.0, 0.0, task_before={"valid JSON": 0.0, "all fields right": 0.0},
-                 task_after={"valid JSON": 0.9, "all fields right": 0.0}),
+            task(0.0, 0.0, metrics_before={"valid JSON": 0.0, "all fields right": 0.0},
+                 metrics_after={"valid JSON": 0.9, "all fields right": 0.0}),
             "Partly.", ["“valid JSON” clearly rose, but “all fields right” went from 0 to 0"],
         ),
         (STATES["no task"][0], "Yes, by the loss.", ["only its answers can show"]),
-        (full_report(task_after={}, task_before={}, loss_after=2.2), "No.", ["rose from 2.094 to 2.200"]),
-        (full_report(task_after={}, task_before={}, loss_after=2.0935), "No change.", ["hardly changed"]),
+        (full_report(metrics_after={}, metrics_before={}, loss_after=2.2), "No.", ["rose from 2.094 to 2.200"]),
+        (full_report(metrics_after={}, metrics_before={}, loss_after=2.0935), "No change.", ["hardly changed"]),
         (STATES["nothing held out"][0], "Not measured.", ["No rows were held out"]),
         (STATES["interrupted"][0], "Not measured.", ["stopped before the result was measured"]),
         (STATES["no step"][0], "Nothing was trained.", ["No step was taken"]),
@@ -349,7 +357,7 @@ def test_commands_can_be_pasted(tmp_path: Path, base: str | None, words: list[st
         '"runs/calls-1/adapter"',
     ]:
         assert word in page.text
-    assert "--resume" not in page.text.split("All knobs")[0]
+    assert "--resume" not in page.text.split("All options")[0]
 
 
 def test_an_interrupted_run_with_checkpoints_says_how_to_go_on(tmp_path: Path) -> None:
@@ -359,7 +367,7 @@ def test_an_interrupted_run_with_checkpoints_says_how_to_go_on(tmp_path: Path) -
 
 
 def test_warnings_stand_above_the_verdict(tmp_path: Path) -> None:
-    report = full_report(told={"decision": [], "note": [], "warning": ["3 rows were cut off"]})
+    report = full_report(messages={"decision": [], "note": [], "warning": ["3 rows were cut off"]})
     _, page = render(tmp_path, report, steps(3))
     assert page.text.index("3 rows were cut off") < page.text.index("Did it work?")
 

@@ -282,7 +282,7 @@ def canaries(count: int) -> Line:
     return Line(**json.loads(last)) if not done.returncode else Line(name, 0, 1, 0.0, f"exit code {done.returncode}")
 
 
-def _ways(folder: Path) -> list[Callable[[], object]]:
+def _execution_plans(folder: Path) -> list[Callable[[], object]]:
     """The public ways to load what lies in a folder."""
     from thimble.data.records import read_dataset
     from thimble.data.tokenizer import tokenizer_from_folder
@@ -318,7 +318,7 @@ def _try(watch: Watch, folder: Path) -> list[str]:
 
     wrong, modules = [], set(sys.modules)
     os.chdir(folder)
-    for way in _ways(folder):
+    for way in _execution_plans(folder):
         signal.alarm(SECONDS)
         watch.folder = folder
         try:
@@ -351,7 +351,7 @@ def main(count: int) -> Line:
         Path(parent, SECRET).write_text("root:x:0:0:root:/root:/bin/bash")
         _sound_folder(sound)
         os.environ["XDG_CACHE_HOME"] = f"{parent}/cache"
-        for way in _ways(sound):  # all of it is read, and what is imported when it is first used is imported
+        for way in _execution_plans(sound):  # all of it is read, and what is imported when it is first used is imported
             way()
         watch = Watch(Path(os.environ["XDG_CACHE_HOME"]))
         for number in range(count):

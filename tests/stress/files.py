@@ -1,4 +1,4 @@
-"""Files from strangers, damaged in every way: each is refused with an error of ours, or read."""
+"""Files from untrusted sources, damaged in every way: each is refused with an error of ours, or read."""
 
 import functools
 import os

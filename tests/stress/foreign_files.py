@@ -1,4 +1,4 @@
-"""Configs, tokenizers and headers from strangers, wrong in ways that only a reader of them would think of."""
+"""Configs, tokenizers and headers from untrusted sources, wrong in ways that only a reader of them would think of."""
 
 import contextlib
 import copy

@@ -49,14 +49,14 @@ def memory_limits(count: int) -> Line:
     return Line("runs with too little memory", count, wrong, time.perf_counter() - began, note)
 
 
-def _thimble(folder: Path, verb: str, *flags: str, group: Path | None = None) -> tuple[int, dict[str, Any]]:
-    """Run a verb in a process of its own, in a control group; its exit code and what it says."""
+def _thimble(folder: Path, command: str, *flags: str, group: Path | None = None) -> tuple[int, dict[str, Any]]:
+    """Run a command in a process of its own, in a control group; its exit code and what it says."""
 
     def enter() -> None:
         if group:
             (group / "cgroup.procs").write_text(str(os.getpid()))
 
-    command = [sys.executable, "-m", "thimble", verb, "mine.jsonl", *FLAGS, *flags]
+    command = [sys.executable, "-m", "thimble", command, "mine.jsonl", *FLAGS, *flags]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, preexec_fn=enter, check=False)
     with contextlib.suppress(ValueError):
         return done.returncode, json.loads(done.stdout)

@@ -47,24 +47,24 @@ def ending(out: Path, last: int = STEPS) -> tuple[bytes, list[dict[str, Any]]]:
 # ---- killed and stopped ---------------------------------------------------------------------------------------------
 
 
-def _train(folder: Path, out: Path, knobs: dict[str, Any]) -> None:
+def _train(folder: Path, out: Path, options: dict[str, Any]) -> None:
     """A short run with a checkpoint at every step; in a process of its own."""
     import thimble
 
     os.environ["OMP_NUM_THREADS"] = "1"
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-    thimble.train(folder / "mine.jsonl", out=str(out), max_steps=STEPS, checkpoint_every_steps=1, **KNOBS, **knobs)
+    thimble.train(folder / "mine.jsonl", out=str(out), max_steps=STEPS, checkpoint_every_steps=1, **KNOBS, **options)
 
 
 def kill_runs(count: int) -> Line:
-    """Kill runs at random moments, some of them again when they are resumed, and compare with the unbroken run."""
+    """Kill runs at random moments, some of them again when they are resumed, and compare with the uninterrupted run."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["thimble.commands.train", "thimble.backends.torch.session", "matplotlib.figure"])
     began, dice, wrong, killed = time.perf_counter(), random.Random(0), 0, Counter[str]()
     with examples() as folder:
 
-        def run(out: Path, knobs: dict[str, Any], seconds: float | None = None) -> int | None:
-            process = context.Process(target=_train, args=(folder, out, knobs))
+        def run(out: Path, options: dict[str, Any], seconds: float | None = None) -> int | None:
+            process = context.Process(target=_train, args=(folder, out, options))
             process.start()
             process.join(seconds)
             if process.exitcode is None and process.pid:
@@ -100,7 +100,7 @@ def stop_runs(count: int) -> Line:
     import thimble
 
     began, wrong, dice = time.perf_counter(), 0, random.Random(1)
-    knobs = {**KNOBS, "max_steps": 60, "checkpoint_every_steps": 7, "rank": 2}
+    options = {**KNOBS, "max_steps": 60, "checkpoint_every_steps": 7, "rank": 2}
     patterns = [[step] for step in range(1, 60)]
     patterns += [sorted(dice.sample(range(1, 60), times)) for times in (2, 3, 10) for _ in range(4)]
     with examples() as folder, watched_rows() as rows:
@@ -114,9 +114,9 @@ def stop_runs(count: int) -> Line:
                     folder / "mine.jsonl",
                     out=str(out),
                     resume=number > 0,
-                    on_event=stop.hear,
+                    on_event=stop.on_event,
                     should_stop=stop,
-                    **knobs,
+                    **options,
                 )
                 seen += rows
             return seen
@@ -148,20 +148,20 @@ class _Stop:
 @contextlib.contextmanager
 def watched_rows() -> Iterator[list[tuple[str, ...]]]:
     """Where the rows of each step came from, while this lasts."""
-    from thimble.commands import train as verb
+    from thimble.commands import train as command
 
     seen: list[tuple[str, ...]] = []
-    whole = verb.shares
+    whole = command.shares
 
     def shares(rows: Any, *more: Any) -> Any:
         seen.append(tuple(row.source for row in rows))
         return whole(rows, *more)
 
-    verb.shares = shares
+    command.shares = shares
     try:
         yield seen
     finally:
-        verb.shares = whole
+        command.shares = whole
 
 
 def _once_an_epoch(steps: list[tuple[str, ...]], rows: int) -> bool:
@@ -177,13 +177,13 @@ def full_runs(count: int) -> Line:
     from thimble.errors import RunError
 
     began, wrong, ended = time.perf_counter(), 0, Counter[str]()
-    knobs = {**KNOBS, "max_steps": STEPS, "checkpoint_every_steps": 4}
+    options = {**KNOBS, "max_steps": STEPS, "checkpoint_every_steps": 4}
     with examples() as folder:
 
         def run(out: Path, room: float, **more: Any) -> tuple[int, str]:
             with Failing(out.parent, room=room) as disk:
                 try:
-                    thimble.train(folder / "mine.jsonl", out=str(out), **knobs, **more)
+                    thimble.train(folder / "mine.jsonl", out=str(out), **options, **more)
                 except (OSError, RunError) as error:
                     return disk.written, f"said {type(error).__name__}"
             return disk.written, "ended without some checkpoints" if disk.failed else "ended"

@@ -17,7 +17,7 @@ from stress.disk import Disk, Do, Operation
 from stress.made import MEMORY, began_run, goes_on, is_step, number_of, publish, read_number, save
 from thimble.files.peft import load_adapter
 from thimble.training.checkpoint import FOLDER, Checkpoint, latest_checkpoint
-from thimble.training.run_folder import whole_folder
+from thimble.training.run_folder import atomic_folder
 
 KILLED, NOT_CUT, FAILED = 9, 8, 7  # exit codes: stopped where it was to be; no write is there; an error
 
@@ -98,7 +98,7 @@ def stopped_saves(count: int) -> Line:
     began = time.perf_counter()
     with _light().Pool(1) as pool:
         results = pool.apply(_stop_everywhere, (count,))
-    tried, wrong = sum(code == KILLED for code, _ in results), sum(not is_sound for _, is_sound in results)
+    tried, wrong = sum(code == KILLED for code, _ in results), sum(not is_valid for _, is_valid in results)
     note = f"{len(results) // 3} operations of saves and publishes"
     return Line("saves stopped at every operation", tried, wrong, time.perf_counter() - began, note)
 
@@ -123,11 +123,11 @@ def _stopped(begun: Path, at: int, when: str) -> tuple[int, bool]:
     old = (latest_checkpoint(folder), read_number(folder))
     code = _exit_code(folder, at, when)
     found, number = latest_checkpoint(folder), read_number(folder)
-    is_sound = code in (0, KILLED, NOT_CUT) and number in (old[1], 3)
-    is_sound = is_sound and (is_step(found, 3) or (is_step(found, old[0].step) if old[0] else found is None))
-    is_sound = is_sound and goes_on(folder)
+    is_valid = code in (0, KILLED, NOT_CUT) and number in (old[1], 3)
+    is_valid = is_valid and (is_step(found, 3) or (is_step(found, old[0].step) if old[0] else found is None))
+    is_valid = is_valid and goes_on(folder)
     shutil.rmtree(folder)
-    return code, is_sound
+    return code, is_valid
 
 
 # ---- full disks -----------------------------------------------------------------------------------------------------
@@ -264,7 +264,7 @@ def modes(count: int) -> Line:
             before = os.umask(mask)
             try:
                 began_run(Path(place, "runs", "run"))
-                with whole_folder(Path(place, "runs", "export")) as folder:
+                with atomic_folder(Path(place, "runs", "export")) as folder:
                     (folder / "config.json").write_text("{}")
             finally:
                 os.umask(before)

@@ -1,4 +1,4 @@
-"""Chat templates from strangers that reach out, hang or fill the memory: each is stopped by an error of ours, in time.
+"""Chat templates from untrusted sources that reach out, hang or fill the memory: each is stopped by an error of ours, in time.
 
 The payloads are by hand: the escapes known from other programs, and a bomb for every way to make much of little. The
 rest is grown from a grammar of the same parts.

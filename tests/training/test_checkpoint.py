@@ -266,7 +266,7 @@ def test_resuming_with_other_data_is_refused_unless_asked_for(interrupted, examp
     with pytest.raises(ConfigError, match="the data changed since the run to resume began.*--accept-changes"):
         thimble.train(out=str(interrupted), resume=True)
     report = thimble.train(out=str(interrupted), resume=True, accept_changes=True)
-    assert any("the data changed since the run began" in text for text in report.told["warning"])
+    assert any("the data changed since the run began" in text for text in report.messages["warning"])
 
 
 def test_resuming_with_another_base_is_refused(interrupted, tmp_path):
@@ -283,7 +283,7 @@ def test_resuming_on_another_machine_says_what_may_differ(interrupted):
     shutil.rmtree(interrupted / FOLDER)
     save_checkpoint(interrupted, found.step, found.state, found.progress, {**found.origin, "cores": "96"})
     report = thimble.train(out=str(interrupted), resume=True)
-    assert any("the last digits may differ" in text and "cores was 96" in text for text in report.told["warning"])
+    assert any("the last digits may differ" in text and "cores was 96" in text for text in report.messages["warning"])
 
 
 def test_checkpoints_are_made_by_the_clock(examples, tiny_base, tmp_path):

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from thimble.training.guard import IN_A_ROW, MOST_RETURNS, SPIKES_IN_A_ROW, Guard, Plateau, Verdict
+from thimble.training.guard import IN_A_ROW, MAX_ROLLBACKS, SPIKES_IN_A_ROW, Guard, Plateau, Verdict
 
 
 def steady(guard, count=40, low=2.0):
@@ -30,7 +30,7 @@ def test_a_bad_step_is_left_out_and_two_in_a_row_take_the_run_back(loss, norm, w
     assert guard.why == why
     assert guard.judge(2.1, 1.0) is Verdict.TAKE
     assert guard.judge(loss, norm) is Verdict.SKIP
-    assert guard.judge(loss, norm) is Verdict.RETURN
+    assert guard.judge(loss, norm) is Verdict.ROLLBACK
     assert guard.rate == 0.5
 
 
@@ -43,7 +43,7 @@ def test_a_single_spike_is_learned_from_and_several_in_a_row_take_the_run_back()
     losses = [8.0 * 1.5**number for number in range(SPIKES_IN_A_ROW)]
     guard = Guard(first=100.0)
     steady(guard)
-    assert [guard.judge(loss, 1.0) for loss in losses] == [Verdict.TAKE] * (SPIKES_IN_A_ROW - 1) + [Verdict.RETURN]
+    assert [guard.judge(loss, 1.0) for loss in losses] == [Verdict.TAKE] * (SPIKES_IN_A_ROW - 1) + [Verdict.ROLLBACK]
 
 
 @pytest.mark.parametrize("share", [0.02, 0.05, 0.08, 0.2])
@@ -58,9 +58,9 @@ def test_hard_rows_among_easy_ones_raise_no_alarm(share):
 def test_a_run_that_keeps_leaving_the_road_is_given_up():
     guard = Guard()
     steady(guard)
-    verdicts = [guard.judge(math.nan, 1.0) for _ in range(IN_A_ROW * (MOST_RETURNS + 1))]
+    verdicts = [guard.judge(math.nan, 1.0) for _ in range(IN_A_ROW * (MAX_ROLLBACKS + 1))]
     assert verdicts[-1] is Verdict.GIVE_UP
-    assert verdicts.count(Verdict.RETURN) == MOST_RETURNS
+    assert verdicts.count(Verdict.ROLLBACK) == MAX_ROLLBACKS
 
 
 def test_uneven_rows_and_a_falling_loss_raise_no_alarm():

@@ -1,4 +1,4 @@
-"""Every start, from the knob to an adapter that PEFT loads; what is refused; ranks by evidence."""
+"""Every start, from the option to an adapter that PEFT loads; what is refused; ranks by evidence."""
 
 import json
 import math
@@ -19,10 +19,10 @@ from thimble.core.method import INITS, init_name
 from thimble.core.targets import share_out, size_layers
 from thimble.data.encode import Row
 from thimble.errors import InputError
-from thimble.events import Teller, ignore
+from thimble.events import EventLog, ignore
 from thimble.files.peft import load_adapter, save_adapter
 from thimble.models.base import open_base
-from thimble.models.cost import Way
+from thimble.models.cost import ExecutionPlan
 from thimble.training.initialise import check_start, make_start
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "gguf"
@@ -37,24 +37,24 @@ def make_rows(count=6):
     return rows
 
 
-def make_job(base, store="dense", **knobs):
-    config = TrainConfig.build({"data": "x", "rank": 4, "alpha": 8, "store": store, **knobs})
+def make_job(base, store="dense", **options):
+    config = TrainConfig.build({"data": "x", "rank": 4, "alpha": 8, "store": store, **options})
     assert not config.problems
     model, layers = SimpleNamespace(base=base), list(base.spec.linear_shapes())
     rows = make_rows()
     return SimpleNamespace(
-        config=config, model=model, layers=layers, way=Way(store),
+        config=config, model=model, layers=layers, execution=ExecutionPlan(store),
         sizes=check_start(config, model, layers, Path("nowhere")),
         general=tuple(rows[4:]),
         examples=SimpleNamespace(train=rows[:4], valid=rows[4:]), seconds_per_step=1.0,
-        course=SimpleNamespace(rows=lambda step: [step % 4], total_steps=100, minutes=None),
+        step_schedule=SimpleNamespace(rows=lambda step: [step % 4], total_steps=100, minutes=None),
     )  # fmt: skip
 
 
-def started(base, store="dense", **knobs):
-    job, told = make_job(base, store, **knobs), Teller(ignore)
-    session = TorchSession(base, "fp32", job.way)
-    return make_start(job, session, told), session, told
+def started(base, store="dense", **options):
+    run_plan, told = make_job(base, store, **options), EventLog(ignore)
+    session = TorchSession(base, "fp32", run_plan.execution)
+    return make_start(run_plan, session, told), session, told
 
 
 def steps_of(session, count):
@@ -161,7 +161,7 @@ def test_rank_auto_keeps_to_its_budget_and_one_scale(tmp_path):
     assert 0.9 * budget < start.adapter.num_parameters <= budget
     assert len(set(ranks.values())) > 1
     assert {factors.scale for factors in start.adapter.layers.values()} == {8 / 16}
-    assert any("by gradients" in text for text in told.told["decision"])
+    assert any("by gradients" in text for text in told.messages["decision"])
     again = size_layers(list(ranks), start.config.rank, start.config.alpha, *patterns(start.config))
     assert {path: size.rank for path, size in again.items()} == ranks
     assert {round(size.scale, 6) for size in again.values()} == {0.5}
@@ -191,7 +191,7 @@ def test_ranks_by_energy_grow_with_the_share_asked_for(energy_of, tmp_path):
         start, _, told = started(base, rank="auto", energy=energy, energy_of=energy_of)
         sizes.append(start.adapter.num_parameters)
     assert sizes == sorted(set(sizes))
-    assert any("says how well it can be truncated" in text for text in told.told["warning"]) == (energy_of == "weights")
+    assert any("says how well it can be truncated" in text for text in told.messages["warning"]) == (energy_of == "weights")
 
 
 def test_the_rank_for_an_energy_of_weights_is_the_one_of_their_singular_values(tmp_path):
@@ -214,16 +214,16 @@ def test_auto_says_what_each_start_captures_and_takes_the_best(tmp_path):
     best = max(("kaiming", "eva", "gradient"), key=captured.get)
     expected = best if captured[best] >= 5 * captured["kaiming"] else "kaiming"
     assert start.config.init == expected
-    assert any("looks at" in text and "of the run" in text for text in told.told["decision"])
+    assert any("looks at" in text and "of the run" in text for text in told.messages["decision"])
     json.dumps(start.numbers)
 
 
 # ---- what is refused ------------------------------------------------------------------------------------------------
 
 
-def refused(base, **knobs):
+def refused(base, **options):
     with pytest.raises(InputError) as caught:
-        make_job(base, **knobs)
+        make_job(base, **options)
     return str(caught.value)
 
 
@@ -248,20 +248,20 @@ def test_loftq_on_a_quantised_base_is_refused():
     assert "is quantised already (Q8_0): take the folder of float weights" in refused(base, init="loftq", store="int8")
 
 
-@pytest.mark.parametrize(("value", "said"), [(0.0, "holds only zeros"), (np.nan, "numbers that are not finite")])
+@pytest.mark.parametrize(("value", "said"), [(0.0, "holds only zeros"), (np.nan, "numbers that are NaN or Inf")])
 def test_weights_that_cannot_be_decomposed_are_refused_before_anything_is_written(value, said, tmp_path, monkeypatch):
     base = open_base(make_hf_folder("llama", tmp_path / "base"))
     path = "model.layers.1.mlp.up_proj"
     broken = np.full((32, 32), value, np.float32)
-    job = make_job(base, init="pissa")
-    session = TorchSession(base, "fp32", job.way)
+    run_plan = make_job(base, init="pissa")
+    session = TorchSession(base, "fp32", run_plan.execution)
     monkeypatch.setattr(session, "file_weight", lambda name: broken if name == path else np.ones((32, 32), np.float32))
     with pytest.raises(InputError, match=f"{path} .*{said}|{path} {said}"):
-        make_start(job, session, Teller(ignore))
+        make_start(run_plan, session, EventLog(ignore))
 
 
 @pytest.mark.parametrize(
-    ("knobs", "said"),
+    ("options", "said"),
     [
         ({"init": "pisa"}, "did you mean pissa?"),
         ({"energy": 1.5, "rank": "auto"}, "expected a share above 0 and up to 1"),
@@ -276,8 +276,8 @@ def test_weights_that_cannot_be_decomposed_are_refused_before_anything_is_writte
         ({"dropout": 1.0}, "up to, but not including, 1"),
     ],
 )
-def test_values_that_make_no_sense_are_refused(knobs, said):
-    problems = TrainConfig.build({"data": "x", **knobs}).problems
+def test_values_that_make_no_sense_are_refused(options, said):
+    problems = TrainConfig.build({"data": "x", **options}).problems
     assert any(said in problem for problem in problems), problems
 
 
@@ -288,8 +288,8 @@ QUICK = {"seq_len": 64, "batch_tokens": 64, "max_steps": 6, "max_new_tokens": 4,
 
 @pytest.mark.parametrize("init", ["pissa", "eva", "gradient", "corda", "auto"])
 def test_a_run_from_a_computed_start_can_be_resumed_and_ends_the_same(init, examples, tiny_base, tmp_path):
-    def train(name, **knobs):
-        return thimble.train(examples, base=tiny_base, out=str(tmp_path / name), init=init, **{**QUICK, **knobs})
+    def train(name, **options):
+        return thimble.train(examples, base=tiny_base, out=str(tmp_path / name), init=init, **{**QUICK, **options})
 
     whole = train("whole")
     assert whole.loss_before == pytest.approx(whole.loss_base, abs=1e-4)
@@ -309,10 +309,10 @@ def test_a_run_from_a_computed_start_can_be_resumed_and_ends_the_same(init, exam
     assert {factors.rank for factors in first.layers.values()} == {8 if is_delta else 4} or init == "auto"
 
 
-def interrupt(examples, base, out, **knobs):
+def interrupt(examples, base, out, **options):
     taken = []
     thimble.train(
-        examples, base=base, out=str(out), checkpoint_every_steps=2, **{**QUICK, **knobs},
+        examples, base=base, out=str(out), checkpoint_every_steps=2, **{**QUICK, **options},
         on_event=lambda e: taken.append(e) if e.kind == "step" else None, should_stop=lambda: len(taken) >= 3,
     )  # fmt: skip
 
@@ -323,10 +323,10 @@ def test_a_run_cannot_be_resumed_as_another(examples, tiny_base, tmp_path):
         thimble.train(examples, base=tiny_base, out=str(tmp_path / "run"), resume=True, init="kaiming", **QUICK)
 
 
-@pytest.mark.parametrize("knobs", [{"init": "auto", "max_steps": 60}, {"rank": "auto", "init": "eva"}], ids=str)
-def test_what_auto_chose_stays_when_the_same_command_resumes(knobs, examples, tiny_base, tmp_path):
-    given = {**QUICK, **knobs}
-    interrupt(examples, tiny_base, tmp_path / "run", **knobs)
+@pytest.mark.parametrize("options", [{"init": "auto", "max_steps": 60}, {"rank": "auto", "init": "eva"}], ids=str)
+def test_what_auto_chose_stays_when_the_same_command_resumes(options, examples, tiny_base, tmp_path):
+    given = {**QUICK, **options}
+    interrupt(examples, tiny_base, tmp_path / "run", **options)
     report = thimble.train(
         examples, base=tiny_base, out=str(tmp_path / "run"), resume=True, checkpoint_every_steps=2, **given
     )
@@ -335,9 +335,9 @@ def test_what_auto_chose_stays_when_the_same_command_resumes(knobs, examples, ti
     assert {path: factors.rank for path, factors in load_adapter(tmp_path / "run").layers.items()} == ranks
 
 
-@pytest.mark.parametrize("knobs", [{"rank": "auto", "init": "gradient"}, {"init": "auto", "max_steps": 60}], ids=str)
-def test_a_run_that_auto_decided_is_repeated_by_its_config(knobs, examples, tiny_base, tmp_path):
-    thimble.train(examples, base=tiny_base, out=str(tmp_path / "one"), **{**QUICK, **knobs})
+@pytest.mark.parametrize("options", [{"rank": "auto", "init": "gradient"}, {"init": "auto", "max_steps": 60}], ids=str)
+def test_a_run_that_auto_decided_is_repeated_by_its_config(options, examples, tiny_base, tmp_path):
+    thimble.train(examples, base=tiny_base, out=str(tmp_path / "one"), **{**QUICK, **options})
     thimble.train(None, config=str(tmp_path / "one" / "config.yaml"), out=str(tmp_path / "two"))
     one, two = (load_adapter(tmp_path / name).layers for name in ("one", "two"))
     for path, factors in one.items():
@@ -347,15 +347,15 @@ def test_a_run_that_auto_decided_is_repeated_by_its_config(knobs, examples, tiny
 
 def test_a_warm_start_is_resumed_without_the_adapter_it_came_from(examples, tiny_base, tmp_path):
     thimble.train(examples, base=tiny_base, out=str(tmp_path / "first"), **QUICK)
-    knobs = {name: value for name, value in QUICK.items() if name != "rank"}
-    interrupt(examples, tiny_base, tmp_path / "run", init=f"adapter:{tmp_path / 'first'}", **knobs)
+    options = {name: value for name, value in QUICK.items() if name != "rank"}
+    interrupt(examples, tiny_base, tmp_path / "run", init=f"adapter:{tmp_path / 'first'}", **options)
     (tmp_path / "first" / "adapter").rename(tmp_path / "gone")
     assert thimble.train(out=str(tmp_path / "run"), resume=True).status == "done"
 
 
 def test_every_variation_trains_with_shares_side_by_side_and_resumes(examples, tiny_base, tmp_path, monkeypatch):
     monkeypatch.setattr("thimble.training.plan.SHARE_TOKENS", 16)
-    knobs = {
+    options = {
         "dropout": 0.2,
         "use_dora": True,
         "lora_plus": 4.0,
@@ -363,9 +363,9 @@ def test_every_variation_trains_with_shares_side_by_side_and_resumes(examples, t
         "weight_decay": 0.1,
         "init": "pissa",
     }
-    whole = thimble.train(examples, base=tiny_base, out=str(tmp_path / "whole"), **QUICK, **knobs)
+    whole = thimble.train(examples, base=tiny_base, out=str(tmp_path / "whole"), **QUICK, **options)
     assert math.isfinite(whole.loss_after)
-    interrupt(examples, tiny_base, tmp_path / "broken", **knobs)
+    interrupt(examples, tiny_base, tmp_path / "broken", **options)
     thimble.train(out=str(tmp_path / "broken"), resume=True)
     one, two = (load_adapter(tmp_path / name).layers for name in ("whole", "broken"))
     for path, factors in one.items():
@@ -374,8 +374,8 @@ def test_every_variation_trains_with_shares_side_by_side_and_resumes(examples, t
 
 
 def test_the_plan_counts_the_most_that_rank_auto_may_take(examples, tiny_base):
-    def planned(**knobs):
-        return thimble.plan(examples, base=tiny_base, seq_len=64, **knobs).adapter_parameters
+    def planned(**options):
+        return thimble.plan(examples, base=tiny_base, seq_len=64, **options).adapter_parameters
 
     assert planned(rank="auto") == planned(rank=16)
     assert planned(rank="auto", rank_budget=3 * planned(rank=1)) == planned(rank=3)

@@ -14,13 +14,13 @@ import pytest
 
 import thimble
 from thimble.backends.torch.session import TorchSession
-from thimble.commands import train as verb
+from thimble.commands import train as command
 from thimble.errors import ConfigError, RunError
-from thimble.events import Teller
+from thimble.events import EventLog
 from thimble.files.tensors import open_tensors
 from thimble.models import machine
 from thimble.models.machine import Battery
-from thimble.training import plan as job
+from thimble.training import plan as planning
 from thimble.training import run_folder
 from thimble.training.checkpoint import latest_checkpoint, locked
 from thimble.training.waiting import Waiting
@@ -31,8 +31,8 @@ FULL = OSError(errno.ENOSPC, "No space left on device")
 
 @pytest.fixture
 def train(examples, tiny_base, tmp_path):
-    def run(name="run", **knobs):
-        return thimble.train(examples, base=tiny_base, out=str(tmp_path / name), **{**QUICK, **knobs})
+    def run(name="run", **options):
+        return thimble.train(examples, base=tiny_base, out=str(tmp_path / name), **{**QUICK, **options})
 
     return run
 
@@ -45,7 +45,7 @@ def adapter_of(folder):
 
 
 def test_a_checkpoint_that_cannot_be_written_does_not_end_the_run(train, tmp_path, monkeypatch):
-    whole, times = verb.save_checkpoint, []
+    whole, times = command.save_checkpoint, []
 
     def save(*args):
         times.append(args[1])
@@ -53,10 +53,10 @@ def test_a_checkpoint_that_cannot_be_written_does_not_end_the_run(train, tmp_pat
             raise FULL
         whole(*args)
 
-    monkeypatch.setattr(verb, "save_checkpoint", save)
+    monkeypatch.setattr(command, "save_checkpoint", save)
     report = train(checkpoint_every_steps=2)
     assert (report.status, report.steps, times) == ("done", 8, [2, 4, 6, 8])
-    warnings = [text for text in report.told["warning"] if "cannot be written" in text]
+    warnings = [text for text in report.messages["warning"] if "cannot be written" in text]
     assert len(warnings) == 2
     assert "step 6 cannot be written (No space left on device): the run goes on, and that of step 2 is" in warnings[1]
     train("other")
@@ -113,7 +113,9 @@ def test_a_step_that_runs_out_of_memory_is_taken_in_smaller_parts(train, tmp_pat
     train("whole", valid_split=0, batch_tokens=256, seq_len=64)
     scarce(128)
     report = train(valid_split=0, batch_tokens=256, seq_len=64)
-    assert any("memory ran out in step 1: from here on in micro-batches of" in text for text in report.told["warning"])
+    assert any(
+        "memory ran out in step 1: from here on in micro-batches of" in text for text in report.messages["warning"]
+    )
     ours, other = (open_tensors(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("run", "whole"))
     for name in ours.tensors:  # the same sums in another order; Adam makes much of the last digit of a tiny gradient
         np.testing.assert_allclose(ours.read(name), other.read(name), atol=2e-3)
@@ -146,7 +148,7 @@ def test_memory_that_runs_out_while_the_result_is_measured_does_not_cost_the_ada
     monkeypatch.setattr(Proof, "after", lambda self: (_ for _ in ()).throw(MemoryError("of 5 GB")))
     report = train()
     assert report.status == "done"
-    assert any("memory ran out while the result was measured (of 5 GB)" in text for text in report.told["warning"])
+    assert any("memory ran out while the result was measured (of 5 GB)" in text for text in report.messages["warning"])
     assert adapter_of(tmp_path / "run")
 
 
@@ -154,11 +156,13 @@ def test_what_is_measured_after_a_smaller_step_is_measured_in_smaller_parts(trai
     from thimble.training.before_after import Proof
 
     ways = []
-    monkeypatch.setattr(Proof, "after", lambda self: ways.append((self.job.way, self.job.held_out.pass_tokens)))
+    monkeypatch.setattr(
+        Proof, "after", lambda self: ways.append((self.run_plan.execution, self.run_plan.validation.pass_tokens))
+    )
     scarce(128)
     train(batch_tokens=256, seq_len=64)
-    ((way, tokens),) = ways
-    assert way.micro_tokens == tokens <= 128
+    ((execution, tokens),) = ways
+    assert execution.micro_tokens == tokens <= 128
 
 
 # ---- waiting --------------------------------------------------------------------------------------------------------
@@ -175,7 +179,7 @@ def test_a_run_that_is_asked_to_wait_saves_a_checkpoint_and_goes_on(train, tmp_p
 
     report = train(should_wait=should_wait)
     assert found[0].step == 4
-    assert any("paused after step 4, with a checkpoint: somebody wants" in text for text in report.told["warning"])
+    assert any("paused after step 4, with a checkpoint: somebody wants" in text for text in report.messages["warning"])
     assert report.seconds < 0  # a pause, here of a thousand seconds, is not training
     train("other")
     assert adapter_of(tmp_path / "run") == adapter_of(tmp_path / "other")
@@ -214,7 +218,7 @@ def test_the_battery_is_read_where_the_system_tells_it(tmp_path, monkeypatch):
 def test_a_low_battery_pauses_until_it_is_charged(monkeypatch):
     monkeypatch.setattr("thimble.training.waiting.LOOK_SECONDS", 0.0)
     levels = iter([Battery(30, True), Battery(9, True), Battery(9, True), Battery(12, True), Battery(12, False)])
-    waiting = Waiting(lambda: "", lambda: False, Teller(lambda event: None), lambda: next(levels))
+    waiting = Waiting(lambda: "", lambda: False, EventLog(lambda event: None), lambda: next(levels))
     assert waiting.why() == ""
     assert waiting.why() == "the battery is at 9 % and nothing charges it"
     waiting.wait()
@@ -227,14 +231,16 @@ def test_a_processor_that_slows_itself_down_is_told_of_once(tmp_path, monkeypatc
     count.write_text("7\n")
     monkeypatch.setattr(machine, "CORES", tmp_path)
     monkeypatch.setattr("thimble.training.waiting.HEAT_SECONDS", 0.0)
-    tell = Teller(lambda event: None)
-    waiting = Waiting(lambda: "", lambda: False, tell)
+    log = EventLog(lambda event: None)
+    waiting = Waiting(lambda: "", lambda: False, log)
     waiting.watch_heat()
-    assert tell.told["warning"] == []
+    assert log.messages["warning"] == []
     for hot in ("8\n", "9\n"):
         count.write_text(hot)
         waiting.watch_heat()
-    assert tell.told["warning"] == ["the processor is hot and slows itself down: steps take longer until it is cooler"]
+    assert log.messages["warning"] == [
+        "the processor is hot and slows itself down: steps take longer until it is cooler"
+    ]
 
 
 @pytest.fixture
@@ -288,7 +294,7 @@ def test_a_base_with_a_weight_that_is_not_finite_is_named_before_anything_is_lea
     whole = bytearray(Path(tiny_base).read_bytes())
     whole[info.offset : info.offset + 4] = np.float32(np.nan).tobytes()
     (tmp_path / "bad.gguf").write_bytes(whole)
-    with pytest.raises(RunError, match=r"not finite in model\.layers\.1\.mlp\.up_proj\.weight: copy or convert it"):
+    with pytest.raises(RunError, match=r"NaN or Inf in model\.layers\.1\.mlp\.up_proj\.weight: copy or convert it"):
         thimble.train(examples, base=str(tmp_path / "bad.gguf"), out=str(tmp_path / "run"), **QUICK)
     assert not (tmp_path / "run" / "adapter").exists()
 
@@ -298,8 +304,8 @@ def test_a_base_that_is_far_worse_than_guessing_on_the_rows_is_warned_of(train, 
     from thimble.training.before_after import Proof
 
     monkeypatch.setattr(Proof, "_measure", lambda self: (loss, []))  # guessing among its 320 tokens: 5.8
-    warnings = train().told["warning"]
-    assert any("on the held-out rows, worse than guessing" in text for text in warnings) == is_odd
+    warnings = train().messages["warning"]
+    assert any("on the validation rows, worse than guessing" in text for text in warnings) == is_odd
 
 
 def test_rows_that_are_left_out_are_listed_with_the_reason(tiny_base, tmp_path):
@@ -311,7 +317,7 @@ def test_rows_that_are_left_out_are_listed_with_the_reason(tiny_base, tmp_path):
     assert json.loads(line)["source"] == "mine.jsonl line 21"
     assert "is not valid JSON" in json.loads(line)["problem"]
     assert report.skipped_rows == 1
-    assert any("1 of 21 rows cannot be used and are left out" in text for text in report.told["warning"])
+    assert any("1 of 21 rows cannot be used and are left out" in text for text in report.messages["warning"])
 
 
 def test_data_and_base_that_are_moved_away_during_a_run_do_not_cost_its_result(examples, tiny_base, tmp_path):
@@ -333,7 +339,7 @@ def test_data_and_base_that_are_moved_away_during_a_run_do_not_cost_its_result(e
 def test_a_run_is_locked_before_the_checkpoint_to_resume_is_read(train, tmp_path, monkeypatch):
     train(checkpoint_every_steps=2)
     (tmp_path / "run" / "report.json").unlink()
-    monkeypatch.setattr(verb, "prepare_job", lambda *a: pytest.fail("the checkpoint was read"))
+    monkeypatch.setattr(command, "plan_run", lambda *a: pytest.fail("the checkpoint was read"))
     with locked(tmp_path / "run"), pytest.raises(ConfigError, match="in which another run is at work"):
         train(resume=True)
 
@@ -345,21 +351,23 @@ def test_a_resumed_run_takes_its_steps_as_it_began_them(train, tmp_path, monkeyp
         valid_split=0, batch_tokens=256, should_stop=lambda: len(taken) >= 3,
         on_event=lambda event: taken.append(1) if event.kind == "step" else None,
     )  # fmt: skip
-    ways = job._ways
-    monkeypatch.setattr(job, "_ways", lambda *a: ways(*a)[-1:])  # as if the machine had little memory free today
+    plans = planning._execution_plans
+    monkeypatch.setattr(
+        planning, "_execution_plans", lambda *a: plans(*a)[-1:]
+    )  # as if the machine had little memory free today
     report = train(valid_split=0, batch_tokens=256, resume=True)
-    assert not any("digits" in text for text in report.told["warning"])
+    assert not any("digits" in text for text in report.messages["warning"])
     assert adapter_of(tmp_path / "run") == adapter_of(tmp_path / "whole")
 
 
 def test_a_second_run_in_a_folder_is_refused_before_the_base_is_loaded(train, tmp_path, monkeypatch):
-    monkeypatch.setattr(verb, "open_session", lambda *a: pytest.fail("the base was loaded"))
+    monkeypatch.setattr(command, "open_session", lambda *a: pytest.fail("the base was loaded"))
     with locked(tmp_path / "run"), pytest.raises(ConfigError, match="in which another run is at work"):
         train()
 
 
 def test_a_run_that_fails_before_anything_is_written_leaves_no_folder(train, tmp_path, monkeypatch):
-    monkeypatch.setattr(verb, "open_session", lambda *a: 1 / 0)
+    monkeypatch.setattr(command, "open_session", lambda *a: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train()
     assert not (tmp_path / "run").exists()

@@ -4,15 +4,15 @@ import pytest
 
 from thimble.config.options import TrainConfig
 from thimble.errors import DoesNotFitError
-from thimble.events import Teller
-from thimble.models.cost import Way
-from thimble.training import plan as job
+from thimble.events import EventLog
+from thimble.models.cost import ExecutionPlan
+from thimble.training import plan as planning
 
 BLOCKS = 16
 
 
 def ways(stores=("file",), step_tokens=2048, longest=300):
-    return job._ways(step_tokens, longest, stores, BLOCKS)
+    return planning._execution_plans(step_tokens, longest, stores, BLOCKS)
 
 
 @pytest.fixture(autouse=True)
@@ -21,22 +21,22 @@ def two_cores(monkeypatch):
 
 
 def test_the_first_way_is_the_fastest():
-    assert ways(("dense", "file"))[0] == Way("dense", 2, 1024, 2048)
-    assert ways(step_tokens=400)[0] == Way("file", 1, 400, 400)
+    assert ways(("dense", "file"))[0] == ExecutionPlan("dense", 2, 1024, 2048)
+    assert ways(step_tokens=400)[0] == ExecutionPlan("file", 1, 400, 400)
 
 
 def test_no_micro_batch_is_shorter_than_the_longest_row():
-    assert min(way.micro_tokens for way in ways(longest=700)) == 700
+    assert min(execution.micro_tokens for execution in ways(longest=700)) == 700
 
 
 def test_only_weights_of_a_file_are_streamed():
-    assert {way.store for way in ways(("dense", "file")) if way.is_streamed} == {"file"}
+    assert {execution.store for execution in ways(("dense", "file")) if execution.is_streamed} == {"file"}
 
 
 def test_less_memory_makes_for_slower_ways_down_to_streaming(examples, tiny_base):
     def decided(budget):
         config = TrainConfig.build({"data": str(examples), "base": tiny_base, "memory_budget": budget})
-        return job.prepare_job(config, Teller(lambda event: None), needs_folder=False)
+        return planning.plan_run(config, EventLog(lambda event: None), needs_folder=False)
 
     found = [decided("8GB")]
 
@@ -46,7 +46,7 @@ def test_less_memory_makes_for_slower_ways_down_to_streaming(examples, tiny_base
 
     with pytest.raises(DoesNotFitError, match="allow at least 0.[0-9]+GB"):
         descend()
-    slowness = [each.way.slowness(4, 2) for each in found]
+    relative_cost = [each.execution.relative_cost(4, 2) for each in found]
     assert len(found) > 1
-    assert slowness == sorted(slowness)
+    assert relative_cost == sorted(relative_cost)
     assert all(later.memory.total < each.memory.total for each, later in zip(found, found[1:], strict=False))

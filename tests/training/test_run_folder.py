@@ -14,7 +14,7 @@ from thimble.core.lowrank import Factors
 from thimble.files.peft import load_adapter
 from thimble.training import run_folder
 from thimble.training.checkpoint import clear_unfinished
-from thimble.training.run_folder import make_folder, publish_adapter, read_steps, whole_folder, write_text
+from thimble.training.run_folder import atomic_folder, make_folder, publish_adapter, read_steps, write_text
 
 
 def made(number):
@@ -88,7 +88,7 @@ def test_an_adapter_gets_its_name_after_its_files_are_on_disk(tmp_path):
 
 
 def test_a_folder_that_is_moved_whole_survives_a_power_cut(tmp_path):
-    with Record(tmp_path) as disk, whole_folder(tmp_path / "new" / "export") as folder:
+    with Record(tmp_path) as disk, atomic_folder(tmp_path / "new" / "export") as folder:
         (folder / "part").mkdir()
         (folder / "part" / "config.json").write_text("{}")
     left = left_by_the_worst_power_cut(disk.operations)

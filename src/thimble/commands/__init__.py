@@ -1,1 +1,1 @@
-"""One plain function per command: config in, report out; verbs never print."""
+"""One plain function per command: config in, report out; commands never print."""

@@ -7,8 +7,8 @@ from thimble.config.options import ChatConfig
 from thimble.core.adapter import Adapter
 from thimble.data.encode import Encoder
 from thimble.errors import AdapterError, Problems, listing
-from thimble.events import OnEvent, Teller, ignore
-from thimble.models.cost import Way
+from thimble.events import EventLog, OnEvent, ignore
+from thimble.models.cost import ExecutionPlan
 from thimble.training.prepare import Model, choose_store, open_adapters, open_model, open_session
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ class Conversation:
     """A model one can talk to; holds the turns so far.
 
     Args:
-        config: The knobs.
+        config: The options.
         model: The opened base.
         session: The base in memory.
         adapters: Adapters by name; `base` is always there and means none.
@@ -102,7 +102,7 @@ def open_conversation(config: ChatConfig, on_event: OnEvent = ignore) -> Convers
     """Open a base with adapters to talk to.
 
     Args:
-        config: The knobs.
+        config: The options.
         on_event: Hears what was decided.
 
     Returns:
@@ -114,12 +114,12 @@ def open_conversation(config: ChatConfig, on_event: OnEvent = ignore) -> Convers
     from thimble.backends.torch.compute import choose_compute
     from thimble.backends.torch.threads import num_cores
 
-    tell = Teller(on_event)
+    log = EventLog(on_event)
     problems = Problems(config.problems)
     model = problems.attempt(open_model, config.base)
     adapters = open_adapters(config.adapter, model.base if model else None, problems)
     (model,) = problems.required(model)
     compute, why = choose_compute(config.compute)
-    tell.decision(f"compute: {why}")
-    session = open_session(model, compute, Way(choose_store(config, model.base, compute)[0][0], num_cores()))
+    log.decision(f"compute: {why}")
+    session = open_session(model, compute, ExecutionPlan(choose_store(config, model.base, compute)[0][0], num_cores()))
     return Conversation(config, model, session, adapters)

@@ -9,19 +9,19 @@ from thimble.core.metrics import Metric
 from thimble.data.records import Dataset, Record
 from thimble.data.spool import Items
 from thimble.errors import Problems, plural
-from thimble.events import OnEvent, ShouldStop, Teller, ignore, never
-from thimble.models.cost import Way, cache_token_bytes
-from thimble.training.evaluation import HeldOut, Question, choose_metric, make_questions, measure, scores_of
+from thimble.events import EventLog, OnEvent, ShouldStop, ignore, never
+from thimble.models.cost import ExecutionPlan, cache_token_bytes
+from thimble.training.evaluation import Question, ValidationSet, choose_metric, make_questions, measure, scores_of
 from thimble.training.prepare import (
     Examples,
     Model,
     choose_store,
     encode_examples,
+    log_skipped,
     open_adapters,
     open_data,
     open_model,
     open_session,
-    tell_skipped,
 )
 
 SHOWN_ANSWERS = 3
@@ -37,15 +37,15 @@ class Result:
         name: `base`, or the adapter folder.
         loss: Nats per label token.
         perplexity: exp of the loss.
-        label_tokens: Tokens the loss was taken over.
-        scores: Task figures, 0 to 1.
+        target_tokens: Tokens the loss was taken over.
+        scores: Metrics, 0 to 1.
         answers: Some rows as asked, reference, written.
     """
 
     name: str
     loss: float
     perplexity: float
-    label_tokens: int
+    target_tokens: int
     scores: dict[str, float]
     answers: list[dict[str, Any]] = field(default_factory=list)
 
@@ -58,10 +58,10 @@ class EvaluateReport:
         data: What the user named.
         base: Name of the base.
         rows: Rows the loss was taken over.
-        answered_rows: Rows answered for the task figures.
-        metric: Name of the task metric.
+        answered_rows: Rows answered for the metrics.
+        metric: Name of the metric.
         results: One per model.
-        told: Decisions, notes and warnings, in order.
+        messages: Decisions, notes and warnings, in order.
     """
 
     data: str
@@ -70,14 +70,14 @@ class EvaluateReport:
     answered_rows: int
     metric: str
     results: list[Result]
-    told: dict[str, list[str]]
+    messages: dict[str, list[str]]
 
 
 def evaluate(config: EvaluateConfig, on_event: OnEvent = ignore, should_stop: ShouldStop = never) -> EvaluateReport:
     """Measure the bare base and each adapter on the same rows.
 
     Args:
-        config: The knobs.
+        config: The options.
         on_event: Hears of progress.
         should_stop: Asked between batches; what is measured by then is returned.
 
@@ -87,17 +87,17 @@ def evaluate(config: EvaluateConfig, on_event: OnEvent = ignore, should_stop: Sh
     Raises:
         InputError: With every problem found.
     """
-    tell = Teller(on_event)
-    model, examples, adapters, questions, (metric_name, metric) = _prepare(config, tell)
+    log = EventLog(on_event)
+    model, examples, adapters, questions, (metric_name, metric) = _prepare(config, log)
     from thimble.backends.torch.compute import choose_compute
     from thimble.backends.torch.threads import num_cores
 
     compute, why = choose_compute(config.compute)
     stores, why_store = choose_store(config, model.base, compute)
-    tell.decision(f"compute: {why}")
-    tell.decision(why_store)
-    session = open_session(model, compute, Way(stores[0], num_cores()))
-    held_out = HeldOut(
+    log.decision(f"compute: {why}")
+    log.decision(why_store)
+    session = open_session(model, compute, ExecutionPlan(stores[0], num_cores()))
+    validation = ValidationSet(
         examples.valid, questions if metric else questions[:SHOWN_ANSWERS], metric, model.tokenizer,
         config.max_new_tokens, PASS_TOKENS, CACHE_BYTES // cache_token_bytes(model.base.spec, compute),
     )  # fmt: skip
@@ -105,37 +105,37 @@ def evaluate(config: EvaluateConfig, on_event: OnEvent = ignore, should_stop: Sh
     for name, adapter in {"base": None, **adapters}.items():
         if should_stop():
             break
-        tell.stage(f"measuring {name}")
+        log.stage(f"measuring {name}")
         session.attach(adapter)
-        loss, answers = measure(session, held_out, tell, should_stop)
+        loss, answers = measure(session, validation, log, should_stop)
         shown = [asdict(answer) for answer in answers[:SHOWN_ANSWERS]]
         results.append(Result(name, loss.mean, loss.perplexity, loss.tokens, scores_of(answers), shown))
     answered = len(questions) if metric else 0
     return EvaluateReport(
-        config.data, model.base.name, len(examples.valid), answered, metric_name, results, tell.told
+        config.data, model.base.name, len(examples.valid), answered, metric_name, results, log.messages
     )  # fmt: skip
 
 
 def _prepare(
-    config: EvaluateConfig, tell: Teller
+    config: EvaluateConfig, log: EventLog
 ) -> tuple[Model, Examples, dict[str, Adapter], list[Question], tuple[str, Metric | None]]:
     """Check everything that can be wrong."""
     problems = Problems(config.problems)
-    tell.stage("reading the base and the examples")
+    log.stage("reading the base and the examples")
     model = problems.attempt(open_model, config.base)
     records = problems.attempt(_records, config.data, config.strict)
     adapters = open_adapters(config.adapter, model.base if model else None, problems)
     examples = None
     if model and records is not None:
         dataset, rows = records
-        examples = problems.attempt(encode_examples, dataset, (), rows, model, config, tell)
+        examples = problems.attempt(encode_examples, dataset, (), rows, model, config, log)
     questions = make_questions(examples.valid_records, examples.encoder, config.eval_rows) if examples else []
     chosen = problems.attempt(choose_metric, config.metric, questions)
     model, examples, chosen = problems.required(model, examples, chosen)
-    tell.note(f"data: {plural(len(examples.valid), 'row')} of {examples.dataset.format}")
+    log.note(f"data: {plural(len(examples.valid), 'row')} of {examples.dataset.format}")
     for note in (*examples.dataset.notes, *examples.encoder.notes):
-        tell.note(note)
-    tell_skipped(examples.dataset, tell)
+        log.note(note)
+    log_skipped(examples.dataset, log)
     return model, examples, adapters, questions, chosen
 
 

@@ -13,7 +13,7 @@ from thimble.config.options import InspectConfig
 from thimble.core.adapter import Adapter
 from thimble.core.lowrank import Array, Factors
 from thimble.errors import AdapterError, BaseModelError, ConfigError, Problems, listing, plural
-from thimble.events import OnEvent, ShouldStop, Teller, ignore, never
+from thimble.events import EventLog, OnEvent, ShouldStop, ignore, never
 from thimble.files.peft import CONFIG_FILE, WEIGHTS_FILE
 from thimble.models.base import Base, Weight
 from thimble.models.inspection import (
@@ -26,7 +26,7 @@ from thimble.models.inspection import (
     spectrum_of,
     update_of,
 )
-from thimble.report.page.figures import figure_files, write_figures
+from thimble.report.figures import figure_files, write_figures
 from thimble.training.prepare import find_base, is_hub_name, open_adapters
 from thimble.training.run_folder import check_folder
 
@@ -58,7 +58,7 @@ class InspectReport:
         only_in: Layers that only one of two adapters has, by its name.
         figures: Files that were drawn.
         seconds: Time it took.
-        told: Decisions, notes and warnings.
+        messages: Decisions, notes and warnings.
     """
 
     subject: str
@@ -79,14 +79,14 @@ class InspectReport:
     only_in: dict[str, list[str]] = field(default_factory=dict)
     figures: list[str] = field(default_factory=list)
     seconds: float = 0.0
-    told: dict[str, list[str]] = field(default_factory=dict)
+    messages: dict[str, list[str]] = field(default_factory=dict)
 
 
 def inspect(config: InspectConfig, on_event: OnEvent = ignore, should_stop: ShouldStop = never) -> InspectReport:
-    """Look into a base, an adapter or two adapters; reads one weight at a time.
+    """CalibrationData into a base, an adapter or two adapters; reads one weight at a time.
 
     Args:
-        config: The knobs.
+        config: The options.
         on_event: Hears of progress.
         should_stop: Asked between layers; what is measured by then is returned.
 
@@ -96,22 +96,22 @@ def inspect(config: InspectConfig, on_event: OnEvent = ignore, should_stop: Shou
     Raises:
         InputError: With every problem found.
     """
-    tell = Teller(on_event)
+    log = EventLog(on_event)
     began = time.perf_counter()
-    subject = _open(config, tell)
+    subject = _open(config, log)
     report = InspectReport(subject.kind, subject.names)
     if subject.base:
         report.base, report.num_blocks = subject.base.name, subject.base.spec.num_layers
         report.blocks, report.dtypes = subject.blocks, subject.base.dtypes()
-    rows = _MEASURES[subject.kind](subject, report, tell, should_stop)
+    rows = _MEASURES[subject.kind](subject, report, log, should_stop)
     report.by_kind, report.by_block = _grouped(rows, "kind"), _grouped(rows, "block")
     report.overall = _summary(rows)
     if config.out and rows:
-        tell.stage("drawing")
+        log.stage("drawing")
         report.figures = write_figures(Path(config.out), asdict(report))
         if not report.figures:
-            tell.warning("no figure was drawn: there is nothing in the blocks to show")
-    report.seconds, report.told = time.perf_counter() - began, tell.told
+            log.warning("no figure was drawn: there is nothing in the blocks to show")
+    report.seconds, report.messages = time.perf_counter() - began, log.messages
     return report
 
 
@@ -129,9 +129,9 @@ class _Subject:
     blocks: list[int]
 
 
-def _open(config: InspectConfig, tell: Teller) -> _Subject:
+def _open(config: InspectConfig, log: EventLog) -> _Subject:
     problems = Problems(config.problems)
-    tell.stage("opening what was named")
+    log.stage("opening what was named")
     names = [name for name in (config.path, config.other) if name is not None]
     kinds = [problems.attempt(_kind_of, name) for name in names]
     bases, adapters = (
@@ -148,7 +148,7 @@ def _open(config: InspectConfig, tell: Teller) -> _Subject:
         problems.attempt(_check_alike, opened)
     kind = "two adapters" if len(adapters) == 2 else "adapter" if adapters else "base"
     problems.attempt(_check_out, config.out, kind)
-    blocks = problems.attempt(_choose_blocks, config, base, opened, tell) if base and kind != "two adapters" else []
+    blocks = problems.attempt(_choose_blocks, config, base, opened, log) if base and kind != "two adapters" else []
     problems.required()
     shown = [base.name] if kind == "base" and base else adapters
     return _Subject(kind, shown, base, list(opened.values()), blocks or [])
@@ -217,7 +217,7 @@ def _check_out(out: str | None, kind: str) -> None:
         raise ConfigError(f"out is {out}, which holds {listing(there)}: name another folder, or take them away")
 
 
-def _choose_blocks(config: InspectConfig, base: Base, adapters: Mapping[str, Adapter], tell: Teller) -> list[int]:
+def _choose_blocks(config: InspectConfig, base: Base, adapters: Mapping[str, Adapter], log: EventLog) -> list[int]:
     """The blocks that were asked for; else all, or an even spread of as many as take about a minute."""
     layers = [layer for adapter in adapters.values() for layer in adapter.layers] or list(base.spec.linear_shapes())
     shapes = base.spec.linear_shapes()
@@ -231,7 +231,7 @@ def _choose_blocks(config: InspectConfig, base: Base, adapters: Mapping[str, Ada
     count = min(len(known), max(LEAST_BLOCKS, int(len(known) * MOST_OPERATIONS / max(work, 1))))
     if count < len(known):
         blocks = sorted({known[round(at)] for at in np.linspace(0, len(known) - 1, count)})
-        tell.decision(
+        log.decision(
             f"blocks {listing(blocks, 40)} of {len(known)} are decomposed, an even spread, since all of them would "
             "take long: name others with --blocks"
         )
@@ -248,59 +248,59 @@ def _operations(shape: tuple[int, int]) -> float:
 # ---- measuring ------------------------------------------------------------------------------------------------------
 
 
-def _read(layer: str, weight: Weight, report: InspectReport, tell: Teller) -> Array | None:
+def _read(layer: str, weight: Weight, report: InspectReport, log: EventLog) -> Array | None:
     """The weight of a layer, float32 (out, in); None, and told, if it has no spectrum."""
     matrix = weight.read()
     weight.release(slice(0, weight.shape[0]))  # a base may be larger than memory
-    fault = "holds numbers that are not finite" if not np.isfinite(matrix).all() else ""
+    fault = "holds numbers that are NaN or Inf" if not np.isfinite(matrix).all() else ""
     fault = fault or ("is all zeros" if not matrix.any() else "")
     if not fault:
         return matrix
     report.skipped.append(f"{layer}: its weight {fault}")
-    tell.warning(f"{layer} of the base {fault}: nothing can be said about it")
+    log.warning(f"{layer} of the base {fault}: nothing can be said about it")
     return None
 
 
 def _look_into_base(
-    subject: _Subject, report: InspectReport, tell: Teller, should_stop: ShouldStop
+    subject: _Subject, report: InspectReport, log: EventLog, should_stop: ShouldStop
 ) -> Sequence[Spectrum]:
     assert subject.base
     layers = [layer for layer in subject.base.spec.linear_shapes() if find_block(layer) in subject.blocks]
-    tell.stage(f"decomposing {plural(len(layers), 'weight')} of {plural(len(subject.blocks), 'block')}")
+    log.stage(f"decomposing {plural(len(layers), 'weight')} of {plural(len(subject.blocks), 'block')}")
     for done, layer in enumerate(layers, 1):
-        if _is_stopped(should_stop, done, len(layers), tell):
+        if _is_stopped(should_stop, done, len(layers), log):
             break
         weight = subject.base.weights[f"{layer}.weight"]
-        matrix = _read(layer, weight, report, tell)
+        matrix = _read(layer, weight, report, log)
         if matrix is not None:
             report.spectra.append(spectrum_of(layer, matrix, weight))
-        tell.progress("weights", done, len(layers))
+        log.progress("weights", done, len(layers))
     if len(report.skipped) == len(layers):
         raise BaseModelError(*(f"base {subject.base.name}: {what}" for what in report.skipped))
     return report.spectra
 
 
-def _is_stopped(should_stop: ShouldStop, done: int, total: int, tell: Teller) -> bool:
+def _is_stopped(should_stop: ShouldStop, done: int, total: int, log: EventLog) -> bool:
     if should_stop():
-        tell.warning(f"stopped early: {done - 1} of {plural(total, 'layer')} were looked at")
+        log.warning(f"stopped early: {done - 1} of {plural(total, 'layer')} were looked at")
         return True
     return False
 
 
 def _look_into_adapter(
-    subject: _Subject, report: InspectReport, tell: Teller, should_stop: ShouldStop
+    subject: _Subject, report: InspectReport, log: EventLog, should_stop: ShouldStop
 ) -> Sequence[Update]:
     assert subject.base
     layers = subject.adapters[0].layers
-    tell.stage(f"looking at {plural(len(layers), 'layer')}, beside {plural(len(subject.blocks), 'block')} of the base")
+    log.stage(f"looking at {plural(len(layers), 'layer')}, beside {plural(len(subject.blocks), 'block')} of the base")
     if any(factors.magnitude is not None for factors in layers.values()):
-        tell.note("the magnitudes of DoRA are left out of account, except in the count of intruders")
+        log.note("the magnitudes of DoRA are left out of account, except in the count of intruders")
     for done, layer in enumerate(in_order(layers), 1):
-        if _is_stopped(should_stop, done, len(layers), tell):
+        if _is_stopped(should_stop, done, len(layers), log):
             break
-        matrix = _read(layer, subject.base.weights[f"{layer}.weight"], report, tell)
+        matrix = _read(layer, subject.base.weights[f"{layer}.weight"], report, log)
         report.updates.append(update_of(layer, layers[layer], matrix, find_block(layer) in subject.blocks))
-        tell.progress("layers", done, len(layers))
+        log.progress("layers", done, len(layers))
     report.unmoved = [update.layer for update in report.updates if not update.norm]
     moved = [update for update in report.updates if update.norm and update.relative_norm is not None]
     report.moved = [update.layer for update in sorted(moved, key=lambda update: -(update.relative_norm or 0.0))]
@@ -308,13 +308,13 @@ def _look_into_adapter(
 
 
 def _compare_adapters(
-    subject: _Subject, report: InspectReport, tell: Teller, should_stop: ShouldStop
+    subject: _Subject, report: InspectReport, log: EventLog, should_stop: ShouldStop
 ) -> Sequence[Overlap]:
     first, second = (adapter.layers for adapter in subject.adapters)
     shared = in_order(layer for layer in first if layer in second)
-    tell.stage(f"comparing {plural(len(shared), 'layer')}")
+    log.stage(f"comparing {plural(len(shared), 'layer')}")
     for done, layer in enumerate(shared, 1):
-        if _is_stopped(should_stop, done, len(shared), tell):
+        if _is_stopped(should_stop, done, len(shared), log):
             break
         report.overlaps.append(overlap_of(layer, first[layer], second[layer]))
     report.unmoved = [row.layer for row in report.overlaps if not all(row.norms)]

@@ -14,14 +14,14 @@ from thimble.core.adapter import Adapter
 from thimble.core.lowrank import Factors, rank_for, svd_of_update, total, truncate
 from thimble.core.lowrank import merge as merge_weight
 from thimble.errors import AdapterError, BaseModelError, ConfigError, Problems, RunError, listing, plural
-from thimble.events import OnEvent, ShouldStop, Teller, ignore, never
+from thimble.events import EventLog, OnEvent, ShouldStop, ignore, never
 from thimble.files.blocks import dequantize, quantize
 from thimble.files.peft import KEY, MAX_RANK, WEIGHTS_FILE, find_adapter, save_adapter
 from thimble.files.tensors import open_tensors, rewrite_safetensors
 from thimble.files.untrusted import is_inside
 from thimble.models.base import Base, Weight, weight_files
 from thimble.training.prepare import find_base, open_adapters
-from thimble.training.run_folder import check_new_folder, whole_folder
+from thimble.training.run_folder import atomic_folder, check_new_folder
 
 ROUNDING_LIMIT = 0.1  # share of an update that rounding may change before a warning
 WINDOW_VALUES = 4_000_000  # numbers of a weight that are merged at a time
@@ -112,7 +112,7 @@ class MergeReport:
         layers: One per adapted layer.
         kinds: The same by kind of layer; the last is `all`.
         rounding: Of a merged base: type of the weights to the largest error of a layer of that type.
-        told: Decisions, notes and warnings, in order.
+        messages: Decisions, notes and warnings, in order.
     """
 
     status: str
@@ -123,7 +123,7 @@ class MergeReport:
     layers: list[MergedLayer]
     kinds: list[MergedKind]
     rounding: dict[str, float]
-    told: dict[str, list[str]]
+    messages: dict[str, list[str]]
 
 
 class _StoppedError(Exception):
@@ -138,12 +138,12 @@ class _Work:
     base: Base | None
     updates: Mapping[str, Factors]
     bytes_before: Mapping[str, int]
-    tell: Teller
+    log: EventLog
     should_stop: ShouldStop
 
     def move_on(self, done: int) -> None:
         """Tell how far it is, and end here if the user wishes."""
-        self.tell.progress("layers", done, len(self.updates))
+        self.log.progress("layers", done, len(self.updates))
         if self.should_stop():
             raise _StoppedError
 
@@ -152,7 +152,7 @@ def merge(config: MergeConfig, on_event: OnEvent = ignore, should_stop: ShouldSt
     """Add adapters up, and write them as a smaller adapter or merged into the base.
 
     Args:
-        config: The knobs.
+        config: The options.
         on_event: Hears of progress.
         should_stop: Asked between layers; nothing is written then.
 
@@ -161,14 +161,14 @@ def merge(config: MergeConfig, on_event: OnEvent = ignore, should_stop: ShouldSt
 
     Raises:
         InputError: With every problem found.
-        RunError: If a merged weight does not fit its number type.
+        RunError: If a merged weight does not fit its dtype.
     """
-    work = _prepare(config, Teller(on_event), should_stop)
+    work = _prepare(config, EventLog(on_event), should_stop)
     shrinks = _shrinks(config)
     layers: list[MergedLayer] = []
     status = "done"
     try:
-        with whole_folder(Path(config.out)) as folder:
+        with atomic_folder(Path(config.out)) as folder:
             if shrinks:
                 layers = _write_adapter(work, config.truncate or 1.0, config.rank or MAX_RANK, folder)
             else:
@@ -176,7 +176,7 @@ def merge(config: MergeConfig, on_event: OnEvent = ignore, should_stop: ShouldSt
     except _StoppedError:
         status = "interrupted"
     if not shrinks:
-        _warn_of_rounding(layers, work.tell)
+        _warn_of_rounding(layers, work.log)
     rounding: dict[str, float] = {}
     for layer in layers if not shrinks else ():
         rounding[layer.dtype] = max(layer.error, rounding.get(layer.dtype, 0.0))
@@ -189,7 +189,7 @@ def merge(config: MergeConfig, on_event: OnEvent = ignore, should_stop: ShouldSt
         layers=layers,
         kinds=_by_kind(layers),
         rounding=rounding,
-        told=work.tell.told,
+        messages=work.log.messages,
     )
 
 
@@ -201,10 +201,10 @@ def _shrinks(config: MergeConfig) -> bool:
 # ---- checks ---------------------------------------------------------------------------------------------------------
 
 
-def _prepare(config: MergeConfig, tell: Teller, should_stop: ShouldStop) -> _Work:
+def _prepare(config: MergeConfig, log: EventLog, should_stop: ShouldStop) -> _Work:
     """Open everything and check all that can be wrong."""
     problems = Problems(config.problems)
-    tell.stage("reading the adapters")
+    log.stage("reading the adapters")
     if not config.adapter:
         problems.add("no adapter is given: name an adapter folder or a run folder, as in: thimble merge runs/mine-1")
     problems.attempt(_check_names, config.adapter)
@@ -221,10 +221,10 @@ def _prepare(config: MergeConfig, tell: Teller, should_stop: ShouldStop) -> _Wor
     problems.required()
     names = {adapter.base for adapter in adapters.values()}
     if len(names) > 1:
-        tell.warning(f"the adapters were made for different bases, {listing(sorted(names))}: their sum may do neither")
+        log.warning(f"the adapters were made for different bases, {listing(sorted(names))}: their sum may do neither")
     if any(factors.magnitude is not None for adapter in adapters.values() for factors in adapter.layers.values()):
-        tell.note("DoRA: the lengths of the rows are kept as they are; ranks and errors are those of B A")
-    return _Work(adapters, base, _add_up(adapters), _stored_bytes(config.adapter), tell, should_stop)
+        log.note("DoRA: the lengths of the rows are kept as they are; ranks and errors are those of B A")
+    return _Work(adapters, base, _add_up(adapters), _stored_bytes(config.adapter), log, should_stop)
 
 
 def _check_names(paths: Sequence[str]) -> None:
@@ -307,7 +307,7 @@ def _add_up(adapters: Mapping[str, Adapter]) -> dict[str, Factors]:
 
 def _write_adapter(work: _Work, energy: float, most: int, folder: Path) -> list[MergedLayer]:
     """Cut every update to the rank wanted and write them as one adapter."""
-    work.tell.stage("cutting the updates")
+    work.log.stage("cutting the updates")
     kept, layers = {}, []
     for layer, factors in work.updates.items():
         small, norm, error = cut(factors, energy, min(most, MAX_RANK))
@@ -364,7 +364,7 @@ def _write_base(work: _Work, folder: Path) -> list[MergedLayer]:
     """Copy a Hugging Face folder with the updates added to its weights, tensor by tensor."""
     base = work.base
     assert base is not None, "checked by _check_base"
-    work.tell.stage(f"merging into {base.name}")
+    work.log.stage(f"merging into {base.name}")
     for path in _other_files(base.path):
         place = folder / path.relative_to(base.path)
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -412,7 +412,7 @@ def _merged_rows(work: _Work, layer: str, weight: Weight, done: list[MergedLayer
         exact = merge_weight(old.astype(wide), update)
         size += float(np.linalg.norm(exact - old)) ** 2
         if not math.isfinite(size):
-            raise RunError(f"{layer} of the base holds numbers that are not finite: nothing is written")
+            raise RunError(f"{layer} of the base holds numbers that are NaN or Inf: nothing is written")
         try:
             packed = quantize(exact.astype(np.float32), weight.dtype)
         except BaseModelError as error:
@@ -426,11 +426,11 @@ def _merged_rows(work: _Work, layer: str, weight: Weight, done: list[MergedLayer
     work.move_on(len(done))
 
 
-def _warn_of_rounding(layers: Sequence[MergedLayer], tell: Teller) -> None:
+def _warn_of_rounding(layers: Sequence[MergedLayer], log: EventLog) -> None:
     bad = sorted((layer for layer in layers if layer.error > ROUNDING_LIMIT), key=lambda layer: -layer.error)
     if bad:
         worst = bad[0]
-        tell.warning(
+        log.warning(
             f"rounding to {worst.dtype} changed the updates of {plural(len(bad), 'layer')} by more than "
             f"{ROUNDING_LIMIT:.0%}, most that of {worst.name} ({worst.error:.0%}): keep the adapter beside the base "
             "(thimble chat --adapter), or merge into a folder of F32 weights"

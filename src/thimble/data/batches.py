@@ -31,7 +31,7 @@ class Batch:
         return len(self.ids)
 
     @property
-    def label_tokens(self) -> int:
+    def target_tokens(self) -> int:
         """How many positions carry a label."""
         return int(np.count_nonzero(self.labels != IGNORED))
 

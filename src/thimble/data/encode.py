@@ -53,7 +53,7 @@ class Row:
     truncated_tokens: int = 0
 
     @property
-    def label_tokens(self) -> int:
+    def target_tokens(self) -> int:
         """How many positions carry a label."""
         return int(np.count_nonzero(self.labels != IGNORED))
 
@@ -71,7 +71,7 @@ class EncodeReport:
 
     num_rows: int = 0
     tokens: int = 0
-    label_tokens: int = 0
+    target_tokens: int = 0
     truncated_rows: int = 0
     truncated_tokens: int = 0
     rows_without_labels: tuple[str, ...] = ()  # sources; these are left out
@@ -214,7 +214,7 @@ class Encoder:
         return warnings
 
     def _check(self, record: Record, ids: Sequence[int], learned: Sequence[bool]) -> None:
-        """Look whether the record has been through a template before, and whether its answer has an end."""
+        """CalibrationData whether the record has been through a template before, and whether its answer has an end."""
         texts = (message.get("content") or "" for message in record.messages or ())
         mark = next((found for text in texts for found in LIKE_MARKS.findall(text) if found in self._marks), "")
         if mark:
@@ -357,16 +357,16 @@ class _Counted:
     def __init__(self) -> None:
         self.lengths = array("q")
         self.without_labels: list[str] = []
-        self.label_tokens = self.truncated_rows = self.truncated_tokens = 0
+        self.target_tokens = self.truncated_rows = self.truncated_tokens = 0
 
     def hear(self, row: Row) -> bool:
         """Take a row into account; whether it has something to learn."""
-        labels = row.label_tokens
+        labels = row.target_tokens
         if not labels:
             self.without_labels.append(row.source)
             return False
         self.lengths.append(len(row.ids))
-        self.label_tokens += labels
+        self.target_tokens += labels
         self.truncated_rows += row.truncated_tokens > 0
         self.truncated_tokens += row.truncated_tokens
         return True
@@ -375,7 +375,7 @@ class _Counted:
         return EncodeReport(
             num_rows=len(self.lengths),
             tokens=sum(self.lengths),
-            label_tokens=self.label_tokens,
+            target_tokens=self.target_tokens,
             truncated_rows=self.truncated_rows,
             truncated_tokens=self.truncated_tokens,
             rows_without_labels=tuple(self.without_labels),

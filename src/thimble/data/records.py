@@ -22,7 +22,7 @@ __all__ = ["Dataset", "Record", "Skipped", "general_records", "read_dataset", "s
 MOST_TOLD = 20  # problems of rows in one message
 MOST_KEPT = 10_000  # problems of rows that are remembered; the others are counted
 SKIPPED_SHARE = 0.1  # of the rows: more that cannot be used are no dirt but a wrong form
-MOST_HELD_OUT = 2000  # rows: more would say nothing new and take hours to measure
+MAX_VALIDATION_ROWS = 2000  # rows: more would say nothing new and take hours to measure
 
 
 class SkippedRow(NamedTuple):
@@ -156,7 +156,7 @@ def split_rows(records: Items[Record], valid_fraction: float, seed: int) -> tupl
 
     Args:
         records: Examples.
-        valid_fraction: Share to hold out, from 0 up to 1; of many rows MOST_HELD_OUT.
+        valid_fraction: Share to hold out, from 0 up to 1; of many rows MAX_VALIDATION_ROWS.
         seed: Another seed holds out others.
 
     Returns:
@@ -168,7 +168,7 @@ def split_rows(records: Items[Record], valid_fraction: float, seed: int) -> tupl
     begins = np.flatnonzero(np.diff(digests[order], prepend=~digests[order[:1]])).tolist()
     if valid_fraction <= 0 or len(begins) < 2:
         return records, ()
-    wanted = min(max(1, round(valid_fraction * len(records))), len(records) - 1, MOST_HELD_OUT)
+    wanted = min(max(1, round(valid_fraction * len(records))), len(records) - 1, MAX_VALIDATION_ROWS)
     ends = [*begins, len(order)]
     held: list[int] = []
     for begin, end in itertools.pairwise(ends):

@@ -1,6 +1,6 @@
 """Conversation to text, by the Jinja chat template that came with the base.
 
-A template is a program from a stranger: it runs in a sandbox, with its work, its time and its output bounded.
+A template is a program from an untrusted source: it runs in a sandbox, with its work, its time and its output bounded.
 What templates differ in (a system role, tools, the form of a call's arguments) is found by trying, not by reading them.
 """
 
@@ -173,7 +173,7 @@ class ChatTemplate:
             raise DataError(f"the chat template of the base refuses this conversation: {shortened(error)}") from error
         except (RecursionError, MemoryError) as error:
             raise RunawayTemplateError("it calls itself without end, or fills the memory") from error
-        except Exception as error:  # a program from a stranger may raise anything
+        except Exception as error:  # a program from an untrusted source may raise anything
             raise DataError(f"the chat template of the base fails on this conversation: {shortened(error)}") from error
 
     def _write(self, variables: dict[str, Any]) -> str:

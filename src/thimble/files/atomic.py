@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 
-def write_whole(path: Path, parts: Iterable[bytes | memoryview]) -> None:
+def write_atomic(path: Path, parts: Iterable[bytes | memoryview]) -> None:
     """Write a file so that a reader, and whoever looks after a crash, sees the old content or the new, never a part.
 
     It is written under another name in the same folder, forced to disk, then renamed.

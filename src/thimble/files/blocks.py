@@ -286,7 +286,7 @@ _DECODERS: dict[str, Callable[[Blocks], Floats]] = {
 
 
 def _to_half(values: Floats) -> NDArray[np.float16]:
-    """Round to float16; a BaseModelError if a number is not finite there, which would ruin its whole block."""
+    """Round to float16; a BaseModelError if a number is NaN or Inf there, which would ruin its whole block."""
     with np.errstate(over="ignore"):
         half = values.astype(np.float16)
     if not np.isfinite(half).all():

@@ -58,10 +58,10 @@ def save_adapter(adapter: Adapter, folder: Path) -> None:
         folder: Made if missing.
 
     Raises:
-        AdapterError: If a number is not finite.
+        AdapterError: If a number is NaN or Inf.
     """
     if not adapter.is_finite():
-        raise AdapterError(f"the adapter for {folder} holds numbers that are not finite: it is not written")
+        raise AdapterError(f"the adapter for {folder} holds numbers that are NaN or Inf: it is not written")
     folder.mkdir(parents=True, exist_ok=True)
     adapter = adapter.plain()
     tensors: dict[str, Any] = {}
@@ -188,7 +188,7 @@ def _load(folder: Path) -> Adapter:
         magnitude = file.read(names[MAGNITUDE]) if MAGNITUDE in names else None
         layers[layer] = Factors(file.read(names[A]), file.read(names[B]), number, magnitude)
     broken = [layer for layer, factors in layers.items() if not is_finite(factors)]
-    _refuse(folder, [f"{layer} holds numbers that are not finite: train it again" for layer in broken])
+    _refuse(folder, [f"{layer} holds numbers that are NaN or Inf: train it again" for layer in broken])
     notes = {name: text for name, text in file.metadata.items() if name != "format"}
     return Adapter(layers, config.base, notes)
 

@@ -142,8 +142,8 @@ _RANKS, _ALPHAS = f"a whole number from 1 to {MAX_RANK:,}", f"a number above 0, 
 
 def _check_numbers(config: Mapping[str, Any]) -> list[str]:
     problems = []
-    for name, is_sound, expected in (("r", _is_rank, _RANKS), ("lora_alpha", _is_alpha, _ALPHAS)):
-        if not is_sound(config.get(name)):
+    for name, is_valid, expected in (("r", _is_rank, _RANKS), ("lora_alpha", _is_alpha, _ALPHAS)):
+        if not is_valid(config.get(name)):
             problems.append(f"{name} is {shown(config.get(name))}: expected {expected}")
     for name in ("use_dora", "use_rslora"):
         if config.get(name) not in (None, True, False):
@@ -153,7 +153,7 @@ def _check_numbers(config: Mapping[str, Any]) -> list[str]:
 
 def _check_patterns(config: Mapping[str, Any]) -> list[str]:
     problems = []
-    for name, is_sound, expected in (("rank_pattern", _is_rank, _RANKS), ("alpha_pattern", _is_alpha, _ALPHAS)):
+    for name, is_valid, expected in (("rank_pattern", _is_rank, _RANKS), ("alpha_pattern", _is_alpha, _ALPHAS)):
         pattern = config.get(name)
         if pattern is None:
             continue
@@ -164,7 +164,7 @@ def _check_patterns(config: Mapping[str, Any]) -> list[str]:
         problems += [
             f"{name} gives {shown(key)} the value {shown(value)}: expected {expected}"
             for key, value in pattern.items()
-            if not is_sound(value)
+            if not is_valid(value)
         ]
         if name == "alpha_pattern":
             problems += [

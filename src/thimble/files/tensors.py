@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from thimble.errors import BaseModelError
 from thimble.files import gguf as gguf_header
 from thimble.files import safetensors as safetensors_header
-from thimble.files.atomic import write_whole
+from thimble.files.atomic import write_atomic
 from thimble.files.blocks import BLOCKS, dequantize
 from thimble.files.tensor_info import MOST_HEADER_BYTES, MOST_TENSORS, PLAIN, SIZES, TensorInfo
 from thimble.files.untrusted import open_plain
@@ -159,7 +159,7 @@ def write_safetensors(
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     parts = (arrays[name].reshape(-1).view(np.uint8).data for name in names)
-    write_whole(Path(path), itertools.chain([len(text).to_bytes(8, "little"), text], parts))
+    write_atomic(Path(path), itertools.chain([len(text).to_bytes(8, "little"), text], parts))
 
 
 def rewrite_safetensors(
@@ -174,7 +174,7 @@ def rewrite_safetensors(
         path: Where the new one goes; not the same place.
         changed: Name of a tensor to what gives its new bytes, in pieces.
     """
-    write_whole(Path(path), _rewritten(file, changed))
+    write_atomic(Path(path), _rewritten(file, changed))
 
 
 def _rewritten(

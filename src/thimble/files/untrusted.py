@@ -1,4 +1,4 @@
-"""Files from strangers: opened only if they are plain files, and JSON taken only if it can be read in one way.
+"""Files from untrusted sources: opened only if they are plain files, and JSON taken only if it can be read in one way.
 
 Nothing is made of a file before its kind and its size are known. A pipe would block, a device might act, and of two
 equal keys each reader would keep another one.

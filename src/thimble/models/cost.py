@@ -36,15 +36,15 @@ SKETCH_NUMBERS = 4  # of a gradient's sketch, for each number of the adapter tha
 
 
 @dataclass(frozen=True)
-class Way:
+class ExecutionPlan:
     """How the weights are kept, and how the rows of a step are run.
 
     Attributes:
         store: `dense`, `int8` or `file`.
-        num_shares: Micro-batches that run side by side.
+        num_shares: Micro-batches that run in parallel.
         micro_tokens: Most tokens of a micro-batch.
-        tokens_at_once: Most tokens of all that run side by side.
-        recomputed_blocks: Blocks that keep only their input for the backward pass.
+        tokens_at_once: Most tokens of all that run in parallel.
+        checkpointed_blocks: Blocks that keep only their input for the backward pass.
         is_streamed: Weights are read from the file for each product and not kept.
         num_sizes: Sizes in which batches of uneven rows come, about.
     """
@@ -53,26 +53,26 @@ class Way:
     num_shares: int = 1
     micro_tokens: int = MICRO_BATCH_TOKENS[0]
     tokens_at_once: int = MICRO_BATCH_TOKENS[0]
-    recomputed_blocks: int = 0
+    checkpointed_blocks: int = 0
     is_streamed: bool = False
     num_sizes: int = 1
 
-    def slowness(self, num_blocks: int, cores: int) -> float:
+    def relative_cost(self, num_blocks: int, cores: int) -> float:
         """Time of a step against the fastest way, about: by constants, so that the choice of a way does not change with
         what was measured this week, and a run resumed elsewhere sums in the same order.
         """
-        slow = 1 + 0.3 * self.recomputed_blocks / num_blocks
+        slow = 1 + 0.3 * self.checkpointed_blocks / num_blocks
         slow *= 1.0 if self.num_shares >= min(2, cores) else 1.2
         slow *= 1.0 if self.micro_tokens >= MICRO_BATCH_TOKENS[0] else 1.05
         return slow * (1.15 if self.is_streamed else 1.0) * (1.1 if self.store == "int8" else 1.0)
 
     def described(self) -> str:
         """How a step is run, in words."""
-        again = f", {self.recomputed_blocks} blocks computed again" if self.recomputed_blocks else ""
+        again = f", {self.checkpointed_blocks} blocks computed again" if self.checkpointed_blocks else ""
         streamed = ", weights read from the file each time" if self.is_streamed else ""
-        return f"{self.store}, {self.micro_tokens} tokens at a time, {self.num_shares} side by side{again}{streamed}"
+        return f"{self.store}, {self.micro_tokens} tokens at a time, {self.num_shares} in parallel{again}{streamed}"
 
-    def smaller(self, longest: int) -> "Way | None":
+    def smaller(self, longest: int) -> "ExecutionPlan | None":
         """The next way that takes less memory, for rows of at most so many tokens; None if there is none."""
         if self.micro_tokens > longest:
             return replace(self, micro_tokens=max(longest, self.micro_tokens // 2))
@@ -139,7 +139,7 @@ def estimate_memory(
     compute: str,
     trained: int,
     longest: int,
-    way: Way,
+    execution: ExecutionPlan,
     lowest: int = 0,
     needs: Sequence[str] = (),
     is_delta: bool = False,
@@ -151,7 +151,7 @@ def estimate_memory(
         compute: `fp32`, `bf16` or `int8`.
         trained: Numbers in the adapter.
         longest: Tokens of the longest row.
-        way: How a step is run.
+        execution: How a step is run.
         lowest: Number of the lowest adapted block; those below keep nothing.
         needs: What the start is made of.
         is_delta: Whether what it starts from is kept and taken off.
@@ -161,39 +161,39 @@ def estimate_memory(
     """
     width = COMPUTE_BYTES[compute]
     working = 4 + 2 * width if is_delta else 0 if compute == "fp32" else width
-    adapter = trained * (ADAPTER_NUMBER_BYTES + 4 * way.num_shares + working)
-    activations = _activation_bytes(base.spec, width, way, lowest)
+    adapter = trained * (ADAPTER_NUMBER_BYTES + 4 * execution.num_shares + working)
+    activations = _activation_bytes(base.spec, width, execution, lowest)
     return MemoryPlan(
-        process=PROCESS_BYTES + base.spec.vocab_size * TOKEN_BYTES + _product_bytes(way),
-        weights=_weight_bytes(base, compute, way),
+        process=PROCESS_BYTES + base.spec.vocab_size * TOKEN_BYTES + _product_bytes(execution),
+        weights=_weight_bytes(base, compute, execution),
         adapter=max([adapter, *(_start_bytes(base.spec, need, trained, activations) for need in needs)]),
         activations=activations,
-        scratch=way.num_shares * _scratch_bytes(base, compute, longest, way),
+        scratch=execution.num_shares * _scratch_bytes(base, compute, longest, execution),
     )
 
 
-def _product_bytes(way: Way) -> int:
-    """What the libraries keep: one size takes part in more products where shares run side by side."""
-    return PRODUCTS * PRODUCT_BYTES * (way.num_shares + way.num_sizes - 1)
+def _product_bytes(execution: ExecutionPlan) -> int:
+    """What the libraries keep: one size takes part in more products where shares run in parallel."""
+    return PRODUCTS * PRODUCT_BYTES * (execution.num_shares + execution.num_sizes - 1)
 
 
-def _weight_bytes(base: Base, compute: str, way: Way) -> int:
+def _weight_bytes(base: Base, compute: str, execution: ExecutionPlan) -> int:
     """Weights in memory of our own, and pages of the file."""
     head: int = base.weights[EMBEDDING if base.spec.is_tied else HEAD].info.nbytes
     if compute == "int8":
         return sum(rows * cols for rows, cols in base.spec.linear_shapes().values()) + head
-    if way.is_streamed:  # two windows, a large layer being read, and the pages around the rows of the embedding
+    if execution.is_streamed:  # two windows, a large layer being read, and the pages around the rows of the embedding
         layers = max(weight.info.nbytes for path, weight in base.weights.items() if path not in (EMBEDDING, HEAD))
-        return 4 * WINDOW + 2 * layers + min(head, way.tokens_at_once * PAGES_AROUND)
-    if way.store == "file":
+        return 4 * WINDOW + 2 * layers + min(head, execution.tokens_at_once * PAGES_AROUND)
+    if execution.store == "file":
         return base.size_bytes
-    return base.num_parameters * (1 if way.store == "int8" else COMPUTE_BYTES[compute])
+    return base.num_parameters * (1 if execution.store == "int8" else COMPUTE_BYTES[compute])
 
 
-def _activation_bytes(spec: DecoderSpec, width: int, way: Way, lowest: int) -> int:
-    tokens = _rounded(way.tokens_at_once, way.num_shares)
+def _activation_bytes(spec: DecoderSpec, width: int, execution: ExecutionPlan, lowest: int) -> int:
+    tokens = _rounded(execution.tokens_at_once, execution.num_shares)
     block = 2 * spec.hidden_size + 2 * spec.q_size + 2 * spec.kv_size + 2 * spec.intermediate_size
-    recomputed = max(0, way.recomputed_blocks - lowest)
+    recomputed = max(0, execution.checkpointed_blocks - lowest)
     kept = spec.num_layers - lowest - recomputed
     inputs = recomputed * spec.hidden_size + (block if recomputed else 0)
     return tokens * width * (block * kept + inputs)
@@ -204,10 +204,10 @@ def _rounded(tokens: int, shares: int) -> int:
     return shares * (-(-each // BUFFER_TOKENS) * BUFFER_TOKENS)
 
 
-def _scratch_bytes(base: Base, compute: str, longest: int, way: Way) -> int:
+def _scratch_bytes(base: Base, compute: str, longest: int, execution: ExecutionPlan) -> int:
     """What one core needs while it runs a block or the loss, by the names in `torch_backend`."""
     spec, width = base.spec, COMPUTE_BYTES[compute]
-    tokens = _rounded(-(-way.tokens_at_once // way.num_shares), 1)
+    tokens = _rounded(-(-execution.tokens_at_once // execution.num_shares), 1)
     hidden, inner, heads = spec.hidden_size, spec.intermediate_size, spec.q_size + 2 * spec.kv_size
     largest = max(hidden, inner, spec.q_size)
     numbers = tokens * (2 * largest + 2 * inner + heads)  # input, input_grad, gated_grad, qkv_grad
@@ -218,7 +218,7 @@ def _scratch_bytes(base: Base, compute: str, longest: int, way: Way) -> int:
     numbers += 2 * spec.num_heads * min(TILE, keys) * keys  # scores, slopes
     chunk = logit_chunk(tokens, width * spec.vocab_size)
     numbers += chunk * spec.vocab_size + 3 * tokens * hidden  # logits, hidden states with a label
-    if way.store != "dense":
+    if execution.store != "dense":
         numbers += max(_window(rows, cols) for rows, cols in _stacked_shapes(spec))
     total = max(tokens * inner, chunk * hidden) * (4 + width)  # gradients summed over windows
     return numbers * width + total + (_whole_number_bytes(spec, tokens) if compute == "int8" else 0)
@@ -249,20 +249,20 @@ class Work:
 
     Attributes:
         tokens: Read in a step.
-        label_tokens: Learned from in a step.
+        target_tokens: Learned from in a step.
         row_tokens: Length of a typical row, by which attention's work goes.
         trained: Numbers in the adapter.
         lowest: Number of the lowest adapted block; nothing goes back through those below.
     """
 
     tokens: float
-    label_tokens: float
+    target_tokens: float
     row_tokens: float
     trained: int
     lowest: int = 0
 
 
-def estimate_seconds(base: Base, compute: str, work: Work, way: Way, machine: Machine) -> float:
+def estimate_seconds(base: Base, compute: str, work: Work, execution: ExecutionPlan, machine: Machine) -> float:
     """Expected seconds of a training step.
 
     The products are counted, at the rates of this machine and the shares of them that the engine was measured to
@@ -272,7 +272,7 @@ def estimate_seconds(base: Base, compute: str, work: Work, way: Way, machine: Ma
         base: The base.
         compute: `fp32`, `bf16` or `int8`.
         work: What a step does.
-        way: How it is run.
+        execution: How it is run.
         machine: Rates.
 
     Returns:
@@ -281,11 +281,11 @@ def estimate_seconds(base: Base, compute: str, work: Work, way: Way, machine: Ma
     spec, width = base.spec, COMPUTE_BYTES[compute]
     rate = machine.flops.get("fp32" if compute == "fp32" else "bf16") or max(machine.flops.values())
     linears = sum(rows * cols for rows, cols in spec.linear_shapes().values())
-    recomputed = max(0, way.recomputed_blocks - work.lowest)
+    recomputed = max(0, execution.checkpointed_blocks - work.lowest)
     passes = 1 + (spec.num_layers - work.lowest + recomputed) / spec.num_layers
     frozen = 2 * linears * passes * work.tokens
     seconds = frozen / (machine.flops.get(compute, rate) * (REACHED_INT8 if compute == "int8" else REACHED))
-    seconds += 4 * spec.vocab_size * spec.hidden_size * work.label_tokens / (rate * REACHED)
+    seconds += 4 * spec.vocab_size * spec.hidden_size * work.target_tokens / (rate * REACHED)
     seconds += 2 * (passes + 1) * work.trained * work.tokens / (rate * REACHED_LOW_RANK)
     seen = work.row_tokens / 2 + TILE / 2
     attention = 2 * spec.q_size * spec.num_layers * seen * work.tokens * (2 * passes + 3)
@@ -293,8 +293,8 @@ def estimate_seconds(base: Base, compute: str, work: Work, way: Way, machine: Ma
     block = 2 * (spec.hidden_size + spec.q_size + spec.kv_size + spec.intermediate_size)
     moved = work.tokens * spec.num_layers * passes * width * (block + spec.num_heads * seen)
     seconds += moved * MOVES / machine.copy_bytes
-    batches = max(1.0, work.tokens / way.micro_tokens)
-    seconds += batches * spec.num_layers * passes * OVERHEAD_SECONDS / way.num_shares
-    if way.store == "file" or way.store == "int8" and compute != "int8":
+    batches = max(1.0, work.tokens / execution.micro_tokens)
+    seconds += batches * spec.num_layers * passes * OVERHEAD_SECONDS / execution.num_shares
+    if execution.store == "file" or execution.store == "int8" and compute != "int8":
         seconds += batches * base.num_parameters * passes / (DECODED * machine.cores)
-    return seconds * (ONE_SHARE if way.num_shares < min(2, machine.cores) else 1.0)
+    return seconds * (ONE_SHARE if execution.num_shares < min(2, machine.cores) else 1.0)

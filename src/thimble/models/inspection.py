@@ -50,7 +50,7 @@ class Spectrum:
         rank_95: The same for 95 %.
         rank_99: The same for 99 %.
         top_16: Share of the energy in the 16 largest singular values.
-        below_noise: Share of the singular values below what rounding to the file's number type makes by itself; null
+        below_noise: Share of the singular values below what rounding to the file's dtype makes by itself; null
             for types without one step size a block.
         curve: Share of the energy held by 0, 1, ... 100 % of the full rank.
     """
@@ -164,11 +164,11 @@ def in_order(layers: Iterable[str]) -> list[str]:
     """Layers as they run in a model: a file holds them by name, with block 10 before block 2."""
     kinds = (*ATTENTION, *MLP)
 
-    def place(layer: str) -> tuple[int, int, str]:
+    def order(layer: str) -> tuple[int, int, str]:
         block, kind = find_block(layer), kind_of(layer)
         return (-1 if block is None else block, kinds.index(kind) if kind in kinds else len(kinds), layer)
 
-    return sorted(layers, key=place)
+    return sorted(layers, key=order)
 
 
 # ---- measuring ------------------------------------------------------------------------------------------------------

@@ -128,7 +128,7 @@ def _address_bytes() -> float:
 
 
 def peak_memory_bytes() -> int:
-    """Largest resident size of this process so far, memory-mapped pages included; 0 where the system does not tell."""
+    """Largest resident size of this process so far, memory-mapped pages included; 0 where the system does not log."""
     try:
         import resource
     except ImportError:
@@ -181,7 +181,7 @@ class Battery:
 
 
 def battery() -> Battery | None:
-    """How full the batteries are together; None where there is none, or the system does not tell."""
+    """How full the batteries are together; None where there is none, or the system does not log."""
     supplies = [_supply(folder) for folder in sorted(POWER.glob("*"))]
     batteries = [told for told in supplies if told.get("type") == "Battery" and told.get("scope") != "Device"]
     percents = [int(told["capacity"]) for told in batteries if told.get("capacity", "").isdigit()]
@@ -202,7 +202,7 @@ def _supply(folder: Path) -> dict[str, str]:
 
 
 def count_throttled() -> int | None:
-    """How often the cores have slowed themselves down because they were hot; None where the system does not tell."""
+    """How often the cores have slowed themselves down because they were hot; None where the system does not log."""
     counts = []
     for path in CORES.glob("cpu[0-9]*/thermal_throttle/core_throttle_count"):
         with contextlib.suppress(OSError, ValueError):

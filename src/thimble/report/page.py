@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
-from thimble.config.options import TrainConfig, knobs_of
+from thimble.config.options import TrainConfig, options_of
 from thimble.core.metrics import tool_calls, valid_json
 from thimble.errors import plural
 from thimble.models.base import DEFAULT_PACKAGE
@@ -31,7 +31,7 @@ STRICTEST = ("all arguments right", "all fields right", "exact match")  # the fi
 SHARES = ("fields right",)  # means of shares, not of right-or-wrong: never shown as a count of rows
 CHANCE = 0.025  # a change of counts is called clear if luck alone would bring it less often than this
 GOOD_SHARE, HALF_SHARE = 0.9, 0.5  # of rows right after training: "yes", "mostly", below that "partly"
-LOSS_MARGIN_NATS = 0.01  # a smaller change of the held-out loss is called none
+LOSS_MARGIN_NATS = 0.01  # a smaller change of the validation loss is called none
 FORGOT_LITTLE, FORGOT_SOME = 0.02, 0.10  # rise of perplexity on general text
 LEAST_SMOOTHED = 8  # steps; a shorter curve is shown as it is
 MOST_POINTS = 400  # drawn in a chart; longer runs are averaged in groups
@@ -51,7 +51,7 @@ def write_report(path: Path, report: Mapping[str, Any], steps: Sequence[Mapping[
 
     Args:
         path: The file to write.
-        report: `asdict` of a TrainReport; anything in it may be missing or not finite.
+        report: `asdict` of a TrainReport; anything in it may be missing or NaN or Inf.
         steps: The rows of metrics.jsonl.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -69,16 +69,16 @@ def write_report(path: Path, report: Mapping[str, Any], steps: Sequence[Mapping[
 
 def _page(report: Report, steps: Steps) -> dict[str, Any]:
     """All that the template shows."""
-    told = report["told"]
+    told = report["messages"]
     return {
         "status": report["status"],
         "headline": _headline(report),
         "facts": _facts(report),
         "warnings": told.get("warning", []),
         "verdict": _verdict(report, steps),
-        "figures": _task_figures(report),
-        "task_rows": f"{report['task_rows']:,}",
-        "has_interval": any(_is_count(report, name) for name in report["task_after"]),
+        "figures": _metrics(report),
+        "metrics_rows": f"{report['metrics_rows']:,}",
+        "has_interval": any(_is_count(report, name) for name in report["metrics_after"]),
         "measures": _measures(report),
         "charts": _charts(report, steps),
         "no_curve": f"{plural(len(steps), 'step')}: too little for a curve.",
@@ -88,7 +88,7 @@ def _page(report: Report, steps: Steps) -> dict[str, Any]:
         "memory": _memory(report),
         "commands": _commands(report),
         "is_relative": not Path(report["out"]).is_absolute(),
-        "knobs": _knobs(report["config"]),
+        "options": _options(report["config"]),
     }
 
 
@@ -167,7 +167,7 @@ def _headline(report: Report) -> tuple[str, str, str, str]:
 def _facts(report: Report) -> list[str]:
     facts = []
     if report["tokens"]:
-        facts.append(f"{report['tokens']:,} tokens read, {report['label_tokens']:,} of them learned")
+        facts.append(f"{report['tokens']:,} tokens read, {report['target_tokens']:,} of them learned")
     if report["adapter_parameters"] and report["base_parameters"]:
         share = _percent(report["adapter_parameters"] / report["base_parameters"])
         facts.append(f"adapter of {_amount(report['adapter_parameters'])} numbers, {share} of the base")
@@ -224,30 +224,30 @@ def _why_diverged(report: Report, steps: Steps) -> str:
 
 def _why_unmeasured(report: Report, steps: Steps) -> str:
     losses = [row["loss"] for row in steps if _is_number(row.get("loss"))]
-    course = ""
+    curve = ""
     if len(losses) > 1:
         last = _mean(losses[-max(1, len(losses) // 10) :])
-        course = (
+        curve = (
             f" On the training rows the loss went from {_number(losses[0], 2)} to about {_number(last, 2)}, which does "
             "not show how it does on rows it has not seen."
         )
     if report["status"] == "interrupted":
-        return f"The run was stopped before the result was measured; what was learned until then is kept.{course}"
-    return f"No rows were held out, so there is nothing to judge by.{course} Hold some out with --valid-split 0.1."
+        return f"The run was stopped before the result was measured; what was learned until then is kept.{curve}"
+    return f"No rows were held out, so there is nothing to judge by.{curve} Hold some out with --valid-split 0.1."
 
 
 def _key_figure(report: Report) -> str:
-    """The task figure that decides, if it was measured before and after."""
-    before, after = report["task_before"], report["task_after"]
-    names = [*STRICTEST, *before] if report["task_rows"] else []
+    """The metric that decides, if it was measured before and after."""
+    before, after = report["metrics_before"], report["metrics_after"]
+    names = [*STRICTEST, *before] if report["metrics_rows"] else []
     known = [name for name in names if _is_number(before.get(name)) and _is_number(after.get(name))]
     return known[0] if known else ""
 
 
 def _task_verdict(report: Report, key: str) -> Verdict:
-    rows, before, after = report["task_rows"], report["task_before"][key], report["task_after"][key]
+    rows, before, after = report["metrics_rows"], report["metrics_before"][key], report["metrics_after"][key]
     old, new = round(before * rows), round(after * rows)
-    on, loss = f"On {plural(rows, 'held-out row')}", _loss_sentence(report)
+    on, loss = f"On {plural(rows, 'validation row')}", _loss_sentence(report)
     said = f"“{key}” went from {_score(report, key, before)} to {_score(report, key, after)}"
     if _is_clear_rise(new, old, rows):
         return Verdict("bad", "No", f"It got worse. {on}, {said}. {loss}")
@@ -256,7 +256,7 @@ def _task_verdict(report: Report, key: str) -> Verdict:
         return Verdict("mixed" if word == "Partly" else "good", word, f"{on}, {said}{_left(report, key)}. {loss}")
     if before >= GOOD_SHARE:
         return Verdict("unknown", "There was little to learn", f"The base was good at it: {on.lower()}, {said}. {loss}")
-    risen = [f"“{name}”" for name in report["task_before"] if _has_clearly_risen(report, name)]
+    risen = [f"“{name}”" for name in report["metrics_before"] if _has_clearly_risen(report, name)]
     if risen:
         return Verdict("mixed", "Partly", f"{on}, {' and '.join(risen)} clearly rose, but {said}. {loss}")
     if new > old:
@@ -266,18 +266,20 @@ def _task_verdict(report: Report, key: str) -> Verdict:
 
 def _left(report: Report, key: str) -> str:
     """How many rows are still wrong, if the figure counts rows."""
-    wrong = report["task_rows"] - round(report["task_after"][key] * report["task_rows"])
+    wrong = report["metrics_rows"] - round(report["metrics_after"][key] * report["metrics_rows"])
     return f"; {wrong:,} {'is' if wrong == 1 else 'are'} still not right" if wrong and _is_count(report, key) else ""
 
 
 def _score(report: Report, name: str, share: float) -> str:
-    return f"{round(share * report['task_rows']):,}" if _is_count(report, name) else _percent(share)
+    return f"{round(share * report['metrics_rows']):,}" if _is_count(report, name) else _percent(share)
 
 
 def _loss_verdict(report: Report) -> Verdict:
     change, said = report["loss_after"] - _loss_before(report), _loss_sentence(report)
     if not _is_number(change):
-        return Verdict("unknown", "Unclear", "The held-out loss was only measured after training: nothing to compare.")
+        return Verdict(
+            "unknown", "Unclear", "The validation loss was only measured after training: nothing to compare."
+        )
     if change < -LOSS_MARGIN_NATS:
         text = "It predicts unseen rows better than the base did; whether it answers better, only its answers can show."
         return Verdict("good", "Yes, by the loss", f"{said} {text}")
@@ -292,7 +294,7 @@ def _loss_sentence(report: Report) -> str:
         return ""
     change = after - before
     verb = "fell" if change < -LOSS_MARGIN_NATS else "rose" if change > LOSS_MARGIN_NATS else "hardly changed,"
-    return f"The held-out loss {verb} from {_number(before)} to {_number(after)}."
+    return f"The validation loss {verb} from {_number(before)} to {_number(after)}."
 
 
 def _loss_before(report: Report) -> float:
@@ -301,8 +303,8 @@ def _loss_before(report: Report) -> float:
 
 def _is_count(report: Report, name: str) -> bool:
     """Whether a figure is the mean of right-or-wrong, so that it can be told as so many of so many rows."""
-    rows = report["task_rows"]
-    values = [figures[name] for figures in (report["task_before"], report["task_after"]) if name in figures]
+    rows = report["metrics_rows"]
+    values = [figures[name] for figures in (report["metrics_before"], report["metrics_after"]) if name in figures]
     return name not in SHARES and all(_is_number(value) and _is_row_count(value * rows, rows) for value in values)
 
 
@@ -311,7 +313,7 @@ def _is_row_count(value: float, rows: int) -> bool:
 
 
 def _has_clearly_risen(report: Report, name: str) -> bool:
-    rows, before, after = report["task_rows"], report["task_before"][name], report["task_after"].get(name)
+    rows, before, after = report["metrics_rows"], report["metrics_before"][name], report["metrics_after"].get(name)
     return _is_number(before) and _is_number(after) and _is_clear_rise(round(before * rows), round(after * rows), rows)
 
 
@@ -335,13 +337,13 @@ def _log_choose(of: int, some: int) -> float:
 # ---- figures ------------------------------------------------------------------------------------------------------
 
 
-def _task_figures(report: Report) -> list[dict[str, Any]]:
-    names = dict.fromkeys([*report["task_before"], *report["task_after"]])
-    return [_task_figure(report, name) for name in names]
+def _metrics(report: Report) -> list[dict[str, Any]]:
+    names = dict.fromkeys([*report["metrics_before"], *report["metrics_after"]])
+    return [_metric(report, name) for name in names]
 
 
-def _task_figure(report: Report, name: str) -> dict[str, Any]:
-    before, after, rows = report["task_before"].get(name), report["task_after"].get(name), report["task_rows"]
+def _metric(report: Report, name: str) -> dict[str, Any]:
+    before, after, rows = report["metrics_before"].get(name), report["metrics_after"].get(name), report["metrics_rows"]
     is_count = _is_count(report, name)
     values = [_score(report, name, value) if _is_number(value) else NONE for value in (before, after)]
     note = "mean share over all rows"
@@ -373,7 +375,7 @@ def _measures(report: Report) -> list[dict[str, str]]:
     peak, rate = report["peak_memory_bytes"], report["tokens_per_second"]
     speed = _number(rate or None, 0 if rate >= 10 else 1)
     return [
-        _measure("Held-out loss", loss, _loss_note(report)),
+        _measure("Validation loss", loss, _loss_note(report)),
         _measure("Loss on general text", general, _forgetting(report)[1]),
         _measure("Peak memory", ("", _size(peak or None)), _memory_note(peak, report["plan"].get("total"))),
         _measure("Tokens per second", ("", speed), _speed_note(report)),
@@ -425,10 +427,10 @@ def _forgetting(report: Report) -> tuple[str, str]:
 
 
 def _samples_note(report: Report) -> str:
-    if not report["task_after"]:
-        which = "The first held-out rows."
-    elif report["task_rows"] <= len(report["samples"]):
-        which = "All held-out rows that were answered."
+    if not report["metrics_after"]:
+        which = "The first validation rows."
+    elif report["metrics_rows"] <= len(report["samples"]):
+        which = "All validation rows that were answered."
     else:
         which = "Not a random draw: first the rows that gained most, last those that gained least."
     return f"{which} Words are marked where the answer after training and the expected one differ."
@@ -481,7 +483,7 @@ def _differences(expected: str, written: str) -> tuple[Parts, Parts]:
     return parts
 
 
-# ---- memory, commands, knobs --------------------------------------------------------------------------------------
+# ---- memory, commands, options --------------------------------------------------------------------------------------
 
 PART_NAMES = {
     "process": "Python and its libraries",
@@ -558,8 +560,8 @@ def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def _knobs(config: Mapping[str, Any]) -> list[dict[str, str]]:
-    known = knobs_of(TrainConfig)
+def _options(config: Mapping[str, Any]) -> list[dict[str, str]]:
+    known = options_of(TrainConfig)
     rows = []
     for name, value in config.items():
         metadata = known[name].metadata if name in known else {}
@@ -601,10 +603,10 @@ def _charts(report: Report, steps: Steps) -> dict[str, Any] | None:
     at, losses = _column(steps, "step"), _column(steps, "loss")
     watched = [row for row in steps if _is_number(row.get("held_out_loss"))]
     on_the_way = _column(watched, "step"), _column(watched, "held_out_loss")
-    kept = report.get("kept_step") or report["steps"]
+    kept = report.get("best_step") or report["steps"]
 
     def loss(axes: "Axes") -> None:
-        _draw_loss(axes, at, losses, _held_out_marks(report))
+        _draw_loss(axes, at, losses, _validation_marks(report))
         axes.plot(*on_the_way, "o", color=WARM, markersize=4.5, fillstyle="none", clip_on=False, zorder=5)
 
     return {
@@ -612,7 +614,7 @@ def _charts(report: Report, steps: Steps) -> dict[str, Any] | None:
         "loss_narrow": _draw("loss-narrow", loss),
         "rate": _draw("rate", lambda axes: _draw_line(axes, at, _column(steps, "learning_rate"))),
         "norm": _draw("norm", lambda axes: _draw_line(axes, at, _column(steps, "grad_norm"))),
-        "held_out": [(word, _number(value)) for word, value in _held_out_marks(report).items()],
+        "held_out": [(word, _number(value)) for word, value in _validation_marks(report).items()],
         "on_the_way": bool(watched),
         "kept": kept if kept != report["steps"] else None,
         "is_smoothed": _is_smoothed(losses),
@@ -626,16 +628,16 @@ def _column(steps: Steps, name: str) -> list[Any]:
     return [row.get(name) for row in steps]
 
 
-def _held_out_marks(report: Report) -> dict[str, float]:
+def _validation_marks(report: Report) -> dict[str, float]:
     marks = {"before": _loss_before(report), "after": report["loss_after"]}
     return {word: value for word, value in marks.items() if _is_number(value)}
 
 
-def _draw_loss(axes: "Axes", at: Sequence[int], losses: Sequence[Any], held_out: Mapping[str, float]) -> None:
+def _draw_loss(axes: "Axes", at: Sequence[int], losses: Sequence[Any], validation: Mapping[str, float]) -> None:
     _draw_line(axes, at, losses, alpha=0.45 if _is_smoothed(losses) else 1.0)
     if _is_smoothed(losses):
         axes.plot(_thinned(at), _smooth(_thinned(losses)), color=ACCENT, linewidth=2.4)
-    for word, value in held_out.items():
+    for word, value in validation.items():
         axes.plot([at[-1] if word == "after" else 0], [value], "D", color=WARM, markersize=7, clip_on=False, zorder=5)
     for step, value in zip(at, losses, strict=True):
         if not _is_number(value):

@@ -25,7 +25,7 @@ class Progress:
         self._last = 0.0
         self._has_line = False
 
-    def hear(self, event: Event) -> None:
+    def on_event(self, event: Event) -> None:
         """Write what is worth writing."""
         if event.kind in ("decision", "note", "warning"):
             mark = {"decision": "  ", "note": "  ", "warning": "! "}[event.kind]
@@ -80,7 +80,7 @@ def duration(seconds: float) -> str:
 
 
 def to_json(report: Any) -> str:
-    """A report dataclass as one line of JSON; numbers that are not finite become null."""
+    """A report dataclass as one line of JSON; numbers that are NaN or Inf become null."""
     return json.dumps(without_nan(dataclasses.asdict(report)), ensure_ascii=False)
 
 
@@ -117,10 +117,10 @@ def _clip(text: str, width: int = WIDTH - 14) -> str:
 def render_train(report: Any) -> str:
     """The end of a training run in one screen."""
     rows: list[tuple[str, ...]] = [("", "before", "after")]
-    for name, before in report.task_before.items():
-        after = report.task_after.get(name)
-        rows.append((name, _share(before, report.task_rows), _share(after, report.task_rows)))
-    rows.append(("held-out loss", _number(report.loss_before), _number(report.loss_after)))
+    for name, before in report.metrics_before.items():
+        after = report.metrics_after.get(name)
+        rows.append((name, _share(before, report.metrics_rows), _share(after, report.metrics_rows)))
+    rows.append(("validation loss", _number(report.loss_before), _number(report.loss_after)))
     rows.append(("general text loss (forgetting)", _number(report.general_before), _number(report.general_after)))
     parts = [_table(rows)]
     for sample in report.samples[:3]:

@@ -21,11 +21,11 @@ from numpy.typing import NDArray
 
 from thimble.data.encode import Row
 from thimble.errors import ConfigError
-from thimble.events import Teller
+from thimble.events import EventLog
 from thimble.files.atomic import sync
 from thimble.files.tensors import open_tensors, write_safetensors
 from thimble.models.base import Base
-from thimble.training.run_folder import STEPS, hash_file, make_folder, read_json, whole_folder, write_json
+from thimble.training.run_folder import STEPS, atomic_folder, hash_file, make_folder, read_json, write_json
 
 FOLDER = "checkpoints"
 STATE, MANIFEST = "state.safetensors", "manifest.json"
@@ -72,7 +72,7 @@ def save_checkpoint(
         sync(folder / STEPS)  # a run that goes on from here keeps the log up to here
     if _read(target) is None:
         shutil.rmtree(target, ignore_errors=True)  # damaged, if it is there
-        with whole_folder(target) as temporary:
+        with atomic_folder(target) as temporary:
             _fill(temporary, state, {"step": step, "progress": dict(progress), "origin": dict(origin)})
     else:  # a run taken up again from an older one comes to the same state, whose names may not be on disk yet
         make_folder(place)
@@ -145,7 +145,7 @@ def _read(path: Path) -> dict[str, Any] | None:
     """The manifest of a checkpoint, if it and the state are what was saved under this name."""
     manifest = read_json(path / MANIFEST)
     try:
-        is_sound = (
+        is_valid = (
             manifest.pop("sha256") == _seal(manifest)
             and path.name == _name(manifest["step"])
             and manifest["files"] == {STATE: hash_file(path / STATE)}
@@ -153,7 +153,7 @@ def _read(path: Path) -> dict[str, Any] | None:
         )
     except (OSError, KeyError, TypeError, ValueError, AttributeError):
         return None
-    return manifest if is_sound else None
+    return manifest if is_valid else None
 
 
 @contextlib.contextmanager
@@ -224,20 +224,20 @@ def origin_of(base: Base, rows: Iterable[Row], **runs_on: str) -> dict[str, str]
     return {"base": base.quick_fingerprint(), "data": data.hexdigest(), **runs_on}
 
 
-def check_origin(checkpoint: Checkpoint, origin: Mapping[str, str], accepts_changes: bool, tell: Teller) -> None:
+def check_origin(checkpoint: Checkpoint, origin: Mapping[str, str], accepts_changes: bool, log: EventLog) -> None:
     """Refuse to go on with another base or other data; say what may make the last digits differ.
 
     Args:
         checkpoint: Where the run is to be taken up.
         origin: What it would be made of now.
         accepts_changes: Go on all the same.
-        tell: Hears of what was left out or has changed.
+        log: Hears of what was left out or has changed.
 
     Raises:
         ConfigError: If base or data have changed.
     """
     for name in checkpoint.damaged:
-        tell.warning(f"checkpoint {name} is damaged and is left out: the run goes on from step {checkpoint.step}")
+        log.warning(f"checkpoint {name} is damaged and is left out: the run goes on from step {checkpoint.step}")
     changed = [name for name, value in checkpoint.origin.items() if origin.get(name) != value]
     what = " and ".join(f"the {name}" for name in HASHED if name in changed)
     if what and not accepts_changes:
@@ -246,7 +246,7 @@ def check_origin(checkpoint: Checkpoint, origin: Mapping[str, str], accepts_chan
             "another --out, or add --accept-changes"
         )
     if what:
-        tell.warning(f"{what} changed since the run began: it goes on with what is there now")
+        log.warning(f"{what} changed since the run began: it goes on with what is there now")
     others = [f"{name} was {checkpoint.origin[name]}, is {origin.get(name)}" for name in changed if name not in HASHED]
     if others:
-        tell.warning(f"the last digits may differ from those of an unbroken run: {'; '.join(others)}")
+        log.warning(f"the last digits may differ from those of an uninterrupted run: {'; '.join(others)}")

@@ -1,4 +1,4 @@
-"""How good a model is on held-out rows: loss, and answers scored by a metric."""
+"""How good a model is on validation rows: loss, and answers scored by a metric."""
 
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +15,7 @@ from thimble.data.encode import IGNORED, Encoder, Row
 from thimble.data.records import Record
 from thimble.data.tokenizer import Tokenizer
 from thimble.errors import ConfigError
-from thimble.events import ShouldStop, Teller, never
+from thimble.events import EventLog, ShouldStop, never
 
 if TYPE_CHECKING:
     from thimble.backends.torch.session import TorchSession
@@ -26,7 +26,7 @@ SHORT_ANSWER_WORDS = 8  # references up to this long are scored by exact match u
 
 @dataclass(frozen=True)
 class Question:
-    """A held-out row to be answered.
+    """A validation row to be answered.
 
     Attributes:
         prompt: int32 (tokens,).
@@ -52,7 +52,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class HeldOut:
+class ValidationSet:
     """What every model is measured on, and how.
 
     Attributes:
@@ -75,7 +75,7 @@ class HeldOut:
 
 
 def measure(
-    session: "TorchSession", held_out: HeldOut, tell: Teller, should_stop: ShouldStop = never
+    session: "TorchSession", validation: ValidationSet, log: EventLog, should_stop: ShouldStop = never
 ) -> tuple[LossSum, list[Answer]]:
     """Take the loss over all rows and answer the questions, greedily, longest first so that groups are even.
 
@@ -83,35 +83,35 @@ def measure(
 
     Args:
         session: The model.
-        held_out: The rows.
-        tell: Hears of progress.
+        validation: The rows.
+        log: Hears of progress.
         should_stop: Asked after every token; what is interrupted is dropped.
 
     Returns:
         The summed loss, and the answers in the order of the questions.
     """
-    questions, rest = held_out.questions, {id(row): row for row in held_out.rows}
-    by_source = {row.source: row for row in held_out.rows}
+    questions, rest = validation.questions, {id(row): row for row in validation.rows}
+    by_source = {row.source: row for row in validation.rows}
     readings = [_reading(question, by_source) for question in questions]
     for row in readings:
         rest.pop(id(row), None)
-    loss = held_out_loss(session, list(rest.values()), held_out.pass_tokens, tell, should_stop, "held-out rows")
+    loss = validation_loss(session, list(rest.values()), validation.pass_tokens, log, should_stop, "validation rows")
     order = sorted(range(len(questions)), key=lambda i: -len(questions[i].prompt))
     answers: dict[int, Answer] = {}
     while order and not should_stop():
-        longest = len(questions[order[0]].prompt) + held_out.max_new_tokens
-        size = max(1, min(ROWS_AT_ONCE, held_out.cache_tokens // longest))
+        longest = len(questions[order[0]].prompt) + validation.max_new_tokens
+        size = max(1, min(ROWS_AT_ONCE, validation.cache_tokens // longest))
         group, order = order[:size], order[size:]
         rows, prompts = [readings[i] for i in group], [len(questions[i].prompt) for i in group]
         part, written = session.answer(
-            rows, prompts, held_out.pass_tokens, held_out.max_new_tokens, held_out.tokenizer.stop_ids,
+            rows, prompts, validation.pass_tokens, validation.max_new_tokens, validation.tokenizer.stop_ids,
             on_token=lambda row, token: should_stop(),
         )  # fmt: skip
         if should_stop():
             break
         loss += part
-        answers.update((i, _scored(questions[i], ids, held_out)) for i, ids in zip(group, written, strict=True))
-        tell.progress("reading and answering held-out rows,", len(answers), len(questions))
+        answers.update((i, _scored(questions[i], ids, validation)) for i, ids in zip(group, written, strict=True))
+        log.progress("reading and answering validation rows,", len(answers), len(questions))
     return loss, [answers[i] for i in sorted(answers)]
 
 
@@ -123,25 +123,25 @@ def _reading(question: Question, rows: Mapping[str, Row]) -> Row:
     return Row(question.prompt, np.full(tokens, IGNORED, np.int32), question.source)
 
 
-def _scored(question: Question, ids: list[int], held_out: HeldOut) -> Answer:
-    text = held_out.tokenizer.decode(ids)
-    scores = held_out.metric(text, question.reference) if held_out.metric else {}
+def _scored(question: Question, ids: list[int], validation: ValidationSet) -> Answer:
+    text = validation.tokenizer.decode(ids)
+    scores = validation.metric(text, question.reference) if validation.metric else {}
     return Answer(question.asked, question.reference, text, scores)
 
 
-def held_out_loss(
+def validation_loss(
     session: "TorchSession",
     rows: Sequence[Row],
     max_tokens: int,
-    tell: Teller,
+    log: EventLog,
     should_stop: ShouldStop = never,
-    what: str = "held-out text",
+    what: str = "validation text",
 ) -> LossSum:
     """Summed loss over rows, in micro-batches of at most `max_tokens`; `what` is told with the progress."""
     total, batches = LossSum(), micro_batches(rows, max_tokens)
     for number, loss in enumerate(session.losses(batches)):
         total += loss
-        tell.progress(f"reading {what}, batch", number + 1, len(batches))
+        log.progress(f"reading {what}, batch", number + 1, len(batches))
         if should_stop():
             break
     return total
@@ -168,7 +168,7 @@ def choose_metric(wanted: str, questions: Sequence[Question]) -> tuple[str, Metr
     """The metric a user asked for, or the one that suits the references.
 
     Args:
-        wanted: The knob `metric`.
+        wanted: The option `metric`.
         questions: For `auto`: their references decide.
 
     Returns:

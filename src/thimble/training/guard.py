@@ -1,4 +1,4 @@
-"""What keeps a run on the road: it goes back when the loss leaves it, and ends when held-out rows gain no more.
+"""What keeps a run on the road: it goes back when the loss leaves it, and ends when validation rows gain no more.
 
 Both are functions of the losses alone, and their state is plain data that a checkpoint keeps.
 """
@@ -18,7 +18,7 @@ MEMORY = 0.95  # of the running mean and variance
 LEAST_STEPS = 20  # before spikes can be told from noise
 IN_A_ROW = 2  # steps that are no model's that take the run back
 SPIKES_IN_A_ROW = 4  # spikes that do
-MOST_RETURNS = 3  # before it is given up
+MAX_ROLLBACKS = 3  # before it is given up
 CLEAR_ERRORS = 2.0  # standard errors, over rows, above the best measurement: a clear rise
 SLOWER = 0.5  # what the learning rate is multiplied by on each return
 
@@ -28,7 +28,7 @@ class Verdict(Enum):
 
     TAKE = "take"
     SKIP = "skip"  # leave the adapter as it is
-    RETURN = "return"  # go back to the last good state, and on more slowly
+    ROLLBACK = "rollback"  # go back to the last good state, and on more slowly
     GIVE_UP = "give up"
 
 
@@ -42,7 +42,7 @@ class Guard:
         square: Running mean of its squared deviation.
         steps: Steps taken.
         bad: Bad steps in a row.
-        returns: How often the run went back.
+        rollbacks: How often the run went back.
         rate: What the learning rate is multiplied by.
         why: What was wrong with the last bad step.
     """
@@ -52,7 +52,7 @@ class Guard:
     square: float = 0.0
     steps: int = 0
     bad: int = 0
-    returns: int = 0
+    rollbacks: int = 0
     rate: float = 1.0
     why: str = ""
 
@@ -76,9 +76,9 @@ class Guard:
         self.why, self.bad = why, self.bad + 1
         if self.bad < most:
             return verdict
-        self.bad, self.steps, self.returns = 0, 0, self.returns + 1
+        self.bad, self.steps, self.rollbacks = 0, 0, self.rollbacks + 1
         self.rate *= SLOWER
-        return Verdict.RETURN if self.returns <= MOST_RETURNS else Verdict.GIVE_UP
+        return Verdict.ROLLBACK if self.rollbacks <= MAX_ROLLBACKS else Verdict.GIVE_UP
 
     def _fault(self, loss: float, norm: float) -> str:
         """What shows that these are no model's numbers."""
@@ -114,13 +114,13 @@ class Guard:
 
 @dataclass
 class Plateau:
-    """Follows the loss of some held-out rows, and ends the run when it has clearly risen.
+    """Follows the loss of some validation rows, and ends the run when it has clearly risen.
 
     A few rows are noisy, and under a falling learning rate the loss may rest before it falls again: only a rise that is
     clear row by row, beside the best measurement, counts against a run.
 
     Attributes:
-        patience: Clear rises in a row before the end; 0: never. A knob of the run, not kept with the rest.
+        patience: Clear rises in a row before the end; 0: never. A option of the run, not kept with the rest.
         best: Lowest mean loss so far.
         best_rows: Loss of each row then.
         best_step: When it was measured.

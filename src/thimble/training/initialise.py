@@ -21,17 +21,17 @@ from thimble.core.inits import corda, eva, from_sketch, from_weight, loftq, with
 from thimble.core.method import ADAPTER, AUTO, INITS, init_name
 from thimble.core.targets import Size, size_layers
 from thimble.errors import Problems, listing
-from thimble.events import Teller
+from thimble.events import EventLog
 from thimble.files.peft import load_adapter
 from thimble.models.spec import DecoderSpec
 from thimble.training import run_folder
-from thimble.training.calibration import AUTO_RANK, MOST_RANK, Look, choose, choose_ranks
+from thimble.training.calibration import AUTO_RANK, MOST_RANK, CalibrationData, choose, choose_ranks
 from thimble.training.checkpoint import latest_checkpoint
 from thimble.training.prepare import Model, check_fits
 
 if TYPE_CHECKING:
     from thimble.backends.torch.session import TorchSession
-    from thimble.training.plan import Job
+    from thimble.training.plan import RunPlan
 
 FLOAT_TYPES = ("F32", "F16", "BF16")
 
@@ -42,7 +42,7 @@ class Start:
 
     Attributes:
         adapter: The adapter before the first step.
-        config: The knobs, with init and ranks resolved.
+        config: The options, with init and ranks resolved.
         numbers: What was measured for the choice, by name, and the seconds it all took.
     """
 
@@ -70,7 +70,7 @@ def check_start(config: TrainConfig, model: Model, layers: Sequence[str], folder
     """Refuse ranks and starts that cannot be.
 
     Args:
-        config: The knobs.
+        config: The options.
         model: The base.
         layers: Paths of the adapted layers.
         folder: The run folder, which knows where it began if it is resumed.
@@ -142,58 +142,58 @@ def _loftq_problems(config: TrainConfig, model: Model, layers: Sequence[str]) ->
 # ---- after it is loaded ---------------------------------------------------------------------------------------------
 
 
-def make_start(job: "Job", session: "TorchSession", tell: Teller) -> Start:
+def make_start(run_plan: "RunPlan", session: "TorchSession", log: EventLog) -> Start:
     """Decide what was left open about init and ranks, and make the adapter that training begins with.
 
     Args:
-        job: The run.
+        run_plan: The run.
         session: The loaded base.
-        tell: Hears of progress and decisions.
+        log: Hears of progress and decisions.
 
     Returns:
         The start.
 
     Raises:
-        BaseModelError: If weights that are to be decomposed are zero or not finite.
+        BaseModelError: If weights that are to be decomposed are zero or NaN or Inf.
     """
     began = time.perf_counter()
-    look, config, sizes = Look(job, session, tell), job.config, job.sizes
+    calibration, config, sizes = CalibrationData(run_plan, session, log), run_plan.config, run_plan.sizes
     numbers: dict[str, Any] = {}
     if config.init == AUTO:
-        chosen, numbers = choose(look, lambda init: _a_of(config.replace(init=init), look))
-        config = config.replace(init=chosen, calibration_steps=look.steps)
+        chosen, numbers = choose(calibration, lambda init: _a_of(config.replace(init=init), calibration))
+        config = config.replace(init=chosen, calibration_steps=calibration.steps)
     if init_name(config.init) == ADAPTER:
-        tell.decision("ranks and scales: those of the adapter to start from")
+        log.decision("ranks and scales: those of the adapter to start from")
         config = _with_sizes(config, sizes)
     elif config.rank is None:
-        sizes, found = choose_ranks(config, look)
+        sizes, found = choose_ranks(config, calibration)
         numbers |= found
         config = _with_sizes(config, sizes)
     init = INITS[init_name(config.init)]
-    adapter = _MAKERS[init.needs](config, sizes, look)
+    adapter = _MAKERS[init.needs](config, sizes, calibration)
     if init.is_delta:
         adapter = replace(adapter, origin=adapter.layers)
     if config.use_dora:
         adapter = session.with_magnitudes(adapter)
     numbers["seconds"] = time.perf_counter() - began
     if init.needs != "nothing" or numbers.keys() > {"seconds"}:
-        tell.note(f"start: init {config.init} took {numbers['seconds']:.1f} s")
+        log.note(f"start: init {config.init} took {numbers['seconds']:.1f} s")
     if config.explain:
-        _explain(numbers, tell)
+        _explain(numbers, log)
     return Start(adapter, config, numbers)
 
 
-def _explain(numbers: Mapping[str, Any], tell: Teller) -> None:
+def _explain(numbers: Mapping[str, Any], log: EventLog) -> None:
     """Tell what was measured, a line for each start and each layer."""
     for name, kinds in numbers.get("captured_by_kind", {}).items():
         parts = ", ".join(f"{kind} {share:.3f}" for kind, share in kinds.items())
-        tell.note(f"share of the gradient captured by {name}: {numbers['captured'][name]:.3f}; {parts}")
+        log.note(f"share of the gradient captured by {name}: {numbers['captured'][name]:.3f}; {parts}")
     for name, rank in numbers.get("ranks", {}).items():
-        tell.note(f"rank of {name}: {rank}")
+        log.note(f"rank of {name}: {rank}")
 
 
 def _with_sizes(config: TrainConfig, sizes: Mapping[str, Size]) -> TrainConfig:
-    """The knobs that give every layer its size again."""
+    """The options that give every layer its size again."""
     alphas = {
         path: size.scale * (math.sqrt(size.rank) if config.use_rslora else size.rank) for path, size in sizes.items()
     }
@@ -209,33 +209,35 @@ def _with_sizes(config: TrainConfig, sizes: Mapping[str, Size]) -> TrainConfig:
 # ---- A and B, by what they are made of ------------------------------------------------------------------------------
 
 
-def _drawn(config: TrainConfig, sizes: Mapping[str, Size], look: Look) -> Adapter:
-    return fresh_adapter(look.job.model.base.spec.linear_shapes(), config.init, sizes, config.seed)
+def _drawn(config: TrainConfig, sizes: Mapping[str, Size], calibration: CalibrationData) -> Adapter:
+    return fresh_adapter(calibration.run_plan.model.base.spec.linear_shapes(), config.init, sizes, config.seed)
 
 
-def _from_weights(config: TrainConfig, sizes: Mapping[str, Size], look: Look) -> Adapter:
+def _from_weights(config: TrainConfig, sizes: Mapping[str, Size], calibration: CalibrationData) -> Adapter:
     found = {
         path: from_weight(config.init, values, *sizes[path])
-        for path, values in look.weights(f"init {config.init} decomposes it")
+        for path, values in calibration.weights(f"init {config.init} decomposes it")
     }
     return Adapter(found)
 
 
-def _from_inputs(config: TrainConfig, sizes: Mapping[str, Size], look: Look) -> Adapter:
+def _from_inputs(config: TrainConfig, sizes: Mapping[str, Size], calibration: CalibrationData) -> Adapter:
     from thimble.backends.torch.calibrate import input_moments
 
-    shapes, found = look.job.model.base.spec.linear_shapes(), {}
+    shapes, found = calibration.run_plan.model.base.spec.linear_shapes(), {}
     is_knowledge = config.init == "corda:knowledge"
-    what = "general text" if is_knowledge else f"{look.steps} steps"
-    look.tell.stage(f"looking at the inputs of every layer over {what}")
-    for paths, moments in input_moments(look.session, look.general() if is_knowledge else look.batches()):
+    what = "general text" if is_knowledge else f"{calibration.steps} steps"
+    calibration.log.stage(f"looking at the inputs of every layer over {what}")
+    for paths, moments in input_moments(
+        calibration.session, calibration.general() if is_knowledge else calibration.batches()
+    ):
         shared: dict[int, NDArray[np.float32]] = {}  # layers that read the same input begin with the same A
         for path in paths:
             if path not in sizes:
                 continue
             rank, scale = sizes[path]
             if config.init.startswith("corda"):
-                found[path] = corda(look.session.file_weight(path), moments, rank, scale, is_knowledge)
+                found[path] = corda(calibration.session.file_weight(path), moments, rank, scale, is_knowledge)
                 continue
             if rank not in shared:
                 shared[rank] = eva(moments, rank, config.init == "eva:centred")
@@ -243,35 +245,35 @@ def _from_inputs(config: TrainConfig, sizes: Mapping[str, Size], look: Look) -> 
     return Adapter({path: found[path] for path in sizes})
 
 
-def _from_gradients(config: TrainConfig, sizes: Mapping[str, Size], look: Look) -> Adapter:
+def _from_gradients(config: TrainConfig, sizes: Mapping[str, Size], calibration: CalibrationData) -> Adapter:
     factor = 2 if config.init == "gradient:lora-ga" else 1
     ranks = {path: size.rank * factor for path, size in sizes.items()}
-    sketches = look.sketches(ranks, config.init == "weighted-pca")
-    shapes = look.job.model.base.spec.linear_shapes()
+    sketches = calibration.sketches(ranks, config.init == "weighted-pca")
+    shapes = calibration.run_plan.model.base.spec.linear_shapes()
     return Adapter(
         {path: from_sketch(config.init, sketches[path], shapes[path], *size) for path, size in sizes.items()}
     )
 
 
-def _from_quantising(config: TrainConfig, sizes: Mapping[str, Size], look: Look) -> Adapter:
+def _from_quantising(config: TrainConfig, sizes: Mapping[str, Size], calibration: CalibrationData) -> Adapter:
     found = {
-        path: loftq(values, look.session.kept_weight(path), *sizes[path])
-        for path, values in look.weights("init loftq decomposes what quantising it loses")
+        path: loftq(values, calibration.session.kept_weight(path), *sizes[path])
+        for path, values in calibration.weights("init loftq decomposes what quantising it loses")
     }
     return Adapter(found)
 
 
-def _from_adapter(config: TrainConfig, sizes: Mapping[str, Size], look: Look) -> Adapter:
+def _from_adapter(config: TrainConfig, sizes: Mapping[str, Size], calibration: CalibrationData) -> Adapter:
     adapter = load_adapter(config.init.removeprefix(ADAPTER + ":"))
     return Adapter(adapter.layers)
 
 
-_MAKERS: dict[str, Callable[[TrainConfig, Mapping[str, Size], Look], Adapter]] = {
+_MAKERS: dict[str, Callable[[TrainConfig, Mapping[str, Size], CalibrationData], Adapter]] = {
     "nothing": _drawn, "weights": _from_weights, "inputs": _from_inputs, "gradients": _from_gradients,
     "quantised": _from_quantising, "adapter": _from_adapter,
 }  # fmt: skip
 
 
-def _a_of(config: TrainConfig, look: Look) -> dict[str, NDArray[np.float32]]:
-    adapter = _MAKERS[INITS[config.init].needs](config, look.job.sizes, look)
+def _a_of(config: TrainConfig, calibration: CalibrationData) -> dict[str, NDArray[np.float32]]:
+    adapter = _MAKERS[INITS[config.init].needs](config, calibration.run_plan.sizes, calibration)
     return {path: np.asarray(factors.A, np.float32) for path, factors in adapter.layers.items()}

@@ -13,13 +13,13 @@ from thimble.core.metrics import Metric
 from thimble.core.sizes import MICRO_BATCH_TOKENS, padded
 from thimble.core.targets import Size, select_layers
 from thimble.data.encode import Row, encode_all
-from thimble.data.records import MOST_HELD_OUT, Dataset, general_records, split_rows
+from thimble.data.records import MAX_VALIDATION_ROWS, Dataset, general_records, split_rows
 from thimble.data.spool import Chosen
 from thimble.errors import DoesNotFitError, Problems, plural
-from thimble.events import Teller
+from thimble.events import EventLog
 from thimble.models.cost import (
+    ExecutionPlan,
     MemoryPlan,
-    Way,
     Work,
     adapter_parameters,
     cache_token_bytes,
@@ -30,19 +30,19 @@ from thimble.models.cost import (
 from thimble.models.machine import available_bytes
 from thimble.training import run_folder
 from thimble.training.checkpoint import Checkpoint, check_origin, latest_checkpoint, origin_of
-from thimble.training.evaluation import HeldOut, Question, choose_metric, make_questions
+from thimble.training.evaluation import Question, ValidationSet, choose_metric, make_questions
 from thimble.training.initialise import check_start
 from thimble.training.prepare import (
     Examples,
     Model,
     choose_store,
     encode_examples,
+    log_examples,
     make_encoder,
     open_data,
     open_model,
-    tell_examples,
 )
-from thimble.training.step_schedule import Course
+from thimble.training.step_schedule import StepSchedule
 
 MOST_SIZES = 7  # of batches, however uneven the rows are: what many rows make together varies less
 SHARE_TOKENS = 512  # a step is shared out to cores as long as each gets so many tokens
@@ -51,19 +51,19 @@ ADAPTER_FILES = (
     25  # adapter and start, each twice as large in delta form, and three checkpoints of seven times its size
 )
 WARNED_RATE = 0.02  # of learning: far above what works for adapters
-WATCHED_SHARE = 0.05  # of a run's time, spent on held-out rows on the way
+WATCHED_SHARE = 0.05  # of a run's time, spent on validation rows on the way
 TRAINED_TOKEN_COST = 2.5  # of a token that is learned from, in tokens that are only read
 MOST_WATCHES, LEAST_WATCHES = 9, 3  # measurements on the way
 LEAST_WATCHED = 16  # rows: fewer say too little to stop by
-SHOWN_WITHOUT_METRIC = 3  # held-out rows answered only to be looked at
+SHOWN_WITHOUT_METRIC = 3  # validation rows answered only to be looked at
 
 
 @dataclass(frozen=True)
-class Job:
+class RunPlan:
     """Everything that was decided before the first weight is loaded.
 
     Attributes:
-        config: Knobs with compute type, store, rate and steps resolved.
+        config: Options with compute type, store, rate and steps resolved.
         model: The base with tokenizer and template.
         examples: The user's rows.
         general: Rows of general text, for the forgetting check.
@@ -71,13 +71,13 @@ class Job:
         sizes: Their ranks and scales, as far as they are known before training.
         watched: Held-out rows measured on the way.
         eval_every_steps: How often; 0 is never.
-        course: The steps.
+        step_schedule: The steps.
         memory: Expected peak.
         allowed_bytes: By the user, or by what the machine has free.
         work: What a step does on average.
         seconds_per_step: Expected.
-        way: How a step is run.
-        held_out: What the base and the result are measured on.
+        execution: How a step is run.
+        validation: What the base and the result are measured on.
         metric_name: What the metric is called.
         origin: What the run is made of, by hash, and what its sums depend on.
         checkpoint: Where it is taken up, or None.
@@ -92,38 +92,38 @@ class Job:
     sizes: dict[str, Size]
     watched: list[Row]
     eval_every_steps: int
-    course: Course
+    step_schedule: StepSchedule
     memory: MemoryPlan
     allowed_bytes: int
     work: Work
     seconds_per_step: float
-    way: Way
-    held_out: HeldOut
+    execution: ExecutionPlan
+    validation: ValidationSet
     metric_name: str
     origin: dict[str, str]
     checkpoint: Checkpoint | None
     folder: Path
 
 
-def prepare_job(config: TrainConfig, tell: Teller, needs_folder: bool = True) -> Job:
+def plan_run(config: TrainConfig, log: EventLog, needs_folder: bool = True) -> RunPlan:
     """Check everything that can be wrong, decide everything that was left open.
 
     Args:
-        config: The knobs.
-        tell: Hears what was found and decided.
+        config: The options.
+        log: Hears what was found and decided.
         needs_folder: Whether a run folder will be written.
 
     Returns:
-        The job.
+        The run_plan.
 
     Raises:
         InputError: With every problem found.
     """
-    tell.stage("reading the base and the examples")
-    checked = _check(config, needs_folder, tell)
-    tell.note(f"base: {describe_base(checked.model)}")
-    tell_examples(checked.examples, tell)
-    return _decide(config, checked, tell)
+    log.stage("reading the base and the examples")
+    checked = _check(config, needs_folder, log)
+    log.note(f"base: {describe_base(checked.model)}")
+    log_examples(checked.examples, log)
+    return _decide(config, checked, log)
 
 
 class _Checked(NamedTuple):
@@ -138,7 +138,7 @@ class _Checked(NamedTuple):
     folder: Path
 
 
-def _check(config: TrainConfig, needs_folder: bool, tell: Teller) -> _Checked:
+def _check(config: TrainConfig, needs_folder: bool, log: EventLog) -> _Checked:
     """Read everything, and refuse the run with every problem found."""
     problems = Problems(config.problems)
     model = problems.attempt(open_model, config.base)
@@ -150,13 +150,13 @@ def _check(config: TrainConfig, needs_folder: bool, tell: Teller) -> _Checked:
         trained = adapter_parameters(model.base.spec, sizes, config.use_dora) if model and sizes else 0
         needed = RUN_FOLDER_BYTES + trained * 4 * ADAPTER_FILES
         problems.attempt(run_folder.check_folder, folder, config.resume, needed)
-    examples = problems.attempt(_split_and_encode, dataset, model, config, tell) if model and dataset else None
+    examples = problems.attempt(_split_and_encode, dataset, model, config, log) if model and dataset else None
     questions = make_questions(examples.valid_records, examples.encoder, config.eval_rows) if examples else []
     metric = problems.attempt(choose_metric, config.metric, questions)
     return _Checked(*problems.required(model, layers, sizes, examples, questions, metric, folder))
 
 
-def _decide(config: TrainConfig, checked: _Checked, tell: Teller) -> Job:
+def _decide(config: TrainConfig, checked: _Checked, log: EventLog) -> RunPlan:
     """Choose what the user left open, and tell it."""
     from thimble.backends.torch.compute import choose_compute, machine, torch_version
     from thimble.backends.torch.threads import num_cores
@@ -166,43 +166,47 @@ def _decide(config: TrainConfig, checked: _Checked, tell: Teller) -> Job:
     spec = model.base.spec
     compute, why_compute = choose_compute(config.compute)
     stores, why_store = choose_store(config, model.base, compute)
-    tell.decision(f"compute: {why_compute}")
-    course = Course(config, examples.train_report.lengths, spec.family, spec.hidden_size)
-    _tell_course(course, len(examples.train), tell)
+    log.decision(f"compute: {why_compute}")
+    step_schedule = StepSchedule(config, examples.train_report.lengths, spec.family, spec.hidden_size)
+    _log_step_schedule(step_schedule, len(examples.train), log)
     trained = adapter_parameters(spec, sizes, config.use_dora)
     lowest = lowest_block(layers)
     allowed = config.memory_budget or available_bytes()
     checkpoint = latest_checkpoint(folder) if config.resume else None
-    kept = checkpoint.progress.get("way") if checkpoint else None  # sums in another order end in other digits
-    first = (Way(**kept),) if kept else ()
-    memory, way = _fit_memory(model, config, (compute, stores), (trained, lowest), examples, (allowed, first))
-    tell.decision(why_store if way.store == stores[0] else f"store {way.store}: {stores[0]} does not fit the memory")
-    tell.decision(f"memory: {_described(memory, way, spec.num_layers, allowed)}")
-    work = _work(examples, course, trained, lowest)
-    seconds = estimate_seconds(model.base, compute, work, way, machine())
-    _tell_time(seconds, course, tell)
-    watched, every = _choose_watched(config, examples, course.total_steps or course.minutes * 60 / seconds)
-    _tell_watched(config, watched, every, tell)
+    kept = checkpoint.progress.get("execution") if checkpoint else None  # sums in another order end in other digits
+    first = (ExecutionPlan(**kept),) if kept else ()
+    memory, execution = _fit_memory(model, config, (compute, stores), (trained, lowest), examples, (allowed, first))
+    log.decision(
+        why_store if execution.store == stores[0] else f"store {execution.store}: {stores[0]} does not fit the memory"
+    )
+    log.decision(f"memory: {_described(memory, execution, spec.num_layers, allowed)}")
+    work = _work(examples, step_schedule, trained, lowest)
+    seconds = estimate_seconds(model.base, compute, work, execution, machine())
+    _log_time(seconds, step_schedule, log)
+    watched, every = _choose_watched(
+        config, examples, step_schedule.total_steps or step_schedule.minutes * 60 / seconds
+    )
+    _log_watched(config, watched, every, log)
     origin = origin_of(
         model.base, itertools.chain(examples.train, examples.valid), compute=compute, cores=str(num_cores()),
-        way=way.described(), torch=torch_version(),
+        execution=execution.described(), torch=torch_version(),
     )  # fmt: skip
     if checkpoint:
-        check_origin(checkpoint, origin, config.accept_changes, tell)
+        check_origin(checkpoint, origin, config.accept_changes, log)
     resolved = config.replace(
-        out=str(folder), compute=compute, store=way.store, learning_rate=course.rate, warmup_steps=course.warmup_steps,
-        **({} if config.epochs or course.minutes else {"max_steps": course.total_steps}),
+        out=str(folder), compute=compute, store=execution.store, learning_rate=step_schedule.rate, warmup_steps=step_schedule.warmup_steps,
+        **({} if config.epochs or step_schedule.minutes else {"max_steps": step_schedule.total_steps}),
     )  # fmt: skip
     # Answering may take for its cache what training takes for activations: the peak is that of training.
     cache_tokens = memory.activations // cache_token_bytes(spec, compute)
-    held_out = HeldOut(
+    validation = ValidationSet(
         examples.valid, questions if metric else questions[:SHOWN_WITHOUT_METRIC], metric, model.tokenizer,
-        config.max_new_tokens, way.micro_tokens, cache_tokens,
+        config.max_new_tokens, execution.micro_tokens, cache_tokens,
     )  # fmt: skip
-    return Job(
+    return RunPlan(
         config=resolved, model=model, examples=examples, general=_general_rows(model, config), layers=layers,
-        sizes=sizes, watched=watched, eval_every_steps=every, course=course, memory=memory, allowed_bytes=allowed,
-        work=work, seconds_per_step=seconds, way=way, held_out=held_out, metric_name=metric_name,
+        sizes=sizes, watched=watched, eval_every_steps=every, step_schedule=step_schedule, memory=memory, allowed_bytes=allowed,
+        work=work, seconds_per_step=seconds, execution=execution, validation=validation, metric_name=metric_name,
         origin=origin, checkpoint=checkpoint, folder=folder,
     )  # fmt: skip
 
@@ -213,49 +217,51 @@ def _general_rows(model: Model, config: TrainConfig) -> tuple[Row, ...]:
     return tuple(encode_all(records, make_encoder(model, config.replace(loss_on="auto")))[0])
 
 
-def _split_and_encode(dataset: Dataset, model: Model, config: TrainConfig, tell: Teller) -> Examples:
+def _split_and_encode(dataset: Dataset, model: Model, config: TrainConfig, log: EventLog) -> Examples:
     if dataset.valid is not None:
-        return encode_examples(dataset, dataset.train, dataset.valid, model, config, tell)
+        return encode_examples(dataset, dataset.train, dataset.valid, model, config, log)
     if dataset.is_text:
-        return _split_pieces(encode_examples(dataset, dataset.train, (), model, config, tell), config.valid_split)
+        return _split_pieces(encode_examples(dataset, dataset.train, (), model, config, log), config.valid_split)
     train, valid = split_rows(dataset.train, config.valid_split, config.seed)
-    return encode_examples(dataset, train, valid, model, config, tell)
+    return encode_examples(dataset, train, valid, model, config, log)
 
 
 def _split_pieces(examples: Examples, share: float) -> Examples:
     """Hold out pieces of long texts, evenly spread: a file of text is one record but many rows."""
     rows = examples.train
-    count = min(max(1, round(len(rows) * share)), MOST_HELD_OUT) if share and len(rows) > 1 else 0
+    count = min(max(1, round(len(rows) * share)), MAX_VALIDATION_ROWS) if share and len(rows) > 1 else 0
     held = {int((number + 0.5) * len(rows) / count) for number in range(count)}
     learned = [number for number in range(len(rows)) if number not in held]
     lengths = [examples.train_report.lengths[number] for number in learned]
     report = replace(
         examples.train_report, num_rows=len(learned), lengths=lengths, tokens=sum(lengths), longest=max(lengths),
-        label_tokens=sum(rows[number].label_tokens for number in learned),
+        target_tokens=sum(rows[number].target_tokens for number in learned),
     )  # fmt: skip
     valid = tuple(rows[number] for number in sorted(held))
     return replace(examples, train=Chosen(rows, learned), train_report=report, valid=valid)
 
 
 def describe_base(model: Model) -> str:
-    """A base in one line: name, family, size and number types."""
+    """A base in one line: name, family, size and dtypes."""
     base = model.base
     kinds = " and ".join(list(base.dtypes())[:2])
     size = f"{base.num_parameters / 1e6:.0f}M parameters, {base.size_bytes / 1e6:.0f} MB of {kinds}"
     return f"{base.name} ({base.spec.family}, {size})"
 
 
-def _tell_course(course: Course, rows: int, tell: Teller) -> None:
-    if course.minutes:
-        tell.decision(f"length: {course.minutes:g} minutes")
+def _log_step_schedule(step_schedule: StepSchedule, rows: int, log: EventLog) -> None:
+    if step_schedule.minutes:
+        log.decision(f"length: {step_schedule.minutes:g} minutes")
     else:
-        passes = f"{course.epochs:.1f} passes over {plural(rows, 'row')}"
-        tell.decision(f"length: {plural(course.total_steps or 0, 'step')}, {passes}")
-    if course.is_default_rate:
-        times = "".join(f", times {factor:.2g} for {name}" for name, factor in course.rate_factors.items())
-        tell.decision(f"learning rate: {course.rate:g}, from the width of the base and the rows in a step{times}")
-    elif course.rate > WARNED_RATE:
-        tell.warning(f"learning_rate is {course.rate:g}: far above what works for adapters (about 0.0001 to 0.002)")
+        passes = f"{step_schedule.epochs:.1f} passes over {plural(rows, 'row')}"
+        log.decision(f"length: {plural(step_schedule.total_steps or 0, 'step')}, {passes}")
+    if step_schedule.is_default_rate:
+        times = "".join(f", times {factor:.2g} for {name}" for name, factor in step_schedule.rate_factors.items())
+        log.decision(f"learning rate: {step_schedule.rate:g}, from the width of the base and the rows in a step{times}")
+    elif step_schedule.rate > WARNED_RATE:
+        log.warning(
+            f"learning_rate is {step_schedule.rate:g}: far above what works for adapters (about 0.0001 to 0.002)"
+        )
 
 
 def _fit_memory(
@@ -264,22 +270,25 @@ def _fit_memory(
     how: tuple[str, tuple[str, ...]],
     what: tuple[int, int],
     examples: Examples,
-    limits: tuple[int, tuple[Way, ...]],
-) -> tuple[MemoryPlan, Way]:
+    limits: tuple[int, tuple[ExecutionPlan, ...]],
+) -> tuple[MemoryPlan, ExecutionPlan]:
     """The way a run was begun in or else the fastest to run a step, if it fits the memory allowed."""
     (compute, stores), (allowed, first) = how, limits
     longest = max(examples.train_report.longest, examples.valid_report.longest)
     num_sizes = min(MOST_SIZES, len({padded(length) for length in examples.train_report.lengths}))
     step_tokens = min(config.batch_tokens, examples.train_report.tokens)
-    ways = [*first, *_ways(step_tokens, longest, stores, model.base.spec.num_layers, num_sizes)]
+    plans = [*first, *_execution_plans(step_tokens, longest, stores, model.base.spec.num_layers, num_sizes)]
     trained, lowest = what
     looks_at_all = ("inputs", "gradients") if config.init == AUTO or config.rank is None else ()
     init = INITS["kaiming" if config.init == AUTO else init_name(config.init)]
     start = ((init.needs, *looks_at_all), init.is_delta)
-    plans = [(estimate_memory(model.base, compute, trained, longest, way, lowest, *start), way) for way in ways]
-    for plan, way in plans:
+    plans = [
+        (estimate_memory(model.base, compute, trained, longest, execution, lowest, *start), execution)
+        for execution in plans
+    ]
+    for plan, execution in plans:
         if plan.total <= allowed:
-            return plan, way
+            return plan, execution
     least = min(plans, key=lambda pair: pair[0].total)[0]
     whose = "memory_budget allows" if config.memory_budget else "this machine has free"
     raise DoesNotFitError(
@@ -289,12 +298,12 @@ def _fit_memory(
     )
 
 
-def _work(examples: Examples, course: Course, trained: int, lowest: int) -> Work:
+def _work(examples: Examples, step_schedule: StepSchedule, trained: int, lowest: int) -> Work:
     """What a step of this run does on average."""
     report = examples.train_report
-    steps = course.steps_per_epoch
+    steps = step_schedule.steps_per_epoch
     squares = sum(length * length for length in report.lengths)
-    return Work(report.tokens / steps, report.label_tokens / steps, squares / report.tokens, trained, lowest)
+    return Work(report.tokens / steps, report.target_tokens / steps, squares / report.tokens, trained, lowest)
 
 
 def _choose_watched(config: TrainConfig, examples: Examples, steps: float) -> tuple[list[Row], int]:
@@ -317,19 +326,21 @@ def _choose_watched(config: TrainConfig, examples: Examples, steps: float) -> tu
     return [rows[int(number * len(rows) / count)] for number in range(count)], max(1, every)
 
 
-def _tell_watched(config: TrainConfig, watched: Sequence[Row], every: int, tell: Teller) -> None:
+def _log_watched(config: TrainConfig, watched: Sequence[Row], every: int, log: EventLog) -> None:
     if not every:
         return
     stops = f"; {config.patience} clearly above the lowest in a row end the run" if config.patience else ""
-    tell.decision(f"held-out loss: on {plural(len(watched), 'row')} every {plural(every, 'step')}{stops}")
+    log.decision(f"validation loss: on {plural(len(watched), 'row')} every {plural(every, 'step')}{stops}")
 
 
-def _tell_time(seconds: float, course: Course, tell: Teller) -> None:
-    whole = f", {seconds * course.total_steps / 60:.1f} minutes in all" if course.total_steps else ""
-    tell.decision(f"time: about {seconds:.2g} s a step{whole}; measuring before and after comes on top")
+def _log_time(seconds: float, step_schedule: StepSchedule, log: EventLog) -> None:
+    whole = f", {seconds * step_schedule.total_steps / 60:.1f} minutes in all" if step_schedule.total_steps else ""
+    log.decision(f"time: about {seconds:.2g} s a step{whole}; measuring before and after comes on top")
 
 
-def _ways(step_tokens: int, longest: int, stores: Sequence[str], num_blocks: int, num_sizes: int = 1) -> list[Way]:
+def _execution_plans(
+    step_tokens: int, longest: int, stores: Sequence[str], num_blocks: int, num_sizes: int = 1
+) -> list[ExecutionPlan]:
     """Ways to run a step of at most so many tokens, or of one row that is longer; the fastest first."""
     from thimble.backends.torch.threads import num_cores
 
@@ -337,20 +348,20 @@ def _ways(step_tokens: int, longest: int, stores: Sequence[str], num_blocks: int
     shares = {max(1, min(cores, step_tokens // SHARE_TOKENS)), 1}
     sizes = {max(longest, min(size, step_tokens)) for size in (*MICRO_BATCH_TOKENS, longest)}
     recomputed = sorted({num_blocks * quarters // 4 for quarters in range(5)})
-    ways = [
-        Way(store, share, size, min(share * size, step), again, is_streamed, num_sizes)
+    plans = [
+        ExecutionPlan(store, share, size, min(share * size, step), again, is_streamed, num_sizes)
         for store in stores for share in shares for size in sizes for again in recomputed
         for is_streamed in ((False, True) if store == "file" else (False,))
     ]  # fmt: skip
-    return sorted(ways, key=lambda way: way.slowness(num_blocks, cores))
+    return sorted(plans, key=lambda execution: execution.relative_cost(num_blocks, cores))
 
 
-def _described(memory: MemoryPlan, way: Way, num_blocks: int, allowed: int) -> str:
+def _described(memory: MemoryPlan, execution: ExecutionPlan, num_blocks: int, allowed: int) -> str:
     """How a step is run, and what it will take."""
-    side_by_side = f", {way.num_shares} side by side" if way.num_shares > 1 else ""
+    parallel = f", {execution.num_shares} in parallel" if execution.num_shares > 1 else ""
     kept = "keeping all activations"
-    if way.recomputed_blocks:
-        kept = f"recomputing {way.recomputed_blocks} of {num_blocks} blocks in the backward pass"
-    streamed = ", reading the weights from the file each time" if way.is_streamed else ""
+    if execution.checkpointed_blocks:
+        kept = f"recomputing {execution.checkpointed_blocks} of {num_blocks} blocks in the backward pass"
+    streamed = ", reading the weights from the file each time" if execution.is_streamed else ""
     need = f"about {memory.total / 1e9:.2f} of {allowed / 1e9:.2f} GB"
-    return f"{need}, in micro-batches of {way.micro_tokens} tokens{side_by_side}, {kept}{streamed}"
+    return f"{need}, in micro-batches of {execution.micro_tokens} tokens{parallel}, {kept}{streamed}"

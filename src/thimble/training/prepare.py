@@ -1,4 +1,4 @@
-"""What every verb does first: open the base, its tokenizer and template, the adapters and the examples.
+"""What every command does first: open the base, its tokenizer and template, the adapters and the examples.
 
 Each step collects its problems instead of raising, so that a user hears of all of them at once.
 """
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from thimble.config.options import BaseKnobs, MeasureKnobs
+from thimble.config.options import ComputeOptions, DataOptions
 from thimble.core.adapter import Adapter
 from thimble.data.encode import Encoder, EncodeReport, Row, encode_all
 from thimble.data.records import Dataset, Record, general_records, read_dataset
@@ -20,10 +20,10 @@ from thimble.data.spool import Items
 from thimble.data.template import ChatTemplate
 from thimble.data.tokenizer import Tokenizer, tokenizer_from_folder, tokenizer_from_gguf
 from thimble.errors import AdapterError, BaseModelError, ConfigError, MissingPackageError, Problems, listing, plural
-from thimble.events import Teller
+from thimble.events import EventLog
 from thimble.files.peft import load_adapter
 from thimble.models.base import Base, open_base
-from thimble.models.cost import Way
+from thimble.models.cost import ExecutionPlan
 
 if TYPE_CHECKING:
     from thimble.backends.torch.session import TorchSession
@@ -51,7 +51,7 @@ def open_model(name: str | None) -> Model:
     """Open a base by path or hub name, with its tokenizer and template.
 
     Args:
-        name: The knob `base`.
+        name: The option `base`.
 
     Returns:
         The opened base.
@@ -177,7 +177,7 @@ class Examples:
         return self.dataset.skipped.count + sum(len(report.rows_without_labels) for report in reports)
 
 
-def make_encoder(model: Model, config: MeasureKnobs) -> Encoder:
+def make_encoder(model: Model, config: DataOptions) -> Encoder:
     """The encoder for a base and the user's wishes."""
     vocab_size = model.base.spec.vocab_size
     return Encoder(model.tokenizer, model.template, config.seq_len, config.loss_on, vocab_size)
@@ -188,12 +188,12 @@ def encode_examples(
     train: Items[Record],
     valid: Items[Record],
     model: Model,
-    config: MeasureKnobs,
-    tell: Teller,
+    config: DataOptions,
+    log: EventLog,
 ) -> Examples:
     """Turn records into rows; what the template refuses is left out with the rest that cannot be used."""
     encoder = make_encoder(model, config)
-    on_record = functools.partial(tell.progress, "rows encoded")
+    on_record = functools.partial(log.progress, "rows encoded")
     sides = [
         encode_all(part, encoder, dataset.skipped, on_record) if part else ((), EncodeReport())
         for part in (train, valid)
@@ -202,49 +202,49 @@ def encode_examples(
     return Examples(dataset, encoder, train_rows, train_report, tuple(valid_rows), tuple(valid), valid_report)
 
 
-def tell_examples(examples: Examples, tell: Teller) -> None:
+def log_examples(examples: Examples, log: EventLog) -> None:
     """Say what was read and how it will be learned."""
     dataset = examples.dataset
     held = plural(len(examples.valid), "row")
-    tell.note(f"data: {plural(len(examples.train), 'row')} of {dataset.format} to learn from, {held} held out")
+    log.note(f"data: {plural(len(examples.train), 'row')} of {dataset.format} to learn from, {held} held out")
     for note in (*dataset.notes, *examples.encoder.notes):
-        tell.note(note)
-    tell_skipped(dataset, tell)
+        log.note(note)
+    log_skipped(dataset, log)
     for warning in examples.encoder.warnings:
-        tell.warning(warning)
+        log.warning(warning)
     held_ids = {row.ids.tobytes(): row.source for row in examples.valid}
     known = {held_ids[ids] for row in examples.train if (ids := row.ids.tobytes()) in held_ids} if held_ids else ()
     if known:
-        tell.warning(
-            f"also among the training rows: {plural(len(known), 'held-out row')} ({listing(sorted(known), 3)}), where "
+        log.warning(
+            f"also among the training rows: {plural(len(known), 'validation row')} ({listing(sorted(known), 3)}), where "
             "memory is enough to do well"
         )
-    for name, report in (("training", examples.train_report), ("held-out", examples.valid_report)):
-        _tell_lengths(name, report, tell)
+    for name, report in (("training", examples.train_report), ("validation", examples.valid_report)):
+        _log_lengths(name, report, log)
 
 
-def tell_skipped(dataset: Dataset, tell: Teller) -> None:
+def log_skipped(dataset: Dataset, log: EventLog) -> None:
     """Warn of rows that cannot be used, with the first of them."""
     skipped = dataset.skipped
     if skipped.count:
         problems = (problem for row in skipped.found[:SHOWN_SKIPPED] for problem in row.problems[:1])
-        tell.warning(
+        log.warning(
             f"{skipped.count:,} of {plural(skipped.rows, 'row')} cannot be used and are left out (--strict refuses "
             f"them): {listing(problems, SHOWN_SKIPPED)}"
         )
 
 
-def _tell_lengths(name: str, report: EncodeReport, tell: Teller) -> None:
+def _log_lengths(name: str, report: EncodeReport, log: EventLog) -> None:
     """Warn of rows that were cut, or that have nothing to learn."""
     if report.truncated_rows:
         share = report.truncated_rows / report.num_rows
-        tell.warning(
+        log.warning(
             f"{plural(report.truncated_rows, f'{name} row')} longer than seq_len ({share:.0%}) lost "
             f"{plural(report.truncated_tokens, 'token')} in all"
         )
     if report.rows_without_labels:
         sources = listing(report.rows_without_labels, 3)
-        tell.warning(f"{plural(len(report.rows_without_labels), f'{name} row')} left out, nothing to learn: {sources}")
+        log.warning(f"{plural(len(report.rows_without_labels), f'{name} row')} left out, nothing to learn: {sources}")
 
 
 def skipped_rows(examples: Examples) -> list[dict[str, str]]:
@@ -262,7 +262,7 @@ def open_data(path: str, is_strict: bool) -> Dataset:
     return read_dataset(path, is_strict)
 
 
-def choose_store(config: BaseKnobs, base: Base, compute: str) -> tuple[tuple[str, ...], str]:
+def choose_store(config: ComputeOptions, base: Base, compute: str) -> tuple[tuple[str, ...], str]:
     """The stores for the frozen weights that come into question, the fastest first, and why that one."""
     if compute == "int8":
         return ("int8",), "store int8: compute int8 multiplies the weights as whole numbers, and keeps them so"
@@ -273,11 +273,11 @@ def choose_store(config: BaseKnobs, base: Base, compute: str) -> tuple[tuple[str
     return ("dense", "file"), "store dense: the weights of a folder are held in the compute type"
 
 
-def open_session(model: Model, compute: str, way: Way) -> "TorchSession":
+def open_session(model: Model, compute: str, execution: ExecutionPlan) -> "TorchSession":
     """Load the base into the torch engine."""
     from thimble.backends.torch.session import TorchSession
 
-    return TorchSession(model.base, compute, way, _sample(model) if compute == "int8" else None)
+    return TorchSession(model.base, compute, execution, _sample(model) if compute == "int8" else None)
 
 
 def _sample(model: Model) -> NDArray[np.int32]:

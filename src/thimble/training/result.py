@@ -17,31 +17,31 @@ class TrainReport:
         base: Name of the base.
         steps: Optimiser steps taken.
         tokens: Tokens read in training, prompts included.
-        label_tokens: Tokens learned from.
+        target_tokens: Tokens learned from.
         seconds: Time spent training, evaluation not counted.
         total_seconds: Time from the call to the report.
         tokens_per_second: Tokens read in training per second.
         peak_memory_bytes: Largest resident size of the process.
-        loss_base: Held-out loss of the bare base, nats per label token; NaN if nothing was held out.
+        loss_base: Validation loss of the bare base, nats per label token; NaN if nothing was held out.
         loss_before: The same with the adapter attached, before step 1.
         loss_after: The same after training.
         general_before: Loss of the base on general text.
         general_after: The same after training: what it forgot.
-        metric: Name of the task metric.
-        task_before: Task figures of the base over held-out rows, 0 to 1.
-        task_after: The same after training.
-        task_rows: Rows answered.
+        metric: Name of the metric.
+        metrics_before: Metrics of the base over validation rows, 0 to 1.
+        metrics_after: The same after training.
+        metrics_rows: Rows answered.
         samples: Held-out questions with reference and both answers.
         skipped_rows: Rows left out, which skipped.jsonl lists with the reasons.
         adapter_parameters: Numbers in the adapter.
         base_parameters: Numbers in the base.
         start: What was measured for the choice of init and ranks, and the seconds it took.
-        kept_step: The step whose adapter was kept, the last one unless an earlier one did better on held-out rows.
-        returns: How often the loss left the road and the run went back and on at half the rate.
+        best_step: The step whose adapter was kept, the last one unless an earlier one did better on validation rows.
+        rollbacks: How often the loss left the road and the run went back and on at half the rate.
         plan: Expected peak memory by part, bytes.
         planned_seconds_per_step: Expected time of a step.
-        told: Decisions, notes and warnings, in order.
-        config: Every knob, resolved.
+        messages: Decisions, notes and warnings, in order.
+        config: Every option, resolved.
     """
 
     status: str = "done"
@@ -50,7 +50,7 @@ class TrainReport:
     base: str = ""
     steps: int = 0
     tokens: int = 0
-    label_tokens: int = 0
+    target_tokens: int = 0
     seconds: float = 0.0
     total_seconds: float = 0.0
     tokens_per_second: float = 0.0
@@ -61,17 +61,17 @@ class TrainReport:
     general_before: float = math.nan
     general_after: float = math.nan
     metric: str = "none"
-    task_before: Mapping[str, float] = field(default_factory=dict)
-    task_after: Mapping[str, float] = field(default_factory=dict)
-    task_rows: int = 0
+    metrics_before: Mapping[str, float] = field(default_factory=dict)
+    metrics_after: Mapping[str, float] = field(default_factory=dict)
+    metrics_rows: int = 0
     samples: list[dict[str, str]] = field(default_factory=list)
     skipped_rows: int = 0
     adapter_parameters: int = 0
     base_parameters: int = 0
     start: dict[str, Any] = field(default_factory=dict)
-    kept_step: int = 0
-    returns: int = 0
+    best_step: int = 0
+    rollbacks: int = 0
     plan: dict[str, int] = field(default_factory=dict)
     planned_seconds_per_step: float = 0.0
-    told: dict[str, list[str]] = field(default_factory=dict)
+    messages: dict[str, list[str]] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)

@@ -1,6 +1,6 @@
 """The folder a training run leaves behind: config, log, checkpoints, adapter, report and a manifest of hashes.
 
-config.yaml           every knob, with what `auto` chose
+config.yaml           every option, with what `auto` chose
 metrics.jsonl         one object a step
 start/                what A and B began as, where that cannot be drawn again from the seed alone
 before.json           the evaluation before training, saved so that a resumed run need not repeat it
@@ -21,7 +21,7 @@ from typing import Any
 
 from thimble.core.adapter import Adapter
 from thimble.errors import ConfigError, DoesNotFitError
-from thimble.files.atomic import sync, write_whole
+from thimble.files.atomic import sync, write_atomic
 from thimble.files.peft import save_adapter
 
 START, STEPS = "start", "metrics.jsonl"
@@ -94,7 +94,7 @@ def check_room(folder: Path, needed_bytes: int) -> None:
 
 
 @contextlib.contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
+def atomic_folder(folder: Path) -> Iterator[Path]:
     """Fill a folder beside its place and move it there whole; if anything goes wrong, nothing is left behind.
 
     Args:
@@ -109,7 +109,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     make_folder(temporary)
     try:
         yield temporary
-        sync_whole(temporary)
+        sync_tree(temporary)
         if folder.exists():
             folder.rmdir()  # refuses one that was filled meanwhile
         os.rename(temporary, folder)
@@ -130,7 +130,7 @@ def make_folder(folder: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a text file whole, in a folder that is made if it is not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, [text.encode()])
+    write_atomic(path, [text.encode()])
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -147,7 +147,7 @@ def read_json(path: Path) -> Any:
 
 
 def write_config(folder: Path, values: Mapping[str, Any]) -> None:
-    """Write the resolved knobs as YAML."""
+    """Write the resolved options as YAML."""
     import yaml
 
     head = "# The run, repeated by: thimble train --config config.yaml --out another/folder\n"
@@ -173,7 +173,7 @@ def publish_adapter(folder: Path, adapter: Adapter, name: str = "adapter") -> Pa
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         save_adapter(adapter, temporary)
-        sync_whole(temporary)
+        sync_tree(temporary)
         if not target.exists():
             os.rename(temporary, target)
         elif not _exchange(temporary, target):
@@ -275,7 +275,7 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def sync_whole(folder: Path) -> None:
+def sync_tree(folder: Path) -> None:
     """Have a folder and all that is in it reach the disk."""
     for path in (*folder.rglob("*"), folder):
         sync(path)

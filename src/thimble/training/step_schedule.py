@@ -1,6 +1,6 @@
 """The course of a run: which rows each step learns from, at which rate, and when it ends.
 
-A pure function of the row lengths, the knobs and the seed, so that a resumed run continues where it stopped.
+A pure function of the row lengths, the options and the seed, so that a resumed run continues where it stopped.
 """
 
 import bisect
@@ -19,11 +19,11 @@ WARMUP_SHARE = 0.03
 MOST_WARMUP_STEPS = 10
 
 
-class Course:
+class StepSchedule:
     """Steps in order.
 
     Args:
-        config: The knobs.
+        config: The options.
         lengths: Tokens of each training row.
         family: Family of the base, for the default rate.
         hidden_size: Width of the base, likewise.

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 
-from thimble.events import ShouldStop, Teller
+from thimble.events import EventLog, ShouldStop
 from thimble.models.machine import Battery, battery, count_throttled
 
 LOW_PERCENT, ENOUGH_PERCENT = 10, 15  # of the battery, while nothing charges it
@@ -24,18 +24,18 @@ class Waiting:
     Args:
         should_wait: Says why to wait; empty to go on.
         should_stop: Ends the waiting too.
-        tell: Hears why it waits, and that it goes on.
-        look: Says how full the battery is; None where there is none.
+        log: Hears why it waits, and that it goes on.
+        calibration: Says how full the battery is; None where there is none.
     """
 
     def __init__(
         self,
         should_wait: ShouldWait,
         should_stop: ShouldStop,
-        tell: Teller,
-        look: Callable[[], Battery | None] = battery,
+        log: EventLog,
+        calibration: Callable[[], Battery | None] = battery,
     ) -> None:
-        self._should_wait, self._should_stop, self._tell, self._look = should_wait, should_stop, tell, look
+        self._should_wait, self._should_stop, self._log, self._look = should_wait, should_stop, log, calibration
         self._throttled, self._looked_at = count_throttled(), time.monotonic()
 
     def why(self, enough_percent: int = LOW_PERCENT) -> str:
@@ -55,7 +55,7 @@ class Waiting:
             time.sleep(LOOK_SECONDS)
         waited = time.perf_counter() - began
         if not self._should_stop():
-            self._tell.note(f"going on after a pause of {waited:.0f} s")
+            self._log.note(f"going on after a pause of {waited:.0f} s")
         return waited
 
     def watch_heat(self) -> None:
@@ -65,5 +65,5 @@ class Waiting:
         self._looked_at = time.monotonic()
         now = count_throttled()
         if now is not None and now > self._throttled:
-            self._tell.warning("the processor is hot and slows itself down: steps take longer until it is cooler")
+            self._log.warning("the processor is hot and slows itself down: steps take longer until it is cooler")
             self._throttled = None

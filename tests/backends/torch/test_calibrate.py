@@ -9,14 +9,14 @@ from samples import make_batch, peft_loss
 from thimble.backends.torch.calibrate import captured_energy, input_moments, sketch_gradients
 from thimble.backends.torch.session import TorchSession
 from thimble.models.base import open_base
-from thimble.models.cost import Way
+from thimble.models.cost import ExecutionPlan
 
 NAME = "llama_bias"
 
 
 @pytest.fixture
 def session(tmp_path):
-    return TorchSession(open_base(make_hf_folder(NAME, tmp_path)), "fp32", Way("dense"))
+    return TorchSession(open_base(make_hf_folder(NAME, tmp_path)), "fp32", ExecutionPlan("dense"))
 
 
 def dense(batches):
@@ -65,7 +65,7 @@ def test_moments_are_those_of_the_inputs(session):
 
 @pytest.mark.parametrize("recomputed", [0, 99])
 def test_a_sketch_finds_the_main_directions_of_the_gradient(session, recomputed):
-    session.decoder.recomputed_blocks = recomputed and len(session.decoder.blocks)
+    session.decoder.checkpointed_blocks = recomputed and len(session.decoder.blocks)
     batches = [make_batch()]
     expected = dense(batches)
     sketches = sketch_gradients(session, batches, dict.fromkeys(expected, 20))

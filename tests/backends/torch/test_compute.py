@@ -1,4 +1,4 @@
-"""Which number type is chosen, by the rates of the machine."""
+"""Which dtype is chosen, by the rates of the machine."""
 
 import pytest
 

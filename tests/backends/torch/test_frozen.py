@@ -20,7 +20,7 @@ def test_gradients_through_a_weight_of_several_windows_are_those_of_float64(dtyp
     weight = torch.randn(2 * WINDOW_ROWS + 40, 24, generator=generator).to(dtype)
     grad = torch.randn(7, len(weight), generator=generator).to(dtype)
     layer = FrozenLinear([DenseMatrix(weight)], None, Memory(dtype))
-    found = layer.back(grad, torch.empty(7, 24, dtype=dtype))
+    found = layer.input_grad(grad, torch.empty(7, 24, dtype=dtype))
     expected = grad.double() @ weight.double()
     assert (found.double() - expected).norm() < bound * expected.norm()
 
@@ -35,8 +35,8 @@ def test_streamed_weights_give_the_same_products_bit_for_bit():
         if is_streamed:
             layer.neighbours = Neighbours(layer, layer)
         x = torch.randn(5, layer.cols, generator=torch.Generator().manual_seed(0))
-        y = layer.product(x, torch.empty(5, layer.rows))
-        found.append((y, layer.back(y, torch.empty(5, layer.cols))))
+        y = layer.forward(x, torch.empty(5, layer.rows))
+        found.append((y, layer.input_grad(y, torch.empty(5, layer.cols))))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 

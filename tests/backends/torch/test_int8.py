@@ -18,7 +18,7 @@ def make_layer(hot_columns=()):
         x[:, column] *= 60
     layer = FrozenLinear([DenseMatrix(weight)], torch.randn(OUT, generator=generator), Memory(torch.float32))
     watched = Watched(layer)
-    watched.product(x, torch.empty(TOKENS, OUT))
+    watched.forward(x, torch.empty(TOKENS, OUT))
     return layer, Int8Linear(watched), x
 
 
@@ -29,15 +29,15 @@ def error(found, expected):
 def test_products_and_gradients_are_within_a_percent_of_the_float_ones():
     layer, whole, x = make_layer()
     expected, found = torch.empty(TOKENS, OUT), torch.empty(TOKENS, OUT)
-    assert error(whole.product(x, found), layer.product(x, expected)) < 0.01
+    assert error(whole.forward(x, found), layer.forward(x, expected)) < 0.01
     grad = torch.randn(TOKENS, OUT, generator=torch.Generator().manual_seed(1))
     back, back_whole = torch.empty(TOKENS, IN), torch.empty(TOKENS, IN)
-    assert error(whole.back(grad, back_whole), layer.back(grad, back)) < 0.01
+    assert error(whole.input_grad(grad, back_whole), layer.input_grad(grad, back)) < 0.01
 
 
 def test_columns_far_larger_than_others_cost_little_because_they_are_smoothed():
     layer, whole, x = make_layer(hot_columns=(3, 17))
-    expected, found = layer.product(x, torch.empty(TOKENS, OUT)), whole.product(x, torch.empty(TOKENS, OUT))
+    expected, found = layer.forward(x, torch.empty(TOKENS, OUT)), whole.forward(x, torch.empty(TOKENS, OUT))
     plain = (torch.round(x / (x.abs().amax(1, keepdim=True) / 127)) * (x.abs().amax(1, keepdim=True) / 127)) @ (
         layer.matrices[0].dense.t()
     ) + layer.bias
@@ -50,7 +50,7 @@ def test_columns_far_larger_than_others_cost_little_because_they_are_smoothed():
 def test_a_row_that_is_not_finite_stays_so():
     _, whole, x = make_layer()
     x[5, 7] = float("nan")
-    found = whole.product(x, torch.empty(TOKENS, OUT))
+    found = whole.forward(x, torch.empty(TOKENS, OUT))
     assert not torch.isfinite(found[5]).any()
     assert torch.isfinite(found[[4, 6]]).all()
 
@@ -59,7 +59,7 @@ def test_columns_that_the_sample_never_used_are_left_as_they_are():
     layer, _, x = make_layer()
     x[:, 9] = 0
     watched = Watched(layer)
-    watched.product(x, torch.empty(TOKENS, OUT))
+    watched.forward(x, torch.empty(TOKENS, OUT))
     whole = Int8Linear(watched)
     assert whole.divisor[9] == 1
     assert np.isfinite(whole.divisor).all()

@@ -13,7 +13,7 @@ from thimble.backends.torch.session import TorchSession
 from thimble.core.adapter import Adapter
 from thimble.files.peft import load_adapter, save_adapter
 from thimble.models.base import open_base
-from thimble.models.cost import Way
+from thimble.models.cost import ExecutionPlan
 
 FAMILIES = ("llama_bias", "qwen3", "gemma2", "gemma3", "phi3", "smollm3")
 
@@ -44,7 +44,9 @@ def test_loss_and_every_gradient_equal_those_of_peft(name, recomputed, is_stream
     expected = {key: parameter.grad for key, parameter in model.named_parameters() if parameter.grad is not None}
 
     session = TorchSession(
-        base, "fp32", Way("file" if is_streamed else "dense", recomputed_blocks=recomputed, is_streamed=is_streamed)
+        base,
+        "fp32",
+        ExecutionPlan("file" if is_streamed else "dense", checkpointed_blocks=recomputed, is_streamed=is_streamed),
     )
     session.train(adapter)
     found = session.gradients([[batch]], int((batch.labels >= 0).sum()))
@@ -61,7 +63,7 @@ def test_gradients_of_coarser_types_point_the_same_way(coarse, tmp_path):
     adapter, batch = make_adapter(base), make_batch()
     flat = []
     for compute in ("fp32", coarse):
-        session = TorchSession(base, compute, Way("dense"), sample=IDS)
+        session = TorchSession(base, compute, ExecutionPlan("dense"), sample=IDS)
         session.train(adapter)
         session.gradients([[batch]], 20)
         flat.append(session._state.grads[0])
@@ -78,7 +80,7 @@ def test_micro_batches_add_up_to_one_large_batch(tmp_path):
     labels = int((whole.labels >= 0).sum())
     results = []
     for shares in ([[whole]], [parts], [parts[:1], parts[1:]]):  # at once, one after the other, side by side
-        session = TorchSession(base, "fp32", Way("dense", num_shares=2))
+        session = TorchSession(base, "fp32", ExecutionPlan("dense", num_shares=2))
         session.train(adapter)
         results.append((session.gradients(shares, labels).norm, session._state.grads[0].clone()))
     for norm, gradient in results[1:]:
@@ -88,7 +90,7 @@ def test_micro_batches_add_up_to_one_large_batch(tmp_path):
 
 def test_a_zero_b_leaves_the_base_bit_for_bit_and_so_does_switching_off(tmp_path):
     base = open_base(make_hf_folder("qwen2", tmp_path))
-    session = TorchSession(base, "fp32", Way("dense"))
+    session = TorchSession(base, "fp32", ExecutionPlan("dense"))
     bare = session.logits(IDS)
     session.attach(make_adapter(base, b_size=0.0))
     np.testing.assert_array_equal(session.logits(IDS), bare)
@@ -106,7 +108,7 @@ def test_our_adapter_has_the_same_effect_in_peft(name, tmp_path):
     with torch.no_grad():
         model = peft_model(name, tmp_path / "adapter")
         expected = model(torch.from_numpy(IDS.astype(np.int64))[None]).logits[0].numpy()
-    session = TorchSession(base, "fp32", Way("dense"))
+    session = TorchSession(base, "fp32", ExecutionPlan("dense"))
     bare = session.logits(IDS)
     session.attach(load_adapter(tmp_path / "adapter"))
     np.testing.assert_allclose(session.logits(IDS), expected, atol=1e-4)
@@ -127,7 +129,7 @@ def test_an_adapter_made_by_peft_has_the_same_effect_here(tmp_path):
         for name, parameter in model.named_parameters():
             parameter.mul_(0.3 if "lora_B" in name else 1.0)
     model.save_pretrained(tmp_path / "adapter")
-    session = TorchSession(base, "fp32", Way("dense"))
+    session = TorchSession(base, "fp32", ExecutionPlan("dense"))
     session.attach(load_adapter(tmp_path / "adapter"))
     with torch.no_grad():
         expected = model(torch.from_numpy(IDS.astype(np.int64))[None]).logits[0].numpy()
@@ -142,7 +144,7 @@ def test_adapters_on_some_layers_get_the_gradients_they_had_among_all(only, tmp_
     some = Adapter({path: factors for path, factors in everything.layers.items() if only in path})
     found = []
     for adapter in (everything, some):
-        session = TorchSession(base, "fp32", Way("dense"))
+        session = TorchSession(base, "fp32", ExecutionPlan("dense"))
         session.train(adapter)
         session.gradients([[batch]], 20)
         found.append(gradients_of(session))
@@ -156,7 +158,7 @@ def test_fifty_steps_follow_the_loss_curve_of_peft(tmp_path):
     adapter = make_adapter(base, b_size=0.0)
     save_adapter(adapter, tmp_path / "adapter")
     model = peft_model("llama", tmp_path / "adapter")
-    session = TorchSession(base, "fp32", Way("dense"))
+    session = TorchSession(base, "fp32", ExecutionPlan("dense"))
     session.train(adapter)
     ours, theirs = loss_curves(session, model, 50, 2e-3)
     assert ours[0] - ours[-1] > 0.5
@@ -166,7 +168,7 @@ def test_fifty_steps_follow_the_loss_curve_of_peft(tmp_path):
 def test_restoring_a_state_repeats_the_next_step_bit_for_bit(tmp_path):
     base = open_base(make_hf_folder("llama", tmp_path))
     batch = make_batch()
-    session = TorchSession(base, "fp32", Way("dense"))
+    session = TorchSession(base, "fp32", ExecutionPlan("dense"))
     session.train(make_adapter(base))
 
     def step():

@@ -16,9 +16,9 @@ from thimble.core.lowrank import delta, merge
 from thimble.core.method import Method
 from thimble.files.peft import load_adapter, save_adapter
 from thimble.models.base import open_base
-from thimble.models.cost import Way
+from thimble.models.cost import ExecutionPlan
 
-DENSE = Way("dense")
+DENSE = ExecutionPlan("dense")
 GGUF = Path(__file__).parents[2] / "fixtures" / "gguf"
 
 
@@ -53,8 +53,8 @@ def peft_logits(name, folder):
         return model(torch.from_numpy(IDS.astype(np.int64))[None]).logits[0].numpy()
 
 
-def step_session(base, adapter, method=PLAIN, compute="fp32", way=DENSE):
-    session = TorchSession(base, compute, way)
+def step_session(base, adapter, method=PLAIN, compute="fp32", execution=DENSE):
+    session = TorchSession(base, compute, execution)
     session.train(adapter, method)
     return session
 
@@ -150,7 +150,7 @@ def test_dora_has_the_loss_and_gradients_of_peft(name, recomputed, tmp_path):
     loss = peft_loss(model, batch)
     loss.backward()
     expected = {key: parameter.grad for key, parameter in model.named_parameters() if parameter.grad is not None}
-    session = step_session(base, adapter, way=Way("dense", recomputed_blocks=recomputed))
+    session = step_session(base, adapter, execution=ExecutionPlan("dense", checkpointed_blocks=recomputed))
     found = session.gradients([[batch]], int((batch.labels >= 0).sum()))
     assert found.loss.mean == pytest.approx(float(loss.detach()), abs=1e-5)
     for path, numbers in session._state.views(session._state.grads[0]).items():
@@ -214,7 +214,9 @@ def test_magnitudes_that_were_learned_are_kept_and_rows_of_zeros_stay(tmp_path):
 def test_gradients_under_dropout_are_the_slope_of_the_loss(recomputed, tmp_path):
     base = open_base(make_hf_folder("llama", tmp_path))
     adapter, batch = make_adapter(base), make_batch()
-    session = step_session(base, adapter, Method(dropout=0.4, seed=3), way=Way("dense", recomputed_blocks=recomputed))
+    session = step_session(
+        base, adapter, Method(dropout=0.4, seed=3), execution=ExecutionPlan("dense", checkpointed_blocks=recomputed)
+    )
     first = session.gradients([[batch]], 20)
     slope = session._state.grads[0].clone()
     again = session.gradients([[batch]], 20)
@@ -290,7 +292,7 @@ def test_lora_plus_and_a_frozen_a_move_what_they_should(tmp_path):
 @pytest.mark.parametrize("file", ["llama_q8_0", "phi3", "gemma3"])
 def test_a_weight_of_the_file_is_the_same_for_every_compute_type(file, compute):
     base = open_base(GGUF / f"{file}.gguf")
-    session = TorchSession(base, compute, Way("file"), sample=IDS)
+    session = TorchSession(base, compute, ExecutionPlan("file"), sample=IDS)
     for path in list(base.spec.linear_shapes())[:7]:
         expected = base.weights[f"{path}.weight"].read()
         np.testing.assert_allclose(session.file_weight(path), expected, atol=1e-6)

@@ -18,7 +18,7 @@ from thimble.backends.torch import fused
 from thimble.backends.torch.elementwise import RmsNorm
 from thimble.backends.torch.frozen import as_numpy
 from thimble.backends.torch.memory import Memory
-from thimble.backends.torch.threads import split
+from thimble.backends.torch.threads import parallel_for
 from thimble.core.sizes import PADDED_KEYS, PADDED_QUERIES, TILE
 
 NO_WINDOW = 1 << 40  # a window longer than any row
@@ -83,7 +83,7 @@ def split_heads(
     q, k, v = _room_for_heads(memory, "", spec, tokens)
     cos, sin = _arrays(angles, tokens)
     arrays = (as_numpy(heads), cos, sin, np.float32(spec.scale), as_numpy(q), as_numpy(k), as_numpy(v))
-    split(tokens, qkv.shape[1], fused.split_heads, *arrays)
+    parallel_for(tokens, qkv.shape[1], fused.split_heads, *arrays)
     return q, k, v
 
 
@@ -126,7 +126,7 @@ def _join_gradients(
     out = memory.scratch("qkv_grad", *qkv.shape).view(qkv.shape[0], -1, spec.head_dim)
     cos, sin = _arrays(angles, len(out))
     arrays = (*(as_numpy(grad) for grad in grads), cos, sin, np.float32(spec.scale), as_numpy(out))
-    split(len(out), qkv.shape[1], fused.join_heads, *arrays)
+    parallel_for(len(out), qkv.shape[1], fused.join_heads, *arrays)
     if spec.q_norm and spec.k_norm:
         sizes = (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads)
         q, k, _ = qkv.view(out.shape).split(sizes, 1)
@@ -191,7 +191,7 @@ def _scores(q: Tensor, k: Tensor, spec: AttentionSpec, memory: Memory) -> tuple[
     """Scores of a tile, bent where there is a soft-cap; as `_dot`."""
     scores, flat = _dot(q, k, memory, "scores")
     if spec.softcap:
-        split(*flat.shape, fused.bend, flat, np.float32(spec.softcap))
+        parallel_for(*flat.shape, fused.bend, flat, np.float32(spec.softcap))
     return scores, flat
 
 
@@ -211,7 +211,7 @@ class _Attend(torch.autograd.Function):
             weights, flat = _scores(q[:, tile.queries].flatten(1, 2), k[:, tile.keys], spec, memory)
             log_sums.append(np.empty(len(flat), np.float32))
             seen = (weights.shape[1], spec.group, tile.first, tile.last, tile.low, spec.window or NO_WINDOW)
-            split(len(flat), SOFTMAX_COST * flat.shape[1], fused.softmax_forward, flat, *seen, log_sums[-1])
+            parallel_for(len(flat), SOFTMAX_COST * flat.shape[1], fused.softmax_forward, flat, *seen, log_sums[-1])
             _put(out, tile, torch.bmm(weights, v[:, tile.keys]))
         ctx.save_for_backward(qkv, mixed)
         ctx.call, ctx.log_sums = (spec, angles, starts, memory), log_sums
@@ -232,7 +232,7 @@ class _Attend(torch.autograd.Function):
             slopes, flat_slopes = _dot(g_rows, values, memory, "slopes")
             seen = (rows.shape[1], spec.group, tile.first, tile.last, tile.low, spec.window or NO_WINDOW)
             arrays = (flat, flat_slopes, *seen, per_cap, log_sum, drift[:, tile.queries].flatten().numpy())
-            split(len(flat), SOFTMAX_COST * flat.shape[1], fused.softmax_backward, *arrays)
+            parallel_for(len(flat), SOFTMAX_COST * flat.shape[1], fused.softmax_backward, *arrays)
             dv[:, tile.keys] += torch.bmm(weights.transpose(1, 2), g_rows)
             dk[:, tile.keys] += torch.bmm(slopes.transpose(1, 2), rows)
             _put(dq, tile, torch.bmm(slopes, keys))
@@ -251,5 +251,5 @@ def _by_head(grad: Tensor, mixed: Tensor, spec: AttentionSpec, memory: Memory) -
     out = _room(memory, "mixed_grad", len(mixed), spec.num_kv_heads, spec.group, spec.head_dim)
     dots = torch.zeros(out.shape[:3])
     arrays = (as_numpy(array.view(shape)) for array in (grad.contiguous(), mixed))
-    split(len(mixed), mixed.shape[1], fused.by_head, *arrays, as_numpy(out), dots.numpy())
+    parallel_for(len(mixed), mixed.shape[1], fused.by_head, *arrays, as_numpy(out), dots.numpy())
     return out, dots

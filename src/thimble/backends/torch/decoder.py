@@ -102,7 +102,7 @@ class Decoder:
         for number, projection in enumerate(self.projections):
             projection.number = number
         # So many, from the lowest, keep only their input in the forward pass and are run again in the backward pass.
-        self.recomputed_blocks = 0
+        self.checkpointed_blocks = 0
 
     # ---- building -------------------------------------------------------------------------------------------------
 
@@ -222,7 +222,7 @@ class Decoder:
         return Packed(starts.tolist(), size, angles, cache, slots)
 
     def embed(self, ids: NDArray[np.int32], packed: Packed) -> Tensor:
-        """Look up tokens: int32 (tokens,) to (tokens with padding, hidden), compute type."""
+        """CalibrationData up tokens: int32 (tokens,) to (tokens with padding, hidden), compute type."""
         x = self.embedding.gather(np.pad(ids.astype(np.int64), (0, packed.size - len(ids))))
         if self.spec.embedding_scale != 1.0:
             x = x * torch.tensor(self.spec.embedding_scale, dtype=self.compute)
@@ -241,7 +241,7 @@ class Decoder:
         x = self.embed(ids, packed)
         self.memory.begin()
         for block in self.blocks:
-            is_recomputed = block.number < self.recomputed_blocks
+            is_recomputed = block.number < self.checkpointed_blocks
             x = _recomputed(self, block, x, packed) if is_recomputed else self.block(block, x, packed)
         return x
 
@@ -278,7 +278,7 @@ class Decoder:
     def logits(self, hidden: Tensor) -> Tensor:
         """Final norm, head and soft-cap: (n, hidden) to float32 (n, vocabulary)."""
         logits = torch.empty(len(hidden), self.head.rows, dtype=self.compute)
-        logits = self.head.product(self.norm.forward(hidden), logits).float()
+        logits = self.head.forward(self.norm.forward(hidden), logits).float()
         cap = self.spec.final_softcap
         return torch.tanh(logits / cap) * cap if cap else logits
 
@@ -317,7 +317,7 @@ class _Recompute(torch.autograd.Function):
     def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, None, None, None, None]:
         decoder, block, packed = ctx.call
         x = ctx.saved_tensors[0].detach().requires_grad_(ctx.needs_input_grad[0])
-        decoder.memory.begin(decoder.recomputed_blocks)  # beside their outputs, nothing of other blocks is needed
+        decoder.memory.begin(decoder.checkpointed_blocks)  # beside their outputs, nothing of other blocks is needed
         with torch.enable_grad():
             y = decoder.block(block, x, packed)
         torch.autograd.backward(y, grads[0])

@@ -13,7 +13,7 @@ from torch import Tensor
 from thimble.backends.torch import fused
 from thimble.backends.torch.frozen import as_numpy
 from thimble.backends.torch.memory import Memory
-from thimble.backends.torch.threads import split
+from thimble.backends.torch.threads import parallel_for
 
 
 class Prologue(Protocol):
@@ -43,7 +43,7 @@ class RmsNorm:
         x = x.contiguous()
         out = torch.empty_like(x) if out is None else out
         rows = _rows(x)
-        split(*rows.shape, fused.norm_forward, rows, self.weight.numpy(), np.float32(self.eps), _rows(out))
+        parallel_for(*rows.shape, fused.norm_forward, rows, self.weight.numpy(), np.float32(self.eps), _rows(out))
         return out
 
     def backward(self, x: Tensor, grad: Tensor, memory: Memory | None = None) -> Tensor:
@@ -51,7 +51,7 @@ class RmsNorm:
         x, grad = x.contiguous(), grad.contiguous()
         out = torch.empty_like(x)
         rows, weight = _rows(x), self.weight.numpy()
-        split(*rows.shape, fused.norm_backward, rows, weight, np.float32(self.eps), _rows(grad), _rows(out))
+        parallel_for(*rows.shape, fused.norm_backward, rows, weight, np.float32(self.eps), _rows(grad), _rows(out))
         return out
 
 
@@ -68,13 +68,13 @@ class Gated:
     def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """See Prologue: (rows, 2 n) to (rows, n)."""
         out = torch.empty(x.shape[0], x.shape[1] // 2, dtype=x.dtype) if out is None else out
-        split(*x.shape, fused.GATES[self.activation][0], as_numpy(x), as_numpy(out))
+        parallel_for(*x.shape, fused.GATES[self.activation][0], as_numpy(x), as_numpy(out))
         return out
 
     def backward(self, x: Tensor, grad: Tensor, memory: Memory | None = None) -> Tensor:
         """See Prologue: (rows, n) to (rows, 2 n)."""
         out = memory.scratch("gated_grad", *x.shape) if memory else torch.empty_like(x)
-        split(*x.shape, fused.GATES[self.activation][1], as_numpy(x), as_numpy(grad), as_numpy(out))
+        parallel_for(*x.shape, fused.GATES[self.activation][1], as_numpy(x), as_numpy(grad), as_numpy(out))
         return out
 
 

@@ -219,12 +219,12 @@ class FrozenLinear:
         self.matrices = list(matrices)
         self.rows, self.cols = sum(matrix.rows for matrix in matrices), matrices[0].cols
 
-    def product(self, x: Tensor, out: Tensor) -> Tensor:
+    def forward(self, x: Tensor, out: Tensor) -> Tensor:
         """Write x Wᵀ + bias to `out`: (tokens, in) to (tokens, out)."""
-        self.times(x, out)
+        self.matmul(x, out)
         return out if self.bias is None else out.add_(self.bias)
 
-    def times(self, x: Tensor, out: Tensor) -> Tensor:
+    def matmul(self, x: Tensor, out: Tensor) -> Tensor:
         """Write x Wᵀ to `out`: (tokens, in) to (tokens, out)."""
         is_whole = self.dense is not None and not self.neighbours
         for rows in [slice(0, self.rows)] if is_whole else self._windows(self.neighbours and self.neighbours.later):
@@ -238,7 +238,7 @@ class FrozenLinear:
             self._row_squares = torch.cat(parts)
         return self._row_squares
 
-    def back(self, grad: Tensor, out: Tensor) -> Tensor:
+    def input_grad(self, grad: Tensor, out: Tensor) -> Tensor:
         """Write grad W to `out`: (tokens, out) to (tokens, in)."""
         pieces = self._windows(self.neighbours and self.neighbours.earlier)
         if len(windows(self.rows, self.cols)) == 1:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from thimble.backends.torch.decoder import Decoder
 from thimble.backends.torch.kv_cache import KvCache
-from thimble.backends.torch.threads import side_by_side
+from thimble.backends.torch.threads import map_parallel
 
 T = TypeVar("T")
 
@@ -77,7 +77,7 @@ def read(
         return hidden[ends], on_pass(hidden, numbers)
 
     passes = _passes([len(row) for row in rows], pass_tokens)
-    results = list(side_by_side([functools.partial(read_pass, numbers) for numbers in passes], tasks_at_once))
+    results = list(map_parallel([functools.partial(read_pass, numbers) for numbers in passes], tasks_at_once))
     cache.lengths += torch.tensor(prompt_tokens)
     return cache, torch.cat([last for last, _ in results]), [told for _, told in results]
 

@@ -31,10 +31,10 @@ class Watched(FrozenLinear):
         super().__init__(source.matrices, source.bias, source.memory)
         self.largest = np.zeros(self.cols, np.float32)
 
-    def times(self, x: Tensor, out: Tensor) -> Tensor:
+    def matmul(self, x: Tensor, out: Tensor) -> Tensor:
         """See FrozenLinear."""
         np.maximum(self.largest, x.abs().amax(0).float().numpy(), out=self.largest)
-        return super().times(x, out)
+        return super().matmul(x, out)
 
 
 class Int8Linear(FrozenLinear):
@@ -57,7 +57,7 @@ class Int8Linear(FrozenLinear):
         self.release(slice(0, self.rows))
         self.matrices = []
 
-    def times(self, x: Tensor, out: Tensor) -> Tensor:
+    def matmul(self, x: Tensor, out: Tensor) -> Tensor:
         """See FrozenLinear."""
         q, scale = self._quantized(x, self.divisor)
         for rows in windows(self.rows, len(x)):  # so that the sums are scaled while they are in the cache
@@ -71,7 +71,7 @@ class Int8Linear(FrozenLinear):
         wide = self.q[rows].float() * torch.from_numpy(self.scale[rows])[:, None] * torch.from_numpy(self.divisor)
         return wide.to(self.memory.compute)
 
-    def back(self, grad: Tensor, out: Tensor) -> Tensor:
+    def input_grad(self, grad: Tensor, out: Tensor) -> Tensor:
         """See FrozenLinear."""
         q, scale = self._quantized(grad, self.scale)
         sums = self.memory.scratch("sums", len(grad), self.cols, torch.int32)

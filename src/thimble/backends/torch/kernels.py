@@ -15,7 +15,7 @@ from numba import njit, types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-from thimble.backends.torch.threads import split
+from thimble.backends.torch.threads import parallel_for
 from thimble.backends.torch.vectors import BYTE, FLOAT, INT, LONG, SHORT, Lanes, bits_of, from_bits, loaded, stored
 from thimble.files.blocks import LAYOUTS, TINY, block_of, row_bytes
 
@@ -205,7 +205,7 @@ def decode_rows(raw: NDArray[np.uint8], dtype: str, out: Array, index: NDArray[n
     assert index.shape == (rows,), f"an index of {index.shape} does not fit {out.shape}"
     assert rows == 0 or 0 <= index.min() <= index.max() < len(raw), f"the index leaves the {len(raw)} rows of the file"
     lanes = _PLAIN_LANES if block_of(dtype)[0] == 1 and columns % _PLAIN_LANES == 0 else 1
-    split(rows, columns, _decode_kernel(dtype, lanes), _read_only(raw), index, out)
+    parallel_for(rows, columns, _decode_kernel(dtype, lanes), _read_only(raw), index, out)
 
 
 def _read_only(array: Array) -> Array:
@@ -257,7 +257,7 @@ def quantize_rows_into(
     """
     assert (*scale.shape, x.shape[1]) == x.shape == q.shape, f"{x.shape}, {q.shape} and {scale.shape} do not agree"
     factor = np.ones(x.shape[1], np.float32) if factor is None else factor
-    split(*x.shape, _quantize, _read_only(x), _read_only(factor), q, scale)
+    parallel_for(*x.shape, _quantize, _read_only(x), _read_only(factor), q, scale)
 
 
 @njit(nogil=True, cache=True)
@@ -284,7 +284,7 @@ def rescale_into(
     assert (*row_scale.shape, *column_scale.shape) == sums.shape, f"the scales do not fit {sums.shape}"
     assert len(out) == len(sums), f"{out.shape} has not the rows of {sums.shape}"
     assert 0 <= first_column <= out.shape[1] - sums.shape[1], f"{sums.shape} leaves {out.shape} at {first_column}"
-    split(*sums.shape, _rescale, sums, row_scale, _read_only(column_scale), out, first_column)
+    parallel_for(*sums.shape, _rescale, sums, row_scale, _read_only(column_scale), out, first_column)
 
 
 def dequantize_rows_into(q: NDArray[np.int8], scale: NDArray[np.float32], out: Array) -> None:
@@ -296,4 +296,4 @@ def dequantize_rows_into(q: NDArray[np.int8], scale: NDArray[np.float32], out: A
         out: float32 or uint16 (bfloat16), (rows, n), written in place.
     """
     assert (*scale.shape, q.shape[1]) == q.shape == out.shape, f"{q.shape}, {scale.shape} and {out.shape} do not agree"
-    split(*q.shape, _dequantize, _read_only(q), _read_only(scale), out)
+    parallel_for(*q.shape, _dequantize, _read_only(q), _read_only(scale), out)

@@ -23,7 +23,7 @@ from thimble.backends.torch import fused
 from thimble.backends.torch.adapter_state import LoraPair
 from thimble.backends.torch.elementwise import Prologue
 from thimble.backends.torch.frozen import FrozenLinear, as_numpy
-from thimble.backends.torch.threads import place, split
+from thimble.backends.torch.threads import parallel_for, worker
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Noise:
     def drop(self, x: Tensor, key: int, out: Tensor, is_added: bool = False) -> Tensor:
         """Write what is left of x to `out`, or add it: both (tokens, n), contiguous."""
         threshold, factor = np.uint32(self.rate * 2**32), np.float32(1 / (1 - self.rate))
-        split(*x.shape, fused.drop, as_numpy(x), np.uint32(key), threshold, factor, as_numpy(out), is_added)
+        parallel_for(*x.shape, fused.drop, as_numpy(x), np.uint32(key), threshold, factor, as_numpy(out), is_added)
         return out
 
 
@@ -103,7 +103,7 @@ class Projection:
         if not self.has_magnitude:
             return
         a = self.stacked_a()
-        answers = self.frozen.times(a, torch.empty(len(a), self.frozen.rows, dtype=a.dtype))  # A Wᵀ
+        answers = self.frozen.matmul(a, torch.empty(len(a), self.frozen.rows, dtype=a.dtype))  # A Wᵀ
         row = 0
         for columns, pair in self.pairs:
             rows = slice(row, row + len(pair.A))
@@ -170,9 +170,9 @@ def _update(h: Tensor, projection: Projection, y: Tensor, key: int | None) -> Te
     """Fill y with what the weights and the adapters make of h; return the low-rank products, (tokens, sum of ranks)."""
     frozen = projection.frozen
     if not projection.pairs:
-        frozen.product(h, y)
+        frozen.forward(h, y)
         return None
-    frozen.times(h, y)
+    frozen.matmul(h, y)
     low = torch.mm(_dropped(h, projection, key), projection.stacked_a().t())
     row = 0
     for columns, pair in projection.pairs:
@@ -218,7 +218,7 @@ class _Project(torch.autograd.Function):
                 low_grad = _adapter_gradients(projection, _dropped(h, projection, ctx.key), low, grad)
         if not ctx.needs_input_grad[0]:
             return None, None, None, None, residual_grad
-        h_grad = frozen.back(grad, frozen.memory.scratch("input_grad", len(x), frozen.cols))
+        h_grad = frozen.input_grad(grad, frozen.memory.scratch("input_grad", len(x), frozen.cols))
         if low_grad is not None:
             _add_low_gradient(projection, low_grad, ctx.key, h_grad)
         x_grad = prologue.backward(x, h_grad, frozen.memory) if prologue else h_grad
@@ -240,14 +240,14 @@ def _magnitude_gradients(projection: Projection, update: Tensor | None, grad: Te
             total = (own.float() * made).sum(0)  # Σ g · y; y holds m / n, of which only 1 / n is wanted
             magnitude = pair.trained.magnitude
             total = torch.where(magnitude != 0, total / magnitude, torch.zeros_like(total))
-            pair.grads[place()].magnitude.add_(total)  # type: ignore[union-attr]
+            pair.grads[worker()].magnitude.add_(total)  # type: ignore[union-attr]
         own.mul_(pair.row_rates.to(own.dtype))
     return grad
 
 
 def _adapter_gradients(projection: Projection, h: Tensor, low: Tensor, grad: Tensor) -> Tensor:
     """Add the gradients of every A and B of the group to their sums; return scale · g B, (tokens, sum of ranks)."""
-    low_grad, task = torch.empty_like(low), place()
+    low_grad, task = torch.empty_like(low), worker()
     row = 0
     for columns, pair in projection.pairs:
         rows = slice(row, row + pair.A.shape[0])

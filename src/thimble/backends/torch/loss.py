@@ -15,7 +15,7 @@ from torch import Tensor
 from thimble.backends.torch import fused
 from thimble.backends.torch.decoder import Decoder
 from thimble.backends.torch.frozen import as_numpy
-from thimble.backends.torch.threads import split
+from thimble.backends.torch.threads import parallel_for
 from thimble.core.sizes import logit_chunk
 
 IGNORED = -100
@@ -63,15 +63,15 @@ class _LabelLoss(torch.autograd.Function):
 def _chunk_loss(x: Tensor, decoder: Decoder, targets: Tensor, needs_grad: bool) -> float:
     """Summed loss of the rows that have a target; if wanted, x becomes its gradient."""
     logits = decoder.memory.scratch("logits", len(x), decoder.head.rows)
-    decoder.head.product(x, logits)
+    decoder.head.forward(x, logits)
     losses, softcap = np.empty(len(targets), np.float32), decoder.spec.final_softcap
     if softcap:
-        split(*logits.shape, fused.bend, as_numpy(logits), np.float32(softcap))
+        parallel_for(*logits.shape, fused.bend, as_numpy(logits), np.float32(softcap))
     per_cap = np.float32(1 / softcap if softcap else 0.0)
     arrays = (as_numpy(logits), targets.numpy(), per_cap, losses, needs_grad)
-    split(len(targets), logits.shape[1], fused.cross_entropy, *arrays)
+    parallel_for(len(targets), logits.shape[1], fused.cross_entropy, *arrays)
     if needs_grad:
-        decoder.head.back(logits, x)
+        decoder.head.input_grad(logits, x)
     return float(losses.sum(dtype=np.float64))
 
 
@@ -109,7 +109,7 @@ class _Divergence(torch.autograd.Function):
             slope = (found.exp() - share).mul_(weight)
             if decoder.spec.final_softcap:
                 slope *= 1 - (logits / decoder.spec.final_softcap) ** 2
-            decoder.head.back(slope.to(hidden.dtype), x)
+            decoder.head.input_grad(slope.to(hidden.dtype), x)
             grad[rows] = decoder.norm.backward(hidden[rows], x)
         ctx.save_for_backward(grad)
         return torch.tensor(total * weight)

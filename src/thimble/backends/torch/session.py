@@ -22,12 +22,12 @@ from thimble.backends.torch.generate import Sampler, read, write
 from thimble.backends.torch.lora import Noise
 from thimble.backends.torch.loss import divergence, label_loss
 from thimble.backends.torch.memory import out_of_memory
-from thimble.backends.torch.threads import place, side_by_side
+from thimble.backends.torch.threads import map_parallel, worker
 from thimble.core.adapter import Adapter
 from thimble.core.method import Method
 from thimble.core.metrics import LossSum
 from thimble.models.base import Base
-from thimble.models.cost import Way
+from thimble.models.cost import ExecutionPlan
 
 PLAIN = Method()
 
@@ -48,7 +48,7 @@ class PackedRows(Protocol):
 
 
 @dataclass(frozen=True)
-class Anchor:
+class KlReference:
     """Text and what the base makes of it.
 
     Attributes:
@@ -79,19 +79,21 @@ class TorchSession:
     Args:
         base: The opened base.
         compute: `fp32`, `bf16` or `int8`.
-        way: How weights are kept and batches are run; compute int8 has a store of its own.
+        execution: How weights are kept and batches are run; compute int8 has a store of its own.
         sample: For compute int8: int32 (tokens,), any text; a few hundred tokens are enough.
     """
 
     @out_of_memory
-    def __init__(self, base: Base, compute: str, way: Way, sample: NDArray[np.int32] | None = None) -> None:
-        self.decoder = Decoder(base, "file" if compute == "int8" else way.store, DTYPES[compute])
+    def __init__(
+        self, base: Base, compute: str, execution: ExecutionPlan, sample: NDArray[np.int32] | None = None
+    ) -> None:
+        self.decoder = Decoder(base, "file" if compute == "int8" else execution.store, DTYPES[compute])
         if compute == "int8":
             assert sample is not None, "compute int8 needs a sample of text"
             self.decoder.quantize(sample)
-        self._base, self._way = base, way
-        self.decoder.recomputed_blocks = min(way.recomputed_blocks, len(self.decoder.blocks))
-        if way.is_streamed:
+        self._base, self._execution = base, execution
+        self.decoder.checkpointed_blocks = min(execution.checkpointed_blocks, len(self.decoder.blocks))
+        if execution.is_streamed:
             self.decoder.stream()
         self.release()
         self._like: Adapter | None = None  # base and notes of the adapter that hangs on
@@ -118,7 +120,7 @@ class TorchSession:
             method: How its numbers are trained.
         """
         self._like = _without_numbers(adapter)
-        self._state = AdapterState(adapter, self.decoder.compute, self._way.num_shares, method.freezes_a)
+        self._state = AdapterState(adapter, self.decoder.compute, self._execution.num_shares, method.freezes_a)
         spans, master = self._state.spans, self._state.master
         rates = [(spans.A, 0.0 if method.freezes_a else 1.0), (spans.B, method.lora_plus), (spans.magnitude, 1.0)]
         self._optimiser = AdamW(master, method.weight_decay, master.clone() if method.weight_decay else None, rates)
@@ -166,15 +168,19 @@ class TorchSession:
 
     @out_of_memory
     def gradients(
-        self, shares: Sequence[Sequence[PackedRows]], label_tokens: int, anchor: Anchor | None = None, weight: float = 0
+        self,
+        shares: Sequence[Sequence[PackedRows]],
+        target_tokens: int,
+        reference: KlReference | None = None,
+        weight: float = 0,
     ) -> Gradients:
         """Gradients of the mean loss over all label tokens of a step.
 
         Args:
             shares: Together they are the step. Shares run side by side, the micro-batches of a share one by one, so
                 that the result does not depend on which core is faster.
-            label_tokens: Labelled tokens in all of them.
-            anchor: Text on which the answers of the base are to be kept, from `remember`.
+            target_tokens: Labelled tokens in all of them.
+            reference: Text on which the answers of the base are to be kept, from `remember`.
             weight: Of keeping them, from 0 to 1; the rest is that of the loss.
 
         Returns:
@@ -183,22 +189,22 @@ class TorchSession:
         assert self._state is not None, "nothing is being trained"
         assert self._state.grads, "nothing is being trained"
         self._state.clear_gradients()
-        losses = side_by_side([functools.partial(self._add_gradients, share) for share in shares], len(shares))
+        losses = map_parallel([functools.partial(self._add_gradients, share) for share in shares], len(shares))
         total = sum(losses, LossSum())
-        gradient = self._state.gradient().mul_((1 - weight) / label_tokens)
-        if anchor is not None:
-            hidden = self.decoder.hidden(anchor.batch.ids, self.decoder.pack(anchor.batch.starts))
-            divergence(self.decoder, hidden, anchor.hidden, weight / len(anchor.hidden)).backward()
+        gradient = self._state.gradient().mul_((1 - weight) / target_tokens)
+        if reference is not None:
+            hidden = self.decoder.hidden(reference.batch.ids, self.decoder.pack(reference.batch.starts))
+            divergence(self.decoder, hidden, reference.hidden, weight / len(reference.hidden)).backward()
         return Gradients(total, norm(gradient))
 
     @out_of_memory
     @torch.no_grad()
-    def remember(self, batch: PackedRows) -> Anchor:
+    def kl_reference(self, batch: PackedRows) -> KlReference:
         """What the bare base makes of some text, for `gradients` to keep; takes the adapter off and puts it back."""
         self.switch(False)
         hidden = self.decoder.hidden(batch.ids, self.decoder.pack(batch.starts))[: len(batch.ids)].clone()
         self.switch(True)
-        return Anchor(batch, hidden)
+        return KlReference(batch, hidden)
 
     def _add_gradients(self, share: Sequence[PackedRows]) -> LossSum:
         """Add the gradients of some micro-batches to the sum of this share."""
@@ -217,7 +223,7 @@ class TorchSession:
             yield
             return
         assert self._optimiser is not None, "nothing is being trained"
-        self._noise.here.batch = hash((self._seed, self._optimiser.steps, place(), number))
+        self._noise.here.batch = hash((self._seed, self._optimiser.steps, worker(), number))
         try:
             yield
         finally:
@@ -257,7 +263,7 @@ class TorchSession:
 
     def losses(self, batches: Sequence[PackedRows]) -> Iterator[LossSum]:
         """Summed loss over the labelled tokens of each batch, in order, as they are ready."""
-        return side_by_side([functools.partial(self._loss, batch) for batch in batches], self._way.num_shares)
+        return map_parallel([functools.partial(self._loss, batch) for batch in batches], self._execution.num_shares)
 
     @out_of_memory
     @torch.no_grad()
@@ -292,7 +298,9 @@ class TorchSession:
             The new tokens of each prompt.
         """
         lengths = [len(prompt) for prompt in prompts]
-        cache, hidden, _ = read(self.decoder, prompts, lengths, max_new_tokens, tasks_at_once=self._way.num_shares)
+        cache, hidden, _ = read(
+            self.decoder, prompts, lengths, max_new_tokens, tasks_at_once=self._execution.num_shares
+        )
         return write(self.decoder, cache, hidden, max_new_tokens, stop_ids, Sampler(**sampling), on_token)
 
     @out_of_memory
@@ -325,7 +333,7 @@ class TorchSession:
 
         self.release()  # the cache takes the place of activations
         ids = [row.ids for row in rows]
-        sizes = (max_new_tokens, pass_tokens, self._way.num_shares)
+        sizes = (max_new_tokens, pass_tokens, self._execution.num_shares)
         cache, hidden, losses = read(self.decoder, ids, prompt_tokens, *sizes, measured)
         answers = write(self.decoder, cache, hidden, max_new_tokens, stop_ids, on_token=on_token)
         return sum(losses, LossSum()), answers

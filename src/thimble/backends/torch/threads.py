@@ -24,7 +24,7 @@ class _Here(threading.local):
     """What this thread is doing."""
 
     cores = 0  # that a task among others has to itself; 0: not such a task
-    place = 0  # of the task
+    worker = 0  # of the task
 
 
 _here = _Here()
@@ -35,9 +35,9 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def place() -> int:
+def worker() -> int:
     """The place among its fellows of the task that calls, from 0; 0 outside of any."""
-    return _here.place
+    return _here.worker
 
 
 # ---- tasks side by side ---------------------------------------------------------------------------------------------
@@ -49,7 +49,7 @@ def _workers(count: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(count, thread_name_prefix="thimble-task")
 
 
-def side_by_side(tasks: Sequence[Callable[[], T]], most: int) -> Iterator[T]:
+def map_parallel(tasks: Sequence[Callable[[], T]], most: int) -> Iterator[T]:
     """Run tasks on a core each, as many at a time as there are cores; a few tasks share the cores evenly.
 
     Args:
@@ -78,7 +78,7 @@ def _results(futures: Sequence["Future[T]"]) -> Iterator[T]:
 
 
 def _run(task: Callable[[], T], number: int, cores: int) -> T:
-    _here.place, _here.cores = number, cores
+    _here.worker, _here.cores = number, cores
     torch.set_num_threads(cores)  # of this thread's products
     return task()
 
@@ -97,7 +97,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=lambda: (_helpers.cache_clear(), _workers.cache_clear()))
 
 
-def split(rows: int, work_per_row: int, kernel: Callable[..., None], *arguments: Any) -> None:
+def parallel_for(rows: int, work_per_row: int, kernel: Callable[..., None], *arguments: Any) -> None:
     """Call kernel(begin, end, *arguments) for pieces of all rows, on every core if there is enough to do.
 
     Args:
