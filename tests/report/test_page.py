@@ -58,7 +58,7 @@ def full_report(**changes: Any) -> dict[str, Any]:
             "activations": 1_210_000_000, "workspace": 310_000_000}  # fmt: skip
     report = {
         "status": "done", "out": "runs/calls-1", "adapter": "runs/calls-1/adapter",
-        "base": "SmolLM2-135M-Instruct.Q4_1.gguf", "steps": 130, "tokens": 262_144, "label_tokens": 48_730,
+        "base": "SmolLM2-135M-Instruct.Q4_1.gguf", "steps": 130, "tokens": 262_144, "target_tokens": 48_730,
         "seconds": 1274.0, "total_seconds": 1631.0, "tokens_per_second": 205.8, "peak_memory_bytes": 1_985_000_000,
         "loss_base": 2.094, "loss_before": 2.094, "loss_after": 0.312, "general_before": 2.931, "general_after": 2.943,
         "metric": "tools",
@@ -91,7 +91,7 @@ def unmeasured(**changes: Any) -> dict[str, Any]:
 
 def empty_report(**changes: Any) -> dict[str, Any]:
     return unmeasured(
-        **{"steps": 0, "tokens": 0, "label_tokens": 0, "seconds": 0.0, "tokens_per_second": 0.0, "peak_memory_bytes": 0,
+        **{"steps": 0, "tokens": 0, "target_tokens": 0, "seconds": 0.0, "tokens_per_second": 0.0, "peak_memory_bytes": 0,
            "loss_base": NAN, "loss_before": NAN, "general_before": NAN, "metric": "none", "metrics_before": {},
            "metrics_rows": 0, "plan": {}, "planned_seconds_per_step": 0.0, "messages": {}, "config": {},
            "out": "runs/x", "base": ""} | changes
@@ -108,7 +108,7 @@ def steps(count: int, bad_at: int = 0) -> list[dict[str, Any]]:
         norm = 0.5 + 2.2 * math.exp(-8 * done) + abs(random.gauss(0, 0.2))
         rows.append(
             {"step": step, "loss": NAN if step == bad_at else loss, "learning_rate": rate,
-             "grad_norm": math.inf if step == bad_at else norm, "tokens": 2016, "label_tokens": 375,
+             "grad_norm": math.inf if step == bad_at else norm, "tokens": 2016, "target_tokens": 375,
              "seconds": 9.8 * step, "peak_memory_bytes": 1_985_000_000}
         )  # fmt: skip
     return rows
