@@ -191,7 +191,9 @@ def test_ranks_by_energy_grow_with_the_share_asked_for(energy_of, tmp_path):
         start, _, told = started(base, rank="auto", energy=energy, energy_of=energy_of)
         sizes.append(start.adapter.num_parameters)
     assert sizes == sorted(set(sizes))
-    assert any("says how well it can be truncated" in text for text in told.messages["warning"]) == (energy_of == "weights")
+    assert any("says how well it can be truncated" in text for text in told.messages["warning"]) == (
+        energy_of == "weights"
+    )
 
 
 def test_the_rank_for_an_energy_of_weights_is_the_one_of_their_singular_values(tmp_path):

@@ -84,11 +84,12 @@ class Method:
         lora_plus: Rate of B over that of A (Hayou et al., LoRA+, arXiv:2402.12354).
         dropout: Share of the inputs of A that is left out at each step, the others growing by as much.
         freezes_a: Train B alone (Zhang et al., LoRA-FA, arXiv:2308.03303, without its correction).
-        seed: Of what dropout leaves out.
+        max_grad_norm: Gradients are scaled down to this global norm.
     """
 
     weight_decay: float = 0.0
     lora_plus: float = 1.0
     dropout: float = 0.0
     freezes_a: bool = False
+    max_grad_norm: float = 1.0
     seed: int = 0

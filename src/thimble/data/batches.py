@@ -19,11 +19,13 @@ class Batch:
         ids: int32 (T,), token ids of all rows.
         labels: int32 (T,), the target of each position, or `IGNORED`.
         starts: int64 (rows + 1,), row s occupies ids[starts[s]:starts[s + 1]]; attention stays inside it.
+        numbers: int64 (rows,), place of each row in its optimiser step, from which its dropout is drawn.
     """
 
     ids: NDArray[np.int32]
     labels: NDArray[np.int32]
     starts: NDArray[np.int64]
+    numbers: NDArray[np.int64]
 
     @property
     def tokens(self) -> int:
@@ -74,11 +76,12 @@ def epoch_steps(lengths: Sequence[int], batch_tokens: int, seed: int, epoch: int
     return steps
 
 
-def pack(rows: Sequence[Row]) -> Batch:
+def pack(rows: Sequence[Row], numbers: Sequence[int] | None = None) -> Batch:
     """Lay rows end to end.
 
     Args:
         rows: At least one.
+        numbers: Place of each row in its step; None counts them.
 
     Returns:
         One batch with a segment a row.
@@ -87,6 +90,7 @@ def pack(rows: Sequence[Row]) -> Batch:
         ids=np.concatenate([row.ids for row in rows]),
         labels=np.concatenate([row.labels for row in rows]),
         starts=np.concatenate([[0], np.cumsum([len(row.ids) for row in rows])]).astype(np.int64),
+        numbers=np.array(range(len(rows)) if numbers is None else numbers, np.int64),
     )
 
 
@@ -102,28 +106,30 @@ def shares(rows: Sequence[Row], count: int, max_tokens: int) -> list[list[Batch]
         The micro-batches of each share; no share is empty.
     """
     groups = _balance([len(row.ids) for row in rows], range(len(rows)), min(count, len(rows)))
-    return [micro_batches([rows[index] for index in sorted(group)], max_tokens) for group in groups]
+    return [micro_batches(rows, max_tokens, sorted(group)) for group in groups]
 
 
-def micro_batches(rows: Sequence[Row], max_tokens: int) -> list[Batch]:
+def micro_batches(rows: Sequence[Row], max_tokens: int, chosen: Sequence[int] | None = None) -> list[Batch]:
     """Split rows into batches of about the same size.
 
     Args:
         rows: Any number.
         max_tokens: Most tokens of a batch; a longer row makes a batch of its own, since rows are never split.
+        chosen: Places of the rows to split, in rising order; None takes all.
 
     Returns:
         As few batches as hold them, those of a single long row first.
     """
     lengths = [len(row.ids) for row in rows]
-    alone = [[index] for index, length in enumerate(lengths) if length >= max_tokens]
-    others = [index for index, length in enumerate(lengths) if length < max_tokens]
+    chosen = range(len(rows)) if chosen is None else chosen
+    alone = [[index] for index in chosen if lengths[index] >= max_tokens]
+    others = [index for index in chosen if lengths[index] < max_tokens]
     count = math.ceil(sum(lengths[index] for index in others) / max_tokens)
     groups = _balance(lengths, others, count)
     while any(sum(lengths[index] for index in group) > max_tokens for group in groups):
         count += 1
         groups = _balance(lengths, others, count)
-    return [pack([rows[index] for index in sorted(group)]) for group in [*alone, *groups]]
+    return [pack([rows[index] for index in sorted(group)], sorted(group)) for group in [*alone, *groups]]
 
 
 def _balance(lengths: Sequence[int], indices: Iterable[int], count: int) -> list[list[int]]:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from thimble.backends.torch import calibrate
 from thimble.backends.torch.adamw import AdamW, norm
 from thimble.backends.torch.adapter_state import AdapterState
 from thimble.backends.torch.compute import DTYPES
@@ -24,6 +25,7 @@ from thimble.backends.torch.loss import divergence, label_loss
 from thimble.backends.torch.memory import out_of_memory
 from thimble.backends.torch.threads import map_parallel, worker
 from thimble.core.adapter import Adapter
+from thimble.core.inits import Moments, Sketch
 from thimble.core.method import Method
 from thimble.core.metrics import LossSum
 from thimble.models.base import Base
@@ -352,6 +354,24 @@ class TorchSession:
         assert self._optimiser is not None, "nothing is being trained"
         moved = self._state.views(self._optimiser.squares)
         return [path for path, n in moved.items() if not (bool(n.A.any()) or bool(n.B.any()))]
+
+    # ---- calibration ----------------------------------------------------------------------------------------------
+
+    def input_moments(self, batches: Sequence[PackedRows]) -> Iterator[tuple[list[str], Moments]]:
+        """See thimble.backends.torch.calibrate.input_moments."""
+        return calibrate.input_moments(self, batches)
+
+    def gradient_sketches(
+        self, batches: Sequence[PackedRows], ranks: Mapping[str, int], is_weighted: bool = False, seed: int = 0
+    ) -> dict[str, Sketch]:
+        """See thimble.backends.torch.calibrate.sketch_gradients."""
+        return calibrate.sketch_gradients(self, batches, ranks, is_weighted, seed)
+
+    def captured_energy(
+        self, batches: Sequence[PackedRows], candidates: Mapping[str, Mapping[str, NDArray[np.float32]]]
+    ) -> dict[str, dict[str, tuple[NDArray[np.float64], float]]]:
+        """See thimble.backends.torch.calibrate.captured_energy."""
+        return calibrate.captured_energy(self, batches, candidates)
 
     # ---- checkpoints ----------------------------------------------------------------------------------------------
 

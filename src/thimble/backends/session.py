@@ -1,0 +1,155 @@
+"""What a backend offers: a frozen base in memory that adapters are trained on and run with. Values in, values out.
+
+Nothing is attached to a session. The adapter, the execution plan, the objective and the key of dropout are arguments;
+gradients and train states are returned. `thimble.backends.reference` is these protocols in numpy, `backends.torch` the
+fast one.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from thimble.core.adapter import Adapter
+from thimble.core.method import Method
+from thimble.core.metrics import LossSum
+from thimble.data.batches import Batch
+from thimble.models.cost import ExecutionPlan
+
+
+class LayerInfo(NamedTuple):
+    """A linear layer that can be adapted.
+
+    Attributes:
+        path: Such as `model.layers.0.self_attn.q_proj`.
+        shape: (out, in).
+        depth: Number of its block.
+    """
+
+    path: str
+    shape: tuple[int, int]
+    depth: int
+
+
+class StepKey(NamedTuple):
+    """What dropout of one optimiser step is drawn from, together with row and layer.
+
+    Attributes:
+        seed: Of the run.
+        step: Number of the step, from 0.
+    """
+
+    seed: int
+    step: int
+
+
+class Work(NamedTuple):
+    """The rows of one optimiser step, or this process's part of them.
+
+    Attributes:
+        shares: For each worker its micro-batches; workers run in parallel.
+        target_tokens: Target tokens of the whole step, over all processes: the gradient is that of their mean loss.
+    """
+
+    shares: Sequence[Sequence[Batch]]
+    target_tokens: int
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a step minimises: (1 - kl_weight) · cross-entropy + kl_weight · KL(base ‖ model) on reference text.
+
+    Attributes:
+        kl_weight: From 0 up to 1.
+        kl_reference: From `Session.kl_reference`; None without the KL term.
+    """
+
+    kl_weight: float = 0.0
+    kl_reference: Any = None
+
+
+class ActiveAdapter(Protocol):
+    """An adapter in a backend's own memory and compute type; an empty one is the bare base, bit for bit."""
+
+
+class Gradient(Protocol):
+    """The gradient of one step, a value; gradients of the processes of a step add up."""
+
+    @property
+    def loss(self) -> LossSum:
+        """Summed loss and target tokens of this process's part of the step."""
+
+    @property
+    def flat(self) -> NDArray[np.float32]:
+        """Gradient of the step's objective for all trained parameters, float32 (n,): all A, all B, all magnitudes."""
+
+    @property
+    def norm(self) -> float:
+        """Length of `flat`, summed in float64."""
+
+
+class TrainState(Protocol):
+    """Trained parameters and optimiser moments; `apply` may reuse the buffers of the state it is given."""
+
+    @property
+    def active(self) -> ActiveAdapter:
+        """The adapter as it is now, for `losses` and `forward`."""
+
+
+class Session(Protocol):
+    """A frozen base in memory."""
+
+    @property
+    def layers(self) -> Sequence[LayerInfo]:
+        """The layers that can be adapted, in the order they run."""
+
+    @property
+    def capabilities(self) -> frozenset[str]:
+        """Options this backend honours beyond plain LoRA; any other is refused by name."""
+
+    def load(self, adapter: Adapter | None) -> ActiveAdapter:
+        """Bring an adapter into the backend's memory; None gives the bare base."""
+
+    def start(self, adapter: Adapter, method: Method) -> TrainState:
+        """Begin to train an adapter, from the values it has."""
+
+    def gradient(
+        self, state: TrainState, work: Work, objective: Objective, execution: ExecutionPlan, key: StepKey
+    ) -> Gradient:
+        """The gradient of the objective over the rows of a step; raises MemoryError if they do not fit."""
+
+    def apply(self, state: TrainState, gradient: Gradient, rate: float) -> TrainState:
+        """Take one AdamW step; the gradient is scaled down to `Method.max_grad_norm` first."""
+
+    def losses(self, adapter: ActiveAdapter, batches: Sequence[Batch], execution: ExecutionPlan) -> Iterator[LossSum]:
+        """Summed loss over the target tokens of each batch, in order, as they are ready."""
+
+    def kl_reference(self, batch: Batch) -> Any:
+        """What the bare base makes of some text, for `Objective`."""
+
+    def snapshot(
+        self, state: TrainState, into: Mapping[str, NDArray[np.float32]] | None = None
+    ) -> dict[str, NDArray[np.float32]]:
+        """Copies of all that training changes: `adapter` (flat), `exp_avg`, `exp_avg_sq` and `step`.
+
+        Args:
+            state: The state.
+            into: An earlier snapshot whose arrays are filled again.
+        """
+
+    def restore(self, state: TrainState, arrays: Mapping[str, NDArray[np.float32]]) -> TrainState:
+        """The state with the arrays of a `snapshot`; what is not among them stays as it is."""
+
+    def adapter(self, state: TrainState) -> Adapter:
+        """The adapter as it is now, float32."""
+
+    def is_finite(self, state: TrainState) -> bool:
+        """Whether no trained parameter and no moment is NaN or Inf."""
+
+    def unmoved_layers(self, state: TrainState) -> list[str]:
+        """Layers that never had a gradient."""
+
+    def release(self) -> None:
+        """Give back the memory of activations and temporaries."""
