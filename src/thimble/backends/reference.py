@@ -230,9 +230,9 @@ class ReferenceSession:
 
     def restore(self, state: ReferenceState, arrays: Mapping[str, NDArray[np.floating[Any]]]) -> ReferenceState:
         """See Session."""
-        names = {"adapter": "flat", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
-        found = {field: arrays[name].astype(np.float64) for name, field in names.items() if name in arrays}
-        return replace(state, **found, step=int(arrays["step"][0]) if "step" in arrays else state.step)
+        arrays = {**self.snapshot(state), **arrays}
+        flat, exp_avg, exp_avg_sq = (arrays[name].astype(np.float64) for name in ("adapter", "exp_avg", "exp_avg_sq"))
+        return replace(state, flat=flat, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, step=int(arrays["step"][0]))
 
     def is_finite(self, state: ReferenceState) -> bool:
         """See Session."""
@@ -245,9 +245,8 @@ class ReferenceSession:
 def _flattened(adapter: Adapter) -> Array:
     """All A, then all B, then all magnitudes, layer by layer: float64 (n,)."""
     arrays = [getattr(factors, kind) for kind in KINDS for factors in adapter.layers.values()]
-    return np.concatenate([np.ravel(array) for array in arrays if array is not None] or [np.zeros(0)]).astype(
-        np.float64
-    )
+    parts = [np.asarray(array, np.float64).ravel() for array in arrays if array is not None]
+    return np.concatenate([np.zeros(0), *parts])
 
 
 def _views(adapter: Adapter, flat: Any) -> dict[str, list[Any]]:

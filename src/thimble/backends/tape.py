@@ -1,7 +1,7 @@
 """Reverse-mode differentiation of array programs, as small as it can be: enough for `thimble.models.forward`.
 
-A `Var` is an array that remembers what it was made from, and for each of those how its own gradient goes back
-(Griewank and Walther, Evaluating Derivatives, chapter 3). What no `Var` goes into stays a plain array and costs nothing.
+A `Var` is an array that remembers what it was made from, and how its own gradient goes back to each of those (Griewank
+and Walther, Evaluating Derivatives, chapter 3). What is made of plain arrays stays a plain array and costs nothing.
 """
 
 import itertools
@@ -37,9 +37,9 @@ class Var:
         return self.value.shape
 
     @property
-    def T(self) -> "Var":
+    def T(self) -> Any:
         """The transpose of a matrix."""
-        return self.swapaxes(0, 1)
+        return _made(self.value.T, (self, lambda g: g.T))
 
     def __neg__(self) -> Any:
         return _made(-self.value, (self, lambda g: -g))
@@ -136,6 +136,8 @@ def _summed(source: Any, back: Back = lambda g: g) -> Back:
 
     def summed(g: Array) -> Array:
         slope, shape = back(g), source.shape
+        if slope.shape == shape:
+            return slope
         slope = slope.sum(tuple(range(slope.ndim - len(shape))))
         return slope.sum(tuple(i for i, n in enumerate(shape) if n == 1 < slope.shape[i]), keepdims=True)
 

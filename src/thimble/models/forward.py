@@ -17,9 +17,10 @@ from thimble.models.base import EMBEDDING, FINAL_NORM, HEAD
 from thimble.models.rope import Rope
 from thimble.models.spec import DecoderSpec
 
-# Maps the input of a group of projections, (T, in), and the number of the group (4 · block + 0 for q, k and v, 1 for the
-# output of attention, 2 for gate and up, 3 for down) to what A reads of it.
+# Dropout: maps the input of a group of projections, (T, in), and the number of the group (4 · block + 0 for q, k and v,
+# 1 for the output of attention, 2 for gate and up, 3 for down) to what A reads of it.
 Drop = Callable[[Any, int], Any]
+Angles = tuple[Any, Any]  # cos and sin, float64 (T, 1, dim / 2)
 
 
 @dataclass(frozen=True)
@@ -71,11 +72,11 @@ class Layout(NamedTuple):
     """What the layers need to know of the rows of a batch.
 
     Attributes:
-        angles: Per layer: cos and sin, float64 (T, 1, dim / 2), or None for a layer without positions.
+        angles: Per layer: cos and sin, or None for a layer without positions.
         seen: Per layer: which keys each query sees, bool (T, T).
     """
 
-    angles: tuple[tuple[Any, Any] | None, ...]
+    angles: tuple[Angles | None, ...]
     seen: tuple[Any, ...]
 
 
@@ -105,12 +106,14 @@ def layout(spec: DecoderSpec, starts: NDArray[np.int64]) -> Layout:
     back = tokens[:, None] - tokens  # (T, T), how far behind its query a key is
     causal = (rows[:, None] == rows) & (back >= 0)
     seen = {window: causal if window is None else causal & (back < window) for window in set(spec.windows)}
-    ropes = {id(rope): rope and _angles(rope, tokens - starts[rows], lengths[rows]) for rope in spec.ropes}
-    return Layout(tuple(ropes[id(rope)] for rope in spec.ropes), tuple(seen[window] for window in spec.windows))
+    angles = {id(rope): _angles(rope, tokens - starts[rows], lengths[rows]) for rope in spec.ropes}
+    return Layout(tuple(angles[id(rope)] for rope in spec.ropes), tuple(seen[window] for window in spec.windows))
 
 
-def _angles(rope: Rope, positions: NDArray[np.int64], lengths: NDArray[np.int64]) -> tuple[Any, Any]:
+def _angles(rope: Rope | None, positions: NDArray[np.int64], lengths: NDArray[np.int64]) -> Angles | None:
     """cos and sin of each token; the angles are rounded to float32, as every implementation of these families does."""
+    if rope is None:
+        return None
     inv_freq = rope.inv_freq[None]
     if rope.long_inv_freq is not None:
         inv_freq = np.where(lengths[:, None] > rope.long_from, rope.long_inv_freq, inv_freq)
@@ -163,7 +166,7 @@ def divergence(ops: Ops, scores: Any, base_scores: Any) -> Any:
 # ---- one block ------------------------------------------------------------------------------------------------------
 
 
-def _block(model: _Model, number: int, x: Any, angles: tuple[Any, Any] | None, seen: Any) -> Any:
+def _block(model: _Model, number: int, x: Any, angles: Angles | None, seen: Any) -> Any:
     """Attention and a gated MLP, each added to the stream; Gemma normalises what is added, too."""
     path, is_gemma = f"model.layers.{number}", model.spec.has_post_norms
 
@@ -176,7 +179,7 @@ def _block(model: _Model, number: int, x: Any, angles: tuple[Any, Any] | None, s
     return x + (norm(made, "post_feedforward_layernorm") if is_gemma else made)
 
 
-def _attention(model: _Model, number: int, x: Any, angles: tuple[Any, Any] | None, seen: Any) -> Any:
+def _attention(model: _Model, number: int, x: Any, angles: Angles | None, seen: Any) -> Any:
     """Causal attention within each row, with query heads that share key heads (arXiv:2305.13245)."""
     ops, spec, path = model.ops, model.spec, f"model.layers.{number}.self_attn"
     tokens, heads, kv_heads = x.shape[0], spec.num_heads, spec.num_kv_heads
