@@ -25,6 +25,7 @@ FAMILIES = ("smollm2", "llama_bias", "smollm3", "qwen2", "qwen3", "gemma2", "gem
 EXECUTION = ExecutionPlan("dense", num_shares=2)
 KEY = StepKey(seed=5, step=3)
 RATE = 1e-3
+PLAIN, LEARN = Method(), Objective()
 
 
 def torch_session(base):
@@ -105,15 +106,15 @@ def make_adapter(kind="plain", family="smollm2", b_size=0.05):
     return Adapter(layers, base="a base", notes={"why": "a test"}, origin=origin)
 
 
-def gradient_of(session, adapter, method=Method(), work=None, objective=Objective(), key=KEY):
+def gradient_of(session, adapter, method=PLAIN, work=None, objective=LEARN, key=KEY):
     state = session.start(adapter, method)
     return session.gradient(state, work or make_work(), objective, EXECUTION, key)
 
 
-def train(session, state, steps, work=None, objective=Objective(), first=0):
+def train(session, state, steps, first=0):
     for step in range(first, first + steps):
         work = make_work(make_rows(seed=step))
-        gradient = session.gradient(state, work, objective, EXECUTION, StepKey(0, step))
+        gradient = session.gradient(state, work, LEARN, EXECUTION, StepKey(0, step))
         state = session.apply(state, gradient, RATE)
     return state
 
@@ -160,7 +161,7 @@ def test_layers_are_the_linear_layers_of_the_blocks_in_the_order_they_run(sessio
 def test_an_adapter_comes_out_as_it_went_in(session):
     for kind in ("plain", "delta", "dora"):
         adapter = make_adapter(kind)
-        found = session.adapter(session.start(adapter, Method()))
+        found = session.adapter(session.start(adapter, PLAIN))
         assert (found.base, found.notes, found.layers.keys()) == (adapter.base, adapter.notes, adapter.layers.keys())
         for path, factors in adapter.layers.items():
             again = found.layers[path]
@@ -196,7 +197,7 @@ def test_two_adapters_are_used_in_turn(session):
 
 
 def test_what_is_trained_is_what_is_active(session):
-    state = train(session, session.start(make_adapter("dora"), Method()), 2)
+    state = train(session, session.start(make_adapter("dora"), PLAIN), 2)
     active, loaded = loss_of(session, state.active), loss_of(session, session.load(session.adapter(state)))
     assert active.nats == pytest.approx(loaded.nats, rel=1e-5)
 
@@ -239,9 +240,9 @@ def test_losses_are_those_of_the_reference(other, family):
 # ---- gradients ------------------------------------------------------------------------------------------------------
 
 VARIANTS = {
-    "plain": ("plain", Method()),
-    "delta form": ("delta", Method()),
-    "dora": ("dora", Method()),
+    "plain": ("plain", PLAIN),
+    "delta form": ("delta", PLAIN),
+    "dora": ("dora", PLAIN),
     "dropout": ("plain", Method(dropout=0.3)),
     "delta form, dropout": ("delta", Method(dropout=0.3)),
     "dora, dropout": ("dora", Method(dropout=0.3)),
@@ -252,10 +253,10 @@ VARIANTS = {
 def test_a_gradient_is_a_value(session):
     """Neither another gradient nor a step changes it, and the same question has the same answer, to the bit."""
     state = session.start(make_adapter(), Method(dropout=0.3))
-    first = session.gradient(state, make_work(), Objective(), EXECUTION, KEY)
+    first = session.gradient(state, make_work(), LEARN, EXECUTION, KEY)
     flat, loss = first.flat.copy(), first.loss
-    other = session.gradient(state, make_work(make_rows(seed=9)), Objective(), EXECUTION, KEY)
-    again = session.gradient(state, make_work(), Objective(), EXECUTION, KEY)
+    other = session.gradient(state, make_work(make_rows(seed=9)), LEARN, EXECUTION, KEY)
+    again = session.gradient(state, make_work(), LEARN, EXECUTION, KEY)
     np.testing.assert_array_equal(again.flat, flat)
     assert (again.loss, again.norm) == (loss, first.norm)
     session.apply(state, other, RATE)
@@ -297,7 +298,7 @@ def test_a_gradient_is_the_slope_of_the_loss(backend, session, variant):
     kind, method = VARIANTS[variant]
     state = session.start(make_adapter(kind), method)
     flat, work = parameters(session, state), make_work()
-    gradient = session.gradient(state, work, Objective(), EXECUTION, KEY).flat.astype(np.float64)
+    gradient = session.gradient(state, work, LEARN, EXECUTION, KEY).flat.astype(np.float64)
     direction = gradient.copy()
     if kind == "dora":
         direction[: -sum(len(factors.B) for factors in make_adapter(kind).layers.values())] = 0
@@ -305,7 +306,7 @@ def test_a_gradient_is_the_slope_of_the_loss(backend, session, variant):
     losses = []
     for sign in (1, -1):
         state = session.restore(state, {"adapter": (flat + sign * direction).astype(flat.dtype)})
-        losses.append(session.gradient(state, work, Objective(), EXECUTION, KEY).loss.mean)
+        losses.append(session.gradient(state, work, LEARN, EXECUTION, KEY).loss.mean)
     assert (losses[0] - losses[1]) / 2 == pytest.approx(gradient @ direction, rel=BACKENDS[backend].slope_precision)
 
 
@@ -362,7 +363,7 @@ def test_a_step_of_keeping_answers_brings_the_model_back_to_the_base(session):
     """Under a weight near 1 the gradient is that of the divergence, whatever the rows."""
     kept = gradient_of(session, make_adapter(), objective=kl_objective(session, 1 - 1e-6))
     plain = gradient_of(session, make_adapter())
-    assert kept.flat @ parameters(session, session.start(make_adapter(), Method())) > 0
+    assert kept.flat @ parameters(session, session.start(make_adapter(), PLAIN)) > 0
     assert np.linalg.norm(kept.flat - 0.5 * plain.flat) > 0.1 * plain.norm
 
 
@@ -380,12 +381,8 @@ def test_dropout_does_not_touch_the_kl_term(backend, session):
 @pytest.mark.parametrize("other", [name for name in BACKENDS if name != "reference"])
 def test_the_gradient_of_keeping_answers_is_that_of_the_reference(other, family):
     found, expected = (
-        gradient_of(
-            session_of(name, family),
-            make_adapter("dora", family),
-            objective=kl_objective(session_of(name, family), 0.9),
-        )
-        for name in (other, "reference")
+        gradient_of(session, make_adapter("dora", family), objective=kl_objective(session, 0.9))
+        for session in (session_of(name, family) for name in (other, "reference"))
     )
     assert_near(found.flat, expected.flat, BACKENDS[other].precision)
 
@@ -398,14 +395,14 @@ def step_sizes(session, method):
     adapter = make_adapter("dora")
     state = session.start(adapter, method)
     before = parameters(session, state)
-    gradient = session.gradient(state, make_work(), Objective(), EXECUTION, KEY)
+    gradient = session.gradient(state, make_work(), LEARN, EXECUTION, KEY)
     moved = parameters(session, session.apply(state, gradient, RATE)) - before
     ends = np.cumsum([sum(f.A.size for f in adapter.layers.values()), sum(f.B.size for f in adapter.layers.values())])
     return np.split(moved, ends)
 
 
 def test_lora_plus_and_a_frozen_a_move_what_they_should(session):
-    plain = step_sizes(session, Method())
+    plain = step_sizes(session, PLAIN)
     plus, frozen = step_sizes(session, Method(lora_plus=4.0)), step_sizes(session, Method(freezes_a=True))
     np.testing.assert_allclose(plus[1], 4 * plain[1], atol=1e-6)
     np.testing.assert_allclose(plus[0], plain[0], atol=1e-7)
@@ -415,7 +412,7 @@ def test_lora_plus_and_a_frozen_a_move_what_they_should(session):
 
 
 def test_the_first_step_is_as_long_as_the_rate(session):
-    for moved in step_sizes(session, Method()):
+    for moved in step_sizes(session, PLAIN):
         assert np.median(np.abs(moved)) == pytest.approx(RATE, rel=0.01)
 
 
@@ -431,7 +428,7 @@ def test_weight_decay_pulls_to_where_training_began(session):
 def test_a_gradient_is_scaled_down_to_the_largest_norm(session):
     for most in (1e-3, 1e3):
         state = session.start(make_adapter(), Method(max_grad_norm=most))
-        gradient = session.gradient(state, make_work(), Objective(), EXECUTION, KEY)
+        gradient = session.gradient(state, make_work(), LEARN, EXECUTION, KEY)
         mean = session.snapshot(session.apply(state, gradient, RATE))["exp_avg"]
         assert_near(mean, 0.1 * gradient.flat * min(1, most / gradient.norm), 1e-5)
 
@@ -439,7 +436,7 @@ def test_a_gradient_is_scaled_down_to_the_largest_norm(session):
 @pytest.mark.parametrize(
     ("kind", "method"),
     [
-        ("plain", Method()),
+        ("plain", PLAIN),
         ("dora", Method(lora_plus=4.0, weight_decay=1.0)),
         ("delta", Method(dropout=0.3, max_grad_norm=0.5)),
         ("plain", Method(freezes_a=True, dropout=0.1)),
@@ -457,7 +454,7 @@ def test_twenty_steps_are_those_of_the_reference(other, kind, method):
 
 def test_layers_that_never_had_a_gradient_are_named(session):
     adapter = make_adapter("dora")
-    state = session.start(adapter, Method())
+    state = session.start(adapter, PLAIN)
     assert set(session.unmoved_layers(state)) == set(adapter.layers)
     path, place, ones = "model.layers.1.mlp.up_proj", 0, np.ones(len(parameters(session, state)), np.float32)
     for kind in ("A", "B", "magnitude"):  # the order of the flat vector
@@ -492,7 +489,7 @@ def test_training_continues_from_a_snapshot_bit_for_bit(session):
 
 
 def test_a_snapshot_can_be_filled_again(session):
-    state = session.start(make_adapter(), Method())
+    state = session.start(make_adapter(), PLAIN)
     kept = session.snapshot(state)
     state = train(session, state, 2)
     filled = session.snapshot(state, into=kept)
@@ -502,7 +499,7 @@ def test_a_snapshot_can_be_filled_again(session):
 
 
 def test_what_is_not_restored_stays(session):
-    state = train(session, session.start(make_adapter(), Method()), 2)
+    state = train(session, session.start(make_adapter(), PLAIN), 2)
     before = session.snapshot(state)
     after = session.snapshot(session.restore(state, {"adapter": before["adapter"] * 2}))
     np.testing.assert_array_equal(after["adapter"], before["adapter"] * 2)
@@ -511,24 +508,24 @@ def test_what_is_not_restored_stays(session):
 
 
 def test_nan_and_inf_are_seen(session):
-    state = session.start(make_adapter(), Method())
+    state = session.start(make_adapter(), PLAIN)
     assert session.is_finite(state)
     spoilt = session.apply(state, gradient_of(session, make_adapter()), float("nan"))
     assert not session.is_finite(spoilt)
     assert np.isnan(loss_of(session, spoilt.active).nats)
-    state = session.start(make_adapter(), Method())
+    state = session.start(make_adapter(), PLAIN)
     moment = session.snapshot(state)["exp_avg_sq"]
     moment[3] = np.inf
     assert not session.is_finite(session.restore(state, {"exp_avg_sq": moment}))
 
 
 def test_releasing_memory_changes_no_result(session):
-    state = session.start(make_adapter(), Method())
-    gradient = session.gradient(state, make_work(), Objective(), EXECUTION, KEY)
+    state = session.start(make_adapter(), PLAIN)
+    gradient = session.gradient(state, make_work(), LEARN, EXECUTION, KEY)
     flat, loss = gradient.flat.copy(), loss_of(session, state.active)
     session.release()
     np.testing.assert_array_equal(gradient.flat, flat)
-    again = session.gradient(state, make_work(), Objective(), EXECUTION, KEY)
+    again = session.gradient(state, make_work(), LEARN, EXECUTION, KEY)
     np.testing.assert_array_equal(again.flat, flat)
     assert loss_of(session, state.active) == loss
 
