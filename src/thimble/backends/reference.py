@@ -2,7 +2,8 @@
 
 The forward pass is the page `thimble.models.forward`, gradients are what `thimble.backends.tape` makes of it, and a
 state is a value that no call changes. Fast backends are measured against it, and what trains a model is tested on it in
-milliseconds. Snapshots are float64, so that a run that is resumed from one continues to the bit.
+milliseconds. Snapshots are float64, so that a run that is resumed from one continues to the bit. NaN and Inf raise no
+warnings: they are for `is_finite` and for the guard of a run to find.
 """
 
 import functools
@@ -31,7 +32,6 @@ from thimble.models.forward import Drop, Update
 Array = NDArray[np.float64]
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # of AdamW
 KINDS = ("A", "B", "magnitude")
-_quiet = np.errstate(all="ignore")  # NaN and Inf are for `is_finite` and the guard of a run to find
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ class ReferenceSession:
 
     # ---- training -------------------------------------------------------------------------------------------------
 
-    @_quiet
+    @np.errstate(all="ignore")
     def gradient(
         self, state: ReferenceState, work: Work, objective: Objective, execution: ExecutionPlan, key: StepKey
     ) -> ReferenceGradient:
@@ -162,7 +162,7 @@ class ReferenceSession:
             flat += slope * (objective.kl_weight / len(reference.logits))
         return ReferenceGradient(loss, flat)
 
-    @_quiet
+    @np.errstate(all="ignore")
     def apply(self, state: ReferenceState, gradient: Gradient, rate: float) -> ReferenceState:
         """See Session: AdamW (arXiv:1711.05101), decaying to where the run began; the state it is given stays valid."""
         slope, (first, second), step = gradient.flat.astype(np.float64), BETAS, state.step + 1
@@ -181,7 +181,7 @@ class ReferenceSession:
         rows = forward.layout(self._spec, batch.starts)
         return forward.hidden(OPS, self._spec, self._weights, batch.ids, rows, updates, drop)
 
-    @_quiet
+    @np.errstate(all="ignore")
     def _summed_loss(self, updates: Mapping[str, Update], batch: Batch, drop: Drop | None = None) -> Any:
         """Summed cross-entropy over the target tokens of a batch."""
         places = np.flatnonzero(batch.labels != IGNORED)
