@@ -473,6 +473,9 @@ def test_layers_that_never_had_a_gradient_are_named(session):
     assert place == len(ones)
     state = session.apply(state, SummedGradient(LossSum(1.0, 1), ones), RATE)
     assert session.unmoved_layers(state) == [path]
+    fresh = session.start(make_adapter(b_size=0.0), Method(freezes_a=True))  # a gradient of B is enough
+    gradient = session.gradient(fresh, make_work(), LEARN, EXECUTION, KEY)
+    assert session.unmoved_layers(session.apply(fresh, gradient, RATE)) == []
 
 
 # ---- snapshots ------------------------------------------------------------------------------------------------------
@@ -504,6 +507,9 @@ def test_a_snapshot_can_be_filled_again(session):
     for name, array in session.snapshot(state).items():
         assert filled[name] is kept[name]
         np.testing.assert_array_equal(filled[name], array)
+    for array in session.snapshot(state).values():
+        array[:] = np.nan
+    assert session.is_finite(state)
 
 
 def test_what_is_not_restored_stays(session):
