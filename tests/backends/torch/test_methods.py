@@ -66,7 +66,7 @@ def step_session(base, adapter, method=PLAIN, compute="fp32", execution=DENSE):
 def test_a_start_in_delta_form_leaves_the_base_as_it_is(compute, tmp_path):
     base = open_base(make_hf_folder("llama", tmp_path))
     _, start = pissa(base)
-    session = TorchSession(base, compute, DENSE)
+    session = TorchSession(base, compute, "dense")
     bare = session.logits(IDS)
     session.train(start)
     np.testing.assert_allclose(session.logits(IDS), bare, atol=1e-5 if compute == "fp32" else 0.03)
@@ -78,7 +78,7 @@ def test_a_delta_form_is_saved_as_a_plain_adapter_with_the_same_effect_in_peft(t
     base = open_base(make_hf_folder("llama", tmp_path / "base"))
     moved, _ = pissa(base)
     save_adapter(moved, tmp_path / "adapter")
-    session = TorchSession(base, "fp32", DENSE)
+    session = TorchSession(base, "fp32", "dense")
     bare = session.logits(IDS)
     session.attach(moved)
     ours = session.logits(IDS)
@@ -94,7 +94,7 @@ def test_a_small_update_is_not_rounded_away_beside_its_start(tmp_path):
     moved = {path: replace(f, B=f.B * np.float32(1.001)) for path, f in start.layers.items()}
     logits = []
     for compute in ("fp32", "bf16"):
-        session = TorchSession(base, compute, DENSE)
+        session = TorchSession(base, compute, "dense")
         bare = session.logits(IDS)
         session.attach(Adapter(moved, origin=start.layers))
         pair = next(iter(session._state.pairs.values()))
@@ -165,7 +165,7 @@ def test_dora_gives_the_logits_of_peft_and_of_the_merged_weights(tmp_path):
     base = open_base(make_hf_folder("llama", tmp_path / "base"))
     adapter = with_magnitude(make_adapter(base), base)
     save_adapter(adapter, tmp_path / "adapter")
-    session = TorchSession(base, "fp32", DENSE)
+    session = TorchSession(base, "fp32", "dense")
     session.attach(load_adapter(tmp_path / "adapter"))
     ours = session.logits(IDS)
     np.testing.assert_allclose(peft_logits("llama", tmp_path / "adapter"), ours, atol=1e-4)
@@ -191,7 +191,7 @@ def test_dora_keeps_its_row_lengths_while_a_and_b_move(tmp_path):
 
 def test_magnitudes_that_were_learned_are_kept_and_rows_of_zeros_stay(tmp_path):
     base = open_base(make_hf_folder("llama", tmp_path / "base"))
-    session = TorchSession(base, "fp32", DENSE)
+    session = TorchSession(base, "fp32", "dense")
     learned = with_magnitude(make_adapter(base), base)
     again = session.with_magnitudes(learned)
     for path, factors in learned.layers.items():
@@ -292,7 +292,7 @@ def test_lora_plus_and_a_frozen_a_move_what_they_should(tmp_path):
 @pytest.mark.parametrize("file", ["llama_q8_0", "phi3", "gemma3"])
 def test_a_weight_of_the_file_is_the_same_for_every_compute_type(file, compute):
     base = open_base(GGUF / f"{file}.gguf")
-    session = TorchSession(base, compute, ExecutionPlan("file"), sample=IDS)
+    session = TorchSession(base, compute, "file", sample=IDS)
     for path in list(base.spec.linear_shapes())[:7]:
         expected = base.weights[f"{path}.weight"].read()
         np.testing.assert_allclose(session.file_weight(path), expected, atol=1e-6)

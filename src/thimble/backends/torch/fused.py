@@ -118,26 +118,39 @@ def _make_gate(activate):
 GATES = {"silu": _make_gate(_silu), "gelu_tanh": _make_gate(_gelu)}
 
 
-# ---- dropout --------------------------------------------------------------------------------------------------------
+# ---- dropout -------------------------------------------------------------------------------------------------------
+
+LOW_WORD, WORD = np.uint64(0xFFFFFFFF), np.uint64(32)
+MULTIPLIERS = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
+KEY_STEPS = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
 
 
 @register_jitable
-def _mixed(bits):
-    """A uint32 scattered over all of them (the finaliser of MurmurHash3)."""
-    bits = np.uint32((bits ^ (bits >> np.uint32(16))) * np.uint32(0x85EBCA6B))  # numba would widen it
-    bits = np.uint32((bits ^ (bits >> np.uint32(13))) * np.uint32(0xC2B2AE35))
-    return np.uint32(bits ^ (bits >> np.uint32(16)))
+def _philox(column, token, row, layer, seed, step):
+    """Four words of Philox4x32-10 for one counter and key; see thimble.core.dropout.philox. Words lie in uint64."""
+    for _ in range(10):
+        left, right = column * MULTIPLIERS[0], row * MULTIPLIERS[1]
+        column, token = (right >> WORD) ^ token ^ seed, right & LOW_WORD
+        row, layer = (left >> WORD) ^ layer ^ step, left & LOW_WORD
+        seed, step = (seed + KEY_STEPS[0]) & LOW_WORD, (step + KEY_STEPS[1]) & LOW_WORD
+    return column, token, row, layer
 
 
 @njit(**LOOP)
-def drop(begin, end, x, key, threshold, factor, out, is_added):
-    """x · factor, or 0 at threshold / 2³² of all places, which the key decides; written to out, or added to it."""
+def drop(begin, end, x, tokens, rows, layer, seed, step, threshold, factor, out, is_added):
+    """x · factor, or 0 where the word of an element is below threshold; written to out, or added to it.
+
+    x, out (tokens, n); tokens and rows int64 (tokens,): the counters of thimble.core.dropout.keep_mask.
+    """
+    words = np.empty(x.shape[1] + 4, np.uint64)
     for i in range(begin, end):
-        row_key = _mixed(np.uint32(key + np.uint32(i)))
+        token, row = np.uint64(tokens[i]), np.uint64(rows[i])
+        for four in range((x.shape[1] + 3) // 4):
+            a, b, c, d = _philox(np.uint64(four), token, row, layer, seed, step)
+            words[4 * four], words[4 * four + 1], words[4 * four + 2], words[4 * four + 3] = a, b, c, d
         source, to = x[i], out[i]
         for j in range(x.shape[1]):
-            is_kept = _mixed(np.uint32(row_key ^ np.uint32(j))) >= threshold
-            value = loaded(source[j]) * factor if is_kept else np.float32(0)
+            value = loaded(source[j]) * factor if words[j] >= threshold else np.float32(0)
             to[j] = stored(loaded(to[j]) + value if is_added else value, out)
 
 
