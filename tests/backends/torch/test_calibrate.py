@@ -83,7 +83,9 @@ def test_a_sketch_finds_the_main_directions_of_the_gradient(session, checkpointe
 def test_a_weighted_sketch_finds_the_main_inputs_weighted_by_their_gradients(session):
     batches = [make_batch()]
     expected = dense(batches)
-    for path, sketch in sketch_gradients(session.decoder, batches, dict.fromkeys(expected, 8), is_weighted=True).items():
+    for path, sketch in sketch_gradients(
+        session.decoder, batches, dict.fromkeys(expected, 8), is_weighted=True
+    ).items():
         _, x, grads = expected[path]
         moment = x.T @ (np.square(grads).sum(1, keepdims=True) * x)
         best = np.linalg.eigvalsh(moment.astype(np.float64))[-8:].sum()

@@ -1,6 +1,7 @@
 """The trained layer: gradients against autograd in float64, laws of attaching, agreement with PEFT."""
 
 import json
+
 import numpy as np
 import pytest
 import torch

@@ -295,7 +295,9 @@ class TorchSession:
         """See thimble.backends.torch.calibrate.input_moments."""
         return calibrate.input_moments(self.decoder, batches)
 
-    def gradient_sketches(self, batches: Sequence[Batch], ranks: Mapping[str, int], **options: Any) -> dict[str, Sketch]:
+    def gradient_sketches(
+        self, batches: Sequence[Batch], ranks: Mapping[str, int], **options: Any
+    ) -> dict[str, Sketch]:
         """See thimble.backends.torch.calibrate.sketch_gradients."""
         return calibrate.sketch_gradients(self.decoder, batches, ranks, **options)
 
