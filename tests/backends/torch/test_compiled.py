@@ -10,7 +10,7 @@ from thimble.backends.torch.compiled import compiled
 
 PROGRAM = """
 import numba.core.caching as caching
-caching._CacheImpl._locator_classes = []
+caching.CacheImpl._locator_classes = []
 import numpy as np
 from thimble.backends.torch.kernels import quantize_rows_into
 q, scale = np.empty((2, 4), np.int8), np.empty(2, np.float32)
