@@ -5,6 +5,7 @@ pass is a request: its tokens, its slot and position in the key-value cache, and
 runs; a session runs it. Knows nothing of text.
 """
 
+import itertools
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -174,7 +175,7 @@ class Engine:
                 return
             request = self._waiting.popleft()
             taken = {other.slot for other in running}
-            request.slot = next(slot for slot in range(self._max_slots) if slot not in taken)
+            request.slot = next(slot for slot in itertools.count() if slot not in taken)
             running.append(request)
             self._reading.append(request)
             free -= 1
@@ -198,7 +199,7 @@ class Engine:
             if other in self._writing:
                 continue
             if other is not None:  # a prompt that is being read: out of the way
-                self._move(other, next(slot for slot in range(count, self._max_slots + 1) if slot not in taken), taken)
+                self._move(other, next(slot for slot in itertools.count(count) if slot not in taken), taken)
             self._move(strays.pop(), place, taken)
         self._writing.sort(key=lambda request: request.slot)
 
