@@ -13,7 +13,7 @@ import thimble
 from families import hf_model, make_hf_folder
 from samples import IDS, RANDOM, loss_curves, make_adapter, make_batch
 from thimble.backends.torch.session import TorchSession
-from thimble.config.options import TrainConfig
+from thimble.config.train import TrainConfig
 from thimble.core.lowrank import delta
 from thimble.core.method import INITS, init_name
 from thimble.core.targets import share_out, size_layers
@@ -168,7 +168,7 @@ def test_rank_auto_keeps_to_its_budget_and_one_scale(tmp_path):
 
 
 def patterns(config):
-    from thimble.config.options import read_pattern
+    from thimble.config.values import read_pattern
 
     return read_pattern(config.rank_pattern), read_pattern(config.alpha_pattern)
 

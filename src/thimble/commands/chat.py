@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from thimble.config.options import ChatConfig
+from thimble.config.chat import ChatConfig
 from thimble.core.adapter import Adapter
 from thimble.data.encode import Encoder
 from thimble.errors import AdapterError, Problems, listing

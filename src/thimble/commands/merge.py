@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from thimble.config.options import MergeConfig
+from thimble.config.merge import MergeConfig
 from thimble.core.adapter import Adapter
 from thimble.core.lowrank import Factors, rank_for, svd_of_update, total, truncate
 from thimble.core.lowrank import merge as merge_weight

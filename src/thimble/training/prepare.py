@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from thimble.config.options import ComputeOptions, DataOptions
+from thimble.config.groups import ComputeOptions, DataOptions
 from thimble.core.adapter import Adapter
 from thimble.data.encode import Encoder, EncodeReport, Row, encode_all
 from thimble.data.records import Dataset, Record, general_records, read_dataset
