@@ -13,8 +13,9 @@ from types import ModuleType
 import pytest
 
 import thimble
-from thimble.api import CONFIGS, build_config
 from thimble.cli import make_parser
+from thimble.commands import COMMANDS
+from thimble.config.sources import build_config
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "thimble"
@@ -65,7 +66,7 @@ ALL_COMMANDS = [
 
 
 @pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="argparse lays out --help otherwise; the page is of 3.11")
-def test_the_page_of_verbs_is_up_to_date(monkeypatch):
+def test_the_page_of_commands_is_up_to_date(monkeypatch):
     monkeypatch.setenv("COLUMNS", "41")  # whatever the terminal is like
     assert make_cli().write_page() == read("docs/cli.md"), "run `make docs`"
 
@@ -138,7 +139,8 @@ def _thimble_fault(words: list[str]) -> str:
     values = {
         name: value for name, value in vars(options).items() if name not in ("command", "config", "json", "debug")
     }
-    problems = list(build_config(options.command, values).problems) if options.command in CONFIGS else []
+    command = COMMANDS.get(options.command)
+    problems = build_config(command.options, values).problems if command else ()
     return "; ".join([*unknown, *problems])
 
 

@@ -271,7 +271,7 @@ def _check_base(name: str | None, base: Base | None, adapters: Mapping[str, Adap
         raise BaseModelError(
             f"base {name} is a GGUF file, whose blocks would have to be rounded again, which costs more than a small "
             "update is worth: keep the adapter beside it (thimble chat --adapter), or merge into a folder of float "
-            "weights (exporting to GGUF comes with thimble export)"
+            "weights"
         )
     layers = {layer for adapter in adapters.values() for layer in adapter.layers}
     weights = {layer: base.weights[f"{layer}.weight"] for layer in layers if f"{layer}.weight" in base.weights}

@@ -25,3 +25,6 @@ class InspectConfig(BaseOptions):
         "one.",
         metavar="NUMBERS",
     )
+    data: str | None = option(
+        None, "Examples: report which share of their gradient the A of each init captures, instead.", metavar="DATA"
+    )

@@ -153,7 +153,7 @@ def groups_of(cls: type[Options]) -> dict[str, dict[str, Field]]:
     classes = [parent for parent in cls.__mro__ if issubclass(parent, Options)]
     groups: dict[str, dict[str, Field]] = {}
     for name, spec in options_of(cls).items():
-        owner = next(parent for parent in classes if name in vars(parent)["__annotations__"])
+        owner = next(parent for parent in classes if name in vars(parent).get("__annotations__", ()))
         groups.setdefault(owner.group, {})[name] = spec
     return groups
 
