@@ -74,13 +74,10 @@ def test_the_page_of_commands_is_up_to_date(monkeypatch):
 def test_every_field_of_a_report_is_explained():
     """What a report's docstring leaves out would be an empty cell of docs/cli.md."""
     module = make_cli()
-    fields = {(report, name) for reports in module.REPORTS.values() for report in reports for name in _fields(report)}
-    told = {(report, name) for report, name in fields if module.read_attributes(report.__doc__ or "").get(name)}
-    assert sorted(f"{report.__name__}.{name}" for report, name in fields - told) == []
-
-
-def _fields(report: type) -> list[str]:
-    return list(report.__dataclass_fields__)
+    reports = {report for command in COMMANDS.values() for report in module.reports_of(command)}
+    fields = {(report, name) for report in reports for name in report.__dataclass_fields__}
+    explained = {(report, name) for report, name in fields if module.read_attributes(report.__doc__ or "").get(name)}
+    assert sorted(f"{report.__name__}.{name}" for report, name in fields - explained) == []
 
 
 # ---- the readme ----------------------------------------------------------------------------------------------------

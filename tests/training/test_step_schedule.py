@@ -16,4 +16,6 @@ def test_rank_auto_has_the_default_rate_of_the_rank_whose_parameters_it_shares_o
 
 
 def test_rslora_takes_the_root_of_the_rank_off_the_default_rate():
-    assert math.isclose(default_rate(rank=64, use_rslora=True), default_rate(rank=64) / 8, rel_tol=0.05)  # rates have two digits
+    assert math.isclose(
+        default_rate(rank=64, use_rslora=True), default_rate(rank=64) / 8, rel_tol=0.05
+    )  # rates have two digits

@@ -40,99 +40,69 @@ _ALSO = {
 }
 SYNONYMS = {other: ours for ours, others in _ALSO.items() for other in others.split()}
 
-_TOKENS = "use --batch-tokens: the number of tokens in one optimiser step"
-_PACKED = "leave it out: rows are always packed without padding"
-_CHECKPOINTING = "leave it out: activation checkpointing is chosen by --memory-budget"
-_LOGGED = "leave it out: every step is in metrics.jsonl, and the charts are in report.html, in the run folder"
-_ADAPTER_ALONE = "leave it out: an adapter is all that is trained; --targets names the layers that it adapts"
-_LOSS_ON = "use --loss-on completions or --loss-on all"
-_CPU = "leave it out: Thimble always uses the CPU"
-_CONTINUE = "to go on with an adapter use --init adapter:PATH; the folder for the result is --out"
-
-# Names without a counterpart, or whose counterpart takes other values: what to use instead.
-ELSEWHERE = {
-    "micro_batch_size": _TOKENS,
-    "per_device_train_batch_size": _TOKENS,
-    "train_batch_size": _TOKENS,
-    "batch_size": _TOKENS,
-    "gradient_accumulation_steps": "use --batch-tokens: a step is split into micro-batches as memory allows",
-    "grad_accumulation_steps": "use --batch-tokens: a step is split into micro-batches as memory allows",
-    "per_device_eval_batch_size": "leave it out: batches of an evaluation are as large as memory allows",
-    "eval_batch_size": "leave it out: batches of an evaluation are as large as memory allows",
-    "val_batches": "use --valid-split for the share of rows, --eval-rows for how many are answered",
-    "sample_packing": _PACKED,
-    "packing": _PACKED,
-    "pad_to_sequence_len": _PACKED,
-    "group_by_length": _PACKED,
-    "load_in_4bit": "give a GGUF file as --base: its own blocks are trained on",
-    "load_in_8bit": "use --store int8",
-    "quantization_bit": "use --store int8, or give a GGUF file as --base",
-    "bf16": "use --compute bf16",
-    "fp16": "leave it out: --compute auto takes the faster of fp32 and bf16",
-    "tf32": _CPU,
-    "dtype": "use --compute",
-    "torch_dtype": "use --compute",
-    "use_cpu": _CPU,
-    "no_cuda": _CPU,
-    "device": _CPU,
-    "device_map": _CPU,
-    "flash_attention": "leave it out: Thimble has its own attention",
-    "flash_attn": "leave it out: Thimble has its own attention",
-    "gradient_checkpointing": _CHECKPOINTING,
-    "use_gradient_checkpointing": _CHECKPOINTING,
-    "grad_checkpoint": _CHECKPOINTING,
-    "enable_activation_checkpointing": _CHECKPOINTING,
-    "optimizer": "leave it out: the optimiser is AdamW",
-    "optim": "leave it out: the optimiser is AdamW",
-    "warmup_ratio": "use --warmup-steps",
-    "max_steps_per_epoch": "use --max-steps",
-    "neftune": "leave it out: no noise is added to embeddings",
-    "neftune_noise_alpha": "leave it out: no noise is added to embeddings",
-    "modules_to_save": _ADAPTER_ALONE,
-    "lora_modules_to_save": _ADAPTER_ALONE,
-    "additional_target": _ADAPTER_ALONE,
-    "bias": _ADAPTER_ALONE,
-    "lora_bias": _ADAPTER_ALONE,
-    "fine_tune_type": "leave it out for LoRA; use --use-dora for DoRA",
-    "finetuning_type": "leave it out for LoRA; use --use-dora for DoRA",
-    "peft_type": "leave it out for LoRA; use --use-dora for DoRA",
-    "lora_target_linear": "leave it out: --targets all-linear is the default",
-    "lora_attn_modules": "use --targets attention, or names such as --targets q_proj,v_proj",
-    "apply_lora_to_mlp": "use --targets all-linear, --targets attention or --targets mlp",
-    "num_layers": "use --targets last-8 for the last 8 blocks",
-    "lora_layers": "use --targets last-8 for the last 8 blocks",
-    "layers_to_transform": "use --targets last-8 for the last 8 blocks, or patterns of layer names",
-    "scale": "use --alpha: the update is scaled by alpha/rank",
-    "pissa_init": "use --init pissa",
-    "loftq_config": "use --init loftq with --store int8",
-    "adapter": _CONTINUE,
-    "adapter_path": _CONTINUE,
-    "adapter_name_or_path": _CONTINUE,
-    "lora_model_dir": _CONTINUE,
-    "resume_adapter_file": _CONTINUE,
-    "train_on_inputs": _LOSS_ON,
-    "train_on_prompt": _LOSS_ON,
-    "mask_prompt": _LOSS_ON,
-    "mask_history": "leave it out: all assistant turns are learned from",
-    "completion_only_loss": _LOSS_ON,
-    "assistant_only_loss": _LOSS_ON,
-    "chat_template": "leave it out: the chat template of the base is used",
-    "template": "leave it out: the chat template of the base is used",
-    "dataset_text_field": "leave it out: the form of the rows is recognised, as docs/data_format.md describes",
-    "max_samples": "give a file with fewer rows, or use --max-steps",
-    "eval_strategy": "use --eval-every-steps",
-    "evals_per_epoch": "use --eval-every-steps",
-    "saves_per_epoch": "use --checkpoint-every-steps or --checkpoint-every-minutes",
-    "save_total_limit": "leave it out: old checkpoints are removed",
-    "overwrite_output_dir": "leave it out: no folder is overwritten; name another with --out, or add --resume",
-    "logging_steps": _LOGGED,
-    "steps_per_report": _LOGGED,
-    "report_to": _LOGGED,
-    "wandb_project": _LOGGED,
-    "trust_remote_code": "leave it out: no code from a model folder is ever run",
-    "top_k": "use --top-p",
-    "min_p": "use --top-p",
+# What to use instead of names without a counterpart, or whose counterpart takes other values.
+_INSTEAD = {
+    "use --batch-tokens: the number of tokens in one optimiser step": (
+        "micro_batch_size per_device_train_batch_size train_batch_size batch_size"
+    ),
+    "use --batch-tokens: a step is split into micro-batches as memory allows": (
+        "gradient_accumulation_steps grad_accumulation_steps"
+    ),
+    "leave it out: batches of an evaluation are as large as memory allows": (
+        "per_device_eval_batch_size eval_batch_size"
+    ),
+    "use --valid-split for the share of rows, --eval-rows for how many are answered": "val_batches",
+    "leave it out: rows are always packed without padding": (
+        "sample_packing packing pad_to_sequence_len group_by_length"
+    ),
+    "give a GGUF file as --base: its own blocks are trained on": "load_in_4bit",
+    "use --store int8": "load_in_8bit",
+    "use --store int8, or give a GGUF file as --base": "quantization_bit",
+    "use --compute bf16": "bf16",
+    "leave it out: --compute auto takes the faster of fp32 and bf16": "fp16",
+    "leave it out: Thimble always uses the CPU": "tf32 use_cpu no_cuda device device_map",
+    "use --compute": "dtype torch_dtype",
+    "leave it out: Thimble has its own attention": "flash_attention flash_attn",
+    "leave it out: activation checkpointing is chosen by --memory-budget": (
+        "gradient_checkpointing use_gradient_checkpointing grad_checkpoint enable_activation_checkpointing"
+    ),
+    "leave it out: the optimiser is AdamW": "optimizer optim",
+    "use --warmup-steps": "warmup_ratio",
+    "use --max-steps": "max_steps_per_epoch",
+    "leave it out: no noise is added to embeddings": "neftune neftune_noise_alpha",
+    "leave it out: an adapter is all that is trained; --targets names the layers that it adapts": (
+        "modules_to_save lora_modules_to_save additional_target bias lora_bias"
+    ),
+    "leave it out for LoRA; use --use-dora for DoRA": "fine_tune_type finetuning_type peft_type",
+    "leave it out: --targets all-linear is the default": "lora_target_linear",
+    "use --targets attention, or names such as --targets q_proj,v_proj": "lora_attn_modules",
+    "use --targets all-linear, --targets attention or --targets mlp": "apply_lora_to_mlp",
+    "use --targets last-8 for the last 8 blocks": "num_layers lora_layers",
+    "use --targets last-8 for the last 8 blocks, or patterns of layer names": "layers_to_transform",
+    "use --alpha: the update is scaled by alpha/rank": "scale",
+    "use --init pissa": "pissa_init",
+    "use --init loftq with --store int8": "loftq_config",
+    "to go on with an adapter use --init adapter:PATH; the folder for the result is --out": (
+        "adapter adapter_path adapter_name_or_path lora_model_dir resume_adapter_file"
+    ),
+    "use --loss-on completions or --loss-on all": (
+        "train_on_inputs train_on_prompt mask_prompt completion_only_loss assistant_only_loss"
+    ),
+    "leave it out: all assistant turns are learned from": "mask_history",
+    "leave it out: the chat template of the base is used": "chat_template template",
+    "leave it out: the form of the rows is recognised, as docs/data_format.md describes": "dataset_text_field",
+    "give a file with fewer rows, or use --max-steps": "max_samples",
+    "use --eval-every-steps": "eval_strategy evals_per_epoch",
+    "use --checkpoint-every-steps or --checkpoint-every-minutes": "saves_per_epoch",
+    "leave it out: old checkpoints are removed": "save_total_limit",
+    "leave it out: no folder is overwritten; name another with --out, or add --resume": "overwrite_output_dir",
+    "leave it out: every step is in metrics.jsonl, and the charts are in report.html, in the run folder": (
+        "logging_steps steps_per_report report_to wandb_project"
+    ),
+    "leave it out: no code from a model folder is ever run": "trust_remote_code",
+    "use --top-p": "top_k min_p",
 }
+ELSEWHERE = {other: advice for advice, others in _INSTEAD.items() for other in others.split()}
 
 
 def plain(given: str) -> str:

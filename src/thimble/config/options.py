@@ -102,7 +102,9 @@ class Options:
             if ours is None:
                 problems.append((f"{file}: " if file else "") + answer(name, known))
             elif ours in given:
-                problems.append(f"{flag(ours)} is given twice, as {given[ours].name} and as {name}: leave one of them out")
+                problems.append(
+                    f"{flag(ours)} is given twice, as {given[ours].name} and as {name}: leave one of them out"
+                )
             else:
                 given[ours] = Given(value, name, file)
         return given, problems
