@@ -1,6 +1,6 @@
 """`thimble chat`: talk to a base or an adapter, and switch between them while talking."""
 
-from thimble.config.options import ChatConfig
+from thimble.config.chat import ChatConfig
 from thimble.data.encode import Encoder
 from thimble.errors import Problems
 from thimble.events import EventLog, OnEvent, ignore

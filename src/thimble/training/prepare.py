@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from thimble.backends.session import Session
+from thimble.config.groups import ComputeOptions, DataOptions
 from thimble.config.options import ComputeOptions, DataOptions
 from thimble.core.adapter import Adapter
 from thimble.data.encode import Encoder, EncodeReport, Row, encode_all
