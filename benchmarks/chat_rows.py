@@ -13,7 +13,7 @@ import torch
 
 from thimble.backends.torch.compute import machine
 from thimble.backends.torch.session import TorchSession
-from thimble.config.options import TrainConfig
+from thimble.config.train import TrainConfig
 from thimble.core.adapter import fresh_adapter
 from thimble.core.targets import size_layers
 from thimble.data.batches import epoch_steps, shares

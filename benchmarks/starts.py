@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from make_rows import ALPHA, RANK
 
-from thimble.config.options import TrainConfig
+from thimble.config.train import TrainConfig
 from thimble.data.batches import micro_batches
 from thimble.events import EventLog, ignore
 from thimble.models.base import default_base

@@ -13,8 +13,9 @@ from types import ModuleType
 import pytest
 
 import thimble
-from thimble.api import CONFIGS, build_config
 from thimble.cli import make_parser
+from thimble.commands import COMMANDS
+from thimble.config.sources import build_config
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "thimble"
@@ -65,7 +66,7 @@ ALL_COMMANDS = [
 
 
 @pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="argparse lays out --help otherwise; the page is of 3.11")
-def test_the_page_of_verbs_is_up_to_date(monkeypatch):
+def test_the_page_of_commands_is_up_to_date(monkeypatch):
     monkeypatch.setenv("COLUMNS", "41")  # whatever the terminal is like
     assert make_cli().write_page() == read("docs/cli.md"), "run `make docs`"
 
@@ -73,13 +74,10 @@ def test_the_page_of_verbs_is_up_to_date(monkeypatch):
 def test_every_field_of_a_report_is_explained():
     """What a report's docstring leaves out would be an empty cell of docs/cli.md."""
     module = make_cli()
-    fields = {(report, name) for reports in module.REPORTS.values() for report in reports for name in _fields(report)}
-    told = {(report, name) for report, name in fields if module.read_attributes(report.__doc__ or "").get(name)}
-    assert sorted(f"{report.__name__}.{name}" for report, name in fields - told) == []
-
-
-def _fields(report: type) -> list[str]:
-    return list(report.__dataclass_fields__)
+    reports = {report for command in COMMANDS.values() for report in module.reports_of(command)}
+    fields = {(report, name) for report in reports for name in report.__dataclass_fields__}
+    explained = {(report, name) for report, name in fields if module.read_attributes(report.__doc__ or "").get(name)}
+    assert sorted(f"{report.__name__}.{name}" for report, name in fields - explained) == []
 
 
 # ---- the readme ----------------------------------------------------------------------------------------------------
@@ -138,7 +136,8 @@ def _thimble_fault(words: list[str]) -> str:
     values = {
         name: value for name, value in vars(options).items() if name not in ("command", "config", "json", "debug")
     }
-    problems = list(build_config(options.command, values).problems) if options.command in CONFIGS else []
+    command = COMMANDS.get(options.command)
+    problems = build_config(command.options, values).problems if command else ()
     return "; ".join([*unknown, *problems])
 
 

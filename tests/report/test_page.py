@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from thimble.config.options import TrainConfig
+from thimble.config.train import TrainConfig
 from thimble.report.page import write_report
 
 NAN = math.nan

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from thimble.config.options import InspectConfig
+from thimble.config.inspect_ import InspectConfig
 from thimble.core.adapter import Adapter
 from thimble.core.lowrank import Array, Factors
 from thimble.errors import AdapterError, BaseModelError, ConfigError, Problems, listing, plural

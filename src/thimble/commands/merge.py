@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from thimble.config.options import MergeConfig
+from thimble.config.merge import MergeConfig
 from thimble.core.adapter import Adapter
 from thimble.core.lowrank import Factors, rank_for, svd_of_update, total, truncate
 from thimble.core.lowrank import merge as merge_weight
@@ -271,7 +271,7 @@ def _check_base(name: str | None, base: Base | None, adapters: Mapping[str, Adap
         raise BaseModelError(
             f"base {name} is a GGUF file, whose blocks would have to be rounded again, which costs more than a small "
             "update is worth: keep the adapter beside it (thimble chat --adapter), or merge into a folder of float "
-            "weights (exporting to GGUF comes with thimble export)"
+            "weights"
         )
     layers = {layer for adapter in adapters.values() for layer in adapter.layers}
     weights = {layer: base.weights[f"{layer}.weight"] for layer in layers if f"{layer}.weight" in base.weights}

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from thimble.config.options import PlanConfig
+from thimble.config.train import PlanConfig
 from thimble.core.targets import select_layers
 from thimble.events import EventLog, OnEvent, ignore
 from thimble.models.cost import (

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from thimble import __version__
-from thimble.config.options import TrainConfig
+from thimble.config.train import TrainConfig
 from thimble.core.adapter import Adapter
 from thimble.core.method import INITS, Method, init_name
 from thimble.core.metrics import LossSum

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 AUTO, ADAPTER = "auto", "adapter"
+AUTO_RANK = 16  # whose number of parameters, and whose scale, rank auto takes
 MOST_SCALE = 1e4  # of an update: more is a slip, or meant to harm
 DORA_RATE = 0.55  # what the default learning rate is multiplied by, from the sweeps of arXiv:2602.04998
 LORA_PLUS_RATE = 0.5  # the same where B learns faster than A (Hayou et al., arXiv:2402.12354, section 5)

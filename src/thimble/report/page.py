@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
-from thimble.config.options import TrainConfig, options_of
+from thimble.config.options import options_of
+from thimble.config.train import TrainConfig
 from thimble.core.metrics import tool_calls, valid_json
 from thimble.errors import plural
 from thimble.models.base import DEFAULT_PACKAGE

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from thimble.config.options import TrainConfig
+from thimble.config.train import TrainConfig
 from thimble.core.inits import Sketch
 from thimble.core.lowrank import scale as scale_of
 from thimble.core.lowrank import svd
+from thimble.core.method import AUTO_RANK
 from thimble.core.targets import Size, share_out
 from thimble.data.batches import Batch, micro_batches
 from thimble.errors import BaseModelError
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from thimble.backends.torch.session import TorchSession
     from thimble.training.plan import RunPlan
 
-AUTO_RANK = 16  # whose number of parameters rank auto shares out when no budget is given
 RANK_SPREAD = 2  # times the mean rank, and a quarter of it, are the bounds of rank auto
 MOST_RANK = 128  # by a share of energy
 AUTO_INITS = ("kaiming", "eva", "gradient")  # whose A x are equally long: one learning rate is right for all

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from thimble.config.options import TrainConfig
+from thimble.config.train import TrainConfig
 from thimble.core.method import AUTO, INITS, init_name
 from thimble.core.metrics import Metric
 from thimble.core.sizes import MICRO_BATCH_TOKENS, padded
