@@ -92,6 +92,7 @@ def make_work(rows=None, count=1, max_tokens=1000):
     return Work(split, sum(batch.target_tokens for share in split for batch in share))
 
 
+@functools.cache
 def make_adapter(kind="plain", family="smollm2", b_size=0.05):
     """An adapter of every layer: `plain`, in `delta` form, or with magnitudes (`dora`)."""
     base, random, layers, origin = base_of(family), np.random.default_rng(2), {}, {}
