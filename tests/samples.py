@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from thimble.core.adapter import Adapter
-from thimble.core.inits import draw
+from thimble.core.inits import LayerData, kaiming
 from thimble.core.lowrank import Factors
 
 RANDOM = np.random.default_rng(3)
@@ -23,7 +23,7 @@ def make_batch(starts=(0, 20, 48), label_share=0.6):
 def make_adapter(base, rank=4, b_size=0.05, only=None):
     layers = {
         path: Factors(
-            draw("kaiming", (fan_out, fan_in), rank, 2.0, 0, path).A,
+            kaiming(LayerData(path, (fan_out, fan_in), rank, 2.0)).A,
             (RANDOM.standard_normal((fan_out, rank)) * b_size).astype(np.float32),
             2.0,
         )

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-from thimble.core.method import ADAPTER, AUTO, INITS, MOST_SCALE, init_name
+from thimble.core.method import AUTO, MOST_SCALE, parse_init
 
 Check = Callable[[Any], str | None]
 
@@ -97,12 +97,12 @@ def an_alpha(value: float) -> str | None:
 
 
 def an_init(value: str) -> str | None:
-    """Check the name of a start."""
-    if value == AUTO or init_name(value) in INITS and value != ADAPTER:
-        return None
-    names = [AUTO, *(name for name in INITS if name != ADAPTER), f"{ADAPTER}:PATH"]
-    near = difflib.get_close_matches(value, names, n=1)
-    return f"expected one of {', '.join(names)}" + (f"; did you mean {near[0]}?" if near else "")
+    """Check the name of an initialization."""
+    try:
+        parse_init(value)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def a_pattern(value: tuple[str, ...]) -> str | None:
@@ -416,7 +416,7 @@ class TrainConfig(DataOptions):
         "kaiming",
         "Where A and B begin: kaiming, gaussian, orthogonal (random); olora, pissa, milora (pieces of the weight); "
         "eva, corda (from a layer's inputs); gradient, weighted-pca (from its gradient); loftq (from what an int8 "
-        "store loses); adapter:PATH (go on with an adapter); or auto. Variants: pissa:exact, eva:centred, "
+        "store loses); or adapter:PATH (go on with an adapter). Variants: pissa:exact, eva:centred, "
         "corda:knowledge, gradient:lora-ga, gradient:lora-one.",
         check=an_init,
         metavar="NAME",
@@ -564,6 +564,9 @@ class InspectConfig(BaseOptions):
         "Blocks whose weights are decomposed, such as 0,7,15; default: all of a small base, an even spread of a large "
         "one.",
         metavar="NUMBERS",
+    )
+    data: str | None = option(
+        None, "Examples: report which share of their gradient the A of each init captures, instead.", metavar="DATA"
     )
 
 

@@ -85,6 +85,8 @@ class TorchSession:
         sample: For compute int8: int32 (tokens,), any text; a few hundred tokens are enough.
     """
 
+    capabilities = frozenset({"calibration"})
+
     @out_of_memory
     def __init__(
         self, base: Base, compute: str, execution: ExecutionPlan, sample: NDArray[np.int32] | None = None
