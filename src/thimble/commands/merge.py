@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from thimble.config.options import MergeConfig
-from thimble.core.adapter import Adapter, add_up, conflicts
+from thimble.core.adapter import Adapter, add_up, conflicts, sum_problems
 from thimble.errors import ConfigError, Problems, listing
 from thimble.events import EventLog, OnEvent, ShouldStop, ignore, never
 from thimble.models.base import Base
@@ -116,7 +116,7 @@ def _prepare(config: MergeConfig, log: EventLog) -> tuple[dict[str, Adapter], Ba
     problems.attempt(_check_names, config.adapter)
     base = problems.attempt(find_base, config.base) if config.base is not None else None
     adapters = open_adapters(config.adapter, base, problems)
-    problems.add(*conflicts(adapters))
+    problems.add(*conflicts(adapters), *sum_problems(adapters))
     needed = sum(4 * factors.num_parameters for a in adapters.values() for factors in a.layers.values())
     if not _shrinks(config) and not config.problems:  # a bad --truncate asks for an adapter
         if config.base is None:

@@ -25,7 +25,6 @@ from thimble.models.machine import peak_memory_bytes
 from thimble.report.page import write_report
 from thimble.training import run_folder
 from thimble.training.before_after import Proof
-from thimble.training.calibration import CalibrationData
 from thimble.training.checkpoint import (
     Checkpoint,
     checkpoint_names,
@@ -88,7 +87,9 @@ def train(
         held.enter_context(_memory_told(run_plan.folder))
         log.stage("loading the base")
         session = open_session(run_plan.model, run_plan.config.compute, run_plan.execution)
-        start = _saved_start(run_plan) or _initialise(run_plan, session, log)
+        start = _saved_start(run_plan) or initialise(
+            parse_init(run_plan.config.init), run_plan.config, run_plan.sizes, run_plan.calibration_data(), session, log
+        )
         waiting = Waiting(should_wait, should_stop, log)
         run = _Run(replace(run_plan, config=start.config), session, log, should_stop, waiting)
         run.begin(start)
@@ -117,17 +118,6 @@ def _finished_report(out: Path | None) -> TrainReport | None:
     if not isinstance(value, dict) or value.get("status") != "done":
         return None
     return TrainReport(**{spec.name: value[spec.name] for spec in fields(TrainReport) if spec.name in value})
-
-
-def _initialise(run_plan: RunPlan, session: "TorchSession", log: EventLog) -> Initialization:
-    """The adapter that a run begins with, from the rows of its first steps."""
-    config, shapes = run_plan.config, run_plan.model.base.spec.linear_shapes()
-    data = CalibrationData.of_steps(
-        run_plan.examples.train, run_plan.step_schedule.rows, config.calibration_steps,
-        general_rows=run_plan.general, micro_tokens=run_plan.execution.micro_tokens,
-        shapes={path: shapes[path] for path in run_plan.layers}, seed=config.seed,
-    )  # fmt: skip
-    return initialise(parse_init(config.init), config, run_plan.sizes, data, session, log)
 
 
 def _saved_start(run_plan: RunPlan) -> Initialization | None:

@@ -76,7 +76,7 @@ def add_up(adapters: Iterable[Adapter]) -> dict[str, Factors]:
     """The sum of adapters, layer by layer, exactly.
 
     Args:
-        adapters: Without a `conflicts` among them.
+        adapters: Without `conflicts` and `sum_problems`.
 
     Returns:
         Updates by layer path; the rank of each is the sum of its ranks.
@@ -89,7 +89,7 @@ def add_up(adapters: Iterable[Adapter]) -> dict[str, Factors]:
 
 
 def conflicts(adapters: Mapping[str, Adapter]) -> list[str]:
-    """Why adapters cannot be added up.
+    """Why adapters cannot be of one base.
 
     Args:
         adapters: By the name that the user knows them by.
@@ -104,14 +104,18 @@ def conflicts(adapters: Mapping[str, Adapter]) -> list[str]:
             known, first = shapes.setdefault(path, (factors.shape, name))
             if known != factors.shape:
                 wrong.append(f"{path} is (out, in) {factors.shape} in {name} but {known} in {first}")
-    problems = [f"the adapters do not belong to the same base: {listing(wrong, 2)}"] if wrong else []
-    with_magnitude = [name for name, adapter in adapters.items() if adapter.has_magnitudes]
-    if len(adapters) > 1 and with_magnitude:
-        problems.append(
-            f"adapter {listing(with_magnitude)} is DoRA: it sets the lengths of the rows of W + scale B A, and lengths "
-            "do not add up; merge one at a time"
-        )
-    return problems
+    return [f"the adapters do not belong to the same base: {listing(wrong, 2)}"] if wrong else []
+
+
+def sum_problems(adapters: Mapping[str, Adapter]) -> list[str]:
+    """Why adapters of one base cannot be added up; see `conflicts`."""
+    names = [name for name, adapter in adapters.items() if adapter.has_magnitudes]
+    if len(adapters) < 2 or not names:
+        return []
+    return [
+        f"adapter {listing(names)} is DoRA: it sets the lengths of the rows of W + scale B A, and lengths do not add "
+        "up; merge one at a time"
+    ]
 
 
 def cut(factors: Factors, energy: float, most: int) -> tuple[Factors, float, float]:

@@ -158,8 +158,8 @@ def olora(layer: LayerData) -> Factors:
 def loftq(layer: LayerData) -> Factors:
     """The best update of rank r for what quantising lost (Li et al., LoftQ, arXiv:2310.08659, algorithm 1 with T = 1).
 
-    scale · B A is nearest to W − kept; PEFT leaves the scale out of account. Later rounds would quantise another matrix,
-    W − scale · B A, which is not the base that others share.
+    scale · B A is nearest to W − kept; PEFT leaves the scale out of account. Later rounds would quantise
+    W − scale · B A, another base than the one others share.
     """
     return _split(svd(_given(layer.weight) - _given(layer.kept), layer.rank), layer.scale)
 

@@ -147,11 +147,10 @@ class Calibration:
 
     def moments(self, uses_general_text: bool = False) -> Iterator[tuple[list[str], Moments]]:
         """Second moments of the inputs of all layers, with the paths of those that share an input."""
-        what = "general text" if uses_general_text else f"{self.data.steps} steps"
+        data = self.data
+        rows, what = (data.general_rows, "general text") if uses_general_text else (data.rows, f"{data.steps} steps")
         self.log.stage(f"calibrating: inputs of every layer over {what}")
-        return self.session.input_moments(
-            self._batches(self.data.general_rows if uses_general_text else self.data.rows)
-        )
+        return self.session.input_moments(self._batches(rows))
 
     def sketches(self, ranks: Mapping[str, int], is_weighted: bool = False) -> dict[str, Sketch]:
         """Main directions of the gradients, at least as many as `ranks` says by layer path."""

@@ -42,7 +42,7 @@ COMPARED = (
     "kaiming",
     "eva",
     "gradient",
-)  # inits whose A x are equally long, so that one learning rate is right for all
+)  # their A x are equally long: one learning rate is right for all
 
 
 @dataclass(frozen=True)
@@ -141,8 +141,8 @@ def _quantised_problems(init: Init, config: TrainConfig, model: Model, layers: S
     problems, why = [], f"init {init} is made from what quantising loses, and"
     if dtypes:
         problems.append(
-            f"{why} {model.base.name} is quantised already ({listing(dtypes)}): take the folder of float weights it was "
-            "made from, or another init"
+            f"{why} {model.base.name} is quantised already ({listing(dtypes)}): take the folder of float weights it "
+            "was made from, or another init"
         )
     if config.store != "int8" and config.compute != "int8":
         problems.append(f"{why} --store {config.store} does not quantise: add --store int8")

@@ -29,6 +29,7 @@ from thimble.models.cost import (
 )
 from thimble.models.machine import available_bytes
 from thimble.training import run_folder
+from thimble.training.calibration import CalibrationData
 from thimble.training.checkpoint import Checkpoint, check_origin, latest_checkpoint, origin_of
 from thimble.training.evaluation import Question, ValidationSet, choose_metric, make_questions
 from thimble.training.initialise import check_init
@@ -103,6 +104,15 @@ class RunPlan:
     origin: dict[str, str]
     checkpoint: Checkpoint | None
     folder: Path
+
+    def calibration_data(self) -> CalibrationData:
+        """The rows that initializations and ranks are found on: those of the first steps."""
+        shapes = self.model.base.spec.linear_shapes()
+        return CalibrationData.of_steps(
+            self.examples.train, self.step_schedule.rows, self.config.calibration_steps, general_rows=self.general,
+            micro_tokens=self.execution.micro_tokens, shapes={path: shapes[path] for path in self.layers},
+            seed=self.config.seed,
+        )  # fmt: skip
 
 
 def plan_run(config: TrainConfig, log: EventLog, needs_folder: bool = True) -> RunPlan:
