@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from thimble import __version__
 from thimble.config.train import TrainConfig
 from thimble.core.adapter import Adapter
-from thimble.core.method import INITS, Method, init_name
+from thimble.core.method import Method, parse_init
 from thimble.core.metrics import LossSum
 from thimble.data.batches import micro_batches, pack, shares
 from thimble.data.encode import Row
@@ -35,7 +35,7 @@ from thimble.training.checkpoint import (
     save_checkpoint,
 )
 from thimble.training.guard import Guard, Plateau, Verdict
-from thimble.training.initialise import Start, make_start
+from thimble.training.initialise import Initialization, initialise
 from thimble.training.plan import RunPlan, plan_run
 from thimble.training.prepare import open_session, skipped_rows
 from thimble.training.result import TrainReport
@@ -87,7 +87,9 @@ def train(
         held.enter_context(_memory_told(run_plan.folder))
         log.stage("loading the base")
         session = open_session(run_plan.model, run_plan.config.compute, run_plan.execution)
-        start = _saved_start(run_plan) or make_start(run_plan, session, log)
+        start = _saved_start(run_plan) or initialise(
+            parse_init(run_plan.config.init), run_plan.config, run_plan.sizes, run_plan.calibration_data(), session, log
+        )
         waiting = Waiting(should_wait, should_stop, log)
         run = _Run(replace(run_plan, config=start.config), session, log, should_stop, waiting)
         run.begin(start)
@@ -118,15 +120,15 @@ def _finished_report(out: Path | None) -> TrainReport | None:
     return TrainReport(**{spec.name: value[spec.name] for spec in fields(TrainReport) if spec.name in value})
 
 
-def _saved_start(run_plan: RunPlan) -> Start | None:
+def _saved_start(run_plan: RunPlan) -> Initialization | None:
     """Where a run that is taken up again began, if that was written down."""
     if not run_plan.checkpoint or not (run_plan.folder / run_folder.START).is_dir():
         return None
     saved = load_adapter(run_plan.folder / run_folder.START).layers
     layers = {path: saved[path] for path in run_plan.sizes}  # checkpoints hold numbers in this order
-    is_delta = INITS[init_name(run_plan.config.init)].is_delta
+    is_delta = parse_init(run_plan.config.init).is_delta
     bare = {path: replace(factors, magnitude=None) for path, factors in layers.items()}
-    return Start(Adapter(layers, origin=bare if is_delta else {}), run_plan.config)
+    return Initialization(Adapter(layers, origin=bare if is_delta else {}), run_plan.config)
 
 
 class _Run:
@@ -154,7 +156,7 @@ class _Run:
 
     # ---- beginning ------------------------------------------------------------------------------------------------
 
-    def begin(self, start: Start) -> None:
+    def begin(self, start: Initialization) -> None:
         """Make the run folder and the adapter, or take up a checkpoint."""
         folder, config = self.run_plan.folder, self.run_plan.config
         checkpoint = self.run_plan.checkpoint
@@ -164,12 +166,12 @@ class _Run:
         if skipped:
             run_folder.write_text(folder / "skipped.jsonl", "".join(json.dumps(row) + "\n" for row in skipped))
         self.report.skipped_rows = self.run_plan.examples.left_out
-        if INITS[init_name(config.init)].needs != "nothing" and not checkpoint:
+        if parse_init(config.init).needs != "nothing" and not checkpoint:
             plain = replace(start.adapter, origin={})
             run_folder.publish_adapter(folder, plain, run_folder.START)
         name, notes = self.run_plan.model.base.name, {"thimble_version": __version__, "init": config.init}
         adapter = replace(start.adapter, base=name, notes=notes)
-        self.report.adapter_parameters, self.report.start = adapter.num_parameters, start.numbers
+        self.report.adapter_parameters, self.report.start = adapter.num_parameters, start.measured
         self.session.train(adapter, _method(config))
         if checkpoint:
             self._take_up(checkpoint)

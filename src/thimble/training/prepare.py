@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from thimble.backends.session import Session
 from thimble.config.groups import ComputeOptions, DataOptions
-from thimble.config.options import ComputeOptions, DataOptions
 from thimble.core.adapter import Adapter
 from thimble.data.encode import Encoder, EncodeReport, Row, encode_all
 from thimble.data.records import Dataset, Record, general_records, read_dataset
