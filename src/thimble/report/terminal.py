@@ -79,20 +79,6 @@ def duration(seconds: float) -> str:
     return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
 
 
-def to_json(report: Any) -> str:
-    """A report dataclass as one line of JSON; numbers that are NaN or Inf become null."""
-    return json.dumps(without_nan(dataclasses.asdict(report)), ensure_ascii=False)
-
-
-def without_nan(value: Any) -> Any:
-    """Plain data with None for numbers that JSON cannot hold."""
-    if isinstance(value, Mapping):
-        return {key: without_nan(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_nan(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _number(value: float | None) -> str:
     return "-" if value is None or math.isnan(value) else f"{value:.3f}"
 
