@@ -15,10 +15,10 @@ from thimble import __version__
 from thimble.api import CONFIGS, build_config
 from thimble.config.options import Options, option_type, options_of
 from thimble.errors import InputError, ThimbleError
+from thimble.report.inspect_text import render_inspect
 from thimble.report.terminal import (
     Progress,
     render_evaluate,
-    render_inspect,
     render_merge,
     render_plan,
     render_train,

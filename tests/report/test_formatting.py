@@ -26,7 +26,16 @@ def test_what_was_not_measured_is_no_number(value):
 
 @pytest.mark.parametrize(
     ("share", "shown"),
-    [(0, "0"), (0.0004, "0.1"), (0.05, "5.0"), (0.405, "40"), (0.99, "99"), (0.995, "99.5"), (0.9999, "99.9"), (1, "100")],
+    [
+        (0, "0"),
+        (0.0004, "0.1"),
+        (0.05, "5.0"),
+        (0.405, "40"),
+        (0.99, "99"),
+        (0.995, "99.5"),
+        (0.9999, "99.9"),
+        (1, "100"),
+    ],
 )
 def test_zero_and_a_hundred_percent_are_kept_for_what_is_exactly_that(share, shown):
     assert percent(share) == f"{shown}{THIN}%"

@@ -92,5 +92,8 @@ def read_report(values: Mapping[str, Any]) -> TrainReport:
     known = {spec.name: spec.default for spec in dataclasses.fields(TrainReport)}
     given = {name: value for name, value in with_new_keys(values).items() if name in known}
     return TrainReport(
-        **{name: math.nan if value is None and isinstance(known[name], float) else value for name, value in given.items()}
+        **{
+            name: math.nan if value is None and isinstance(known[name], float) else value
+            for name, value in given.items()
+        }
     )
