@@ -86,6 +86,16 @@ def test_a_failure_leaves_the_old_page(tmp_path: Path) -> None:
     assert (tmp_path / "report.html").read_text(encoding="utf-8") == old
 
 
+@pytest.mark.parametrize(
+    ("data", "shown"),
+    [("examples/smart home calls.jsonl", "smart home calls.jsonl"), ("demo/data", "demo/data"), ("/data", "/data")],
+)
+def test_the_headline_names_base_data_and_time(tmp_path: Path, data: str, shown: str) -> None:
+    _, page = render(tmp_path, full_report(config=config(data=data)), steps(3))
+    headline = f"SmolLM2-135M-Instruct.Q4_1.gguf fine-tuned on {shown} in 130 steps, 21 minutes on a CPU."
+    assert headline in page.text
+
+
 def test_figures_are_counts_only_where_rows_are_right_or_wrong(tmp_path: Path) -> None:
     _, page = render(tmp_path, *STATES["full"])
     assert "valid JSON 0 → 199 /200 0 % → 99.5 %" in page.text, "never rounded up to all"

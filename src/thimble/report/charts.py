@@ -51,7 +51,8 @@ def draw_charts(report: Report, steps: Steps) -> dict[str, Any] | None:
 
     def loss(axes: "Axes") -> None:
         _draw_loss(axes, at, losses, _validation_marks(report))
-        axes.plot(*validation, "o", color=WARM, markersize=4.5, fillstyle="none", clip_on=False, zorder=5)
+        if watched:  # an empty line that is not clipped would widen the margin
+            axes.plot(*validation, "o", color=WARM, markersize=4.5, fillstyle="none", clip_on=False, zorder=5)
 
     return {
         "loss": _draw("loss", loss),

@@ -86,7 +86,8 @@ def _term(text: str) -> tuple[str, str]:
 
 def _headline(report: Report) -> tuple[str, str, str, str]:
     """Base, verb, data, and how long it took, to be set as one sentence."""
-    base, data = report["base"] or "The base", PurePath(report["config"].get("data") or "the examples").name
+    base, path = report["base"] or "The base", PurePath(report["config"].get("data") or "the examples")
+    data = path.name if path.suffix else str(PurePath(*path.parts[-2:]))  # of a folder also where it is: `demo/data`
     steps, spent = report["steps"], f"{plural(report['steps'], 'step')}, {duration(report['seconds'])} on a CPU"
     if not steps:
         return base, "was to be fine-tuned on", data, "but the run ended before the first step."
