@@ -47,7 +47,12 @@ def commands(page: str) -> list[str]:
     return [line for line in (raw.split("  #")[0].strip() for raw in text.splitlines()) if line and line[0] != "#"]
 
 
-def maker(name: str) -> ModuleType:
+def make_cli() -> ModuleType:
+    """docs/make_cli.py as a module."""
+    return load("make_cli")
+
+
+def load(name: str) -> ModuleType:
     """A program of docs/ as a module."""
     spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
@@ -66,12 +71,12 @@ ALL_COMMANDS = [
 @pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="argparse lays out --help otherwise; the page is of 3.11")
 def test_the_page_of_commands_is_up_to_date(monkeypatch):
     monkeypatch.setenv("COLUMNS", "41")  # whatever the terminal is like
-    assert maker("make_cli").write_page() == read("docs/cli.md"), "run `make docs`"
+    assert make_cli().write_page() == read("docs/cli.md"), "run `make docs`"
 
 
 def test_every_field_of_a_report_is_explained():
     """What a report's docstring leaves out would be an empty cell of docs/cli.md."""
-    module = maker("make_cli")
+    module = make_cli()
     fields = {(report, name) for reports in module.REPORTS.values() for report in reports for name in _fields(report)}
     told = {(report, name) for report, name in fields if module.read_attributes(report.__doc__ or "").get(name)}
     assert sorted(f"{report.__name__}.{name}" for report, name in fields - told) == []
@@ -83,7 +88,7 @@ def _fields(report: type) -> list[str]:
 
 def test_the_file_map_names_every_source_file_and_no_other():
     """A line a file, from its docstring; whoever adds a file writes that and nothing else."""
-    module = maker("make_map")
+    module = load("make_map")
     assert module.read_map(read("docs/architecture.md")) == module.write_map(), "run `make docs`"
 
 

@@ -159,10 +159,10 @@ def test_a_finished_run_is_not_to_be_continued(tmp_path: Path) -> None:
 
 def test_what_the_page_of_an_interrupted_run_says_continues_it(thimble, tiny_base, examples) -> None:
     """With the defaults, from the run itself: `--config` and `--resume`, and nothing else."""
-    told: list[int] = []
+    taken: list[int] = []
     run = api.train(
         examples, base=tiny_base, max_steps=4, eval_rows=0,
-        on_event=lambda event: told.append(1) if event.kind == "step" else None, should_stop=lambda: len(told) == 2,
+        on_event=lambda event: taken.append(1) if event.kind == "step" else None, should_stop=lambda: len(taken) == 2,
     )  # fmt: skip
     shown = Page(Path(run.out, "report.html").read_text())
     command = f"thimble train --config {run.out}/config.yaml --resume"

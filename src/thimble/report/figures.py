@@ -34,7 +34,7 @@ PNG_DOTS_PER_INCH = 160
 WIDTH, HEIGHT = 8.6, 4.6  # inches of a figure with axes
 TITLE_POINTS = 29  # from the axes up to the title
 MOST_TICKS = 16  # numbers of blocks along an axis
-FIGURES = {"base": ("energy",), "adapter": ("moved", "decay", "alignment"), "two adapters": ("overlap",)}
+FIGURES = {"base": ("energy",), "adapter": ("moved", "decay", "alignment"), "two adapters": ("overlap",), "inits": ()}
 
 
 def figure_files(subject: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""What `thimble inspect` found, as text in a terminal: a base, an adapter, or what two adapters have in common."""
+"""What `thimble inspect` found, as text in a terminal: of a base, an adapter, two adapters, or inits on some data."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -15,8 +15,8 @@ NO_RANK_FROM_W = (
 
 
 def render_inspect(report: Any) -> str:
-    """What was found in a base, in an adapter, or in common by two, in one screen."""
-    parts = {"base": _base_parts, "adapter": _adapter_parts, "two adapters": _pair_parts}[report.subject](report)
+    """What was found in a base, in an adapter, in two adapters or of inits, in one screen."""
+    parts = _PARTS[report.subject](report)
     if report.skipped:
         parts.append(f"warning: {plural(len(report.skipped), 'weight')} left out: {_few(report.skipped)}")
     if report.figures:
@@ -130,3 +130,16 @@ def _pair_parts(report: Any) -> list[str]:
         f"only in {at}   {_few(map(_short, layers))}" for at, layers in enumerate(report.only_in.values(), 1) if layers
     ]
     return [head, table(rows), legend, *only]
+
+
+def _init_parts(report: Any) -> list[str]:
+    head = f"gradients of {report.names[0]} on {report.base}, {plural(len(report.inits), 'layer')}"
+    rows: list[tuple[str, ...]] = [("share captured by A of", "layers", "rank", "kaiming", "eva", "gradient")]
+    for kind, mean in _means(report).items():
+        shares = [f"{mean[init]:.1%}" for init in ("kaiming", "eva", "gradient")]
+        rows.append((kind, f"{mean['layers']:.0f}", f"{mean['rank']:.0f}", *shares))
+    legend = "  Share of the gradient of W (squared norm) that lies in the rows of A, on rows that A was not made from."
+    return [head, table(rows), legend, report.remark]
+
+
+_PARTS = {"base": _base_parts, "adapter": _adapter_parts, "two adapters": _pair_parts, "inits": _init_parts}
