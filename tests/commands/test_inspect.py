@@ -15,7 +15,7 @@ from thimble.errors import InputError
 from thimble.files.peft import save_adapter
 from thimble.files.tensors import open_tensors, write_safetensors
 from thimble.models.base import open_base
-from thimble.report.terminal import render_inspect
+from thimble.report.inspect_text import render_inspect
 
 Q = "model.layers.0.self_attn.q_proj"
 

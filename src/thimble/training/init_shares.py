@@ -1,6 +1,7 @@
 """What share of the gradient of some data the A of each init captures, before any training."""
 
-from thimble.config.options import InspectConfig, TrainConfig
+from thimble.config.inspect_ import InspectConfig
+from thimble.config.train import TrainConfig
 from thimble.core.method import INITS
 from thimble.core.targets import Size
 from thimble.errors import Problems

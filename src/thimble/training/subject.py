@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from thimble.config.options import InspectConfig
+from thimble.config.inspect_ import InspectConfig
 from thimble.core.adapter import Adapter, conflicts
 from thimble.errors import AdapterError, ConfigError, Problems, listing
 from thimble.events import EventLog
