@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from run import write_results
 
+from thimble.backends.open import open_session
 from thimble.backends.torch.session import TorchSession
 from thimble.config.options import TrainConfig
 from thimble.core.method import INITS
@@ -29,7 +30,6 @@ from thimble.data.batches import micro_batches, shares
 from thimble.events import EventLog, ignore
 from thimble.training.initialise import Start, make_start
 from thimble.training.plan import RunPlan, plan_run
-from thimble.training.prepare import open_session
 
 HERE = Path(__file__).parent
 DEMO_DATA = HERE.parent / "demo" / "data"

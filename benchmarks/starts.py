@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 from make_rows import ALPHA, RANK
 
+from thimble.backends.open import open_session
 from thimble.config.options import TrainConfig
 from thimble.data.batches import micro_batches
 from thimble.events import EventLog, ignore
 from thimble.models.base import default_base
 from thimble.training.initialise import make_start
 from thimble.training.plan import RunPlan, plan_run
-from thimble.training.prepare import open_session
 
 STEPS = 2  # of 2048 tokens, that starts made from data look at
 

@@ -209,7 +209,7 @@ CASES: dict[str, list[Case]] = {
         Case("Held-out rows are among the training rows", "Take them out of one of the files: what is learned by heart is no proof.",
              plan("data"), lambda: [write("data/train.jsonl", rows(9)), write("data/valid.jsonl", rows(2))], shows="also among"),
         Case("Rows are too long", "Raise `--seq-len` if memory allows.", [*plan("mine.jsonl"), "--seq-len", "64"],
-             lambda: write("mine.jsonl", rows(9) + json.dumps({"prompt": "word " * 100, "completion": "x"})), shows="longer than seq_len"),
+             lambda: write("mine.jsonl", rows(9) + json.dumps({"prompt": "word " * 100, "completion": "x"})), shows="longer than --seq-len"),
     ],
     "The base": [
         Case("There is no such base", "", ["plan", "mine.jsonl", "--base", "tinny.gguf"]),

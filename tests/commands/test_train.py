@@ -242,7 +242,7 @@ def test_long_rows_are_truncated_and_counted(tiny_base, tmp_path):
     rows = [{"prompt": "word " * 200, "completion": "done"}, *({"prompt": f"{n}", "completion": "x"} for n in range(6))]
     (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     report = thimble.train(tmp_path / "long.jsonl", base=tiny_base, out=str(tmp_path / "run"), valid_split=0, **QUICK)
-    assert any("1 training row longer than seq_len (14%) lost" in warning for warning in report.messages["warning"])
+    assert any("1 training row longer than --seq-len (14%) lost" in warning for warning in report.messages["warning"])
     assert math.isnan(report.loss_before)
 
 

@@ -3,13 +3,15 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from thimble.backends.open import choose_store, open_session
 from thimble.config.options import ChatConfig
 from thimble.core.adapter import Adapter
 from thimble.data.encode import Encoder
+from thimble.data.model import Model, open_model
 from thimble.errors import AdapterError, Problems, listing
 from thimble.events import EventLog, OnEvent, ignore
-from thimble.models.cost import ExecutionPlan
-from thimble.training.prepare import Model, choose_store, open_adapters, open_model, open_session
+from thimble.models.adapters import open_adapters
+from thimble.models.execution import ExecutionPlan
 
 if TYPE_CHECKING:
     from thimble.backends.torch.session import TorchSession
@@ -121,5 +123,7 @@ def open_conversation(config: ChatConfig, on_event: OnEvent = ignore) -> Convers
     (model,) = problems.required(model)
     compute, why = choose_compute(config.compute)
     log.decision(f"compute: {why}")
-    session = open_session(model, compute, ExecutionPlan(choose_store(config, model.base, compute)[0][0], num_cores()))
+    session = open_session(
+        model, compute, ExecutionPlan(choose_store(config.store, model.base, compute)[0][0], num_cores())
+    )
     return Conversation(config, model, session, adapters)

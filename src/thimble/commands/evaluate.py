@@ -3,26 +3,20 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from thimble.backends.open import choose_store, open_session
 from thimble.config.options import EvaluateConfig
 from thimble.core.adapter import Adapter
 from thimble.core.metrics import Metric
+from thimble.data.examples import Examples, encode_examples, log_skipped, open_data
+from thimble.data.model import Model, open_model
 from thimble.data.records import Dataset, Record
 from thimble.data.spool import Items
 from thimble.errors import Problems, plural
 from thimble.events import EventLog, OnEvent, ShouldStop, ignore, never
-from thimble.models.cost import ExecutionPlan, cache_token_bytes
+from thimble.models.adapters import open_adapters
+from thimble.models.cost import cache_token_bytes
+from thimble.models.execution import ExecutionPlan
 from thimble.training.evaluation import Question, ValidationSet, choose_metric, make_questions, measure, scores_of
-from thimble.training.prepare import (
-    Examples,
-    Model,
-    choose_store,
-    encode_examples,
-    log_skipped,
-    open_adapters,
-    open_data,
-    open_model,
-    open_session,
-)
 
 SHOWN_ANSWERS = 3
 PASS_TOKENS = 1024  # read at a time on a core
@@ -93,7 +87,7 @@ def evaluate(config: EvaluateConfig, on_event: OnEvent = ignore, should_stop: Sh
     from thimble.backends.torch.threads import num_cores
 
     compute, why = choose_compute(config.compute)
-    stores, why_store = choose_store(config, model.base, compute)
+    stores, why_store = choose_store(config.store, model.base, compute)
     log.decision(f"compute: {why}")
     log.decision(why_store)
     session = open_session(model, compute, ExecutionPlan(stores[0], num_cores()))

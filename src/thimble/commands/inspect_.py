@@ -12,9 +12,11 @@ import numpy as np
 from thimble.config.options import InspectConfig
 from thimble.core.adapter import Adapter
 from thimble.core.lowrank import Array, Factors
+from thimble.data.model import find_base, is_hub_name
 from thimble.errors import AdapterError, BaseModelError, ConfigError, Problems, listing, plural
 from thimble.events import EventLog, OnEvent, ShouldStop, ignore, never
 from thimble.files.peft import CONFIG_FILE, WEIGHTS_FILE
+from thimble.models.adapters import open_adapters
 from thimble.models.base import Base, Weight
 from thimble.models.inspection import (
     Overlap,
@@ -27,7 +29,6 @@ from thimble.models.inspection import (
     update_of,
 )
 from thimble.report.figures import figure_files, write_figures
-from thimble.training.prepare import find_base, is_hub_name, open_adapters
 from thimble.training.run_folder import check_folder
 
 MOST_OPERATIONS = 1e12  # about a minute on two cores; a base that takes more has its blocks sampled

@@ -13,14 +13,15 @@ from thimble.config.options import MergeConfig
 from thimble.core.adapter import Adapter
 from thimble.core.lowrank import Factors, rank_for, svd_of_update, total, truncate
 from thimble.core.lowrank import merge as merge_weight
+from thimble.data.model import find_base
 from thimble.errors import AdapterError, BaseModelError, ConfigError, Problems, RunError, listing, plural
 from thimble.events import EventLog, OnEvent, ShouldStop, ignore, never
 from thimble.files.blocks import dequantize, quantize
 from thimble.files.peft import KEY, MAX_RANK, WEIGHTS_FILE, find_adapter, save_adapter
 from thimble.files.tensors import open_tensors, rewrite_safetensors
 from thimble.files.untrusted import is_inside
+from thimble.models.adapters import open_adapters
 from thimble.models.base import Base, Weight, weight_files
-from thimble.training.prepare import find_base, open_adapters
 from thimble.training.run_folder import atomic_folder, check_new_folder
 
 ROUNDING_LIMIT = 0.1  # share of an update that rounding may change before a warning

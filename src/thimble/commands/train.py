@@ -12,12 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from thimble import __version__
+from thimble.backends.open import open_session
 from thimble.config.options import TrainConfig
 from thimble.core.adapter import Adapter
 from thimble.core.method import INITS, Method, init_name
 from thimble.core.metrics import LossSum
 from thimble.data.batches import micro_batches, pack, shares
 from thimble.data.encode import Row
+from thimble.data.examples import skipped_rows
 from thimble.errors import RunError, listing
 from thimble.events import EventLog, OnEvent, ShouldStop, ignore, never
 from thimble.files.peft import load_adapter
@@ -37,7 +39,6 @@ from thimble.training.checkpoint import (
 from thimble.training.guard import Guard, Plateau, Verdict
 from thimble.training.initialise import Start, make_start
 from thimble.training.plan import RunPlan, plan_run
-from thimble.training.prepare import open_session, skipped_rows
 from thimble.training.result import TrainReport
 from thimble.training.waiting import ShouldWait, Waiting, never_wait
 

@@ -11,7 +11,7 @@ from thimble.data.batches import micro_batches
 from thimble.data.encode import Row
 from thimble.errors import RunError, listing, plural
 from thimble.events import EventLog, ShouldStop
-from thimble.models.cost import ExecutionPlan
+from thimble.models.execution import ExecutionPlan
 from thimble.training import run_folder
 from thimble.training.evaluation import Answer, measure, scores_of, validation_loss
 from thimble.training.plan import RunPlan

@@ -20,14 +20,15 @@ from thimble.core.adapter import Adapter, fresh_adapter
 from thimble.core.inits import corda, eva, from_sketch, from_weight, loftq, with_zero_b
 from thimble.core.method import ADAPTER, AUTO, INITS, init_name
 from thimble.core.targets import Size, size_layers
+from thimble.data.model import Model
 from thimble.errors import Problems, listing
 from thimble.events import EventLog
 from thimble.files.peft import load_adapter
+from thimble.models.adapters import check_fits
 from thimble.models.spec import DecoderSpec
 from thimble.training import run_folder
 from thimble.training.calibration import AUTO_RANK, MOST_RANK, CalibrationData, choose, choose_ranks
 from thimble.training.checkpoint import latest_checkpoint
-from thimble.training.prepare import Model, check_fits
 
 if TYPE_CHECKING:
     from thimble.backends.torch.session import TorchSession

@@ -9,7 +9,7 @@ from samples import make_batch, peft_loss
 from thimble.backends.torch.calibrate import captured_energy, input_moments, sketch_gradients
 from thimble.backends.torch.session import TorchSession
 from thimble.models.base import open_base
-from thimble.models.cost import ExecutionPlan
+from thimble.models.execution import ExecutionPlan
 
 NAME = "llama_bias"
 

@@ -12,7 +12,7 @@ from thimble.core.metrics import LossSum
 from thimble.data.batches import pack
 from thimble.data.encode import Row
 from thimble.models.base import open_base
-from thimble.models.cost import ExecutionPlan
+from thimble.models.execution import ExecutionPlan
 
 GGUF = Path(__file__).parents[2] / "fixtures" / "gguf"
 IDS = np.random.default_rng(1).integers(3, 290, 40).astype(np.int32)  # longer than every window

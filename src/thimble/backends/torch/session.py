@@ -29,7 +29,7 @@ from thimble.core.inits import Moments, Sketch
 from thimble.core.method import Method
 from thimble.core.metrics import LossSum
 from thimble.models.base import Base
-from thimble.models.cost import ExecutionPlan
+from thimble.models.execution import ExecutionPlan
 
 PLAIN = Method()
 
