@@ -107,7 +107,7 @@ class Task:
         began = time.perf_counter()
         rate = self.run_plan(arm, seed).step_schedule.rate * STEP**power
         run_plan = self.run_plan(arm, seed, rate)
-        self.session = self.session or open_session(run_plan.model, run_plan.config.compute, run_plan.execution)
+        self.session = self.session or open_session(run_plan.model, run_plan.config.compute, run_plan.execution.store)
         if (arm, seed) not in self.starts:
             self.starts = {key: start for key, start in self.starts.items() if key[0] == arm}
             self.starts[arm, seed] = make_start(run_plan, self.session, EventLog(ignore))

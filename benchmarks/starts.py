@@ -28,7 +28,7 @@ def make_job(data: str, init: str) -> RunPlan:
 def ours(data: str, init: str) -> dict[str, float]:
     """Thimble's start."""
     run_plan = make_job(data, init)
-    session = open_session(run_plan.model, run_plan.config.compute, run_plan.execution)
+    session = open_session(run_plan.model, run_plan.config.compute, run_plan.execution.store)
     list(session.losses(micro_batches(run_plan.examples.train[:2], 1024)))  # the file is in memory, as in training
     with Measured() as measured:
         make_start(run_plan, session, EventLog(ignore))

@@ -7,7 +7,6 @@ from thimble.backends.session import Session
 from thimble.data.model import Model
 from thimble.data.records import general_records
 from thimble.models.base import Base
-from thimble.models.execution import ExecutionPlan
 
 SAMPLE_TOKENS = 512  # of text that shows compute int8 which columns of the activations are large
 
@@ -32,20 +31,21 @@ def choose_store(wanted: str, base: Base, compute: str) -> tuple[tuple[str, ...]
     return ("dense", "file"), "store dense: the weights of a folder are held in the compute type"
 
 
-def open_session(model: Model, compute: str, execution: ExecutionPlan) -> Session:
+def open_session(model: Model, compute: str, store: str, is_streamed: bool = False) -> Session:
     """Load a base into the torch engine.
 
     Args:
         model: The base with its tokenizer.
         compute: `fp32`, `bf16` or `int8`.
-        execution: Its store, and whether the weights are streamed; the rest of it is an argument of every call.
+        store: How the frozen weights are kept.
+        is_streamed: Whether they are read from the file for each product and not kept.
 
     Returns:
         The session.
     """
     from thimble.backends.torch.session import TorchSession
 
-    return TorchSession(model.base, compute, execution, _sample(model) if compute == "int8" else None)
+    return TorchSession(model.base, compute, store, is_streamed, _sample(model) if compute == "int8" else None)
 
 
 def _sample(model: Model) -> NDArray[np.int32]:

@@ -87,7 +87,7 @@ def evaluate(config: EvaluateConfig, on_event: OnEvent = ignore, should_stop: Sh
     session, compute, execution = _open(config, model, log)
     validation = ValidationSet(
         examples.valid, questions if metric else questions[:SHOWN_ANSWERS], metric, model.tokenizer,
-        config.max_new_tokens, PASS_TOKENS, CACHE_BYTES // cache_token_bytes(model.base.spec, compute),
+        config.max_new_tokens, CACHE_BYTES // cache_token_bytes(model.base.spec, compute), PASS_TOKENS * execution.num_shares,
     )  # fmt: skip
     results: list[Result] = []
     for name, adapter in {"base": None, **adapters}.items():
@@ -113,7 +113,7 @@ def _open(config: EvaluateConfig, model: Model, log: EventLog) -> tuple[Session,
     log.decision(f"compute: {why}")
     log.decision(why_store)
     execution = ExecutionPlan(stores[0], num_cores(), PASS_TOKENS)
-    return open_session(model, compute, execution), compute, execution
+    return open_session(model, compute, stores[0]), compute, execution
 
 
 def _prepare(

@@ -63,7 +63,9 @@ def train(
             held.enter_context(locked(run_plan.folder))
         held.enter_context(_memory_explained(run_plan.folder))
         log.stage("loading the base")
-        session = open_session(run_plan.model, run_plan.config.compute, run_plan.execution)
+        session = open_session(
+            run_plan.model, run_plan.config.compute, run_plan.execution.store, run_plan.execution.is_streamed
+        )
         start = _saved_start(run_plan) or make_start(run_plan, session, log)
         run_plan = replace(run_plan, config=start.config)
         sink = _begin(run_plan, start, log)

@@ -200,8 +200,8 @@ def _validation_set(config: TrainConfig, checked: _Checked, cost: RunCost) -> Va
     questions = checked.questions if metric else checked.questions[:SHOWN_WITHOUT_METRIC]
     cache_tokens = cost.memory.activations // cache_token_bytes(model.base.spec, cost.compute)
     return ValidationSet(
-        examples.valid, questions, metric, model.tokenizer, config.max_new_tokens, cost.execution.micro_tokens,
-        cache_tokens,
+        examples.valid, questions, metric, model.tokenizer, config.max_new_tokens, cache_tokens,
+        planned_tokens=cost.execution.micro_tokens * cost.execution.num_shares,
     )  # fmt: skip
 
 

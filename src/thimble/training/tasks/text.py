@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -37,7 +37,6 @@ class TextTask:
         kl_weight: Of keeping them, from 0 up to 1.
         base: The base, for what is odd about it.
         compute: The compute type, likewise.
-        execution: What the cache of `validation` was sized for.
     """
 
     rows: Items[Row]
@@ -49,7 +48,6 @@ class TextTask:
     kl_weight: float
     base: Base
     compute: str
-    execution: ExecutionPlan
 
     # ---- training -------------------------------------------------------------------------------------------------
 
@@ -75,8 +73,7 @@ class TextTask:
 
     def evaluate(self, session: Session, adapter: ActiveAdapter, execution: ExecutionPlan, control: Control) -> Scores:
         """Loss and answers of the validation rows, and the loss on general text."""
-        validation = self._validation_in(execution)
-        total, answers = measure(session, adapter, validation, execution, control.log, control.should_stop)
+        total, answers = measure(session, adapter, self.validation, execution, control.log, control.should_stop)
         loss = math.nan if control.should_stop() else total.mean
         return Scores(loss, self._loss(session, adapter, self.general, execution, control, "general text"), answers)
 
@@ -136,13 +133,6 @@ class TextTask:
         total = validation_loss(session, adapter, rows, execution, control.log, control.should_stop, what)
         return math.nan if control.should_stop() else total.mean
 
-    def _validation_in(self, execution: ExecutionPlan) -> ValidationSet:
-        """What is measured, with a cache as much smaller as the execution plan is."""
-        planned = self.execution
-        share = execution.micro_tokens * execution.num_shares / (planned.micro_tokens * planned.num_shares)
-        cache_tokens = max(1, int(self.validation.cache_tokens * share))
-        return replace(self.validation, pass_tokens=execution.micro_tokens, cache_tokens=cache_tokens)
-
 
 def text_task(run_plan: RunPlan) -> TextTask:
     """The task of a run; where the answers of the base are kept, half of the general text is, and half is measured."""
@@ -151,5 +141,5 @@ def text_task(run_plan: RunPlan) -> TextTask:
     return TextTask(
         rows=run_plan.examples.train, costs=run_plan.examples.train_report.lengths, watched=run_plan.watched,
         validation=run_plan.validation, general=measured if weight else general, kl_rows=kept if weight else (),
-        kl_weight=weight, base=run_plan.model.base, compute=run_plan.config.compute, execution=run_plan.execution,
+        kl_weight=weight, base=run_plan.model.base, compute=run_plan.config.compute,
     )  # fmt: skip
