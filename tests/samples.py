@@ -8,6 +8,7 @@ import torch
 from thimble.core.adapter import Adapter
 from thimble.core.inits import LayerData, kaiming
 from thimble.core.lowrank import Factors
+from thimble.data.encode import Row
 
 RANDOM = np.random.default_rng(3)
 IDS = RANDOM.integers(3, 290, 48).astype(np.int32)
@@ -18,6 +19,15 @@ def make_batch(starts=(0, 20, 48), label_share=0.6):
     labels[RANDOM.random(len(IDS)) > label_share] = -100
     labels[np.array(starts[1:]) - 1] = -100
     return SimpleNamespace(ids=IDS, labels=labels, starts=np.array(starts))
+
+
+def make_rows(count=6):
+    """Rows of random tokens, all of them targets."""
+    rows = []
+    for number in range(count):
+        ids = RANDOM.integers(3, 290, 24).astype(np.int32)
+        rows.append(Row(ids, np.append(ids[1:], -100).astype(np.int32), f"row {number}", 1))
+    return rows
 
 
 def make_adapter(base, rank=4, b_size=0.05, only=None):
