@@ -314,7 +314,6 @@ def test_a_gguf_base_is_refused_with_what_to_do_instead(refuse, tmp_path, tiny_b
     assert "is a GGUF file" in text
     assert "thimble chat --adapter" in text
     assert "a folder of float weights" in text
-    assert "thimble export" in text
 
 
 def test_a_smaller_adapter_for_a_gguf_base_is_fine(tmp_path, tiny_base):

@@ -96,7 +96,8 @@ class Options:
         Returns:
             Values by our name, and a problem for each name that is not an option.
         """
-        known, given, problems = options_of(cls), {}, []
+        known, problems = options_of(cls), []
+        given: dict[str, Given] = {}
         for name, value in values.items():
             ours = our_name(name, known)
             if ours is None:
