@@ -4,7 +4,7 @@ import contextlib
 import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from thimble import __version__
 from thimble.config.train import TrainConfig
 from thimble.core.adapter import Adapter
-from thimble.core.method import INITS, Method, init_name
+from thimble.core.method import Method, parse_init
 from thimble.core.metrics import LossSum
 from thimble.data.batches import micro_batches, pack, shares
 from thimble.data.encode import Row
@@ -22,6 +22,7 @@ from thimble.errors import RunError, listing
 from thimble.events import EventLog, OnEvent, ShouldStop, ignore, never
 from thimble.files.peft import load_adapter
 from thimble.models.machine import peak_memory_bytes
+from thimble.report.keys import to_json_dict, with_new_keys
 from thimble.report.page import write_report
 from thimble.training import run_folder
 from thimble.training.before_after import Proof
@@ -35,10 +36,10 @@ from thimble.training.checkpoint import (
     save_checkpoint,
 )
 from thimble.training.guard import Guard, Plateau, Verdict
-from thimble.training.initialise import Start, make_start
+from thimble.training.initialise import Initialization, initialise
 from thimble.training.plan import RunPlan, plan_run
 from thimble.training.prepare import open_session, skipped_rows
-from thimble.training.result import TrainReport
+from thimble.training.result import TrainReport, read_report
 from thimble.training.waiting import ShouldWait, Waiting, never_wait
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
 
 SNAPSHOT_EVERY_STEPS = 2  # how far a run falls back at most: a copy takes a hundredth of a step
 GOOD = "good."  # before the names of the last sound state in a checkpoint
-COUNTED = ("tokens", "target_tokens", "seconds", "rollbacks", "start")  # of the report, kept in a checkpoint
+COUNTED = ("tokens", "target_tokens", "seconds", "rollbacks", "initialization")  # of the report, kept in a checkpoint
 REFERENCE_TOKENS = 256  # of general text beside each step, where the base's answers to it are to be kept
 
 
@@ -87,7 +88,9 @@ def train(
         held.enter_context(_memory_told(run_plan.folder))
         log.stage("loading the base")
         session = open_session(run_plan.model, run_plan.config.compute, run_plan.execution)
-        start = _saved_start(run_plan) or make_start(run_plan, session, log)
+        start = _saved_start(run_plan) or initialise(
+            parse_init(run_plan.config.init), run_plan.config, run_plan.sizes, run_plan.calibration_data(), session, log
+        )
         waiting = Waiting(should_wait, should_stop, log)
         run = _Run(replace(run_plan, config=start.config), session, log, should_stop, waiting)
         run.begin(start)
@@ -115,18 +118,18 @@ def _finished_report(out: Path | None) -> TrainReport | None:
     value = run_folder.read_json(out / "report.json") if out else None
     if not isinstance(value, dict) or value.get("status") != "done":
         return None
-    return TrainReport(**{spec.name: value[spec.name] for spec in fields(TrainReport) if spec.name in value})
+    return read_report(value)
 
 
-def _saved_start(run_plan: RunPlan) -> Start | None:
+def _saved_start(run_plan: RunPlan) -> Initialization | None:
     """Where a run that is taken up again began, if that was written down."""
     if not run_plan.checkpoint or not (run_plan.folder / run_folder.START).is_dir():
         return None
     saved = load_adapter(run_plan.folder / run_folder.START).layers
     layers = {path: saved[path] for path in run_plan.sizes}  # checkpoints hold numbers in this order
-    is_delta = INITS[init_name(run_plan.config.init)].is_delta
+    is_delta = parse_init(run_plan.config.init).is_delta
     bare = {path: replace(factors, magnitude=None) for path, factors in layers.items()}
-    return Start(Adapter(layers, origin=bare if is_delta else {}), run_plan.config)
+    return Initialization(Adapter(layers, origin=bare if is_delta else {}), run_plan.config)
 
 
 class _Run:
@@ -154,7 +157,7 @@ class _Run:
 
     # ---- beginning ------------------------------------------------------------------------------------------------
 
-    def begin(self, start: Start) -> None:
+    def begin(self, start: Initialization) -> None:
         """Make the run folder and the adapter, or take up a checkpoint."""
         folder, config = self.run_plan.folder, self.run_plan.config
         checkpoint = self.run_plan.checkpoint
@@ -164,12 +167,12 @@ class _Run:
         if skipped:
             run_folder.write_text(folder / "skipped.jsonl", "".join(json.dumps(row) + "\n" for row in skipped))
         self.report.skipped_rows = self.run_plan.examples.left_out
-        if INITS[init_name(config.init)].needs != "nothing" and not checkpoint:
+        if parse_init(config.init).needs != "nothing" and not checkpoint:
             plain = replace(start.adapter, origin={})
             run_folder.publish_adapter(folder, plain, run_folder.START)
         name, notes = self.run_plan.model.base.name, {"thimble_version": __version__, "init": config.init}
         adapter = replace(start.adapter, base=name, notes=notes)
-        self.report.adapter_parameters, self.report.start = adapter.num_parameters, start.numbers
+        self.report.adapter_parameters, self.report.initialization = adapter.num_parameters, start.numbers
         self.session.train(adapter, _method(config))
         if checkpoint:
             self._take_up(checkpoint)
@@ -191,7 +194,7 @@ class _Run:
 
     def _take_up(self, checkpoint: Checkpoint) -> None:
         """Continue from a checkpoint."""
-        state, progress = dict(checkpoint.state), dict(checkpoint.progress)
+        state, progress = dict(checkpoint.state), with_new_keys(checkpoint.progress)
         self.report.steps = self.saved_step = checkpoint.step
         self.best = state.pop("best", None)
         self.good = {name[len(GOOD) :]: state.pop(name) for name in list(state) if name.startswith(GOOD)}
@@ -462,7 +465,7 @@ class _Run:
         report.adapter = str(run_folder.publish_adapter(folder, self.session.adapter()))
         run_folder.write_manifest(folder, self._fingerprint(), base.name, self.data, __version__)
         write_report(folder / "report.html", asdict(report), run_folder.read_steps(folder / run_folder.STEPS))
-        run_folder.write_json(folder / "report.json", asdict(report))  # last: with it the run is done
+        run_folder.write_json(folder / "report.json", to_json_dict(report))  # last: with it the run is done
         if report.status == "done" and not self.run_plan.config.checkpoint_every_steps:
             clear_checkpoints(folder)
 

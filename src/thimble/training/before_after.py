@@ -12,6 +12,7 @@ from thimble.data.encode import Row
 from thimble.errors import RunError, listing, plural
 from thimble.events import EventLog, ShouldStop
 from thimble.models.cost import ExecutionPlan
+from thimble.report.keys import with_new_keys
 from thimble.training import run_folder
 from thimble.training.evaluation import Answer, measure, scores_of, validation_loss
 from thimble.training.plan import RunPlan
@@ -71,7 +72,7 @@ class Proof:
         saved = run_folder.read_json(path) if report.steps else None
         if saved:
             self.answers = [Answer(**answer) for answer in saved.pop("answers")]
-            for name, value in saved.items():
+            for name, value in with_new_keys(saved).items():
                 setattr(report, name, value)
             return
         self.log.stage("measuring the base before training")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from thimble.config.train import TrainConfig
-from thimble.core.method import AUTO, INITS, init_name
+from thimble.core.method import parse_init
 from thimble.core.metrics import Metric
 from thimble.core.sizes import MICRO_BATCH_TOKENS, padded
 from thimble.core.targets import Size, select_layers
@@ -29,9 +29,10 @@ from thimble.models.cost import (
 )
 from thimble.models.machine import available_bytes
 from thimble.training import run_folder
+from thimble.training.calibration import CalibrationData
 from thimble.training.checkpoint import Checkpoint, check_origin, latest_checkpoint, origin_of
 from thimble.training.evaluation import Question, ValidationSet, choose_metric, make_questions
-from thimble.training.initialise import check_start
+from thimble.training.initialise import check_init
 from thimble.training.prepare import (
     Examples,
     Model,
@@ -104,6 +105,15 @@ class RunPlan:
     checkpoint: Checkpoint | None
     folder: Path
 
+    def calibration_data(self) -> CalibrationData:
+        """The rows that initializations and ranks are found on: those of the first steps."""
+        shapes = self.model.base.spec.linear_shapes()
+        return CalibrationData.of_steps(
+            self.examples.train, self.step_schedule.rows, self.config.calibration_steps, general_rows=self.general,
+            micro_tokens=self.execution.micro_tokens, shapes={path: shapes[path] for path in self.layers},
+            seed=self.config.seed,
+        )  # fmt: skip
+
 
 def plan_run(config: TrainConfig, log: EventLog, needs_folder: bool = True) -> RunPlan:
     """Check everything that can be wrong, decide everything that was left open.
@@ -145,7 +155,11 @@ def _check(config: TrainConfig, needs_folder: bool, log: EventLog) -> _Checked:
     dataset = problems.attempt(open_data, config.data, config.strict)
     layers = problems.attempt(select_layers, config.targets, model.base.spec.linear_shapes()) if model else None
     folder = run_folder.choose_folder(config.out, config.data)
-    sizes = problems.attempt(check_start, config, model, layers, folder) if model and layers else None
+    sizes = (
+        problems.attempt(check_init, parse_init(config.init), config, model, layers, folder)
+        if model and layers
+        else None
+    )
     if needs_folder:
         trained = adapter_parameters(model.base.spec, sizes, config.use_dora) if model and sizes else 0
         needed = RUN_FOLDER_BYTES + trained * 4 * ADAPTER_FILES
@@ -279,8 +293,8 @@ def _fit_memory(
     step_tokens = min(config.batch_tokens, examples.train_report.tokens)
     plans = [*first, *_execution_plans(step_tokens, longest, stores, model.base.spec.num_layers, num_sizes)]
     trained, lowest = what
-    looks_at_all = ("inputs", "gradients") if config.init == AUTO or config.rank is None else ()
-    init = INITS["kaiming" if config.init == AUTO else init_name(config.init)]
+    looks_at_all = ("inputs", "gradients") if config.rank is None else ()
+    init = parse_init(config.init)
     start = ((init.needs, *looks_at_all), init.is_delta)
     plans = [
         (estimate_memory(model.base, compute, trained, longest, execution, lowest, *start), execution)

@@ -7,11 +7,11 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from thimble.backends.session import Session
 from thimble.config.groups import ComputeOptions, DataOptions
 from thimble.core.adapter import Adapter
 from thimble.data.encode import Encoder, EncodeReport, Row, encode_all
@@ -23,10 +23,6 @@ from thimble.errors import AdapterError, BaseModelError, ConfigError, MissingPac
 from thimble.events import EventLog
 from thimble.files.peft import load_adapter
 from thimble.models.base import Base, open_base
-from thimble.models.cost import ExecutionPlan
-
-if TYPE_CHECKING:
-    from thimble.backends.torch.session import TorchSession
 
 SHOWN_SKIPPED = 3  # rows that cannot be used, told of in full
 SAMPLE_TOKENS = 512  # of text that shows compute int8 which columns of the activations are large
@@ -273,11 +269,11 @@ def choose_store(config: ComputeOptions, base: Base, compute: str) -> tuple[tupl
     return ("dense", "file"), "store dense: the weights of a folder are held in the compute type"
 
 
-def open_session(model: Model, compute: str, execution: ExecutionPlan) -> "TorchSession":
+def open_session(model: Model, compute: str, store: str, is_streamed: bool = False) -> Session:
     """Load the base into the torch engine."""
     from thimble.backends.torch.session import TorchSession
 
-    return TorchSession(model.base, compute, execution, _sample(model) if compute == "int8" else None)
+    return TorchSession(model.base, compute, store, is_streamed, _sample(model) if compute == "int8" else None)
 
 
 def _sample(model: Model) -> NDArray[np.int32]:
