@@ -18,10 +18,11 @@ from thimble.core.adapter import fresh_adapter
 from thimble.core.targets import size_layers
 from thimble.data.batches import epoch_steps, shares
 from thimble.data.encode import Row
+from thimble.data.examples import encode_examples
+from thimble.data.model import open_model
 from thimble.data.records import read_dataset
 from thimble.models.base import default_base, open_base
-from thimble.models.cost import ExecutionPlan
-from thimble.training.prepare import encode_examples, open_model
+from thimble.models.execution import ExecutionPlan
 
 RANK, ALPHA, RATE, ROWS_PER_STEP = 16, 32, 3e-4, 8
 

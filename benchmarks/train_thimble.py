@@ -16,7 +16,8 @@ from thimble.core.targets import size_layers
 from thimble.data.batches import shares
 from thimble.data.encode import Row
 from thimble.models.base import open_base
-from thimble.models.cost import ExecutionPlan, Work, estimate_memory, estimate_seconds
+from thimble.models.cost import MemoryInputs, StepWork, estimate_memory, estimate_seconds
+from thimble.models.execution import ExecutionPlan
 
 
 def read_options() -> argparse.Namespace:
@@ -49,9 +50,10 @@ def main() -> None:
     ids, is_learned = make_tokens(options.labels, options.rows, options.length)
     targets = np.where(is_learned, ids, -100)
     labels = np.concatenate([targets[:, 1:], np.full((options.rows, 1), -100)], 1).astype(np.int32)
-    work = Work(tokens, float((labels >= 0).sum()), options.length, adapter.num_parameters)
+    work = StepWork(tokens, float((labels >= 0).sum()), options.length, adapter.num_parameters)
+    inputs = MemoryInputs(options.compute, work.trained, options.length)
     planned = {
-        "planned_bytes": estimate_memory(base, options.compute, work.trained, options.length, execution).total,
+        "planned_bytes": estimate_memory(base, inputs, execution).total,
         "planned_seconds": estimate_seconds(base, options.compute, work, execution, rates),
     }
     session = TorchSession(base, options.compute, execution, ids[0, :512])

@@ -284,11 +284,11 @@ def canaries(count: int) -> Line:
 
 def _execution_plans(folder: Path) -> list[Callable[[], object]]:
     """The public ways to load what lies in a folder."""
+    from thimble.data.model import open_model
     from thimble.data.records import read_dataset
     from thimble.data.tokenizer import tokenizer_from_folder
     from thimble.files.peft import load_adapter
     from thimble.models.base import open_base
-    from thimble.training.prepare import open_model
 
     return [
         lambda: open_base(folder), lambda: load_adapter(folder), lambda: tokenizer_from_folder(folder),

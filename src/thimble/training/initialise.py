@@ -20,9 +20,11 @@ from thimble.core.adapter import Adapter, fresh_adapter
 from thimble.core.inits import BUILDERS, LayerData
 from thimble.core.method import AUTO_RANK, INITS, Init
 from thimble.core.targets import Size, size_layers
+from thimble.data.model import Model
 from thimble.errors import ConfigError, Problems, listing
 from thimble.events import EventLog
 from thimble.files.peft import load_adapter
+from thimble.models.adapters import check_fits
 from thimble.models.merged import FLOAT_DTYPES
 from thimble.models.spec import DecoderSpec
 from thimble.training import run_folder
@@ -36,7 +38,6 @@ from thimble.training.calibration import (
     choose_ranks,
 )
 from thimble.training.checkpoint import latest_checkpoint
-from thimble.training.prepare import Model, check_fits
 
 COMPARED = (
     "kaiming",

@@ -5,12 +5,13 @@ from pathlib import Path
 
 from thimble.config.inspect_ import InspectConfig
 from thimble.core.adapter import Adapter, conflicts
+from thimble.data.model import find_base, is_hub_name
 from thimble.errors import AdapterError, ConfigError, Problems, listing
 from thimble.events import EventLog
 from thimble.files.peft import CONFIG_FILE, WEIGHTS_FILE
+from thimble.models.adapters import open_adapters
 from thimble.models.survey import Subject, choose_blocks
 from thimble.report.figures import figure_files
-from thimble.training.prepare import find_base, is_hub_name, open_adapters
 from thimble.training.run_folder import check_folder
 
 FIGURE_BYTES = 10_000_000  # room that figures are sure not to exceed

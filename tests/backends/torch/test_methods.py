@@ -18,7 +18,7 @@ from thimble.core.lowrank import delta, merge
 from thimble.core.method import Method
 from thimble.files.peft import load_adapter, save_adapter
 from thimble.models.base import open_base
-from thimble.models.cost import ExecutionPlan
+from thimble.models.execution import ExecutionPlan
 
 GGUF = Path(__file__).parents[2] / "fixtures" / "gguf"
 
