@@ -227,7 +227,7 @@ CASES: dict[str, list[Case]] = {
     "Going on": [
         Case("Another run is at work in the folder", "", RUN, around=another_run),
         Case("The data have changed since the run began", "", [*RUN, "--resume"], lambda: [unfinished(), write("mine.jsonl", rows(19))]),
-        Case("A option is another one", "", [*RUN, "--resume", "--rank", "8"], unfinished),
+        Case("An option differs from that of the run", "", [*RUN, "--resume", "--rank", "8"], unfinished),
         Case("A checkpoint is damaged", "", [*RUN, "--resume"], damage_checkpoint, shows="is damaged"),
     ],
     "Training": [

@@ -112,7 +112,7 @@ def _run(options: argparse.Namespace, unknown: list[str]) -> int:
     values.pop("debug")
     config = build_config(command.options, values, config_file, _unknown_words(command, unknown))
     if not command.renderer_path:
-        return _chat(config, is_json)
+        return _chat(command, config, is_json)
     progress = Progress(sys.stderr)
     stop = _StopFlag(command.kept_on_stop)
     callbacks: dict[str, Any] = {"on_event": progress.on_event, "should_stop": stop}
@@ -193,11 +193,9 @@ class _PauseFlag:
         return "asked for with Ctrl-Z; fg goes on, or kill -CONT" if self._is_asked else ""
 
 
-def _chat(config: Any, is_json: bool) -> int:
-    from thimble.commands.chat import open_conversation
-
+def _chat(command: Command, config: Any, is_json: bool) -> int:
     progress = Progress(sys.stderr)
-    talk = open_conversation(config, progress.on_event) if config.prompt is None else open_conversation(config)
+    talk = command.function(config, progress.on_event) if config.prompt is None else command.function(config)
     progress.end()
     if config.prompt is not None:
         answer = talk.ask(config.prompt, _no_text if is_json else _write)
