@@ -14,7 +14,7 @@ import torch
 from thimble.backends.session import Objective, StepKey, Work
 from thimble.backends.torch.compute import machine
 from thimble.backends.torch.session import TorchSession
-from thimble.config.options import TrainConfig
+from thimble.config.train import TrainConfig
 from thimble.core.adapter import fresh_adapter
 from thimble.core.method import Method
 from thimble.core.targets import size_layers

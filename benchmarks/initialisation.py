@@ -23,7 +23,7 @@ from run import write_results
 
 from thimble.backends.open import open_session
 from thimble.backends.torch.session import TorchSession
-from thimble.config.options import TrainConfig
+from thimble.config.train import TrainConfig
 from thimble.core.method import INITS
 from thimble.core.metrics import LossSum
 from thimble.data.batches import micro_batches, shares

@@ -9,7 +9,7 @@ import torch
 from make_rows import ALPHA, RANK
 
 from thimble.backends.open import open_session
-from thimble.config.options import TrainConfig
+from thimble.config.train import TrainConfig
 from thimble.data.batches import micro_batches
 from thimble.events import EventLog, ignore
 from thimble.models.base import default_base

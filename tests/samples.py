@@ -5,7 +5,7 @@ import torch
 
 from thimble.backends.session import Objective, StepKey, Work
 from thimble.core.adapter import Adapter
-from thimble.core.inits import draw
+from thimble.core.inits import LayerData, kaiming
 from thimble.core.lowrank import Factors
 from thimble.core.method import Method
 from thimble.data.batches import Batch
@@ -58,7 +58,7 @@ class Trainer:
 def make_adapter(base, rank=4, b_size=0.05, only=None):
     layers = {
         path: Factors(
-            draw("kaiming", (fan_out, fan_in), rank, 2.0, 0, path).A,
+            kaiming(LayerData(path, (fan_out, fan_in), rank, 2.0)).A,
             (RANDOM.standard_normal((fan_out, rank)) * b_size).astype(np.float32),
             2.0,
         )

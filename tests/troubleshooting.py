@@ -269,7 +269,7 @@ def _bring_about(case: Case) -> tuple[str, int]:
 
 
 def _is_shown(line: str, shows: str) -> bool:
-    return line.startswith("! ") and shows in line if shows else line.startswith("thimble: ")
+    return line.startswith("warning: ") and shows in line if shows else line.startswith("thimble: ")
 
 
 def _settled(line: str) -> str:

@@ -15,7 +15,7 @@ from thimble.errors import InputError
 from thimble.files.peft import save_adapter
 from thimble.files.tensors import open_tensors, write_safetensors
 from thimble.models.base import open_base
-from thimble.report.terminal import render_inspect
+from thimble.report.inspect_text import render_inspect
 
 Q = "model.layers.0.self_attn.q_proj"
 
@@ -113,7 +113,7 @@ def test_only_the_blocks_asked_for_are_decomposed(tiny_base, adapter):
 
 def test_of_a_large_base_an_even_spread_is_decomposed_and_said(tiny_base, monkeypatch):
     tall = tiny_base.replace("smollm2", "smollm3")  # five blocks
-    monkeypatch.setattr("thimble.commands.inspect_.MOST_OPERATIONS", 1.0)
+    monkeypatch.setattr("thimble.models.survey.MOST_OPERATIONS", 1.0)
     report = package.inspect(tall)
     assert report.blocks == [0, 2, 4]
     assert "blocks 0, 2, 4 of 5 are decomposed" in report.messages["decision"][0]
@@ -124,7 +124,7 @@ def test_a_weight_of_zeros_is_left_out_by_name(tmp_path):
     report = package.inspect(base)
     assert report.skipped == [
         "model.layers.0.self_attn.v_proj: its weight is all zeros",
-        "model.layers.1.mlp.up_proj: its weight holds numbers that are NaN or Inf",
+        "model.layers.1.mlp.up_proj: its weight holds NaN or Inf",
     ]
     assert len(report.spectra) == len(open_base(base).spec.linear_shapes()) - 2
     adapted = package.inspect(make_adapter(base, tmp_path / "adapter"), base=base)
@@ -135,7 +135,7 @@ def test_a_weight_of_zeros_is_left_out_by_name(tmp_path):
 
 def test_a_base_of_nothing_but_damage_is_refused(tmp_path, refused):
     text = refused(damaged_folder(tmp_path, _proj=np.nan), "--out", tmp_path / "figures")
-    assert text.count("holds numbers that are NaN or Inf") >= 14
+    assert text.count("its weight holds NaN or Inf") >= 14
     assert not (tmp_path / "figures").exists()
 
 
@@ -307,7 +307,7 @@ def test_figures_are_drawn_in_both_forms(thimble, tiny_base, adapter, tmp_path, 
     assert "<svg" in (tmp_path / "figures" / f"{names[0]}.svg").read_text()
     code, _, text = thimble("inspect", *argv)
     assert code == 2
-    assert f"out is figures, which holds {names[0]}.png" in text
+    assert f"--out is figures, which holds {names[0]}.png" in text
 
 
 def test_adapters_of_the_head_alone_are_compared_but_not_drawn(thimble, tmp_path):
@@ -369,7 +369,7 @@ def test_a_base_beside_an_adapter_is_refused_with_the_flag_for_it(refused, tiny_
 
 def test_adapters_that_cannot_be_compared_are_refused(refused, tiny_base, adapter, tmp_path):
     other = make_adapter(tiny_base.replace("smollm2", "gemma2"), tmp_path / "other")
-    assert "are of different bases: model.layers.0" in refused(adapter, other)
+    assert "the adapters do not belong to the same base: model.layers.0" in refused(adapter, other)
     assert "is named twice" in refused(adapter, adapter)
     kinds = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     first = make_adapter(tiny_base, tmp_path / "first", **dict.fromkeys(kinds[1:]))
@@ -379,7 +379,7 @@ def test_adapters_that_cannot_be_compared_are_refused(refused, tiny_base, adapte
 
 def test_a_block_that_is_not_there_is_refused(refused, tiny_base, adapter):
     text = refused(tiny_base, "--blocks", "0,2,x")
-    assert "blocks names 2, x: expected some of 0, 1" in text
+    assert "--blocks names 2, x: expected some of 0, 1" in text
     assert "leave it out" in refused(adapter, adapter, "--blocks", "0")
 
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import jinja2.ext
 import pytest
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-from stress.templates import ESCAPES, LIMIT_MEGABYTES, LIMIT_SECONDS, PAYLOADS, grown_template, try_template
 from thimble.data.sandbox import budget
 from thimble.data.sandbox import environment as sandbox
 from thimble.data.sandbox.budget import Budget, RunawayTemplateError
+
+from stress.templates import ESCAPES, LIMIT_MEGABYTES, LIMIT_SECONDS, PAYLOADS, grown_template, try_template
 from thimble.data.template import MAX_CHARACTERS, ChatTemplate
 from thimble.errors import BaseModelError, DataError
 from thimble.files.tensors import open_tensors

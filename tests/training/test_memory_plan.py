@@ -2,7 +2,7 @@
 
 import pytest
 
-from thimble.config.options import TrainConfig
+from thimble.config.train import TrainConfig
 from thimble.errors import DoesNotFitError
 from thimble.events import EventLog
 from thimble.models.execution import ExecutionPlan

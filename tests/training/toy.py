@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from thimble.backends.session import Objective, Work
-from thimble.config.options import TrainConfig
+from thimble.config.train import TrainConfig
 from thimble.core.adapter import Adapter
 from thimble.core.lowrank import Factors
 from thimble.core.method import Method

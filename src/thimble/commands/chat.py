@@ -1,7 +1,7 @@
 """`thimble chat`: talk to a base or an adapter, and switch between them while talking."""
 
 from thimble.backends.open import choose_store, open_session
-from thimble.config.options import ChatConfig
+from thimble.config.chat import ChatConfig
 from thimble.data.encode import Encoder
 from thimble.data.model import open_model
 from thimble.errors import Problems

@@ -5,7 +5,7 @@ from typing import Any
 
 from thimble.backends.open import choose_store, open_session
 from thimble.backends.session import Session
-from thimble.config.options import EvaluateConfig
+from thimble.config.evaluate import EvaluateConfig
 from thimble.core.adapter import Adapter
 from thimble.core.metrics import Metric
 from thimble.data.examples import Examples, encode_examples, log_skipped, open_data

@@ -3,14 +3,14 @@
 import contextlib
 import time
 from collections.abc import Iterator
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 from thimble import __version__
 from thimble.backends.open import open_session
-from thimble.config.options import TrainConfig
+from thimble.config.train import TrainConfig
 from thimble.core.adapter import Adapter
-from thimble.core.method import INITS, Method, init_name
+from thimble.core.method import Method, parse_init
 from thimble.data.examples import skipped_rows
 from thimble.errors import RunError, listing
 from thimble.events import EventLog, OnEvent, ShouldStop, ignore, never
@@ -19,11 +19,11 @@ from thimble.training import run_folder
 from thimble.training.checkpoint import checkpoint_names, latest_checkpoint, locked
 from thimble.training.control import Control, ShouldWait, never_wait
 from thimble.training.finish import finish, make_report
-from thimble.training.initialise import Start, make_start
+from thimble.training.initialise import Initialization, initialise
 from thimble.training.loop import LoopPlan, run
 from thimble.training.plan import RunPlan, plan_run
 from thimble.training.protocols import OneProcess
-from thimble.training.result import TrainReport
+from thimble.training.result import TrainReport, read_report
 from thimble.training.sink import RunFolderSink
 from thimble.training.tasks.text import text_task
 
@@ -66,11 +66,13 @@ def train(
         session = open_session(
             run_plan.model, run_plan.config.compute, run_plan.execution.store, run_plan.execution.is_streamed
         )
-        start = _saved_start(run_plan) or make_start(run_plan, session, log)
-        run_plan = replace(run_plan, config=start.config)
-        sink = _begin(run_plan, start, log)
+        initial = _saved_initialization(run_plan) or initialise(
+            parse_init(run_plan.config.init), run_plan.config, run_plan.sizes, run_plan.calibration_data(), session, log
+        )
+        run_plan = replace(run_plan, config=initial.config)
+        sink = _begin(run_plan, initial, log)
         control = Control(log, should_stop, should_wait, run_plan.model.base.cut_file)
-        result = run(_loop_plan(run_plan, start), text_task(run_plan), session, OneProcess(), sink, control)
+        result = run(_loop_plan(run_plan, initial), text_task(run_plan), session, OneProcess(), sink, control)
         report = make_report(run_plan, result, log, time.perf_counter() - started)
         return finish(run_plan, result, report, sink, log)
 
@@ -93,26 +95,26 @@ def _finished_report(out: Path | None) -> TrainReport | None:
     value = run_folder.read_json(out / "report.json") if out else None
     if not isinstance(value, dict) or value.get("status") != "done":
         return None
-    return TrainReport(**{spec.name: value[spec.name] for spec in fields(TrainReport) if spec.name in value})
+    return read_report(value)
 
 
-def _saved_start(run_plan: RunPlan) -> Start | None:
+def _saved_initialization(run_plan: RunPlan) -> Initialization | None:
     """The initial adapter of a run that is resumed, if it was written down."""
     if not run_plan.checkpoint or not (run_plan.folder / run_folder.START).is_dir():
         return None
     saved = load_adapter(run_plan.folder / run_folder.START).layers
     layers = {path: saved[path] for path in run_plan.sizes}  # checkpoints hold parameters in this order
-    is_delta = INITS[init_name(run_plan.config.init)].is_delta
+    is_delta = parse_init(run_plan.config.init).is_delta
     bare = {path: replace(factors, magnitude=None) for path, factors in layers.items()}
-    return Start(Adapter(layers, origin=bare if is_delta else {}), run_plan.config)
+    return Initialization(Adapter(layers, origin=bare if is_delta else {}), run_plan.config)
 
 
-def _begin(run_plan: RunPlan, start: Start, log: EventLog) -> RunFolderSink:
+def _begin(run_plan: RunPlan, initialization: Initialization, log: EventLog) -> RunFolderSink:
     """Make the run folder, and write what is known before the first step."""
     folder, config, checkpoint = run_plan.folder, run_plan.config, run_plan.checkpoint
     sink = RunFolderSink(folder, run_plan.origin, run_plan.examples.dataset.files)
-    is_kept = INITS[init_name(config.init)].needs != "nothing" and not checkpoint
-    initial = replace(start.adapter, origin={}) if is_kept else None
+    is_kept = parse_init(config.init).needs != "nothing" and not checkpoint
+    initial = replace(initialization.adapter, origin={}) if is_kept else None
     sink.begin(config.resolved(), skipped_rows(run_plan.examples), initial, checkpoint.step if checkpoint else 0)
     if config.resume and not checkpoint:
         damaged = checkpoint_names(folder)
@@ -124,15 +126,15 @@ def _begin(run_plan: RunPlan, start: Start, log: EventLog) -> RunFolderSink:
     return sink
 
 
-def _loop_plan(run_plan: RunPlan, start: Start) -> LoopPlan:
+def _loop_plan(run_plan: RunPlan, initialization: Initialization) -> LoopPlan:
     config, notes = run_plan.config, {"thimble_version": __version__, "init": run_plan.config.init}
     return LoopPlan(
-        adapter=replace(start.adapter, base=run_plan.model.base.name, notes=notes),
+        adapter=replace(initialization.adapter, base=run_plan.model.base.name, notes=notes),
         method=Method(
             config.weight_decay, config.lora_plus, config.dropout, config.freeze_a, config.max_grad_norm, config.seed
         ),
         step_schedule=run_plan.step_schedule, execution=run_plan.execution, eval_every_steps=run_plan.eval_every_steps,
         patience=config.patience, checkpoint_every_steps=config.checkpoint_every_steps,
         checkpoint_every_minutes=config.checkpoint_every_minutes, checkpoint=run_plan.checkpoint,
-        initialization=start.numbers,
+        initialization=initialization.measured,
     )  # fmt: skip

@@ -3,7 +3,8 @@
 import functools
 from dataclasses import dataclass, replace
 
-from thimble.config.options import DataOptions, TrainConfig
+from thimble.config.groups import DataOptions
+from thimble.config.train import TrainConfig
 from thimble.data.encode import Encoder, EncodeReport, Row, encode_all
 from thimble.data.model import Model
 from thimble.data.records import MAX_VALIDATION_ROWS, Dataset, Record, general_records, read_dataset, split_rows

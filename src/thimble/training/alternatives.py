@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from thimble.config.options import TrainConfig
+from thimble.config.train import TrainConfig
 from thimble.errors import InputError
 from thimble.models.cost import estimate_memory
 from thimble.models.machine import Machine

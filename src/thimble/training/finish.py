@@ -32,7 +32,7 @@ def make_report(run_plan: RunPlan, result: TrainResult, log: EventLog, total_sec
         general_before=before.base.general_loss, metric=run_plan.metric_name, metrics_before=before.base.metrics,
         metrics_rows=len(before.base.answers), skipped_rows=run_plan.examples.left_out,
         adapter_parameters=result.adapter.num_parameters, base_parameters=base.num_parameters,
-        start=progress.initialization, best_step=result.best_step, rollbacks=progress.guard.rollbacks,
+        initialization=progress.initialization, best_step=result.best_step, rollbacks=progress.guard.rollbacks,
         plan=run_plan.memory.parts(), planned_seconds_per_step=run_plan.seconds_per_step, messages=log.messages,
         config=run_plan.config.resolved(),
     )  # fmt: skip

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from thimble.backends.open import choose_store
-from thimble.config.options import TrainConfig
-from thimble.core.method import AUTO, INITS, init_name
+from thimble.config.train import TrainConfig
+from thimble.core.method import parse_init
 from thimble.core.sizes import MICRO_BATCH_TOKENS, padded
 from thimble.core.targets import Size
 from thimble.data.examples import Examples
@@ -108,8 +108,8 @@ def memory_inputs(
     Returns:
         The inputs of `estimate_memory`.
     """
-    init = INITS["kaiming" if config.init == AUTO else init_name(config.init)]
-    calibrates = ("inputs", "gradients") if config.init == AUTO or config.rank is None else ()
+    init = parse_init(config.init)
+    calibrates = ("inputs", "gradients") if config.rank is None else ()
     return MemoryInputs(
         compute=compute,
         trained=adapter_parameters(base.spec, sizes, config.use_dora),

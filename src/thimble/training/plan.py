@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from thimble.config.options import TrainConfig
+from thimble.config.train import TrainConfig
+from thimble.core.method import parse_init
 from thimble.core.metrics import Metric
 from thimble.core.targets import Size, select_layers
 from thimble.data.encode import Row
@@ -17,9 +18,10 @@ from thimble.events import EventLog
 from thimble.models.cost import MemoryPlan, StepWork, adapter_parameters, cache_token_bytes
 from thimble.models.execution import ExecutionPlan
 from thimble.training import run_folder
+from thimble.training.calibration import CalibrationData
 from thimble.training.checkpoint import Checkpoint, check_origin, latest_checkpoint, origin_of
 from thimble.training.evaluation import Question, ValidationSet, choose_metric, make_questions
-from thimble.training.initialise import check_start
+from thimble.training.initialise import check_init
 from thimble.training.memory_plan import RunCost, plan_cost
 from thimble.training.step_schedule import StepSchedule
 
@@ -79,6 +81,15 @@ class RunPlan:
     origin: dict[str, str]
     checkpoint: Checkpoint | None
     folder: Path
+
+    def calibration_data(self) -> CalibrationData:
+        """The rows that initializations and ranks are found on: those of the first steps."""
+        shapes = self.model.base.spec.linear_shapes()
+        return CalibrationData.of_steps(
+            self.examples.train, self.step_schedule.rows, self.config.calibration_steps, general_rows=self.general,
+            micro_tokens=self.execution.micro_tokens, shapes={path: shapes[path] for path in self.layers},
+            seed=self.config.seed,
+        )  # fmt: skip
 
 
 def plan_run(config: TrainConfig, log: EventLog, needs_folder: bool = True) -> RunPlan:
@@ -144,7 +155,8 @@ def plan_sizes(config: TrainConfig, model: Model, folder: Path) -> dict[str, Siz
     Raises:
         InputError: With every problem found.
     """
-    return check_start(config, model, select_layers(config.targets, model.base.spec.linear_shapes()), folder)
+    layers = select_layers(config.targets, model.base.spec.linear_shapes())
+    return check_init(parse_init(config.init), config, model, layers, folder)
 
 
 def _decide(config: TrainConfig, checked: _Checked, log: EventLog) -> RunPlan:

@@ -13,6 +13,7 @@ from thimble import __version__
 from thimble.core.adapter import Adapter
 from thimble.events import EventLog
 from thimble.models.base import Base
+from thimble.report.keys import to_json_dict
 from thimble.report.page import write_report
 from thimble.training import run_folder
 from thimble.training.checkpoint import clear_checkpoints, clear_unfinished, save_checkpoint
@@ -115,7 +116,7 @@ class RunFolderSink:
         report.adapter = str(run_folder.publish_adapter(folder, adapter))
         run_folder.write_manifest(folder, _fingerprint(base, log), base.name, self._data, __version__)
         write_report(folder / "report.html", asdict(report), run_folder.read_steps(folder / run_folder.STEPS))
-        run_folder.write_json(folder / "report.json", asdict(report))  # last: with it the run is done
+        run_folder.write_json(folder / "report.json", to_json_dict(report))  # last: with it the run is done
         if report.status == "done" and not report.config.get("checkpoint_every_steps"):
             clear_checkpoints(folder)
 
