@@ -11,6 +11,7 @@ from thimble.core.method import Method
 from thimble.data.batches import Batch
 from thimble.models.execution import ExecutionPlan
 
+DENSE, PLAIN = ExecutionPlan("dense"), Objective()
 RANDOM = np.random.default_rng(3)
 IDS = RANDOM.integers(3, 290, 48).astype(np.int32)
 
@@ -30,11 +31,11 @@ def count(batch):
 class Trainer:
     """A session with a state that steps move, for tests that take many."""
 
-    def __init__(self, session, adapter, method=None, execution=ExecutionPlan("dense")):
+    def __init__(self, session, adapter, method=None, execution=DENSE):
         self.session, self.execution, self.steps = session, execution, 0
         self.state = session.start(adapter, method or Method())
 
-    def gradient(self, shares, target_tokens, objective=Objective()):
+    def gradient(self, shares, target_tokens, objective=PLAIN):
         key = StepKey(3, self.steps)
         return self.session.gradient(self.state, Work(shares, target_tokens), objective, self.execution, key)
 

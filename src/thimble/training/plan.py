@@ -87,7 +87,7 @@ class RunPlan:
         shapes = self.model.base.spec.linear_shapes()
         return CalibrationData.of_steps(
             self.examples.train, self.step_schedule.rows, self.config.calibration_steps, general_rows=self.general,
-            micro_tokens=self.execution.micro_tokens, shapes={path: shapes[path] for path in self.layers},
+            execution=self.execution, shapes={path: shapes[path] for path in self.layers},
             seed=self.config.seed,
         )  # fmt: skip
 
