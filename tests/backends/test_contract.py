@@ -18,7 +18,7 @@ from thimble.data.batches import pack, shares
 from thimble.data.encode import IGNORED, Row
 from thimble.errors import InputError
 from thimble.models.base import open_base
-from thimble.models.cost import ExecutionPlan
+from thimble.models.execution import ExecutionPlan
 
 GGUF = Path(__file__).parents[1] / "fixtures" / "gguf"
 FAMILIES = ("smollm2", "llama_bias", "smollm3", "qwen2", "qwen3", "gemma2", "gemma3", "phi3_longrope")

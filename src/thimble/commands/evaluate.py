@@ -87,8 +87,8 @@ def evaluate(config: EvaluateConfig, on_event: OnEvent = ignore, should_stop: Sh
     session, compute, execution = _open(config, model, log)
     validation = ValidationSet(
         examples.valid, questions if metric else questions[:SHOWN_ANSWERS], metric, model.tokenizer,
-        config.max_new_tokens, CACHE_BYTES // cache_token_bytes(model.base.spec, compute),
-        PASS_TOKENS * execution.num_shares,
+        config.max_new_tokens, cache_tokens=CACHE_BYTES // cache_token_bytes(model.base.spec, compute),
+        planned_tokens=PASS_TOKENS * execution.num_shares,
     )  # fmt: skip
     results: list[Result] = []
     for name, adapter in {"base": None, **adapters}.items():

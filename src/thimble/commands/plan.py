@@ -87,28 +87,3 @@ def plan(config: PlanConfig, on_event: OnEvent = ignore) -> PlanReport:
         alternatives=list(alternatives(config, run_plan, rates)),
         messages=log.messages,
     )
-
-
-def as_table(report: PlanReport) -> list[tuple[str, Any]]:
-    """The figures worth a line each, for people."""
-    memory = ", ".join(f"{name} {size / 1e6:.0f}" for name, size in report.memory.items() if name != "total")
-    share = report.adapter_parameters / report.base_parameters
-    tokens = f"{report.tokens_per_epoch:,} tokens, {report.target_tokens_per_epoch:,} of them targets"
-    data = f"{report.rows:,} rows, {tokens}; longest row {report.longest_row_tokens:,}"
-    machine = report.machine
-    rates = ", ".join(f"{name} {rate / 1e9:,.0f}" for name, rate in machine["flops"].items())
-    bandwidth = f"memory {machine['copy_bytes'] / 1e9:.0f} GB/s, disk {machine['disk_bytes'] / 1e9:.1f} GB/s"
-    rows = [
-        ("machine", f"{machine['name']}, {machine['cores']} cores; G operations/s: {rates}; {bandwidth}"),
-        ("base", report.base),
-        ("trained", f"{report.adapter_parameters / 1e6:.2f}M parameters ({share:.1%} of the base)"),
-        ("data", data),
-        ("memory", f"{report.memory['total'] / 1e9:.2f} GB of {report.available_bytes / 1e9:.2f} GB free"),
-        ("", f"MB: {memory}"),
-        ("speed", f"{report.tokens_per_second:,.0f} tokens/s, {report.seconds_per_step:.2f} s a step"),
-        ("time", f"{report.seconds_total / 60:.1f} minutes" + (f" for {report.steps:,} steps" if report.steps else "")),
-    ]  # fmt: skip
-    for other in report.alternatives:
-        faster = report.seconds_per_step / other.seconds_per_step
-        rows.append(("or", f"{other.change}: {other.memory_bytes / 1e9:.2f} GB, {faster:.2f} times the speed"))
-    return rows

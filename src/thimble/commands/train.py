@@ -66,13 +66,13 @@ def train(
         session = open_session(
             run_plan.model, run_plan.config.compute, run_plan.execution.store, run_plan.execution.is_streamed
         )
-        start = _saved_start(run_plan) or initialise(
+        initial = _saved_initialization(run_plan) or initialise(
             parse_init(run_plan.config.init), run_plan.config, run_plan.sizes, run_plan.calibration_data(), session, log
         )
-        run_plan = replace(run_plan, config=start.config)
-        sink = _begin(run_plan, start, log)
+        run_plan = replace(run_plan, config=initial.config)
+        sink = _begin(run_plan, initial, log)
         control = Control(log, should_stop, should_wait, run_plan.model.base.cut_file)
-        result = run(_loop_plan(run_plan, start), text_task(run_plan), session, OneProcess(), sink, control)
+        result = run(_loop_plan(run_plan, initial), text_task(run_plan), session, OneProcess(), sink, control)
         report = make_report(run_plan, result, log, time.perf_counter() - started)
         return finish(run_plan, result, report, sink, log)
 
@@ -98,7 +98,7 @@ def _finished_report(out: Path | None) -> TrainReport | None:
     return read_report(value)
 
 
-def _saved_start(run_plan: RunPlan) -> Initialization | None:
+def _saved_initialization(run_plan: RunPlan) -> Initialization | None:
     """The initial adapter of a run that is resumed, if it was written down."""
     if not run_plan.checkpoint or not (run_plan.folder / run_folder.START).is_dir():
         return None
@@ -109,12 +109,12 @@ def _saved_start(run_plan: RunPlan) -> Initialization | None:
     return Initialization(Adapter(layers, origin=bare if is_delta else {}), run_plan.config)
 
 
-def _begin(run_plan: RunPlan, start: Initialization, log: EventLog) -> RunFolderSink:
+def _begin(run_plan: RunPlan, initialization: Initialization, log: EventLog) -> RunFolderSink:
     """Make the run folder, and write what is known before the first step."""
     folder, config, checkpoint = run_plan.folder, run_plan.config, run_plan.checkpoint
     sink = RunFolderSink(folder, run_plan.origin, run_plan.examples.dataset.files)
     is_kept = parse_init(config.init).needs != "nothing" and not checkpoint
-    initial = replace(start.adapter, origin={}) if is_kept else None
+    initial = replace(initialization.adapter, origin={}) if is_kept else None
     sink.begin(config.resolved(), skipped_rows(run_plan.examples), initial, checkpoint.step if checkpoint else 0)
     if config.resume and not checkpoint:
         damaged = checkpoint_names(folder)
@@ -126,15 +126,15 @@ def _begin(run_plan: RunPlan, start: Initialization, log: EventLog) -> RunFolder
     return sink
 
 
-def _loop_plan(run_plan: RunPlan, start: Initialization) -> LoopPlan:
+def _loop_plan(run_plan: RunPlan, initialization: Initialization) -> LoopPlan:
     config, notes = run_plan.config, {"thimble_version": __version__, "init": run_plan.config.init}
     return LoopPlan(
-        adapter=replace(start.adapter, base=run_plan.model.base.name, notes=notes),
+        adapter=replace(initialization.adapter, base=run_plan.model.base.name, notes=notes),
         method=Method(
             config.weight_decay, config.lora_plus, config.dropout, config.freeze_a, config.max_grad_norm, config.seed
         ),
         step_schedule=run_plan.step_schedule, execution=run_plan.execution, eval_every_steps=run_plan.eval_every_steps,
         patience=config.patience, checkpoint_every_steps=config.checkpoint_every_steps,
         checkpoint_every_minutes=config.checkpoint_every_minutes, checkpoint=run_plan.checkpoint,
-        initialization=start.measured,
+        initialization=initialization.measured,
     )  # fmt: skip

@@ -25,6 +25,7 @@ from thimble.events import EventLog
 from thimble.files.atomic import sync
 from thimble.files.tensors import open_tensors, write_safetensors
 from thimble.models.base import Base
+from thimble.report.keys import with_new_keys
 from thimble.training.run_folder import STEPS, atomic_folder, hash_file, make_folder, read_json, write_json
 
 FOLDER = "checkpoints"
@@ -33,10 +34,8 @@ KEPT = 2
 NAMED = "step-" + "[0-9]" * 8
 UNFINISHED = ".*.tmp"
 HASHED = ("base", "data")
-RENAMED = {  # since the release before, in what a run continues with
-    "way": "execution", "recomputed_blocks": "checkpointed_blocks", "label_tokens": "target_tokens",
-    "returns": "rollbacks", "start": "initialization",
-}  # fmt: skip
+# Since the release before, in what a run continues with; beside the keys that reports have too.
+RENAMED = {"way": "execution", "recomputed_blocks": "checkpointed_blocks"}
 REWORDED = {"side by side": "in parallel", "blocks computed again": "blocks checkpointed"}
 
 
@@ -128,7 +127,7 @@ def renamed_origin(saved: Mapping[str, str]) -> dict[str, str]:
 
 
 def _renamed(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {RENAMED.get(name, name): value for name, value in values.items()}
+    return with_new_keys({RENAMED.get(name, name): value for name, value in values.items()})
 
 
 def checkpoint_names(folder: Path) -> list[str]:

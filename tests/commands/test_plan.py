@@ -1,63 +1,11 @@
-"""The other commands on a tiny base."""
+"""`thimble plan` on a tiny base: what it says is what a run does, and what it offers is what a plan with it says."""
 
 import json
 
-import numpy as np
 import pytest
 
 import thimble
-from thimble.core.adapter import Adapter
-from thimble.core.lowrank import Factors
-from thimble.errors import AdapterError, InputError
-from thimble.files.peft import save_adapter
-from thimble.models.base import open_base
-
-
-@pytest.fixture
-def adapter(tiny_base, tmp_path):
-    shapes = open_base(tiny_base).spec.linear_shapes()
-    random = np.random.default_rng(0)
-    layers = {
-        path: Factors(
-            random.standard_normal((2, fan_in)).astype("f4"), random.standard_normal((fan_out, 2)).astype("f4"), 0.1
-        )
-        for path, (fan_out, fan_in) in shapes.items()
-    }
-    save_adapter(Adapter(layers), tmp_path / "adapter")
-    return str(tmp_path / "adapter")
-
-
-def test_base_and_adapters_are_measured_on_the_same_rows(examples, tiny_base, adapter):
-    report = thimble.evaluate(examples, base=tiny_base, adapter=[adapter], max_new_tokens=4, metric="exact")
-    base, other = report.results
-    assert (base.name, other.name) == ("base", adapter)
-    assert base.target_tokens == other.target_tokens > 0
-    assert base.loss != other.loss
-    assert base.perplexity == pytest.approx(np.exp(base.loss))
-    assert set(base.scores) == {"exact match"}
-
-
-def test_evaluating_as_json_gives_one_object(thimble, examples, tiny_base):
-    code, out, _ = thimble("evaluate", examples, "--base", tiny_base, "--json", "--max-new-tokens", "2")
-    assert code == 0
-    assert json.loads(out)["results"][0]["name"] == "base"
-
-
-def test_a_conversation_switches_adapters_and_forgets_on_request(tiny_base, adapter, monkeypatch):
-    monkeypatch.setattr("thimble.data.encode.Encoder.prompt", lambda self, messages: np.array([5, 6, 7], np.int32))
-    talk = thimble.chat(base=tiny_base, adapter=[adapter], temperature=0, max_new_tokens=6)
-    assert talk.active == adapter
-    pieces = []
-    first = talk.ask("hello", pieces.append)
-    assert "".join(pieces) == first
-    talk.use("base")
-    second = talk.ask("hello")
-    assert first != second
-    assert [turn["role"] for turn in talk.messages] == ["user", "assistant"] * 2
-    talk.reset()
-    assert talk.messages == []
-    with pytest.raises(AdapterError, match="there is no adapter 'other' here: choose from base"):
-        talk.use("other")
+from thimble.errors import InputError
 
 
 def test_a_plan_decides_what_a_run_would_and_writes_nothing(examples, tiny_base, tmp_path):
