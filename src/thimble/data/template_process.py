@@ -127,12 +127,13 @@ def _read(process: Any, counts: "queue.SimpleQueue[Any]", read: "queue.SimpleQue
     """Take as many replies as each request has renderings; fewer if they end, or are none."""
     while count := counts.get():
         replies, room = [], MAX_REPLY_BYTES
-        while len(replies) < count and len(head := process.stdout.read(REPLY_HEAD.size)) == REPLY_HEAD.size:
-            kind, length = REPLY_HEAD.unpack(head)
-            room -= length
-            if kind >= DIED or room < 0 or len(content := process.stdout.read(length)) < length:
-                break
-            replies.append((kind, content.decode("utf-8", "surrogatepass" if kind == TEXT else "replace")))
+        with contextlib.suppress(ValueError):  # of what is no UTF-8
+            while len(replies) < count and len(head := process.stdout.read(REPLY_HEAD.size)) == REPLY_HEAD.size:
+                kind, length = REPLY_HEAD.unpack(head)
+                room -= length
+                if kind >= DIED or room < 0 or len(content := process.stdout.read(length)) < length:
+                    break
+                replies.append((kind, content.decode("utf-8", "surrogatepass")))
         read.put(replies)
 
 
