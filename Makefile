@@ -46,8 +46,9 @@ test-all: $(DEV)  ## run every test
 stress: $(DEV)  ## kill runs, damage files, render hostile templates, many times over; under an hour
 	PYTHONPATH=tests $(BIN)/python -m stress
 
-docs: $(DEV)  ## write docs/cli.md and docs/troubleshooting.md again
+docs: $(DEV)  ## write docs/cli.md, docs/troubleshooting.md and the file map again
 	$(BIN)/python docs/make_cli.py
+	$(BIN)/python docs/make_map.py
 	PYTHONPATH=tests $(BIN)/python -m troubleshooting
 
 bench: $(DEV) $(PEERS)/installed  ## measure speed and memory against PEFT; takes over an hour and 12 GB of disk, and wants the machine alone

@@ -11,7 +11,7 @@ The article calls L = U S_k Vt and R = U (S - S_k) Vt factors and writes W = L R
 
 import numpy as np
 
-from thimble.core.inits import draw
+from thimble.core.inits import LayerData, kaiming
 from thimble.core.lowrank import Factors, delta, eigen, merge, pca, qr, randomised_svd, svd
 
 random = np.random.default_rng(0)
@@ -38,7 +38,7 @@ print(f"\nL + R = W up to {np.abs(L + R - W).max():.0e}; L R differs from W by {
 
 print("\nLoRA: y = x Wᵀ + scale · x Aᵀ Bᵀ, learning an update of rank 2 that W lacks")
 wanted = W + delta(Factors(random.standard_normal((2, 100)), random.standard_normal((100, 2)), 0.05))
-start = draw("kaiming", W.shape, RANK, 2.0, seed=0, name="layer")
+start = kaiming(LayerData("layer", W.shape, RANK, 2.0))
 A, B, scale, frozen = start.A.astype(float), start.B.astype(float), start.scale, W.copy()
 for step in range(81):
     x = random.standard_normal((200, 100))

@@ -5,12 +5,14 @@ import torch
 
 from thimble.backends.session import Objective, StepKey, Work
 from thimble.core.adapter import Adapter
-from thimble.core.inits import draw
+from thimble.core.inits import LayerData, kaiming
 from thimble.core.lowrank import Factors
 from thimble.core.method import Method
 from thimble.data.batches import Batch
-from thimble.models.cost import ExecutionPlan
+from thimble.data.encode import Row
+from thimble.models.execution import ExecutionPlan
 
+DENSE, PLAIN = ExecutionPlan("dense"), Objective()
 RANDOM = np.random.default_rng(3)
 IDS = RANDOM.integers(3, 290, 48).astype(np.int32)
 
@@ -30,11 +32,11 @@ def count(batch):
 class Trainer:
     """A session with a state that steps move, for tests that take many."""
 
-    def __init__(self, session, adapter, method=None, execution=ExecutionPlan("dense")):
+    def __init__(self, session, adapter, method=None, execution=DENSE):
         self.session, self.execution, self.steps = session, execution, 0
         self.state = session.start(adapter, method or Method())
 
-    def gradient(self, shares, target_tokens, objective=Objective()):
+    def gradient(self, shares, target_tokens, objective=PLAIN):
         key = StepKey(3, self.steps)
         return self.session.gradient(self.state, Work(shares, target_tokens), objective, self.execution, key)
 
@@ -55,10 +57,19 @@ class Trainer:
         return self.state.active.views(torch.from_numpy(gradient.flat))
 
 
+def make_rows(count=6):
+    """Rows of random tokens, all of them targets."""
+    rows = []
+    for number in range(count):
+        ids = RANDOM.integers(3, 290, 24).astype(np.int32)
+        rows.append(Row(ids, np.append(ids[1:], -100).astype(np.int32), f"row {number}", 1))
+    return rows
+
+
 def make_adapter(base, rank=4, b_size=0.05, only=None):
     layers = {
         path: Factors(
-            draw("kaiming", (fan_out, fan_in), rank, 2.0, 0, path).A,
+            kaiming(LayerData(path, (fan_out, fan_in), rank, 2.0)).A,
             (RANDOM.standard_normal((fan_out, rank)) * b_size).astype(np.float32),
             2.0,
         )

@@ -120,7 +120,7 @@ def test_a_full_disk_is_refused_before_work(refused, examples, tiny_base, monkey
 def test_a_budget_that_is_too_small_is_refused_with_what_would_do(refused, examples, tiny_base):
     text = refused("train", examples, "--base", tiny_base, "--memory-budget", "50MB")
     assert "the run needs at least" in text
-    assert "memory_budget allows 0.05 GB" in text
+    assert "--memory-budget allows 0.05 GB" in text
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ RULES = {
     "events": Part(),
     "core": Part("errors core", packages="numpy"),
     "config": Part("errors core config", packages_later="yaml"),
+    "report": Part("errors events core config report", packages_later="jinja2 matplotlib"),
     "files": Part("errors core files", packages="numpy"),
     "models": Part("errors core files models", packages="numpy"),
     "data": Part(
@@ -46,7 +47,6 @@ RULES = {
         "errors events core config files models data backends inference report training __init__", "backends",
         packages="numpy", packages_later="yaml huggingface_hub",
     ),
-    "report": Part("errors events core config files models report", "commands", packages_later="jinja2 matplotlib"),
     "commands": Part(
         "errors events core config files models data backends inference training report commands __init__", "backends",
         packages="numpy", packages_later="yaml",

@@ -11,14 +11,14 @@ from thimble.backends import capabilities
 from thimble.backends.reference import ReferenceSession
 from thimble.backends.session import ForwardRow, Objective, Prompt, StepKey, Work
 from thimble.core.adapter import Adapter
-from thimble.core.inits import draw
+from thimble.core.inits import LayerData, kaiming
 from thimble.core.method import Method
 from thimble.core.metrics import LossSum
 from thimble.data.batches import pack, shares
 from thimble.data.encode import IGNORED, Row
 from thimble.errors import InputError
 from thimble.models.base import open_base
-from thimble.models.cost import ExecutionPlan
+from thimble.models.execution import ExecutionPlan
 
 GGUF = Path(__file__).parents[1] / "fixtures" / "gguf"
 FAMILIES = ("smollm2", "llama_bias", "smollm3", "qwen2", "qwen3", "gemma2", "gemma3", "phi3_longrope")
@@ -97,7 +97,7 @@ def make_adapter(kind="plain", family="smollm2", b_size=0.05):
     """An adapter of every layer: `plain`, in `delta` form, or with magnitudes (`dora`)."""
     base, random, layers, origin = base_of(family), np.random.default_rng(2), {}, {}
     for path, shape in base.spec.linear_shapes().items():
-        first = draw("kaiming", shape, 3, 2.0, 0, path)
+        first = kaiming(LayerData(path, shape, 3, 2.0))
         moved = replace(first, B=(random.standard_normal(first.B.shape) * b_size).astype(np.float32))
         if kind == "delta":
             origin[path] = replace(moved, A=(moved.A * 1.1).astype(np.float32), B=(moved.B * 0.5).astype(np.float32))

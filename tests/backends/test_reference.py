@@ -17,7 +17,7 @@ from thimble.data.batches import pack
 from thimble.data.encode import Row
 from thimble.errors import InputError
 from thimble.models.base import open_base
-from thimble.models.cost import ExecutionPlan
+from thimble.models.execution import ExecutionPlan
 from thimble.models.forward import hidden, layout, logits
 
 BASE = open_base(Path(__file__).parents[1] / "fixtures" / "gguf" / "smollm2.gguf")

@@ -15,7 +15,7 @@ from thimble.errors import InputError
 from thimble.files.peft import save_adapter
 from thimble.files.tensors import open_tensors, write_safetensors
 from thimble.models.base import open_base
-from thimble.report.terminal import render_inspect
+from thimble.report.inspect_text import render_inspect
 
 Q = "model.layers.0.self_attn.q_proj"
 
@@ -113,7 +113,7 @@ def test_only_the_blocks_asked_for_are_decomposed(tiny_base, adapter):
 
 def test_of_a_large_base_an_even_spread_is_decomposed_and_said(tiny_base, monkeypatch):
     tall = tiny_base.replace("smollm2", "smollm3")  # five blocks
-    monkeypatch.setattr("thimble.commands.inspect_.MOST_OPERATIONS", 1.0)
+    monkeypatch.setattr("thimble.models.survey.MOST_OPERATIONS", 1.0)
     report = package.inspect(tall)
     assert report.blocks == [0, 2, 4]
     assert "blocks 0, 2, 4 of 5 are decomposed" in report.messages["decision"][0]
@@ -124,7 +124,7 @@ def test_a_weight_of_zeros_is_left_out_by_name(tmp_path):
     report = package.inspect(base)
     assert report.skipped == [
         "model.layers.0.self_attn.v_proj: its weight is all zeros",
-        "model.layers.1.mlp.up_proj: its weight holds numbers that are NaN or Inf",
+        "model.layers.1.mlp.up_proj: its weight holds NaN or Inf",
     ]
     assert len(report.spectra) == len(open_base(base).spec.linear_shapes()) - 2
     adapted = package.inspect(make_adapter(base, tmp_path / "adapter"), base=base)
@@ -135,7 +135,7 @@ def test_a_weight_of_zeros_is_left_out_by_name(tmp_path):
 
 def test_a_base_of_nothing_but_damage_is_refused(tmp_path, refused):
     text = refused(damaged_folder(tmp_path, _proj=np.nan), "--out", tmp_path / "figures")
-    assert text.count("holds numbers that are NaN or Inf") >= 14
+    assert text.count("its weight holds NaN or Inf") >= 14
     assert not (tmp_path / "figures").exists()
 
 
@@ -263,6 +263,37 @@ def test_two_adapters_are_compared_without_a_base(adapter, tiny_base, tmp_path, 
     assert package.inspect(adapter, other).base == ""
 
 
+# ---- inits --------------------------------------------------------------------------------------------------------
+
+
+def test_inits_are_measured_on_data_overall_and_by_kind(thimble, examples, tiny_base):
+    code, out, _ = thimble("inspect", "--data", examples, "--base", tiny_base, "--json")
+    report = json.loads(out)
+    assert (code, report["subject"], report["names"], report["base"]) == (0, "inits", [str(examples)], "smollm2.gguf")
+    rows = [row for row in report["inits"] if row["kind"] == "up_proj"]
+    for init in ("kaiming", "eva", "gradient"):
+        whole = sum(row["energy"] * row[init] for row in rows) / sum(row["energy"] for row in rows)
+        assert report["by_kind"]["up_proj"][init] == pytest.approx(whole)
+        assert 0 < report["overall"][init] <= 1
+    assert report["overall"]["kaiming"] < report["overall"]["gradient"]
+    assert "does not predict which init trains better" in report["remark"]
+
+
+def test_shares_of_inits_are_shown_in_a_table_that_claims_no_more_than_it_says(thimble, examples, tiny_base):
+    code, out, _ = thimble("inspect", "--data", examples, "--base", tiny_base)
+    assert code == 0
+    lines = out.splitlines()
+    assert lines[2].split()[-3:] == ["kaiming", "eva", "gradient"]
+    assert [line.split()[0] for line in lines[3:11]] == [
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "all",
+    ]  # fmt: skip
+    assert "does not predict which init trains better" in lines[-1]
+
+
+def test_data_beside_an_adapter_are_refused(refused, examples, adapter, tiny_base):
+    assert "name the base with --base" in refused(adapter, "--data", examples, "--base", tiny_base)
+
+
 # ---- the command ----------------------------------------------------------------------------------------------------
 
 
@@ -307,7 +338,7 @@ def test_figures_are_drawn_in_both_forms(thimble, tiny_base, adapter, tmp_path, 
     assert "<svg" in (tmp_path / "figures" / f"{names[0]}.svg").read_text()
     code, _, text = thimble("inspect", *argv)
     assert code == 2
-    assert f"out is figures, which holds {names[0]}.png" in text
+    assert f"--out is figures, which holds {names[0]}.png" in text
 
 
 def test_adapters_of_the_head_alone_are_compared_but_not_drawn(thimble, tmp_path):
@@ -369,7 +400,7 @@ def test_a_base_beside_an_adapter_is_refused_with_the_flag_for_it(refused, tiny_
 
 def test_adapters_that_cannot_be_compared_are_refused(refused, tiny_base, adapter, tmp_path):
     other = make_adapter(tiny_base.replace("smollm2", "gemma2"), tmp_path / "other")
-    assert "are of different bases: model.layers.0" in refused(adapter, other)
+    assert "the adapters do not belong to the same base: model.layers.0" in refused(adapter, other)
     assert "is named twice" in refused(adapter, adapter)
     kinds = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     first = make_adapter(tiny_base, tmp_path / "first", **dict.fromkeys(kinds[1:]))
@@ -379,14 +410,14 @@ def test_adapters_that_cannot_be_compared_are_refused(refused, tiny_base, adapte
 
 def test_a_block_that_is_not_there_is_refused(refused, tiny_base, adapter):
     text = refused(tiny_base, "--blocks", "0,2,x")
-    assert "blocks names 2, x: expected some of 0, 1" in text
+    assert "--blocks names 2, x: expected some of 0, 1" in text
     assert "leave it out" in refused(adapter, adapter, "--blocks", "0")
 
 
 def test_all_faults_are_told_at_once_and_nothing_is_written(refused, tiny_base, adapter, tmp_path):
     (tmp_path / "file").write_text("")
     text = refused(adapter, "nowhere", "--out", "file", "--seed", "-1")
-    assert all(part in text for part in ("nowhere is neither", "out is file", "seed is"))
+    assert all(part in text for part in ("nowhere is neither", "out is file", "--seed -1"))
     assert (tmp_path / "file").read_text() == ""
 
 

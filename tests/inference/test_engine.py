@@ -16,7 +16,7 @@ from thimble.data.encode import Row
 from thimble.inference.engine import Engine
 from thimble.inference.sampling import SamplingOptions
 from thimble.models.base import open_base
-from thimble.models.cost import ExecutionPlan
+from thimble.models.execution import ExecutionPlan
 
 TINY = Path(__file__).parents[1] / "fixtures" / "gguf" / "smollm2.gguf"
 NINE = SamplingOptions(9)

@@ -7,7 +7,7 @@ import pytest
 
 import thimble
 from thimble.core.adapter import Adapter
-from thimble.core.inits import draw
+from thimble.core.inits import LayerData, kaiming, orthogonal
 from thimble.files.peft import save_adapter
 from thimble.models.base import open_base
 from thimble.report import figures
@@ -42,7 +42,7 @@ def test_axes_are_labelled_and_every_kind_is_named(report, tmp_path):
 
 def test_nothing_is_written_if_one_figure_cannot_be_drawn(tiny_base, tmp_path, monkeypatch):
     shapes = open_base(tiny_base).spec.linear_shapes()
-    layers = {path: draw("orthogonal", shape, 2, 1.0, 0, path) for path, shape in shapes.items()}
+    layers = {path: orthogonal(LayerData(path, shape, 2, 1.0)) for path, shape in shapes.items()}
     layers = {path: dataclasses.replace(factors, B=factors.B + 1) for path, factors in layers.items()}
     save_adapter(Adapter(layers), tmp_path / "adapter")
     report = dataclasses.asdict(thimble.inspect(tmp_path / "adapter", base=tiny_base))
@@ -54,7 +54,12 @@ def test_nothing_is_written_if_one_figure_cannot_be_drawn(tiny_base, tmp_path, m
 
 def test_an_adapter_of_one_layer_is_drawn(tiny_base, tmp_path):
     path, shape = next(iter(open_base(tiny_base).spec.linear_shapes().items()))
-    factors = draw("kaiming", shape, 1, 1.0, 0, path)
+    factors = kaiming(LayerData(path, shape, 1, 1.0))
     save_adapter(Adapter({path: dataclasses.replace(factors, B=factors.B + 1)}), tmp_path / "adapter")
     report = thimble.inspect(tmp_path / "adapter", base=tiny_base, out=str(tmp_path / "figures"))
     assert len(report.figures) == 6
+
+
+def test_nothing_is_drawn_of_inits(tmp_path):
+    assert figures.write_figures(tmp_path / "figures", {"subject": "inits"}) == []
+    assert not (tmp_path / "figures").exists()

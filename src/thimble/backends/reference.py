@@ -26,7 +26,7 @@ from thimble.data.batches import Batch
 from thimble.data.encode import IGNORED
 from thimble.models import forward
 from thimble.models.base import Base
-from thimble.models.cost import ExecutionPlan
+from thimble.models.execution import ExecutionPlan
 from thimble.models.forward import Drop, Update
 
 Array = NDArray[np.float64]

@@ -16,7 +16,7 @@ from thimble.core.adapter import Adapter
 from thimble.core.method import Method
 from thimble.core.metrics import LossSum
 from thimble.data.batches import Batch
-from thimble.models.cost import ExecutionPlan
+from thimble.models.execution import ExecutionPlan
 
 
 class LayerInfo(NamedTuple):

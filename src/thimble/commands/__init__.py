@@ -81,7 +81,7 @@ _LIST = (
     ),
     Command(
         "inspect", "Look into the weights of a base, into an adapter, or compare two adapters.",
-        "config.inspect_:InspectConfig", "commands.inspect_:inspect", "report.terminal:render_inspect",
+        "config.inspect_:InspectConfig", "commands.inspect_:inspect", "report.inspect_text:render_inspect",
     ),
     Command(
         "merge", "Make an adapter smaller, or merge it into a base of float weights.",

@@ -1,12 +1,14 @@
 """`thimble chat`: talk to a base or an adapter, and switch between them while talking."""
 
+from thimble.backends.open import choose_store, open_session
 from thimble.config.chat import ChatConfig
 from thimble.data.encode import Encoder
+from thimble.data.model import open_model
 from thimble.errors import Problems
 from thimble.events import EventLog, OnEvent, ignore
 from thimble.inference.conversation import Conversation
 from thimble.inference.sampling import SamplingOptions
-from thimble.training.prepare import choose_store, open_adapters, open_model, open_session
+from thimble.models.adapters import open_adapters
 
 
 def open_conversation(config: ChatConfig, on_event: OnEvent = ignore) -> Conversation:
@@ -31,7 +33,7 @@ def open_conversation(config: ChatConfig, on_event: OnEvent = ignore) -> Convers
     (model,) = problems.required(model)
     compute, why = choose_compute(config.compute)
     log.decision(f"compute: {why}")
-    session = open_session(model, compute, choose_store(config, model.base, compute)[0][0])
+    session = open_session(model, compute, choose_store(config.store, model.base, compute)[0][0])
     spec, tokenizer = model.base.spec, model.tokenizer
     encoder = Encoder(tokenizer, model.template, spec.max_positions, vocab_size=spec.vocab_size)
     active = {name: session.load(adapter) for name, adapter in adapters.items()}

@@ -8,7 +8,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from thimble.core.method import ADAPTER, INITS, MOST_SCALE, init_name
+from thimble.core.method import MOST_SCALE, parse_init
 
 AUTO = "auto"
 NO_AUTO_INIT = (
@@ -52,9 +52,11 @@ def init(value: str) -> str | None:
     """Check the name of an init."""
     if value == AUTO:
         return NO_AUTO_INIT
-    if init_name(value) in INITS and value != ADAPTER:
-        return None
-    return one_of([*(name for name in INITS if name != ADAPTER), f"{ADAPTER}:PATH"], value)
+    try:
+        parse_init(value)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def pattern(value: Sequence[str]) -> str | None:

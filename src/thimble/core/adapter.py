@@ -1,13 +1,14 @@
 """The adapter as a value: low-rank updates by layer path. Knows no files, no framework and no base."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from thimble.core.inits import draw
-from thimble.core.lowrank import Factors, difference
+from thimble.core.inits import BUILDERS, LayerData
+from thimble.core.lowrank import Factors, difference, rank_for, svd_of_update, total, truncate
 from thimble.core.targets import Size
+from thimble.errors import listing
 
 
 @dataclass(frozen=True)
@@ -28,25 +29,29 @@ class Adapter:
 
     @property
     def num_parameters(self) -> int:
-        """How many numbers the adapter holds."""
-        magnitudes = (f.magnitude for f in self.layers.values() if f.magnitude is not None)
-        return sum(f.A.size + f.B.size for f in self.layers.values()) + sum(m.size for m in magnitudes)
+        """How many parameters the adapter holds."""
+        return sum(factors.num_parameters for factors in self.layers.values())
+
+    @property
+    def has_magnitudes(self) -> bool:
+        """Whether a layer sets the lengths of the rows of its weight (DoRA)."""
+        return any(factors.magnitude is not None for factors in self.layers.values())
 
     def plain(self) -> "Adapter":
         """The same function as an adapter of larger rank, without an origin: what every other tool understands."""
-        whole = {
+        layers = {
             path: difference(factors, self.origin[path]) if path in self.origin else factors
             for path, factors in self.layers.items()
         }
-        return replace(self, layers=whole, origin={})
+        return replace(self, layers=layers, origin={})
 
     def is_finite(self) -> bool:
-        """Whether every number is finite; an adapter that is not must never be published."""
+        """Whether no parameter is NaN or Inf; an adapter that has one must never be published."""
         return all(is_finite(factors) for factors in (*self.layers.values(), *self.origin.values()))
 
 
 def is_finite(factors: Factors) -> bool:
-    """Whether every number of an update is finite."""
+    """Whether no number of an update is NaN or Inf."""
     parts = (factors.A, factors.B, factors.scale, 0.0 if factors.magnitude is None else factors.magnitude)
     return all(bool(np.isfinite(part).all()) for part in parts)
 
@@ -56,11 +61,78 @@ def fresh_adapter(shapes: Mapping[str, tuple[int, int]], init: str, sizes: Mappi
 
     Args:
         shapes: Path of each layer to its (out, in).
-        init: How it is drawn; see `thimble.core.inits.draw`.
+        init: An init that needs nothing but shapes: `kaiming`, `gaussian` or `orthogonal`.
         sizes: Rank and scale of each adapted layer.
         seed: The run's seed.
 
     Returns:
         The adapter, without base or notes.
     """
-    return Adapter({path: draw(init, shapes[path], *size, seed, path) for path, size in sizes.items()})
+    build = BUILDERS[init]
+    return Adapter({path: build(LayerData(path, shapes[path], *size, seed)) for path, size in sizes.items()})
+
+
+def add_up(adapters: Iterable[Adapter]) -> dict[str, Factors]:
+    """The sum of adapters, layer by layer, exactly.
+
+    Args:
+        adapters: Without `conflicts` and `sum_problems`.
+
+    Returns:
+        Updates by layer path; the rank of each is the sum of its ranks.
+    """
+    parts: dict[str, list[Factors]] = {}
+    for adapter in adapters:
+        for path, factors in adapter.layers.items():
+            parts.setdefault(path, []).append(factors)
+    return {path: total(updates) for path, updates in parts.items()}
+
+
+def conflicts(adapters: Mapping[str, Adapter]) -> list[str]:
+    """Why adapters cannot be of one base.
+
+    Args:
+        adapters: By the name that the user knows them by.
+
+    Returns:
+        Problems, one sentence each; none if they can.
+    """
+    wrong = []
+    shapes: dict[str, tuple[tuple[int, int], str]] = {}
+    for name, adapter in adapters.items():
+        for path, factors in adapter.layers.items():
+            known, first = shapes.setdefault(path, (factors.shape, name))
+            if known != factors.shape:
+                wrong.append(f"{path} is (out, in) {factors.shape} in {name} but {known} in {first}")
+    return [f"the adapters do not belong to the same base: {listing(wrong, 2)}"] if wrong else []
+
+
+def sum_problems(adapters: Mapping[str, Adapter]) -> list[str]:
+    """Why adapters of one base cannot be added up; see `conflicts`."""
+    names = [name for name, adapter in adapters.items() if adapter.has_magnitudes]
+    if len(adapters) < 2 or not names:
+        return []
+    return [
+        f"adapter {listing(names)} is DoRA: it sets the lengths of the rows of W + scale B A, and lengths do not add "
+        "up; merge one at a time"
+    ]
+
+
+def cut(factors: Factors, energy: float, most: int) -> tuple[Factors, float, float]:
+    """Truncate an update to the smallest rank that keeps a share of its energy.
+
+    Args:
+        factors: The update; a magnitude is kept.
+        energy: Share of ‖scale · B A‖² wanted, above 0 and at most 1.
+        most: The highest rank kept, whatever it costs.
+
+    Returns:
+        The update, as it was if no rank is saved; ‖scale · B A‖_F before; and the relative error.
+    """
+    values = svd_of_update(factors).values
+    norm = float(np.linalg.norm(values))
+    rank = min(rank_for(values, energy), most)
+    if rank >= factors.rank:
+        return factors, norm, 0.0
+    small, error = truncate(factors, rank)
+    return small, norm, error

@@ -43,6 +43,16 @@ class Factors:
         """Number of rows of A."""
         return int(self.A.shape[0])
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the weight it updates."""
+        return len(self.B), int(self.A.shape[1])
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers in A, B and the magnitude."""
+        return self.A.size + self.B.size + (0 if self.magnitude is None else self.magnitude.size)
+
 
 def scale(alpha: float, rank: int, use_rslora: bool = False) -> float:
     """Turn alpha into the factor of B A.
@@ -104,8 +114,8 @@ def unmerge(weight: Array, factors: Factors) -> Array:
 def difference(factors: Factors, origin: Factors) -> Factors:
     """One update that is another less a third: scale · (B A − B₀ A₀), of rank 2 r, exactly.
 
-    Written as (B − B₀) A + B₀ (A − A₀): while A and B are near their start, A over A₀ and B beside −B₀ would cancel but
-    for the rounding of whatever type they are multiplied in.
+    Written as (B − B₀) A + B₀ (A − A₀): while A and B are near A₀ and B₀, A over A₀ and B beside −B₀ would cancel but
+    for the rounding of whatever dtype they are multiplied in.
 
     Args:
         factors: The update.
@@ -179,9 +189,9 @@ def truncate(factors: Factors, rank: int) -> tuple[Factors, float]:
         ‖BA − B'A'‖_F / ‖BA‖_F (0 for a zero update).
     """
     rank = min(rank, factors.rank)
-    whole = svd_of_update(factors)
-    values, root = whole.values, np.sqrt(whole.values[:rank] / (factors.scale or 1.0))
-    new_b, new_a = whole.left[:, :rank] * root, root[:, None] * whole.right[:rank]
+    found = svd_of_update(factors)
+    values, root = found.values, np.sqrt(found.values[:rank] / (factors.scale or 1.0))
+    new_b, new_a = found.left[:, :rank] * root, root[:, None] * found.right[:rank]
     total = float(np.sqrt((values**2).sum()))
     error = float(np.sqrt((values[rank:] ** 2).sum())) / total if total > 0 else 0.0
     kept = Factors(new_a.astype(factors.A.dtype), new_b.astype(factors.B.dtype), factors.scale, factors.magnitude)
@@ -269,14 +279,14 @@ def svd(matrix: Array, rank: int, end: str = "top") -> Decomposition:
 def randomised_svd(
     matrix: Array, rank: int, iterations: int = 4, oversampling: int = 8, seed: int = 0
 ) -> Decomposition:
-    """Top of the spectrum by subspace iteration on a random start (Halko et al., arXiv:0909.4061, algorithm 4.4).
+    """Top of the spectrum by subspace iteration from a random basis (Halko et al., arXiv:0909.4061, algorithm 4.4).
 
     Args:
         matrix: float (rows, columns).
         rank: Singular values kept.
         iterations: Times the subspace is multiplied by M Mᵀ; four leave at most 1 % more than the best residual.
         oversampling: Further directions that are carried along and dropped at the end.
-        seed: Of the random start.
+        seed: Of the random basis.
 
     Returns:
         The kept part, the largest value first.

@@ -1,6 +1,7 @@
-"""How an adapter begins and how its numbers are trained: the names, and what each needs. The maths is in `starts`."""
+"""How an adapter is initialised and trained: names, properties and limits; the maths is in thimble.core.inits."""
 
-from dataclasses import dataclass
+import difflib
+from dataclasses import dataclass, replace
 
 AUTO, ADAPTER = "auto", "adapter"
 AUTO_RANK = 16  # whose number of parameters, and whose scale, rank auto takes
@@ -11,49 +12,101 @@ LORA_PLUS_RATE = 0.5  # the same where B learns faster than A (Hayou et al., arX
 
 @dataclass(frozen=True)
 class Init:
-    """What a start needs and how it is trained.
+    """An initialization of A and B: what it is called, what it is made from and how it is trained.
 
     Attributes:
-        needs: `nothing`, `weights`, `inputs` or `gradients` of some training rows, `quantised` weights beside those of
+        name: Its entry in `INITS`; `str(init)` is the option as it is typed.
+        needs: `nothing`, `weights`, `inputs` or `gradients` of calibration data, `quantised` weights beside those of
             the file, or an `adapter`.
         is_delta: Whether it is trained as B A − B₀ A₀.
         rate: What the default learning rate is multiplied by. From published sweeps (arXiv:2602.04998) and our own
             (benchmarks/RESULTS.md); those of 1 keep the length of A x at Kaiming's, which makes the rate transfer.
         changes_base: Whether the model differs from the base before the first step.
+        uses_general_text: Whether its calibration data are general text instead of training rows.
+        is_weighted: Whether inputs count by the square of their gradient, instead of the gradient of W itself.
+        ranks_read: Singular directions of the gradient it takes for each rank.
+        rank_step: Ranks are multiples of this.
+        path: The adapter folder of `adapter:PATH`; empty for all others.
     """
 
+    name: str
     needs: str = "nothing"
     is_delta: bool = False
     rate: float = 1.0
     changes_base: bool = False
+    uses_general_text: bool = False
+    is_weighted: bool = False
+    ranks_read: int = 1
+    rank_step: int = 1
+    path: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name}:{self.path}" if self.path else self.name
+
+    def most_rank(self, shape: tuple[int, int]) -> int:
+        """The highest rank that a layer of shape (out, in) can have."""
+        return min(shape) // self.ranks_read // self.rank_step * self.rank_step
+
+    def allowed_rank(self, rank: int, shape: tuple[int, int]) -> int:
+        """The nearest rank at or below `rank` that a layer of shape (out, in) can have, or else the least there is."""
+        return max(self.rank_step, min(rank, self.most_rank(shape)) // self.rank_step * self.rank_step)
 
 
 INITS = {
-    "kaiming": Init(),
-    "gaussian": Init(),
-    "orthogonal": Init(),
-    "olora": Init("weights", is_delta=True, rate=0.055),
-    "pissa": Init("weights", is_delta=True, rate=0.12),
-    "pissa:exact": Init("weights", is_delta=True, rate=0.12),
-    "milora": Init("weights", is_delta=True, rate=0.3),
-    "eva": Init("inputs"),
-    "eva:centred": Init("inputs", rate=0.14),
-    "corda": Init("inputs", is_delta=True, rate=0.12),
-    "corda:knowledge": Init("inputs", is_delta=True, rate=0.3),
-    "weighted-pca": Init("gradients"),
-    "gradient": Init("gradients"),
-    "gradient:lora-ga": Init("gradients", is_delta=True, rate=0.1),
-    "gradient:lora-one": Init("gradients", rate=0.055, changes_base=True),
-    "loftq": Init("quantised", changes_base=True),
-    ADAPTER: Init("adapter", changes_base=True),
+    init.name: init
+    for init in (
+        Init("kaiming"),
+        Init("gaussian"),
+        Init("orthogonal", rank_step=2),
+        Init("olora", "weights", is_delta=True, rate=0.055),
+        Init("pissa", "weights", is_delta=True, rate=0.12),
+        Init("pissa:exact", "weights", is_delta=True, rate=0.12),
+        Init("milora", "weights", is_delta=True, rate=0.3),
+        Init("eva", "inputs"),
+        Init("eva:centred", "inputs", rate=0.14),
+        Init("corda", "inputs", is_delta=True, rate=0.12),
+        Init("corda:knowledge", "inputs", is_delta=True, rate=0.3, uses_general_text=True),
+        Init("weighted-pca", "gradients", is_weighted=True),
+        Init("gradient", "gradients"),
+        Init("gradient:lora-ga", "gradients", is_delta=True, rate=0.1, ranks_read=2),
+        Init("gradient:lora-one", "gradients", rate=0.055, changes_base=True),
+        Init("loftq", "quantised", changes_base=True),
+        Init(ADAPTER, "adapter", changes_base=True),
+    )
 }
 
 
-def method_rates(init: str, use_dora: bool, lora_plus: float, rslora_rank: int = 1) -> dict[str, float]:
+def parse_init(text: str) -> Init:
+    """Read the option `--init`.
+
+    Args:
+        text: A name in `INITS`, or `adapter:PATH`.
+
+    Returns:
+        The initialization; `str` of it is `text` again.
+
+    Raises:
+        ValueError: With what was expected.
+
+    Example:
+        >>> parse_init("adapter:runs/mine-1").path
+        'runs/mine-1'
+    """
+    name, _, path = text.partition(":")
+    if name == ADAPTER and path:
+        return replace(INITS[ADAPTER], path=path)
+    if text in INITS and text != ADAPTER:
+        return INITS[text]
+    names = [*(name for name in INITS if name != ADAPTER), f"{ADAPTER}:PATH"]
+    near = difflib.get_close_matches(text, names, n=1)
+    raise ValueError(f"expected one of {', '.join(names)}" + (f"; did you mean {near[0]}?" if near else ""))
+
+
+def method_rates(init: Init, use_dora: bool, lora_plus: float, rslora_rank: int = 1) -> dict[str, float]:
     """What the default learning rate is multiplied by, and for what.
 
     Args:
-        init: The option.
+        init: The initialization.
         use_dora: The option.
         lora_plus: The option.
         rslora_rank: The rank, if rsLoRA makes the scale √rank times as large: the first steps stay as long.
@@ -62,7 +115,7 @@ def method_rates(init: str, use_dora: bool, lora_plus: float, rslora_rank: int =
         Factors by what they are for; none of them is 1.
     """
     factors = {
-        f"init {init}": 1.0 if init == AUTO else INITS[init_name(init)].rate,
+        f"init {init}": init.rate,
         "DoRA": DORA_RATE if use_dora else 1.0,
         "LoRA+": LORA_PLUS_RATE if lora_plus > 1 else 1.0,
         "rsLoRA": rslora_rank**-0.5,
@@ -70,22 +123,18 @@ def method_rates(init: str, use_dora: bool, lora_plus: float, rslora_rank: int =
     return {name: factor for name, factor in factors.items() if factor != 1}
 
 
-def init_name(init: str) -> str:
-    """The entry of `INITS` for a value of the option: `adapter:PATH` is `adapter`."""
-    return ADAPTER if init.startswith(ADAPTER + ":") else init
-
-
 @dataclass(frozen=True)
 class Method:
     """Variations on plain LoRA.
 
     Attributes:
-        weight_decay: Of AdamW; pulls towards the start, which for a plain start is the base. Decay towards zero would
-            take out of the model what a start in delta form has taken off.
+        weight_decay: Of AdamW; pulls towards the initial values, which for a plain init are the base. Decay towards
+            zero would take out of the model what an init in delta form has taken off.
         lora_plus: Rate of B over that of A (Hayou et al., LoRA+, arXiv:2402.12354).
         dropout: Share of the inputs of A that is left out at each step, the others growing by as much.
         freezes_a: Train B alone (Zhang et al., LoRA-FA, arXiv:2308.03303, without its correction).
         max_grad_norm: Gradients are scaled down to this global norm.
+        seed: Of dropout.
     """
 
     weight_decay: float = 0.0

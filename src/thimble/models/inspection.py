@@ -1,4 +1,4 @@
-"""What `thimble inspect` measures of one layer: a weight, an update, or two updates.
+"""What `thimble inspect` measures of one layer: a weight, an update, two updates, or what inits make of its gradient.
 
 Each is a row of numbers, so that rows can be averaged, written as JSON and drawn.
 """
@@ -51,7 +51,7 @@ class Spectrum:
         rank_99: The same for 99 %.
         top_16: Share of the energy in the 16 largest singular values.
         below_noise: Share of the singular values below what rounding to the file's dtype makes by itself; null
-            for types without one step size a block.
+            for dtypes without one step size a block.
         curve: Share of the energy held by 0, 1, ... 100 % of the full rank.
     """
 
@@ -147,6 +147,31 @@ class Overlap:
     norms: list[float]
 
 
+@dataclass
+class InitShares:
+    """What share of the gradient of one weight each init captures, on rows that its A was not made from.
+
+    Attributes:
+        layer: Path of the layer.
+        kind: Last part of the path.
+        block: Number of its block.
+        rank: Rows of A.
+        energy: ‖G‖², the squared Frobenius norm of the gradient, summed over batches.
+        kaiming: Share of it that lies in the rows of a random A.
+        eva: The same with A along the main directions of the layer's inputs.
+        gradient: The same with A along those of the gradient.
+    """
+
+    layer: str
+    kind: str
+    block: int
+    rank: int
+    energy: float
+    kaiming: float
+    eva: float
+    gradient: float
+
+
 # ---- names of layers ------------------------------------------------------------------------------------------------
 
 
@@ -209,8 +234,8 @@ def update_of(layer: str, factors: Factors, matrix: Array | None, is_decomposed:
     Returns:
         What was found.
     """
-    whole = svd_of_update(factors)
-    values = np.abs(whole.values)
+    found = svd_of_update(factors)
+    values = np.abs(found.values)
     norm = float(np.linalg.norm(values))
     of_weight = None if matrix is None else norm / float(np.linalg.norm(matrix.astype(np.float64)))
     rank_90, rank_99 = (rank_for(values, share) if norm else 0 for share in (0.9, 0.99))
@@ -219,7 +244,7 @@ def update_of(layer: str, factors: Factors, matrix: Array | None, is_decomposed:
         effective_rank(values), rank_90, rank_99, values=values.tolist(),
     )  # fmt: skip
     if norm and matrix is not None and is_decomposed:
-        _compare_with_weight(update, whole, factors, matrix)
+        _compare_with_weight(update, found, factors, matrix)
     return update
 
 

@@ -19,7 +19,7 @@ from thimble.errors import ConfigError
 from thimble.events import EventLog, ShouldStop, never
 from thimble.inference.engine import Engine
 from thimble.inference.sampling import SamplingOptions
-from thimble.models.cost import ExecutionPlan
+from thimble.models.execution import ExecutionPlan
 
 SHORT_ANSWER_WORDS = 8  # references up to this long are scored by exact match unless the user says otherwise
 

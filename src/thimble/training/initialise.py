@@ -1,58 +1,107 @@
-"""Where training begins: the rank of each layer, and A and B; drawn, decomposed, or found by looking at the data.
+"""The adapter before the first step: the rank of each layer, and A and B; random, decomposed, or found on data.
 
-What can be refused without the base is (`check_start`); the rest is made once it is loaded and before anything is
+What can be refused without the loaded base is (`check_init`); the rest is made once it is loaded and before anything is
 written, so that a weight that cannot be decomposed still refuses the run.
 """
 
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from thimble.config.train import TrainConfig
 from thimble.config.values import read_pattern
 from thimble.core.adapter import Adapter, fresh_adapter
-from thimble.core.inits import corda, eva, from_sketch, from_weight, loftq, with_zero_b
-from thimble.core.method import ADAPTER, AUTO, AUTO_RANK, INITS, init_name
+from thimble.core.inits import BUILDERS, LayerData
+from thimble.core.method import AUTO_RANK, INITS, Init
 from thimble.core.targets import Size, size_layers
-from thimble.errors import Problems, listing
+from thimble.data.model import Model
+from thimble.errors import ConfigError, Problems, listing
 from thimble.events import EventLog
 from thimble.files.peft import load_adapter
+from thimble.models.adapters import check_fits
+from thimble.models.merged import FLOAT_DTYPES
 from thimble.models.spec import DecoderSpec
 from thimble.training import run_folder
-from thimble.training.calibration import MOST_RANK, CalibrationData, choose, choose_ranks
+from thimble.training.calibration import (
+    CAPABILITY,
+    MOST_RANK,
+    Calibration,
+    CalibrationData,
+    CalibrationSession,
+    Energy,
+    choose_ranks,
+)
 from thimble.training.checkpoint import latest_checkpoint
-from thimble.training.prepare import Model, check_fits
 
-if TYPE_CHECKING:
-    from thimble.backends.torch.session import TorchSession
-    from thimble.training.plan import RunPlan
-
-FLOAT_TYPES = ("F32", "F16", "BF16")
+COMPARED = (
+    "kaiming",
+    "eva",
+    "gradient",
+)  # their A x are equally long: one learning rate is right for all
 
 
 @dataclass(frozen=True)
-class Start:
-    """Where a run begins.
+class Initialization:
+    """What a run begins with.
 
     Attributes:
         adapter: The adapter before the first step.
-        config: The options, with init and ranks resolved.
-        numbers: What was measured for the choice, by name, and the seconds it all took.
+        config: The options, with ranks resolved.
+        measured: What ranks were chosen by, and the seconds it all took.
     """
 
     adapter: Adapter
     config: TrainConfig
-    numbers: dict[str, Any] = field(default_factory=dict)
+    measured: dict[str, Any] = field(default_factory=dict)
 
 
 # ---- before the base is loaded --------------------------------------------------------------------------------------
+
+
+def check_init(
+    init: Init, config: TrainConfig, model: Model, layers: Sequence[str], folder: Path
+) -> dict[str, Size]:  # fmt: skip
+    """Refuse ranks and initializations that cannot be.
+
+    Args:
+        init: The initialization.
+        config: The options.
+        model: The base.
+        layers: Paths of the adapted layers.
+        folder: The run folder, which holds the initial adapter if it is resumed.
+
+    Returns:
+        Sizes of the layers, as far as they are known.
+
+    Raises:
+        InputError: With every problem found, naming the layers.
+        AdapterError: If the adapter to begin with cannot be read or does not fit.
+    """
+    if init.needs == "adapter":
+        is_resumed = config.resume and latest_checkpoint(folder) and (folder / run_folder.START).is_dir()
+        path = str(folder / run_folder.START) if is_resumed else init.path
+        adapter = load_adapter(path)
+        check_fits(path, adapter, model.base)
+        return {layer: Size(factors.rank, factors.scale) for layer, factors in adapter.layers.items()}
+    problems, shapes = Problems(), model.base.spec.linear_shapes()
+    sizes = problems.attempt(_plan_sizes, config, model.base.spec, layers)
+    plain = config.replace(rank_pattern=(), alpha_pattern=())
+    sizes = sizes or _plan_sizes(plain, model.base.spec, layers)  # so that what else is wrong is reported too
+    if config.rank is not None:
+        problems.add(*_rank_problems(init, sizes, shapes))
+    least = sum(sum(shapes[layer]) for layer in layers)
+    if config.rank_budget is not None and config.rank_budget < least:
+        problems.add(f"--rank-budget is {config.rank_budget:,}: expected at least {least:,}, rank 1 for every layer")
+    if init.needs == "quantised":
+        problems.add(*_quantised_problems(init, config, model, layers))
+    problems.required()
+    return sizes
 
 
 def _plan_sizes(config: TrainConfig, spec: DecoderSpec, layers: Sequence[str]) -> dict[str, Size]:
@@ -67,130 +116,102 @@ def _plan_sizes(config: TrainConfig, spec: DecoderSpec, layers: Sequence[str]) -
     return size_layers(layers, rank, config.alpha, ranks, alphas, config.use_rslora, spec.num_layers)
 
 
-def check_start(config: TrainConfig, model: Model, layers: Sequence[str], folder: Path) -> dict[str, Size]:
-    """Refuse ranks and starts that cannot be.
-
-    Args:
-        config: The options.
-        model: The base.
-        layers: Paths of the adapted layers.
-        folder: The run folder, which knows where it began if it is resumed.
-
-    Returns:
-        Sizes of the layers, as far as they are known.
-
-    Raises:
-        InputError: With every problem found, naming the layers.
-        AdapterError: If the adapter to start from cannot be read or does not fit.
-    """
-    shapes, init = model.base.spec.linear_shapes(), config.init
-    if init_name(init) == ADAPTER:
-        is_resumed = config.resume and latest_checkpoint(folder) and (folder / run_folder.START).is_dir()
-        path = str(folder / run_folder.START) if is_resumed else init.removeprefix(ADAPTER + ":")
-        adapter = load_adapter(path)
-        check_fits(path, adapter, model.base)
-        return {layer: Size(factors.rank, factors.scale) for layer, factors in adapter.layers.items()}
-    problems = Problems()
-    sizes = problems.attempt(_plan_sizes, config, model.base.spec, layers)
-    plain = config.replace(rank_pattern=(), alpha_pattern=())
-    sizes = sizes or _plan_sizes(plain, model.base.spec, layers)  # so that what else is wrong is told too
-    problems.add(*_rank_problems(config, sizes, shapes))
-    if init == "orthogonal" and any(size.rank % 2 for size in sizes.values()):
-        odd = sorted({size.rank for size in sizes.values() if size.rank % 2})
-        problems.add(f"init orthogonal makes A and B of halves, and rank is {listing(odd)}: expected even ranks")
-    least = sum(sum(shapes[layer]) for layer in layers)
-    if config.rank_budget is not None and config.rank_budget < least:
-        problems.add(f"rank_budget is {config.rank_budget:,}: expected at least {least:,}, rank 1 for every layer")
-    problems.add(*_loftq_problems(config, model, layers))
-    problems.required()
-    return sizes
-
-
-def _rank_problems(config: TrainConfig, sizes: Mapping[str, Size], shapes: Mapping[str, tuple[int, int]]) -> list[str]:
-    """For each rank that is too large for a layer, the smallest such layer."""
-    if config.rank is None:
-        return []
-    parts, halved = (2, ", halved for gradient:lora-ga") if config.init == "gradient:lora-ga" else (1, "")
+def _rank_problems(init: Init, sizes: Mapping[str, Size], shapes: Mapping[str, tuple[int, int]]) -> list[str]:
+    """For each rank that is too large for a layer, the smallest such layer; and the ranks that no layer can have."""
     smallest: dict[int, str] = {}
     for layer, size in sizes.items():
         known = smallest.setdefault(size.rank, layer)
         if min(shapes[layer]) < min(shapes[known]):
             smallest[size.rank] = layer
-    return [
-        f"rank is {rank}: expected at most {min(shapes[layer]) // parts}, the smaller side of {layer} "
-        f"{shapes[layer]}{halved}"
+    shared = f", of whose gradient init {init} takes {init.ranks_read} directions for each rank"
+    problems = [
+        f"--rank is {rank}: expected at most {init.most_rank(shapes[layer])} for {layer}, which is (out, in) "
+        f"{shapes[layer]}{shared if init.ranks_read > 1 else ''}"
         for rank, layer in sorted(smallest.items())
-        if rank > min(shapes[layer]) // parts
+        if rank > init.most_rank(shapes[layer])
     ]
+    odd = [rank for rank in sorted(smallest) if rank % init.rank_step]
+    if odd:
+        problems.append(f"--rank is {listing(odd)}: expected a multiple of {init.rank_step} for init {init}")
+    return problems
 
 
-def _loftq_problems(config: TrainConfig, model: Model, layers: Sequence[str]) -> list[str]:
-    if config.init != "loftq":
-        return []
-    kinds = sorted({model.base.weights[f"{layer}.weight"].dtype for layer in layers} - set(FLOAT_TYPES))
-    problems = []
-    starts = "init loftq starts from what quantising loses, and"
-    if kinds:
+def _quantised_problems(init: Init, config: TrainConfig, model: Model, layers: Sequence[str]) -> list[str]:
+    """Why the base, or how it is kept, leaves nothing for an init that is made from what quantising loses."""
+    dtypes = sorted({model.base.weights[f"{layer}.weight"].dtype for layer in layers} - set(FLOAT_DTYPES))
+    problems, why = [], f"init {init} is made from what quantising loses, and"
+    if dtypes:
         problems.append(
-            f"{starts} {model.base.name} is quantised already ({listing(kinds)}): take the folder of float weights it "
+            f"{why} {model.base.name} is quantised already ({listing(dtypes)}): take the folder of float weights it "
             "was made from, or another init"
         )
     if config.store != "int8" and config.compute != "int8":
-        problems.append(f"{starts} store {config.store} does not quantise: add --store int8")
+        problems.append(f"{why} --store {config.store} does not quantise: add --store int8")
     return problems
 
 
 # ---- after it is loaded ---------------------------------------------------------------------------------------------
 
 
-def make_start(run_plan: "RunPlan", session: "TorchSession", log: EventLog) -> Start:
-    """Decide what was left open about init and ranks, and make the adapter that training begins with.
+def initialise(
+    init: Init,
+    config: TrainConfig,
+    sizes: Mapping[str, Size],
+    data: CalibrationData,
+    session: CalibrationSession,
+    log: EventLog,
+) -> Initialization:
+    """Choose the ranks that were left open, and make the adapter that training begins with.
 
     Args:
-        run_plan: The run.
+        init: The initialization.
+        config: The options.
+        sizes: Of the layers, from `check_init`.
+        data: The rows to calibrate on.
         session: The loaded base.
-        log: Hears of progress and decisions.
+        log: Where progress and decisions go.
 
     Returns:
-        The start.
+        The adapter and what was chosen.
 
     Raises:
-        BaseModelError: If weights that are to be decomposed are zero or NaN or Inf.
+        ConfigError: If the session has not what the init needs.
+        BaseModelError: If weights that are to be decomposed are zero, NaN or Inf.
     """
-    began = time.perf_counter()
-    calibration, config, sizes = CalibrationData(run_plan, session, log), run_plan.config, run_plan.sizes
-    numbers: dict[str, Any] = {}
-    if config.init == AUTO:
-        chosen, numbers = choose(calibration, lambda init: _a_of(config.replace(init=init), calibration))
-        config = config.replace(init=chosen, calibration_steps=calibration.steps)
-    if init_name(config.init) == ADAPTER:
-        log.decision("ranks and scales: those of the adapter to start from")
+    began, measured = time.perf_counter(), {}
+    _check_capability(init, config, session)
+    calibration = Calibration(data, session, log)
+    if init.needs == "adapter":
+        log.decision("ranks and scales: those of the adapter that training goes on with")
         config = _with_sizes(config, sizes)
     elif config.rank is None:
-        sizes, found = choose_ranks(config, calibration)
-        numbers |= found
+        sizes = choose_ranks(config, init, calibration)
+        measured["ranks"] = {path: size.rank for path, size in sizes.items()}
         config = _with_sizes(config, sizes)
-    init = INITS[init_name(config.init)]
-    adapter = _MAKERS[init.needs](config, sizes, calibration)
+    adapter = make_adapter(init, sizes, calibration)
     if init.is_delta:
         adapter = replace(adapter, origin=adapter.layers)
     if config.use_dora:
         adapter = session.with_magnitudes(adapter)
-    numbers["seconds"] = time.perf_counter() - began
-    if init.needs != "nothing" or numbers.keys() > {"seconds"}:
-        log.note(f"start: init {config.init} took {numbers['seconds']:.1f} s")
+    seconds = time.perf_counter() - began
+    if init.needs != "nothing" or measured:
+        log.note(f"init {init} took {seconds:.1f} s")
     if config.explain:
-        _explain(numbers, log)
-    return Start(adapter, config, numbers)
+        for name, rank in measured.get("ranks", {}).items():
+            log.note(f"rank of {name}: {rank}")
+    return Initialization(adapter, config, {**measured, "seconds": seconds})
 
 
-def _explain(numbers: Mapping[str, Any], log: EventLog) -> None:
-    """Tell what was measured, a line for each start and each layer."""
-    for name, kinds in numbers.get("captured_by_kind", {}).items():
-        parts = ", ".join(f"{kind} {share:.3f}" for kind, share in kinds.items())
-        log.note(f"share of the gradient captured by {name}: {numbers['captured'][name]:.3f}; {parts}")
-    for name, rank in numbers.get("ranks", {}).items():
-        log.note(f"rank of {name}: {rank}")
+def _check_capability(init: Init, config: TrainConfig, session: CalibrationSession) -> None:
+    """Refuse by name what needs calibration, if the session cannot calibrate."""
+    wanted = [f"--init {init}"] if init.needs not in ("nothing", "adapter") else []
+    wanted += ["--rank auto"] if config.rank is None and init.needs != "adapter" else []
+    if wanted and CAPABILITY not in session.capabilities:
+        plain = listing(name for name, known in INITS.items() if known.needs == "nothing")
+        raise ConfigError(
+            f"{listing(wanted)}: this backend cannot calibrate; expected a number for --rank, and an --init of {plain} "
+            "or adapter:PATH"
+        )
 
 
 def _with_sizes(config: TrainConfig, sizes: Mapping[str, Size]) -> TrainConfig:
@@ -207,74 +228,75 @@ def _with_sizes(config: TrainConfig, sizes: Mapping[str, Size]) -> TrainConfig:
     )  # fmt: skip
 
 
-# ---- A and B, by what they are made of ------------------------------------------------------------------------------
+def captured_by_inits(sizes: Mapping[str, Size], calibration: Calibration) -> dict[str, dict[str, Energy]]:
+    """What share of the gradient of other rows the A of some inits capture.
+
+    Args:
+        sizes: Rank and scale of each layer.
+        calibration: The rows.
+
+    Returns:
+        By init and layer path: what each row of A captures of ‖G‖², and ‖G‖², G being the gradient of W.
+    """
+    candidates = {}
+    for name in COMPARED:
+        layers = make_adapter(INITS[name], sizes, calibration).layers
+        candidates[name] = {path: np.asarray(factors.A, np.float32) for path, factors in layers.items()}
+    calibration.log.stage("measuring the gradient of other rows")
+    return calibration.captured(candidates)
 
 
-def _drawn(config: TrainConfig, sizes: Mapping[str, Size], calibration: CalibrationData) -> Adapter:
-    return fresh_adapter(calibration.run_plan.model.base.spec.linear_shapes(), config.init, sizes, config.seed)
+# ---- A and B, from what the init needs ------------------------------------------------------------------------------
 
 
-def _from_weights(config: TrainConfig, sizes: Mapping[str, Size], calibration: CalibrationData) -> Adapter:
-    found = {
-        path: from_weight(config.init, values, *sizes[path])
-        for path, values in calibration.weights(f"init {config.init} decomposes it")
-    }
-    return Adapter(found)
+def make_adapter(init: Init, sizes: Mapping[str, Size], calibration: Calibration) -> Adapter:
+    """Gather what an init needs for each layer, and build A and B from it.
+
+    Args:
+        init: The initialization.
+        sizes: Rank and scale of each adapted layer.
+        calibration: The rows and the loaded base.
+
+    Returns:
+        The adapter, without base, notes, origin or magnitudes, unless it is one that was read.
+    """
+    if init.needs == "adapter":
+        return Adapter(load_adapter(init.path).layers)
+    if init.needs == "nothing":
+        return fresh_adapter(calibration.data.shapes, init.name, sizes, calibration.data.seed)
+    build, data = BUILDERS[init.name], calibration.data
+    bare = {path: LayerData(path, data.shapes[path], *size, data.seed) for path, size in sizes.items()}
+    layers = {layer.path: build(layer) for layer in _GATHERED[init.needs](init, bare, calibration)}
+    return Adapter({path: layers[path] for path in sizes})
 
 
-def _from_inputs(config: TrainConfig, sizes: Mapping[str, Size], calibration: CalibrationData) -> Adapter:
-    from thimble.backends.torch.calibrate import input_moments
+Gathering = Callable[[Init, Mapping[str, LayerData], Calibration], Iterator[LayerData]]
 
-    shapes, found = calibration.run_plan.model.base.spec.linear_shapes(), {}
-    is_knowledge = config.init == "corda:knowledge"
-    what = "general text" if is_knowledge else f"{calibration.steps} steps"
-    calibration.log.stage(f"looking at the inputs of every layer over {what}")
-    for paths, moments in input_moments(
-        calibration.session, calibration.general() if is_knowledge else calibration.batches()
-    ):
-        shared: dict[int, NDArray[np.float32]] = {}  # layers that read the same input begin with the same A
+
+def _weights(init: Init, layers: Mapping[str, LayerData], calibration: Calibration) -> Iterator[LayerData]:
+    for path, weight in calibration.weights(f"init {init} decomposes it"):
+        yield replace(layers[path], weight=weight)
+
+
+def _inputs(init: Init, layers: Mapping[str, LayerData], calibration: Calibration) -> Iterator[LayerData]:
+    for paths, moments in calibration.moments(init.uses_general_text):
         for path in paths:
-            if path not in sizes:
-                continue
-            rank, scale = sizes[path]
-            if config.init.startswith("corda"):
-                found[path] = corda(calibration.session.file_weight(path), moments, rank, scale, is_knowledge)
-                continue
-            if rank not in shared:
-                shared[rank] = eva(moments, rank, config.init == "eva:centred")
-            found[path] = with_zero_b(shared[rank], shapes[path][0], scale)
-    return Adapter({path: found[path] for path in sizes})
+            if path in layers:  # in delta form it takes a piece of W
+                weight = calibration.session.file_weight(path) if init.is_delta else None
+                yield replace(layers[path], weight=weight, moments=moments)
 
 
-def _from_gradients(config: TrainConfig, sizes: Mapping[str, Size], calibration: CalibrationData) -> Adapter:
-    factor = 2 if config.init == "gradient:lora-ga" else 1
-    ranks = {path: size.rank * factor for path, size in sizes.items()}
-    sketches = calibration.sketches(ranks, config.init == "weighted-pca")
-    shapes = calibration.run_plan.model.base.spec.linear_shapes()
-    return Adapter(
-        {path: from_sketch(config.init, sketches[path], shapes[path], *size) for path, size in sizes.items()}
-    )
+def _gradients(init: Init, layers: Mapping[str, LayerData], calibration: Calibration) -> Iterator[LayerData]:
+    ranks = {path: layer.rank * init.ranks_read for path, layer in layers.items()}
+    sketches = calibration.sketches(ranks, init.is_weighted)
+    return (replace(layer, sketch=sketches[path]) for path, layer in layers.items())
 
 
-def _from_quantising(config: TrainConfig, sizes: Mapping[str, Size], calibration: CalibrationData) -> Adapter:
-    found = {
-        path: loftq(values, calibration.session.kept_weight(path), *sizes[path])
-        for path, values in calibration.weights("init loftq decomposes what quantising it loses")
-    }
-    return Adapter(found)
+def _quantised(init: Init, layers: Mapping[str, LayerData], calibration: Calibration) -> Iterator[LayerData]:
+    for path, weight in calibration.weights(f"init {init} decomposes what quantising it loses"):
+        yield replace(layers[path], weight=weight, kept=calibration.session.kept_weight(path))
 
 
-def _from_adapter(config: TrainConfig, sizes: Mapping[str, Size], calibration: CalibrationData) -> Adapter:
-    adapter = load_adapter(config.init.removeprefix(ADAPTER + ":"))
-    return Adapter(adapter.layers)
-
-
-_MAKERS: dict[str, Callable[[TrainConfig, Mapping[str, Size], CalibrationData], Adapter]] = {
-    "nothing": _drawn, "weights": _from_weights, "inputs": _from_inputs, "gradients": _from_gradients,
-    "quantised": _from_quantising, "adapter": _from_adapter,
+_GATHERED: dict[str, Gathering] = {
+    "weights": _weights, "inputs": _inputs, "gradients": _gradients, "quantised": _quantised,
 }  # fmt: skip
-
-
-def _a_of(config: TrainConfig, calibration: CalibrationData) -> dict[str, NDArray[np.float32]]:
-    adapter = _MAKERS[INITS[config.init].needs](config, calibration.run_plan.sizes, calibration)
-    return {path: np.asarray(factors.A, np.float32) for path, factors in adapter.layers.items()}

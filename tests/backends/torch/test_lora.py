@@ -13,7 +13,7 @@ from thimble.core.adapter import Adapter
 from thimble.data.batches import Batch
 from thimble.files.peft import load_adapter, save_adapter
 from thimble.models.base import open_base
-from thimble.models.cost import ExecutionPlan
+from thimble.models.execution import ExecutionPlan
 
 FAMILIES = ("llama_bias", "qwen3", "gemma2", "gemma3", "phi3", "smollm3")
 

@@ -11,14 +11,14 @@ from families import hf_model, make_hf_folder
 from samples import IDS, RANDOM, Trainer, count, loss_curves, make_adapter, make_batch, peft_loss
 from thimble.backends.torch.lora import Dropout
 from thimble.backends.torch.session import TorchSession
+from thimble.core import inits
 from thimble.core.adapter import Adapter
 from thimble.core.dropout import keep_factor, keep_mask
-from thimble.core.inits import from_weight
 from thimble.core.lowrank import delta, merge
 from thimble.core.method import Method
 from thimble.files.peft import load_adapter, save_adapter
 from thimble.models.base import open_base
-from thimble.models.cost import ExecutionPlan
+from thimble.models.execution import ExecutionPlan
 
 GGUF = Path(__file__).parents[2] / "fixtures" / "gguf"
 
@@ -36,8 +36,8 @@ def with_magnitude(adapter, base):
 def pissa(base, rank=4):
     """A start in delta form, moved away from its origin."""
     origin = {
-        path: from_weight("pissa", base.weights[f"{path}.weight"].read(), rank, 2.0)
-        for path in base.spec.linear_shapes()
+        path: inits.pissa(inits.LayerData(path, shape, rank, 2.0, weight=base.weights[f"{path}.weight"].read()))
+        for path, shape in base.spec.linear_shapes().items()
     }
     layers = {
         path: replace(start, B=start.B + 0.02 * RANDOM.standard_normal(start.B.shape).astype(np.float32))

@@ -32,7 +32,7 @@ from thimble.core.sizes import padded
 from thimble.core.targets import block_of
 from thimble.data.batches import Batch
 from thimble.models.base import Base
-from thimble.models.cost import ExecutionPlan
+from thimble.models.execution import ExecutionPlan
 
 CAPABILITIES = frozenset(
     {"delta form", "DoRA", "rsLoRA", "LoRA+", "frozen A", "dropout", "KL reference", "calibration", "inference"}

@@ -1,0 +1,287 @@
+"""A base with updates added to its weights, row by row, and what rounding to the dtype of the file costs them."""
+
+import math
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from thimble.core.adapter import Adapter, cut
+from thimble.core.lowrank import Factors, merge
+from thimble.errors import BaseModelError, RunError, listing, plural
+from thimble.files.blocks import dequantize, quantize
+from thimble.files.peft import KEY, WEIGHTS_FILE, find_adapter, save_adapter
+from thimble.files.peft_config import MAX_RANK
+from thimble.files.tensors import open_tensors, rewrite_safetensors
+from thimble.files.untrusted import is_inside
+from thimble.models.base import Base, Weight, weight_files
+
+ROUNDING_LIMIT = 0.1  # share of an update that rounding may change before a warning
+WINDOW_VALUES = 4_000_000  # numbers of a weight that are merged at a time
+FLOAT_DTYPES = ("F32", "F16", "BF16")  # that a sum is rounded to number by number
+# Files that describe a model; links to them are followed wherever they lead.
+DESCRIPTIONS = {
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
+    "model.safetensors.index.json", "preprocessor_config.json",
+}  # fmt: skip
+# Other copies of the weights that a folder may hold; taken along unmerged they would contradict the merged ones.
+WEIGHT_SUFFIXES = {
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data", ".tflite",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class MergedLayer:
+    """What became of the update of one layer.
+
+    Attributes:
+        name: Path of the layer.
+        dtype: Dtype written.
+        rank_before: Rank of the update, of several adapters the sum of their ranks.
+        rank_after: Rank kept; 0 once merged into the base.
+        parameters_before: Parameters the adapters hold for it.
+        parameters_after: Parameters the new adapter holds for it; 0 once merged into the base.
+        bytes_before: Their size in the files of the adapters.
+        bytes_after: Their size in the file of the new one.
+        norm: Length of the update before, the Frobenius norm of what is added to W.
+        error: Length of what the update changed by, as a share of `norm`: what truncation cut off, or, merged into the
+            base, what was lost by rounding to `dtype`.
+    """
+
+    name: str
+    dtype: str
+    rank_before: int
+    rank_after: int
+    parameters_before: int
+    parameters_after: int
+    bytes_before: int
+    bytes_after: int
+    norm: float
+    error: float
+
+
+@dataclass(frozen=True)
+class MergedKind:
+    """The layers of one kind together.
+
+    Attributes:
+        kind: Last part of their paths, such as `q_proj`; `all` for all layers.
+        layers: How many.
+        rank_before: Lowest and highest rank before.
+        rank_after: Lowest and highest rank after.
+        parameters_before: Parameters before.
+        parameters_after: Parameters after.
+        bytes_before: Their size in files.
+        bytes_after: Their size in the new file.
+        error: Length of all that changed, as a share of the length of all updates.
+        worst_error: Largest error of a layer.
+        worst_layer: Which layer that is.
+    """
+
+    kind: str
+    layers: int
+    rank_before: list[int]
+    rank_after: list[int]
+    parameters_before: int
+    parameters_after: int
+    bytes_before: int
+    bytes_after: int
+    error: float
+    worst_error: float
+    worst_layer: str
+
+
+def by_kind(layers: Sequence[MergedLayer]) -> list[MergedKind]:
+    """Sums and errors by kind of layer, in the order the kinds come, and last over all layers."""
+    kinds: dict[str, list[MergedLayer]] = {}
+    for layer in layers:
+        kinds.setdefault(layer.name.rpartition(".")[2], []).append(layer)
+    return [_summary(kind, group) for kind, group in {**kinds, "all": list(layers)}.items() if group]
+
+
+def _summary(kind: str, layers: Sequence[MergedLayer]) -> MergedKind:
+    squares = sum(layer.norm**2 for layer in layers)
+    lost = sum((layer.norm * layer.error) ** 2 for layer in layers)
+    worst = max(layers, key=lambda layer: layer.error)
+    before, after = ([getattr(layer, name) for layer in layers] for name in ("rank_before", "rank_after"))
+    names = ("parameters_before", "parameters_after", "bytes_before", "bytes_after")
+    sums = [sum(getattr(layer, name) for layer in layers) for name in names]
+    error = math.sqrt(lost / squares) if squares else 0.0
+    return MergedKind(
+        kind, len(layers), [min(before), max(before)], [min(after), max(after)], *sums, error, worst.error, worst.name
+    )
+
+
+def stored_bytes(paths: Iterable[str]) -> dict[str, int]:
+    """Bytes that each layer takes in the files of adapters, by layer path."""
+    sizes: dict[str, int] = {}
+    for path in paths:
+        for name, info in open_tensors(find_adapter(path) / WEIGHTS_FILE).tensors.items():
+            match = KEY.match(name)
+            if match:
+                sizes[match["path"]] = sizes.get(match["path"], 0) + info.nbytes
+    return sizes
+
+
+def worst_by_dtype(layers: Iterable[MergedLayer]) -> dict[str, float]:
+    """The largest error of a layer of each dtype."""
+    return {layer.dtype: layer.error for layer in sorted(layers, key=lambda layer: layer.error)}
+
+
+def rounding_warning(layers: Iterable[MergedLayer]) -> str:
+    """Which updates rounding changed by more than ROUNDING_LIMIT, and what to do about it."""
+    bad = sorted((layer for layer in layers if layer.error > ROUNDING_LIMIT), key=lambda layer: -layer.error)
+    return (
+        f"rounding to {bad[0].dtype} changed the updates of {plural(len(bad), 'layer')} by more than "
+        f"{ROUNDING_LIMIT:.0%}, most that of {bad[0].name} ({bad[0].error:.0%}): keep the adapter beside the base "
+        "(thimble chat --adapter), or merge into a folder of F32 weights"
+    )
+
+
+# ---- a smaller adapter ----------------------------------------------------------------------------------------------
+
+
+def write_truncated(
+    adapters: Sequence[Adapter],
+    updates: Mapping[str, Factors],
+    energy: float | None,
+    most: int | None,
+    folder: Path,
+    on_layer: Callable[[MergedLayer], None],
+) -> None:
+    """Truncate updates and write them as one adapter.
+
+    Args:
+        adapters: Where the updates come from.
+        updates: Their sum, by layer path.
+        energy: Share of the energy that each layer keeps; None for all.
+        most: The highest rank that a layer keeps; None for as many as an adapter may have.
+        folder: Where to write; exists.
+        on_layer: Called with each layer as it is done, size in files before left out; what it raises ends the work.
+    """
+    kept = {}
+    for path, factors in updates.items():
+        small, norm, error = cut(factors, energy or 1.0, min(most or MAX_RANK, MAX_RANK))
+        before, after = factors.num_parameters, small.num_parameters
+        kept[path] = small
+        on_layer(MergedLayer(path, "F32", factors.rank, small.rank, before, after, 0, 4 * after, norm, error))
+    base = adapters[0].base if len({adapter.base for adapter in adapters}) == 1 else ""
+    save_adapter(replace(adapters[0], layers=kept, base=base, origin={}), folder)
+
+
+# ---- a merged base ---------------------------------------------------------------------------------------------------
+
+
+def check_mergeable(base: Base, layers: Sequence[str]) -> int:
+    """Refuse a base that cannot take updates.
+
+    Args:
+        base: The base.
+        layers: Paths of the layers to update.
+
+    Returns:
+        Bytes of all files that `write_merged` writes.
+
+    Raises:
+        BaseModelError: If it is a GGUF file, or a weight is not of a float dtype.
+    """
+    if base.metadata is not None:
+        raise BaseModelError(
+            f"base {base.path} is a GGUF file, whose blocks would have to be rounded again, which costs more than a "
+            "small update is worth: keep the adapter beside it (thimble chat --adapter), or merge into a folder of "
+            "float weights"
+        )
+    weights = {layer: base.weights[f"{layer}.weight"] for layer in layers if f"{layer}.weight" in base.weights}
+    wrong = [f"{layer} is {weight.dtype}" for layer, weight in weights.items() if weight.dtype not in FLOAT_DTYPES]
+    if wrong:
+        expected = ", ".join(FLOAT_DTYPES)
+        raise BaseModelError(f"base {base.path} cannot be merged into: {listing(wrong, 2)}; expected {expected}")
+    return sum(path.stat().st_size for path in (*weight_files(base.path), *other_files(base.path)))
+
+
+def write_merged(
+    base: Base, updates: Mapping[str, Factors], folder: Path, on_layer: Callable[[MergedLayer], None]
+) -> None:
+    """Copy a Hugging Face folder with updates added to its weights; holds a few rows of one weight at a time.
+
+    Args:
+        base: The base, as `check_mergeable` accepts it.
+        updates: By layer path.
+        folder: Where to write; exists.
+        on_layer: Called with each layer as it is done, sizes in files left out; what it raises ends the work.
+
+    Raises:
+        RunError: If a merged weight does not fit its dtype, or a weight of the base holds NaN or Inf.
+    """
+    for path in other_files(base.path):
+        place = folder / path.relative_to(base.path)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, place)
+    for shard in weight_files(base.path):
+        changed: dict[str, Callable[[], Iterator[memoryview]]] = {}
+        for layer, factors in updates.items():
+            weight = base.weights[f"{layer}.weight"]
+            if weight.file.path == shard:
+                changed[weight.info.name] = partial(merged_rows, layer, weight, factors, on_layer)
+        rewrite_safetensors(open_tensors(shard), folder / shard.name, changed)
+
+
+def other_files(folder: Path) -> list[Path]:
+    """What describes a model in a Hugging Face folder: no weights, no programs.
+
+    Of the files that a link brings in from outside of it, only those are taken that have the name of a description.
+    """
+    files = []
+    for path in sorted(folder.rglob("*")):
+        parts = path.relative_to(folder).parts
+        is_weight = path.suffix in WEIGHT_SUFFIXES or path.name.endswith(".bin.index.json")
+        if is_weight or path.suffix == ".py" or any(part.startswith(".") for part in parts):
+            continue
+        if path.is_file() and (path.name in DESCRIPTIONS or is_inside(path, folder)):
+            files.append(path)
+    return files
+
+
+def merged_rows(
+    layer: str, weight: Weight, factors: Factors, on_layer: Callable[[MergedLayer], None]
+) -> Iterator[memoryview]:
+    """The bytes of a merged weight, some rows at a time.
+
+    Args:
+        layer: Path of the layer, for messages.
+        weight: W as the file has it, (out, in).
+        factors: The update.
+        on_layer: Called at the end with what rounding cost.
+
+    Yields:
+        memoryview: The next rows, in the dtype of the weight.
+
+    Raises:
+        RunError: If a sum does not fit the dtype, or W holds NaN or Inf.
+    """
+    num_rows, columns = weight.shape
+    step = max(1, WINDOW_VALUES // columns)
+    # Wide enough that what is lost is lost by rounding to the dtype of the file, and rounding happens once.
+    wide = np.float64 if weight.dtype == "F32" else np.float32
+    lost = size = 0.0
+    for first in range(0, num_rows, step):
+        rows = slice(first, min(first + step, num_rows))
+        old = dequantize(weight.raw()[rows], weight.dtype, (rows.stop - rows.start, columns))  # (rows, in)
+        magnitude = None if factors.magnitude is None else factors.magnitude[rows]
+        exact = merge(old.astype(wide), Factors(factors.A, factors.B[rows], factors.scale, magnitude))
+        size += float(np.linalg.norm(exact - old)) ** 2
+        if not math.isfinite(size):
+            raise RunError(f"{layer} of the base holds NaN or Inf: nothing is written")
+        try:
+            packed = quantize(exact.astype(np.float32), weight.dtype)
+        except BaseModelError as error:
+            raise RunError(f"{layer}: {error}: nothing is written") from None
+        lost += float(np.linalg.norm(dequantize(packed, weight.dtype, old.shape) - exact)) ** 2
+        weight.release(rows)
+        yield packed.data
+    share = math.sqrt(lost / size) if size else 0.0
+    on_layer(MergedLayer(layer, weight.dtype, factors.rank, 0, factors.num_parameters, 0, 0, 0, math.sqrt(size), share))

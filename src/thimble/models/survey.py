@@ -1,0 +1,187 @@
+"""The layers of a base, of an adapter or of two adapters measured one after the other, and means over them."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import numpy as np
+
+from thimble.core.adapter import Adapter
+from thimble.core.lowrank import Array
+from thimble.errors import ConfigError, listing
+from thimble.models.base import Base, Weight
+from thimble.models.inspection import (
+    InitShares,
+    Overlap,
+    Spectrum,
+    Update,
+    find_block,
+    in_order,
+    overlap_of,
+    spectrum_of,
+    update_of,
+)
+
+MOST_OPERATIONS = 1e12  # about a minute on two cores; a base that takes more has its blocks sampled
+LEAST_BLOCKS = 3  # sampled, however large they are
+
+Row = Spectrum | Update | Overlap | InitShares
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is inspected, opened and checked.
+
+    Attributes:
+        kind: `base`, `adapter` or `two adapters`.
+        names: What it is called.
+        base: The base; None for two adapters.
+        adapters: None, one or two.
+        blocks: Numbers of the blocks whose weights are decomposed.
+    """
+
+    kind: str
+    names: list[str]
+    base: Base | None
+    adapters: list[Adapter] = field(default_factory=list)
+    blocks: list[int] = field(default_factory=list)
+
+    def layers(self) -> list[str]:
+        """Paths of the layers to measure, in the order of the model."""
+        if self.kind == "base":
+            assert self.base
+            return [layer for layer in self.base.spec.linear_shapes() if find_block(layer) in self.blocks]
+        first, *others = (adapter.layers for adapter in self.adapters)
+        return in_order(layer for layer in first if all(layer in other for other in others))
+
+    def measure(self, layer: str) -> tuple[Row | None, str]:
+        """Measure one layer.
+
+        Args:
+            layer: Its path.
+
+        Returns:
+            What was found, or None; and why nothing can be said about its weight, or an empty text.
+        """
+        return _MEASURES[self.kind](self, layer)
+
+    def only_in(self) -> dict[str, list[str]]:
+        """Of two adapters, the layers that only one has, by its name."""
+        if len(self.adapters) < 2:
+            return {}
+        first, second = (adapter.layers for adapter in self.adapters)
+        pairs = zip(self.names, (first, second), (second, first), strict=True)
+        return {name: in_order(layer for layer in own if layer not in others) for name, own, others in pairs}
+
+
+def _measure_weight(subject: Subject, layer: str) -> tuple[Row | None, str]:
+    assert subject.base
+    weight = subject.base.weights[f"{layer}.weight"]
+    matrix, fault = _read(weight)
+    return (None if matrix is None else spectrum_of(layer, matrix, weight)), fault
+
+
+def _measure_update(subject: Subject, layer: str) -> tuple[Row | None, str]:
+    assert subject.base
+    matrix, fault = _read(subject.base.weights[f"{layer}.weight"])
+    factors = subject.adapters[0].layers[layer]
+    return update_of(layer, factors, matrix, find_block(layer) in subject.blocks), fault
+
+
+def _measure_overlap(subject: Subject, layer: str) -> tuple[Row | None, str]:
+    first, second = (adapter.layers[layer] for adapter in subject.adapters)
+    return overlap_of(layer, first, second), ""
+
+
+_MEASURES: dict[str, Callable[[Subject, str], tuple[Row | None, str]]] = {
+    "base": _measure_weight, "adapter": _measure_update, "two adapters": _measure_overlap,
+}  # fmt: skip
+
+
+def _read(weight: Weight) -> tuple[Array | None, str]:
+    """A weight, float32 (out, in); or None, and why it has no spectrum."""
+    matrix = weight.read()
+    weight.release(slice(0, weight.shape[0]))  # a base may be larger than memory
+    if not np.isfinite(matrix).all():
+        return None, "holds NaN or Inf"
+    return (matrix, "") if matrix.any() else (None, "is all zeros")
+
+
+# ---- blocks to decompose --------------------------------------------------------------------------------------------
+
+
+def choose_blocks(base: Base, adapters: Iterable[Adapter], asked: Sequence[str]) -> tuple[list[int], int]:
+    """The blocks that were asked for; else all, or an even spread of as many as take about a minute.
+
+    Args:
+        base: The base.
+        adapters: Whose layers count; none for all of the base.
+        asked: Numbers of blocks, as they were typed.
+
+    Returns:
+        Numbers of the blocks, and how many there are to choose from.
+
+    Raises:
+        ConfigError: If a block is asked for that is not there.
+    """
+    shapes = base.spec.linear_shapes()
+    layers = [layer for adapter in adapters for layer in adapter.layers] or list(shapes)
+    known = sorted({block for layer in layers if layer in shapes and (block := find_block(layer)) is not None})
+    if asked:
+        wrong = [name for name in asked if not name.isdecimal() or int(name) not in known]
+        if wrong:
+            raise ConfigError(f"--blocks names {listing(wrong)}: expected some of {listing(known, 40)}")
+        return sorted({int(name) for name in asked}), len(known)
+    work = sum(_operations(shapes[layer]) for layer in layers if layer in shapes) * (2 if adapters else 1)
+    count = min(len(known), max(LEAST_BLOCKS, int(len(known) * MOST_OPERATIONS / max(work, 1))))
+    if count < len(known):
+        return sorted({known[round(at)] for at in np.linspace(0, len(known) - 1, count)}), len(known)
+    return known, len(known)
+
+
+def _operations(shape: tuple[int, int]) -> float:
+    """Floating-point operations of an SVD by way of the smaller Gram matrix."""
+    small, large = sorted(shape)
+    return 2.0 * small**2 * large + 9.0 * small**3
+
+
+# ---- in summary -----------------------------------------------------------------------------------------------------
+
+
+def by_movement(updates: Sequence[Update]) -> tuple[list[str], list[str]]:
+    """Layers that an adapter moved, by relative norm, the furthest first; and those whose update is zero."""
+    moved = [update for update in updates if update.norm and update.relative_norm is not None]
+    ordered = sorted(moved, key=lambda update: -(update.relative_norm or 0.0))
+    return [update.layer for update in ordered], [update.layer for update in updates if not update.norm]
+
+
+def grouped(rows: Iterable[Row], name: str) -> dict[str, dict[str, float]]:
+    """Means over the rows that have an attribute in common, by its value."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(str(getattr(row, name)), []).append(row)
+    return {group: summary(members) for group, members in groups.items()}
+
+
+def summary(rows: Sequence[Any]) -> dict[str, float]:
+    """How many layers, and means of all their numbers that are known; shares of energy count by their energy."""
+    means: dict[str, float] = {"layers": len(rows)}
+    for spec in fields(rows[0]) if rows else ():
+        known = [value for row in rows if isinstance(value := getattr(row, spec.name), int | float)]
+        if known and spec.name != "block":
+            means[spec.name] = float(np.mean(known))
+    if "cosine" in means:
+        means["cosine"] = _joint_cosine(rows)
+    if rows and isinstance(rows[0], InitShares):
+        total = sum(row.energy for row in rows)
+        for name in ("kaiming", "eva", "gradient"):
+            means[name] = sum(row.energy * getattr(row, name) for row in rows) / total if total else 0.0
+    return means
+
+
+def _joint_cosine(overlaps: Sequence[Overlap]) -> float:
+    """Cosine between two adapters over some layers, their updates laid end to end as one vector each."""
+    inner = sum((row.cosine or 0.0) * row.norms[0] * row.norms[1] for row in overlaps)
+    lengths = [math.sqrt(sum(row.norms[side] ** 2 for row in overlaps)) for side in (0, 1)]
+    return inner / (lengths[0] * lengths[1]) if all(lengths) else 0.0

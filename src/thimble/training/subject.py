@@ -1,0 +1,113 @@
+"""What `thimble inspect` was pointed at, opened and checked: a base, an adapter on a base, or two adapters."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from thimble.config.inspect_ import InspectConfig
+from thimble.core.adapter import Adapter, conflicts
+from thimble.data.model import find_base, is_hub_name
+from thimble.errors import AdapterError, ConfigError, Problems, listing
+from thimble.events import EventLog
+from thimble.files.peft import CONFIG_FILE, WEIGHTS_FILE
+from thimble.models.adapters import open_adapters
+from thimble.models.survey import Subject, choose_blocks
+from thimble.report.figures import figure_files
+from thimble.training.run_folder import check_folder
+
+FIGURE_BYTES = 10_000_000  # room that figures are sure not to exceed
+
+
+def open_subject(config: InspectConfig, problems: Problems, log: EventLog) -> Subject:
+    """Open what was named, and check that it fits together.
+
+    Args:
+        config: The options.
+        problems: Takes what is wrong.
+        log: Where decisions go.
+
+    Returns:
+        The subject, as far as it could be opened.
+    """
+    names = [name for name in (config.path, config.other) if name is not None]
+    kinds = [problems.attempt(_kind_of, name) for name in names]
+    bases, adapters = (
+        [name for name, kind in zip(names, kinds, strict=True) if kind == wanted] for wanted in ("base", "adapter")
+    )
+    problems.add(*_misplaced(config, bases, adapters))
+    base = None
+    if config.base is not None or bases or (None not in kinds and len(adapters) < 2):
+        base = problems.attempt(find_base, bases[0] if bases else config.base)
+    opened = open_adapters(adapters, base, problems)
+    if opened and base and problems.found and config.base is None and not bases:
+        problems.add(f"the base is taken to be {base.name}: name the one that the adapter was trained on with --base")
+    kind = "two adapters" if len(adapters) == 2 else "adapter" if adapters else "base"
+    if len(opened) == 2:
+        problems.attempt(_check_alike, opened)
+    problems.attempt(_check_out, config.out, kind)
+    blocks: list[int] = []
+    if base and kind != "two adapters":
+        chosen = problems.attempt(choose_blocks, base, list(opened.values()), config.blocks)
+        blocks, known = chosen or ([], 0)
+        if not config.blocks and len(blocks) < known:
+            log.decision(
+                f"blocks {listing(blocks, 40)} of {known} are decomposed, an even spread, since all of them would "
+                "take long: name others with --blocks"
+            )
+    return Subject(kind, [base.name] if kind == "base" and base else adapters, base, list(opened.values()), blocks)
+
+
+def _kind_of(name: str) -> str:
+    """`adapter` or `base`, by the files that are there; a ConfigError if it is neither."""
+    place = Path(name)
+    if any((folder / CONFIG_FILE).is_file() for folder in (place, place / "adapter")):
+        return "adapter"
+    if (place / "config.json").is_file() or _is_gguf(place) or is_hub_name(name):
+        return "base"
+    found = listing(sorted(inner.name for inner in place.iterdir())) or "nothing" if place.is_dir() else ""
+    state = f"it holds {found}" if found else "it is another file" if place.exists() else "it does not exist"
+    raise ConfigError(
+        f"{name} is neither a base nor an adapter: {state}; expected a GGUF file, a Hugging Face folder (config.json "
+        f"and safetensors), an adapter folder ({CONFIG_FILE} and {WEIGHTS_FILE}) or the run folder around it"
+    )
+
+
+def _is_gguf(place: Path) -> bool:
+    if not place.is_file():
+        return False
+    with place.open("rb") as stream:
+        return stream.read(4) == b"GGUF"
+
+
+def _misplaced(config: InspectConfig, bases: Sequence[str], adapters: Sequence[str]) -> list[str]:
+    """What is wrong with the names taken together."""
+    problems = []
+    if len(bases) == 2:
+        problems.append(f"two bases are given, {bases[0]} and {bases[1]}: name one base, or two adapters")
+    if bases and config.base is not None:
+        problems.append(f"two bases are given, {bases[0]} and --base {config.base}: name one")
+    if bases and adapters:
+        problems.append(f"{bases[0]} is a base and {adapters[0]} an adapter: name the base with --base")
+    if len(adapters) == 2 and adapters[0] == adapters[1]:
+        problems.append(f"{adapters[0]} is named twice: name two adapters to compare")
+    if len(adapters) == 2 and config.blocks:
+        problems.append("--blocks is given with two adapters: leave it out, no weight is decomposed to compare them")
+    return problems
+
+
+def _check_alike(adapters: Mapping[str, Adapter]) -> None:
+    """Refuse two adapters that cannot have been trained on one base, or that share no layer."""
+    (one, first), (two, second) = adapters.items()
+    if not any(layer in second.layers for layer in first.layers):
+        raise AdapterError(f"adapters {one} and {two} have no layer in common: there is nothing to compare")
+    wrong = conflicts(adapters)
+    if wrong:
+        raise AdapterError(*wrong)
+
+
+def _check_out(out: str | None, kind: str) -> None:
+    if out is None:
+        return
+    check_folder(Path(out), is_resumed=True, needed_bytes=FIGURE_BYTES)
+    there = [name for name in figure_files(kind) if (Path(out) / name).exists()]
+    if there:
+        raise ConfigError(f"--out is {out}, which holds {listing(there)}: name another folder, or take them away")
