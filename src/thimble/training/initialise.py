@@ -178,7 +178,7 @@ def initialise(
         ConfigError: If the session has not what the init needs.
         BaseModelError: If weights that are to be decomposed are zero, NaN or Inf.
     """
-    began, measured = time.perf_counter(), {}
+    began, measured = time.perf_counter(), dict[str, Any]()
     _check_capability(init, config, session)
     calibration = Calibration(data, session, log)
     if init.needs == "adapter":
@@ -193,13 +193,16 @@ def initialise(
         adapter = replace(adapter, origin=adapter.layers)
     if config.use_dora:
         adapter = session.with_magnitudes(adapter)
-    seconds = time.perf_counter() - began
-    if init.needs != "nothing" or measured:
-        log.note(f"init {init} took {seconds:.1f} s")
-    if config.explain:
-        for name, rank in measured.get("ranks", {}).items():
-            log.note(f"rank of {name}: {rank}")
-    return Initialization(adapter, config, {**measured, "seconds": seconds})
+    measured["seconds"] = time.perf_counter() - began
+    _log_outcome(init, measured, config.explain, log)
+    return Initialization(adapter, config, measured)
+
+
+def _log_outcome(init: Init, measured: Mapping[str, Any], is_explained: bool, log: EventLog) -> None:
+    if init.needs != "nothing" or "ranks" in measured:
+        log.note(f"init {init} took {measured['seconds']:.1f} s")
+    for name, rank in measured.get("ranks", {}).items() if is_explained else ():
+        log.note(f"rank of {name}: {rank}")
 
 
 def _check_capability(init: Init, config: TrainConfig, session: CalibrationSession) -> None:
