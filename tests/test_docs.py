@@ -87,7 +87,13 @@ def test_every_field_of_a_report_is_explained():
 def test_the_file_map_names_every_source_file_and_no_other():
     """A line a file, from its docstring; whoever adds a file writes that and nothing else."""
     module = load("make_map")
-    assert module.read_map(read("docs/architecture.md")) == module.write_map(), "run `make docs`"
+    assert module.read_section(read("docs/architecture.md"), module.HEADING) == module.write_map(), "run `make docs`"
+
+
+def test_the_drawing_of_imports_is_what_a_machine_reads():
+    module = load("make_map")
+    page = read("docs/architecture.md")
+    assert module.read_section(page, module.ROOMS_HEADING) == module.write_rooms(), "run `make docs`"
 
 
 # ---- the readme ----------------------------------------------------------------------------------------------------
