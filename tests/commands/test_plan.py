@@ -30,7 +30,7 @@ def test_what_a_plan_offers_instead_fits_the_budget(examples, tiny_base):
 
 
 def test_a_plan_refuses_what_train_would_refuse(tiny_base):
-    with pytest.raises(InputError, match="rank is 0"):
+    with pytest.raises(InputError, match="--rank 0: expected at least 1"):
         thimble.plan("absent.jsonl", base=tiny_base, rank=0)
 
 
