@@ -28,7 +28,7 @@ from thimble.core.method import INITS
 from thimble.core.metrics import LossSum
 from thimble.data.batches import micro_batches, shares
 from thimble.events import EventLog, ignore
-from thimble.training.initialise import Start, make_start
+from thimble.training.initialise import Initialization, initialise
 from thimble.training.plan import RunPlan, plan_run
 
 HERE = Path(__file__).parent
@@ -91,9 +91,9 @@ class Task:
         self.name, self.data, self.size = name, data, size
         self.arms = [arm for arm in size.arms if data == DEMO_DATA or arm in FEWER]
         self.session: TorchSession | None = None
-        self.starts: dict[tuple[str, int], Start] = {}
+        self.starts: dict[tuple[str, int], Initialization] = {}
 
-    def job(self, arm: str, seed: int, rate: float | None = None) -> RunPlan:
+    def plan(self, arm: str, seed: int, rate: float | None = None) -> RunPlan:
         """A run of this task."""
         config = TrainConfig.build({
             "data": str(self.data), "init": arm, "seed": seed, "learning_rate": rate, "max_steps": self.size.steps,
@@ -105,12 +105,14 @@ class Task:
     def run(self, arm: str, power: int, seed: int) -> dict[str, Any]:
         """Train once; what became of it."""
         began = time.perf_counter()
-        rate = self.run_plan(arm, seed).step_schedule.rate * STEP**power
-        run_plan = self.run_plan(arm, seed, rate)
+        rate = self.plan(arm, seed).step_schedule.rate * STEP**power
+        run_plan = self.plan(arm, seed, rate)
         self.session = self.session or open_session(run_plan.model, run_plan.config.compute, run_plan.execution.store)
         if (arm, seed) not in self.starts:
             self.starts = {key: start for key, start in self.starts.items() if key[0] == arm}
-            self.starts[arm, seed] = make_start(run_plan, self.session, EventLog(ignore))
+            self.starts[arm, seed] = initialise(
+                INITS[arm], run_plan.config, run_plan.sizes, run_plan.calibration_data(), self.session, EventLog(ignore)
+            )
         self.session.train(self.starts[arm, seed].adapter)
         looked = sum(
             len(run_plan.examples.train[n].ids)

@@ -10,10 +10,11 @@ from make_rows import ALPHA, RANK
 
 from thimble.backends.open import open_session
 from thimble.config.train import TrainConfig
+from thimble.core.method import parse_init
 from thimble.data.batches import micro_batches
 from thimble.events import EventLog, ignore
 from thimble.models.base import default_base
-from thimble.training.initialise import make_start
+from thimble.training.initialise import initialise
 from thimble.training.plan import RunPlan, plan_run
 
 STEPS = 2  # of 2048 tokens, that starts made from data look at
@@ -31,7 +32,8 @@ def ours(data: str, init: str) -> dict[str, float]:
     session = open_session(run_plan.model, run_plan.config.compute, run_plan.execution.store)
     list(session.losses(micro_batches(run_plan.examples.train[:2], 1024)))  # the file is in memory, as in training
     with Measured() as measured:
-        make_start(run_plan, session, EventLog(ignore))
+        config, data = run_plan.config, run_plan.calibration_data()
+        initialise(parse_init(init), config, run_plan.sizes, data, session, EventLog(ignore))
     return measured.found
 
 

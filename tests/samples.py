@@ -9,6 +9,7 @@ from thimble.core.inits import LayerData, kaiming
 from thimble.core.lowrank import Factors
 from thimble.core.method import Method
 from thimble.data.batches import Batch
+from thimble.data.encode import Row
 from thimble.models.execution import ExecutionPlan
 
 DENSE, PLAIN = ExecutionPlan("dense"), Objective()
@@ -54,6 +55,15 @@ class Trainer:
     def layers_of(self, gradient):
         """A gradient by layer path, with sides A, B and magnitude."""
         return self.state.active.views(torch.from_numpy(gradient.flat))
+
+
+def make_rows(count=6):
+    """Rows of random tokens, all of them targets."""
+    rows = []
+    for number in range(count):
+        ids = RANDOM.integers(3, 290, 24).astype(np.int32)
+        rows.append(Row(ids, np.append(ids[1:], -100).astype(np.int32), f"row {number}", 1))
+    return rows
 
 
 def make_adapter(base, rank=4, b_size=0.05, only=None):

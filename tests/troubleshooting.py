@@ -207,7 +207,7 @@ CASES: dict[str, list[Case]] = {
         Case("The weights are pickles", "Thimble never reads a pickle. Load the model once with transformers and save it with "
              "`save_pretrained`, which writes safetensors.", ["plan", "mine.jsonl", "--base", "model"], binary_base),
         Case("A weight is not a number", "", RUN, nan_base),
-        Case("The chat template never ends", "Templates are programs from untrusted sources: they run in a sandbox, and what they may do is bounded.",
+        Case("The chat template never ends", "Templates are programs from untrusted sources: each runs in a process of its own, and its time, memory and output are bounded.",
              ["plan", "mine.jsonl", "--base", "model", "--rank", "4"], endless_template),
     ],
     "An adapter": [
@@ -227,7 +227,7 @@ CASES: dict[str, list[Case]] = {
     "Going on": [
         Case("Another run is at work in the folder", "", RUN, around=another_run),
         Case("The data have changed since the run began", "", [*RUN, "--resume"], lambda: [unfinished(), write("mine.jsonl", rows(19))]),
-        Case("A option is another one", "", [*RUN, "--resume", "--rank", "8"], unfinished),
+        Case("An option differs from that of the run", "", [*RUN, "--resume", "--rank", "8"], unfinished),
         Case("A checkpoint is damaged", "", [*RUN, "--resume"], damage_checkpoint, shows="is damaged"),
     ],
     "Training": [

@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 from thimble import __version__
@@ -112,7 +112,7 @@ def _run(options: argparse.Namespace, unknown: list[str]) -> int:
     values.pop("debug")
     config = build_config(command.options, values, config_file, _unknown_words(command, unknown))
     if not command.renderer_path:
-        return _chat(config, is_json)
+        return _chat(command, config, is_json)
     progress = Progress(sys.stderr)
     stop = _StopFlag(command.kept_on_stop)
     callbacks: dict[str, Any] = {"on_event": progress.on_event, "should_stop": stop}
@@ -193,15 +193,16 @@ class _PauseFlag:
         return "asked for with Ctrl-Z; fg goes on, or kill -CONT" if self._is_asked else ""
 
 
-def _chat(config: Any, is_json: bool) -> int:
-    from thimble.commands.chat import open_conversation
-
+def _chat(command: Command, config: Any, is_json: bool) -> int:
     progress = Progress(sys.stderr)
-    talk = open_conversation(config, progress.on_event) if config.prompt is None else open_conversation(config)
+    talk = command.function(config, progress.on_event) if config.prompt is None else command.function(config)
     progress.end()
     if config.prompt is not None:
-        answer = talk.ask(config.prompt, _no_text if is_json else _write)
-        print(json.dumps({"answer": answer, "adapter": talk.active}, ensure_ascii=False) if is_json else "")
+        if is_json:
+            answer = talk.ask(config.prompt)
+            print(json.dumps({"answer": answer, "adapter": talk.active}, ensure_ascii=False))
+        else:
+            _write(talk.stream(config.prompt))
         return 0
     if is_json:
         raise InputError("chat with --json needs --prompt: it answers once")
@@ -228,20 +229,18 @@ def _answer(talk: Any, line: str) -> None:
         elif line.startswith("/"):
             print("commands: /use NAME, /reset, /quit")
         elif line:
-            talk.ask(line, _write)
-            print()
+            _write(talk.stream(line))
     except KeyboardInterrupt:
         print(" [stopped]")
     except InputError as error:
         _complain(error.problems)
 
 
-def _write(piece: str) -> None:
-    print(piece, end="", flush=True)
-
-
-def _no_text(piece: str) -> None:
-    """Take a piece of the answer and print nothing."""
+def _write(pieces: Iterable[str]) -> None:
+    """Print an answer as it comes."""
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
 
 
 def _complain(problems: Sequence[str]) -> None:

@@ -9,9 +9,9 @@ import pytest
 
 from thimble.backends import capabilities
 from thimble.backends.reference import ReferenceSession
-from thimble.backends.session import Objective, StepKey, Work
+from thimble.backends.session import ForwardRow, Objective, Prompt, StepKey, Work
 from thimble.core.adapter import Adapter
-from thimble.core.inits import draw
+from thimble.core.inits import LayerData, kaiming
 from thimble.core.method import Method
 from thimble.core.metrics import LossSum
 from thimble.data.batches import pack, shares
@@ -31,8 +31,6 @@ PLAIN, LEARN = Method(), Objective()
 def torch_session(base):
     from thimble.backends.torch.session import TorchSession
 
-    if not hasattr(TorchSession, "gradient"):
-        pytest.skip("TorchSession has no method `gradient`: it does not follow the protocol yet")
     return TorchSession(base, "fp32", store="dense")
 
 
@@ -94,11 +92,12 @@ def make_work(rows=None, count=1, max_tokens=1000):
     return Work(split, sum(batch.target_tokens for share in split for batch in share))
 
 
+@functools.cache
 def make_adapter(kind="plain", family="smollm2", b_size=0.05):
     """An adapter of every layer: `plain`, in `delta` form, or with magnitudes (`dora`)."""
     base, random, layers, origin = base_of(family), np.random.default_rng(2), {}, {}
     for path, shape in base.spec.linear_shapes().items():
-        first = draw("kaiming", shape, 3, 2.0, 0, path)
+        first = kaiming(LayerData(path, shape, 3, 2.0))
         moved = replace(first, B=(random.standard_normal(first.B.shape) * b_size).astype(np.float32))
         if kind == "delta":
             origin[path] = replace(moved, A=(moved.A * 1.1).astype(np.float32), B=(moved.B * 0.5).astype(np.float32))
@@ -473,6 +472,9 @@ def test_layers_that_never_had_a_gradient_are_named(session):
     assert place == len(ones)
     state = session.apply(state, SummedGradient(LossSum(1.0, 1), ones), RATE)
     assert session.unmoved_layers(state) == [path]
+    fresh = session.start(make_adapter(b_size=0.0), Method(freezes_a=True))  # a gradient of B is enough
+    gradient = session.gradient(fresh, make_work(), LEARN, EXECUTION, KEY)
+    assert session.unmoved_layers(session.apply(fresh, gradient, RATE)) == []
 
 
 # ---- snapshots ------------------------------------------------------------------------------------------------------
@@ -504,6 +506,9 @@ def test_a_snapshot_can_be_filled_again(session):
     for name, array in session.snapshot(state).items():
         assert filled[name] is kept[name]
         np.testing.assert_array_equal(filled[name], array)
+    for array in session.snapshot(state).values():
+        array[:] = np.nan
+    assert session.is_finite(state)
 
 
 def test_what_is_not_restored_stays(session):
@@ -541,30 +546,99 @@ def test_releasing_memory_changes_no_result(session):
 # ---- capabilities ---------------------------------------------------------------------------------------------------
 
 USES = {
-    "use_dora": ("dora", Method(), 0.0),
-    capabilities.DELTA_FORM: ("delta", Method(), 0.0),
-    "weight_decay": ("plain", Method(weight_decay=0.1), 0.0),
-    "lora_plus": ("plain", Method(lora_plus=2.0), 0.0),
-    "dropout": ("plain", Method(dropout=0.1), 0.0),
-    "freeze_a": ("plain", Method(freezes_a=True), 0.0),
-    "keep_general": ("plain", Method(), 0.5),
+    "DoRA": ("dora", Method(), 0.0, "--use-dora"),
+    "delta form": ("delta", Method(), 0.0, "--init"),
+    "LoRA+": ("plain", Method(lora_plus=2.0), 0.0, "--lora-plus"),
+    "frozen A": ("plain", Method(freezes_a=True), 0.0, "--freeze-a"),
+    "dropout": ("plain", Method(dropout=0.1), 0.0, "--dropout"),
+    "KL reference": ("plain", Method(), 0.5, "--keep-general"),
 }
 
 
 @pytest.mark.parametrize("name", USES)
 def test_an_option_is_honoured_or_refused_by_its_name(session, name):
-    kind, method, weight = USES[name]
-
-    def use():
-        gradient_of(session, make_adapter(kind), method, objective=kl_objective(session, weight))
-
+    kind, method, weight, option = USES[name]
+    objective = kl_objective(session, weight) if weight else LEARN
     if name in session.capabilities:
-        use()
+        assert np.isfinite(gradient_of(session, make_adapter(kind), method, objective=objective).norm)
     else:
-        with pytest.raises(InputError, match=name.replace("_", "-")):
-            use()
+        with pytest.raises(InputError, match=option):
+            gradient_of(session, make_adapter(kind), method, objective=objective)
 
 
-def test_every_option_a_backend_honours_has_a_known_name(session):
-    assert set(USES) == capabilities.ALL
-    assert session.capabilities <= capabilities.ALL
+def test_capabilities_have_known_names(session):
+    assert session.capabilities <= capabilities.OPTIONS.keys()
+
+
+# ---- inference ------------------------------------------------------------------------------------------------------
+
+TEXT = np.random.default_rng(4).integers(3, 290, 24).astype(np.int32)
+
+
+def read(session, cache, ids, slot=0, position=0, adapter=None, labels=None):
+    """Logits after the last token of a prompt or of a part of one, and its loss."""
+    row = ForwardRow(len(ids), slot, position, 30, adapter or session.load(None))
+    ((logits, loss),) = session.prefill([Prompt(ids, [row], [len(ids) - 1], labels)], cache, 1)
+    return logits[0], loss
+
+
+def new_cache(session):
+    cache = session.new_cache()
+    cache.reserve(3, 40)
+    return cache
+
+
+def test_a_prompt_in_parts_and_token_by_token_has_the_logits_of_one_read_at_once(backend, session):
+    active, precision = session.load(make_adapter()), 10 * BACKENDS[backend].precision
+    expected, _ = read(session, new_cache(session), TEXT, adapter=active)
+    cache = new_cache(session)
+    for part in (slice(0, 9), slice(9, 10), slice(10, 20)):
+        read(session, cache, TEXT[part], 0, part.start, active)
+    for position in range(20, 24):
+        logits = session.decode(TEXT[position : position + 1].tolist(), [ForwardRow(1, 0, position, 30, active)], cache)
+    assert_near(logits[0], expected, max(precision, 1e-6))  # logits are float32
+
+
+def test_rows_of_one_pass_each_have_their_adapter_slot_and_position(backend, session):
+    actives, lengths = (
+        [session.load(None), session.load(make_adapter()), session.load(make_adapter("delta"))],
+        (5, 9, 3),
+    )
+    cache, ends = new_cache(session), np.cumsum(lengths)
+    ids = np.concatenate([TEXT[:n] for n in lengths])
+    rows = [ForwardRow(n, slot, 0, 30, active) for slot, (n, active) in enumerate(zip(lengths, actives, strict=True))]
+    ((logits, _),) = session.prefill([Prompt(ids, rows, (ends - 1).tolist())], cache, 1)
+    further = [row._replace(tokens=1, position=row.tokens) for row in rows]
+    decoded = session.decode([int(TEXT[n]) for n in lengths], further, cache)
+    precision = max(10 * BACKENDS[backend].precision, 1e-6)
+    for slot, (n, active) in enumerate(zip(lengths, actives, strict=True)):
+        assert_near(logits[slot], read(session, new_cache(session), TEXT[:n], adapter=active)[0], precision)
+        assert_near(decoded[slot], read(session, new_cache(session), TEXT[: n + 1], adapter=active)[0], precision)
+
+
+def test_what_a_slot_holds_is_copied_to_another_and_continued_there(backend, session):
+    cache = new_cache(session)
+    read(session, cache, TEXT[:9], slot=2)
+    cache.move(2, 1)
+    read(session, cache, TEXT[5:20], slot=2)
+    expected, _ = read(session, new_cache(session), TEXT)
+    found, _ = read(session, cache, TEXT[9:], slot=1, position=9)
+    assert_near(found, expected, max(10 * BACKENDS[backend].precision, 1e-6))
+
+
+def test_a_prompt_that_is_read_has_the_loss_of_its_row(backend, session):
+    row, active = make_rows()[4], session.load(make_adapter())
+    _, loss = read(session, new_cache(session), row.ids, adapter=active, labels=row.labels)
+    expected = loss_of(session, active, [row])
+    assert loss.tokens == expected.tokens
+    assert loss.nats == pytest.approx(expected.nats, rel=BACKENDS[backend].precision)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("other", OTHERS)
+def test_logits_are_those_of_the_reference(other, family):
+    found, expected = (
+        read(session, new_cache(session), TEXT, adapter=session.load(make_adapter("dora", family)))[0]
+        for session in (session_of(other, family), session_of("reference", family))
+    )
+    assert_near(found, expected, BACKENDS[other].precision)

@@ -6,8 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from thimble.backends import capabilities
-from thimble.backends.reference import ReferenceSession
+from thimble.backends.reference import CAPABILITIES, ReferenceSession
 from thimble.backends.session import Objective, StepKey, Work
 from thimble.backends.tape import OPS
 from thimble.core.adapter import Adapter, fresh_adapter
@@ -104,10 +103,10 @@ def test_it_learns(session):
 
 
 def test_a_session_with_fewer_capabilities_refuses_the_others_all_at_once_and_by_name():
-    session = ReferenceSession(BASE, capabilities.ALL - {"dropout", "lora_plus", "keep_general"})
+    session = ReferenceSession(BASE, CAPABILITIES - {"dropout", "LoRA+", "KL reference"})
     with pytest.raises(InputError, match="--dropout") as refused:
         session.start(make_adapter(), Method(dropout=0.1, lora_plus=2.0, weight_decay=0.1))
-    assert [problem.split()[0] for problem in refused.value.problems] == ["--dropout", "--lora-plus"]
+    assert [problem.split()[0] for problem in refused.value.problems] == ["--lora-plus", "--dropout"]
     state = session.start(make_adapter(), Method(weight_decay=0.1))
     with pytest.raises(InputError, match="--keep-general"):
         session.gradient(state, WORK, Objective(0.5, session.kl_reference(TEXT)), DENSE, KEY)

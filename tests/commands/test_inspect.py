@@ -263,6 +263,37 @@ def test_two_adapters_are_compared_without_a_base(adapter, tiny_base, tmp_path, 
     assert package.inspect(adapter, other).base == ""
 
 
+# ---- inits --------------------------------------------------------------------------------------------------------
+
+
+def test_inits_are_measured_on_data_overall_and_by_kind(thimble, examples, tiny_base):
+    code, out, _ = thimble("inspect", "--data", examples, "--base", tiny_base, "--json")
+    report = json.loads(out)
+    assert (code, report["subject"], report["names"], report["base"]) == (0, "inits", [str(examples)], "smollm2.gguf")
+    rows = [row for row in report["inits"] if row["kind"] == "up_proj"]
+    for init in ("kaiming", "eva", "gradient"):
+        whole = sum(row["energy"] * row[init] for row in rows) / sum(row["energy"] for row in rows)
+        assert report["by_kind"]["up_proj"][init] == pytest.approx(whole)
+        assert 0 < report["overall"][init] <= 1
+    assert report["overall"]["kaiming"] < report["overall"]["gradient"]
+    assert "does not predict which init trains better" in report["remark"]
+
+
+def test_shares_of_inits_are_shown_in_a_table_that_claims_no_more_than_it_says(thimble, examples, tiny_base):
+    code, out, _ = thimble("inspect", "--data", examples, "--base", tiny_base)
+    assert code == 0
+    lines = out.splitlines()
+    assert lines[2].split()[-3:] == ["kaiming", "eva", "gradient"]
+    assert [line.split()[0] for line in lines[3:11]] == [
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "all",
+    ]  # fmt: skip
+    assert "does not predict which init trains better" in lines[-1]
+
+
+def test_data_beside_an_adapter_are_refused(refused, examples, adapter, tiny_base):
+    assert "name the base with --base" in refused(adapter, "--data", examples, "--base", tiny_base)
+
+
 # ---- the command ----------------------------------------------------------------------------------------------------
 
 
@@ -386,7 +417,7 @@ def test_a_block_that_is_not_there_is_refused(refused, tiny_base, adapter):
 def test_all_faults_are_told_at_once_and_nothing_is_written(refused, tiny_base, adapter, tmp_path):
     (tmp_path / "file").write_text("")
     text = refused(adapter, "nowhere", "--out", "file", "--seed", "-1")
-    assert all(part in text for part in ("nowhere is neither", "out is file", "seed is"))
+    assert all(part in text for part in ("nowhere is neither", "out is file", "--seed -1"))
     assert (tmp_path / "file").read_text() == ""
 
 

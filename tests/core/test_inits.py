@@ -1,20 +1,10 @@
-"""Every start: what it takes out of which matrix, and that B₀ A₀ is that piece."""
+"""Every init: what it takes out of which matrix, and that B₀ A₀ is that piece."""
 
 import numpy as np
 import pytest
 
-from thimble.core.inits import (
-    Moments,
-    Sketch,
-    at_kaiming_length,
-    corda,
-    draw,
-    eva,
-    from_sketch,
-    from_weight,
-    loftq,
-)
-from thimble.core.lowrank import Factors, delta
+from thimble.core.inits import BUILDERS, LayerData, Moments, Sketch, at_kaiming_length
+from thimble.core.lowrank import delta
 from thimble.core.method import INITS
 
 RANDOM = np.random.default_rng(1)
@@ -30,12 +20,30 @@ def moments(n, tokens=400, mean=0.0):
     return x, Moments((x.T @ x).astype(np.float32), x.sum(0).astype(np.float32), tokens)
 
 
+def build(init, shape, rank, scale, seed=0, path="x", **given):
+    return BUILDERS[init](LayerData(path, shape, rank, scale, seed, **given))
+
+
+def of_weight(init, w, rank, scale, **given):
+    return build(init, w.shape, rank, scale, weight=w, **given)
+
+
+def test_every_init_has_a_builder_but_the_one_that_reads_an_adapter():
+    assert BUILDERS.keys() == INITS.keys() - {"adapter"}
+
+
+@pytest.mark.parametrize("init", [name for name, init in INITS.items() if init.needs not in ("nothing", "adapter")])
+def test_an_init_that_lacks_what_it_needs_says_where_that_is_written_down(init):
+    with pytest.raises(ValueError, match="needs more than the layer data hold; see thimble.core.method.INITS"):
+        build(init, (8, 9), 2, 1.0)
+
+
 # ---- random ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_drawn_start_depends_on_seed_and_layer_only():
+def test_a_random_init_depends_on_seed_and_layer_only():
     def drawn(seed, name):
-        return draw("kaiming", (32, 64), 4, 2.0, seed, name).A
+        return build("kaiming", (32, 64), 4, 2.0, seed, name).A
 
     first = drawn(0, "model.layers.0.mlp.up_proj")
     np.testing.assert_array_equal(first, drawn(0, "model.layers.0.mlp.up_proj"))
@@ -43,15 +51,15 @@ def test_a_drawn_start_depends_on_seed_and_layer_only():
     assert not np.array_equal(first, drawn(0, "model.layers.1.mlp.up_proj"))
 
 
-def test_drawn_starts_have_the_spread_of_peft():
-    kaiming, gaussian = (draw(kind, (8, 4096), 16, 2.0, 0, "x").A for kind in ("kaiming", "gaussian"))
+def test_random_inits_have_the_spread_of_peft():
+    kaiming, gaussian = (build(kind, (8, 4096), 16, 2.0).A for kind in ("kaiming", "gaussian"))
     assert np.abs(kaiming).max() <= 1 / 64
     assert kaiming.std() == pytest.approx(1 / np.sqrt(3 * 4096), rel=0.02)
     assert gaussian.std() == pytest.approx(1 / 16, rel=0.02)
 
 
-def test_an_orthogonal_start_changes_nothing_though_a_and_b_are_not_zero():
-    start = draw("orthogonal", (50, 70), 8, 2.0, 0, "x")
+def test_an_orthogonal_init_changes_nothing_though_a_and_b_are_not_zero():
+    start = build("orthogonal", (50, 70), 8, 2.0)
     assert np.linalg.matrix_rank(start.A) == np.linalg.matrix_rank(start.B) == 4
     assert np.abs(delta(start)).max() < 1e-6
 
@@ -65,7 +73,7 @@ def test_a_piece_of_the_spectrum_equals_the_float64_reference(shape, kind, kept)
     w = weight(shape)
     u, values, vt = np.linalg.svd(w.astype(np.float64), full_matrices=False)
     piece = (u[:, kept] * values[kept]) @ vt[kept]
-    start = from_weight(kind, w, 6, 2.0)
+    start = of_weight(kind, w, 6, 2.0)
     assert np.linalg.norm(delta(start) - piece) <= 1e-6 * np.linalg.norm(w)
     np.testing.assert_allclose(np.linalg.norm(start.A, axis=1), np.linalg.norm(start.B, axis=0), rtol=1e-4)
 
@@ -73,7 +81,7 @@ def test_a_piece_of_the_spectrum_equals_the_float64_reference(shape, kind, kept)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_fast_pissa_leaves_at_most_one_percent_more_than_the_exact_one(shape):
     w = weight(shape)
-    best, found = (np.linalg.norm(w - delta(from_weight(kind, w, 6, 2.0))) for kind in ("pissa:exact", "pissa"))
+    best, found = (np.linalg.norm(w - delta(of_weight(kind, w, 6, 2.0))) for kind in ("pissa:exact", "pissa"))
     assert found <= 1.01 * best
 
 
@@ -81,7 +89,7 @@ def test_fast_pissa_leaves_at_most_one_percent_more_than_the_exact_one(shape):
 def test_olora_is_the_first_columns_of_q_and_rows_of_r(shape):
     w = weight(shape)
     q, r = np.linalg.qr(w.astype(np.float64))
-    start = from_weight("olora", w, 6, 2.0)
+    start = of_weight("olora", w, 6, 2.0)
     piece = q[:, :6] @ r[:6]
     np.testing.assert_allclose(delta(start) / 2.0, piece, atol=1e-5)
     np.testing.assert_allclose(start.B.T @ start.B, np.eye(6), atol=1e-6)
@@ -92,7 +100,9 @@ def test_loftq_is_the_best_update_for_what_quantising_lost_whatever_the_scale():
     kept = np.round(w * 2) / 2
     u, values, vt = np.linalg.svd((w - kept).astype(np.float64), full_matrices=False)
     for scale in (0.5, 2.0):
-        np.testing.assert_allclose(delta(loftq(w, kept, 5, scale)), (u[:, :5] * values[:5]) @ vt[:5], atol=1e-5)
+        np.testing.assert_allclose(
+            delta(of_weight("loftq", w, 5, scale, kept=kept)), (u[:, :5] * values[:5]) @ vt[:5], atol=1e-5
+        )
 
 
 # ---- from the inputs ------------------------------------------------------------------------------------------------
@@ -100,38 +110,47 @@ def test_loftq_is_the_best_update_for_what_quantising_lost_whatever_the_scale():
 
 def test_eva_spans_the_main_directions_and_keeps_the_length_of_kaiming():
     x, seen = moments(40, mean=1.0)
-    a = eva(seen, 5)
+    a = build("eva", (8, 40), 5, 1.0, moments=seen).A
     vt = np.linalg.svd(x, full_matrices=False)[2]
     angles = np.linalg.svd(a / np.linalg.norm(a, axis=1)[:, None] @ vt[:5].T, compute_uv=False)
     np.testing.assert_allclose(angles, 1, atol=1e-3)
-    kaiming = draw("kaiming", (8, 40), 2000, 1.0, 0, "x").A  # so many rows that the mean is sharp
+    kaiming = build("kaiming", (8, 40), 2000, 1.0).A  # so many rows that the mean is sharp
     wanted = np.square(x @ kaiming.T).mean() * 5
     assert np.square(x @ a.T).sum(1).mean() == pytest.approx(wanted, rel=0.05)
 
 
 def test_centred_eva_is_pca_of_the_inputs():
     x, seen = moments(40, mean=3.0)
-    a = eva(seen, 5, is_centred=True)
+    a = build("eva:centred", (8, 40), 5, 1.0, moments=seen).A
     vt = np.linalg.svd(x - x.mean(0), full_matrices=False)[2]
     np.testing.assert_allclose(np.linalg.svd(a @ vt[:5].T, compute_uv=False), 1, atol=1e-2)
     np.testing.assert_allclose(a @ a.T, np.eye(5), atol=1e-5)
 
 
-@pytest.mark.parametrize(("keeps", "kept"), [(False, slice(0, 5)), (True, slice(-5, None))])
-def test_corda_needs_no_inverse(keeps, kept):
+def test_layers_that_read_the_same_input_share_the_a_of_eva():
+    _, seen = moments(40)
+    first, second = (build("eva", (out, 40), 5, 1.0, moments=seen) for out in (8, 12))
+    assert first.A is second.A
+    assert [first.B.shape, second.B.shape] == [(8, 5), (12, 5)]
+    assert build("eva", (8, 40), 3, 1.0, moments=seen).rank == 3
+    assert not np.array_equal(build("eva:centred", (8, 40), 5, 1.0, moments=seen).A, first.A)
+
+
+@pytest.mark.parametrize(("init", "kept"), [("corda", slice(0, 5)), ("corda:knowledge", slice(-5, None))])
+def test_corda_needs_no_inverse(init, kept):
     w = weight((30, 40)).astype(np.float64)
     x, seen = moments(40, tokens=4000)
     c = x.T @ x / len(x)
     u, values, vt = np.linalg.svd(w @ c, full_matrices=False)
     published = (u[:, kept] * values[kept]) @ vt[kept] @ np.linalg.inv(c)
-    start = corda(w, seen, 5, 2.0, keeps)
+    start = of_weight(init, w, 5, 2.0, moments=seen)
     assert np.linalg.norm(delta(start) - published) < 1e-3 * np.linalg.norm(published)
 
 
 def test_corda_of_white_inputs_is_pissa():
     w = weight((30, 40))
     white = Moments(np.eye(40, dtype=np.float32) * 7, np.zeros(40, np.float32), 7)
-    corda_start, pissa_start = corda(w, white, 5, 2.0), from_weight("pissa", w, 5, 2.0)
+    corda_start, pissa_start = (of_weight(init, w, 5, 2.0, moments=white) for init in ("corda", "pissa"))
     np.testing.assert_allclose(np.abs(corda_start.A), np.abs(pissa_start.A), atol=1e-4)
     np.testing.assert_allclose(delta(corda_start), delta(pissa_start), atol=1e-4)
 
@@ -146,10 +165,10 @@ def sketch(gradient, x, k):
     return Sketch(u[:, :k], values[:k], right, float(np.square(x).sum(1).mean()), answer)
 
 
-def test_a_start_along_the_gradient_spans_its_right_vectors_at_kaiming_length():
+def test_an_init_along_the_gradient_spans_its_right_vectors_at_kaiming_length():
     x, _ = moments(40)
     gradient = RANDOM.standard_normal((30, 400)) @ x
-    start = from_sketch("gradient", sketch(gradient, x, 12), (30, 40), 5, 2.0)
+    start = build("gradient", (30, 40), 5, 2.0, sketch=sketch(gradient, x, 12))
     vt = np.linalg.svd(gradient, full_matrices=False)[2]
     unit = start.A / np.linalg.norm(start.A, axis=1)[:, None]
     np.testing.assert_allclose(np.abs(unit @ vt[:5].T), np.eye(5), atol=1e-5)
@@ -161,7 +180,7 @@ def test_a_start_along_the_gradient_spans_its_right_vectors_at_kaiming_length():
 def test_lora_ga_takes_the_next_left_vectors_for_b():
     x, _ = moments(40)
     gradient = RANDOM.standard_normal((30, 400)) @ x
-    start = from_sketch("gradient:lora-ga", sketch(gradient, x, 12), (30, 40), 5, 2.0)
+    start = build("gradient:lora-ga", (30, 40), 5, 2.0, sketch=sketch(gradient, x, 12))
     u, _, vt = np.linalg.svd(gradient, full_matrices=False)
     length = 30**0.25 / 4
     np.testing.assert_allclose(start.A, length * vt[:5], atol=1e-5)
@@ -171,7 +190,7 @@ def test_lora_ga_takes_the_next_left_vectors_for_b():
 def test_lora_one_is_a_step_against_the_gradient():
     x, _ = moments(40)
     gradient = RANDOM.standard_normal((30, 400)) @ x
-    start = from_sketch("gradient:lora-one", sketch(gradient, x, 12), (30, 40), 5, 2.0)
+    start = build("gradient:lora-one", (30, 40), 5, 2.0, sketch=sketch(gradient, x, 12))
     u, values, vt = np.linalg.svd(gradient, full_matrices=False)
     step = -(u[:, :5] * values[:5]) @ vt[:5] / (128 * values[0])
     np.testing.assert_allclose(delta(start), 2.0 * step, atol=1e-6)
@@ -180,8 +199,3 @@ def test_lora_one_is_a_step_against_the_gradient():
 def test_length_is_left_alone_where_there_is_nothing_to_measure():
     a = np.ones((2, 4), np.float32)
     np.testing.assert_array_equal(at_kaiming_length(a, 0.0, np.zeros((2, 2))), a)
-
-
-def test_only_starts_that_keep_the_function_are_trained_as_a_difference():
-    assert not any(init.is_delta and init.changes_base for init in INITS.values())
-    assert isinstance(from_weight("pissa", weight((8, 9)), 2, 1.0), Factors)

@@ -135,6 +135,27 @@ def test_a_row_without_a_length_keeps_its_rate(tmp_path):
     assert np.isfinite(hidden(OPS, base.spec, weights, IDS, rows, {path: update})).all()
 
 
+@pytest.mark.parametrize("name", ["llama_bias", "phi3"])
+def test_dropout_reads_the_input_of_every_group_once_and_by_its_number(name, tmp_path):
+    base = open_base(make_hf_folder(name, tmp_path))
+    weights, seen = read_weights(base), []
+
+    def drop(x, group):
+        seen.append((group, x.shape[1]))
+        return x * 0.0
+
+    rows, adapter = layout(base.spec, np.array([0, len(IDS)])), random_adapter(base)
+    found = hidden(OPS, base.spec, weights, IDS, rows, adapter, drop)
+    spec = base.spec
+    widths = (spec.hidden_size, spec.q_size, spec.hidden_size, spec.intermediate_size)
+    assert seen == [(4 * block + k, width) for block in range(spec.num_layers) for k, width in enumerate(widths)]
+    np.testing.assert_array_equal(found, hidden(OPS, base.spec, weights, IDS, rows))  # A alone reads what is dropped
+    del adapter["model.layers.1.mlp.down_proj"]
+    seen.clear()
+    hidden(OPS, base.spec, weights, IDS, rows, adapter, drop)
+    assert [group for group, _ in seen] == list(range(7))  # nobody reads the last
+
+
 # ---- another array library -------------------------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""Options that a backend may or may not honour, and the refusal of those that it does not."""
+"""What a backend may or may not honour, and the refusal of what it does not."""
 
 from collections.abc import Set
 
@@ -7,13 +7,22 @@ from thimble.core.adapter import Adapter
 from thimble.core.method import Method
 from thimble.errors import ConfigError
 
-# By the names of their options: what goes beyond plain LoRA (rsLoRA and per-layer alphas are but another scale).
-DELTA_FORM = "init in delta form"
-ALL = frozenset(("use_dora", DELTA_FORM, "weight_decay", "lora_plus", "dropout", "freeze_a", "keep_general"))
+# What goes beyond plain LoRA, and the option that asks for it; what training does not ask for has none.
+OPTIONS = {
+    "DoRA": "--use-dora",
+    "delta form": "--init in delta form",
+    "rsLoRA": None,  # but another scale
+    "LoRA+": "--lora-plus",
+    "frozen A": "--freeze-a",
+    "dropout": "--dropout",
+    "KL reference": "--keep-general",
+    "calibration": None,
+    "inference": None,
+}
 
 
 def required(adapter: Adapter, method: Method, objective: Objective | None = None) -> frozenset[str]:
-    """Which of `ALL` a training run makes use of.
+    """Capabilities that training makes use of.
 
     Args:
         adapter: What is trained.
@@ -21,16 +30,15 @@ def required(adapter: Adapter, method: Method, objective: Objective | None = Non
         objective: What for, if that is known.
 
     Returns:
-        Names of capabilities.
+        Names among `OPTIONS`.
     """
     used = {
-        "use_dora": any(factors.magnitude is not None for factors in adapter.layers.values()),
-        DELTA_FORM: bool(adapter.origin),
-        "weight_decay": method.weight_decay != 0,
-        "lora_plus": method.lora_plus != 1,
+        "DoRA": any(factors.magnitude is not None for factors in adapter.layers.values()),
+        "delta form": bool(adapter.origin),
+        "LoRA+": method.lora_plus != 1,
+        "frozen A": method.freezes_a,
         "dropout": method.dropout != 0,
-        "freeze_a": method.freezes_a,
-        "keep_general": objective is not None and objective.kl_weight != 0,
+        "KL reference": objective is not None and objective.kl_weight != 0,
     }
     return frozenset(name for name, is_used in used.items() if is_used)
 
@@ -49,5 +57,5 @@ def refuse_missing(backend: str, capabilities: Set[str], required: Set[str]) -> 
     missing = sorted(required - capabilities)
     if missing:
         raise ConfigError(
-            *(f"--{name.replace('_', '-')} is not honoured by the backend {backend}: leave it out" for name in missing)
+            *(f"{OPTIONS[name]} is set and the backend {backend} has no {name}: leave it out" for name in missing)
         )

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from thimble.backends import capabilities as options
-from thimble.backends.session import Gradient, LayerInfo, Objective, StepKey, Work
+from thimble.backends.session import ForwardRow, Gradient, LayerInfo, Objective, Prompt, StepKey, Work
 from thimble.backends.tape import OPS, Var, gradients
 from thimble.core.adapter import Adapter
 from thimble.core.dropout import keep_factor, keep_mask
@@ -30,6 +30,7 @@ from thimble.models.execution import ExecutionPlan
 from thimble.models.forward import Drop, Update
 
 Array = NDArray[np.float64]
+CAPABILITIES = frozenset(options.OPTIONS) - {"calibration"}
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # of AdamW
 KINDS = ("A", "B", "magnitude")
 
@@ -104,15 +105,29 @@ class ReferenceState:
         return ReferenceAdapter(_updates(self.first, self.flat))
 
 
+class TokenCache:
+    """What was read into each slot: the tokens themselves, since the reference reads them all again."""
+
+    def __init__(self) -> None:
+        self.slots: dict[int, NDArray[np.int32]] = {}
+
+    def reserve(self, slots: int, capacity: int) -> None:
+        """See KeyValueCache; slots grow by themselves."""
+
+    def move(self, source: int, target: int) -> None:
+        """See KeyValueCache."""
+        self.slots[target] = self.slots[source]
+
+
 class ReferenceSession:
     """A frozen base in float64.
 
     Args:
         base: The opened base; small.
-        capabilities: Options it honours: all, or less, to see how a backend that lacks some is used.
+        capabilities: What it honours: all it can, or less, to see how a backend that lacks some is used.
     """
 
-    def __init__(self, base: Base, capabilities: frozenset[str] = options.ALL) -> None:
+    def __init__(self, base: Base, capabilities: frozenset[str] = CAPABILITIES) -> None:
         self.capabilities = capabilities
         self._spec = base.spec
         self._weights = {name: weight.read().astype(np.float64) for name, weight in base.weights.items()}
@@ -184,9 +199,13 @@ class ReferenceSession:
     @np.errstate(all="ignore")
     def _summed_loss(self, updates: Mapping[str, Update], batch: Batch, drop: Drop | None = None) -> Any:
         """Summed cross-entropy over the target tokens of a batch."""
-        places = np.flatnonzero(batch.labels != IGNORED)
-        scores = forward.logits(OPS, self._spec, self._weights, self._hidden(updates, batch, drop)[places])
-        return forward.cross_entropy(OPS, scores, batch.labels[places])
+        return self._cross_entropy(self._hidden(updates, batch, drop), batch.labels)
+
+    def _cross_entropy(self, x: Any, labels: NDArray[np.int32]) -> Any:
+        """Summed over the places that carry a label: of hidden states (T, hidden)."""
+        places = np.flatnonzero(labels != IGNORED)
+        scores = forward.logits(OPS, self._spec, self._weights, x[places])
+        return forward.cross_entropy(OPS, scores, labels[places])
 
     def _summed_divergence(self, updates: Mapping[str, Update], reference: KlReference) -> Any:
         """Σ KL(base ‖ model) over all tokens of the reference, without dropout."""
@@ -213,6 +232,39 @@ class ReferenceSession:
 
     def release(self) -> None:
         """See Session; nothing is kept."""
+
+    # ---- inference ------------------------------------------------------------------------------------------------
+
+    def new_cache(self) -> TokenCache:
+        """See Session."""
+        return TokenCache()
+
+    def prefill(
+        self, prompts: Sequence[Prompt], cache: TokenCache, num_workers: int
+    ) -> list[tuple[NDArray[np.float32], LossSum]]:
+        """See Session."""
+        return [self._prefill(prompt, cache) for prompt in prompts]
+
+    def _prefill(self, prompt: Prompt, cache: TokenCache) -> tuple[NDArray[np.float32], LossSum]:
+        parts = np.split(prompt.ids, np.cumsum([row.tokens for row in prompt.rows])[:-1])
+        x = np.concatenate([self._continued(ids, row, cache) for ids, row in zip(parts, prompt.rows, strict=True)])
+        scores = forward.logits(OPS, self._spec, self._weights, x[list(prompt.ends)]).astype(np.float32)
+        if prompt.labels is None:
+            return scores, LossSum()
+        tokens = int(np.count_nonzero(prompt.labels != IGNORED))
+        return scores, LossSum(float(self._cross_entropy(x, prompt.labels)), tokens)
+
+    def decode(self, tokens: Sequence[int], rows: Sequence[ForwardRow], cache: TokenCache) -> NDArray[np.float32]:
+        """See Session."""
+        return self._prefill(Prompt(np.array(tokens, np.int32), rows, range(len(rows))), cache)[0]
+
+    def _continued(self, ids: NDArray[np.int32], row: ForwardRow, cache: TokenCache) -> Array:
+        """(row.tokens, hidden) of further tokens of a slot; all that stands before them is read again."""
+        whole = cache.slots[row.slot] = np.concatenate([cache.slots.get(row.slot, ids)[: row.position], ids])
+        rows = forward.layout(self._spec, np.array([0, len(whole)]), np.array([row.end]))
+        updates: Mapping[str, Update] = row.adapter.updates  # type: ignore[attr-defined]
+        x: Array = forward.hidden(OPS, self._spec, self._weights, whole, rows, updates)
+        return x[row.position :]
 
     # ---- checkpoints ----------------------------------------------------------------------------------------------
 

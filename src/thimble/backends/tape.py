@@ -136,10 +136,10 @@ def _summed(source: Any, back: Back = lambda g: g) -> Back:
 
     def summed(g: Array) -> Array:
         slope, shape = back(g), source.shape
-        if slope.shape == shape:
-            return slope
-        slope = slope.sum(tuple(range(slope.ndim - len(shape))))
-        return slope.sum(tuple(i for i, n in enumerate(shape) if n == 1 < slope.shape[i]), keepdims=True)
+        if slope.shape != shape:
+            slope = slope.sum(tuple(range(slope.ndim - len(shape))))
+            slope = slope.sum(tuple(i for i, n in enumerate(shape) if n == 1 < slope.shape[i]), keepdims=True)
+        return slope
 
     return summed
 

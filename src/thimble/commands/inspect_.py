@@ -13,7 +13,7 @@ from thimble.report.figures import write_figures
 from thimble.training.init_shares import measure_init_shares, plan_measurement
 from thimble.training.subject import open_subject
 
-NO_FORECAST = "A larger share does not foretell which init trains better: in our study the two did not go together."
+NO_FORECAST = "A larger share does not predict which init trains better (docs/math.md has what was measured)."
 
 
 @dataclass
@@ -111,7 +111,7 @@ def _inspect_subject(config: InspectConfig, log: EventLog, should_stop: ShouldSt
     rows = _measure(subject, report, log, should_stop)
     setattr(report, _FIELDS[subject.kind], rows)
     if subject.kind == "base" and report.skipped and not rows:
-        raise BaseModelError(*(f"base {subject.base.name}: {what}" for what in report.skipped))
+        raise BaseModelError(*(f"base {report.base}: {what}" for what in report.skipped))
     if subject.kind == "adapter":
         report.moved, report.unmoved = by_movement(report.updates)
     report.unmoved += [row.layer for row in report.overlaps if not all(row.norms)]

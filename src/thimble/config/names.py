@@ -51,7 +51,6 @@ _INSTEAD = {
     "leave it out: batches of an evaluation are as large as memory allows": (
         "per_device_eval_batch_size eval_batch_size"
     ),
-    "use --valid-split for the share of rows, --eval-rows for how many are answered": "val_batches",
     "leave it out: rows are always packed without padding": (
         "sample_packing packing pad_to_sequence_len group_by_length"
     ),
@@ -68,7 +67,6 @@ _INSTEAD = {
     ),
     "leave it out: the optimiser is AdamW": "optimizer optim",
     "use --warmup-steps": "warmup_ratio",
-    "use --max-steps": "max_steps_per_epoch",
     "leave it out: no noise is added to embeddings": "neftune neftune_noise_alpha",
     "leave it out: an adapter is all that is trained; --targets names the layers that it adapts": (
         "modules_to_save lora_modules_to_save additional_target bias lora_bias"
@@ -77,8 +75,7 @@ _INSTEAD = {
     "leave it out: --targets all-linear is the default": "lora_target_linear",
     "use --targets attention, or names such as --targets q_proj,v_proj": "lora_attn_modules",
     "use --targets all-linear, --targets attention or --targets mlp": "apply_lora_to_mlp",
-    "use --targets last-8 for the last 8 blocks": "num_layers lora_layers",
-    "use --targets last-8 for the last 8 blocks, or patterns of layer names": "layers_to_transform",
+    "use --targets last-8 for the last 8 blocks": "num_layers lora_layers layers_to_transform",
     "use --alpha: the update is scaled by alpha/rank": "scale",
     "use --init pissa": "pissa_init",
     "use --init loftq with --store int8": "loftq_config",
@@ -88,19 +85,14 @@ _INSTEAD = {
     "use --loss-on completions or --loss-on all": (
         "train_on_inputs train_on_prompt mask_prompt completion_only_loss assistant_only_loss"
     ),
-    "leave it out: all assistant turns are learned from": "mask_history",
     "leave it out: the chat template of the base is used": "chat_template template",
-    "leave it out: the form of the rows is recognised, as docs/data_format.md describes": "dataset_text_field",
     "give a file with fewer rows, or use --max-steps": "max_samples",
     "use --eval-every-steps": "eval_strategy evals_per_epoch",
     "use --checkpoint-every-steps or --checkpoint-every-minutes": "saves_per_epoch",
-    "leave it out: old checkpoints are removed": "save_total_limit",
-    "leave it out: no folder is overwritten; name another with --out, or add --resume": "overwrite_output_dir",
     "leave it out: every step is in metrics.jsonl, and the charts are in report.html, in the run folder": (
         "logging_steps steps_per_report report_to wandb_project"
     ),
     "leave it out: no code from a model folder is ever run": "trust_remote_code",
-    "use --top-p": "top_k min_p",
 }
 ELSEWHERE = {other: advice for advice, others in _INSTEAD.items() for other in others.split()}
 

@@ -51,17 +51,16 @@ def option(
 
 
 class Given(NamedTuple):
-    """A value as it was given.
+    """A value as it was given."""
 
-    Attributes:
-        value: Text from a command line, or what YAML or Python gave.
-        name: The name it was given under, which may be another tool's.
-        file: The file it stands in; empty for a flag or a keyword.
-    """
+    value: Any  # text from a command line, or what YAML or Python gave
+    name: str  # under which it was given: ours or another tool's
+    file: str = ""  # in which it stands; empty for a flag or a keyword
 
-    value: Any
-    name: str
-    file: str = ""
+    @property
+    def place(self) -> str:
+        """What a message about it begins with."""
+        return f"{self.file}: " if self.file else ""
 
 
 @dataclass(frozen=True)
@@ -87,46 +86,30 @@ class Options:
 
     @classmethod
     def sort(cls, values: Mapping[str, Any], file: str = "") -> tuple[dict[str, Given], list[str]]:
-        """Bring values under our names of options.
-
-        Args:
-            values: Option name, ours or another tool's, to value.
-            file: The file the values stand in, for messages.
-
-        Returns:
-            Values by our name, and a problem for each name that is not an option.
-        """
-        known, given, problems = options_of(cls), {}, []
-        for name, value in values.items():
-            ours = our_name(name, known)
+        """Bring the values of a file, or of flags and keywords, under our names; with a problem for each other name."""
+        known, problems = options_of(cls), []
+        given: dict[str, Given] = {}
+        for value in (Given(value, name, file) for name, value in values.items()):
+            ours = our_name(value.name, known)
             if ours is None:
-                problems.append((f"{file}: " if file else "") + answer(name, known))
+                problems.append(value.place + answer(value.name, known))
             elif ours in given:
-                problems.append(
-                    f"{flag(ours)} is given twice, as {given[ours].name} and as {name}: leave one of them out"
-                )
+                twice = f"as {given[ours].name} and as {value.name}"
+                problems.append(f"{value.place}{flag(ours)} is given twice, {twice}: leave one of them out")
             else:
-                given[ours] = Given(value, name, file)
+                given[ours] = value
         return given, problems
 
     @classmethod
     def make(cls, given: Mapping[str, Given], problems: Iterable[str] = ()) -> Self:
-        """Convert and check values.
-
-        Args:
-            given: Values by our name.
-            problems: What is already known to be wrong.
-
-        Returns:
-            A config in which bad values are replaced by defaults and named in `problems`.
-        """
+        """Convert and check the values of `sort`; `problems` are those known already."""
         specs, good, problems = options_of(cls), {}, list(problems)
-        for name, (value, called, file) in given.items():
+        for name, value in given.items():
             try:
-                good[name] = convert(specs[name], value)
+                good[name] = convert(specs[name], value.value)
             except ValueError as error:
-                other = f" (given as {called})" if plain(called) != name else ""
-                problems.append((f"{file}: " if file else "") + f"{typed(specs[name], value)}{other}: {error}")
+                other = f" (given as {value.name})" if plain(value.name) != name else ""
+                problems.append(f"{value.place}{typed(specs[name], value.value)}{other}: {error}")
         return cls(**good, problems=(*problems, *cls._conflicts(good)))
 
     @classmethod

@@ -6,21 +6,22 @@ What templates differ in (a system role, tools, the form of a call's arguments) 
 
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
+from thimble.data.messages import Message, call_id, complete, fold_system, has_tools, renumber
 from thimble.data.template_process import MAX_CHARACTERS, MAX_MEMORY_BYTES, Asked, TemplateProcess
 from thimble.data.template_worker import DIED, EXCESS, FAILED, FORBIDDEN, INVALID, LATER, LONG, TEXT
 from thimble.data.tool_text import write_tools
 from thimble.errors import BaseModelError, DataError, listing
 
-Message = Mapping[str, Any]
 Conversation = tuple[Sequence[Message], Sequence[Any] | None]  # messages, tools
 Prefix = tuple[int, bool]  # of a conversation: number of messages, whether the beginning of an answer is behind them
 
 MAX_SOURCE = 1_000_000  # characters of a template
 MAX_REQUEST_BYTES = 16_000_000  # of a conversation as JSON, which takes up to 12 bytes a character
+MAX_SAID = 500  # characters of an error of a template
 LONG_BYTES, LONG_MESSAGES = 100_000, 1000  # from here on a conversation itself may be too much
 
 _USER, _SYSTEM, _RESULT = "probe user text", "probe system text", "probe result text"
@@ -34,20 +35,16 @@ _TOOL = {
 }
 
 
-def _call_id(number: int) -> str:
-    return f"call{number:05d}"  # nine letters and digits: the strictest template accepts nothing else
-
-
 def _trial_of_tools(arguments: Any) -> Conversation:
-    call = {"type": "function", "id": _call_id(0), "function": {"name": "probe_call", "arguments": arguments}}
-    result = {"role": "tool", "name": "probe_call", "tool_call_id": _call_id(0), "content": _RESULT}
+    call = {"type": "function", "id": call_id(0), "function": {"name": "probe_call", "arguments": arguments}}
+    result = {"role": "tool", "name": "probe_call", "tool_call_id": call_id(0), "content": _RESULT}
     return [_ASKED, {"role": "assistant", "content": "", "tool_calls": [call]}, result], [_TOOL]
 
 
 _ASKED = {"role": "user", "content": _USER}
 _TRIALS: dict[str, Conversation] = {
-    "user": ([_ASKED], None),
     "system": ([{"role": "system", "content": _SYSTEM}, _ASKED], None),
+    "user": ([_ASKED], None),
     "arguments": _trial_of_tools({"probe_key": "probe_value"}),
     "arguments as text": _trial_of_tools(json.dumps({"probe_key": "probe_value"})),
 }
@@ -124,11 +121,12 @@ class ChatTemplate:
     @functools.cached_property
     def isolation(self) -> str | None:
         """What this system lets a chat template do that it should not; None if nothing."""
+        kind, lacking = self._process.replies(self._process.setup)[0]
         meant = {
-            "time": "take more than its time until it is noticed", "memory": "fill the memory",
-            "files": "open files and connections", "calls": "rename and remove files, should it escape from its sandbox",
+            "time": "work on for a minute", "memory": "fill the memory", "files": "open files and connections",
+            "calls": "rename and remove files if it gets out of its sandbox",
         }  # fmt: skip
-        return listing([meant[word] for word in self._process.lacking()]) or None
+        return listing(meant[word] for word in lacking.split()) or None if kind == TEXT else None
 
     @functools.cached_property
     def takes_system(self) -> bool:
@@ -207,13 +205,13 @@ class ChatTemplate:
 
     def _prepare(self, messages: Sequence[Message], tools: Sequence[Any] | None) -> Conversation:
         """A conversation and tools as this template takes them."""
-        messages = _complete(messages)
-        has_tools = _has_tools(messages, tools)
-        if has_tools and not self.uses_tools:
+        messages = complete(messages)
+        is_with_tools = has_tools(messages, tools)
+        if is_with_tools and not self.uses_tools:
             messages, tools = write_tools(messages, tools), None
         if not self.takes_system:
-            messages = _fold_system(messages)
-        if not (has_tools and self.uses_tools):
+            messages = fold_system(messages)
+        if not (is_with_tools and self.uses_tools):
             return messages, None
         return self._with_arguments(messages), tools
 
@@ -300,15 +298,16 @@ class Renderings:
         except DataError:
             index, count, prompt = self._asked.request["wanted"][number]
             messages, tools = self._asked.request["conversations"][index]
-            if not _has_tools(messages[:count], tools):
+            if not has_tools(messages[:count], tools):
                 raise
             # Mistral's templates refuse the ids other services give to calls; any id will do.
-            renumbered = (_renumber(messages[:count]), tools)
+            renumbered = (renumber(messages[:count]), tools)
             return self._template._text(self._template._send([renumbered], [(0, count, prompt)]), 0)
 
 
 def _error(kind: int, said: str, asked: Asked) -> Exception:
     """What a reply without a text means to the user."""
+    said = said if len(said) <= MAX_SAID else said[:MAX_SAID] + "..."  # a template may have made it long
     may_not = f"does what no template may: {said or f'it takes more than {MAX_MEMORY_BYTES / 1e6:g} MB of memory'}"
     if kind == LONG:
         return DataError(
@@ -316,94 +315,22 @@ def _error(kind: int, said: str, asked: Asked) -> Exception:
         )
     if kind == EXCESS and (len(asked.payload) > LONG_BYTES or _count(asked) > LONG_MESSAGES):
         return _too_long(asked)
-    if kind in (EXCESS, INVALID, DIED):
-        return UnusableTemplateError(
-            {EXCESS: may_not, INVALID: said, DIED: f"cannot be used: its process {said}"}[kind]
-        )
+    unusable = {EXCESS: may_not, INVALID: f"is not valid Jinja: {said}", DIED: f"cannot be used: its process {said}"}
+    if kind in unusable:
+        return UnusableTemplateError(unusable[kind])
     if kind == FORBIDDEN:
         return BaseModelError(f"the chat template of the base {may_not}")
-    return DataError(
-        f"the chat template of the base {'fails on' if kind == FAILED else 'refuses'} this conversation: {said}"
-    )
+    what = "fails on" if kind == FAILED else "refuses"
+    return DataError(f"the chat template of the base {what} this conversation: {said}")
 
 
 def _too_long(asked: Asked) -> DataError:
     return DataError(
         f"this conversation of {_count(asked):,} messages and {len(asked.payload):,} bytes is more than the chat "
-        f"template of the base can write in the time and memory it has: expected at most {MAX_CHARACTERS:,} characters. "
-        "Shorten it."
+        f"template of the base can write in the time and memory it has: expected at most {MAX_CHARACTERS:,} "
+        "characters. Shorten it."
     )
 
 
 def _count(asked: Asked) -> int:
     return len(asked.request["conversations"][0][0]) if "conversations" in asked.request else 0
-
-
-def _has_tools(messages: Sequence[Message], tools: Sequence[Any] | None) -> bool:
-    return bool(tools) or any(message["role"] == "tool" or message.get("tool_calls") for message in messages)
-
-
-def _complete(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Fill what templates rely on: text content everywhere, and ids that tie results to calls."""
-    completed, waiting, count = [], [], 0
-    for message in messages:
-        message = {**message, "content": message.get("content") or ""}
-        if message.get("tool_calls"):
-            calls = []
-            for call in message["tool_calls"]:
-                calls.append(
-                    {"type": "function", "id": call.get("id") or _call_id(count), "function": call["function"]}
-                )
-                count += 1
-            message["tool_calls"] = calls
-            waiting = [(call["id"], call["function"]["name"]) for call in calls]
-        elif message["role"] == "tool":
-            _answer(message, waiting)
-        completed.append(message)
-    return completed
-
-
-def _answer(message: dict[str, Any], waiting: list[tuple[str, str]]) -> None:
-    """Give a tool result the id and name of the call it answers: the named one, else the next without an answer."""
-    known = next((call for call in waiting if call[0] == message.get("tool_call_id")), None)
-    call = known or (waiting[0] if waiting else None)
-    if call is None:
-        return
-    waiting.remove(call)
-    message.setdefault("tool_call_id", call[0])
-    message.setdefault("name", call[1])
-
-
-def _renumber(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    new: dict[str, str] = {}
-    for message in messages:
-        for call in message.get("tool_calls") or ():
-            new.setdefault(call["id"], _call_id(len(new)))
-    written = []
-    for message in messages:
-        message = dict(message)
-        if message.get("tool_calls"):
-            message["tool_calls"] = [{**call, "id": new[call["id"]]} for call in message["tool_calls"]]
-        if message["role"] == "tool":
-            message["tool_call_id"] = new.get(message.get("tool_call_id", ""), _call_id(0))
-        written.append(message)
-    return written
-
-
-def _fold_system(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Put system text in front of the next user turn, for templates that have no system role."""
-    folded: list[dict[str, Any]] = []
-    pending: list[str] = []
-    for message in messages:
-        if message["role"] == "system":
-            pending.append(message["content"])
-            continue
-        message = dict(message)
-        if pending and message["role"] == "user":
-            message["content"] = "\n\n".join([*pending, message["content"]])
-            pending = []
-        elif pending and not folded:
-            folded.append({"role": "user", "content": "\n\n".join(pending)})
-            pending = []
-        folded.append(message)
-    return folded + ([{"role": "user", "content": "\n\n".join(pending)}] if pending else [])

@@ -4,6 +4,7 @@ Run by its path; needs jinja2 and nothing of Thimble. A request is four bytes of
 template and its limits. The reply to a rendering is a byte that says what became of it, four bytes of length and UTF-8.
 """
 
+import contextlib
 import functools
 import json
 import os
@@ -16,7 +17,6 @@ from typing import Any
 
 TEXT, REFUSED, FAILED, FORBIDDEN, EXCESS, LONG, LATER, INVALID, DIED = range(9)  # what became of a rendering
 REQUEST_HEAD, REPLY_HEAD = struct.Struct("<I"), struct.Struct("<BI")
-MAX_SAID = 500  # characters of an error, which a template may have made long
 SLOW_SECONDS = 1.0  # what a request wants behind these is left for later
 
 # The system calls that are left, on x86-64: read, write, mmap, mprotect, munmap, brk, rt_sigaction, rt_sigprocmask,
@@ -29,22 +29,19 @@ def main() -> None:
     """Answer requests until the input ends."""
     sys.path += sys.argv[1:]  # where jinja2 is, behind the standard library
     clock: dict[str, datetime] = {}
-    environment = _make_environment(clock)
-    setup = _read_request()
+    environment, setup = _make_environment(clock), _read_request()
     compile_source = functools.partial(_compile, environment, setup["source"], _confine(setup["memory_bytes"]))
     _reply(*_attempt(compile_source, setup["seconds"], INVALID))
     while True:
         sys.stdout.buffer.flush()
         request = _read_request()
         clock["now"] = datetime.fromisoformat(request["now"])
-        _answer(environment, setup, request)
+        _answer(environment.template, setup, request)
 
 
 def _read_request() -> Any:
-    head = sys.stdin.buffer.read(REQUEST_HEAD.size)
-    if len(head) < REQUEST_HEAD.size:
-        os._exit(0)
-    content = sys.stdin.buffer.read(*REQUEST_HEAD.unpack(head))
+    size = sys.stdin.buffer.read(REQUEST_HEAD.size) or os._exit(0)
+    content = sys.stdin.buffer.read(*REQUEST_HEAD.unpack(size))
     return json.loads(content) | {"bytes": len(content)}
 
 
@@ -53,16 +50,16 @@ def _reply(kind: int, said: str) -> None:
     sys.stdout.buffer.write(REPLY_HEAD.pack(kind, len(content)) + content)
 
 
-def _answer(environment: Any, setup: dict[str, Any], request: dict[str, Any]) -> None:
+def _answer(template: Any, setup: dict[str, Any], request: dict[str, Any]) -> None:
     """Write each wanted prefix of the conversations; what is too much for one request is left for later."""
     most, written, began = setup["characters"], 0, time.monotonic()
-    seconds = setup["seconds"] + request["bytes"] / most
     for index, length, prompt in request["wanted"]:
         messages, tools = request["conversations"][index]
         given = {"messages": messages[:length], "tools": tools, "add_generation_prompt": prompt, **setup["variables"]}
         kind, said = LATER, ""
         if written <= most and time.monotonic() - began < SLOW_SECONDS:
-            kind, said = _attempt(functools.partial(_render, environment.template, given, most), seconds, FAILED)
+            render = functools.partial(_render, template, given, most)
+            kind, said = _attempt(render, setup["seconds"] + request["bytes"] / most, FAILED)
         _reply(kind, said)
         written += len(said)
 
@@ -79,35 +76,19 @@ def _render(template: Any, given: dict[str, Any], most: int) -> tuple[int, str]:
 
 
 def _attempt(make: Any, seconds: float, otherwise: int) -> tuple[int, str]:
-    """Give back what is made, or what went wrong. Behind so many seconds the kernel ends the process."""
+    """Give back what is made, or what went wrong. After so many seconds the kernel ends the process."""
     from jinja2.exceptions import SecurityError, TemplateError, TemplateSyntaxError
 
     if hasattr(signal, "setitimer"):
         signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
-        try:
-            return make()
-        except TemplateSyntaxError as error:
-            return INVALID, f"is not valid Jinja: {_shortened(error.message)} (line {error.lineno} of the template)"
-        except (SecurityError, OSError, ImportError) as error:
-            return FORBIDDEN, _shortened(error)
-        except TemplateError as error:
-            return REFUSED, _shortened(error)
-        except (RecursionError, MemoryError, OverflowError):
-            raise
-        except Exception as error:  # a program from an untrusted source may raise anything
-            return otherwise, "cannot be compiled: " * (otherwise == INVALID) + _shortened(error)
-    except RecursionError:
-        return EXCESS, "it calls itself without end, or is nested too deeply"
-    except OverflowError as error:
-        return EXCESS, f"it asks for too much ({_shortened(error)})"
-    except MemoryError:
-        return EXCESS, ""
-
-
-def _shortened(error: Any) -> str:
-    said = str(error)
-    return said if len(said) <= MAX_SAID else said[:MAX_SAID] + "..."
+        return make()
+    except TemplateSyntaxError as error:
+        return INVALID, f"{error.message} (line {error.lineno} of the template)"
+    except Exception as error:  # a program from an untrusted source may raise anything
+        kinds = {SecurityError: FORBIDDEN, OSError: FORBIDDEN, ImportError: FORBIDDEN, TemplateError: REFUSED}
+        kinds |= dict.fromkeys((RecursionError, MemoryError, OverflowError), EXCESS)
+        return next((kind for known, kind in kinds.items() if isinstance(error, known)), otherwise), str(error)
 
 
 def _compile(environment: Any, source: str, lacking: str) -> tuple[int, str]:
@@ -123,7 +104,7 @@ def _compile(environment: Any, source: str, lacking: str) -> tuple[int, str]:
 
 def _make_environment(clock: dict[str, datetime]) -> Any:
     """Jinja's sandbox with what transformers gives its templates, and nothing that is left to chance."""
-    import jinja2.debug  # noqa: F401
+    import html, jinja2.debug  # noqa: E401, F401, I001  # which is too late when they are first used
     from jinja2.exceptions import TemplateError
     from jinja2.ext import Extension
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -132,18 +113,16 @@ def _make_environment(clock: dict[str, datetime]) -> Any:
         tags = {"generation"}
 
         def parse(self, parser: Any) -> Any:
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return next(parser.stream) and parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
     def raise_exception(message: Any) -> None:
         raise TemplateError(message)
 
-    def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
-
     extensions = ["jinja2.ext.loopcontrols", Generation]
     made = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
-    made.filters["tojson"] = tojson  # Jinja's own escapes <, > and & for web pages
+    made.filters["tojson"] = lambda value, ensure_ascii=False, **options: json.dumps(
+        value, ensure_ascii=ensure_ascii, **options
+    )  # Jinja's own escapes <, > and & for web pages
     made.globals |= {"raise_exception": raise_exception, "strftime_now": lambda format: clock["now"].strftime(format)}
     del made.globals["lipsum"], made.filters["random"]
     made.from_string(r"{{ '\N{BULLET}' | wordwrap }}{{ [] | pprint }}").render()  # loads what is loaded when first used
@@ -160,20 +139,16 @@ def _confine(memory_bytes: int) -> str:
     datetime.now().strftime("%c %Z")  # reads the time zone while files can be read
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
-    limits = {"RLIMIT_CORE": 0, "RLIMIT_FSIZE": 0, "RLIMIT_NPROC": 0, "RLIMIT_NOFILE": 0}
+    limits, lacking = dict.fromkeys(("CORE", "FSIZE", "NPROC", "NOFILE"), 0), {"AS": "memory", "NOFILE": "files"}
     if os.path.exists("/proc/self/statm"):
         with open("/proc/self/statm", "rb") as file:
-            limits["RLIMIT_AS"] = int(file.read().split()[0]) * resource.getpagesize() + memory_bytes
-    lacking = {"RLIMIT_AS": "memory", "RLIMIT_NOFILE": "files", "": "calls"}
+            limits["AS"] = int(file.read().split()[0]) * resource.getpagesize() + memory_bytes
     for name, most in limits.items():
-        try:
-            resource.setrlimit(getattr(resource, name), (most, most))
+        with contextlib.suppress(AttributeError, ValueError, OSError):
+            resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (most, most))
             lacking.pop(name, None)
-        except (AttributeError, ValueError, OSError):
-            pass
-    if sys.platform == "linux" and os.uname().machine == "x86_64" and sys.maxsize > 2**32 and _filter_calls(ctypes):
-        del lacking[""]
-    return " ".join(lacking.values())
+    is_known = sys.platform == "linux" and os.uname().machine == "x86_64" and sys.maxsize > 2**32
+    return " ".join([*lacking.values(), *["calls"] * (not (is_known and _filter_calls(ctypes)))])
 
 
 def _filter_calls(ctypes: Any) -> bool:
@@ -184,10 +159,10 @@ def _filter_calls(ctypes: Any) -> bool:
     steps += [(give_back, 0, 0, fail), (give_back, 0, 0, allow)]
     program = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *step) for step in steps))
     described = ctypes.create_string_buffer(struct.pack("HP", len(steps), ctypes.addressof(program)))
-    prctl = ctypes.CDLL(None).prctl
-    prctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_ulong]
+    prctl, filter_at = ctypes.CDLL(None).prctl, ctypes.c_void_p(ctypes.addressof(described))
+    none = [ctypes.c_ulong(0)] * 2
     # PR_SET_NO_NEW_PRIVS, then PR_SET_SECCOMP with SECCOMP_MODE_FILTER
-    return not prctl(38, 1, None, 0, 0) and not prctl(22, 2, ctypes.addressof(described), 0, 0)
+    return not prctl(38, ctypes.c_ulong(1), none[0], *none) and not prctl(22, ctypes.c_ulong(2), filter_at, *none)
 
 
 if __name__ == "__main__":

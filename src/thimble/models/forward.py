@@ -91,12 +91,13 @@ class _Model:
     drop: Drop | None
 
 
-def layout(spec: DecoderSpec, starts: NDArray[np.int64]) -> Layout:
+def layout(spec: DecoderSpec, starts: NDArray[np.int64], ends: NDArray[np.int64] | None = None) -> Layout:
     """Prepare rows laid end to end.
 
     Args:
         spec: The base.
         starts: int64 (rows + 1,), row s is tokens starts[s] to starts[s + 1].
+        ends: int64 (rows,), tokens that each row may come to, on which LongRoPE depends; None: those that it has.
 
     Returns:
         Angles and masks; layers that agree share them.
@@ -106,17 +107,18 @@ def layout(spec: DecoderSpec, starts: NDArray[np.int64]) -> Layout:
     back = tokens[:, None] - tokens  # (T, T), how far behind its query a key is
     causal = (rows[:, None] == rows) & (back >= 0)
     seen = {window: causal if window is None else causal & (back < window) for window in set(spec.windows)}
-    angles = {id(rope): _angles(rope, tokens - starts[rows], lengths[rows]) for rope in spec.ropes}
+    ends = lengths if ends is None else ends
+    angles = {id(rope): _angles(rope, tokens - starts[rows], ends[rows]) for rope in spec.ropes}
     return Layout(tuple(angles[id(rope)] for rope in spec.ropes), tuple(seen[window] for window in spec.windows))
 
 
-def _angles(rope: Rope | None, positions: NDArray[np.int64], lengths: NDArray[np.int64]) -> Angles | None:
+def _angles(rope: Rope | None, positions: NDArray[np.int64], ends: NDArray[np.int64]) -> Angles | None:
     """cos and sin of each token; the angles are rounded to float32, as every implementation of these families does."""
     if rope is None:
         return None
     inv_freq = rope.inv_freq[None]
     if rope.long_inv_freq is not None:
-        inv_freq = np.where(lengths[:, None] > rope.long_from, rope.long_inv_freq, inv_freq)
+        inv_freq = np.where(ends[:, None] > rope.long_from, rope.long_inv_freq, inv_freq)
     turned = (positions[:, None].astype(np.float32) * inv_freq.astype(np.float32)).astype(np.float64)[:, None]
     return np.cos(turned) * rope.scale, np.sin(turned) * rope.scale  # (T, 1, dim / 2)
 

@@ -13,7 +13,8 @@ from thimble.core.adapter import Adapter, cut
 from thimble.core.lowrank import Factors, merge
 from thimble.errors import BaseModelError, RunError, listing, plural
 from thimble.files.blocks import dequantize, quantize
-from thimble.files.peft import KEY, MAX_RANK, WEIGHTS_FILE, find_adapter, save_adapter
+from thimble.files.peft import KEY, WEIGHTS_FILE, find_adapter, save_adapter
+from thimble.files.peft_config import MAX_RANK
 from thimble.files.tensors import open_tensors, rewrite_safetensors
 from thimble.files.untrusted import is_inside
 from thimble.models.base import Base, Weight, weight_files
@@ -282,5 +283,5 @@ def merged_rows(
         lost += float(np.linalg.norm(dequantize(packed, weight.dtype, old.shape) - exact)) ** 2
         weight.release(rows)
         yield packed.data
-    error = math.sqrt(lost / size) if size else 0.0
-    on_layer(MergedLayer(layer, weight.dtype, factors.rank, 0, factors.num_parameters, 0, 0, 0, math.sqrt(size), error))
+    share = math.sqrt(lost / size) if size else 0.0
+    on_layer(MergedLayer(layer, weight.dtype, factors.rank, 0, factors.num_parameters, 0, 0, 0, math.sqrt(size), share))

@@ -127,7 +127,7 @@ def choose_blocks(base: Base, adapters: Iterable[Adapter], asked: Sequence[str])
     """
     shapes = base.spec.linear_shapes()
     layers = [layer for adapter in adapters for layer in adapter.layers] or list(shapes)
-    known = sorted({find_block(layer) for layer in layers if layer in shapes} - {None})
+    known = sorted({block for layer in layers if layer in shapes and (block := find_block(layer)) is not None})
     if asked:
         wrong = [name for name in asked if not name.isdecimal() or int(name) not in known]
         if wrong:

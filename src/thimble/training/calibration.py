@@ -21,6 +21,7 @@ from thimble.core.method import AUTO_RANK, Init
 from thimble.core.targets import Size, share_out
 from thimble.data.batches import Batch, micro_batches
 from thimble.data.encode import Row
+from thimble.data.spool import Items
 from thimble.errors import BaseModelError
 from thimble.events import EventLog
 from thimble.models.execution import ExecutionPlan
@@ -92,7 +93,7 @@ class CalibrationData:
 
     @classmethod
     def of_steps(
-        cls, train: Sequence[Row], rows_of_step: Callable[[int], Sequence[int]], steps: int, **others: Any
+        cls, train: Items[Row], rows_of_step: Callable[[int], Sequence[int]], steps: int, **others: Any
     ) -> Self:
         """Take the rows of the first steps, and those of the next step to judge by; of few rows each gets a half.
 
@@ -242,7 +243,7 @@ def _gradient_energies(config: TrainConfig, calibration: Calibration) -> dict[st
 
 
 def _activation_energies(config: TrainConfig, calibration: Calibration) -> dict[str, Energy]:
-    energies = {}
+    energies: dict[str, Energy] = {}
     for paths, moments in calibration.moments():
         values = np.maximum(np.linalg.eigvalsh(moments.mean_square.astype(np.float64))[::-1], 0)
         energies |= {path: (values[:MOST_RANK], float(values.sum())) for path in paths}
@@ -250,10 +251,10 @@ def _activation_energies(config: TrainConfig, calibration: Calibration) -> dict[
 
 
 def _weight_energies(config: TrainConfig, calibration: Calibration) -> dict[str, Energy]:
-    energies = {}
+    energies: dict[str, Energy] = {}
     for path, values in calibration.weights("--energy-of weights decomposes it"):
-        top = svd(values, min(MOST_RANK, *values.shape)).values ** 2
-        energies[path] = top, float(np.square(values, dtype=np.float64).sum())
+        top = svd(values, min(MOST_RANK, *values.shape)).values.astype(np.float64)
+        energies[path] = top**2, float(np.square(values, dtype=np.float64).sum())
     return energies
 
 

@@ -36,7 +36,9 @@ def plan_measurement(config: InspectConfig, log: EventLog) -> RunPlan:
     options = {"data": config.data, "base": config.base, "seed": config.seed}
     run = TrainConfig.build({**options, "rank": "auto", "init": "gradient", "eval_rows": 0, "eval_every_steps": 0})
     planning = EventLog(ignore)  # most of what it decides is about training
-    (run_plan,) = problems.required(problems.attempt(plan_run, run, planning, False))
+    run_plan = problems.attempt(plan_run, run, planning, needs_folder=False)
+    problems.required()
+    assert run_plan, "a plan that fails leaves a problem"
     for text in planning.messages["note"]:
         log.note(text)
     for text in planning.messages["warning"]:

@@ -1,6 +1,6 @@
 """Compiled loops over weights: blocks of a file to numbers, numbers to int8 rows and back.
 
-The loops are numba's: compiled when first called (a few tenths of a second each), then cached on disk where that can be.
+The loops are numba's: compiled when first called (a few tenths of a second each), then cached on disk if that can be.
 `thimble.files.blocks` holds the same formulas in numpy, and the tests hold the two equal bit for bit. This module
 knows nothing of torch, files or layers.
 """

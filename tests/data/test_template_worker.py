@@ -1,26 +1,30 @@
-"""Templates from untrusted sources: what they may not do, what it may cost, and that all else is as under plain Jinja."""
+"""Templates from untrusted sources: what they may not do, what they may cost, and that all else is as in Jinja."""
 
+import functools
 import json
+import os
 import random
+import signal
 import subprocess
 import sys
 import threading
-from datetime import datetime
+import time
 from pathlib import Path
 
 import jinja2.ext
 import pytest
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from thimble.data.sandbox import budget
-from thimble.data.sandbox import environment as sandbox
-from thimble.data.sandbox.budget import Budget, RunawayTemplateError
 
-from stress.templates import ESCAPES, LIMIT_MEGABYTES, LIMIT_SECONDS, PAYLOADS, grown_template, try_template
-from thimble.data.template import MAX_CHARACTERS, ChatTemplate
+from stress.templates import ESCAPES, PAYLOADS, grown_template, try_template
+from thimble.data import template_process
+from thimble.data.template import ChatTemplate, UnusableTemplateError
+from thimble.data.template_process import MAX_CHARACTERS, Asked, TemplateProcess
+from thimble.data.template_worker import TEXT
 from thimble.errors import BaseModelError, DataError
 from thimble.files.tensors import open_tensors
 
 TESTS = Path(__file__).parents[1]
+SOURCES = TESTS.parent / "src"
 SYSTEM, USER = {"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi <you> & 'me'\n\nÆ 😀"}
 ANSWER = {"role": "assistant", "content": "<think>\nhm\n</think>\n\nHello"}
 CALL = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "id": "call00000", "function": {
@@ -35,36 +39,34 @@ TOOLS = [
 CHATML = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content | trim }}<|end|>\n{% endfor %}"
 
 
-@pytest.fixture(scope="module")
-def seen():
-    """What came of each payload, in a process of its own that hears every audit event."""
-    done = subprocess.run([sys.executable, "-m", "stress.watched"], cwd=TESTS, capture_output=True, check=True)
-    return json.loads(done.stdout)
+HANGS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 
 
-@pytest.mark.parametrize("name", PAYLOADS)
-def test_a_hostile_template_is_stopped_in_time_and_reaches_nothing(name, seen):
-    found = seen[name]
-    assert found["error"] in ("", "BaseModelError", "RunawayTemplateError", "DataError"), found["said"]
-    assert found["seconds"] < LIMIT_SECONDS
-    assert found["megabytes"] < LIMIT_MEGABYTES
-    # Jinja reads an attribute before it asks whether the template may have it.
-    assert [event for event in found["asked"] if not event.startswith("object.__getattr__ (<generator")] == []
-    outside = ("os.", "subprocess.", "socket.", "ctypes.", "shutil.", "pickle.")
-    assert [event for event in found["compiled"] if event.startswith(outside)] == []
+def children():
+    """Processes that were started here and have not ended, or that nobody has waited for."""
+    stats = (path.read_text() for path in Path("/proc").glob("[0-9]*/stat") if path.exists())
+    return {int(stat.split()[0]) for stat in stats if int(stat.rpartition(")")[2].split()[1]) == os.getpid()}
 
 
-@pytest.mark.parametrize("name", ESCAPES)
-def test_an_escape_writes_nothing_of_what_it_sought(name, seen):
-    said = seen[name]["said"]
-    assert seen[name]["error"] or not any(word in said for word in ("<class", "<function", "uid=", "0x", "{'__")), said
+@pytest.fixture
+def impatient(monkeypatch):
+    """Limits that are soon reached."""
+    monkeypatch.setattr(template_process, "MAX_SECONDS", 0.2)
+
+
+@pytest.mark.parametrize("name", [*ESCAPES, *list(PAYLOADS)[len(ESCAPES) :: 12]])
+def test_a_hostile_template_is_stopped_or_harmless(name, impatient):
+    outcome = try_template(PAYLOADS[name])
+    assert outcome.wrong == ""
+    if name in ESCAPES and not outcome.is_stopped:
+        assert not any(word in outcome.said for word in ("<class", "<function", "uid=", "0x", "{'__")), outcome.said
 
 
 def test_the_payloads_are_many():
-    assert len(PAYLOADS) >= 200
+    assert len(PAYLOADS) >= 238
 
 
-def test_most_of_the_payloads_would_have_run_under_plain_jinja_too():
+def test_most_of_the_escapes_are_read_by_jinja():
     """They are what they are said to be: none of the escapes is stopped only because it is not Jinja."""
     plain = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
     read = 0
@@ -76,11 +78,171 @@ def test_most_of_the_payloads_would_have_run_under_plain_jinja_too():
     assert read >= len(ESCAPES) - 4
 
 
-def test_grown_templates_are_stopped_or_harmless():
+def test_grown_templates_are_stopped_or_harmless(impatient):
     dice = random.Random(1)
-    for _ in range(100):
+    for _ in range(10):
         source = grown_template(dice)
-        assert try_template(source)[1] == "", source
+        assert try_template(source).wrong == "", source
+
+
+# --- what is left to a template that gets out of Jinja's sandbox
+
+ATTEMPTS = {
+    "read a file": "open('/etc/passwd')",
+    "write a file": "open(sys.argv[1] + '/made', 'w')",
+    "remove a file": "os.remove(sys.argv[1] + '/file')",
+    "rename a file": "os.rename(sys.argv[1] + '/file', sys.argv[1] + '/other')",
+    "see a file": "os.stat(sys.argv[1])",
+    "make a folder": "os.mkdir(sys.argv[1] + '/made')",
+    "connect": "socket.socket()",
+    "run a program": "os.execv('/bin/true', ['true'])",
+    "fork": "os.fork()",
+    "kill": "os.kill(os.getppid(), 0)",
+    "raise a limit": "resource.setrlimit(resource.RLIMIT_NOFILE, (9, 9))",
+    "make a thread": "threading.Thread(target=int).start()",
+    "fill the memory": "bytearray(10**9)",
+}
+
+
+@pytest.mark.skipif(os.uname().machine != "x86_64" or sys.platform != "linux", reason="needs the filter of calls")
+def test_a_confined_process_can_do_nothing_to_its_system(tmp_path):
+    (tmp_path / "file").write_text("x")
+    lines = ["import ctypes, os, resource, socket, sys, threading", "from thimble.data.template_worker import _confine"]
+    lines += ["lacking = _confine(256_000_000)", "def attempt(name, call):", "    try: call()"]
+    lines += ["    except (OSError, RuntimeError, MemoryError, ValueError): return", "    print(name, flush=True)"]
+    lines += [f"attempt({name!r}, lambda: {call})" for name, call in ATTEMPTS.items()] + ["print('lacking', [lacking])"]
+    command = [sys.executable, "-c", "\n".join(lines), str(tmp_path)]
+    done = subprocess.run(command, env={"PYTHONPATH": str(SOURCES)}, capture_output=True, text=True, check=False)
+    assert done.stdout == "lacking ['']\n", done.stderr
+
+
+def test_all_of_it_is_in_force_here():
+    if sys.platform == "linux" and os.uname().machine == "x86_64":
+        assert ChatTemplate(CHATML).isolation is None
+
+
+def test_what_a_system_lacks_is_told(monkeypatch):
+    template = ChatTemplate(CHATML)
+    monkeypatch.setattr(template, "_process", type("Process", (), {
+        "setup": None, "replies": lambda self, asked: [(TEXT, "memory calls")]})())  # fmt: skip
+    assert template.isolation == "fill the memory, rename and remove files if it gets out of its sandbox"
+
+
+def test_the_environment_of_the_user_is_not_passed_on():
+    assert "PATH" not in template_process.ENVIRONMENT
+    assert "HF_TOKEN" not in template_process.ENVIRONMENT
+
+
+# --- a process that ends, hangs or is not there
+
+
+def worker(template):
+    return template._process._process
+
+
+def test_a_process_that_is_killed_is_started_again():
+    template = ChatTemplate(CHATML)
+    expected = template.render([USER])
+    os.kill(worker(template).pid, signal.SIGKILL)
+    assert template.render([USER]) == expected
+
+
+def test_renderings_that_were_asked_for_survive_the_end_of_the_process():
+    template = ChatTemplate(CHATML)
+    expected = [template.render([{"role": "user", "content": f"{number}" * 9}]) for number in range(50)]
+    asked = [template.ask([{"role": "user", "content": f"{number}" * 9}], None, [(1, False)]) for number in range(50)]
+    texts = []
+    for number, written in enumerate(asked):
+        if number in (10, 30):
+            os.kill(worker(template).pid, signal.SIGKILL)
+        texts.append(written.text((1, False)))
+    assert texts == expected
+
+
+def test_a_process_that_ends_again_and_again_refuses_the_template(monkeypatch, tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text("raise SystemExit(7)")
+    monkeypatch.setattr(template_process, "PROGRAM", str(program))
+    with pytest.raises(UnusableTemplateError, match=r"its process ended with exit code 7, twice .*Use a base"):
+        ChatTemplate(CHATML).render([USER])
+
+
+@pytest.mark.parametrize(
+    "bytes_", ["b'\\x00\\x04\\x00\\x00\\x00\\xff\\xff\\xff\\xff'", "b'x' * 99", "b'\\0\\xff\\xff\\xff\\x7f'"]
+)
+def test_a_process_that_writes_no_replies_refuses_the_template(monkeypatch, tmp_path, bytes_):
+    program = tmp_path / "program.py"
+    program.write_text(f"import sys, time\nsys.stdout.buffer.write({bytes_})\nsys.stdout.flush()\ntime.sleep(9)")
+    monkeypatch.setattr(template_process, "PROGRAM", str(program))
+    with pytest.raises(UnusableTemplateError, match="its process sent what is no reply"):
+        ChatTemplate(CHATML).render([USER])
+
+
+def test_a_process_that_hangs_is_ended(monkeypatch):
+    template = ChatTemplate(CHATML)
+    template.render([USER])
+    monkeypatch.setattr(template_process, "PATIENCE_SECONDS", 2)
+    os.kill(worker(template).pid, signal.SIGSTOP)
+    began = time.monotonic()
+    with pytest.raises(UnusableTemplateError, match="its process did not answer for 2 s"):
+        template.render([{"role": "user", "content": "x" * 500_000}])  # more than a pipe holds
+    assert time.monotonic() - began < 20
+    assert template.render([USER])
+
+
+def test_a_template_that_cannot_be_started_is_refused(monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/no/such/python")
+    with pytest.raises(BaseModelError, match="process of the chat template cannot be started: .*No such file"):
+        ChatTemplate(CHATML).render([USER])
+
+
+def test_the_process_ends_with_its_template():
+    before = children()
+    template = ChatTemplate(CHATML)
+    template.render([USER])
+    assert children() - before
+    del template
+    assert children() <= before
+
+
+def test_nothing_is_started_before_it_is_needed():
+    before = children()
+    template = ChatTemplate(CHATML)
+    assert children() <= before
+    del template
+
+
+@pytest.mark.parametrize("options", [[], ["-P"], ["-I"]])
+def test_a_script_without_a_guard_is_run_once(tmp_path, options):
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import sys; sys.path[:0] = [{str(SOURCES)!r}]\nfrom thimble.data.template import ChatTemplate\n"
+        "print('begun')\nprint(ChatTemplate('{{ messages[0].content }}').render([{'role': 'user', 'content': 'Hi'}]))\n"
+    )
+    (tmp_path / "jinja2.py").write_text("raise SystemExit('this is not jinja2')")
+    done = subprocess.run([sys.executable, *options, str(script)], cwd="/", capture_output=True, text=True, check=False)
+    if options:
+        assert (done.stdout, done.stderr) == ("begun\nHi\n", "")
+    else:
+        assert done.stdout.count("begun") == 1
+
+
+def test_two_templates_and_many_threads_do_not_disturb_each_other():
+    templates = [ChatTemplate(f"{number}{{{{ messages[0].content }}}}") for number in range(2)]
+    wrong, threads = [], []
+
+    def work(number):
+        for turn in range(50):
+            text = f"{number} {turn}"
+            if templates[number % 2].render([{"role": "user", "content": text}]) != f"{number % 2}{text}":
+                wrong.append(text)
+
+    for number in range(6):
+        threads.append(threading.Thread(target=work, args=(number,)))
+        threads[-1].start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
 
 
 # --- the same as under plain Jinja
@@ -97,11 +259,19 @@ def plain(source, messages, tools=None, **more):
     return environment.from_string(source).render(messages=messages, tools=tools, add_generation_prompt=False, **more)
 
 
+@functools.lru_cache(1)
+def process_of(source):
+    return TemplateProcess(source, {})
+
+
 def ours(source, messages, tools=None, **more):
-    template = sandbox.compile_template(source, datetime(2026, 1, 2))
-    given = {"messages": messages, "tools": tools, "add_generation_prompt": False}
-    with Budget(messages, tools):
-        return "".join(template.root_render_func(template.new_context(given | more)))
+    process = process_of(source) if not more else TemplateProcess(source, more)
+    asked = Asked({"conversations": [[messages, tools]], "wanted": [[0, len(messages), False]], "now": "2026-01-02"})
+    process.ask(asked)
+    ((kind, said),) = process.replies(asked)
+    if kind != TEXT:
+        raise DataError(said)
+    return said
 
 
 LEGIT = [
@@ -178,16 +348,13 @@ LEGIT = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("source", LEGIT)
-@pytest.mark.parametrize("messages", [[SYSTEM, USER, ANSWER], [SYSTEM, USER, ANSWER, CALL, RESULT, ANSWER]], ids=len)
-def test_a_template_that_means_well_writes_what_plain_jinja_writes(source, messages):
-    assert ours(source, messages, TOOLS) == plain(source, messages, TOOLS)
+LONG = [SYSTEM, USER, ANSWER] + [USER, ANSWER] * 249
 
 
 @pytest.mark.parametrize("source", LEGIT)
-def test_a_long_conversation_is_written_as_a_short_one_is(source):
-    messages = [SYSTEM, USER, ANSWER] + [USER, ANSWER] * 249
-    assert ours(source, messages, TOOLS) == plain(source, messages, TOOLS)
+def test_a_template_that_means_well_writes_what_plain_jinja_writes(source):
+    for messages in ([SYSTEM, USER, ANSWER], [SYSTEM, USER, ANSWER, CALL, RESULT, ANSWER], LONG):
+        assert ours(source, messages, TOOLS) == plain(source, messages, TOOLS)
 
 
 @pytest.mark.parametrize("letter", ["a", "é", "漢", "😀", "\x01"])
@@ -211,13 +378,13 @@ def test_a_conversation_that_is_too_long_is_not_blamed_on_the_template():
         CHATML
         + "{% for a in messages %}{% for b in messages %}{% for c in messages %}{% endfor %}{% endfor %}{% endfor %}"
     )
-    with pytest.raises(DataError, match=r"conversation of 2,000 messages and 36,000 characters.*Shorten it"):
+    with pytest.raises(DataError, match=r"conversation of 2,000 messages and 72,100 bytes.*Shorten it"):
         ChatTemplate(source).render([{"role": "user", "content": "abc"}] * 2000)
 
 
 def test_a_runaway_template_is_told_from_a_refusal_in_one_sentence():
     with pytest.raises(
-        RunawayTemplateError, match=r"does what no template may: it takes more than .* Use a base"
+        UnusableTemplateError, match=r"does what no template may: it takes more than .* Use a base"
     ) as caught:
         ChatTemplate("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}").render([USER])
     assert len(caught.value.problems) == 1
@@ -226,34 +393,23 @@ def test_a_runaway_template_is_told_from_a_refusal_in_one_sentence():
 @pytest.mark.parametrize(
     "tag", ["{% include 'a' %}", "{% import 'a' as a %}", "{% from 'a' import b %}", "{% extends 'a' %}"]
 )
-def test_a_template_that_asks_for_another_file_is_refused_when_it_is_read(tag):
-    with pytest.raises(BaseModelError, match=r"uses {% (include|import|extends) %} \(line 2\)"):
-        ChatTemplate("x\n" + tag)
+def test_a_template_that_asks_for_another_file_is_refused(tag):
+    with pytest.raises(BaseModelError, match=r"asks for another file.*line 2"):
+        ChatTemplate("x\n" + tag).render([USER])
 
 
 @pytest.mark.parametrize(
     ("source", "said"),
     [
         ("x" * 1_000_001, "has 1,000,001 characters: expected at most 1,000,000"),
-        ("{{ a }}" * 5000, "more than 12,000 words and signs"),
-        ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "nested too deeply"),
-        ("{% for a in b %}" * 30 + "{% endfor %}" * 30, "cannot be compiled: too many statically nested blocks"),
-        ("{{ x | urlize }}", "not valid Jinja: No filter named 'urlize'"),
+        ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "maximum recursion depth exceeded"),
+        ("{% for a in b %}" * 30 + "{% endfor %}" * 30, "not valid Jinja: too many statically nested blocks"),
+        ("{{ x | random }}", "not valid Jinja: No filter named 'random'"),
     ],
 )
 def test_a_template_that_is_too_much_to_compile_is_refused(source, said):
-    with pytest.raises(BaseModelError, match=said.replace("(", r"\(")):
-        ChatTemplate(source)
-
-
-def test_a_template_that_probes_run_away_in_is_not_tried_again():
-    """What a template can do is asked for before it is used; each question could cost a second."""
-    began = budget.time.thread_time()
-    with pytest.raises(RunawayTemplateError):
-        ChatTemplate("{% macro m(n) %}{% set a = m(n - 1) ~ m(n - 1) if n else '' %}{% endmacro %}{{ m(60) }}").render(
-            [USER, CALL, RESULT], TOOLS
-        )
-    assert budget.time.thread_time() - began < LIMIT_SECONDS
+    with pytest.raises(UnusableTemplateError, match=said):
+        ChatTemplate(source).render([USER])
 
 
 def test_a_long_refusal_is_shortened():
@@ -262,43 +418,11 @@ def test_a_long_refusal_is_shortened():
     assert len(str(caught.value)) < 1000
 
 
-def test_threads_do_not_pay_for_each_other():
-    """Each of these takes most of what a rendering has."""
-    source = "{% for a in range(300000) %}{% endfor %}{{ messages[0].content }}"
-    template, texts = ChatTemplate(source), []
-    threads = [threading.Thread(target=lambda: texts.append(template.render([USER]))) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert texts == [USER["content"]] * 8
-
-
-def test_each_rendering_begins_with_a_whole_budget():
-    template = ChatTemplate("{% for a in range(300000) %}{% endfor %}x")
-    assert [template.render([USER]) for _ in range(8)] == ["x"] * 8
-
-
-def test_units_taken_for_the_worst_case_are_given_back():
-    with Budget([]) as spent:
-        budget.produce(30_000_000, str, "short")
-        budget.produce(30_000_000, str, "short")
-        spent.spend(budget.MAX_UNITS - 100)
-        with pytest.raises(RunawayTemplateError):
-            spent.spend(101)
-
-
-def test_a_value_weighs_each_part_as_often_as_it_is_reached():
-    ten = [list(range(10))] * 10
-    with Budget([]):
-        assert budget.measure(ten) == (2 + 10 * 2 + 100, 3)
-        assert budget.weigh("a" * 3200) == 101
-
-
-def test_the_time_of_a_rendering_is_that_of_its_thread(monkeypatch):
-    monkeypatch.setattr(budget, "MAX_SECONDS", 0.05)
-    with pytest.raises(RunawayTemplateError, match=r"more than 0.05 s of the processor"):
-        ChatTemplate("{% for a in range(400000) %}{% set x = messages[0].content %}{% endfor %}").render([USER])
+def test_the_texts_of_a_long_conversation_are_written_though_they_are_too_much_for_one_request():
+    messages = [{"role": "user", "content": str(number % 10) * 9000} for number in range(100)]
+    template, wanted = ChatTemplate(CHATML), [(number, False) for number in range(1, 101)]
+    written = template.ask(messages, None, wanted)
+    assert [len(written.text(prefix)) for prefix in wanted] == [9017 * number for number in range(1, 101)]
 
 
 @pytest.mark.slow
