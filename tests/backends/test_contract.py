@@ -115,7 +115,7 @@ def gradient_of(session, adapter, method=PLAIN, work=None, objective=LEARN, key=
 
 def train(session, state, steps, first=0):
     for step in range(first, first + steps):
-        work = make_work(make_rows(seed=step))
+        work = make_work(make_rows(4, seed=step))
         gradient = session.gradient(state, work, LEARN, EXECUTION, StepKey(0, step))
         state = session.apply(state, gradient, RATE)
     return state
@@ -316,8 +316,7 @@ def test_a_gradient_is_the_slope_of_the_loss(backend, session, variant):
 
 @pytest.mark.parametrize(
     ("family", "variant"),
-    [("smollm2", variant) for variant in VARIANTS]
-    + [(family, variant) for family in FAMILIES[1:] for variant in ("delta form, dropout", "dora")],
+    [("smollm2", variant) for variant in VARIANTS] + [(family, "dora, dropout") for family in FAMILIES[1:]],
 )
 @pytest.mark.parametrize("other", OTHERS)
 def test_a_gradient_is_that_of_the_reference(other, family, variant):
@@ -384,7 +383,7 @@ def test_dropout_does_not_touch_the_kl_term(backend, session):
     assert_near(terms[1], terms[0], 10 * BACKENDS[backend].precision)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["smollm2", "gemma2", "phi3_longrope"])
 @pytest.mark.parametrize("other", OTHERS)
 def test_the_gradient_of_keeping_answers_is_that_of_the_reference(other, family):
     found, expected = (
@@ -634,7 +633,7 @@ def test_a_prompt_that_is_read_has_the_loss_of_its_row(backend, session):
     assert loss.nats == pytest.approx(expected.nats, rel=BACKENDS[backend].precision)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["smollm2", "gemma2", "phi3_longrope"])
 @pytest.mark.parametrize("other", OTHERS)
 def test_logits_are_those_of_the_reference(other, family):
     found, expected = (

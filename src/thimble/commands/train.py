@@ -55,17 +55,15 @@ def train(
         is_held = out is not None and out.is_dir() and not _finished_report(out)
         if out and is_held:  # before its checkpoint is read
             held.enter_context(locked(out))
-        finished = _finished_report(out)
-        if finished:
+        if finished := _finished_report(out):
             return finished
         run_plan = plan_run(config, log)
         if not is_held:
             held.enter_context(locked(run_plan.folder))
         held.enter_context(_memory_explained(run_plan.folder))
         log.stage("loading the base")
-        session = open_session(
-            run_plan.model, run_plan.config.compute, run_plan.execution.store, run_plan.execution.is_streamed
-        )
+        execution = run_plan.execution
+        session = open_session(run_plan.model, run_plan.config.compute, execution.store, execution.is_streamed)
         initial = _saved_initialization(run_plan) or initialise(
             parse_init(run_plan.config.init), run_plan.config, run_plan.sizes, run_plan.calibration_data(), session, log
         )

@@ -12,7 +12,15 @@ from thimble.core.targets import Size
 from thimble.data.examples import Examples
 from thimble.errors import DoesNotFitError
 from thimble.models.base import Base
-from thimble.models.cost import MemoryInputs, MemoryPlan, StepWork, adapter_parameters, estimate_memory, estimate_seconds, lowest_block
+from thimble.models.cost import (
+    MemoryInputs,
+    MemoryPlan,
+    StepWork,
+    adapter_parameters,
+    estimate_memory,
+    estimate_seconds,
+    lowest_block,
+)
 from thimble.models.execution import ExecutionPlan
 from thimble.models.machine import available_bytes
 from thimble.training.step_schedule import StepSchedule
