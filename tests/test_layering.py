@@ -1,7 +1,7 @@
 """Who may import whom, read from the syntax trees: nothing of Thimble is imported here.
 
-The table says what is allowed, from the bottom up; docs/architecture.md draws what is really imported. What a part may import at module level is
-loaded with it; what it may import later (inside a function, or for type checking only) is not.
+The table says what is allowed, from the bottom up; docs/architecture.md draws what is really imported. What a part may
+import at module level is loaded with it; what it may import later (in a function, or for type checking only) is not.
 """
 
 import ast

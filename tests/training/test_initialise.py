@@ -278,7 +278,7 @@ def test_a_warm_start_is_resumed_without_the_adapter_it_came_from(examples, tiny
 
 
 def test_every_variation_trains_with_shares_side_by_side_and_resumes(examples, tiny_base, tmp_path, monkeypatch):
-    monkeypatch.setattr("thimble.training.plan.SHARE_TOKENS", 16)
+    monkeypatch.setattr("thimble.training.memory_plan.SHARE_TOKENS", 16)
     options = {
         "dropout": 0.2,
         "use_dora": True,

@@ -55,8 +55,7 @@ def train(
         is_held = out is not None and out.is_dir() and not _finished_report(out)
         if out and is_held:  # before its checkpoint is read
             held.enter_context(locked(out))
-        finished = _finished_report(out)
-        if finished:
+        if finished := _finished_report(out):
             Problems(config.problems).required()
             return finished
         run_plan = plan_run(config, log)

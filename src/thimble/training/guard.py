@@ -109,7 +109,8 @@ class Guard:
     @classmethod
     def restored(cls, state: Mapping[str, Any]) -> "Guard":
         """What `state` was taken of."""
-        return cls(**{name: math.nan if value is None else value for name, value in state.items()})
+        values: dict[str, Any] = {name: math.nan if value is None else value for name, value in state.items()}
+        return cls(**values)
 
 
 @dataclass
