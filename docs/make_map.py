@@ -12,8 +12,8 @@ SOURCE = Path(__file__).parents[1] / "src" / "thimble"
 ROOMS_HEADING = "## Who imports whom\n"
 ROOMS_HEAD = """
 *Written by `make docs` from the imports of `src/thimble/`; do not edit this section. A room imports rooms above its own
-line only. `tests/test_layering.py` says what each may import, and that no files import one another in a circle, not even
-for type checking.*
+line only. `tests/test_layering.py` says what each may import, and that no files import one another in a circle, not
+even for type checking.*
 
 | room | what it holds | imports | packages of others |
 |---|---|---|---|

@@ -1,1 +1,1 @@
-"""Numpy-only heart of Thimble: files, low-rank maths, options and figures; knows no framework."""
+"""Mathematics of low-rank updates on numpy: no files, no framework."""

@@ -1,1 +1,1 @@
-"""From a folder of examples to token ids with a loss mask; knows no framework and no model."""
+"""From a folder of examples to token ids and labels: sources, rows, templates, tokenizers, encoding, batches."""
