@@ -195,9 +195,6 @@ def initialise(
     seconds = time.perf_counter() - began
     if init.needs != "nothing" or measured:
         log.note(f"init {init} took {seconds:.1f} s")
-    if config.explain:
-        for name, rank in measured.get("ranks", {}).items():
-            log.note(f"rank of {name}: {rank}")
     return Initialization(adapter, config, {**measured, "seconds": seconds})
 
 

@@ -1,4 +1,4 @@
-"""What `thimble inspect` was pointed at, opened, checked and measured: a base, an adapter on a base, or two adapters."""
+"""What `thimble inspect` was pointed at, opened, checked and measured: a base, an adapter or two adapters."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
