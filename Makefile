@@ -43,11 +43,12 @@ check: $(DEV)  ## check format, lint, types, docstrings and generated docs
 test-all: $(DEV)  ## run every test
 	$(BIN)/python -m pytest
 
-stress: $(DEV)  ## kill runs, mutate files: what must be survived, many times over; under an hour
+stress: $(DEV)  ## kill runs, damage files, render hostile templates, many times over; under an hour
 	PYTHONPATH=tests $(BIN)/python -m stress
 
-docs: $(DEV)  ## write docs/cli.md and docs/troubleshooting.md again
+docs: $(DEV)  ## write docs/cli.md, docs/troubleshooting.md and the file map again
 	$(BIN)/python docs/make_cli.py
+	$(BIN)/python docs/make_map.py
 	PYTHONPATH=tests $(BIN)/python -m troubleshooting
 
 bench: $(DEV) $(PEERS)/installed  ## measure speed and memory against PEFT; takes over an hour and 12 GB of disk, and wants the machine alone
@@ -59,7 +60,7 @@ $(BASE): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	@if $(PIP) --dry-run $(TORCH_FROM) | grep -q nvidia; then \
 		echo 'pip would download a CUDA build of PyTorch, several gigabytes that Thimble does not use.'; \
-		echo 'CalibrationData up the CPU build on pytorch.org (Get started: Linux, Pip, Python, CPU) and name its index:'; \
+		echo 'Look up the CPU build on pytorch.org (Get started: Linux, Pip, Python, CPU) and name its index:'; \
 		echo '    make TORCH_INDEX=<the address behind --index-url> $(MAKECMDGOALS)'; \
 		exit 2; \
 	fi

@@ -11,17 +11,20 @@ import time
 
 import torch
 
+from thimble.backends.session import Objective, StepKey, Work
 from thimble.backends.torch.compute import machine
 from thimble.backends.torch.session import TorchSession
-from thimble.config.options import TrainConfig
+from thimble.config.train import TrainConfig
 from thimble.core.adapter import fresh_adapter
+from thimble.core.method import Method
 from thimble.core.targets import size_layers
 from thimble.data.batches import epoch_steps, shares
 from thimble.data.encode import Row
+from thimble.data.examples import encode_examples
+from thimble.data.model import open_model
 from thimble.data.records import read_dataset
 from thimble.models.base import default_base, open_base
-from thimble.models.cost import ExecutionPlan
-from thimble.training.prepare import encode_examples, open_model
+from thimble.models.execution import ExecutionPlan
 
 RANK, ALPHA, RATE, ROWS_PER_STEP = 16, 32, 3e-4, 8
 
@@ -37,15 +40,16 @@ def with_thimble(rows: list[Row], compute: str) -> float:
     """Seconds of one pass."""
     machine()  # chooses how fp32 is multiplied, as the commands do
     base = open_base(None)
-    session = TorchSession(base, compute, ExecutionPlan("file", num_shares=2), rows[0].ids)
+    session = TorchSession(base, compute, "file", sample=rows[0].ids)
     shapes = base.spec.linear_shapes()
-    session.train(fresh_adapter(shapes, "kaiming", size_layers(list(shapes), RANK, ALPHA), 0))
+    adapter = fresh_adapter(shapes, "kaiming", size_layers(list(shapes), RANK, ALPHA), 0)
+    state, execution = session.start(adapter, Method()), ExecutionPlan("file", num_shares=2)
     steps = epoch_steps([len(row.ids) for row in rows], 2048, 0, 0)
     began = time.perf_counter()
-    for step in steps:
-        chosen = [rows[number] for number in step]
-        gradients = session.gradients(shares(chosen, 2, 1024), sum(row.target_tokens for row in chosen))
-        session.apply(gradients, RATE, 1.0)
+    for number, step in enumerate(steps):
+        chosen = [rows[place] for place in step]
+        work = Work(shares(chosen, 2, 1024), sum(row.target_tokens for row in chosen))
+        state = session.apply(state, session.gradient(state, work, Objective(), execution, StepKey(0, number)), RATE)
     return time.perf_counter() - began
 
 

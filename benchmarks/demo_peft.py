@@ -15,10 +15,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GgufConfig
 
-from thimble.config.options import TrainConfig
+from thimble.config.train import TrainConfig
+from thimble.data.examples import encode_examples
+from thimble.data.model import open_model
 from thimble.data.records import read_dataset
 from thimble.models.base import default_base
-from thimble.training.prepare import encode_examples, open_model
 
 RATE, ROWS_AT_ONCE = 1e-3, 4
 

@@ -21,15 +21,15 @@ from typing import Any
 import numpy as np
 from run import write_results
 
+from thimble.backends.open import open_session
 from thimble.backends.torch.session import TorchSession
-from thimble.config.options import TrainConfig
+from thimble.config.train import TrainConfig
 from thimble.core.method import INITS
 from thimble.core.metrics import LossSum
 from thimble.data.batches import micro_batches, shares
 from thimble.events import EventLog, ignore
 from thimble.training.initialise import Initialization, initialise
 from thimble.training.plan import RunPlan, plan_run
-from thimble.training.prepare import open_session
 
 HERE = Path(__file__).parent
 DEMO_DATA = HERE.parent / "demo" / "data"
@@ -107,7 +107,7 @@ class Task:
         began = time.perf_counter()
         rate = self.plan(arm, seed).step_schedule.rate * STEP**power
         run_plan = self.plan(arm, seed, rate)
-        self.session = self.session or open_session(run_plan.model, run_plan.config.compute, run_plan.execution)
+        self.session = self.session or open_session(run_plan.model, run_plan.config.compute, run_plan.execution.store)
         if (arm, seed) not in self.starts:
             self.starts = {key: start for key, start in self.starts.items() if key[0] == arm}
             self.starts[arm, seed] = initialise(

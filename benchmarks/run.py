@@ -340,13 +340,14 @@ def start(group: str) -> list[Row]:
 
 # Runs `thimble train` in this process and notes when the first step is logged, less what the evaluation took.
 FIRST_STEP = """
-import sys, time, thimble.commands.train as t
-spent, before, step = [0.0], t._Run.measure_before, t._Run._step
-def timed(self):
-    began = time.time(); before(self); spent[0] = time.time() - began
-def noted(self, *a):
-    row = step(self, *a); open("first_step", "w").write(str(time.time() - spent[0])); return row
-t._Run.measure_before, t._Run._step = timed, noted
+import sys, time, thimble.training.loop as loop
+from thimble.training.sink import RunFolderSink
+spent, before, write = [0.0], loop.measure_before, RunFolderSink.write_step
+def timed(*a):
+    began = time.time(); found = before(*a); spent[0] = time.time() - began; return found
+def noted(self, row):
+    open("first_step", "w").write(str(time.time() - spent[0])); write(self, row)
+loop.measure_before, RunFolderSink.write_step = timed, noted
 sys.argv = sys.argv[2:]
 from thimble.cli import run
 run()

@@ -8,14 +8,14 @@ from pathlib import Path
 import torch
 from make_rows import ALPHA, RANK
 
-from thimble.config.options import TrainConfig
+from thimble.backends.open import open_session
+from thimble.config.train import TrainConfig
 from thimble.core.method import parse_init
 from thimble.data.batches import micro_batches
 from thimble.events import EventLog, ignore
 from thimble.models.base import default_base
 from thimble.training.initialise import initialise
 from thimble.training.plan import RunPlan, plan_run
-from thimble.training.prepare import open_session
 
 STEPS = 2  # of 2048 tokens, that starts made from data look at
 
@@ -29,7 +29,7 @@ def make_job(data: str, init: str) -> RunPlan:
 def ours(data: str, init: str) -> dict[str, float]:
     """Thimble's start."""
     run_plan = make_job(data, init)
-    session = open_session(run_plan.model, run_plan.config.compute, run_plan.execution)
+    session = open_session(run_plan.model, run_plan.config.compute, run_plan.execution.store)
     list(session.losses(micro_batches(run_plan.examples.train[:2], 1024)))  # the file is in memory, as in training
     with Measured() as measured:
         config, data = run_plan.config, run_plan.calibration_data()

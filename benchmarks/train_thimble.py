@@ -7,16 +7,19 @@ import time
 import numpy as np
 from make_rows import ALPHA, RANK, RATE, make_tokens, peak_bytes
 
+from thimble.backends.session import Objective, StepKey, Work
 from thimble.backends.torch.compute import machine
 from thimble.backends.torch.session import TorchSession
 from thimble.backends.torch.threads import num_cores
 from thimble.core.adapter import fresh_adapter
+from thimble.core.method import Method
 from thimble.core.sizes import MICRO_BATCH_TOKENS
 from thimble.core.targets import size_layers
 from thimble.data.batches import shares
 from thimble.data.encode import Row
 from thimble.models.base import open_base
-from thimble.models.cost import ExecutionPlan, Work, estimate_memory, estimate_seconds
+from thimble.models.cost import MemoryInputs, StepWork, estimate_memory, estimate_seconds
+from thimble.models.execution import ExecutionPlan
 
 
 def read_options() -> argparse.Namespace:
@@ -49,25 +52,26 @@ def main() -> None:
     ids, is_learned = make_tokens(options.labels, options.rows, options.length)
     targets = np.where(is_learned, ids, -100)
     labels = np.concatenate([targets[:, 1:], np.full((options.rows, 1), -100)], 1).astype(np.int32)
-    work = Work(tokens, float((labels >= 0).sum()), options.length, adapter.num_parameters)
+    step_work = StepWork(tokens, float((labels >= 0).sum()), options.length, adapter.num_parameters)
+    inputs = MemoryInputs(options.compute, step_work.trained, options.length)
     planned = {
-        "planned_bytes": estimate_memory(base, options.compute, work.trained, options.length, execution).total,
-        "planned_seconds": estimate_seconds(base, options.compute, work, execution, rates),
+        "planned_bytes": estimate_memory(base, inputs, execution).total,
+        "planned_seconds": estimate_seconds(base, options.compute, step_work, execution, rates),
     }
-    session = TorchSession(base, options.compute, execution, ids[0, :512])
-    session.train(adapter)
-    kept = {name: values.copy() for name, values in session.state().items()}  # as a run keeps its last sound state
+    session = TorchSession(base, options.compute, options.store, options.streamed, ids[0, :512])
+    state = session.start(adapter, Method())
+    kept = session.snapshot(state)  # as a run keeps its last valid state
     del adapter
-    step = shares([Row(i, t, "", 0) for i, t in zip(ids, labels, strict=True)], num_shares, execution.micro_tokens)
+    rows = [Row(i, t, "", 0) for i, t in zip(ids, labels, strict=True)]
+    work = Work(shares(rows, num_shares, execution.micro_tokens), int((labels >= 0).sum()))
     times, losses = [], []
-    for _ in range(options.steps + 1):
+    for number in range(options.steps + 1):
         began = time.perf_counter()
-        gradients = session.gradients(step, int((labels >= 0).sum()))
-        for name, values in session.state().items():
-            kept[name][:] = values
-        session.apply(gradients, RATE, 1.0)
+        gradient = session.gradient(state, work, Objective(), execution, StepKey(0, number))
+        kept = session.snapshot(state, kept)
+        state = session.apply(state, gradient, RATE)
         times.append(time.perf_counter() - began)
-        losses.append(gradients.loss.mean)
+        losses.append(gradient.loss.mean)
     seconds = sorted(times[1:])[(len(times) - 1) // 2]
     found = {"tokens_per_second": tokens / seconds, "peak_bytes": peak_bytes(), "seconds": seconds}
     print(json.dumps({**found, "first_loss": losses[0], "last_loss": losses[-1], **planned}))

@@ -14,50 +14,40 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from thimble.api import CONFIGS
-from thimble.cli import SUMMARIES, main
-from thimble.commands.evaluate import EvaluateReport, Result
-from thimble.commands.inspect_ import InspectReport
-from thimble.commands.merge import MergedKind, MergedLayer, MergeReport
-from thimble.commands.plan import PlanReport
-from thimble.config.options import ELSEWHERE, SYNONYMS
-from thimble.models.inspection import Overlap, Spectrum, Update
-from thimble.training.result import TrainReport
+from thimble.cli import main
+from thimble.commands import COMMANDS, Command
+from thimble.config.names import ELSEWHERE, SYNONYMS
 
 PAGE = Path(__file__).with_name("cli.md")
 COLUMNS = "100"  # argparse wraps its text to the terminal; fixed, so that the page does not depend on it
 
-REPORTS: dict[str, tuple[type, ...]] = {
-    "train": (TrainReport,),
-    "plan": (PlanReport,),
-    "evaluate": (EvaluateReport, Result),
-    "inspect": (InspectReport, Spectrum, Update, Overlap),
-    "merge": (MergeReport, MergedKind, MergedLayer),
-}
 JSON_TYPES = {str: "text", int: "whole number", float: "number", bool: "true or false"}
 
 EXIT_CODES = """\
 | code | when |
 |---|---|
 | 0 | done |
-| 2 | refused before any work: bad data or flags, an unknown base, or too little memory; nothing is written |
-| 3 | the work began and failed honestly: training diverged, the disk is full; the last good adapter is kept |
+| 2 | refused before any work: bad data or options, an unknown base, or too little memory; nothing is written |
+| 3 | the work began and failed: training diverged, the disk is full; the last good adapter is kept |
 | 130, 143 | interrupted (Ctrl-C) or terminated; what was learned is kept |
 | 1 | a fault of Thimble's own; `--debug` shows where |
 """
 
+TALKS = {"chat": ["With `--prompt`: `answer`, the text, and `adapter`, what wrote it (`base` for no adapter).\n"]}
+
 HEAD = """\
-# The commands
+# CLI reference
 
 *Written by `make docs` from `thimble --help` and the docstrings of the reports; do not edit this page.*
 
 Every command is also a Python function of the same name with the same options: `thimble.train("mine.jsonl", rank=8)`.
-A YAML file given with `--config` holds the same names (`learning_rate: 1e-4`); flags override it.
+A YAML file given with `--config` holds the same names (`learning_rate: 1e-4`); flags override it. Messages name an
+option as it is typed (`--learning-rate`), wherever its value came from.
 """
 
 JSON_HEAD = """\
-With `--json` a command prints one JSON object, and nothing else, on stdout; everything for people goes to stderr. Numbers
-that are NaN or Inf are `null`. A run that is refused, or that diverges, prints
+With `--json` a command prints one JSON object, and nothing else, on stdout; messages for people go to stderr. Numbers
+that are NaN or Inf are `null`. A command that is refused or fails prints
 `{"error": [one sentence per problem], "exit_code": N}`.
 """
 
@@ -65,16 +55,11 @@ that are NaN or Inf are `null`. A run that is refused, or that diverges, prints
 def write_page() -> str:
     """The whole page."""
     parts = [HEAD, _help(), "## Exit codes\n", EXIT_CODES]
-    for command in CONFIGS:
-        parts += [f"## thimble {command}\n", SUMMARIES[command] + "\n", _help(command)]
+    for name, command in COMMANDS.items():
+        parts += [f"## thimble {name}\n", command.summary + "\n", _help(name)]
     parts += ["## Fields of the JSON reports\n", JSON_HEAD]
-    for command, reports in REPORTS.items():
-        parts.append(f"### {command}\n")
-        parts += [_fields(report) for report in reports]
-    parts.append("### chat\n")
-    parts.append(
-        "With `--prompt`: `answer`, the text written, and `adapter`, the name of what wrote it (`base` for none).\n"
-    )
+    for name, command in COMMANDS.items():
+        parts += [f"### {name}\n", *(_fields(report) for report in reports_of(command)), *TALKS.get(name, ())]
     parts += ["## Names of other tools\n", _synonyms()]
     return "\n".join(parts)
 
@@ -88,11 +73,26 @@ def _help(*command: str) -> str:
     return f"```text\n{printed.getvalue().rstrip()}\n```\n"
 
 
+def reports_of(command: Command) -> list[type]:
+    """The report of a command, and the dataclasses it is made of; none if it talks with its user."""
+    report = typing.get_type_hints(command.function)["return"]
+    found = [report] if command.renderer_path else []
+    for kind in found:  # grows on the way
+        parts = [part for spec in dataclasses.fields(kind) for part in _parts_of(spec.type)]
+        found += [part for part in dict.fromkeys(parts) if dataclasses.is_dataclass(part) and part not in found]
+    return found
+
+
+def _parts_of(kind: Any) -> list[Any]:
+    """A type and those it is made of: `list[Result]` is a list and Results."""
+    return [kind, *(part for inner in typing.get_args(kind) for part in _parts_of(inner))]
+
+
 def _fields(report: type) -> str:
     """The fields of a report as a table; what each means is taken from its docstring."""
-    told = read_attributes(report.__doc__ or "")
+    meanings = read_attributes(report.__doc__ or "")
     rows = [
-        f"| `{spec.name}` | {_type_name(spec.type)} | {told.get(spec.name, '')} |"
+        f"| `{spec.name}` | {_type_name(spec.type)} | {meanings.get(spec.name, '')} |"
         for spec in dataclasses.fields(report)
     ]
     title = (report.__doc__ or "").split("\n\n")[0].replace("\n", " ").strip()
@@ -101,16 +101,16 @@ def _fields(report: type) -> str:
 
 def read_attributes(docstring: str) -> dict[str, str]:
     """The section `Attributes:` of a Google-style docstring: name to meaning."""
-    told: dict[str, str] = {}
+    meanings: dict[str, str] = {}
     name = ""
     for line in docstring.partition("Attributes:")[2].splitlines():
         indent = len(line) - len(line.lstrip())
         if indent == 8:  # a name; what continues a meaning is indented further
             name, _, meaning = line.strip().partition(": ")
-            told[name] = meaning
+            meanings[name] = meaning
         elif line.strip():
-            told[name] += " " + line.strip()
-    return {name: " ".join(meaning.split()).replace("|", "\\|") for name, meaning in told.items()}
+            meanings[name] += " " + line.strip()
+    return {name: " ".join(meaning.split()).replace("|", "\\|") for name, meaning in meanings.items()}
 
 
 def _type_name(kind: Any) -> str:
@@ -127,19 +127,22 @@ def _type_name(kind: Any) -> str:
 
 
 def _synonyms() -> str:
-    """What config files may say instead, and what has no counterpart."""
+    """What other tools call our options, and what has no counterpart here."""
     ours: dict[str, list[str]] = {}
     for other, name in SYNONYMS.items():
         ours.setdefault(name, []).append(f"`{other}`")
     lines = [
-        "Accepted for the option on the left, in config files and in Python:",
+        "In config files and in Python these are accepted; on the command line they are answered with the flag.",
         "",
         "| option | also |",
         "|---|---|",
     ]
     lines += [f"| `{name}` | {', '.join(others)} |" for name, others in sorted(ours.items())]
-    lines += ["", "Refused, with what to do instead:", "", "| name | instead |", "|---|---|"]
-    lines += [f"| `{name}` | {advice} |" for name, advice in ELSEWHERE.items()]
+    instead: dict[str, list[str]] = {}
+    for other, advice in ELSEWHERE.items():
+        instead.setdefault(advice, []).append(f"`{other}`")
+    lines += ["", "These are refused, with what to do instead:", "", "| name | instead |", "|---|---|"]
+    lines += [f"| {', '.join(others)} | {advice} |" for advice, others in instead.items()]
     return "\n".join(lines) + "\n"
 
 

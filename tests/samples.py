@@ -1,15 +1,18 @@
 """A batch, an adapter of any base, and PEFT's loss, for the tests of training."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import torch
 
+from thimble.backends.session import Objective, StepKey, Work
 from thimble.core.adapter import Adapter
 from thimble.core.inits import LayerData, kaiming
 from thimble.core.lowrank import Factors
+from thimble.core.method import Method
+from thimble.data.batches import Batch
 from thimble.data.encode import Row
+from thimble.models.execution import ExecutionPlan
 
+DENSE, PLAIN = ExecutionPlan("dense"), Objective()
 RANDOM = np.random.default_rng(3)
 IDS = RANDOM.integers(3, 290, 48).astype(np.int32)
 
@@ -18,7 +21,40 @@ def make_batch(starts=(0, 20, 48), label_share=0.6):
     labels = np.roll(IDS, -1)
     labels[RANDOM.random(len(IDS)) > label_share] = -100
     labels[np.array(starts[1:]) - 1] = -100
-    return SimpleNamespace(ids=IDS, labels=labels, starts=np.array(starts))
+    return Batch(IDS, labels, np.array(starts), np.arange(len(starts) - 1))
+
+
+def count(batch):
+    """Target tokens of a batch."""
+    return int((batch.labels >= 0).sum())
+
+
+class Trainer:
+    """A session with a state that steps move, for tests that take many."""
+
+    def __init__(self, session, adapter, method=None, execution=DENSE):
+        self.session, self.execution, self.steps = session, execution, 0
+        self.state = session.start(adapter, method or Method())
+
+    def gradient(self, shares, target_tokens, objective=PLAIN):
+        key = StepKey(3, self.steps)
+        return self.session.gradient(self.state, Work(shares, target_tokens), objective, self.execution, key)
+
+    def step(self, batch, rate, target_tokens=20):
+        gradient = self.gradient([[batch]], target_tokens)
+        self.state, self.steps = self.session.apply(self.state, gradient, rate), self.steps + 1
+        return gradient
+
+    @property
+    def adapter(self):
+        return self.session.adapter(self.state)
+
+    def logits(self, ids):
+        return self.session.logits(ids, self.state.active)
+
+    def layers_of(self, gradient):
+        """A gradient by layer path, with sides A, B and magnitude."""
+        return self.state.active.views(torch.from_numpy(gradient.flat))
 
 
 def make_rows(count=6):
@@ -52,8 +88,8 @@ def peft_loss(model, batch):
     return total / (batch.labels >= 0).sum()
 
 
-def loss_curves(session, model, steps, rate):
-    """The losses of a session and of PEFT's model, trained side by side on the same batches with AdamW."""
+def loss_curves(trainer, model, steps, rate):
+    """The losses of a trainer and of PEFT's model, trained on the same batches with AdamW."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
     curves = []
@@ -64,7 +100,6 @@ def loss_curves(session, model, steps, rate):
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimiser.step()
         optimiser.zero_grad()
-        gradients = session.gradients([[batch]], int((batch.labels >= 0).sum()))
-        session.apply(gradients, rate, 1.0)
-        curves.append((gradients.loss.mean, float(loss.detach())))
+        gradient = trainer.step(batch, rate, count(batch))
+        curves.append((gradient.loss.mean, float(loss.detach())))
     return np.array(curves).T

@@ -7,6 +7,7 @@ import pytest
 
 from families import make_hf_folder
 from thimble import cli
+from thimble.commands import COMMANDS
 from thimble.core.lowrank import Factors
 from thimble.files.peft import save_adapter
 
@@ -31,10 +32,10 @@ def refused(thimble, tmp_path):
     return run
 
 
-def test_help_names_every_verb(thimble):
+def test_help_names_every_command(thimble):
     code, out, _ = thimble()
     assert code == 0
-    assert all(command in out for command in ("train", "plan", "evaluate", "chat", "inspect", "merge"))
+    assert all(f"    {name}" in out and command.summary.split()[0] in out for name, command in COMMANDS.items())
 
 
 def test_missing_data_says_what_to_name(refused, tiny_base):
@@ -44,14 +45,14 @@ def test_missing_data_says_what_to_name(refused, tiny_base):
 def test_two_faults_at_once_are_both_named(refused, tiny_base):
     text = refused("train", "absent.jsonl", "--base", tiny_base, "--rank", "0", "--learning-rate", "-1")
     assert "absent.jsonl" in text
-    assert "rank is '0': expected at least 1" in text
-    assert "learning_rate is '-1': expected a finite number above 0" in text
+    assert "--rank 0: expected at least 1" in text
+    assert "--learning-rate -1: expected a finite number above 0" in text
 
 
-def test_faults_of_base_data_and_flags_are_told_together(refused, tmp_path):
+def test_faults_of_base_data_and_options_are_named_together(refused, tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a"\n')
     text = refused("train", "bad.jsonl", "--base", "nowhere.gguf", "--rnk", "4")
-    assert "--rnk is not a flag of thimble train: did you mean --rank?" in text
+    assert "--rnk is not an option of this command: did you mean --rank?" in text
     assert "base nowhere.gguf does not exist" in text
     assert "bad.jsonl line 1" in text
 
@@ -102,7 +103,7 @@ def test_a_rank_larger_than_the_layer_is_refused(refused, examples, tiny_base):
 @pytest.mark.parametrize("rate", ["nan", "inf", "0", "-0.1", "fast"])
 def test_a_learning_rate_that_is_none_is_refused(refused, examples, tiny_base, rate):
     text = refused("train", examples, "--base", tiny_base, "--learning-rate", rate)
-    assert f"learning_rate is '{rate}': expected" in text
+    assert f"--learning-rate {rate}: expected" in text
 
 
 def test_an_output_folder_that_exists_is_refused(refused, examples, tiny_base, tmp_path):
@@ -119,16 +120,16 @@ def test_a_full_disk_is_refused_before_work(refused, examples, tiny_base, monkey
 def test_a_budget_that_is_too_small_is_refused_with_what_would_do(refused, examples, tiny_base):
     text = refused("train", examples, "--base", tiny_base, "--memory-budget", "50MB")
     assert "the run needs at least" in text
-    assert "memory_budget allows 0.05 GB" in text
+    assert "--memory-budget allows 0.05 GB" in text
 
 
 @pytest.mark.parametrize(
     ("yaml", "message"),
     [
         ("rank: [1", "is not YAML"),
-        ("rnak: 3", "rnak is not a option of this command: did you mean rank?"),
+        ("rnak: 3", "options.yaml: --rnak is not an option of this command: did you mean --rank?"),
         ("- rank", "holds no options"),
-        ("rank: yes", "rank is True: expected a whole number"),
+        ("rank: yes", "options.yaml: --rank true: expected a whole number"),
     ],
 )
 def test_a_broken_config_file_is_refused(refused, examples, tiny_base, tmp_path, yaml, message):
@@ -223,12 +224,12 @@ def test_an_adapter_after_the_flags_is_answered_with_where_it_belongs(refused, a
     assert "'two' is one argument too many for thimble merge: name all of them before the flags" in text
 
 
-def test_faults_of_a_merge_are_told_together(refused, adapters):
+def test_faults_of_a_merge_are_named_together(refused, adapters):
     text = refused("merge", "one", "absent", "--out", "two", "--truncate", "nan", "--rnk", "3")
-    assert "truncate is 'nan': expected a share above 0 and up to 1" in text
+    assert "--truncate nan: expected a share above 0 and up to 1" in text
     assert "adapter absent does not exist" in text
     assert "out is two, which exists and is not empty" in text
-    assert "--rnk is not a flag of thimble merge: did you mean --rank?" in text
+    assert "--rnk is not an option of this command: did you mean --rank?" in text
     assert "no base is given" not in text
 
 
@@ -247,6 +248,40 @@ def test_a_tokenizer_of_another_base_is_refused(refused, examples, tmp_path):
     assert "has tokens up to number 9,999, but the base knows" in refused("plan", examples, "--base", base)
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--lora-r", "8"], "--lora-r is not an option of this command: use --rank"),
+        (["--model=x"], "--model is not an option of this command: use --base"),
+        (["--batch-size", "4"], "--batch-size is not an option of this command: use --batch-tokens"),
+        (["--init", "auto"], "--init auto: Thimble does not choose an init, because"),
+        (["--debgu"], "did you mean --debug?"),
+        (["more.jsonl"], "'more.jsonl' is one argument too many for thimble train"),
+    ],
+)
+def test_what_is_no_option_is_answered_with_what_to_type(refused, examples, tiny_base, words, said):
+    assert said in refused("train", examples, "--base", tiny_base, *words)
+
+
+def test_a_run_is_resumed_as_it_began_by_its_config_file_too(refused, thimble, examples, tiny_base, tmp_path):
+    quick = ("--rank", "4", "--seq-len", "64", "--max-steps", "1", "--eval-rows", "0", "--compute", "fp32")
+    assert thimble("train", examples, "--base", tiny_base, "--out", "run", *quick)[0] == 0
+    (tmp_path / "run" / "report.json").unlink()  # as if it had been killed
+    for named in (("--out", "run"), ("--config", "run/config.yaml")):
+        text = refused("train", *named, "--resume", "--rank", "8")
+        assert "--rank 8: the run to resume began with 4" in text
+    assert thimble("train", "--config", "run/config.yaml", "--resume")[0] == 0
+
+
+def test_a_stopped_command_says_what_is_kept(capsys, monkeypatch):
+    monkeypatch.setattr(cli.signal, "signal", lambda *a: None)
+    stop = cli._StopFlag(COMMANDS["merge"].kept_on_stop)
+    assert not stop()
+    stop._on_signal(cli.signal.SIGINT, None)
+    assert stop()
+    assert "stopping after this step, writing nothing (once more to leave at once)" in capsys.readouterr().err
+
+
 def test_an_alpha_that_no_reader_would_take_is_refused(refused, examples, tiny_base):
-    told = refused("plan", examples, "--base", tiny_base, "--alpha", "20000")
-    assert "alpha is '20000': expected a number above 0, at most 10000" in told
+    text = refused("plan", examples, "--base", tiny_base, "--alpha", "20000")
+    assert "--alpha 20000: expected a number above 0, at most 10000" in text

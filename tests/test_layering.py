@@ -31,7 +31,8 @@ RULES = {
     "errors": Part(),
     "events": Part(),
     "core": Part("errors core", packages="numpy"),
-    "config": Part("errors core config"),
+    "config": Part("errors core config", packages_later="yaml"),
+    "report": Part("errors events core config report", packages_later="jinja2 matplotlib"),
     "files": Part("errors core files", packages="numpy"),
     "models": Part("errors core files models", packages="numpy"),
     "data": Part(
@@ -46,14 +47,13 @@ RULES = {
         "errors events core config files models data backends inference report training __init__", "backends",
         packages="numpy", packages_later="yaml huggingface_hub",
     ),
-    "report": Part("errors events core config files models report", "commands", packages_later="jinja2 matplotlib"),
     "commands": Part(
         "errors events core config files models data backends inference training report commands __init__", "backends",
         packages="numpy", packages_later="yaml",
     ),
-    "api": Part("errors core config", "commands", packages_later="yaml"),
-    "cli": Part("errors events core config api report __init__", "commands api"),
-    "__init__": Part("", "api core files models"),
+    "api": Part("config commands"),
+    "cli": Part("errors config commands report __init__"),
+    "__init__": Part("commands", "api core files models"),
     "__main__": Part("cli"),
 }  # fmt: skip
 VAGUE_NAMES = {"util", "utils", "common", "helper", "helpers", "misc"}

@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 
 import thimble
-from thimble.api import CONFIGS
+from thimble import api
+from thimble.commands import COMMANDS
+from thimble.config.options import Options
+from thimble.errors import InputError
 
 HEAVY = {"numpy", "torch", "numba", "llvmlite", "tokenizers", "jinja2", "yaml", "matplotlib", "pyarrow", "transformers"}
-VERBS = ("train", "plan", "evaluate", "chat", "inspect", "merge")
 
 
 def modules_after(code: str) -> set[str]:
@@ -40,13 +42,39 @@ def test_the_public_names_are_the_declared_ones():
 def test_type_checkers_see_the_same_names():
     tree = ast.parse(Path(thimble.__file__).read_text())
     blocks = [node for node in tree.body if isinstance(node, ast.If)]
-    seen = {alias.name: node.module for block in blocks for node in block.body for alias in node.names}
+    seen = {alias.asname: node.module for block in blocks for node in block.body for alias in node.names}
     assert seen == thimble._HOMES
 
 
-def test_every_verb_is_a_command_and_a_function():
-    assert tuple(CONFIGS) == VERBS
-    assert set(VERBS) <= set(thimble.__all__)
+@pytest.mark.parametrize("command", COMMANDS.values(), ids=list(COMMANDS))
+def test_a_command_of_the_registry_is_complete(command):
+    """One line of the registry makes a command, a function and a page of the docs."""
+    assert issubclass(command.options, Options)
+    assert command.listeners[0] == "on_event"
+    assert set(command.listeners) <= {"on_event", "should_stop", "should_wait"}
+    assert not command.renderer_path or callable(command.renderer)
+    assert command.name in thimble.__all__
+    assert callable(getattr(thimble, command.name))
+
+
+def test_a_command_without_a_function_of_its_own_has_one_from_the_registry(monkeypatch):
+    from thimble.config.merge import MergeConfig
+
+    monkeypatch.setitem(COMMANDS, "export", COMMANDS["merge"]._replace(name="export"))
+    monkeypatch.setattr("thimble.commands.merge.merge", lambda config, on_event=print: (config, on_event))
+    config, on_event = api.export("one", "two", out="there", on_event=len)
+    assert config == MergeConfig(adapter=("one", "two"), out="there")
+    assert on_event is len
+
+
+def test_more_arguments_than_a_command_takes_are_a_type_error():
+    with pytest.raises(TypeError, match="plan.. takes 1 positional"):
+        api.call("plan", "one.jsonl", "two.jsonl")
+
+
+def test_a_callback_that_a_command_does_not_take_is_refused():
+    with pytest.raises(InputError, match="--should-wait is not an option of this command"):
+        thimble.merge("one", out="two", should_wait=lambda: "")
 
 
 def test_an_unknown_name_is_an_attribute_error():
@@ -63,7 +91,7 @@ def test_importing_thimble_loads_no_heavy_package():
 
 
 @pytest.mark.parametrize(
-    "argv", [["--help"], ["--version"], [], *([command, "--help"] for command in VERBS)], ids=" ".join
+    "argv", [["--help"], ["--version"], [], *([command, "--help"] for command in COMMANDS)], ids=" ".join
 )
 def test_help_loads_no_heavy_package(argv):
     """`thimble --help` answers at once: measured by what it loads, since time depends on the machine."""
@@ -82,7 +110,7 @@ def test_python_m_thimble_is_the_command():
     assert (done.returncode, done.stdout.strip()) == (0, f"thimble {thimble.__version__}")
 
 
-def test_no_verb_shows_the_help():
+def test_no_command_shows_the_help():
     done = run_command()
     assert done.returncode == 0
-    assert all(command in done.stdout for command in VERBS)
+    assert all(command in done.stdout for command in COMMANDS)

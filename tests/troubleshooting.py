@@ -27,7 +27,6 @@ from thimble.core.adapter import Adapter
 from thimble.core.lowrank import Factors
 from thimble.files.peft import save_adapter
 from thimble.files.tensors import open_tensors
-from thimble.models.machine import Battery
 
 PAGE = Path(__file__).parents[1] / "docs" / "troubleshooting.md"
 HEAD = """\
@@ -140,7 +139,7 @@ def endless_template() -> None:
 def full_disk() -> Iterator[None]:
     """No checkpoint finds room any more."""
     error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    with patch("thimble.commands.train.save_checkpoint", side_effect=error):
+    with patch("thimble.training.sink.save_checkpoint", side_effect=error):
         yield
 
 
@@ -156,26 +155,16 @@ def no_memory() -> Iterator[None]:
     """Memory runs out in the first step, once."""
     from thimble.backends.torch.session import TorchSession
 
-    whole, times = TorchSession._add_gradients, []
+    true, times = TorchSession.gradient, []
 
-    def add(session: TorchSession, share: object) -> object:
+    def gradient(session: TorchSession, *arguments: object) -> object:
         if not times:
             times.append(1)
             raise MemoryError
-        return whole(session, share)
+        return true(session, *arguments)
 
-    with patch.object(TorchSession, "_add_gradients", add):
+    with patch.object(TorchSession, "gradient", gradient):
         yield
-
-
-@contextlib.contextmanager
-def low_battery() -> Iterator[None]:
-    """A battery that is charged after a second look."""
-    levels = [Battery(60, True), Battery(8, True), Battery(8, False)]
-    with patch("thimble.training.waiting.LOOK_SECONDS", 0):
-        look = lambda: levels.pop(0) if len(levels) > 1 else levels[0]  # noqa: E731
-        with patch("thimble.training.waiting.Waiting.__init__.__defaults__", (look,)):
-            yield
 
 
 @contextlib.contextmanager
@@ -209,7 +198,7 @@ CASES: dict[str, list[Case]] = {
         Case("Held-out rows are among the training rows", "Take them out of one of the files: what is learned by heart is no proof.",
              plan("data"), lambda: [write("data/train.jsonl", rows(9)), write("data/valid.jsonl", rows(2))], shows="also among"),
         Case("Rows are too long", "Raise `--seq-len` if memory allows.", [*plan("mine.jsonl"), "--seq-len", "64"],
-             lambda: write("mine.jsonl", rows(9) + json.dumps({"prompt": "word " * 100, "completion": "x"})), shows="longer than seq_len"),
+             lambda: write("mine.jsonl", rows(9) + json.dumps({"prompt": "word " * 100, "completion": "x"})), shows="longer than --seq-len"),
     ],
     "The base": [
         Case("There is no such base", "", ["plan", "mine.jsonl", "--base", "tinny.gguf"]),
@@ -218,7 +207,7 @@ CASES: dict[str, list[Case]] = {
         Case("The weights are pickles", "Thimble never reads a pickle. Load the model once with transformers and save it with "
              "`save_pretrained`, which writes safetensors.", ["plan", "mine.jsonl", "--base", "model"], binary_base),
         Case("A weight is not a number", "", RUN, nan_base),
-        Case("The chat template never ends", "Templates are programs from untrusted sources: they run in a sandbox, and what they may do is bounded.",
+        Case("The chat template never ends", "Templates are programs from untrusted sources: each runs in a process of its own, and its time, memory and output are bounded.",
              ["plan", "mine.jsonl", "--base", "model", "--rank", "4"], endless_template),
     ],
     "An adapter": [
@@ -234,13 +223,11 @@ CASES: dict[str, list[Case]] = {
         Case("Memory runs out on the way", "", RUN, around=no_memory, shows="memory ran out"),
         Case("The disk is too full to begin", "", RUN, around=little_room),
         Case("The disk fills on the way", "", [*RUN, "--checkpoint-every-steps", "3"], around=full_disk, shows="cannot be written"),
-        Case("The battery is nearly empty", "The run goes on by itself when the battery is charged. To pause one yourself press Ctrl-Z; `fg` goes on.",
-             RUN, around=low_battery, shows="paused after"),
     ],
     "Going on": [
         Case("Another run is at work in the folder", "", RUN, around=another_run),
         Case("The data have changed since the run began", "", [*RUN, "--resume"], lambda: [unfinished(), write("mine.jsonl", rows(19))]),
-        Case("A option is another one", "", [*RUN, "--resume", "--rank", "8"], unfinished),
+        Case("An option differs from that of the run", "", [*RUN, "--resume", "--rank", "8"], unfinished),
         Case("A checkpoint is damaged", "", [*RUN, "--resume"], damage_checkpoint, shows="is damaged"),
     ],
     "Training": [
@@ -282,7 +269,7 @@ def _bring_about(case: Case) -> tuple[str, int]:
 
 
 def _is_shown(line: str, shows: str) -> bool:
-    return line.startswith("! ") and shows in line if shows else line.startswith("thimble: ")
+    return line.startswith("warning: ") and shows in line if shows else line.startswith("thimble: ")
 
 
 def _settled(line: str) -> str:

@@ -2,26 +2,29 @@
 
 from typing import TYPE_CHECKING, Any
 
+from thimble.commands import COMMANDS
+
 if TYPE_CHECKING:
-    from thimble.api import chat, evaluate, inspect, merge, plan, train
-    from thimble.core.adapter import Adapter
-    from thimble.files.peft import load_adapter, save_adapter
-    from thimble.models.base import open_base
+    from thimble.api import chat as chat
+    from thimble.api import evaluate as evaluate
+    from thimble.api import inspect as inspect
+    from thimble.api import merge as merge
+    from thimble.api import plan as plan
+    from thimble.api import train as train
+    from thimble.core.adapter import Adapter as Adapter
+    from thimble.files.peft import load_adapter as load_adapter
+    from thimble.files.peft import save_adapter as save_adapter
+    from thimble.models.base import open_base as open_base
 
 __version__ = "0.1.0"
 
 # Public name to the module that holds it; loaded when first used, so that importing thimble stays instant.
 _HOMES = {
-    "train": "thimble.api", "plan": "thimble.api", "evaluate": "thimble.api", "chat": "thimble.api",
-    "inspect": "thimble.api", "merge": "thimble.api",
-    "Adapter": "thimble.core.adapter", "load_adapter": "thimble.files.peft", "save_adapter": "thimble.files.peft",
-    "open_base": "thimble.models.base",
+    **dict.fromkeys(COMMANDS, "thimble.api"), "Adapter": "thimble.core.adapter",
+    "load_adapter": "thimble.files.peft", "save_adapter": "thimble.files.peft", "open_base": "thimble.models.base",
 }  # fmt: skip
 
-__all__ = [
-    "Adapter", "__version__", "chat", "evaluate", "inspect", "load_adapter", "merge", "open_base", "plan",
-    "save_adapter", "train",
-]  # fmt: skip
+__all__ = sorted([*_HOMES, "__version__"])
 
 
 def __getattr__(name: str) -> Any:

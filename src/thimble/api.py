@@ -1,94 +1,50 @@
-"""The commands as Python functions: `thimble.train("examples.jsonl", rank=8)` returns what `thimble train` reports."""
+"""The commands as Python functions: `thimble.train("examples.jsonl", rank=8)` returns what `thimble train` reports.
 
-import importlib
-from collections.abc import Callable, Iterable, Mapping
+Every function takes the options by their names, with `config` for a YAML file of them, and `on_event` and `should_stop`
+as callbacks. What is refused raises an InputError that holds every problem found.
+"""
+
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from thimble.config.options import (
-    ChatConfig,
-    EvaluateConfig,
-    InspectConfig,
-    MergeConfig,
-    Options,
-    PlanConfig,
-    TrainConfig,
-    take_up,
-)
-from thimble.errors import ConfigError
-
-CONFIGS: dict[str, type[Options]] = {
-    "train": TrainConfig,
-    "plan": PlanConfig,
-    "evaluate": EvaluateConfig,
-    "chat": ChatConfig,
-    "inspect": InspectConfig,
-    "merge": MergeConfig,
-}
-MODULES = {"inspect": "inspect_"}  # of commands that a module of the standard library is named like
+from thimble.commands import COMMANDS
+from thimble.config.options import options_of, takes_many
+from thimble.config.sources import build_config
 
 
-def load_command(command: str) -> Callable[..., Any]:
-    """The function of a command; imports what it needs only now."""
-    return getattr(importlib.import_module(f"thimble.commands.{MODULES.get(command, command)}"), command)
-
-
-def build_config(
-    command: str, values: Mapping[str, Any], config_file: str | None = None, problems: Iterable[str] = ()
-) -> Any:
-    """Layer the sources of a config: the run folder being resumed, then a YAML file, then what was given.
+def call(command: str, *arguments: str | Path | None, **options: Any) -> Any:
+    """Run a command of the registry; the functions below are this with their command's name.
 
     Args:
-        command: Name of the command.
-        values: Options given by flags or keywords; they win.
-        config_file: A YAML file of options.
-        problems: What the caller already found wrong.
+        command: Its name.
+        *arguments: What stands without a flag on the command line, in that order; None for what is left out.
+        **options: By the names of the flags; also `config` (a YAML file) and the callbacks that the command takes.
 
     Returns:
-        The config; what is wrong with it is in its `problems`.
+        The report.
 
     Raises:
-        ConfigError: If the YAML file cannot be read.
+        InputError: If it is refused, with every problem found.
+        TypeError: If there are more arguments than the command takes.
     """
-    layers = _read_yaml(Path(config_file)) if config_file else {}
-    resumed = Path(str(values.get("out"))) / "config.yaml" if values.get("resume") and values.get("out") else None
-    if resumed and resumed.exists():
-        layers, differing = take_up(_read_yaml(resumed), {**layers, **values})
-        problems, values = [*problems, *differing], {name: layers[name] for name in values if name in layers}
-    lengths = ("epochs", "max_steps", "max_minutes")
-    if any(values.get(name) is not None for name in lengths):  # a length that is given replaces any in a file
-        layers = {name: value for name, value in layers.items() if name not in lengths}
-    config = CONFIGS[command].build({**layers, **values}, where=config_file or "")
-    return config.replace(problems=(*problems, *config.problems))
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    import yaml
-
-    try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"config file {path} does not exist") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config file {path} cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        what = getattr(error, "problem", None) or error
-        raise ConfigError(f"config file {path}{where} is not YAML: {what}; expected lines such as `rank: 16`") from None
-    if value is None:
-        return {}
-    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
-        raise ConfigError(f"config file {path} holds no options: expected lines such as `rank: 16`")
-    return {name: option for name, option in value.items() if option is not None}
-
-
-def _call(command: str, data: str | Path | None, options: dict[str, Any]) -> Any:
-    heard = ("on_event", "should_stop", *(("should_wait",) if command == "train" else ()))
-    listeners = {name: options.pop(name) for name in heard if name in options}
+    entry = COMMANDS[command]
+    callbacks = {name: options.pop(name) for name in entry.listeners if name in options}
     config_file = options.pop("config", None)
-    given = {**options, "data": str(data)} if data is not None else options
-    return load_command(command)(build_config(command, given, config_file), **listeners)
+    given = {**options, **_positional(command, arguments)}
+    return entry.function(build_config(entry.options, given, config_file), **callbacks)
+
+
+def _positional(command: str, arguments: tuple[str | Path | None, ...]) -> dict[str, Any]:
+    """Give arguments the names of the positional options; one that takes many takes them all."""
+    specs = [spec for spec in options_of(COMMANDS[command].options).values() if spec.metadata["positional"]]
+    if specs and takes_many(specs[0]):
+        return {specs[0].name: [str(value) for value in arguments]} if arguments else {}
+    if len(arguments) > len(specs):
+        raise TypeError(f"{command}() takes {len(specs)} positional arguments but {len(arguments)} were given")
+    named = zip(specs, arguments, strict=False)
+    return {spec.name: str(value) for spec, value in named if value is not None}
 
 
 def train(data: str | Path | None = None, **options: Any) -> Any:
@@ -96,8 +52,7 @@ def train(data: str | Path | None = None, **options: Any) -> Any:
 
     Args:
         data: File or folder of examples; may stand in the `config` file instead.
-        **options: `base`, `rank`, `epochs` and so on, by the names of the flags; also `config` (a YAML file),
-            `on_event`, `should_stop` and `should_wait`.
+        **options: `base`, `rank`, `epochs` and so on; also `should_wait`, asked between steps for a reason to pause.
 
     Returns:
         A thimble.training.result.TrainReport.
@@ -106,42 +61,39 @@ def train(data: str | Path | None = None, **options: Any) -> Any:
         InputError: If the run is refused.
         RunError: If it diverged.
     """
-    return _call("train", data, options)
+    return call("train", data, **options)
 
 
 def plan(data: str | Path | None = None, **options: Any) -> Any:
     """Say what training would need; see `train` for the arguments. Returns a thimble.commands.plan.PlanReport."""
-    return _call("plan", data, options)
+    return call("plan", data, **options)
 
 
 def evaluate(data: str | Path | None = None, **options: Any) -> Any:
     """Measure a base and adapters on the same rows. Returns a thimble.commands.evaluate.EvaluateReport."""
-    return _call("evaluate", data, options)
+    return call("evaluate", data, **options)
 
 
 def chat(**options: Any) -> Any:
-    """Open a conversation: `chat(adapter=["runs/mine-1"]).ask("Hello")`. Returns a thimble.commands.chat.Conversation."""
-    from thimble.commands.chat import open_conversation
-
-    return open_conversation(build_config("chat", options, options.pop("config", None)))
+    """Open a thimble.commands.chat.Conversation: `chat(adapter=["runs/mine-1"]).ask("Hello")`."""
+    return call("chat", **options)
 
 
 def inspect(path: str | Path | None = None, other: str | Path | None = None, **options: Any) -> Any:
-    """CalibrationData into a base, an adapter or two adapters; see `thimble inspect --help` for the options.
+    """Look into a base, an adapter or two adapters; see `thimble inspect --help` for the options.
 
     Args:
         path: A base, or an adapter or run folder; default: the base named by `base`, or the default base.
         other: A second adapter to compare the first with.
-        **options: `base`, `blocks`, `out`; also `config`, `on_event` and `should_stop`.
+        **options: `base`, `blocks`, `out`.
 
     Returns:
         A thimble.commands.inspect_.InspectReport.
 
     Raises:
-        InputError: If there is nothing to look into; with every problem found.
+        InputError: If there is nothing to look into.
     """
-    named = {name: str(value) for name, value in (("path", path), ("other", other)) if value is not None}
-    return _call("inspect", None, {**options, **named})
+    return call("inspect", path, other, **options)
 
 
 def merge(*adapters: str | Path, **options: Any) -> Any:
@@ -149,7 +101,7 @@ def merge(*adapters: str | Path, **options: Any) -> Any:
 
     Args:
         *adapters: Adapter or run folders; several are added up.
-        **options: `out`, `truncate`, `rank`, `base`, by the names of the flags; also `config`, `on_event`, `should_stop`.
+        **options: `out`, `truncate`, `rank`, `base`.
 
     Returns:
         A thimble.commands.merge.MergeReport.
@@ -158,5 +110,11 @@ def merge(*adapters: str | Path, **options: Any) -> Any:
         InputError: If it is refused; nothing is written then.
         RunError: If a merged weight does not fit its dtype.
     """
-    given = {"adapter": [str(path) for path in adapters]} if adapters else {}
-    return _call("merge", None, {**given, **options})
+    return call("merge", *adapters, **options)
+
+
+def __getattr__(name: str) -> Callable[..., Any]:
+    """The function of a command that has none written out above."""
+    if name not in COMMANDS:
+        raise AttributeError(f"module 'thimble.api' has no attribute {name!r}")
+    return functools.partial(call, name)

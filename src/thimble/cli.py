@@ -1,42 +1,23 @@
 """The command line: argv to config to command to printed report. The only file that prints or exits."""
 
 import argparse
-import difflib
 import errno
 import json
 import os
 import signal
 import sys
-from collections.abc import Sequence
-from dataclasses import Field
-from typing import Any, NoReturn, get_origin
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn
 
 from thimble import __version__
-from thimble.api import CONFIGS, build_config
-from thimble.config.options import Options, option_type, options_of
+from thimble.commands import COMMANDS, Command
+from thimble.config.names import answer
+from thimble.config.options import Field, groups_of, option_type, options_of, takes_many
+from thimble.config.sources import build_config
+from thimble.config.values import as_typed, flag
 from thimble.errors import InputError, ThimbleError
-from thimble.report.terminal import (
-    Progress,
-    render_evaluate,
-    render_inspect,
-    render_merge,
-    render_plan,
-    render_train,
-    to_json,
-)
+from thimble.report.terminal import Progress, to_json
 
-SUMMARIES = {
-    "train": "Learn from examples; writes a run folder with the adapter and a report.",
-    "plan": "Say what a training run would decide, need and cost, without training.",
-    "evaluate": "Measure a base and adapters on the same rows.",
-    "chat": "Talk to a base or an adapter, and switch between them.",
-    "inspect": "CalibrationData into the weights of a base, into an adapter, or compare two adapters.",
-    "merge": "Make an adapter smaller, or merge it into a base of float weights.",
-}
-RENDERERS = {
-    "train": render_train, "plan": render_plan, "evaluate": render_evaluate, "inspect": render_inspect,
-    "merge": render_merge,
-}  # fmt: skip
 EXIT_INTERRUPTED = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 
@@ -47,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The arguments; default: those of the process.
 
     Returns:
-        The exit code: 0 done, 2 refused, 3 failed honestly, 130 or 143 interrupted, 1 a fault of ours.
+        The exit code: 0 done, 2 refused, 3 the run failed, 130 or 143 interrupted, 1 a fault of ours.
     """
     parser = make_parser()
     options, unknown = parser.parse_known_args(argv)
@@ -75,12 +56,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if is_debug:
             raise
-        told = f"a fault of Thimble's own: {type(error).__name__}: {error} (add --debug to see where, and report it)"
-        return _failed([told], 1, is_json)
+        fault = f"a fault of Thimble's own: {type(error).__name__}: {error} (add --debug to see where, and report it)"
+        return _failed([fault], 1, is_json)
 
 
 def _failed(problems: Sequence[str], exit_code: int, is_json: bool) -> int:
-    """Tell what went wrong, to people and, if asked, to programs."""
+    """Print what went wrong, and with --json the same as one object."""
     _complain(problems)
     if is_json:
         print(json.dumps({"error": list(problems), "exit_code": exit_code}, ensure_ascii=False))
@@ -94,158 +75,134 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"thimble {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    for command, config in CONFIGS.items():
-        sub = commands.add_parser(command, help=SUMMARIES[command], description=SUMMARIES[command], allow_abbrev=False)
-        _add_options(sub, config)
-        sub.add_argument("--config", metavar="FILE.yaml", help="Read options from a YAML file; flags override it.")
-        sub.add_argument("--json", action="store_true", help="Print one JSON object on stdout and nothing else there.")
-        sub.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
+    for name, command in COMMANDS.items():
+        sub = commands.add_parser(
+            name, help=command.summary, description=command.summary, allow_abbrev=False, add_help=False
+        )
+        for title, options in groups_of(command.options).items():
+            group = sub.add_argument_group(title)
+            for spec in options.values():
+                _add_option(group, spec)
+        # The last group is that of every command.
+        group.add_argument("--config", metavar="FILE.yaml", help="Read options from a YAML file; flags override it.")
+        group.add_argument("--json", action="store_true", help="Print one JSON object on stdout and nothing else.")
+        group.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
+        group.add_argument("-h", "--help", action="help", help="Show this help and exit.")
     return parser
 
 
-def _add_options(parser: argparse.ArgumentParser, config: type[Options]) -> None:
-    for name, spec in options_of(config).items():
-        kind, _ = option_type(spec)
-        meta = spec.metadata
-        shown = "" if spec.default in (None, "", (), False) else f" (default: {_shown(spec.default)})"
-        options: dict[str, Any] = {"help": (meta["help"] + shown).replace("%", "%%"), "default": argparse.SUPPRESS}
-        if meta["positional"]:
-            parser.add_argument(name, nargs="*" if _takes_many(spec) else "?", metavar=meta["metavar"], **options)
-        elif kind is bool:
-            parser.add_argument(_flag(name), action="store_true", **options)
-        else:
-            choices = "{" + ",".join(meta["choices"]) + "}" if meta["choices"] else None
-            metavar = meta["metavar"] or choices or "N"
-            action = "append" if name == "adapter" else "store"
-            parser.add_argument(_flag(name), metavar=metavar, action=action, **options)
-
-
-def _takes_many(spec: Field[Any]) -> bool:
-    return get_origin(option_type(spec)[0]) is tuple
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def _shown(default: Any) -> str:
-    return (
-        ",".join(default)
-        if isinstance(default, tuple)
-        else f"{default:g}"
-        if isinstance(default, float)
-        else str(default)
-    )
+def _add_option(group: argparse._ArgumentGroup, spec: Field) -> None:
+    kind, _ = option_type(spec)
+    name, meta = spec.name, spec.metadata
+    shown = "" if spec.default in (None, "", (), False) else f" (default: {as_typed(spec.default)})"
+    options: dict[str, Any] = {"help": (meta["help"] + shown).replace("%", "%%"), "default": argparse.SUPPRESS}
+    if meta["positional"]:
+        group.add_argument(name, nargs="*" if takes_many(spec) else "?", metavar=meta["metavar"], **options)
+    elif kind is bool:
+        group.add_argument(flag(name), action="store_true", **options)
+    else:
+        choices = "{" + ",".join(meta["choices"]) + "}" if meta["choices"] else None
+        action = "append" if name == "adapter" else "store"
+        group.add_argument(flag(name), metavar=meta["metavar"] or choices or "N", action=action, **options)
 
 
 def _run(options: argparse.Namespace, unknown: list[str]) -> int:
     values = vars(options)
-    command, config_file, is_json = values.pop("command"), values.pop("config"), values.pop("json")
+    command, config_file, is_json = COMMANDS[values.pop("command")], values.pop("config"), values.pop("json")
     values.pop("debug")
-    config = build_config(command, values, config_file, _unknown_flags(command, unknown))
-    if command == "chat":
-        return _chat(config, is_json)
-    stop = _StopFlag("writing nothing" if command == "merge" else "keeping what was learned")
+    config = build_config(command.options, values, config_file, _unknown_words(command, unknown))
+    if not command.renderer_path:
+        return _chat(command, config, is_json)
     progress = Progress(sys.stderr)
-    from thimble.api import load_command
-
-    if command == "plan":
-        report = load_command(command)(config, progress.on_event)
-    elif command == "train":
+    stop = _StopFlag(command.kept_on_stop)
+    callbacks: dict[str, Any] = {"on_event": progress.on_event, "should_stop": stop}
+    if "should_wait" in command.listeners:
         pause = _PauseFlag(progress)
-        report = load_command(command)(config, pause.on_event, stop, pause)
-    else:
-        report = load_command(command)(config, progress.on_event, stop)
+        callbacks |= {"on_event": pause.on_event, "should_wait": pause}
+    report = command.function(config, **{name: callbacks[name] for name in command.listeners})
     progress.end()
-    if is_json:
-        print(to_json(report))
-    else:
-        print(RENDERERS[command](report))
+    print(to_json(report) if is_json else command.renderer(report))
     return EXIT_INTERRUPTED[stop.signal] if stop.signal else 0
 
 
-def _unknown_flags(command: str, unknown: list[str]) -> list[str]:
-    """A problem for each argument that no option takes, with the nearest flag."""
-    options = options_of(CONFIGS[command])
-    flags = [_flag(name) for name in options] + ["--config", "--json", "--debug"]
-    problems = []
-    for word in unknown:
-        if word.startswith("-"):
-            near = difflib.get_close_matches(word.split("=")[0], flags, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"see thimble {command} --help"
-            problems.append(f"{word.split('=')[0]} is not a flag of thimble {command}: {hint}")
-        elif not any(other.startswith("-") for other in unknown):
-            is_many = any(spec.metadata["positional"] and _takes_many(spec) for spec in options.values())
-            advice = ": name all of them before the flags" if is_many else ""
-            problems.append(f"{word!r} is one argument too many for thimble {command}{advice}")
+def _unknown_words(command: Command, unknown: list[str]) -> list[str]:
+    """A problem for each argument that no option takes, with what to type instead."""
+    options = options_of(command.options)
+    known = (*options, "config", "json", "debug")
+    problems = [answer(word.split("=")[0], known) for word in unknown if word.startswith("-")]
+    if not problems:  # else a word may be the value of an unknown flag
+        is_many = any(spec.metadata["positional"] and takes_many(spec) for spec in options.values())
+        advice = ": name all of them before the flags" if is_many else ""
+        problems = [f"{word!r} is one argument too many for thimble {command.name}{advice}" for word in unknown]
     return problems
 
 
 class _StopFlag:
-    """Turns the first Ctrl-C or termination into a polite request, the second into an end."""
+    """Turns the first Ctrl-C or termination into a request to stop; the second ends the process at once."""
 
-    def __init__(self, result: str) -> None:
-        self.result = result
+    def __init__(self, kept: str) -> None:
+        self.kept = kept  # what the command leaves, for the message
         self.signal: signal.Signals | None = None
         for number in EXIT_INTERRUPTED:
-            signal.signal(number, self._hear)
+            signal.signal(number, self._on_signal)
 
-    def _hear(self, number: int, frame: object) -> None:
+    def _on_signal(self, number: int, frame: object) -> None:
         if self.signal:
             os._exit(EXIT_INTERRUPTED[signal.Signals(number)])
         self.signal = signal.Signals(number)
-        print(f"\nstopping after this step and {self.result} (once more to leave at once)", file=sys.stderr)
+        print(f"\nstopping after this step, {self.kept} (once more to leave at once)", file=sys.stderr)
 
     def __call__(self) -> bool:
         return self.signal is not None
 
 
 class _PauseFlag:
-    """Turns Ctrl-Z into a request to pause: the run saves a checkpoint first, then the process is stopped.
+    """Turns Ctrl-Z into a request to pause: the run saves a checkpoint, then the process stops.
 
-    While no steps are taken, and when it is pressed once more, it stops at once, as it does for every other command.
-    `fg` or the signal CONT goes on.
+    While no steps are taken, and when Ctrl-Z is pressed once more, the process stops at once, as it does for every
+    other command. `fg` or the signal CONT continues it.
     """
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
-        self._is_learning = self._is_asked = self._is_told = False
+        self._is_training = self._is_asked = self._is_announced = False
         if hasattr(signal, "SIGTSTP"):
             signal.signal(signal.SIGTSTP, self._on_signal)
 
     def on_event(self, event: Any) -> None:
-        """Take note of whether steps are being taken."""
+        """Note whether steps are being taken, and show the event."""
         if event.kind in ("stage", "step"):
-            self._is_learning = event.kind == "step"
+            self._is_training = event.kind == "step"
         self._progress.on_event(event)
 
     def _on_signal(self, number: int, frame: object) -> None:
-        if self._is_asked or not self._is_learning:
-            self._rest()
+        if self._is_asked or not self._is_training:
+            self._stop_process()
             return
         self._is_asked = True
         print("\npausing after this step (once more to pause at once)", file=sys.stderr)
 
-    def _rest(self) -> None:
-        self._is_asked = self._is_told = False
-        os.kill(os.getpid(), signal.SIGSTOP)  # here the process rests
+    def _stop_process(self) -> None:
+        self._is_asked = self._is_announced = False
+        os.kill(os.getpid(), signal.SIGSTOP)  # the process stops here until it is continued
 
     def __call__(self) -> str:
-        if self._is_told:
-            self._rest()
-        self._is_told = self._is_asked
+        if self._is_announced:
+            self._stop_process()
+        self._is_announced = self._is_asked
         return "asked for with Ctrl-Z; fg goes on, or kill -CONT" if self._is_asked else ""
 
 
-def _chat(config: Any, is_json: bool) -> int:
-    from thimble.commands.chat import open_conversation
-
+def _chat(command: Command, config: Any, is_json: bool) -> int:
     progress = Progress(sys.stderr)
-    talk = open_conversation(config, progress.on_event) if config.prompt is None else open_conversation(config)
+    talk = command.function(config, progress.on_event) if config.prompt is None else command.function(config)
     progress.end()
     if config.prompt is not None:
-        answer = talk.ask(config.prompt, _no_text if is_json else _write)
-        print(json.dumps({"answer": answer, "adapter": talk.active}, ensure_ascii=False) if is_json else "")
+        if is_json:
+            answer = talk.ask(config.prompt)
+            print(json.dumps({"answer": answer, "adapter": talk.active}, ensure_ascii=False))
+        else:
+            _write(talk.stream(config.prompt))
         return 0
     if is_json:
         raise InputError("chat with --json needs --prompt: it answers once")
@@ -272,20 +229,18 @@ def _answer(talk: Any, line: str) -> None:
         elif line.startswith("/"):
             print("commands: /use NAME, /reset, /quit")
         elif line:
-            talk.ask(line, _write)
-            print()
+            _write(talk.stream(line))
     except KeyboardInterrupt:
         print(" [stopped]")
     except InputError as error:
         _complain(error.problems)
 
 
-def _write(piece: str) -> None:
-    print(piece, end="", flush=True)
-
-
-def _no_text(piece: str) -> None:
-    """Hear a piece of the answer and say nothing."""
+def _write(pieces: Iterable[str]) -> None:
+    """Print an answer as it comes."""
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
 
 
 def _complain(problems: Sequence[str]) -> None:

@@ -2,7 +2,7 @@
 
     ThimbleError                    exit code 1 (a fault of ours, if raised bare)
     ├── InputError                  exit code 2: refused before any work was done
-    │   ├── ConfigError             a option has a bad name or value
+    │   ├── ConfigError             an option has a bad name or value
     │   ├── DataError               the user's examples cannot be used
     │   ├── BaseModelError          the base model is missing, damaged or not supported
     │   ├── AdapterError            an adapter is damaged or does not belong to this base
@@ -38,7 +38,7 @@ class InputError(ThimbleError):
 
 
 class ConfigError(InputError, ValueError):
-    """A option has a bad name or value."""
+    """An option has a bad name or value."""
 
 
 class DataError(InputError, ValueError):
@@ -74,10 +74,10 @@ class Problems:
         found: What is already known to be wrong.
 
     Example:
-        >>> problems = Problems(["rank is 0: expected at least 1"])
+        >>> problems = Problems(["--rank 0: expected at least 1"])
         >>> base = problems.attempt(open, "/no/such/file") if False else None
         >>> problems.found
-        ['rank is 0: expected at least 1']
+        ['--rank 0: expected at least 1']
     """
 
     def __init__(self, found: Iterable[str] = ()) -> None:

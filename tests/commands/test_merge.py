@@ -290,8 +290,8 @@ def test_everything_that_is_wrong_is_told_at_once(refuse, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("precious")
     text = refuse("nowhere", out=str(tmp_path / "full"), truncate=1.5, rank=0, base="no/such/base/folder")
-    assert "truncate is 1.5: expected a share above 0 and up to 1" in text
-    assert "rank is 0: expected at least 1" in text
+    assert "--truncate 1.5: expected a share above 0 and up to 1" in text
+    assert "--rank 0: expected at least 1" in text
     assert "adapter nowhere does not exist" in text
     assert "base no/such/base/folder does not exist" in text
     assert "which exists and is not empty" in text
@@ -299,7 +299,7 @@ def test_everything_that_is_wrong_is_told_at_once(refuse, tmp_path):
 
 @pytest.mark.parametrize("share", [0, -1, 1.01, float("nan"), float("inf"), "most"])
 def test_a_share_that_is_none_is_refused(refuse, tmp_path, share):
-    assert f"truncate is {share!r}: expected" in refuse(write_adapter(tmp_path / "a"), truncate=share)
+    assert f"--truncate {share}: expected" in refuse(write_adapter(tmp_path / "a"), truncate=share)
 
 
 def test_what_is_missing_is_named(refuse, tmp_path):

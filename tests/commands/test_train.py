@@ -3,14 +3,18 @@
 import json
 import math
 import shutil
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import thimble
+from thimble.backends.torch.session import TorchSession
+from thimble.core.metrics import LossSum
 from thimble.errors import RunError
 from thimble.files.peft import load_adapter
-from thimble.training import plan as planning
+from thimble.training import memory_plan
 
 QUICK = {
     "seq_len": 64,
@@ -87,67 +91,21 @@ def test_a_run_that_diverges_keeps_the_last_good_adapter_and_says_so(train, tmp_
     assert (tmp_path / "run" / "report.html").exists()
 
 
-@pytest.fixture
-def poison(monkeypatch):
-    """Make the loss of some steps NaN."""
-    from thimble.backends.torch.session import Gradients, TorchSession
-    from thimble.core.metrics import LossSum
+def test_a_run_that_is_nan_for_good_ends_and_keeps_the_last_good_adapter(train, tmp_path, monkeypatch):
+    true = TorchSession.gradient
 
-    def when(is_bad):
-        true, calls = TorchSession.gradients, iter(range(1, 1000))
+    def gradient(self, state, work, objective, execution, key):
+        found = true(self, state, work, objective, execution, key)
+        return SimpleNamespace(loss=LossSum(math.nan, 1), norm=found.norm) if key.step >= 3 else found
 
-        def poisoned(self, *arguments):
-            found = true(self, *arguments)
-            return Gradients(LossSum(math.nan, 1), found.norm) if is_bad(next(calls)) else found
-
-        monkeypatch.setattr(TorchSession, "gradients", poisoned)
-
-    return when
-
-
-def test_one_nan_is_left_out_and_the_run_goes_on(train, poison, tmp_path):
-    poison(lambda step: step == 4)
-    report = train("run")
-    assert (report.status, report.steps, report.rollbacks) == ("done", 6, 0)
-    assert "step 4 was left out: the loss is nan" in report.messages["warning"]
-    assert load_adapter(tmp_path / "run").is_finite()
-
-
-def test_two_in_a_row_take_the_run_back_and_halve_its_rate(train, poison, tmp_path):
-    poison(lambda step: step in (4, 5))
-    report = train("run", schedule="constant", warmup_steps=0)
-    assert (report.status, report.rollbacks) == ("done", 1)
-    assert "step 5: the loss is nan; back to the last good adapter, at 0.5 of the rate" in report.messages["warning"]
-    assert [row["learning_rate"] for row in steps(tmp_path / "run")] == [0.01] * 5 + [0.005]
-
-
-def test_a_run_that_is_nan_for_good_ends_and_keeps_the_last_good_adapter(train, poison, tmp_path):
-    poison(lambda step: step > 3)
+    monkeypatch.setattr(TorchSession, "gradient", gradient)
     with pytest.raises(RunError, match="diverged at step 11: the loss is nan"):
         train("run", max_steps=40)
     assert load_adapter(tmp_path / "run").is_finite()
     assert any(factors.B.any() for factors in load_adapter(tmp_path / "run").layers.values())
 
 
-def test_an_update_that_is_not_finite_is_never_published(train, tmp_path, monkeypatch):
-    from thimble.backends.torch.session import TorchSession
-
-    true, calls = TorchSession.apply, iter(range(1, 1000))
-
-    def poisoned(self, *arguments):
-        true(self, *arguments)
-        if next(calls) == 6:  # the last step
-            self._state.master[3] = math.inf
-
-    monkeypatch.setattr(TorchSession, "apply", poisoned)
-    with pytest.raises(RunError, match="diverged at step 6: numbers of the adapter or its optimiser are NaN or Inf"):
-        train("run")
-    adapter = load_adapter(tmp_path / "run")
-    assert adapter.is_finite()
-    assert any(factors.B.any() for factors in adapter.layers.values())
-
-
-def test_held_out_rows_that_are_trained_on_are_told(tiny_base, tmp_path):
+def test_validation_rows_that_are_trained_on_are_warned_of(tiny_base, tmp_path):
     folder = tmp_path / "data"
     folder.mkdir()
     rows = [json.dumps({"prompt": f"say {n} ", "completion": f"{n} it is"}) for n in range(12)]
@@ -242,7 +200,7 @@ def test_long_rows_are_truncated_and_counted(tiny_base, tmp_path):
     rows = [{"prompt": "word " * 200, "completion": "done"}, *({"prompt": f"{n}", "completion": "x"} for n in range(6))]
     (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     report = thimble.train(tmp_path / "long.jsonl", base=tiny_base, out=str(tmp_path / "run"), valid_split=0, **QUICK)
-    assert any("1 training row longer than seq_len (14%) lost" in warning for warning in report.messages["warning"])
+    assert any("1 training row longer than --seq-len (14%) lost" in warning for warning in report.messages["warning"])
     assert math.isnan(report.loss_before)
 
 
@@ -252,13 +210,11 @@ def test_a_metric_of_the_users_own_is_reported(train, tmp_path):
     assert set(report.metrics_after) == {"characters"}
 
 
-def test_recomputing_blocks_gives_the_same_adapter(train, tmp_path, monkeypatch):
-    from dataclasses import replace
-
+def test_activation_checkpointing_gives_the_same_adapter(train, tmp_path, monkeypatch):
     train("kept")
-    plans = planning._execution_plans
+    plans = memory_plan.execution_plans
     monkeypatch.setattr(
-        planning, "_execution_plans", lambda *a: [replace(execution, checkpointed_blocks=99) for execution in plans(*a)]
+        memory_plan, "execution_plans", lambda *a: [replace(plan, checkpointed_blocks=99) for plan in plans(*a)]
     )
-    train("recomputed")
-    assert bytes_of(tmp_path / "kept") == bytes_of(tmp_path / "recomputed")
+    train("checkpointed")
+    assert bytes_of(tmp_path / "kept") == bytes_of(tmp_path / "checkpointed")

@@ -1,8 +1,13 @@
-"""Options: declared once, converted by their type, all problems at once."""
+"""Options: declared once, converted by their type, all problems at once, in groups."""
 
 import pytest
 
-from thimble.config.options import MergeConfig, TrainConfig, options_of, parse_size
+from thimble.commands import COMMANDS
+from thimble.config.groups import DataOptions, InitOptions, RunOptions
+from thimble.config.options import groups_of, options_of, typed
+from thimble.config.train import TrainConfig
+
+ALL = pytest.mark.parametrize("options", [command.options for command in COMMANDS.values()], ids=list(COMMANDS))
 
 
 def problems(**values):
@@ -10,64 +15,82 @@ def problems(**values):
 
 
 def test_a_number_may_be_written_as_yaml_leaves_it():
-    config = TrainConfig.build({"data": "x", "learning_rate": "1e-5", "rank": "8", "resume": "false"})
-    assert (config.learning_rate, config.rank, config.resume, config.problems) == (1e-5, 8, False, ())
-
-
-def test_words_of_other_tools_are_understood():
-    config = TrainConfig.build({"data": "x", "lora_r": 4, "cutoff_len": 99, "lr": 1e-3})
-    assert (config.rank, config.seq_len, config.learning_rate) == (4, 99, 1e-3)
-
-
-def test_a_misspelt_knob_is_answered_with_the_right_one():
-    assert problems(learnin_rate=1) == "learnin_rate is not a option of this command: did you mean learning_rate?"
-
-
-def test_a_knob_of_another_tool_is_answered_with_what_to_use():
-    assert "use batch_tokens" in problems(micro_batch_size=2)
+    config = TrainConfig.build({"data": "x", "learning_rate": "1e-5", "rank": "8", "use_dora": "false"})
+    assert (config.learning_rate, config.rank, config.use_dora, config.problems) == (1e-5, 8, False, ())
 
 
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("rank", 0, "rank is 0: expected at least 1"),
-        ("rank", 1.5, "rank is 1.5: expected a whole number"),
-        ("rank", "many", "rank is 'many': expected a whole number"),
-        ("rank", True, "rank is True: expected a whole number"),
-        ("learning_rate", -1e-4, "learning_rate is -0.0001: expected a finite number above 0"),
-        ("learning_rate", "nan", "learning_rate is 'nan': expected a finite number above 0"),
-        ("learning_rate", "inf", "learning_rate is 'inf': expected a finite number above 0"),
-        ("valid_split", 1, "valid_split is 1: expected a fraction"),
+        ("rank", 0, "--rank 0: expected at least 1"),
+        ("rank", 1.5, "--rank 1.5: expected a whole number"),
+        ("rank", "many", "--rank many: expected a whole number"),
+        ("rank", True, "--rank true: expected a whole number"),
+        ("rank", "", "--rank '': expected a whole number"),
+        ("learning_rate", -1e-4, "--learning-rate -0.0001: expected a finite number above 0"),
+        ("learning_rate", "nan", "--learning-rate nan: expected a finite number above 0"),
+        ("learning_rate", "inf", "--learning-rate inf: expected a finite number above 0"),
+        ("lr", "fast", "--learning-rate fast (given as lr): expected a number"),
+        ("valid_split", 1, "--valid-split 1: expected a fraction"),
         ("compute", "bf61", "did you mean bf16?"),
-        ("memory_budget", "lots", "expected a size such as 4GB or 500MB"),
-        ("seed", -1, "seed is -1: expected at least 0"),
-        ("resume", "perhaps", "resume is 'perhaps': expected true or false"),
+        ("memory_budget", "lots", "--memory-budget lots: expected a size such as 4GB or 500MB"),
+        ("seed", -1, "--seed -1: expected at least 0"),
+        ("resume", "perhaps", "--resume perhaps: expected true or false"),
+        ("out", ["a", "b"], "--out a,b: expected text"),
+        ("data", ["a"], "DATA a: expected text"),
     ],
 )
-def test_a_bad_value_is_told_with_what_was_expected(option, value, message):
+def test_a_bad_value_is_named_as_it_is_typed_with_what_was_expected(option, value, message):
     assert message in problems(**{option: value})
 
 
-def test_every_problem_is_told_at_once():
+def test_every_problem_is_named_at_once():
     text = problems(rank=0, learning_rate="nan", learnin_rate=3, epochs=1, max_steps=2)
     assert text.count("\n") == 3
-    assert "epochs and max_steps are given together" in text
 
 
-def test_resume_needs_to_know_what_to_resume():
-    assert "resume is set without out" in problems(resume=True)
+def test_an_option_that_is_given_under_two_names_is_refused():
+    assert problems(lora_r=4, rank=8) == "--rank is given twice, as lora_r and as rank: leave one of them out"
 
 
-@pytest.mark.parametrize(
-    ("text", "size"), [("4GB", 4e9), ("500 MB", 5e8), ("1GiB", 2**30), ("50000", 5e4), ("1.5kb", 1500)]
-)
-def test_sizes_are_read_as_people_write_them(text, size):
-    assert parse_size(text) == size
+def test_a_bad_value_leaves_the_default():
+    assert TrainConfig.build({"rank": 0, "alpha": 8}).replace(problems=()) == TrainConfig(alpha=8.0)
 
 
-@pytest.mark.parametrize("config", [TrainConfig, MergeConfig])
-def test_every_knob_has_help_and_a_default_that_passes_its_own_check(config):
-    for name, spec in options_of(config).items():
+@ALL
+def test_every_option_has_help_and_a_default_that_passes_its_own_check(options):
+    for name, spec in options_of(options).items():
         assert spec.metadata["help"].endswith("."), name
         check = spec.metadata["check"]
         assert spec.default is None or check is None or check(spec.default) is None, name
+
+
+@ALL
+def test_the_groups_hold_every_option_once_and_what_every_command_takes_is_last(options):
+    groups = groups_of(options)
+    assert sorted(name for group in groups.values() for name in group) == sorted(options_of(options))
+    assert list(groups)[-1] == "every command"
+
+
+def test_a_group_stands_where_its_first_option_stands():
+    assert list(groups_of(TrainConfig)) == [
+        "data", "base", "adapter", "init", "optimiser", "evaluation", "run", "every command",
+    ]  # fmt: skip
+    assert list(groups_of(TrainConfig)["init"]) == ["init", "calibration_steps", "explain"]
+
+
+def test_a_config_is_one_of_each_of_its_groups():
+    config = TrainConfig.build({"data": "x"})
+    assert all(isinstance(config, group) for group in (DataOptions, InitOptions, RunOptions))
+
+
+def test_a_config_is_written_as_plain_data_that_makes_it_again():
+    config = TrainConfig.build({"data": "x", "targets": "mlp,q_proj", "rank": "auto"})
+    assert config.resolved()["targets"] == ["mlp", "q_proj"]
+    assert TrainConfig.build(config.resolved()) == config
+
+
+def test_an_option_is_shown_as_it_is_typed():
+    specs = options_of(TrainConfig)
+    assert typed(specs["targets"], ("q_proj", "mlp")) == "--targets q_proj,mlp"
+    assert typed(specs["data"], "my data.jsonl") == "DATA 'my data.jsonl'"

@@ -7,7 +7,8 @@ import pytest
 
 from thimble.core.sizes import logit_chunk, padded, windows
 from thimble.models.base import open_base
-from thimble.models.cost import ExecutionPlan, Work, estimate_memory, estimate_seconds, lowest_block
+from thimble.models.cost import MemoryInputs, StepWork, estimate_memory, estimate_seconds, lowest_block
+from thimble.models.execution import ExecutionPlan
 from thimble.models.machine import Machine
 
 BASE = Path(__file__).parents[1] / "fixtures" / "gguf" / "smollm2.gguf"
@@ -20,7 +21,7 @@ def base():
 
 
 def memory(base, execution, compute="bf16", trained=1000, longest=64, lowest=0):
-    return estimate_memory(base, compute, trained, longest, execution, lowest).total
+    return estimate_memory(base, MemoryInputs(compute, trained, longest, lowest), execution).total
 
 
 def test_each_way_to_save_memory_saves_memory(base):
@@ -33,7 +34,14 @@ def test_each_way_to_save_memory_saves_memory(base):
     assert memory(base, most, trained=1000) < memory(base, most, trained=2000)
 
 
-def test_each_way_to_save_memory_is_slower_by_the_order_of_ways():
+def test_the_delta_form_and_what_an_init_is_made_of_take_memory(base):
+    execution = ExecutionPlan("dense", 2, 512, 1024)
+    plain = MemoryInputs("bf16", 1000, 64)
+    for needy in (replace(plain, is_delta=True), replace(plain, longest=4096), replace(plain, needs=("gradients",))):
+        assert estimate_memory(base, needy, execution).total > estimate_memory(base, plain, execution).total
+
+
+def test_each_way_to_save_memory_is_slower_by_the_order_of_execution_plans():
     fast = ExecutionPlan("dense", 2, 1024, 2048)
     for slow in (replace(fast, checkpointed_blocks=4), replace(fast, num_shares=1), replace(fast, micro_tokens=512),
                  replace(fast, is_streamed=True)):  # fmt: skip
@@ -41,7 +49,7 @@ def test_each_way_to_save_memory_is_slower_by_the_order_of_ways():
 
 
 def test_time_grows_with_work_and_falls_with_the_rate(base):
-    execution, work = ExecutionPlan("dense", 2, 512, 1024), Work(1024, 512, 256, 1000)
+    execution, work = ExecutionPlan("dense", 2, 512, 1024), StepWork(1024, 512, 256, 1000)
     seconds = estimate_seconds(base, "bf16", work, execution, MACHINE)
     layers = base.spec.num_layers
     assert estimate_seconds(base, "fp32", work, execution, MACHINE) > seconds

@@ -58,3 +58,8 @@ def test_an_adapter_of_one_layer_is_drawn(tiny_base, tmp_path):
     save_adapter(Adapter({path: dataclasses.replace(factors, B=factors.B + 1)}), tmp_path / "adapter")
     report = thimble.inspect(tmp_path / "adapter", base=tiny_base, out=str(tmp_path / "figures"))
     assert len(report.figures) == 6
+
+
+def test_nothing_is_drawn_of_inits(tmp_path):
+    assert figures.write_figures(tmp_path / "figures", {"subject": "inits"}) == []
+    assert not (tmp_path / "figures").exists()

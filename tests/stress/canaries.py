@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from stress import Line
+from thimble.data.template_process import PROGRAM
 
 SECONDS = 60  # a load that waits for something is stopped
 CANARY = "canary"  # the file that a trick would write
@@ -228,6 +229,8 @@ class Watch:
             return
         if args and str(args[0]).startswith(self.cache):
             return
+        if event == "subprocess.Popen" and PROGRAM in args[1]:
+            return  # the process of the chat template, which has no rights
         if event.startswith(FORBIDDEN) and not _within_import():
             self.seen.append(f"{event} {str(args)[:100]}")
         elif event == "open":
@@ -238,7 +241,7 @@ class Watch:
                 self.seen.append(f"{event} {str(code)[:100]}")
 
     def _open(self, path: Any, mode: Any, flags: int) -> None:
-        if isinstance(path, int):
+        if isinstance(path, int) or path == os.devnull:
             return
         whole = os.path.abspath(os.fsdecode(path))
         is_inside = Path(whole).is_relative_to(self.folder) or whole.startswith(OURS)
@@ -284,15 +287,20 @@ def canaries(count: int) -> Line:
 
 def _execution_plans(folder: Path) -> list[Callable[[], object]]:
     """The public ways to load what lies in a folder."""
+    from thimble.data.model import open_model
     from thimble.data.records import read_dataset
     from thimble.data.tokenizer import tokenizer_from_folder
     from thimble.files.peft import load_adapter
     from thimble.models.base import open_base
-    from thimble.training.prepare import open_model
+
+    def say() -> None:
+        template = open_model(str(folder)).template
+        if template:
+            template.render([{"role": "user", "content": "Hi"}])
 
     return [
         lambda: open_base(folder), lambda: load_adapter(folder), lambda: tokenizer_from_folder(folder),
-        lambda: open_model(str(folder)), lambda: read_dataset(str(folder / "mine.jsonl")),
+        lambda: open_model(str(folder)), say, lambda: read_dataset(str(folder / "mine.jsonl")),
     ]  # fmt: skip
 
 

@@ -74,9 +74,9 @@ def _as_csv(rows: list[dict[str, Any]]) -> bytes:
 def fuzz_data(count: int) -> Line:
     """Read damaged data files, and turn what was read into tokens."""
     from thimble.data.encode import Encoder
+    from thimble.data.model import open_model
     from thimble.data.records import read_dataset
     from thimble.data.template import ChatTemplate
-    from thimble.training.prepare import open_model
 
     encoder = Encoder(open_model(str(TINY)).tokenizer, ChatTemplate(TEMPLATE), 64)
 

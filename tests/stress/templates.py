@@ -1,4 +1,4 @@
-"""Chat templates from untrusted sources that reach out, hang or fill the memory: each is stopped by an error of ours, in time.
+"""Chat templates from untrusted sources that reach out, hang or fill the memory: each is stopped by an error of ours.
 
 The payloads are by hand: the escapes known from other programs, and a bomb for every way to make much of little. The
 rest is grown from a grammar of the same parts.
@@ -9,11 +9,13 @@ import random
 import re
 import resource
 import time
+from dataclasses import dataclass
 
 from stress import Line
 
-LIMIT_SECONDS = 2.0  # of the processor's time: compiling, asking what the template can do, and rendering
-LIMIT_MEGABYTES = 64.0
+LIMIT_SECONDS = 0.5  # of the processor's time, in this process
+LIMIT_SECONDS_OF_TEMPLATE = 6.0  # in the template's: compiling, asking what it can do, and rendering, a second each
+LIMIT_MEGABYTES, LIMIT_MEGABYTES_OF_TEMPLATE = 64.0, 400.0
 
 _TWICE = "{% set n = namespace(a=X, b=X) %}{% for i in range(60) %}{% set n.a = STEP %}{% endfor %}"
 _GROWN = _TWICE.replace("X", "[1]").replace("STEP", "[n.a, n.a]")  # written out: 2**60 numbers
@@ -302,29 +304,54 @@ BOMBS = {
     "keywords": "{{ dict(**{1: 2}) }}{{ namespace(**range(9)) }}",
     "null characters": "{{ '\\x00' }}\x00{{ '\\ud800' }}",
 }
-PAYLOADS = ESCAPES | BOMBS
+PAYLOADS = ESCAPES | {f"{name}, as a bomb" if name in ESCAPES else name: source for name, source in BOMBS.items()}
 
 CONVERSATION = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi, how is the weather?"}]
 
 
-def try_template(source: str) -> tuple[bool, str]:
-    """Render a short conversation. Returns whether the template was stopped, and what went wrong, if anything did."""
+@dataclass
+class Outcome:
+    """What came of a template.
+
+    Attributes:
+        is_stopped: Whether one of our errors stopped it.
+        said: The error or the text.
+        wrong: What should not have happened, if anything.
+    """
+
+    is_stopped: bool = False
+    said: str = ""
+    wrong: str = ""
+
+
+def try_template(source: str) -> Outcome:
+    """Render a short conversation; the process of the template ends with that."""
     from thimble.data.template import ChatTemplate
     from thimble.errors import BaseModelError, DataError
 
-    began, is_stopped, wrong = time.process_time(), False, ""
+    ours, theirs, outcome = time.process_time(), _seconds_of_children(), Outcome()
+    template = None
     try:
-        ChatTemplate(source, "<s>", "</s>").render(CONVERSATION)
-    except (BaseModelError, DataError):
-        is_stopped = True
+        template = ChatTemplate(source, "<s>", "</s>")
+        outcome.said = template.render(CONVERSATION)
+    except (BaseModelError, DataError) as error:
+        outcome.is_stopped, outcome.said = True, str(error)
     except BaseException as error:
-        wrong = f"{type(error).__name__}: {error}"
-    took = time.process_time() - began
-    return is_stopped, wrong or (f"took {took:.1f} s" if took > LIMIT_SECONDS else "")
+        outcome.wrong = f"{type(error).__name__}: {error}"
+    del template
+    ours, theirs = time.process_time() - ours, _seconds_of_children() - theirs
+    if ours > LIMIT_SECONDS or theirs > LIMIT_SECONDS_OF_TEMPLATE:
+        outcome.wrong = f"took {ours:.1f} s here and {theirs:.1f} s in the process of the template"
+    return outcome
 
 
-def peak_megabytes() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
+def _seconds_of_children() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def peak_megabytes(who: int = resource.RUSAGE_SELF) -> float:
+    return resource.getrusage(who).ru_maxrss / 1000
 
 
 def hostile_templates(count: int) -> Line:
@@ -332,18 +359,19 @@ def hostile_templates(count: int) -> Line:
     began, dice, stopped, wrong = time.perf_counter(), random.Random(0), 0, 0
     try_template("warm")
     gc.collect()
-    allowed = peak_megabytes() + LIMIT_MEGABYTES
+    before = peak_megabytes()
     for number in range(count):
         name, source = _nth(number, dice)
-        is_stopped, problem = try_template(source)
-        stopped += is_stopped
-        if not problem and peak_megabytes() > allowed:
-            problem, allowed = f"memory grew to {peak_megabytes():.0f} MB", peak_megabytes() + LIMIT_MEGABYTES
-        if problem:
+        outcome = try_template(source)
+        stopped += outcome.is_stopped
+        if peak_megabytes() > before + LIMIT_MEGABYTES:
+            outcome.wrong, before = f"memory grew to {peak_megabytes():.0f} MB", peak_megabytes()
+        if outcome.wrong:
             wrong += 1
-            print("   ", name, problem[:200], source[:2000] if number >= len(PAYLOADS) else "")
-    grown = peak_megabytes() - (allowed - LIMIT_MEGABYTES)
-    note = f"{stopped} stopped, the others harmless; memory grew by {grown:.0f} MB"
+            print("   ", name, outcome.wrong[:200], source[:2000] if number >= len(PAYLOADS) else "")
+    theirs = peak_megabytes(resource.RUSAGE_CHILDREN)
+    wrong += theirs > LIMIT_MEGABYTES_OF_TEMPLATE
+    note = f"{stopped} stopped, the others harmless; peak memory of a template's process {theirs:.0f} MB"
     return Line("hostile chat templates", count, wrong, time.perf_counter() - began, note)
 
 

@@ -6,12 +6,13 @@ import pytest
 from families import make_hf_folder
 from samples import make_rows
 from thimble.backends.torch.session import TorchSession
-from thimble.config.options import TrainConfig, read_pattern
+from thimble.config.train import TrainConfig
+from thimble.config.values import read_pattern
 from thimble.core.method import parse_init
 from thimble.core.targets import share_out, size_layers
 from thimble.events import EventLog, ignore
 from thimble.models.base import open_base
-from thimble.models.cost import ExecutionPlan
+from thimble.models.execution import ExecutionPlan
 from thimble.training.calibration import Calibration, CalibrationData, choose_ranks
 from thimble.training.initialise import initialise
 
@@ -19,7 +20,7 @@ from thimble.training.initialise import initialise
 def make_data(base, rows=None):
     rows = rows or make_rows()
     return CalibrationData.of_steps(
-        rows[:4], lambda step: [step % 4], 2, general_rows=rows[4:], micro_tokens=512,
+        rows[:4], lambda step: [step % 4], 2, general_rows=rows[4:], execution=ExecutionPlan("dense", micro_tokens=512),
         shapes=base.spec.linear_shapes(), seed=0,
     )  # fmt: skip
 
@@ -33,7 +34,7 @@ def chosen(base, init="kaiming", **options):
     """Ranks by layer, the common scale, and the messages."""
     config, log = TrainConfig.build({"data": "x", "alpha": 8, "rank": "auto", **options}), EventLog(ignore)
     assert not config.problems
-    session = TorchSession(base, "fp32", ExecutionPlan("dense"))
+    session = TorchSession(base)
     sizes = choose_ranks(config, parse_init(init), Calibration(make_data(base), session, log))
     (scale,) = {size.scale for size in sizes.values()}
     return {path: size.rank for path, size in sizes.items()}, scale, log.messages
@@ -45,7 +46,7 @@ def chosen(base, init="kaiming", **options):
 def taken(rows_of_step, steps=2):
     rows = make_rows(8)
     data = CalibrationData.of_steps(
-        rows, rows_of_step, steps, general_rows=[], micro_tokens=64, shapes={}, seed=0
+        rows, rows_of_step, steps, general_rows=[], execution=ExecutionPlan("dense", micro_tokens=64), shapes={}, seed=0
     )  # fmt: skip
     return [[int(row.source.removeprefix("row ")) for row in some] for some in (data.rows, data.judging_rows)]
 
@@ -65,7 +66,7 @@ def test_gradients_are_sketched_once_for_the_same_question(base):
         capabilities = frozenset({"calibration"})
         asked = 0
 
-        def gradient_sketches(self, batches, ranks, is_weighted, seed):
+        def gradient_sketches(self, batches, ranks, is_weighted, seed, checkpointed_blocks):
             self.asked += 1
             return dict(ranks)
 
@@ -105,7 +106,7 @@ def test_layers_keep_the_order_of_the_model_whatever_ranks_are_chosen_by(base, e
 
 def test_the_options_give_every_layer_its_chosen_size_again(base):
     config = TrainConfig.build({"data": "x", "alpha": 8, "rank": "auto", "rank_budget": 4000})
-    session = TorchSession(base, "fp32", ExecutionPlan("dense"))
+    session = TorchSession(base)
     begun = initialise(parse_init("kaiming"), config, {}, make_data(base), session, EventLog(ignore))
     layers, patterns = begun.adapter.layers, (begun.config.rank_pattern, begun.config.alpha_pattern)
     again = size_layers(list(layers), begun.config.rank, begun.config.alpha, *map(read_pattern, patterns))

@@ -5,6 +5,7 @@ import os
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from thimble.core.adapter import Adapter
 from thimble.core.lowrank import Factors
 from thimble.errors import ConfigError
 from thimble.files.peft import load_adapter
+from thimble.models.execution import ExecutionPlan
 from thimble.training.checkpoint import (
     FOLDER,
     KEPT,
@@ -25,8 +27,10 @@ from thimble.training.checkpoint import (
     locked,
     save_checkpoint,
 )
+from thimble.training.progress import Progress
 from thimble.training.run_folder import StepLog, publish_adapter, write_json
 
+OLD_RUN = Path(__file__).parents[1] / "fixtures" / "run_of_old_release"  # stopped after 3 of 6 steps
 QUICK = {"seq_len": 64, "batch_tokens": 64, "max_steps": 8, "max_new_tokens": 4, "compute": "fp32", "rank": 4}
 
 
@@ -89,7 +93,7 @@ def test_what_was_not_saved_so_does_not_count(wrong, tmp_path):
     assert (found.step, found.damaged) == (1, (two.name,))
 
 
-def test_a_damaged_older_one_does_not_crowd_out_a_sound_one(tmp_path):
+def test_a_damaged_older_one_does_not_crowd_out_a_valid_one(tmp_path):
     save(tmp_path, 1)
     save(tmp_path, 2)
     (tmp_path / FOLDER / "step-00000002" / "state.safetensors").write_bytes(b"damaged")
@@ -127,7 +131,7 @@ def test_one_that_was_saved_by_a_process_that_died_is_on_disk_when_a_save_of_it_
     assert Operation("fsync", FOLDER) in disk.operations
 
 
-def test_damaged_newer_ones_do_not_crowd_out_sound_ones(tmp_path):
+def test_damaged_newer_ones_do_not_crowd_out_valid_ones(tmp_path):
     for step in (8, 9):
         save(tmp_path, step)
         (tmp_path / FOLDER / f"step-{step:08d}" / "state.safetensors").write_bytes(b"damaged")
@@ -234,6 +238,24 @@ def test_checkpoints_go_only_when_what_the_run_leaves_is_on_disk(tmp_path):
     assert kinds.index(("fsync", ".")) < removed
 
 
+def test_a_checkpoint_of_the_release_before_has_the_names_of_today():
+    found = latest_checkpoint(OLD_RUN)
+    assert (found.step, found.damaged) == (3, ())
+    assert found.origin["execution"] == "file, 64 tokens at a time, 1 in parallel"
+    assert "way" not in found.origin
+    execution = ExecutionPlan(**found.progress["execution"])
+    assert execution.described() == found.origin["execution"]
+    progress = Progress(execution)
+    progress.restore(found.step, found.progress)
+    assert (progress.steps, progress.tokens, progress.target_tokens) == (3, 168, 30)
+    assert (progress.guard.steps, progress.guard.rollbacks, progress.plateau.best_step) == (3, 0, 2)
+    assert set(progress.initialization) == {"seconds"}
+    again = Progress(execution)
+    again.restore(3, json.loads(json.dumps(progress.state())))  # what is written today
+    assert again == progress
+    assert {"execution", "rollbacks", "target_tokens", "initialization"} <= set(progress.state())
+
+
 # ---- runs -----------------------------------------------------------------------------------------------------------
 
 
@@ -259,6 +281,21 @@ def test_an_interrupted_run_goes_on_to_the_same_end(interrupted, examples, tiny_
         np.testing.assert_array_equal(factors.A, two[path].A)
         np.testing.assert_array_equal(factors.B, two[path].B)
     assert not (interrupted / FOLDER).exists()  # a finished run needs them no more
+
+
+def test_a_run_of_the_release_before_is_resumed(examples, tiny_base, tmp_path):
+    shutil.copytree(OLD_RUN, tmp_path / "run")
+    config = (OLD_RUN / "config.yaml").read_text()
+    config = config.replace("data: mine.jsonl", f"data: {examples}").replace("out: run", f"out: {tmp_path / 'run'}")
+    config = config.replace("base: tests/fixtures/gguf/smollm2.gguf", f"base: {tiny_base}")
+    (tmp_path / "run" / "config.yaml").write_text(config)
+    report = thimble.train(out=str(tmp_path / "run"), resume=True)
+    assert (report.status, report.steps) == ("done", 6)
+    assert report.loss_base == pytest.approx(6.280394, abs=1e-4)  # as it was measured then
+    ours, expected = load_adapter(tmp_path / "run").layers, load_adapter(OLD_RUN / "expected").layers
+    for path, factors in expected.items():
+        np.testing.assert_allclose(ours[path].A, factors.A, atol=1e-3)
+        np.testing.assert_allclose(ours[path].B, factors.B, atol=1e-3)
 
 
 def test_resuming_with_other_data_is_refused_unless_asked_for(interrupted, examples):

@@ -1,4 +1,4 @@
-"""What takes a run back, and what ends it."""
+"""What rolls a run back, and what ends it."""
 
 import json
 import math
@@ -23,7 +23,7 @@ def steady(guard, count=40, low=2.0):
         (30.0, 1.0, "the loss rose from 2.00 to 30.00"),
     ],
 )
-def test_a_bad_step_is_left_out_and_two_in_a_row_take_the_run_back(loss, norm, why):
+def test_a_bad_step_is_left_out_and_two_in_a_row_roll_the_run_back(loss, norm, why):
     guard = Guard()
     steady(guard)
     assert guard.judge(loss, norm) is Verdict.SKIP
@@ -34,7 +34,7 @@ def test_a_bad_step_is_left_out_and_two_in_a_row_take_the_run_back(loss, norm, w
     assert guard.rate == 0.5
 
 
-def test_a_single_spike_is_learned_from_and_several_in_a_row_take_the_run_back():
+def test_a_single_spike_is_trained_on_and_several_in_a_row_roll_the_run_back():
     guard = Guard()
     steady(guard)
     assert guard.judge(3.2, 1.0) is Verdict.TAKE
@@ -72,11 +72,11 @@ def test_uneven_rows_and_a_falling_loss_raise_no_alarm():
 
 def test_the_end_comes_when_patience_does():
     plateau = Plateau(patience=2)
-    assert [plateau.hear(step, [loss] * 4) for step, loss in enumerate([3.0, 2.0, 2.1, 1.9, 2.0])] == [
+    assert [plateau.add(step, [loss] * 4) for step, loss in enumerate([3.0, 2.0, 2.1, 1.9, 2.0])] == [
         True, True, False, True, False,
     ]  # fmt: skip
     assert not plateau.is_over
-    plateau.hear(5, [1.95] * 4)
+    plateau.add(5, [1.95] * 4)
     assert plateau.is_over
     assert (plateau.best, plateau.best_step) == (1.9, 3)
 
@@ -87,36 +87,36 @@ def test_noise_among_rows_ends_nothing_and_a_rise_of_all_rows_does():
     for _ in range(100):  # runs of nine measurements, as a run makes
         plateau = Plateau(patience=3)
         for step in range(9):
-            plateau.hear(step, list(rows + random.normal(0, 0.1, 16)))
+            plateau.add(step, list(rows + random.normal(0, 0.1, 16)))
             ended += plateau.is_over
             if plateau.is_over:
                 break
     assert ended <= 5
     plateau = Plateau(patience=3)
-    plateau.hear(0, list(rows))
+    plateau.add(0, list(rows))
     for step in range(1, 4):
-        plateau.hear(step, list(rows + 0.1 + random.normal(0, 0.05, 16)))
+        plateau.add(step, list(rows + 0.1 + random.normal(0, 0.05, 16)))
     assert plateau.is_over
 
 
 def test_without_patience_there_is_no_end():
     plateau = Plateau(patience=0)
     for step in range(20):
-        plateau.hear(step, [1.0 + step] * 4)
+        plateau.add(step, [1.0 + step] * 4)
     assert not plateau.is_over
 
 
 def test_state_survives_json():
     guard, plateau, again = Guard(), Plateau(patience=2), Plateau(patience=2)
     assert repr(Guard.restored(json.loads(json.dumps(guard.state(), allow_nan=False)))) == repr(guard)
-    again.hear(3, [1.0, 2.0])
+    again.add(3, [1.0, 2.0])
     again.restore(json.loads(json.dumps(plateau.state(), allow_nan=False)))
     assert again == plateau
 
 
 def test_a_measurement_that_is_not_finite_is_passed_over():
     plateau = Plateau(patience=1)
-    assert plateau.hear(1, [1.0, 2.0])
+    assert plateau.add(1, [1.0, 2.0])
     for bad in ([math.nan, 1.0], [math.inf, 1.0], [math.nan, math.nan]):
-        assert not plateau.hear(2, bad)
+        assert not plateau.add(2, bad)
     assert (plateau.best, plateau.since, plateau.is_over) == (1.5, 0, False)

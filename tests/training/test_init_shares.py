@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from thimble.config.options import InspectConfig
+from thimble.config.inspect_ import InspectConfig
 from thimble.core.method import parse_init
 from thimble.errors import InputError
 from thimble.events import EventLog, ignore

@@ -10,16 +10,16 @@ import torch
 
 import thimble
 from families import hf_model, make_hf_folder
-from samples import IDS, loss_curves, make_adapter, make_batch, make_rows
+from samples import IDS, Trainer, count, loss_curves, make_adapter, make_batch, make_rows
 from thimble.backends.torch.session import TorchSession
-from thimble.config.options import TrainConfig
+from thimble.config.train import TrainConfig
 from thimble.core.lowrank import delta
 from thimble.core.method import INITS, parse_init
 from thimble.errors import ConfigError, InputError
 from thimble.events import EventLog, ignore
 from thimble.files.peft import load_adapter, save_adapter
 from thimble.models.base import open_base
-from thimble.models.cost import ExecutionPlan
+from thimble.models.execution import ExecutionPlan
 from thimble.training.calibration import CalibrationData
 from thimble.training.initialise import check_init, initialise
 
@@ -38,7 +38,7 @@ def checked(base, store="dense", **options):
 def initialised(base, session, config, sizes):
     rows, log = make_rows(), EventLog(ignore)
     data = CalibrationData.of_steps(
-        rows[:4], lambda step: [step % 4], 2, general_rows=rows[4:], micro_tokens=512,
+        rows[:4], lambda step: [step % 4], 2, general_rows=rows[4:], execution=ExecutionPlan("dense", micro_tokens=512),
         shapes=base.spec.linear_shapes(), seed=config.seed,
     )  # fmt: skip
     return initialise(parse_init(config.init), config, sizes, data, session, log), log
@@ -46,19 +46,9 @@ def initialised(base, session, config, sizes):
 
 def started(base, store="dense", **options):
     config, sizes = checked(base, store, **options)
-    session = TorchSession(base, "fp32", ExecutionPlan(store))
+    session = TorchSession(base, "fp32", store)
     begun, log = initialised(base, session, config, sizes)
     return begun, session, log
-
-
-def steps_of(session, count):
-    losses = []
-    for _ in range(count):
-        batch = make_batch()
-        gradients = session.gradients([[batch]], int((batch.labels >= 0).sum()))
-        session.apply(gradients, 1e-3, 1.0)
-        losses.append(gradients.loss.mean)
-    return losses
 
 
 def peft_logits(folder):
@@ -78,18 +68,18 @@ def test_an_init_leaves_the_base_alone_and_ends_as_an_adapter_of_peft(init, use_
     base = open_base(make_hf_folder("llama", tmp_path / "base"))
     begun, session, _ = started(base, init=init, use_dora=use_dora)
     bare = session.logits(IDS)
-    session.train(begun.adapter)
-    at_start = session.logits(IDS)
+    trainer = Trainer(session, begun.adapter)
+    at_start = trainer.logits(IDS)
     if INITS[init].changes_base:
         assert np.abs(at_start - bare).max() > 1e-3
     else:
         np.testing.assert_allclose(at_start, bare, atol=1e-4)
-    session.switch(False)
     np.testing.assert_array_equal(session.logits(IDS), bare)
-    session.switch(True)
-    steps_of(session, 3)
-    save_adapter(session.adapter(), tmp_path / "adapter")
-    ours = session.logits(IDS)
+    for _ in range(3):
+        batch = make_batch()
+        trainer.step(batch, 1e-3, count(batch))
+    save_adapter(trainer.adapter, tmp_path / "adapter")
+    ours = trainer.logits(IDS)
     assert np.abs(ours - at_start).max() > 1e-3
     np.testing.assert_allclose(peft_logits(tmp_path / "adapter"), ours, atol=1e-4)
 
@@ -109,10 +99,8 @@ def test_a_warm_start_goes_on_where_the_adapter_ended(tmp_path):
     adapter = make_adapter(base)
     save_adapter(adapter, tmp_path / "first")
     begun, session, _ = started(base, init=f"adapter:{tmp_path / 'first'}")
-    session.attach(adapter)
-    expected = session.logits(IDS)
-    session.train(begun.adapter)
-    np.testing.assert_array_equal(session.logits(IDS), expected)
+    expected = session.logits(IDS, session.load(adapter))
+    np.testing.assert_array_equal(session.logits(IDS, session.load(begun.adapter)), expected)
 
 
 # ---- as PEFT has them -----------------------------------------------------------------------------------------------
@@ -125,13 +113,12 @@ def test_twenty_steps_follow_those_of_peft_which_takes_the_piece_out_of_the_weig
     base = open_base(make_hf_folder("llama", tmp_path / "base"))
     begun, session, _ = started(base, init=init)
     bare = session.logits(IDS)
-    session.train(begun.adapter)
     config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=theirs, task_type="CAUSAL_LM")
     model = get_peft_model(hf_model("llama"), config)
     with torch.no_grad():
         found = model(torch.from_numpy(IDS.astype(np.int64))[None]).logits[0].numpy()
     np.testing.assert_allclose(found, bare, atol=1e-4)
-    ours, expected = loss_curves(session, model, 20, 1e-3)
+    ours, expected = loss_curves(Trainer(session, begun.adapter), model, 20, 1e-3)
     assert ours[0] - ours[-1] > 0.2
     np.testing.assert_allclose(ours, expected, atol=1e-3)
 
@@ -172,7 +159,7 @@ def test_weights_that_cannot_be_decomposed_are_refused_before_anything_is_writte
     path = "model.layers.1.mlp.up_proj"
     broken = np.full((32, 32), value, np.float32)
     config, sizes = checked(base, init="pissa")
-    session = TorchSession(base, "fp32", ExecutionPlan("dense"))
+    session = TorchSession(base)
     monkeypatch.setattr(session, "file_weight", lambda name: broken if name == path else np.ones((32, 32), np.float32))
     with pytest.raises(InputError, match=f"{path} {said}: init pissa decomposes it"):
         initialised(base, session, config, sizes)

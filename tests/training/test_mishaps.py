@@ -1,4 +1,4 @@
-"""What happens around a run: full disks, memory that runs out, low batteries, Ctrl-Z, damaged bases, dirty rows."""
+"""What happens around a run: full disks, memory that runs out, Ctrl-Z, damaged bases, dirty rows."""
 
 import errno
 import json
@@ -15,15 +15,12 @@ import pytest
 import thimble
 from thimble.backends.torch.session import TorchSession
 from thimble.commands import train as command
+from thimble.core.metrics import LossSum
 from thimble.errors import ConfigError, RunError
-from thimble.events import EventLog
 from thimble.files.tensors import open_tensors
-from thimble.models import machine
-from thimble.models.machine import Battery
-from thimble.training import plan as planning
-from thimble.training import run_folder
+from thimble.training import memory_plan, run_folder, sink
 from thimble.training.checkpoint import latest_checkpoint, locked
-from thimble.training.waiting import Waiting
+from thimble.training.tasks import text
 
 QUICK = {"seq_len": 64, "batch_tokens": 64, "max_steps": 8, "max_new_tokens": 2, "compute": "fp32", "rank": 4}
 FULL = OSError(errno.ENOSPC, "No space left on device")
@@ -45,7 +42,7 @@ def adapter_of(folder):
 
 
 def test_a_checkpoint_that_cannot_be_written_does_not_end_the_run(train, tmp_path, monkeypatch):
-    whole, times = command.save_checkpoint, []
+    whole, times = sink.save_checkpoint, []
 
     def save(*args):
         times.append(args[1])
@@ -53,7 +50,7 @@ def test_a_checkpoint_that_cannot_be_written_does_not_end_the_run(train, tmp_pat
             raise FULL
         whole(*args)
 
-    monkeypatch.setattr(command, "save_checkpoint", save)
+    monkeypatch.setattr(sink, "save_checkpoint", save)
     report = train(checkpoint_every_steps=2)
     assert (report.status, report.steps, times) == ("done", 8, [2, 4, 6, 8])
     warnings = [text for text in report.messages["warning"] if "cannot be written" in text]
@@ -97,14 +94,14 @@ def scarce(monkeypatch):
     """Let memory run out in micro-batches of more than so many tokens."""
 
     def limit(most_tokens):
-        whole = TorchSession._add_gradients
+        true = TorchSession.gradient
 
-        def add(session, share):
-            if max(len(batch.ids) for batch in share) > most_tokens:
+        def gradient(session, state, work, *rest):
+            if max(batch.tokens for share in work.shares for batch in share) > most_tokens:
                 raise MemoryError("you tried to allocate 12345 bytes")
-            return whole(session, share)
+            return true(session, state, work, *rest)
 
-        monkeypatch.setattr(TorchSession, "_add_gradients", add)
+        monkeypatch.setattr(TorchSession, "gradient", gradient)
 
     return limit
 
@@ -142,105 +139,23 @@ def test_torch_telling_of_memory_is_understood():
         out_of_memory(refuse)("shapes do not match")
 
 
-def test_memory_that_runs_out_while_the_result_is_measured_does_not_cost_the_adapter(train, tmp_path, monkeypatch):
-    from thimble.training.before_after import Proof
-
-    monkeypatch.setattr(Proof, "after", lambda self: (_ for _ in ()).throw(MemoryError("of 5 GB")))
-    report = train()
-    assert report.status == "done"
-    assert any("memory ran out while the result was measured (of 5 GB)" in text for text in report.messages["warning"])
-    assert adapter_of(tmp_path / "run")
-
-
 def test_what_is_measured_after_a_smaller_step_is_measured_in_smaller_parts(train, monkeypatch, scarce):
-    from thimble.training.before_after import Proof
+    """Base and result are measured with the execution plan there is at that time."""
+    true, found = text.measure, []
 
-    ways = []
-    monkeypatch.setattr(
-        Proof, "after", lambda self: ways.append((self.run_plan.execution, self.run_plan.validation.pass_tokens))
-    )
+    def measure(session, adapter, validation, execution, *rest):
+        found.append(execution.micro_tokens)
+        return true(session, adapter, validation, execution, *rest)
+
+    monkeypatch.setattr(text, "measure", measure)
     scarce(128)
     train(batch_tokens=256, seq_len=64)
-    ((execution, tokens),) = ways
-    assert execution.micro_tokens == tokens <= 128
+    before, after = found
+    assert before == 256
+    assert after <= 128
 
 
-# ---- waiting --------------------------------------------------------------------------------------------------------
-
-
-def test_a_run_that_is_asked_to_wait_saves_a_checkpoint_and_goes_on(train, tmp_path, monkeypatch):
-    found = []
-    monkeypatch.setattr(Waiting, "wait", lambda self: found.append(latest_checkpoint(tmp_path / "run")) or 1000.0)
-    asked = []
-
-    def should_wait():
-        asked.append(1)
-        return "somebody wants the machine" if len(asked) == 4 else ""
-
-    report = train(should_wait=should_wait)
-    assert found[0].step == 4
-    assert any("paused after step 4, with a checkpoint: somebody wants" in text for text in report.messages["warning"])
-    assert report.seconds < 0  # a pause, here of a thousand seconds, is not training
-    train("other")
-    assert adapter_of(tmp_path / "run") == adapter_of(tmp_path / "other")
-
-
-def test_a_run_can_be_left_while_it_waits(train):
-    paused = []
-    report = train(
-        should_wait=lambda: "rest" if paused or not paused.append(1) else "", should_stop=lambda: len(paused) > 0
-    )
-    assert report.status == "interrupted"
-
-
-def power(folder, name, **values):
-    (folder / name).mkdir(parents=True, exist_ok=True)
-    for key, value in values.items():
-        (folder / name / key).write_text(f"{value}\n")
-
-
-def test_the_battery_is_read_where_the_system_tells_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(machine, "POWER", tmp_path)
-    assert machine.battery() is None
-    power(tmp_path, "hidpp_battery_0", type="Battery", scope="Device", status="Discharging", capacity=5)
-    assert machine.battery() is None  # a mouse
-    power(tmp_path, "BAT0", type="Battery", status="Discharging", capacity=4)
-    assert machine.battery() == Battery(4, True)
-    power(tmp_path, "BAT1", type="Battery", status="Unknown", capacity=94)
-    assert machine.battery() == Battery(49, True)  # together they last
-    power(tmp_path, "AC", type="Mains", online=1)
-    assert machine.battery() == Battery(49, False)
-    power(tmp_path, "BAT0", capacity="unknown")
-    power(tmp_path, "BAT1", capacity="unknown")
-    assert machine.battery() is None
-
-
-def test_a_low_battery_pauses_until_it_is_charged(monkeypatch):
-    monkeypatch.setattr("thimble.training.waiting.LOOK_SECONDS", 0.0)
-    levels = iter([Battery(30, True), Battery(9, True), Battery(9, True), Battery(12, True), Battery(12, False)])
-    waiting = Waiting(lambda: "", lambda: False, EventLog(lambda event: None), lambda: next(levels))
-    assert waiting.why() == ""
-    assert waiting.why() == "the battery is at 9 % and nothing charges it"
-    waiting.wait()
-    assert next(levels, None) is None  # 12 % was not enough while nothing charged it
-
-
-def test_a_processor_that_slows_itself_down_is_told_of_once(tmp_path, monkeypatch):
-    count = tmp_path / "cpu0" / "thermal_throttle" / "core_throttle_count"
-    count.parent.mkdir(parents=True)
-    count.write_text("7\n")
-    monkeypatch.setattr(machine, "CORES", tmp_path)
-    monkeypatch.setattr("thimble.training.waiting.HEAT_SECONDS", 0.0)
-    log = EventLog(lambda event: None)
-    waiting = Waiting(lambda: "", lambda: False, log)
-    waiting.watch_heat()
-    assert log.messages["warning"] == []
-    for hot in ("8\n", "9\n"):
-        count.write_text(hot)
-        waiting.watch_heat()
-    assert log.messages["warning"] == [
-        "the processor is hot and slows itself down: steps take longer until it is cooler"
-    ]
+# ---- pauses --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -301,11 +216,9 @@ def test_a_base_with_a_weight_that_is_not_finite_is_named_before_anything_is_lea
 
 @pytest.mark.parametrize(("loss", "is_odd"), [(8.0, False), (12.0, True)])
 def test_a_base_that_is_far_worse_than_guessing_on_the_rows_is_warned_of(train, monkeypatch, loss, is_odd):
-    from thimble.training.before_after import Proof
-
-    monkeypatch.setattr(Proof, "_measure", lambda self: (loss, []))  # guessing among its 320 tokens: 5.8
+    monkeypatch.setattr(text, "measure", lambda *a: (LossSum(loss, 1), []))  # guessing among its 320 tokens: 5.8
     warnings = train().messages["warning"]
-    assert any("on the validation rows, worse than guessing" in text for text in warnings) == is_odd
+    assert any("on the validation rows, worse than guessing" in told for told in warnings) == is_odd
 
 
 def test_rows_that_are_left_out_are_listed_with_the_reason(tiny_base, tmp_path):
@@ -351,9 +264,9 @@ def test_a_resumed_run_takes_its_steps_as_it_began_them(train, tmp_path, monkeyp
         valid_split=0, batch_tokens=256, should_stop=lambda: len(taken) >= 3,
         on_event=lambda event: taken.append(1) if event.kind == "step" else None,
     )  # fmt: skip
-    plans = planning._execution_plans
+    plans = memory_plan.execution_plans
     monkeypatch.setattr(
-        planning, "_execution_plans", lambda *a: plans(*a)[-1:]
+        memory_plan, "execution_plans", lambda *a: plans(*a)[-1:]
     )  # as if the machine had little memory free today
     report = train(valid_split=0, batch_tokens=256, resume=True)
     assert not any("digits" in text for text in report.messages["warning"])

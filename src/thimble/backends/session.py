@@ -16,7 +16,7 @@ from thimble.core.adapter import Adapter
 from thimble.core.method import Method
 from thimble.core.metrics import LossSum
 from thimble.data.batches import Batch
-from thimble.models.cost import ExecutionPlan
+from thimble.models.execution import ExecutionPlan
 
 
 class LayerInfo(NamedTuple):
@@ -68,6 +68,50 @@ class Objective:
 
     kl_weight: float = 0.0
     kl_reference: Any = None
+
+
+class ForwardRow(NamedTuple):
+    """A row of a forward pass: some tokens of one request.
+
+    Attributes:
+        tokens: How many.
+        slot: Of the key-value cache, which the row adds them to.
+        position: Of the first of them; what the slot holds before it is seen by all of them.
+        end: Tokens that the request may come to in all: some rotary embeddings depend on it.
+        adapter: That these tokens have.
+    """
+
+    tokens: int
+    slot: int
+    position: int
+    end: int
+    adapter: "ActiveAdapter"
+
+
+class Prompt(NamedTuple):
+    """Rows that are read in one pass, and what is wanted of them.
+
+    Attributes:
+        ids: int32 (T,), the tokens of all rows.
+        rows: They share one kind: all begin their requests, or a single one continues.
+        ends: Places in `ids` after which next-token logits are wanted.
+        labels: int32 (T,), as in a Batch, if their loss is wanted too.
+    """
+
+    ids: NDArray[np.int32]
+    rows: Sequence[ForwardRow]
+    ends: Sequence[int]
+    labels: NDArray[np.int32] | None = None
+
+
+class KeyValueCache(Protocol):
+    """Keys and values of the tokens that requests have read, a slot for each request."""
+
+    def reserve(self, slots: int, capacity: int) -> None:
+        """Make room for so many slots of so many tokens; what is there stays."""
+
+    def move(self, source: int, target: int) -> None:
+        """Copy a slot over another."""
 
 
 class ActiveAdapter(Protocol):
@@ -153,3 +197,14 @@ class Session(Protocol):
 
     def release(self) -> None:
         """Give back the memory of activations and temporaries."""
+
+    def new_cache(self) -> KeyValueCache:
+        """An empty key-value cache."""
+
+    def prefill(
+        self, prompts: Sequence[Prompt], cache: KeyValueCache, num_workers: int
+    ) -> list[tuple[NDArray[np.float32], LossSum]]:
+        """Read prompts into their slots, in parallel: logits float32 (ends, vocabulary) and summed loss of each."""
+
+    def decode(self, tokens: Sequence[int], rows: Sequence[ForwardRow], cache: KeyValueCache) -> NDArray[np.float32]:
+        """Read one token of each row; rows stand in slots 0, 1, 2 ... Returns logits, float32 (rows, vocabulary)."""

@@ -3,30 +3,25 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from thimble.config.options import EvaluateConfig
+from thimble.backends.open import choose_store, open_session
+from thimble.backends.session import Session
+from thimble.config.evaluate import EvaluateConfig
 from thimble.core.adapter import Adapter
 from thimble.core.metrics import Metric
+from thimble.data.examples import Examples, encode_examples, log_skipped, open_data
+from thimble.data.model import Model, open_model
 from thimble.data.records import Dataset, Record
 from thimble.data.spool import Items
 from thimble.errors import Problems, plural
 from thimble.events import EventLog, OnEvent, ShouldStop, ignore, never
-from thimble.models.cost import ExecutionPlan, cache_token_bytes
+from thimble.models.adapters import open_adapters
+from thimble.models.cost import cache_token_bytes
+from thimble.models.execution import ExecutionPlan
 from thimble.training.evaluation import Question, ValidationSet, choose_metric, make_questions, measure, scores_of
-from thimble.training.prepare import (
-    Examples,
-    Model,
-    choose_store,
-    encode_examples,
-    log_skipped,
-    open_adapters,
-    open_data,
-    open_model,
-    open_session,
-)
 
 SHOWN_ANSWERS = 3
-PASS_TOKENS = 1024  # read at a time on a core
-CACHE_BYTES = 750_000_000  # for what is remembered while answering
+PASS_TOKENS = 1024  # of a batch, which one worker runs
+CACHE_BYTES = 750_000_000  # for keys and values while answering
 
 
 @dataclass
@@ -35,7 +30,7 @@ class Result:
 
     Attributes:
         name: `base`, or the adapter folder.
-        loss: Nats per label token.
+        loss: Nats per target token.
         perplexity: exp of the loss.
         target_tokens: Tokens the loss was taken over.
         scores: Metrics, 0 to 1.
@@ -78,7 +73,7 @@ def evaluate(config: EvaluateConfig, on_event: OnEvent = ignore, should_stop: Sh
 
     Args:
         config: The options.
-        on_event: Hears of progress.
+        on_event: Called with progress.
         should_stop: Asked between batches; what is measured by then is returned.
 
     Returns:
@@ -89,31 +84,37 @@ def evaluate(config: EvaluateConfig, on_event: OnEvent = ignore, should_stop: Sh
     """
     log = EventLog(on_event)
     model, examples, adapters, questions, (metric_name, metric) = _prepare(config, log)
-    from thimble.backends.torch.compute import choose_compute
-    from thimble.backends.torch.threads import num_cores
-
-    compute, why = choose_compute(config.compute)
-    stores, why_store = choose_store(config, model.base, compute)
-    log.decision(f"compute: {why}")
-    log.decision(why_store)
-    session = open_session(model, compute, ExecutionPlan(stores[0], num_cores()))
+    session, compute, execution = _open(config, model, log)
     validation = ValidationSet(
         examples.valid, questions if metric else questions[:SHOWN_ANSWERS], metric, model.tokenizer,
-        config.max_new_tokens, PASS_TOKENS, CACHE_BYTES // cache_token_bytes(model.base.spec, compute),
+        config.max_new_tokens, cache_tokens=CACHE_BYTES // cache_token_bytes(model.base.spec, compute),
+        planned_tokens=PASS_TOKENS * execution.num_shares,
     )  # fmt: skip
-    results = []
+    results: list[Result] = []
     for name, adapter in {"base": None, **adapters}.items():
         if should_stop():
             break
         log.stage(f"measuring {name}")
-        session.attach(adapter)
-        loss, answers = measure(session, validation, log, should_stop)
+        loss, answers = measure(session, session.load(adapter), validation, execution, log, should_stop)
         shown = [asdict(answer) for answer in answers[:SHOWN_ANSWERS]]
         results.append(Result(name, loss.mean, loss.perplexity, loss.tokens, scores_of(answers), shown))
     answered = len(questions) if metric else 0
     return EvaluateReport(
         config.data, model.base.name, len(examples.valid), answered, metric_name, results, log.messages
     )  # fmt: skip
+
+
+def _open(config: EvaluateConfig, model: Model, log: EventLog) -> tuple[Session, str, ExecutionPlan]:
+    """The session, its compute type, and how batches are run."""
+    from thimble.backends.torch.compute import choose_compute
+    from thimble.backends.torch.threads import num_cores
+
+    compute, why = choose_compute(config.compute)
+    stores, why_store = choose_store(config.store, model.base, compute)
+    log.decision(f"compute: {why}")
+    log.decision(why_store)
+    execution = ExecutionPlan(stores[0], num_cores(), PASS_TOKENS)
+    return open_session(model, compute, stores[0]), compute, execution
 
 
 def _prepare(

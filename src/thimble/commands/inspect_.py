@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from thimble.config.options import InspectConfig
+from thimble.config.inspect_ import InspectConfig
 from thimble.errors import ConfigError, Problems, listing
 from thimble.events import EventLog, OnEvent, ShouldStop, ignore, never
 from thimble.models.base import Base

@@ -4,10 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from thimble.config.options import MergeConfig
+from thimble.config.merge import MergeConfig
 from thimble.core.adapter import Adapter, add_up, conflicts, sum_problems
+from thimble.data.model import find_base
 from thimble.errors import ConfigError, Problems, listing
 from thimble.events import EventLog, OnEvent, ShouldStop, ignore, never
+from thimble.models.adapters import open_adapters
 from thimble.models.base import Base
 from thimble.models.merged import (
     ROUNDING_LIMIT,
@@ -21,7 +23,6 @@ from thimble.models.merged import (
     write_merged,
     write_truncated,
 )  # fmt: skip
-from thimble.training.prepare import find_base, open_adapters
 from thimble.training.run_folder import atomic_folder, check_new_folder
 
 

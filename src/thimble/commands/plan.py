@@ -1,37 +1,13 @@
 """`thimble plan`: what a training run would decide, need and cost, without training."""
 
-import math
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from thimble.config.options import PlanConfig
-from thimble.core.targets import select_layers
+from thimble.config.train import PlanConfig
 from thimble.events import EventLog, OnEvent, ignore
-from thimble.models.cost import (
-    ExecutionPlan,
-    Work,
-    adapter_parameters,
-    estimate_memory,
-    estimate_seconds,
-)
-from thimble.models.machine import Machine, available_bytes, disk_bytes_per_second
-from thimble.training.plan import RunPlan, describe_base, plan_run
-
-
-@dataclass(frozen=True)
-class Alternative:
-    """Another run than the one that was planned.
-
-    Attributes:
-        change: What to change, as options.
-        memory_bytes: Expected peak.
-        seconds_per_step: Expected.
-    """
-
-    change: str
-    memory_bytes: int
-    seconds_per_step: float
+from thimble.models.machine import available_bytes, disk_bytes_per_second
+from thimble.training.alternatives import Alternative, alternatives
+from thimble.training.plan import describe_base, plan_run
 
 
 @dataclass
@@ -40,11 +16,11 @@ class PlanReport:
 
     Attributes:
         base: The base in one line.
-        base_parameters: Numbers in it.
-        adapter_parameters: Numbers that would be trained.
-        rows: Rows to learn from.
+        base_parameters: Parameters of the base.
+        adapter_parameters: Parameters that would be trained.
+        rows: Training rows.
         tokens_per_epoch: Tokens of all of them.
-        target_tokens_per_epoch: Of these, the tokens learned from.
+        target_tokens_per_epoch: Of these, the target tokens.
         longest_row_tokens: The longest row.
         steps: Optimiser steps, or None for a run by the clock.
         memory: Expected peak by part, bytes.
@@ -76,11 +52,11 @@ class PlanReport:
 
 
 def plan(config: PlanConfig, on_event: OnEvent = ignore) -> PlanReport:
-    """Decide everything that `train` would, and count what it would cost; writes nothing.
+    """Decide everything that `train` would, and count what it would cost; write nothing.
 
     Args:
         config: The options of train.
-        on_event: Hears what was decided.
+        on_event: Called with what was decided.
 
     Returns:
         The report.
@@ -108,59 +84,6 @@ def plan(config: PlanConfig, on_event: OnEvent = ignore) -> PlanReport:
         seconds_total=run_plan.seconds_per_step * steps if steps else (run_plan.step_schedule.minutes or 0) * 60,
         tokens_per_second=run_plan.work.tokens / run_plan.seconds_per_step,
         machine={**asdict(rates), "disk_bytes": disk_bytes_per_second(run_plan.model.base.files[0])},
-        alternatives=[
-            other for other in _alternatives(run_plan, rates) if other.memory_bytes <= run_plan.allowed_bytes
-        ],
+        alternatives=list(alternatives(config, run_plan, rates)),
         messages=log.messages,
     )
-
-
-def _alternatives(run_plan: RunPlan, rates: Machine) -> Iterator[Alternative]:
-    """Runs that cost less: in time, in memory or in both."""
-    config, work, execution, base = run_plan.config, run_plan.work, run_plan.execution, run_plan.model.base
-    longest = run_plan.examples.train_report.longest
-
-    def cost(
-        change: str, work: Work, compute: str = config.compute, execution: ExecutionPlan = execution
-    ) -> Alternative:
-        memory = estimate_memory(base, compute, work.trained, longest, execution, work.lowest)
-        return Alternative(change, memory.total, estimate_seconds(base, compute, work, execution, rates))
-
-    if "int8" in rates.flops and config.compute != "int8":
-        yield cost("--compute int8", work, "int8", replace(execution, store="int8"))
-    half = base.spec.num_layers // 2
-    if 0 < half and work.lowest < half:
-        name = f"last-{base.spec.num_layers - half}"
-        some = {path: run_plan.sizes[path] for path in select_layers([name], run_plan.sizes)}
-        trained = adapter_parameters(base.spec, some, config.use_dora)
-        yield cost(f"--targets {name}", replace(work, trained=trained, lowest=half))
-    if execution.checkpointed_blocks < base.spec.num_layers:
-        less = cost("", work, execution=replace(execution, checkpointed_blocks=base.spec.num_layers))
-        yield replace(less, change=f"--memory-budget {math.ceil(less.memory_bytes / 1e8) / 10:.1f}GB")
-    if config.rank is not None and config.rank > 1:
-        yield cost(f"--rank {config.rank // 2}", replace(work, trained=work.trained // 2))
-
-
-def as_table(report: PlanReport) -> list[tuple[str, Any]]:
-    """The figures worth a line each, for people."""
-    memory = ", ".join(f"{name} {size / 1e6:.0f}" for name, size in report.memory.items() if name != "total")
-    share = report.adapter_parameters / report.base_parameters
-    tokens = f"{report.tokens_per_epoch:,} tokens, {report.target_tokens_per_epoch:,} learned"
-    data = f"{report.rows:,} rows, {tokens}; longest row {report.longest_row_tokens:,}"
-    machine = report.machine
-    rates = ", ".join(f"{name} {rate / 1e9:,.0f}" for name, rate in machine["flops"].items())
-    bandwidth = f"memory {machine['copy_bytes'] / 1e9:.0f} GB/s, disk {machine['disk_bytes'] / 1e9:.1f} GB/s"
-    rows = [
-        ("machine", f"{machine['name']}, {machine['cores']} cores; G operations/s: {rates}; {bandwidth}"),
-        ("base", report.base),
-        ("trained", f"{report.adapter_parameters / 1e6:.2f}M parameters ({share:.1%} of the base)"),
-        ("data", data),
-        ("memory", f"{report.memory['total'] / 1e9:.2f} GB of {report.available_bytes / 1e9:.2f} GB free"),
-        ("", f"MB: {memory}"),
-        ("speed", f"{report.tokens_per_second:,.0f} tokens/s, {report.seconds_per_step:.2f} s a step"),
-        ("time", f"{report.seconds_total / 60:.1f} minutes" + (f" for {report.steps:,} steps" if report.steps else "")),
-    ]  # fmt: skip
-    for other in report.alternatives:
-        faster = report.seconds_per_step / other.seconds_per_step
-        rows.append(("or", f"{other.change}: {other.memory_bytes / 1e9:.2f} GB, {faster:.2f} times the speed"))
-    return rows

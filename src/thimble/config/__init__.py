@@ -1,1 +1,1 @@
-"""Every option, declared once; the command line, YAML, Python and the docs follow from it."""
+"""Every option, declared once, in one file a command; the command line, YAML, Python and the docs follow from it."""

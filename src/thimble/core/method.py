@@ -4,6 +4,7 @@ import difflib
 from dataclasses import dataclass, replace
 
 AUTO, ADAPTER = "auto", "adapter"
+AUTO_RANK = 16  # whose number of parameters, and whose scale, rank auto takes
 MOST_SCALE = 1e4  # of an update: more is a slip, or meant to harm
 DORA_RATE = 0.55  # what the default learning rate is multiplied by, from the sweeps of arXiv:2602.04998
 LORA_PLUS_RATE = 0.5  # the same where B learns faster than A (Hayou et al., arXiv:2402.12354, section 5)
@@ -133,6 +134,7 @@ class Method:
         dropout: Share of the inputs of A that is left out at each step, the others growing by as much.
         freezes_a: Train B alone (Zhang et al., LoRA-FA, arXiv:2308.03303, without its correction).
         max_grad_norm: Gradients are scaled down to this global norm.
+        seed: Of dropout.
     """
 
     weight_decay: float = 0.0

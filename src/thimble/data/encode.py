@@ -3,8 +3,8 @@
 import math
 import re
 from array import array
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 from thimble.data.records import Skipped
 from thimble.data.rows import Record
 from thimble.data.spool import Items, Spool
-from thimble.data.template import ChatTemplate, Message
+from thimble.data.template import ChatTemplate, Message, Renderings
 from thimble.data.tokenizer import Tokenizer
 from thimble.data.turns import Piece, Turns
 from thimble.errors import BaseModelError, DataError, listing, plural
 
+MOST_AHEAD = 16  # records whose texts the template writes while those before are encoded
 IGNORED = -100  # label of a position at which nothing is learned
 Ids = NDArray[np.int32]
 OnRecord = Callable[[int, int], None]
@@ -109,12 +110,20 @@ class Encoder:
         stops = [text for text, index in tokenizer.special_tokens.items() if index in tokenizer.stop_ids]
         self._marks = {*MARKERS, *tokenizer.special_tokens}
         self._turns = Turns(template, tokenizer.special_tokens, stops, tokenizer.eos_token) if template else None
+        if template:
+            template.start()
 
-    def encode(self, record: Record) -> list[Row]:
+    def ask(self, record: Record) -> Renderings | None:
+        """Have the template write, in the background, what `encode` reads; None if it reads nothing."""
+        is_written = self._turns is not None and record.text is None
+        return self._turns.ask(record.messages or (), record.tools) if is_written else None
+
+    def encode(self, record: Record, written: Renderings | None = None) -> list[Row]:
         """Encode one record.
 
         Args:
             record: A conversation, a prompt with completion, or a text.
+            written: What `ask` gave for it, if it was asked for ahead.
 
         Returns:
             One row; for a text longer than `seq_len` as many as it takes, each beginning with the last token of the
@@ -126,7 +135,7 @@ class Encoder:
         """
         if record.text is not None:
             return self._text_rows(record)
-        pieces, has_all = self._pieces(record)
+        pieces, has_all = self._pieces(record, written)
         self._count(record, has_all)
         ids, learned = self._tokens(pieces)
         if self._loss_on == "all":
@@ -189,6 +198,10 @@ class Encoder:
             notes.append("the chat template does not know tools: they are written into the system message as JSON")
         if seen["chat"] and template.uses_date:
             notes.append("the chat template writes the date into every prompt: today's rows differ from tomorrow's")
+        if seen["chat"] and template.isolation:
+            notes.append(
+                f"the chat template runs in a process of its own, but this system lets it {template.isolation}"
+            )
         if seen["last only"]:
             notes.append(
                 f"{plural(seen['last only'], 'conversation')}: only the last assistant turn is learned, because the "
@@ -225,12 +238,12 @@ class Encoder:
         )
         self._seen["open"] += last is not None and last not in self._tokenizer.stop_ids
 
-    def _pieces(self, record: Record) -> tuple[list[Piece], bool]:
+    def _pieces(self, record: Record, written: Renderings | None = None) -> tuple[list[Piece], bool]:
         if self._template is None and record.completion is not None:
             end = self._tokenizer.eos_token
             joined = [Piece(record.prompt or "", False), Piece(record.completion, True)]
             return joined + [Piece(end, True)] * bool(end), True
-        return self._require_turns().cut(record.messages or (), record.tools)
+        return self._require_turns().cut(record.messages or (), record.tools, written)
 
     def _count(self, record: Record, has_all: bool) -> None:
         """Remember what was met, for the notes."""
@@ -331,10 +344,10 @@ def encode_all(
     """
     skipped = Skipped(is_strict=True) if skipped is None else skipped
     rows, counted = Spool(_packed, _unpacked), _Counted()
-    for number, record in enumerate(records):
+    for number, (record, written) in enumerate(_asked_ahead(records, encoder)):
         on_record(number, len(records))
         try:
-            for row in encoder.encode(record):
+            for row in encoder.encode(record, written):
                 if counted.hear(row):
                     rows.append(row)
         except DataError as error:
@@ -349,6 +362,16 @@ def encode_all(
             "For plain text set loss_on to auto or all."
         )
     return rows, counted.report()
+
+
+def _asked_ahead(records: Items[Record], encoder: Encoder) -> Iterator[tuple[Record, Renderings | None]]:
+    """Records with what the template writes of them, some of them in advance."""
+    ahead: deque[tuple[Record, Renderings | None]] = deque()
+    for record in records:
+        ahead.append((record, encoder.ask(record)))
+        if len(ahead) > MOST_AHEAD:
+            yield ahead.popleft()
+    yield from ahead
 
 
 class _Counted:

@@ -1,21 +1,28 @@
 """Conversation to text, by the Jinja chat template that came with the base.
 
-A template is a program from an untrusted source: it runs in a sandbox, with its work, its time and its output bounded.
+A template is a program from an untrusted source: it runs in a process of its own, its time, memory and output bounded.
 What templates differ in (a system role, tools, the form of a call's arguments) is found by trying, not by reading them.
 """
 
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
-from thimble.data.sandbox.budget import MAX_CHARACTERS, Budget, RunawayTemplateError
-from thimble.data.sandbox.environment import compile_template, shortened
+from thimble.data.messages import Message, call_id, complete, fold_system, has_tools, renumber
+from thimble.data.template_process import MAX_CHARACTERS, MAX_MEMORY_BYTES, Asked, TemplateProcess
+from thimble.data.template_worker import DIED, EXCESS, FAILED, FORBIDDEN, INVALID, LATER, LONG, TEXT
 from thimble.data.tool_text import write_tools
-from thimble.errors import BaseModelError, DataError
+from thimble.errors import BaseModelError, DataError, listing
 
-Message = Mapping[str, Any]
+Conversation = tuple[Sequence[Message], Sequence[Any] | None]  # messages, tools
+Prefix = tuple[int, bool]  # of a conversation: number of messages, whether the beginning of an answer is behind them
+
+MAX_SOURCE = 1_000_000  # characters of a template
+MAX_REQUEST_BYTES = 16_000_000  # of a conversation as JSON, which takes up to 12 bytes a character
+MAX_SAID = 500  # characters of an error of a template
+LONG_BYTES, LONG_MESSAGES = 100_000, 1000  # from here on a conversation itself may be too much
 
 _USER, _SYSTEM, _RESULT = "probe user text", "probe system text", "probe result text"
 _TOOL = {
@@ -28,11 +35,33 @@ _TOOL = {
 }
 
 
+def _trial_of_tools(arguments: Any) -> Conversation:
+    call = {"type": "function", "id": call_id(0), "function": {"name": "probe_call", "arguments": arguments}}
+    result = {"role": "tool", "name": "probe_call", "tool_call_id": call_id(0), "content": _RESULT}
+    return [_ASKED, {"role": "assistant", "content": "", "tool_calls": [call]}, result], [_TOOL]
+
+
+_ASKED = {"role": "user", "content": _USER}
+_TRIALS: dict[str, Conversation] = {
+    "system": ([{"role": "system", "content": _SYSTEM}, _ASKED], None),
+    "user": ([_ASKED], None),
+    "arguments": _trial_of_tools({"probe_key": "probe_value"}),
+    "arguments as text": _trial_of_tools(json.dumps({"probe_key": "probe_value"})),
+}
+
+
+class UnusableTemplateError(BaseModelError):
+    """A chat template that no conversation can be written with."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"the chat template of the base {what}. Use a base whose template is intact.")
+
+
 class ChatTemplate:
-    """One chat template; rendering is deterministic, the date included."""
+    """One chat template; rendering is deterministic, the date included. Threads may share it."""
 
     def __init__(self, source: str, bos_token: str = "", eos_token: str = "", *, now: datetime | None = None) -> None:
-        """Compile a template.
+        """Take a template; its process starts when it is first needed, or by `start`.
 
         Args:
             source: Jinja source.
@@ -41,12 +70,17 @@ class ChatTemplate:
             now: The time a template may ask for; fixed, so that all rows of a run agree.
 
         Raises:
-            BaseModelError: If the source is not valid Jinja, too long, or asks for other files.
+            BaseModelError: If the source is too long. What else is wrong with it is found when it is first used.
         """
+        if len(source) > MAX_SOURCE:
+            raise UnusableTemplateError(f"has {len(source):,} characters: expected at most {MAX_SOURCE:,}")
         self.source = source
         self._now = now or datetime.now()
-        self._context = {"bos_token": bos_token, "eos_token": eos_token}
-        self._template = compile_template(source, self._now)
+        self._process = TemplateProcess(source, {"bos_token": bos_token, "eos_token": eos_token})
+
+    def start(self) -> None:
+        """Start the process of the template, without waiting for it."""
+        self._process.start()
 
     def render(
         self, messages: Sequence[Message], tools: Sequence[Any] | None = None, add_generation_prompt: bool = False
@@ -65,26 +99,39 @@ class ChatTemplate:
             DataError: If the template refuses this conversation, with its own words.
             BaseModelError: If the template itself goes wrong.
         """
-        messages = _complete(messages)
-        has_tools = tools or any(message["role"] == "tool" or message.get("tool_calls") for message in messages)
-        if has_tools and not self.uses_tools:
-            messages, tools = write_tools(messages, tools), None
-        if not self.takes_system:
-            messages = _fold_system(messages)
-        if not (has_tools and self.uses_tools):
-            return self._run(messages, None, add_generation_prompt)
-        messages = self._with_arguments(messages)
-        try:
-            return self._run(messages, tools, add_generation_prompt)
-        except DataError:
-            # Mistral's templates refuse the ids other services give to calls; any id will do.
-            return self._run(_renumber(messages), tools, add_generation_prompt)
+        prefix = (len(messages), add_generation_prompt)
+        return self.ask(messages, tools, [prefix]).text(prefix)
+
+    def ask(self, messages: Sequence[Message], tools: Sequence[Any] | None, wanted: Sequence[Prefix]) -> "Renderings":
+        """Have prefixes of a conversation written while the caller does something else.
+
+        Args:
+            messages: Conversation in OpenAI form; arguments of calls as objects.
+            tools: Tool definitions in OpenAI form, or None.
+            wanted: The prefixes.
+
+        Returns:
+            The texts to come.
+
+        Raises:
+            BaseModelError: If the template cannot be used at all.
+        """
+        return Renderings(self, messages, tools, wanted)
+
+    @functools.cached_property
+    def isolation(self) -> str | None:
+        """What this system lets a chat template do that it should not; None if nothing."""
+        kind, lacking = self._process.replies(self._process.setup)[0]
+        meant = {
+            "time": "work on for a minute", "memory": "fill the memory", "files": "open files and connections",
+            "calls": "rename and remove files if it gets out of its sandbox",
+        }  # fmt: skip
+        return listing(meant[word] for word in lacking.split()) or None if kind == TEXT else None
 
     @functools.cached_property
     def takes_system(self) -> bool:
         """Whether the template has a place for a system message."""
-        conversation = [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": _USER}]
-        return _SYSTEM in self._try(conversation)
+        return _SYSTEM in self._tried("system")
 
     @functools.cached_property
     def uses_tools(self) -> bool:
@@ -96,9 +143,7 @@ class ChatTemplate:
         """The system prompt the template adds when a conversation has none."""
         if not self.takes_system:
             return None
-        user = {"role": "user", "content": _USER}
-        explicit = self._try([{"role": "system", "content": _SYSTEM}, user])
-        before, _, rest = explicit.partition(_SYSTEM)
+        before, _, rest = self._tried("system").partition(_SYSTEM)
         after = rest.partition(_USER)[0]
         opening = self.opening
         if len(opening) < len(before) + len(after) or not (opening.startswith(before) and opening.endswith(after)):
@@ -108,32 +153,42 @@ class ChatTemplate:
     @functools.cached_property
     def opening(self) -> str:
         """What the template writes before the first user text of a conversation without a system message."""
-        return self._try([{"role": "user", "content": _USER}]).partition(_USER)[0]
+        return self._tried("user").partition(_USER)[0]
 
     @functools.cached_property
     def uses_date(self) -> bool:
         """Whether what the template writes depends on the day."""
         if "strftime_now" not in self.source:
             return False
-        other = ChatTemplate(self.source, **self._context, now=datetime(1999, 1, 2))
-        return other.opening != self.opening
+        other = self._send([_TRIALS["user"]], [(0, 1, False)], datetime(1999, 1, 2))
+        return self._try(other, 0).partition(_USER)[0] != self.opening
 
     @functools.cached_property
     def _argument_form(self) -> type | None:
         """dict or str, the form in which the template wants a call's arguments; None if it knows no tools."""
-        for form in (dict, str):
-            arguments: Any = {"probe_key": "probe_value"}
-            call = {"name": "probe_call", "arguments": arguments if form is dict else json.dumps(arguments)}
-            conversation = [
-                {"role": "user", "content": _USER},
-                {"role": "assistant", "content": "", "tool_calls": [_call(call, 0)]},
-                {"role": "tool", "name": "probe_call", "tool_call_id": _call_id(0), "content": _RESULT},
-            ]
-            text = self._try(conversation, [_TOOL])
-            wanted = ("probe description", "probe_call", "probe_value", _RESULT)
+        wanted = ("probe description", "probe_call", "probe_value", _RESULT)
+        for form, name in ((dict, "arguments"), (str, "arguments as text")):
+            text = self._tried(name)
             if all(word in text for word in wanted) and "{'probe_key'" not in text and '\\"probe_key' not in text:
                 return form
         return None
+
+    def _tried(self, name: str) -> str:
+        """What the template writes for one of `_TRIALS`; nothing if it refuses that."""
+        return self._try(self._trials, list(_TRIALS).index(name))
+
+    def _try(self, asked: Asked, number: int) -> str:
+        try:
+            return self._text(asked, number)
+        except UnusableTemplateError:
+            raise
+        except (DataError, BaseModelError):
+            return ""
+
+    @functools.cached_property
+    def _trials(self) -> Asked:
+        conversations = list(_TRIALS.values())
+        return self._send(conversations, [(index, len(made[0]), False) for index, made in enumerate(conversations)])
 
     def _with_arguments(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
         if self._argument_form is dict:
@@ -148,117 +203,134 @@ class ChatTemplate:
             written.append({**message, "tool_calls": calls} if calls else dict(message))
         return written
 
-    def _try(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> str:
+    def _prepare(self, messages: Sequence[Message], tools: Sequence[Any] | None) -> Conversation:
+        """A conversation and tools as this template takes them."""
+        messages = complete(messages)
+        is_with_tools = has_tools(messages, tools)
+        if is_with_tools and not self.uses_tools:
+            messages, tools = write_tools(messages, tools), None
+        if not self.takes_system:
+            messages = fold_system(messages)
+        if not (is_with_tools and self.uses_tools):
+            return messages, None
+        return self._with_arguments(messages), tools
+
+    def _send(
+        self,
+        conversations: Sequence[Conversation],
+        wanted: Sequence[tuple[int, int, bool]],
+        now: datetime | None = None,
+    ) -> Asked:
+        """Ask for renderings, each (index of the conversation, number of messages, add_generation_prompt)."""
+        request = {"conversations": conversations, "wanted": wanted, "now": (now or self._now).isoformat()}
         try:
-            return self._run(messages, tools, False)
-        except RunawayTemplateError:
-            raise
-        except (DataError, BaseModelError):
-            return ""
+            asked = Asked(request)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise DataError(f"this conversation cannot be given to the chat template of the base: {error}") from error
+        if len(asked.payload) > MAX_REQUEST_BYTES:
+            raise _too_long(asked)
+        self._process.ask(asked)
+        return asked
 
-    def _run(self, messages: Sequence[Message], tools: Sequence[Any] | None, add_generation_prompt: bool) -> str:
-        from jinja2.exceptions import SecurityError, TemplateError
+    def _text(self, asked: Asked, number: int) -> str:
+        """Wait for a text."""
+        kind, said = self._process.replies(asked)[number]
+        if kind == LATER:
+            asked = Asked(asked.request | {"wanted": [asked.request["wanted"][number]]})
+            self._process.ask(asked)
+            return self._text(asked, 0)
+        if kind == TEXT:
+            return said
+        raise _error(kind, said, asked)
 
-        given = {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
+
+class Renderings:
+    """Prefixes of a conversation as a template writes them, asked for together and written in the background.
+
+    Args:
+        template: The template.
+        messages: Conversation in OpenAI form.
+        tools: Tool definitions, or None.
+        wanted: What `text` will be asked for.
+    """
+
+    def __init__(
+        self,
+        template: ChatTemplate,
+        messages: Sequence[Message],
+        tools: Sequence[Any] | None,
+        wanted: Sequence[Prefix],
+    ) -> None:
+        self._template, self._messages, self._tools = template, messages, tools
+        self._places = {prefix: number for number, prefix in enumerate(wanted)}
+        whole = template._prepare(messages, tools)
+        conversations, asked = [whole], []
+        for length, prompt in wanted:
+            part = whole if length == len(messages) else template._prepare(messages[:length], tools)
+            count, is_prefix = len(part[0]), part[1] == whole[1] and part[0] == whole[0][: len(part[0])]
+            asked.append((0 if is_prefix else len(conversations), count, prompt))
+            conversations += [] if is_prefix else [part]
         try:
-            with Budget(messages, tools):
-                return self._write(given | self._context)
-        except (DataError, BaseModelError):
-            raise
-        except SecurityError as error:
-            raise BaseModelError(
-                f"the chat template of the base does what no template may: {shortened(error)}"
-            ) from error
-        except TemplateError as error:
-            raise DataError(f"the chat template of the base refuses this conversation: {shortened(error)}") from error
-        except (RecursionError, MemoryError) as error:
-            raise RunawayTemplateError("it calls itself without end, or fills the memory") from error
-        except Exception as error:  # a program from an untrusted source may raise anything
-            raise DataError(f"the chat template of the base fails on this conversation: {shortened(error)}") from error
+            self._asked: Asked | DataError = template._send(conversations, asked)
+        except DataError as error:
+            self._asked = error  # of this conversation, and not to be told before its turn
 
-    def _write(self, variables: dict[str, Any]) -> str:
-        chunks, length = [], 0
-        # Not by render, which compiles code of its own to tell where an error was.
-        for chunk in self._template.root_render_func(self._template.new_context(variables)):
-            chunks.append(chunk)
-            length += len(chunk)
-            if length > MAX_CHARACTERS:
-                raise DataError(
-                    f"the chat template wrote more than {MAX_CHARACTERS:,} characters: expected one conversation. "
-                    "Shorten it."
-                )
-        return "".join(chunks)
+    def text(self, prefix: Prefix) -> str:
+        """Wait for a text; a prefix that was not wanted is asked for now.
 
+        Args:
+            prefix: Number of messages, and whether to end with the beginning of an assistant turn.
 
-def _complete(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Fill what templates rely on: text content everywhere, and ids that tie results to calls."""
-    completed, waiting, count = [], [], 0
-    for message in messages:
-        message = {**message, "content": message.get("content") or ""}
-        if message.get("tool_calls"):
-            calls = []
-            for call in message["tool_calls"]:
-                calls.append(
-                    {"type": "function", "id": call.get("id") or _call_id(count), "function": call["function"]}
-                )
-                count += 1
-            message["tool_calls"] = calls
-            waiting = [(call["id"], call["function"]["name"]) for call in calls]
-        elif message["role"] == "tool":
-            _answer(message, waiting)
-        completed.append(message)
-    return completed
+        Returns:
+            The text, special tokens written out.
+
+        Raises:
+            DataError: If the template refuses this conversation.
+            BaseModelError: If the template itself goes wrong.
+        """
+        if isinstance(self._asked, DataError):
+            raise self._asked
+        if prefix not in self._places:
+            return Renderings(self._template, self._messages, self._tools, [prefix]).text(prefix)
+        number = self._places[prefix]
+        try:
+            return self._template._text(self._asked, number)
+        except DataError:
+            index, count, prompt = self._asked.request["wanted"][number]
+            messages, tools = self._asked.request["conversations"][index]
+            if not has_tools(messages[:count], tools):
+                raise
+            # Mistral's templates refuse the ids other services give to calls; any id will do.
+            renumbered = (renumber(messages[:count]), tools)
+            return self._template._text(self._template._send([renumbered], [(0, count, prompt)]), 0)
 
 
-def _answer(message: dict[str, Any], waiting: list[tuple[str, str]]) -> None:
-    """Give a tool result the id and name of the call it answers: the named one, else the next without an answer."""
-    known = next((call for call in waiting if call[0] == message.get("tool_call_id")), None)
-    call = known or (waiting[0] if waiting else None)
-    if call is None:
-        return
-    waiting.remove(call)
-    message.setdefault("tool_call_id", call[0])
-    message.setdefault("name", call[1])
+def _error(kind: int, said: str, asked: Asked) -> Exception:
+    """What a reply without a text means to the user."""
+    said = said if len(said) <= MAX_SAID else said[:MAX_SAID] + "..."  # a template may have made it long
+    may_not = f"does what no template may: {said or f'it takes more than {MAX_MEMORY_BYTES / 1e6:g} MB of memory'}"
+    if kind == LONG:
+        return DataError(
+            f"the chat template wrote more than {MAX_CHARACTERS:,} characters: expected one conversation. Shorten it."
+        )
+    if kind == EXCESS and (len(asked.payload) > LONG_BYTES or _count(asked) > LONG_MESSAGES):
+        return _too_long(asked)
+    unusable = {EXCESS: may_not, INVALID: f"is not valid Jinja: {said}", DIED: f"cannot be used: its process {said}"}
+    if kind in unusable:
+        return UnusableTemplateError(unusable[kind])
+    if kind == FORBIDDEN:
+        return BaseModelError(f"the chat template of the base {may_not}")
+    what = "fails on" if kind == FAILED else "refuses"
+    return DataError(f"the chat template of the base {what} this conversation: {said}")
 
 
-def _renumber(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    new: dict[str, str] = {}
-    for message in messages:
-        for call in message.get("tool_calls") or ():
-            new.setdefault(call["id"], _call_id(len(new)))
-    written = []
-    for message in messages:
-        message = dict(message)
-        if message.get("tool_calls"):
-            message["tool_calls"] = [{**call, "id": new[call["id"]]} for call in message["tool_calls"]]
-        if message["role"] == "tool":
-            message["tool_call_id"] = new.get(message.get("tool_call_id", ""), _call_id(0))
-        written.append(message)
-    return written
+def _too_long(asked: Asked) -> DataError:
+    return DataError(
+        f"this conversation of {_count(asked):,} messages and {len(asked.payload):,} bytes is more than the chat "
+        f"template of the base can write in the time and memory it has: expected at most {MAX_CHARACTERS:,} "
+        "characters. Shorten it."
+    )
 
 
-def _call(function: Mapping[str, Any], number: int) -> dict[str, Any]:
-    return {"type": "function", "id": _call_id(number), "function": dict(function)}
-
-
-def _call_id(number: int) -> str:
-    return f"call{number:05d}"  # nine letters and digits: the strictest template accepts nothing else
-
-
-def _fold_system(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Put system text in front of the next user turn, for templates that have no system role."""
-    folded: list[dict[str, Any]] = []
-    pending: list[str] = []
-    for message in messages:
-        if message["role"] == "system":
-            pending.append(message["content"])
-            continue
-        message = dict(message)
-        if pending and message["role"] == "user":
-            message["content"] = "\n\n".join([*pending, message["content"]])
-            pending = []
-        elif pending and not folded:
-            folded.append({"role": "user", "content": "\n\n".join(pending)})
-            pending = []
-        folded.append(message)
-    return folded + ([{"role": "user", "content": "\n\n".join(pending)}] if pending else [])
+def _count(asked: Asked) -> int:
+    return len(asked.request["conversations"][0][0]) if "conversations" in asked.request else 0

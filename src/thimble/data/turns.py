@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 from os.path import commonprefix
 from typing import Any, NamedTuple
 
-from thimble.data.template import ChatTemplate, Message
+from thimble.data.template import ChatTemplate, Message, Renderings
 
 # How thinking begins and ends: generation prompts of some models open it, and an answer without it must close it.
 THINKING = (("<think>", "</think>"), ("<|START_THINKING|>", "<|END_THINKING|>"))
@@ -39,33 +39,56 @@ class Turns:
         self._stops = frozenset(stops)
         self._eos = eos
 
-    def cut(self, messages: Sequence[Message], tools: Sequence[Any] | None) -> tuple[list[Piece], bool]:
+    def ask(self, messages: Sequence[Message], tools: Sequence[Any] | None) -> Renderings:
+        """Have the template write, in the background, all that `cut` reads.
+
+        Args:
+            messages: Conversation in OpenAI form.
+            tools: Tool definitions, or None.
+
+        Returns:
+            What to give to `cut`.
+        """
+        end = _end_of_learned(messages) or len(messages)
+        answers = _answers(messages[:end]) if _end_of_learned(messages) else []
+        turns = [prefix for index in answers for prefix in ((index, True), (index + 1, False))]
+        return self._template.ask(messages[:end], tools, list(dict.fromkeys([(end, False), *turns])))
+
+    def cut(
+        self, messages: Sequence[Message], tools: Sequence[Any] | None, written: Renderings | None = None
+    ) -> tuple[list[Piece], bool]:
         """Cut a conversation behind its last learned turn, into pieces that are given and pieces that are learned.
 
         Args:
             messages: Conversation in OpenAI form; assistant turns of weight 0 are not learned.
             tools: Tool definitions, or None.
+            written: What `ask` gave for both, if they were asked for ahead.
 
         Returns:
             The pieces, and whether all assistant turns are learned: if the template writes earlier turns differently
             once others follow (it strips their thinking), only the last one can be.
         """
-        weights = {index: messages[index].get("weight", 1) for index in _answers(messages)}
-        learned = [index for index, weight in weights.items() if weight]
-        if not learned:
-            return [Piece(self._template.render(messages, tools), False)], True
-        messages = messages[: learned[-1] + 1]
-        text = self._template.render(messages, tools)
-        spans = self._spans(messages, tools, text)
+        written = written or self.ask(messages, tools)
+        end = _end_of_learned(messages)
+        if not end:
+            return [Piece(written.text((len(messages), False)), False)], True
+        messages = messages[:end]
+        are_learned = [bool(messages[index].get("weight", 1)) for index in _answers(messages)]
+        text = written.text((end, False))
+        spans = self._spans(messages, written, text)
         if spans is None:
-            return self._last_turn(messages, tools), len(learned) == 1
-        are_learned = [bool(weights[index]) for index in _answers(messages)]
+            return self._last_turn(messages, written, text), sum(are_learned) == 1
         return self._ended(self._pieces(text[: spans[-1][1]], spans, are_learned)), True
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[Any] | None) -> list[Piece]:
         """Cut a conversation that waits for an answer as `cut` does, so that both give the same tokens."""
-        text = self._template.render(messages, tools, add_generation_prompt=True)
-        spans = self._spans(messages, tools, text) or []
+        turns = [prefix for index in _answers(messages) for prefix in ((index, True), (index + 1, False))]
+        wanted = dict.fromkeys([(len(messages), True), *turns])
+        return self._prompt(messages, self._template.ask(messages, tools, list(wanted)))
+
+    def _prompt(self, messages: Sequence[Message], written: Renderings) -> list[Piece]:
+        text = written.text((len(messages), True))
+        spans = self._spans(messages, written, text) or []
         return self._pieces(text, spans, [False] * len(spans))
 
     def bare(self, text: str) -> str:
@@ -73,15 +96,13 @@ class Turns:
         run = self._ending(text)
         return text[: run[0].start()] if run else text
 
-    def _spans(
-        self, messages: Sequence[Message], tools: Sequence[Any] | None, text: str
-    ) -> list[tuple[int, int]] | None:
+    def _spans(self, messages: Sequence[Message], written: Renderings, text: str) -> list[tuple[int, int]] | None:
         """Begin and end of every assistant turn in the text; None if it does not hold one as the template wrote it."""
         spans = []
         for index in _answers(messages):
-            before = self._template.render(messages[:index], tools, add_generation_prompt=True)
+            before = written.text((index, True))
             is_last = index == len(messages) - 1
-            upto = text if is_last else self._template.render(messages[: index + 1], tools)
+            upto = text if is_last else written.text((index + 1, False))
             end = self._end(upto, len(before), text)
             if not upto.startswith(before) or end is None:
                 return None
@@ -124,10 +145,9 @@ class Turns:
         is_open = not self._ending(pieces[-1].text)
         return [*pieces, Piece(self._eos, True)] if is_open and self._eos else pieces
 
-    def _last_turn(self, messages: Sequence[Message], tools: Sequence[Any] | None) -> list[Piece]:
-        given = self.prompt(messages[:-1], tools)
+    def _last_turn(self, messages: Sequence[Message], written: Renderings, whole: str) -> list[Piece]:
+        given = self._prompt(messages[:-1], written)
         asked = "".join(piece.text for piece in given)
-        whole = self._template.render(messages, tools)
         if whole.startswith(asked):
             answer = whole[len(asked) :]
         else:
@@ -148,6 +168,12 @@ class Turns:
         said, given = ((message.get("content") or "").strip() for message in (messages[-1], messages[-2]))
         place = whole.rfind(said) if said else -1
         return place if given and given in whole[start : max(place, 0)] else start
+
+
+def _end_of_learned(messages: Sequence[Message]) -> int:
+    """Behind which message nothing is learned any more; 0 if nothing is."""
+    learned = [index for index in _answers(messages) if messages[index].get("weight", 1)]
+    return learned[-1] + 1 if learned else 0
 
 
 def _answers(messages: Sequence[Message]) -> list[int]:

@@ -1,11 +1,10 @@
 """How much memory and time a run will need, part by part, before anything is loaded."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
 
 from thimble.core.sizes import (
     BUFFER_TOKENS,
-    MICRO_BATCH_TOKENS,
     PADDED_KEYS,
     TILE,
     WINDOW,
@@ -15,6 +14,7 @@ from thimble.core.sizes import (
 )
 from thimble.core.targets import Size, block_of
 from thimble.models.base import EMBEDDING, HEAD, Base
+from thimble.models.execution import ExecutionPlan
 from thimble.models.machine import Machine
 from thimble.models.spec import DecoderSpec
 
@@ -27,56 +27,12 @@ INT8_COPIES = 3  # of the largest weight, that the library makes to multiply int
 PAGES_AROUND = 65536  # bytes of a file that the system maps around one that is read
 # Shares of a large product's rate that the engine reaches in its kinds of products, and what else was measured.
 REACHED, REACHED_INT8, REACHED_LOW_RANK, REACHED_ATTENTION = 0.9, 0.88, 0.35, 0.7
-MOVES = 3.0  # times that a kept number is read or written in a pass
+MOVES = 3.0  # times that a kept value is read or written in a pass
 OVERHEAD_SECONDS = 1e-3  # of a block's pass
-DECODED = 2.5e9  # numbers per second and core
+DECODED = 2.5e9  # values per second and core
 ONE_SHARE = 1.1  # a step that is not cut into a share a core
-ADAPTER_NUMBER_BYTES = 2 * 3 * 4  # master and two moments, float32, and a copy of the last sound state of them
-SKETCH_NUMBERS = 4  # of a gradient's sketch, for each number of the adapter that is made from it
-
-
-@dataclass(frozen=True)
-class ExecutionPlan:
-    """How the weights are kept, and how the rows of a step are run.
-
-    Attributes:
-        store: `dense`, `int8` or `file`.
-        num_shares: Micro-batches that run in parallel.
-        micro_tokens: Most tokens of a micro-batch.
-        tokens_at_once: Most tokens of all that run in parallel.
-        checkpointed_blocks: Blocks that keep only their input for the backward pass.
-        is_streamed: Weights are read from the file for each product and not kept.
-        num_sizes: Sizes in which batches of uneven rows come, about.
-    """
-
-    store: str
-    num_shares: int = 1
-    micro_tokens: int = MICRO_BATCH_TOKENS[0]
-    tokens_at_once: int = MICRO_BATCH_TOKENS[0]
-    checkpointed_blocks: int = 0
-    is_streamed: bool = False
-    num_sizes: int = 1
-
-    def relative_cost(self, num_blocks: int, cores: int) -> float:
-        """Time of a step against the fastest way, about: by constants, so that the choice of a way does not change with
-        what was measured this week, and a run resumed elsewhere sums in the same order.
-        """
-        slow = 1 + 0.3 * self.checkpointed_blocks / num_blocks
-        slow *= 1.0 if self.num_shares >= min(2, cores) else 1.2
-        slow *= 1.0 if self.micro_tokens >= MICRO_BATCH_TOKENS[0] else 1.05
-        return slow * (1.15 if self.is_streamed else 1.0) * (1.1 if self.store == "int8" else 1.0)
-
-    def described(self) -> str:
-        """How a step is run, in words."""
-        again = f", {self.checkpointed_blocks} blocks computed again" if self.checkpointed_blocks else ""
-        streamed = ", weights read from the file each time" if self.is_streamed else ""
-        return f"{self.store}, {self.micro_tokens} tokens at a time, {self.num_shares} in parallel{again}{streamed}"
-
-    def smaller(self, longest: int) -> "ExecutionPlan | None":
-        """The next way that takes less memory, for rows of at most so many tokens; None if there is none."""
-        if self.micro_tokens > longest:
-            return replace(self, micro_tokens=max(longest, self.micro_tokens // 2))
-        return replace(self, num_shares=self.num_shares // 2) if self.num_shares > 1 else None
+ADAPTER_NUMBER_BYTES = 2 * 3 * 4  # master and two moments, float32, and a copy of their last valid state
+SKETCH_NUMBERS = 4  # of a gradient's sketch, for each parameter of the adapter that is made from it
 
 
 @dataclass(frozen=True)
@@ -86,7 +42,7 @@ class MemoryPlan:
     Attributes:
         process: The interpreter, its libraries, and the products they keep compiled.
         weights: Frozen weights in memory, or the pages of the memory-mapped file.
-        adapter: Adapter, gradients and optimiser, and what a start in delta form takes off.
+        adapter: Adapter, gradients and optimiser; A₀ and B₀ of the delta form.
         activations: What the forward pass keeps for the backward pass.
         scratch: Decoded weights, logits and the temporaries of one block, on each core.
     """
@@ -108,13 +64,13 @@ class MemoryPlan:
 
 
 def adapter_parameters(spec: DecoderSpec, sizes: Mapping[str, Size], use_dora: bool = False) -> int:
-    """Numbers in an adapter with given sizes of its layers."""
+    """Parameters of an adapter, by the sizes of its layers."""
     shapes = spec.linear_shapes()
     return sum(size.rank * sum(shapes[path]) + use_dora * shapes[path][0] for path, size in sizes.items())
 
 
-def _start_bytes(spec: DecoderSpec, needs: str, trained: int, activations: int) -> int:
-    """What making a start takes, beyond what is there for activations, which only gradients need at that time."""
+def _init_bytes(spec: DecoderSpec, needs: str, trained: int, activations: int) -> int:
+    """What an init takes while it is made, beyond the room for activations, which only gradients need at that time."""
     widths = (spec.hidden_size, spec.q_size, spec.hidden_size, spec.intermediate_size)  # inputs of a block's layers
     largest = max(rows * cols for rows, cols in spec.linear_shapes().values())
     if needs == "inputs":  # second moments of one block, and the decomposition of the largest
@@ -134,41 +90,48 @@ def cache_token_bytes(spec: DecoderSpec, compute: str) -> int:
     return 2 * spec.num_layers * spec.kv_size * COMPUTE_BYTES[compute]
 
 
-def estimate_memory(
-    base: Base,
-    compute: str,
-    trained: int,
-    longest: int,
-    execution: ExecutionPlan,
-    lowest: int = 0,
-    needs: Sequence[str] = (),
-    is_delta: bool = False,
-) -> MemoryPlan:
-    """Expected peak memory of training.
+@dataclass(frozen=True)
+class MemoryInputs:
+    """What the memory of a run depends on, beside its base and its execution plan.
+
+    Attributes:
+        compute: `fp32`, `bf16` or `int8`.
+        trained: Parameters of the adapter.
+        longest: Tokens of the longest row, of training or validation.
+        lowest: Number of the lowest adapted block; those below keep nothing.
+        needs: What the init and the ranks are made of: `weights`, `inputs`, `gradients`, `quantised`.
+        is_delta: Whether the run trains in delta form, which keeps A₀ and B₀.
+    """
+
+    compute: str
+    trained: int
+    longest: int
+    lowest: int = 0
+    needs: tuple[str, ...] = ()
+    is_delta: bool = False
+
+
+def estimate_memory(base: Base, inputs: MemoryInputs, execution: ExecutionPlan) -> MemoryPlan:
+    """Expected peak memory of a run.
 
     Args:
         base: The base.
-        compute: `fp32`, `bf16` or `int8`.
-        trained: Numbers in the adapter.
-        longest: Tokens of the longest row.
+        inputs: What is trained, and how.
         execution: How a step is run.
-        lowest: Number of the lowest adapted block; those below keep nothing.
-        needs: What the start is made of.
-        is_delta: Whether what it starts from is kept and taken off.
 
     Returns:
-        The parts.
+        The parts, in bytes.
     """
-    width = COMPUTE_BYTES[compute]
-    working = 4 + 2 * width if is_delta else 0 if compute == "fp32" else width
+    compute, trained, width = inputs.compute, inputs.trained, COMPUTE_BYTES[inputs.compute]
+    working = 4 + 2 * width if inputs.is_delta else 0 if compute == "fp32" else width
     adapter = trained * (ADAPTER_NUMBER_BYTES + 4 * execution.num_shares + working)
-    activations = _activation_bytes(base.spec, width, execution, lowest)
+    activations = _activation_bytes(base.spec, width, execution, inputs.lowest)
     return MemoryPlan(
         process=PROCESS_BYTES + base.spec.vocab_size * TOKEN_BYTES + _product_bytes(execution),
         weights=_weight_bytes(base, compute, execution),
-        adapter=max([adapter, *(_start_bytes(base.spec, need, trained, activations) for need in needs)]),
+        adapter=max([adapter, *(_init_bytes(base.spec, need, trained, activations) for need in inputs.needs)]),
         activations=activations,
-        scratch=execution.num_shares * _scratch_bytes(base, compute, longest, execution),
+        scratch=execution.num_shares * _scratch_bytes(base, compute, inputs.longest, execution),
     )
 
 
@@ -193,9 +156,9 @@ def _weight_bytes(base: Base, compute: str, execution: ExecutionPlan) -> int:
 def _activation_bytes(spec: DecoderSpec, width: int, execution: ExecutionPlan, lowest: int) -> int:
     tokens = _rounded(execution.tokens_at_once, execution.num_shares)
     block = 2 * spec.hidden_size + 2 * spec.q_size + 2 * spec.kv_size + 2 * spec.intermediate_size
-    recomputed = max(0, execution.checkpointed_blocks - lowest)
-    kept = spec.num_layers - lowest - recomputed
-    inputs = recomputed * spec.hidden_size + (block if recomputed else 0)
+    checkpointed = max(0, execution.checkpointed_blocks - lowest)
+    kept = spec.num_layers - lowest - checkpointed
+    inputs = checkpointed * spec.hidden_size + (block if checkpointed else 0)
     return tokens * width * (block * kept + inputs)
 
 
@@ -205,7 +168,7 @@ def _rounded(tokens: int, shares: int) -> int:
 
 
 def _scratch_bytes(base: Base, compute: str, longest: int, execution: ExecutionPlan) -> int:
-    """What one core needs while it runs a block or the loss, by the names in `torch_backend`."""
+    """What one core needs while it runs a block or the loss, by the names in `backends.torch`."""
     spec, width = base.spec, COMPUTE_BYTES[compute]
     tokens = _rounded(-(-execution.tokens_at_once // execution.num_shares), 1)
     hidden, inner, heads = spec.hidden_size, spec.intermediate_size, spec.q_size + 2 * spec.kv_size
@@ -244,14 +207,14 @@ def _stacked_shapes(spec: DecoderSpec) -> list[tuple[int, int]]:
 
 
 @dataclass(frozen=True)
-class Work:
+class StepWork:
     """What a training step does, as far as its time depends on it.
 
     Attributes:
-        tokens: Read in a step.
-        target_tokens: Learned from in a step.
+        tokens: Of all rows of a step.
+        target_tokens: Of these, the target tokens.
         row_tokens: Length of a typical row, by which attention's work goes.
-        trained: Numbers in the adapter.
+        trained: Parameters of the adapter.
         lowest: Number of the lowest adapted block; nothing goes back through those below.
     """
 
@@ -262,7 +225,7 @@ class Work:
     lowest: int = 0
 
 
-def estimate_seconds(base: Base, compute: str, work: Work, execution: ExecutionPlan, machine: Machine) -> float:
+def estimate_seconds(base: Base, compute: str, work: StepWork, execution: ExecutionPlan, machine: Machine) -> float:
     """Expected seconds of a training step.
 
     The products are counted, at the rates of this machine and the shares of them that the engine was measured to
@@ -281,8 +244,8 @@ def estimate_seconds(base: Base, compute: str, work: Work, execution: ExecutionP
     spec, width = base.spec, COMPUTE_BYTES[compute]
     rate = machine.flops.get("fp32" if compute == "fp32" else "bf16") or max(machine.flops.values())
     linears = sum(rows * cols for rows, cols in spec.linear_shapes().values())
-    recomputed = max(0, execution.checkpointed_blocks - work.lowest)
-    passes = 1 + (spec.num_layers - work.lowest + recomputed) / spec.num_layers
+    checkpointed = max(0, execution.checkpointed_blocks - work.lowest)
+    passes = 1 + (spec.num_layers - work.lowest + checkpointed) / spec.num_layers
     frozen = 2 * linears * passes * work.tokens
     seconds = frozen / (machine.flops.get(compute, rate) * (REACHED_INT8 if compute == "int8" else REACHED))
     seconds += 4 * spec.vocab_size * spec.hidden_size * work.target_tokens / (rate * REACHED)

@@ -1,4 +1,4 @@
-"""What this machine can do, as measured, and kept for a while so that nothing is measured twice; and how it is now.
+"""What this machine can do, as measured, and kept for a while so that nothing is measured twice; and its memory.
 
 Knows files and figures; what measures is given to it, since a product needs a framework.
 """
@@ -15,8 +15,6 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 CGROUP = Path("/sys/fs/cgroup")
-POWER = Path("/sys/class/power_supply")
-CORES = Path("/sys/devices/system/cpu")
 STALE_AFTER_SECONDS = 7 * 24 * 3600
 DISK_SAMPLE_BYTES = 1 << 26
 
@@ -121,14 +119,14 @@ def _address_bytes() -> float:
         import resource
 
         limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-        taken = int(_read_line(Path("/proc/self/statm")).split()[0]) * resource.getpagesize()
+        taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     except (ImportError, OSError, ValueError):  # not Linux
         return math.inf
     return math.inf if limit == resource.RLIM_INFINITY else max(0, limit - taken)
 
 
 def peak_memory_bytes() -> int:
-    """Largest resident size of this process so far, memory-mapped pages included; 0 where the system does not log."""
+    """Largest resident size of this process so far, memory-mapped pages included; 0 where the system does not say."""
     try:
         import resource
     except ImportError:
@@ -165,50 +163,3 @@ def _meminfo_bytes(name: str) -> int:
     except OSError:  # not Linux
         pass
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-@dataclass(frozen=True)
-class Battery:
-    """The battery of a laptop.
-
-    Attributes:
-        percent: How full it is, 0 to 100.
-        is_discharging: Whether nothing charges it.
-    """
-
-    percent: int
-    is_discharging: bool
-
-
-def battery() -> Battery | None:
-    """How full the batteries are together; None where there is none, or the system does not log."""
-    supplies = [_supply(folder) for folder in sorted(POWER.glob("*"))]
-    batteries = [told for told in supplies if told.get("type") == "Battery" and told.get("scope") != "Device"]
-    percents = [int(told["capacity"]) for told in batteries if told.get("capacity", "").isdigit()]
-    if not percents:
-        return None
-    is_plugged_in = any(told.get("online") == "1" for told in supplies)
-    is_draining = any(told.get("status") == "Discharging" for told in batteries)
-    return Battery(sum(percents) // len(percents), is_draining and not is_plugged_in)
-
-
-def _supply(folder: Path) -> dict[str, str]:
-    """What the system tells of a battery or a mains adapter; a mouse has a battery too, of scope `Device`."""
-    told = {}
-    for name in ("type", "scope", "status", "capacity", "online"):
-        with contextlib.suppress(OSError, ValueError):
-            told[name] = _read_line(folder / name)
-    return told
-
-
-def count_throttled() -> int | None:
-    """How often the cores have slowed themselves down because they were hot; None where the system does not log."""
-    counts = []
-    for path in CORES.glob("cpu[0-9]*/thermal_throttle/core_throttle_count"):
-        with contextlib.suppress(OSError, ValueError):
-            counts.append(int(_read_line(path)))
-    return sum(counts) if counts else None
-
-
-def _read_line(path: Path) -> str:
-    return path.read_text().strip()

@@ -1,6 +1,6 @@
 """Figures of what `thimble inspect` found, as PNG and SVG: for a page or a talk.
 
-Drawn from the report as plain data. Colours can be told apart with every kind of colour vision (Okabe and Ito's for
+Drawn from reports as plain data. Colours can be told apart with every kind of colour vision (Okabe and Ito's for
 lines; viridis for amounts, purple to orange for signs), and lines also by their dashes.
 """
 
@@ -9,6 +9,8 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
+
+from thimble.report.charts import drawing_style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,7 +34,7 @@ PNG_DOTS_PER_INCH = 160
 WIDTH, HEIGHT = 8.6, 4.6  # inches of a figure with axes
 TITLE_POINTS = 29  # from the axes up to the title
 MOST_TICKS = 16  # numbers of blocks along an axis
-FIGURES = {"base": ("energy",), "adapter": ("moved", "decay", "alignment"), "two adapters": ("overlap",)}
+FIGURES = {"base": ("energy",), "adapter": ("moved", "decay", "alignment"), "two adapters": ("overlap",), "inits": ()}
 
 
 def figure_files(subject: str) -> list[str]:
@@ -50,13 +52,10 @@ def write_figures(folder: Path, report: Report) -> list[str]:
     Returns:
         Paths of the files; none if there is nothing to draw, as of an adapter that moved no layer.
     """
-    import matplotlib
     from matplotlib.figure import Figure
 
     drawn: dict[str, bytes] = {}
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # a user's own matplotlibrc must not change the figures
-        matplotlib.rcParams.update(STYLE)
+    with drawing_style(STYLE):
         for name in filter(lambda name: _has_data(name, report), FIGURES[report["subject"]]):
             figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
             _DRAWN[name](figure, report)
@@ -74,7 +73,7 @@ def write_figures(folder: Path, report: Report) -> list[str]:
 
 
 def _has_data(name: str, report: Report) -> bool:
-    """Whether there is anything to draw: an adapter may have moved nothing, or nothing in the blocks looked at."""
+    """Whether there is anything to draw: an adapter may have changed nothing, or nothing in the blocks measured."""
     if name == "alignment":
         return "written_top" in report["overall"]
     if name == "overlap":

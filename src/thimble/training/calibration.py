@@ -12,20 +12,20 @@ from typing import Any, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from thimble.config.options import TrainConfig
+from thimble.config.train import TrainConfig
 from thimble.core.adapter import Adapter
 from thimble.core.inits import Moments, Sketch
 from thimble.core.lowrank import scale as scale_of
 from thimble.core.lowrank import svd
-from thimble.core.method import Init
+from thimble.core.method import AUTO_RANK, Init
 from thimble.core.targets import Size, share_out
 from thimble.data.batches import Batch, micro_batches
 from thimble.data.encode import Row
 from thimble.data.spool import Items
 from thimble.errors import BaseModelError
 from thimble.events import EventLog
+from thimble.models.execution import ExecutionPlan
 
-AUTO_RANK = 16  # whose number of parameters rank auto shares out when no budget is given
 RANK_SPREAD = 2  # times the mean rank, and a quarter of it, are the bounds of rank auto
 MOST_RANK = 128  # by a share of energy
 CAPABILITY = "calibration"  # what a session with the methods of CalibrationSession names in `capabilities`
@@ -45,12 +45,17 @@ class CalibrationSession(Protocol):
         """Second moments of the inputs of all layers, with the paths of those that share an input."""
 
     def gradient_sketches(
-        self, batches: Sequence[Batch], ranks: Mapping[str, int], is_weighted: bool = False, seed: int = 0
+        self,
+        batches: Sequence[Batch],
+        ranks: Mapping[str, int],
+        is_weighted: bool = False,
+        seed: int = 0,
+        checkpointed_blocks: int = 0,
     ) -> dict[str, Sketch]:
         """Main directions of the gradient of each weight."""
 
     def captured_energy(
-        self, batches: Sequence[Batch], candidates: Mapping[str, Mapping[str, Floats]]
+        self, batches: Sequence[Batch], candidates: Mapping[str, Mapping[str, Floats]], checkpointed_blocks: int = 0
     ) -> dict[str, dict[str, Energy]]:
         """How much of the gradient of each weight lies in the rows of each candidate for A."""
 
@@ -73,7 +78,7 @@ class CalibrationData:
         judging_rows: Training rows that are not among `rows`, on which directions are judged.
         general_rows: General text, on which the base is not to change.
         steps: How many steps' worth `rows` are.
-        micro_tokens: Most tokens of a batch.
+        execution: How many tokens are read at a time, and what is kept of them.
         shapes: (out, in) of each adapted layer by path, in the order of the layers.
         seed: The run's seed.
     """
@@ -82,7 +87,7 @@ class CalibrationData:
     judging_rows: Sequence[Row]
     general_rows: Sequence[Row]
     steps: int
-    micro_tokens: int
+    execution: ExecutionPlan
     shapes: Mapping[str, tuple[int, int]]
     seed: int
 
@@ -158,16 +163,22 @@ class Calibration:
         key = is_weighted, tuple(ranks.items())
         if key not in self._sketches:
             self.log.stage(f"calibrating: gradients over {self.data.steps} steps")
-            found = self.session.gradient_sketches(self._batches(self.data.rows), ranks, is_weighted, self.data.seed)
+            found = self.session.gradient_sketches(
+                self._batches(self.data.rows), ranks, is_weighted=is_weighted, seed=self.data.seed,
+                checkpointed_blocks=self.data.execution.checkpointed_blocks,
+            )  # fmt: skip
             self._sketches = {key: found}
         return self._sketches[key]
 
     def captured(self, candidates: Mapping[str, Mapping[str, Floats]]) -> dict[str, dict[str, Energy]]:
         """How much of the gradient of other rows each candidate for A captures, by candidate and layer path."""
-        return self.session.captured_energy(self._batches(self.data.judging_rows), candidates)
+        batches, execution = self._batches(self.data.judging_rows), self.data.execution
+        return self.session.captured_energy(
+            batches, candidates, checkpointed_blocks=execution.checkpointed_blocks
+        )  # fmt: skip
 
     def _batches(self, rows: Sequence[Row]) -> list[Batch]:
-        return micro_batches(rows, self.data.micro_tokens)
+        return micro_batches(rows, self.data.execution.micro_tokens)
 
 
 # ---- ranks ----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: whole or not at all, on disk before an older one goes, found by looking and never by a pointer.
+"""Checkpoints of a run: atomic, on disk before an older one goes, found by looking and never by a pointer.
 
 A checkpoint is filled in a folder of its own, its manifest of hashes last, which holds its own hash too; everything is
 synced to disk, then the folder is given its name in one step, and that is synced too. After a crash or a power cut
@@ -25,6 +25,7 @@ from thimble.events import EventLog
 from thimble.files.atomic import sync
 from thimble.files.tensors import open_tensors, write_safetensors
 from thimble.models.base import Base
+from thimble.report.keys import with_new_keys
 from thimble.training.run_folder import STEPS, atomic_folder, hash_file, make_folder, read_json, write_json
 
 FOLDER = "checkpoints"
@@ -33,11 +34,14 @@ KEPT = 2
 NAMED = "step-" + "[0-9]" * 8
 UNFINISHED = ".*.tmp"
 HASHED = ("base", "data")
+# Since the release before, in what a run continues with; beside the keys that reports have too.
+RENAMED = {"way": "execution", "recomputed_blocks": "checkpointed_blocks"}
+REWORDED = {"side by side": "in parallel", "blocks computed again": "blocks checkpointed"}
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where a run can be taken up.
+    """Where a run can be resumed.
 
     Attributes:
         step: Steps done.
@@ -57,7 +61,7 @@ class Checkpoint:
 def save_checkpoint(
     folder: Path, step: int, state: Mapping[str, NDArray[Any]], progress: Mapping[str, Any], origin: Mapping[str, str]
 ) -> None:
-    """Publish a checkpoint whole, then remove older ones.
+    """Publish a checkpoint, then remove older ones.
 
     Args:
         folder: The run folder.
@@ -74,12 +78,12 @@ def save_checkpoint(
         shutil.rmtree(target, ignore_errors=True)  # damaged, if it is there
         with atomic_folder(target) as temporary:
             _fill(temporary, state, {"step": step, "progress": dict(progress), "origin": dict(origin)})
-    else:  # a run taken up again from an older one comes to the same state, whose names may not be on disk yet
+    else:  # a run resumed from an older one comes to the same state, whose names may not be on disk yet
         make_folder(place)
         sync(place)
-    # What is newer than this one is damaged, or it would have been gone on from: it must not crowd out sound ones.
-    sound = (path for path in _names(folder) if path < target and _read(path) is not None)
-    kept = {target, *itertools.islice(sound, KEPT - 1)}
+    # What is newer than this one is damaged, or it would have been gone on from: it must not crowd out valid ones.
+    valid = (path for path in _names(folder) if path < target and _read(path) is not None)
+    kept = {target, *itertools.islice(valid, KEPT - 1)}
     for path in _names(folder):
         if path not in kept:
             shutil.rmtree(path, ignore_errors=True)
@@ -103,8 +107,27 @@ def latest_checkpoint(folder: Path) -> Checkpoint | None:
             continue
         tensors = open_tensors(path / STATE)
         state = {name: tensors.read(name) for name in tensors.tensors}
-        return Checkpoint(manifest["step"], state, manifest["progress"], manifest["origin"], tuple(damaged))
+        progress, origin = renamed_progress(manifest["progress"]), renamed_origin(manifest["origin"])
+        return Checkpoint(manifest["step"], state, progress, origin, tuple(damaged))
     return None
+
+
+def renamed_progress(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run continues with, by the names of today: the release before had others."""
+    progress = _renamed(saved)
+    return progress | {name: _renamed(progress[name]) for name in ("execution", "guard") if name in progress}
+
+
+def renamed_origin(saved: Mapping[str, str]) -> dict[str, str]:
+    """What a run was made of, in the words of today."""
+    origin = _renamed(saved)
+    for old, new in REWORDED.items():
+        origin |= {name: text.replace(old, new) for name, text in origin.items() if name == "execution"}
+    return origin
+
+
+def _renamed(values: Mapping[str, Any]) -> dict[str, Any]:
+    return with_new_keys({RENAMED.get(name, name): value for name, value in values.items()})
 
 
 def checkpoint_names(folder: Path) -> list[str]:
@@ -158,7 +181,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a run folder, so that no other run writes to it; released by the system if the process dies.
+    """Hold a run folder, so that no other run writes to it; the system releases it if the process dies.
 
     Args:
         folder: Made if it is not there; if the work fails before anything is in it, it is removed again.
@@ -196,7 +219,7 @@ def _hold(folder: Path) -> int | None:
         except BlockingIOError:
             os.close(handle)
             raise ConfigError(
-                f"out is {folder}, in which another run is at work: wait until it ends, or name another folder"
+                f"--out is {folder}, in which another run is at work: wait until it ends, or name another folder"
             ) from None
         except OSError:
             os.close(handle)
@@ -210,7 +233,7 @@ def origin_of(base: Base, rows: Iterable[Row], **runs_on: str) -> dict[str, str]
 
     Args:
         base: The base.
-        rows: Rows to learn from and held out.
+        rows: Rows of training and validation.
         **runs_on: Versions, cores and the like, which may change the last digits of a result.
 
     Returns:
@@ -228,10 +251,10 @@ def check_origin(checkpoint: Checkpoint, origin: Mapping[str, str], accepts_chan
     """Refuse to go on with another base or other data; say what may make the last digits differ.
 
     Args:
-        checkpoint: Where the run is to be taken up.
+        checkpoint: Where the run is resumed.
         origin: What it would be made of now.
         accepts_changes: Go on all the same.
-        log: Hears of what was left out or has changed.
+        log: Takes what was left out or has changed.
 
     Raises:
         ConfigError: If base or data have changed.

@@ -4,11 +4,12 @@ import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from thimble.backends.session import ActiveAdapter, Session
 from thimble.core.metrics import METRICS, LossSum, Metric, average, parse_tool_calls, valid_json
 from thimble.data.batches import micro_batches
 from thimble.data.encode import IGNORED, Encoder, Row
@@ -16,11 +17,10 @@ from thimble.data.records import Record
 from thimble.data.tokenizer import Tokenizer
 from thimble.errors import ConfigError
 from thimble.events import EventLog, ShouldStop, never
+from thimble.inference.engine import Engine
+from thimble.inference.sampling import SamplingOptions
+from thimble.models.execution import ExecutionPlan
 
-if TYPE_CHECKING:
-    from thimble.backends.torch.session import TorchSession
-
-ROWS_AT_ONCE = 64  # answers written side by side: a step costs little more for many rows than for few
 SHORT_ANSWER_WORDS = 8  # references up to this long are scored by exact match unless the user says otherwise
 
 
@@ -61,8 +61,8 @@ class ValidationSet:
         metric: Scores an answer, or None.
         tokenizer: Turns tokens back into text.
         max_new_tokens: Most tokens of an answer.
-        pass_tokens: Most tokens read at a time on a core.
-        cache_tokens: Most tokens remembered at a time.
+        cache_tokens: Most tokens in the key-value cache.
+        planned_tokens: Tokens read at a time, on all workers, for which that holds; fewer leave less for the cache.
     """
 
     rows: Sequence[Row]
@@ -70,49 +70,65 @@ class ValidationSet:
     metric: Metric | None
     tokenizer: Tokenizer
     max_new_tokens: int
-    pass_tokens: int
     cache_tokens: int
+    planned_tokens: int
 
 
 def measure(
-    session: "TorchSession", validation: ValidationSet, log: EventLog, should_stop: ShouldStop = never
+    session: Session,
+    adapter: ActiveAdapter,
+    validation: ValidationSet,
+    execution: ExecutionPlan,
+    log: EventLog,
+    should_stop: ShouldStop = never,
 ) -> tuple[LossSum, list[Answer]]:
-    """Take the loss over all rows and answer the questions, greedily, longest first so that groups are even.
+    """Take the loss over all rows and answer the questions, greedily.
 
     Rows that begin with a question are read once for both.
 
     Args:
-        session: The model.
+        session: The base.
+        adapter: What is measured on it.
         validation: The rows.
-        log: Hears of progress.
+        execution: How many tokens are read at a time, on how many workers.
+        log: Receives the progress.
         should_stop: Asked after every token; what is interrupted is dropped.
 
     Returns:
         The summed loss, and the answers in the order of the questions.
     """
-    questions, rest = validation.questions, {id(row): row for row in validation.rows}
     by_source = {row.source: row for row in validation.rows}
-    readings = [_reading(question, by_source) for question in questions]
-    for row in readings:
-        rest.pop(id(row), None)
-    loss = validation_loss(session, list(rest.values()), validation.pass_tokens, log, should_stop, "validation rows")
-    order = sorted(range(len(questions)), key=lambda i: -len(questions[i].prompt))
+    readings = [_reading(question, by_source) for question in validation.questions]
+    read = {id(row) for row in readings}
+    rest = [row for row in validation.rows if id(row) not in read]
+    loss = validation_loss(session, adapter, rest, execution, log, should_stop, "validation rows")
+    session.release()  # the cache takes the place of activations
+    engine = _engine(session, validation, execution)
+    options = SamplingOptions(validation.max_new_tokens, validation.tokenizer.stop_ids)
+    numbers = {}
+    for place in sorted(range(len(readings)), key=lambda place: -len(validation.questions[place].prompt)):
+        row = readings[place]
+        numbers[engine.add(validation.questions[place].prompt, options, adapter, (row.ids, row.labels))] = place
+    written: dict[int, list[int]] = {place: [] for place in numbers.values()}
     answers: dict[int, Answer] = {}
-    while order and not should_stop():
-        longest = len(questions[order[0]].prompt) + validation.max_new_tokens
-        size = max(1, min(ROWS_AT_ONCE, validation.cache_tokens // longest))
-        group, order = order[:size], order[size:]
-        rows, prompts = [readings[i] for i in group], [len(questions[i].prompt) for i in group]
-        part, written = session.answer(
-            rows, prompts, validation.pass_tokens, validation.max_new_tokens, validation.tokenizer.stop_ids,
-            on_token=lambda row, token: should_stop(),
-        )  # fmt: skip
-        if should_stop():
-            break
-        loss += part
-        answers.update((i, _scored(questions[i], ids, validation)) for i, ids in zip(group, written, strict=True))
-        log.progress("reading and answering validation rows,", len(answers), len(questions))
-    return loss, [answers[i] for i in sorted(answers)]
+    while not engine.is_idle and not should_stop():
+        for token in engine.step():
+            place = numbers[token.request]
+            loss += token.loss or LossSum()
+            written[place] += [] if token.id is None else [token.id]
+            if token.finish:
+                answers[place] = _scored(validation.questions[place], written[place], validation)
+                log.progress("reading and answering validation rows,", len(answers), len(numbers))
+    return loss, [answers[place] for place in sorted(answers)]
+
+
+def _engine(session: Session, validation: ValidationSet, execution: ExecutionPlan) -> Engine:
+    """An engine that makes the most tokens a second in the memory there is."""
+    share = min(1.0, execution.micro_tokens * execution.num_shares / validation.planned_tokens)
+    return Engine(
+        session, execution.num_shares, cache_tokens=int(validation.cache_tokens * share),
+        prefill_tokens=execution.micro_tokens, is_interactive=False,
+    )  # fmt: skip
 
 
 def _reading(question: Question, rows: Mapping[str, Row]) -> Row:
@@ -130,16 +146,17 @@ def _scored(question: Question, ids: list[int], validation: ValidationSet) -> An
 
 
 def validation_loss(
-    session: "TorchSession",
+    session: Session,
+    adapter: ActiveAdapter,
     rows: Sequence[Row],
-    max_tokens: int,
+    execution: ExecutionPlan,
     log: EventLog,
     should_stop: ShouldStop = never,
     what: str = "validation text",
 ) -> LossSum:
-    """Summed loss over rows, in micro-batches of at most `max_tokens`; `what` is told with the progress."""
-    total, batches = LossSum(), micro_batches(rows, max_tokens)
-    for number, loss in enumerate(session.losses(batches)):
+    """Summed loss over rows, in micro-batches of the execution plan; `what` is reported with the progress."""
+    total, batches = LossSum(), micro_batches(rows, execution.micro_tokens)
+    for number, loss in enumerate(session.losses(adapter, batches, execution)):
         total += loss
         log.progress(f"reading {what}, batch", number + 1, len(batches))
         if should_stop():

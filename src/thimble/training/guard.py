@@ -1,4 +1,4 @@
-"""What keeps a run on the road: it goes back when the loss leaves it, and ends when validation rows gain no more.
+"""What keeps a run valid: it rolls back when the loss leaves its road, and ends when validation rows gain no more.
 
 Both are functions of the losses alone, and their state is plain data that a checkpoint keeps.
 """
@@ -16,11 +16,11 @@ SPIKE_DEVIATIONS = 6.0  # a loss so many deviations above its running mean is a 
 SPIKE_LEAST_NATS = 0.5  # unless it is that close to it
 MEMORY = 0.95  # of the running mean and variance
 LEAST_STEPS = 20  # before spikes can be told from noise
-IN_A_ROW = 2  # steps that are no model's that take the run back
-SPIKES_IN_A_ROW = 4  # spikes that do
+IN_A_ROW = 2  # steps that no model makes, until the run rolls back
+SPIKES_IN_A_ROW = 4  # spikes, likewise
 MAX_ROLLBACKS = 3  # before it is given up
 CLEAR_ERRORS = 2.0  # standard errors, over rows, above the best measurement: a clear rise
-SLOWER = 0.5  # what the learning rate is multiplied by on each return
+SLOWER = 0.5  # what the learning rate is multiplied by at each rollback
 
 
 class Verdict(Enum):
@@ -28,7 +28,7 @@ class Verdict(Enum):
 
     TAKE = "take"
     SKIP = "skip"  # leave the adapter as it is
-    ROLLBACK = "rollback"  # go back to the last good state, and on more slowly
+    ROLLBACK = "rollback"  # go back to the last valid state, and on more slowly
     GIVE_UP = "give up"
 
 
@@ -42,7 +42,7 @@ class Guard:
         square: Running mean of its squared deviation.
         steps: Steps taken.
         bad: Bad steps in a row.
-        rollbacks: How often the run went back.
+        rollbacks: How often the run rolled back.
         rate: What the learning rate is multiplied by.
         why: What was wrong with the last bad step.
     """
@@ -60,7 +60,7 @@ class Guard:
         """Say what to do with a step.
 
         Args:
-            loss: Its loss, nats per label token.
+            loss: Its loss, nats per target token.
             norm: Norm of its gradient.
 
         Returns:
@@ -68,7 +68,7 @@ class Guard:
         """
         self.first = loss if math.isnan(self.first) and math.isfinite(loss) else self.first
         why, most, verdict = self._fault(loss, norm), IN_A_ROW, Verdict.SKIP
-        if not why:  # a single spike is a hard row, to be learned from; several in a row are a model that was spoilt
+        if not why:  # a single spike is a hard row, to be trained on; several in a row are a model that was spoilt
             why, most, verdict = self._spike(loss), SPIKES_IN_A_ROW, Verdict.TAKE
         if not why:
             self.bad = 0
@@ -81,7 +81,7 @@ class Guard:
         return Verdict.ROLLBACK if self.rollbacks <= MAX_ROLLBACKS else Verdict.GIVE_UP
 
     def _fault(self, loss: float, norm: float) -> str:
-        """What shows that these are no model's numbers."""
+        """What shows that no valid model gives these values."""
         if not math.isfinite(loss):
             return f"the loss is {loss}"
         if not math.isfinite(norm):
@@ -120,7 +120,7 @@ class Plateau:
     clear row by row, beside the best measurement, counts against a run.
 
     Attributes:
-        patience: Clear rises in a row before the end; 0: never. A option of the run, not kept with the rest.
+        patience: Clear rises in a row before the end; 0: never. An option of the run, not kept with the rest.
         best: Lowest mean loss so far.
         best_rows: Loss of each row then.
         best_step: When it was measured.
@@ -135,10 +135,10 @@ class Plateau:
     since: int = 0
     step: int = 0
 
-    def hear(self, step: int, rows: Sequence[float]) -> bool:
-        """Take note of a measurement, the loss of each row; whether it is the best so far."""
+    def add(self, step: int, rows: Sequence[float]) -> bool:
+        """Note a measurement, the loss of each row; returns whether it is the best so far."""
         self.step, mean = step, statistics.fmean(rows)
-        if not math.isfinite(mean):  # of an adapter that the next step will find spoilt
+        if not math.isfinite(mean):  # of an adapter that the next step finds spoilt
             return False
         if mean < self.best:
             self.best, self.best_rows, self.best_step, self.since = mean, list(rows), step, 0

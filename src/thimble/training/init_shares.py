@@ -1,15 +1,16 @@
 """What share of the gradient of some data the A of each init captures, before any training."""
 
-from thimble.config.options import InspectConfig, TrainConfig
-from thimble.core.method import INITS
+from thimble.backends.open import open_session
+from thimble.config.inspect_ import InspectConfig
+from thimble.config.train import TrainConfig
+from thimble.core.method import AUTO_RANK, INITS
 from thimble.core.targets import Size
 from thimble.errors import Problems
 from thimble.events import EventLog, ignore
 from thimble.models.inspection import InitShares, find_block, kind_of
-from thimble.training.calibration import AUTO_RANK, Calibration
+from thimble.training.calibration import Calibration
 from thimble.training.initialise import captured_by_inits
 from thimble.training.plan import RunPlan, plan_run
-from thimble.training.prepare import open_session
 
 
 def plan_measurement(config: InspectConfig, log: EventLog) -> RunPlan:
@@ -56,7 +57,8 @@ def measure_init_shares(run_plan: RunPlan, log: EventLog) -> list[InitShares]:
         One row a layer, in the order of the model.
     """
     log.stage("loading the base")
-    session = open_session(run_plan.model, run_plan.config.compute, run_plan.execution)
+    how = run_plan.execution
+    session = open_session(run_plan.model, run_plan.config.compute, how.store, how.is_streamed)
     data = run_plan.calibration_data()
     shapes = data.shapes.items()
     sizes = {path: Size(INITS["gradient"].allowed_rank(AUTO_RANK, shape), 1.0) for path, shape in shapes}

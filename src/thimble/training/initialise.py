@@ -14,19 +14,21 @@ from typing import Any
 
 import numpy as np
 
-from thimble.config.options import TrainConfig, read_pattern
+from thimble.config.train import TrainConfig
+from thimble.config.values import read_pattern
 from thimble.core.adapter import Adapter, fresh_adapter
 from thimble.core.inits import BUILDERS, LayerData
-from thimble.core.method import INITS, Init
+from thimble.core.method import AUTO_RANK, INITS, Init
 from thimble.core.targets import Size, size_layers
+from thimble.data.model import Model
 from thimble.errors import ConfigError, Problems, listing
 from thimble.events import EventLog
 from thimble.files.peft import load_adapter
+from thimble.models.adapters import check_fits
 from thimble.models.merged import FLOAT_DTYPES
 from thimble.models.spec import DecoderSpec
 from thimble.training import run_folder
 from thimble.training.calibration import (
-    AUTO_RANK,
     CAPABILITY,
     MOST_RANK,
     Calibration,
@@ -36,7 +38,6 @@ from thimble.training.calibration import (
     choose_ranks,
 )
 from thimble.training.checkpoint import latest_checkpoint
-from thimble.training.prepare import Model, check_fits
 
 COMPARED = (
     "kaiming",

@@ -1,9 +1,12 @@
 """What a training run did, as plain data: report.json, `--json` and the Python call give the same names."""
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from thimble.report.keys import with_new_keys
 
 
 @dataclass
@@ -17,27 +20,27 @@ class TrainReport:
         base: Name of the base.
         steps: Optimiser steps taken.
         tokens: Tokens read in training, prompts included.
-        target_tokens: Tokens learned from.
+        target_tokens: Of these, the tokens the loss was taken over.
         seconds: Time spent training, evaluation not counted.
         total_seconds: Time from the call to the report.
         tokens_per_second: Tokens read in training per second.
-        peak_memory_bytes: Largest resident size of the process.
-        loss_base: Validation loss of the bare base, nats per label token; NaN if nothing was held out.
+        peak_memory_bytes: Peak resident memory of the process.
+        loss_base: Validation loss of the bare base, nats per target token; NaN without validation rows.
         loss_before: The same with the adapter attached, before step 1.
         loss_after: The same after training.
-        general_before: Loss of the base on general text.
-        general_after: The same after training: what it forgot.
+        general_before: Loss of the base on general text, nats per token.
+        general_after: The same after training; the rise is what was forgotten.
         metric: Name of the metric.
         metrics_before: Metrics of the base over validation rows, 0 to 1.
         metrics_after: The same after training.
-        metrics_rows: Rows answered.
-        samples: Held-out questions with reference and both answers.
+        metrics_rows: Validation rows answered.
+        samples: Validation rows as asked, reference, and the answers before and after.
         skipped_rows: Rows left out, which skipped.jsonl lists with the reasons.
-        adapter_parameters: Numbers in the adapter.
-        base_parameters: Numbers in the base.
-        start: What was measured for the choice of init and ranks, and the seconds it took.
-        best_step: The step whose adapter was kept, the last one unless an earlier one did better on validation rows.
-        rollbacks: How often the loss left the road and the run went back and on at half the rate.
+        adapter_parameters: Parameters of the adapter.
+        base_parameters: Parameters of the base.
+        initialization: What was measured to choose init and ranks, and the seconds it took.
+        best_step: The step whose adapter was kept: the last one, unless an earlier one did better on validation rows.
+        rollbacks: How often the run went back to its last valid state and on at half the learning rate.
         plan: Expected peak memory by part, bytes.
         planned_seconds_per_step: Expected time of a step.
         messages: Decisions, notes and warnings, in order.
@@ -68,10 +71,29 @@ class TrainReport:
     skipped_rows: int = 0
     adapter_parameters: int = 0
     base_parameters: int = 0
-    start: dict[str, Any] = field(default_factory=dict)
+    initialization: dict[str, Any] = field(default_factory=dict)
     best_step: int = 0
     rollbacks: int = 0
     plan: dict[str, int] = field(default_factory=dict)
     planned_seconds_per_step: float = 0.0
     messages: dict[str, list[str]] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
+
+
+def read_report(values: Mapping[str, Any]) -> TrainReport:
+    """Read a report back.
+
+    Args:
+        values: What report.json holds, written by this release or the one before.
+
+    Returns:
+        The report; keys it does not know are left out, and numbers that JSON could not hold are NaN again.
+    """
+    known = {spec.name: spec.default for spec in dataclasses.fields(TrainReport)}
+    given = {name: value for name, value in with_new_keys(values).items() if name in known}
+    return TrainReport(
+        **{
+            name: math.nan if value is None and isinstance(known[name], float) else value
+            for name, value in given.items()
+        }
+    )

@@ -2,7 +2,7 @@
 
 config.yaml           every option, with what `auto` chose
 metrics.jsonl         one object a step
-start/                what A and B began as, where that cannot be drawn again from the seed alone
+start/                the initial A and B, where they cannot be drawn again from the seed alone
 before.json           the evaluation before training, saved so that a resumed run need not repeat it
 checkpoints/step-N/   state.safetensors and manifest.json (hashes); a folder counts only if they match
 adapter/              the result, in PEFT's layout
@@ -51,7 +51,7 @@ def check_folder(folder: Path, is_resumed: bool, needed_bytes: int) -> None:
         DoesNotFitError: If the disk is too full.
     """
     if folder.exists() and not is_resumed and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"out is {folder}, which exists: name another folder, or add --resume to continue that run")
+        raise ConfigError(f"--out is {folder}, which exists: name another folder, or add --resume to continue that run")
     check_room(folder, needed_bytes)
 
 
@@ -67,7 +67,7 @@ def check_new_folder(folder: Path, needed_bytes: int) -> None:
         DoesNotFitError: If the disk is too full.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"out is {folder}, which exists and is not empty: name another folder")
+        raise ConfigError(f"--out is {folder}, which exists and is not empty: name another folder")
     check_room(folder, needed_bytes)
 
 
@@ -84,7 +84,7 @@ def check_room(folder: Path, needed_bytes: int) -> None:
     """
     parent = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ConfigError(f"out is {folder}, but {parent} cannot be written to: name another folder")
+        raise ConfigError(f"--out is {folder}, but {parent} cannot be written to: name another folder")
     free = shutil.disk_usage(parent).free
     if free < needed_bytes:
         raise DoesNotFitError(
@@ -95,7 +95,7 @@ def check_room(folder: Path, needed_bytes: int) -> None:
 
 @contextlib.contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Fill a folder beside its place and move it there whole; if anything goes wrong, nothing is left behind.
+    """Fill a folder beside its place and move it there in one step; if anything goes wrong, nothing is left behind.
 
     Args:
         folder: Where it goes; it must not exist, or be empty.
@@ -128,7 +128,7 @@ def make_folder(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file whole, in a folder that is made if it is not there."""
+    """Write a text file atomically, in a folder that is made if it is not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, [text.encode()])
 
@@ -155,7 +155,7 @@ def write_config(folder: Path, values: Mapping[str, Any]) -> None:
 
 
 def publish_adapter(folder: Path, adapter: Adapter, name: str = "adapter") -> Path:
-    """Write an adapter beside its place in the run folder and move it there whole, replacing an earlier one.
+    """Write an adapter beside its place in the run folder and move it there in one step, replacing an earlier one.
 
     Args:
         folder: The run folder.

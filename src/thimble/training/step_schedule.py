@@ -8,8 +8,8 @@ import functools
 import math
 from collections.abc import Sequence
 
-from thimble.config.options import TrainConfig
-from thimble.core.method import method_rates, parse_init
+from thimble.config.train import TrainConfig
+from thimble.core.method import AUTO_RANK, method_rates, parse_init
 from thimble.core.schedule import default_rate, learning_rate
 from thimble.data.batches import epoch_steps
 
@@ -36,7 +36,7 @@ class StepSchedule:
         self.minutes = config.max_minutes
         self.total_steps = None if self.minutes else self._count_steps()
         rows_per_step = len(lengths) / len(self._epoch(0))
-        rank = config.rank or 1 if config.use_rslora else 1
+        rank = config.rank or AUTO_RANK if config.use_rslora else 1
         self.rate_factors = method_rates(parse_init(config.init), config.use_dora, config.lora_plus, rank)
         factor = math.prod(self.rate_factors.values())
         usual = default_rate(family, hidden_size, rows_per_step, factor)

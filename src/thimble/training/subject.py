@@ -3,13 +3,14 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from thimble.config.options import InspectConfig
+from thimble.config.inspect_ import InspectConfig
 from thimble.core.adapter import Adapter, conflicts
+from thimble.data.model import find_base, is_hub_name
 from thimble.errors import AdapterError, BaseModelError, ConfigError, Problems, listing, plural
 from thimble.events import EventLog, ShouldStop
 from thimble.files.peft import CONFIG_FILE, WEIGHTS_FILE
+from thimble.models.adapters import open_adapters
 from thimble.models.survey import Row, Subject, choose_blocks
-from thimble.training.prepare import find_base, is_hub_name, open_adapters
 
 
 def open_subject(config: InspectConfig, problems: Problems, log: EventLog) -> Subject:

@@ -12,7 +12,6 @@ from thimble.core.metrics import LossSum
 from thimble.data.batches import pack
 from thimble.data.encode import Row
 from thimble.models.base import open_base
-from thimble.models.cost import ExecutionPlan
 
 GGUF = Path(__file__).parents[2] / "fixtures" / "gguf"
 IDS = np.random.default_rng(1).integers(3, 290, 40).astype(np.int32)  # longer than every window
@@ -27,20 +26,20 @@ def reference(model, ids=IDS):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_folder_gives_the_logits_of_transformers(name, is_legacy, tmp_path):
     make_hf_folder(name, tmp_path, legacy_config=is_legacy)
-    logits = TorchSession(open_base(tmp_path), "fp32", ExecutionPlan("dense")).logits(IDS)
+    logits = TorchSession(open_base(tmp_path), "fp32", "dense").logits(IDS)
     np.testing.assert_allclose(logits, reference(hf_model(name)), atol=1e-4)
 
 
 @pytest.mark.parametrize("file", GGUF_FILES)
 def test_gguf_gives_the_logits_of_transformers(file):
-    logits = TorchSession(open_base(GGUF / f"{file}.gguf"), "fp32", ExecutionPlan("file")).logits(IDS)
+    logits = TorchSession(open_base(GGUF / f"{file}.gguf"), "fp32", "file").logits(IDS)
     np.testing.assert_allclose(logits, reference(hf_model_of_gguf(file)), atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "phi3_longrope", "qwen3"])
 def test_packed_rows_do_not_see_each_other(name, tmp_path):
     make_hf_folder(name, tmp_path)
-    session = TorchSession(open_base(tmp_path), "fp32", ExecutionPlan("dense"))
+    session = TorchSession(open_base(tmp_path), "fp32", "dense")
     decoder, starts = session.decoder, np.array([0, 13, 14, 40])
     packed = decoder.logits(decoder.hidden(IDS, decoder.pack(starts))).numpy()
     for start, end in zip(starts, starts[1:], strict=False):
@@ -50,7 +49,7 @@ def test_packed_rows_do_not_see_each_other(name, tmp_path):
 @pytest.mark.parametrize("name", ["llama_tied", "gemma2", "gemma3", "qwen3", "smollm3", "phi3_partial_rope"])
 def test_generation_with_cache_equals_reading_everything_again(name, tmp_path):
     make_hf_folder(name, tmp_path)
-    session = TorchSession(open_base(tmp_path), "fp32", ExecutionPlan("dense"))
+    session = TorchSession(open_base(tmp_path), "fp32", "dense")
     prompts = [IDS[:7], IDS[7:12], IDS[12:29]]
     for prompt, answer in zip(prompts, session.generate(prompts, 9, frozenset()), strict=True):
         ids = list(prompt)
@@ -63,7 +62,7 @@ def test_generation_with_cache_equals_reading_everything_again(name, tmp_path):
 @pytest.mark.parametrize("name", ["llama_tied", "gemma3"])
 def test_rows_read_for_loss_and_answer_at_once_give_what_two_readings_give(name, tmp_path):
     make_hf_folder(name, tmp_path)
-    session = TorchSession(open_base(tmp_path), "fp32", ExecutionPlan("dense"))
+    session = TorchSession(open_base(tmp_path), "fp32", "dense")
     rows = [Row(IDS[a:b], np.roll(IDS, -1)[a:b], "") for a, b in ((0, 12), (5, 30), (20, 29), (7, 40))]
     prompts = [7, 11, 3, 30]
     stop = frozenset(range(0, 290, 7))  # some answers end early, so that rows leave the cache
@@ -80,7 +79,7 @@ def test_rows_read_for_loss_and_answer_at_once_give_what_two_readings_give(name,
 @pytest.mark.parametrize("compute", ["fp32", "bf16"])
 def test_every_store_and_compute_type_stays_near_the_file(store, compute):
     base = open_base(GGUF / "llama_wide_mixed.gguf")
-    exact = TorchSession(base, "fp32", ExecutionPlan("file")).logits(IDS)
-    logits = TorchSession(base, compute, ExecutionPlan(store)).logits(IDS)
+    exact = TorchSession(base, "fp32", "file").logits(IDS)
+    logits = TorchSession(base, compute, store).logits(IDS)
     bound = {("fp32", "file"): 0, ("fp32", "dense"): 1e-5}.get((compute, store), 0.05)
     assert np.abs(logits - exact).max() <= bound * np.abs(exact).max()

@@ -1,19 +1,19 @@
 """The trained layer: gradients against autograd in float64, laws of attaching, agreement with PEFT."""
 
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from families import hf_model, make_hf_folder
-from samples import IDS, loss_curves, make_adapter, make_batch, peft_loss
+from samples import IDS, Trainer, count, loss_curves, make_adapter, make_batch, peft_loss
 from thimble.backends.torch.session import TorchSession
 from thimble.core.adapter import Adapter
+from thimble.data.batches import Batch
 from thimble.files.peft import load_adapter, save_adapter
 from thimble.models.base import open_base
-from thimble.models.cost import ExecutionPlan
+from thimble.models.execution import ExecutionPlan
 
 FAMILIES = ("llama_bias", "qwen3", "gemma2", "gemma3", "phi3", "smollm3")
 
@@ -24,17 +24,16 @@ def peft_model(name, folder):
     return PeftModel.from_pretrained(hf_model(name), folder, is_trainable=True)
 
 
-def gradients_of(session):
-    views = session._state.views(session._state.grads[0])
-    return {path: (numbers.A, numbers.B) for path, numbers in views.items()}
+def gradients_of(trainer, gradient):
+    return {path: (parts.A, parts.B) for path, parts in trainer.layers_of(gradient).items()}
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize(
-    ("recomputed", "is_streamed"), [(0, False), (1, False), (99, False), (0, True), (99, True)],
-    ids=["kept", "half recomputed", "recomputed", "streamed", "streamed and recomputed"],
+    ("checkpointed", "is_streamed"), [(0, False), (1, False), (99, False), (0, True), (99, True)],
+    ids=["kept", "half checkpointed", "checkpointed", "streamed", "streamed and checkpointed"],
 )  # fmt: skip
-def test_loss_and_every_gradient_equal_those_of_peft(name, recomputed, is_streamed, tmp_path):
+def test_loss_and_every_gradient_equal_those_of_peft(name, checkpointed, is_streamed, tmp_path):
     base = open_base(make_hf_folder(name, tmp_path / "base"))
     adapter, batch = make_adapter(base), make_batch()
     save_adapter(adapter, tmp_path / "adapter")
@@ -43,15 +42,11 @@ def test_loss_and_every_gradient_equal_those_of_peft(name, recomputed, is_stream
     loss.backward()
     expected = {key: parameter.grad for key, parameter in model.named_parameters() if parameter.grad is not None}
 
-    session = TorchSession(
-        base,
-        "fp32",
-        ExecutionPlan("file" if is_streamed else "dense", checkpointed_blocks=recomputed, is_streamed=is_streamed),
-    )
-    session.train(adapter)
-    found = session.gradients([[batch]], int((batch.labels >= 0).sum()))
+    session = TorchSession(base, "fp32", "file" if is_streamed else "dense", is_streamed)
+    trainer = Trainer(session, adapter, execution=ExecutionPlan("dense", checkpointed_blocks=checkpointed))
+    found = trainer.gradient([[batch]], count(batch))
     assert found.loss.mean == pytest.approx(float(loss.detach()), abs=1e-5)
-    for path, sides in gradients_of(session).items():
+    for path, sides in gradients_of(trainer, found).items():
         for side, gradient in zip("AB", sides, strict=True):
             reference = expected[f"base_model.model.{path}.lora_{side}.default.weight"]
             assert (gradient - reference).norm() <= 1e-4 * reference.norm(), (path, side)
@@ -63,10 +58,8 @@ def test_gradients_of_coarser_types_point_the_same_way(coarse, tmp_path):
     adapter, batch = make_adapter(base), make_batch()
     flat = []
     for compute in ("fp32", coarse):
-        session = TorchSession(base, compute, ExecutionPlan("dense"), sample=IDS)
-        session.train(adapter)
-        session.gradients([[batch]], 20)
-        flat.append(session._state.grads[0])
+        trainer = Trainer(TorchSession(base, compute, "dense", sample=IDS), adapter)
+        flat.append(torch.from_numpy(trainer.gradient([[batch]], 20).flat))
     assert torch.cosine_similarity(flat[0], flat[1], dim=0) > 0.99
 
 
@@ -74,30 +67,25 @@ def test_micro_batches_add_up_to_one_large_batch(tmp_path):
     base = open_base(make_hf_folder("llama", tmp_path))
     adapter, whole = make_adapter(base), make_batch()
     parts = [
-        SimpleNamespace(ids=whole.ids[a:b], labels=whole.labels[a:b], starts=np.array([0, b - a]))
-        for a, b in ((0, 20), (20, 48))
+        Batch(whole.ids[a:b], whole.labels[a:b], np.array([0, b - a]), np.array([number]))
+        for number, (a, b) in enumerate(((0, 20), (20, 48)))
     ]
-    labels = int((whole.labels >= 0).sum())
     results = []
-    for shares in ([[whole]], [parts], [parts[:1], parts[1:]]):  # at once, one after the other, side by side
-        session = TorchSession(base, "fp32", ExecutionPlan("dense", num_shares=2))
-        session.train(adapter)
-        results.append((session.gradients(shares, labels).norm, session._state.grads[0].clone()))
-    for norm, gradient in results[1:]:
-        assert norm == pytest.approx(results[0][0], rel=1e-4)
-        torch.testing.assert_close(gradient, results[0][1], rtol=1e-4, atol=1e-6)
+    for shares in ([[whole]], [parts], [parts[:1], parts[1:]]):  # at once, one after the other, in parallel
+        trainer = Trainer(TorchSession(base), adapter, execution=ExecutionPlan("dense", num_shares=2))
+        results.append(trainer.gradient(shares, count(whole)))
+    for gradient in results[1:]:
+        assert gradient.norm == pytest.approx(results[0].norm, rel=1e-4)
+        np.testing.assert_allclose(gradient.flat, results[0].flat, rtol=1e-4, atol=1e-6)
 
 
-def test_a_zero_b_leaves_the_base_bit_for_bit_and_so_does_switching_off(tmp_path):
+def test_a_zero_b_leaves_the_base_bit_for_bit_and_so_does_an_empty_adapter(tmp_path):
     base = open_base(make_hf_folder("qwen2", tmp_path))
-    session = TorchSession(base, "fp32", ExecutionPlan("dense"))
+    session = TorchSession(base, "fp32", "dense")
     bare = session.logits(IDS)
-    session.attach(make_adapter(base, b_size=0.0))
-    np.testing.assert_array_equal(session.logits(IDS), bare)
-    session.attach(make_adapter(base))
-    assert np.abs(session.logits(IDS) - bare).max() > 0.1
-    session.switch(False)
-    np.testing.assert_array_equal(session.logits(IDS), bare)
+    np.testing.assert_array_equal(session.logits(IDS, session.load(make_adapter(base, b_size=0.0))), bare)
+    assert np.abs(session.logits(IDS, session.load(make_adapter(base))) - bare).max() > 0.1
+    np.testing.assert_array_equal(session.logits(IDS, session.load(None)), bare)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -108,10 +96,10 @@ def test_our_adapter_has_the_same_effect_in_peft(name, tmp_path):
     with torch.no_grad():
         model = peft_model(name, tmp_path / "adapter")
         expected = model(torch.from_numpy(IDS.astype(np.int64))[None]).logits[0].numpy()
-    session = TorchSession(base, "fp32", ExecutionPlan("dense"))
+    session = TorchSession(base, "fp32", "dense")
     bare = session.logits(IDS)
-    session.attach(load_adapter(tmp_path / "adapter"))
-    np.testing.assert_allclose(session.logits(IDS), expected, atol=1e-4)
+    active = session.load(load_adapter(tmp_path / "adapter"))
+    np.testing.assert_allclose(session.logits(IDS, active), expected, atol=1e-4)
     assert np.abs(bare - expected).max() > 0.05
 
 
@@ -129,11 +117,11 @@ def test_an_adapter_made_by_peft_has_the_same_effect_here(tmp_path):
         for name, parameter in model.named_parameters():
             parameter.mul_(0.3 if "lora_B" in name else 1.0)
     model.save_pretrained(tmp_path / "adapter")
-    session = TorchSession(base, "fp32", ExecutionPlan("dense"))
-    session.attach(load_adapter(tmp_path / "adapter"))
+    session = TorchSession(base, "fp32", "dense")
+    active = session.load(load_adapter(tmp_path / "adapter"))
     with torch.no_grad():
         expected = model(torch.from_numpy(IDS.astype(np.int64))[None]).logits[0].numpy()
-    np.testing.assert_allclose(session.logits(IDS), expected, atol=1e-4)
+    np.testing.assert_allclose(session.logits(IDS, active), expected, atol=1e-4)
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["use_rslora"]
 
 
@@ -144,10 +132,8 @@ def test_adapters_on_some_layers_get_the_gradients_they_had_among_all(only, tmp_
     some = Adapter({path: factors for path, factors in everything.layers.items() if only in path})
     found = []
     for adapter in (everything, some):
-        session = TorchSession(base, "fp32", ExecutionPlan("dense"))
-        session.train(adapter)
-        session.gradients([[batch]], 20)
-        found.append(gradients_of(session))
+        trainer = Trainer(TorchSession(base), adapter)
+        found.append(gradients_of(trainer, trainer.gradient([[batch]], 20)))
     assert some.layers
     for path in some.layers:
         torch.testing.assert_close(found[0][path][1], found[1][path][1])
@@ -158,27 +144,24 @@ def test_fifty_steps_follow_the_loss_curve_of_peft(tmp_path):
     adapter = make_adapter(base, b_size=0.0)
     save_adapter(adapter, tmp_path / "adapter")
     model = peft_model("llama", tmp_path / "adapter")
-    session = TorchSession(base, "fp32", ExecutionPlan("dense"))
-    session.train(adapter)
-    ours, theirs = loss_curves(session, model, 50, 2e-3)
+    ours, theirs = loss_curves(Trainer(TorchSession(base), adapter), model, 50, 2e-3)
     assert ours[0] - ours[-1] > 0.5
     np.testing.assert_allclose(ours, theirs, atol=1e-3)
 
 
 def test_restoring_a_state_repeats_the_next_step_bit_for_bit(tmp_path):
     base = open_base(make_hf_folder("llama", tmp_path))
-    batch = make_batch()
-    session = TorchSession(base, "fp32", ExecutionPlan("dense"))
-    session.train(make_adapter(base))
+    batch, session = make_batch(), TorchSession(base)
+    trainer = Trainer(session, make_adapter(base))
 
     def step():
-        session.apply(session.gradients([[batch]], 20), 1e-2, 1.0)
-        return {name: values.copy() for name, values in session.state().items()}
+        trainer.step(batch, 1e-2)
+        return session.snapshot(trainer.state)
 
     step()
     kept = step()
     first = step()
-    session.restore(kept)
+    trainer.state = session.restore(trainer.state, kept)
     second = step()
     assert first.keys() == second.keys()
     for name, values in first.items():

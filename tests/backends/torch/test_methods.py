@@ -8,17 +8,18 @@ import pytest
 import torch
 
 from families import hf_model, make_hf_folder
-from samples import IDS, RANDOM, loss_curves, make_adapter, make_batch, peft_loss
-from thimble.backends.torch.session import PLAIN, TorchSession
-from thimble.core.adapter import Adapter
+from samples import IDS, RANDOM, Trainer, count, loss_curves, make_adapter, make_batch, peft_loss
+from thimble.backends.torch.lora import Dropout
+from thimble.backends.torch.session import TorchSession
 from thimble.core import inits
+from thimble.core.adapter import Adapter
+from thimble.core.dropout import keep_factor, keep_mask
 from thimble.core.lowrank import delta, merge
 from thimble.core.method import Method
 from thimble.files.peft import load_adapter, save_adapter
 from thimble.models.base import open_base
-from thimble.models.cost import ExecutionPlan
+from thimble.models.execution import ExecutionPlan
 
-DENSE = ExecutionPlan("dense")
 GGUF = Path(__file__).parents[2] / "fixtures" / "gguf"
 
 
@@ -53,12 +54,6 @@ def peft_logits(name, folder):
         return model(torch.from_numpy(IDS.astype(np.int64))[None]).logits[0].numpy()
 
 
-def step_session(base, adapter, method=PLAIN, compute="fp32", execution=DENSE):
-    session = TorchSession(base, compute, execution)
-    session.train(adapter, method)
-    return session
-
-
 # ---- delta form -----------------------------------------------------------------------------------------------------
 
 
@@ -66,24 +61,21 @@ def step_session(base, adapter, method=PLAIN, compute="fp32", execution=DENSE):
 def test_a_start_in_delta_form_leaves_the_base_as_it_is(compute, tmp_path):
     base = open_base(make_hf_folder("llama", tmp_path))
     _, start = pissa(base)
-    session = TorchSession(base, compute, DENSE)
+    session = TorchSession(base, compute, "dense")
     bare = session.logits(IDS)
-    session.train(start)
-    np.testing.assert_allclose(session.logits(IDS), bare, atol=1e-5 if compute == "fp32" else 0.03)
-    session.switch(False)
-    np.testing.assert_array_equal(session.logits(IDS), bare)
+    np.testing.assert_allclose(session.logits(IDS, session.load(start)), bare, atol=1e-5 if compute == "fp32" else 0.03)
+    np.testing.assert_array_equal(session.logits(IDS, session.load(None)), bare)
 
 
 def test_a_delta_form_is_saved_as_a_plain_adapter_with_the_same_effect_in_peft(tmp_path):
     base = open_base(make_hf_folder("llama", tmp_path / "base"))
     moved, _ = pissa(base)
     save_adapter(moved, tmp_path / "adapter")
-    session = TorchSession(base, "fp32", DENSE)
+    session = TorchSession(base)
     bare = session.logits(IDS)
-    session.attach(moved)
-    ours = session.logits(IDS)
-    session.attach(load_adapter(tmp_path / "adapter"))
-    np.testing.assert_allclose(session.logits(IDS), ours, atol=1e-5)
+    ours = session.logits(IDS, session.load(moved))
+    saved = session.load(load_adapter(tmp_path / "adapter"))
+    np.testing.assert_allclose(session.logits(IDS, saved), ours, atol=1e-5)
     np.testing.assert_allclose(peft_logits("llama", tmp_path / "adapter"), ours, atol=1e-4)
     assert np.abs(ours - bare).max() > 0.05
 
@@ -94,12 +86,12 @@ def test_a_small_update_is_not_rounded_away_beside_its_start(tmp_path):
     moved = {path: replace(f, B=f.B * np.float32(1.001)) for path, f in start.layers.items()}
     logits = []
     for compute in ("fp32", "bf16"):
-        session = TorchSession(base, compute, DENSE)
+        session = TorchSession(base, compute, "dense")
         bare = session.logits(IDS)
-        session.attach(Adapter(moved, origin=start.layers))
-        pair = next(iter(session._state.pairs.values()))
-        logits.append(pair.scale * (pair.B.float() @ pair.A.float()))
-        assert np.abs(session.logits(IDS) - bare).max() > 0
+        active = session.load(Adapter(moved, origin=start.layers))
+        factors = next(iter(active.layers.values()))
+        logits.append(factors.scale * (factors.B.float() @ factors.A.float()))
+        assert np.abs(session.logits(IDS, active) - bare).max() > 0
     assert (logits[1] - logits[0]).norm() < 0.01 * logits[0].norm()
 
 
@@ -117,7 +109,7 @@ def test_training_in_delta_form_is_training_on_a_base_without_the_piece(tmp_path
             layer.lora_A["default"].weight.copy_(torch.from_numpy(factors.A))
             layer.lora_B["default"].weight.copy_(torch.from_numpy(factors.B))
             layer.get_base_layer().weight -= torch.from_numpy(delta(factors))
-    ours, theirs = loss_curves(step_session(base, start), model, 20, 1e-3)
+    ours, theirs = loss_curves(Trainer(TorchSession(base), start), model, 20, 1e-3)
     assert ours[0] - ours[-1] > 0.3
     np.testing.assert_allclose(ours, theirs, atol=1e-3)
 
@@ -127,10 +119,10 @@ def test_weight_decay_pulls_back_to_the_start(tmp_path):
     _, start = pissa(base)
     far, batches = {}, [make_batch() for _ in range(10)]
     for decay in (0.0, 5.0):
-        session = step_session(base, start, Method(weight_decay=decay))
+        trainer = Trainer(TorchSession(base), start, Method(weight_decay=decay))
         for batch in batches:
-            session.apply(session.gradients([[batch]], 20), 1e-2, 1.0)
-        moved = session.adapter()
+            trainer.step(batch, 1e-2)
+        moved = trainer.adapter
         far[decay] = sum(np.abs(f.A - start.layers[p].A).sum() for p, f in moved.layers.items())
     assert far[5.0] < 0.9 * far[0.0]
 
@@ -139,8 +131,8 @@ def test_weight_decay_pulls_back_to_the_start(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["llama_bias", "gemma2", "phi3"])
-@pytest.mark.parametrize("recomputed", [0, 99])
-def test_dora_has_the_loss_and_gradients_of_peft(name, recomputed, tmp_path):
+@pytest.mark.parametrize("checkpointed", [0, 99])
+def test_dora_has_the_loss_and_gradients_of_peft(name, checkpointed, tmp_path):
     base = open_base(make_hf_folder(name, tmp_path / "base"))
     adapter, batch = with_magnitude(make_adapter(base), base), make_batch()
     save_adapter(adapter, tmp_path / "adapter")
@@ -150,24 +142,23 @@ def test_dora_has_the_loss_and_gradients_of_peft(name, recomputed, tmp_path):
     loss = peft_loss(model, batch)
     loss.backward()
     expected = {key: parameter.grad for key, parameter in model.named_parameters() if parameter.grad is not None}
-    session = step_session(base, adapter, execution=ExecutionPlan("dense", checkpointed_blocks=recomputed))
-    found = session.gradients([[batch]], int((batch.labels >= 0).sum()))
+    trainer = Trainer(TorchSession(base), adapter, execution=ExecutionPlan("dense", checkpointed_blocks=checkpointed))
+    found = trainer.gradient([[batch]], count(batch))
     assert found.loss.mean == pytest.approx(float(loss.detach()), abs=1e-5)
-    for path, numbers in session._state.views(session._state.grads[0]).items():
-        for side, gradient in (("A.default", numbers.A), ("B.default", numbers.B)):
+    for path, parts in trainer.layers_of(found).items():
+        for side, gradient in (("A.default", parts.A), ("B.default", parts.B)):
             reference = expected[f"base_model.model.{path}.lora_{side}.weight"]
             assert (gradient - reference).norm() <= 2e-4 * reference.norm(), (path, side)
         reference = expected[f"base_model.model.{path}.lora_magnitude_vector.default.weight"]
-        assert (numbers.magnitude - reference).norm() <= 2e-4 * reference.norm(), path
+        assert (parts.magnitude - reference).norm() <= 2e-4 * reference.norm(), path
 
 
 def test_dora_gives_the_logits_of_peft_and_of_the_merged_weights(tmp_path):
     base = open_base(make_hf_folder("llama", tmp_path / "base"))
     adapter = with_magnitude(make_adapter(base), base)
     save_adapter(adapter, tmp_path / "adapter")
-    session = TorchSession(base, "fp32", DENSE)
-    session.attach(load_adapter(tmp_path / "adapter"))
-    ours = session.logits(IDS)
+    session = TorchSession(base)
+    ours = session.logits(IDS, session.load(load_adapter(tmp_path / "adapter")))
     np.testing.assert_allclose(peft_logits("llama", tmp_path / "adapter"), ours, atol=1e-4)
     model = hf_model("llama")
     with torch.no_grad():
@@ -180,18 +171,17 @@ def test_dora_gives_the_logits_of_peft_and_of_the_merged_weights(tmp_path):
 
 def test_dora_keeps_its_row_lengths_while_a_and_b_move(tmp_path):
     base = open_base(make_hf_folder("llama", tmp_path / "base"))
-    session = step_session(base, with_magnitude(make_adapter(base), base))
+    trainer = Trainer(TorchSession(base), with_magnitude(make_adapter(base), base))
     for _ in range(3):
-        batch = make_batch()
-        session.apply(session.gradients([[batch]], 20), 1e-2, 1.0)
-    ours = session.logits(IDS)
-    save_adapter(session.adapter(), tmp_path / "adapter")
+        trainer.step(make_batch(), 1e-2)
+    ours = trainer.logits(IDS)
+    save_adapter(trainer.adapter, tmp_path / "adapter")
     np.testing.assert_allclose(peft_logits("llama", tmp_path / "adapter"), ours, atol=1e-4)
 
 
 def test_magnitudes_that_were_learned_are_kept_and_rows_of_zeros_stay(tmp_path):
     base = open_base(make_hf_folder("llama", tmp_path / "base"))
-    session = TorchSession(base, "fp32", DENSE)
+    session = TorchSession(base)
     learned = with_magnitude(make_adapter(base), base)
     again = session.with_magnitudes(learned)
     for path, factors in learned.layers.items():
@@ -201,71 +191,62 @@ def test_magnitudes_that_were_learned_are_kept_and_rows_of_zeros_stay(tmp_path):
     fresh = session.with_magnitudes(make_adapter(base, b_size=0.0))
     path = next(iter(projection.columns))
     assert fresh.layers[path].magnitude[0] == 0
-    session.train(fresh)
+    trainer = Trainer(session, fresh)
     for _ in range(2):
-        session.apply(session.gradients([[make_batch()]], 20), 1e-3, 1.0)
-    assert projection.pairs[0][1].row_rates[0] * session.adapter().layers[path].magnitude[0] == 0
+        trainer.step(make_batch(), 1e-3)
+    assert trainer.state.active.layers[path].row_rates[0] * trainer.adapter.layers[path].magnitude[0] == 0
 
 
 # ---- dropout --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("recomputed", [0, 99])
-def test_gradients_under_dropout_are_the_slope_of_the_loss(recomputed, tmp_path):
+@pytest.mark.parametrize("checkpointed", [0, 99])
+def test_gradients_under_dropout_are_the_slope_of_the_loss(checkpointed, tmp_path):
     base = open_base(make_hf_folder("llama", tmp_path))
     adapter, batch = make_adapter(base), make_batch()
-    session = step_session(
-        base, adapter, Method(dropout=0.4, seed=3), execution=ExecutionPlan("dense", checkpointed_blocks=recomputed)
-    )
-    first = session.gradients([[batch]], 20)
-    slope = session._state.grads[0].clone()
-    again = session.gradients([[batch]], 20)
+    execution = ExecutionPlan("dense", checkpointed_blocks=checkpointed)
+    trainer = Trainer(TorchSession(base), adapter, Method(dropout=0.4), execution)
+    first = trainer.gradient([[batch]], 20)
+    again = trainer.gradient([[batch]], 20)
     assert again.loss == first.loss  # the step has not moved on, nor has what is left out
-    losses = []
+    here, losses = trainer.session.snapshot(trainer.state)["adapter"], []
     for sign in (1, -1):
-        session._state.master.add_(slope, alpha=sign * 1e-3 / float(slope.norm()))
-        session._refresh()
-        losses.append(session.gradients([[batch]], 20).loss.nats / 20)
-        session._state.master.add_(slope, alpha=-sign * 1e-3 / float(slope.norm()))
-    assert (losses[0] - losses[1]) / 2e-3 == pytest.approx(float(slope.norm()), rel=0.02)
+        moved = here + sign * 1e-3 * first.flat / np.float32(first.norm)
+        trainer.state = trainer.session.restore(trainer.state, {"adapter": moved})
+        losses.append(trainer.gradient([[batch]], 20).loss.nats / 20)
+    assert (losses[0] - losses[1]) / 2e-3 == pytest.approx(first.norm, rel=0.02)
 
 
 def test_dropout_differs_between_steps_and_rests_outside_of_training(tmp_path):
     base = open_base(make_hf_folder("llama", tmp_path))
     adapter, batch = make_adapter(base), make_batch()
-    session, plain = step_session(base, adapter, Method(dropout=0.4)), step_session(base, adapter)
-    assert next(session.losses([batch])) == next(plain.losses([batch]))
-    losses = []
-    for _ in range(2):
-        gradients = session.gradients([[batch]], 20)
-        session.apply(gradients, 0.0, 1.0)
-        losses.append(gradients.loss.mean)
+    session = TorchSession(base)
+    dropping, plain = Trainer(session, adapter, Method(dropout=0.4)), Trainer(session, adapter)
+    rests, other = (next(session.losses(one.state.active, [batch], one.execution)) for one in (dropping, plain))
+    assert rests == other
+    losses = [dropping.step(batch, 0.0).loss.mean for _ in range(2)]
     assert losses[0] != losses[1]
 
 
-def test_dropout_leaves_out_its_share_and_keeps_the_mean():
-    from thimble.backends.torch.lora import Noise
-
-    noise, x = Noise(0.3), torch.ones(400, 500)
-    left = noise.drop(x, 7, torch.empty_like(x))
-    assert float((left == 0).float().mean()) == pytest.approx(0.3, abs=0.005)
-    assert float(left.mean()) == pytest.approx(1, abs=0.01)
-    rows = (left == 0).float()
-    assert float(rows.mean(0).std()) == pytest.approx((0.3 * 0.7 / 400) ** 0.5, rel=0.15)
-    assert float(rows.mean(1).std()) == pytest.approx((0.3 * 0.7 / 500) ** 0.5, rel=0.15)
-    assert not torch.equal(left, noise.drop(x, 8, torch.empty_like(x)))
+def test_dropout_leaves_out_what_the_mask_says():
+    rows, tokens = np.array([3, 3, 0, 7]), np.array([5, 6, 0, 1])
+    x = torch.from_numpy(RANDOM.standard_normal((4, 21)).astype(np.float32))
+    found = Dropout(0.3, (11, 4), rows, tokens).apply(x, 9, torch.empty_like(x))
+    kept = keep_mask((11, 4), 9, rows, tokens, 21, 0.3)
+    np.testing.assert_array_equal(found.numpy(), np.where(kept, x.numpy() * keep_factor(0.3), np.float32(0)))
+    assert 0 < kept.sum() < kept.size
 
 
 def test_layers_without_a_gradient_are_named(tmp_path):
     base = open_base(make_hf_folder("llama", tmp_path))
-    session = step_session(base, make_adapter(base))
+    trainer = Trainer(TorchSession(base), make_adapter(base))
     path = "model.layers.1.mlp.down_proj"
-    assert set(session.still_layers()) == set(base.spec.linear_shapes())
-    gradients = session.gradients([[make_batch()]], 20)
-    numbers = session._state.views(session._state.grads[0])[path]
-    numbers.A.zero_(), numbers.B.zero_()
-    session.apply(gradients, 1e-3, 1.0)
-    assert session.still_layers() == [path]
+    assert set(trainer.session.unmoved_layers(trainer.state)) == set(base.spec.linear_shapes())
+    gradient = trainer.gradient([[make_batch()]], 20)
+    parts = trainer.layers_of(gradient)[path]
+    parts.A.zero_(), parts.B.zero_()
+    state = trainer.session.apply(trainer.state, gradient, 1e-3)
+    assert trainer.session.unmoved_layers(state) == [path]
 
 
 # ---- rates ----------------------------------------------------------------------------------------------------------
@@ -276,9 +257,9 @@ def test_lora_plus_and_a_frozen_a_move_what_they_should(tmp_path):
     adapter, batch = make_adapter(base), make_batch()
     moved = {}
     for name, method in {"plain": Method(), "plus": Method(lora_plus=4.0), "frozen": Method(freezes_a=True)}.items():
-        session = step_session(base, adapter, method)
-        session.apply(session.gradients([[batch]], 20), 1e-3, 1.0)
-        moved[name] = session.adapter().layers
+        trainer = Trainer(TorchSession(base), adapter, method)
+        trainer.step(batch, 1e-3)
+        moved[name] = trainer.adapter.layers
     for path, start in adapter.layers.items():
         plain, plus, frozen = (moved[name][path] for name in ("plain", "plus", "frozen"))
         np.testing.assert_allclose(plus.B - start.B, 4 * (plain.B - start.B), atol=1e-6)
@@ -292,7 +273,7 @@ def test_lora_plus_and_a_frozen_a_move_what_they_should(tmp_path):
 @pytest.mark.parametrize("file", ["llama_q8_0", "phi3", "gemma3"])
 def test_a_weight_of_the_file_is_the_same_for_every_compute_type(file, compute):
     base = open_base(GGUF / f"{file}.gguf")
-    session = TorchSession(base, compute, ExecutionPlan("file"), sample=IDS)
+    session = TorchSession(base, compute, "file", sample=IDS)
     for path in list(base.spec.linear_shapes())[:7]:
         expected = base.weights[f"{path}.weight"].read()
         np.testing.assert_allclose(session.file_weight(path), expected, atol=1e-6)

@@ -14,55 +14,52 @@ from torch import Tensor
 
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8
-PIECE = 1 << 20  # numbers handled at a time, so that temporaries stay small
+PIECE = 1 << 20  # parameters handled at a time, so that temporaries stay small
 
 
 class AdamW:
     """AdamW (Loshchilov and Hutter, arXiv:1711.05101), as in torch.optim.AdamW.
 
     Args:
-        numbers: What is trained, changed in place; float32 (n,).
+        parameters: What is trained, changed in place; float32 (n,).
         weight_decay: Share of the way back to `goal` taken at each step, times the learning rate.
         goal: Where weight decay pulls to, float32 (n,); None: to zero, as in the paper.
-        rates: Spans of the numbers, and what their learning rate is multiplied by; 0 leaves them alone. None: all, 1.
+        rates: Spans of parameters, and what their learning rate is multiplied by; 0 leaves them alone. None: all, 1.
     """
 
     def __init__(
         self,
-        numbers: Tensor,
+        parameters: Tensor,
         weight_decay: float,
         goal: Tensor | None = None,
         rates: Sequence[tuple[slice, float]] | None = None,
     ) -> None:
-        self._numbers, self._weight_decay, self._goal = numbers, weight_decay, goal
-        self._rates = [(slice(0, len(numbers)), 1.0)] if rates is None else rates
-        self._mean, self._square = torch.zeros_like(numbers), torch.zeros_like(numbers)
+        self._parameters, self._weight_decay, self._goal = parameters, weight_decay, goal
+        self._rates = [(slice(0, len(parameters)), 1.0)] if rates is None else rates
+        self._mean, self._square = torch.zeros_like(parameters), torch.zeros_like(parameters)
         self._steps = 0
 
-    def step(self, gradient: Tensor, learning_rate: float) -> None:
-        """Take a step against the gradient, float32 (n,)."""
+    def step(self, gradient: Tensor, learning_rate: float, scale: float = 1.0) -> None:
+        """Take a step against scale · gradient, float32 (n,)."""
         self._steps += 1
         for span, factor in self._rates:
             for start in range(span.start, span.stop, PIECE) if factor else ():
-                self._move(slice(start, min(start + PIECE, span.stop)), gradient, learning_rate * factor)
+                piece = slice(start, min(start + PIECE, span.stop))
+                slope = gradient[piece] if scale == 1.0 else gradient[piece] * scale
+                self._move(piece, slope, learning_rate * factor)
 
-    def _move(self, span: slice, gradient: Tensor, learning_rate: float) -> None:
+    def _move(self, span: slice, slope: Tensor, learning_rate: float) -> None:
         first, second = BETAS
-        numbers, mean, square, slope = (x[span] for x in (self._numbers, self._mean, self._square, gradient))
+        parameters, mean, square = (x[span] for x in (self._parameters, self._mean, self._square))
         decay = learning_rate * self._weight_decay
         if decay and self._goal is None:
-            numbers.mul_(1 - decay)
+            parameters.mul_(1 - decay)
         elif decay:
-            numbers.lerp_(self._goal[span], decay)
+            parameters.lerp_(self._goal[span], decay)
         mean.lerp_(slope, 1 - first)
         square.mul_(second).addcmul_(slope, slope, value=1 - second)
         spread = square.sqrt().div_((1 - second**self._steps) ** 0.5).add_(EPSILON)
-        numbers.addcdiv_(mean, spread, value=-learning_rate / (1 - first**self._steps))
-
-    @property
-    def steps(self) -> int:
-        """Steps taken."""
-        return self._steps
+        parameters.addcdiv_(mean, spread, value=-learning_rate / (1 - first**self._steps))
 
     @property
     def squares(self) -> Tensor:
@@ -75,10 +72,12 @@ class AdamW:
         return {"exp_avg": self._mean.numpy(), "exp_avg_sq": self._square.numpy(), "step": steps}
 
     def restore(self, state: Mapping[str, NDArray[np.float32]]) -> None:
-        """Go back to what `state` returned."""
-        self._mean.copy_(torch.from_numpy(state["exp_avg"]))
-        self._square.copy_(torch.from_numpy(state["exp_avg_sq"]))
-        self._steps = int(state["step"][0])
+        """Go back to what `state` returned; what is not in it stays."""
+        for name, own in (("exp_avg", self._mean), ("exp_avg_sq", self._square)):
+            if name in state:
+                own.copy_(torch.from_numpy(state[name]))
+        if "step" in state:
+            self._steps = int(state["step"][0])
 
 
 def norm(flat: Tensor) -> float:

@@ -8,20 +8,19 @@ of an adapter, and no float weights.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from thimble.backends.torch.lora import Projection
+from thimble.backends.torch.decoder import Decoder
+from thimble.backends.torch.lora import Lora, Projection
+from thimble.backends.torch.loss import label_loss
 from thimble.core.inits import Moments, Sketch
 from thimble.core.lowrank import thin_svd
-
-if TYPE_CHECKING:
-    from thimble.backends.torch.session import PackedRows, TorchSession
+from thimble.data.batches import Batch
 
 SPARE = 8  # directions a sketch carries beside those wanted
 
@@ -45,34 +44,33 @@ class _Sums:
 
 
 @torch.no_grad()
-def input_moments(session: "TorchSession", batches: Sequence["PackedRows"]) -> Iterator[tuple[list[str], Moments]]:
+def input_moments(decoder: Decoder, batches: Sequence[Batch]) -> Iterator[tuple[list[str], Moments]]:
     """Second moments of the inputs of every layer, a block at a time.
 
     Args:
-        session: The base; adapters are taken off.
+        decoder: The base.
         batches: Rows to look at.
 
     Yields:
         tuple[list[str], Moments]: Paths of the layers that share an input, and its moments; in the order of the layers.
     """
-    decoder = session.decoder
-    decoder.attach({})
-    packs = [decoder.pack(batch.starts) for batch in batches]
-    streams = [decoder.embed(batch.ids, packed) for batch, packed in zip(batches, packs, strict=True)]
+    passes = [decoder.pack(batch.starts) for batch in batches]
+    streams = [decoder.embed(batch.ids, one) for batch, one in zip(batches, passes, strict=True)]
     for block in decoder.blocks:
         sums = {
             projection.number: _Sums(torch.zeros(n, n), torch.zeros(n))
             for projection in block.projections
             for n in (projection.frozen.cols,)
         }
-        for number, packed in enumerate(packs):
-            real = packed.starts[-1]
-            for projection in block.projections:
-                projection.on_input = lambda h, of=sums[projection.number], real=real: of.add(h[:real])
+        for number, one in enumerate(passes):
+            real = one.starts[-1]
+
+            def add(projection: Projection, h: Tensor, sums: dict[int, _Sums] = sums, real: int = real) -> None:
+                sums[projection.number].add(h[:real])
+
             decoder.memory.begin()
-            streams[number] = decoder.block(block, streams[number], packed)
+            streams[number] = decoder.block(block, streams[number], replace(one, lora=Lora(on_input=add)))
         for projection in block.projections:
-            projection.on_input = None
             of = sums.pop(projection.number)
             yield list(projection.columns), Moments(of.square.numpy(), of.total.numpy(), of.count)
 
@@ -104,28 +102,30 @@ class _Watched:
 
 
 def sketch_gradients(
-    session: "TorchSession",
-    batches: Sequence["PackedRows"],
+    decoder: Decoder,
+    batches: Sequence[Batch],
     ranks: Mapping[str, int],
     is_weighted: bool = False,
     seed: int = 0,
+    checkpointed_blocks: int = 0,
 ) -> dict[str, Sketch]:
     """Main directions of the gradient of each weight over some batches.
 
     Args:
-        session: The base; adapters are taken off.
+        decoder: The base.
         batches: Rows to learn from; run twice.
         ranks: How many directions are wanted, by layer path.
         is_weighted: Of Σ ‖δ‖² x xᵀ instead, δ being the gradient of a token's output: the same right singular vectors
             if the δ of different tokens point in unrelated directions.
         seed: Of the random numbers.
+        checkpointed_blocks: Blocks that keep only their input for the backward pass.
 
     Returns:
         Sketches by layer path, with at least as many values as wanted where the layer has them.
     """
     found: dict[str, _Watched] = {}
     random = torch.Generator().manual_seed(seed)
-    for projection in session.decoder.projections:
+    for projection in decoder.projections:
         fan_in = projection.frozen.cols
         for path, columns in projection.columns.items():
             if path in ranks:
@@ -134,22 +134,23 @@ def sketch_gradients(
                 probe = torch.randn(fan_in if is_weighted else fan_out, width, generator=random)
                 found[path] = _Watched(columns, probe, torch.zeros(width, fan_in))
     spread, measure = (_spread_weighted, _measure_weighted) if is_weighted else (_spread, _measure)
-    _watch(session, batches, found, spread)
+    _watch(decoder, batches, found, spread, checkpointed_blocks)
     for layer in found.values():
         layer.rows = torch.linalg.qr(layer.rows.t()).Q.t().contiguous()
         width = len(layer.rows)
         layer.probe = torch.empty(0)
         layer.image = torch.zeros(width if is_weighted else layer.columns.stop - layer.columns.start, width)
         layer.answer = torch.zeros(width, width)
-    _watch(session, batches, found, measure)
+    _watch(decoder, batches, found, measure, checkpointed_blocks)
     return {path: _finished(layer) for path, layer in found.items()}
 
 
 def _watch(
-    session: "TorchSession",
-    batches: Sequence["PackedRows"],
+    decoder: Decoder,
+    batches: Sequence[Batch],
     found: Mapping[str, _Watched],
     look: Callable[[_Watched, Tensor, Tensor], None],
+    checkpointed_blocks: int,
 ) -> None:
     """Run batches forward and back, and let each layer's sketch look at its input and its output's gradient."""
 
@@ -159,31 +160,32 @@ def _watch(
             if path in found:
                 look(found[path], wide, grad[:, columns].float())
 
-    watch_gradients(session, batches, visit)
+    watch_gradients(decoder, batches, visit, checkpointed_blocks)
 
 
 def watch_gradients(
-    session: "TorchSession",
-    batches: Sequence["PackedRows"],
+    decoder: Decoder,
+    batches: Sequence[Batch],
     visit: Callable[[Projection, Tensor, Tensor], None],
+    checkpointed_blocks: int = 0,
 ) -> None:
     """Run batches forward and back on the bare base.
 
     Args:
-        session: The base; adapters are taken off.
+        decoder: The base.
         batches: Rows to learn from.
         visit: Called for every group of layers with the inputs (tokens, in) and the gradient of the outputs
             (tokens, sum of outs), padding left out.
+        checkpointed_blocks: Blocks that keep only their input for the backward pass.
     """
-    decoder = session.decoder
-    decoder.attach({})
     for batch in batches:
         real = int(batch.starts[-1])
-        for projection in decoder.projections:
-            projection.on_gradient = lambda h, g, of=projection, real=real: visit(of, h[:real], g[:real])
-        session.backward(batch)
-    for projection in decoder.projections:
-        projection.on_gradient = None
+
+        def watch(projection: Projection, h: Tensor, grad: Tensor, real: int = real) -> None:
+            visit(projection, h[:real], grad[:real])
+
+        hidden = decoder.hidden(batch.ids, decoder.pack(batch.starts, Lora(on_gradient=watch), checkpointed_blocks))
+        label_loss(decoder, hidden, batch.labels).backward()
 
 
 def _spread(layer: _Watched, x: Tensor, grad: Tensor) -> None:
@@ -224,18 +226,20 @@ def _finished(layer: _Watched) -> Sketch:
 
 
 def captured_energy(
-    session: "TorchSession",
-    batches: Sequence["PackedRows"],
+    decoder: Decoder,
+    batches: Sequence[Batch],
     candidates: Mapping[str, Mapping[str, NDArray[np.float32]]],
+    checkpointed_blocks: int = 0,
 ) -> dict[str, dict[str, tuple[NDArray[np.float64], float]]]:
     """How much of the gradient of W, on rows not seen before, lies in the span of each candidate for A.
 
     With B at zero, that is the part of the gradient that the first steps can follow.
 
     Args:
-        session: The base; adapters are taken off.
+        decoder: The base.
         batches: Held-out rows.
         candidates: A by layer path, float32 (rank, in), by name of the candidate.
+        checkpointed_blocks: Blocks that keep only their input for the backward pass.
 
     Returns:
         By candidate and layer path: what each row of A adds to ‖G P‖², float64 (rank,), P projecting on the rows so
@@ -259,5 +263,5 @@ def captured_energy(
                 before = found[name].get(path, (np.zeros_like(parts), 0.0))
                 found[name][path] = (before[0] + parts, before[1] + whole)
 
-    watch_gradients(session, batches, visit)
+    watch_gradients(decoder, batches, visit, checkpointed_blocks)
     return found

@@ -1,9 +1,11 @@
 """The decoder of every Llama-like family, as plain as it can be: read `Decoder.block` first.
 
 Built from a base's description and weights; used for training, evaluation and generation. Rows are packed: a batch is
-one long list of tokens, cut into rows by `starts`. Knows nothing of tokenizers, optimisers or files.
+one long list of tokens, cut into rows. It holds no adapter: each forward pass is given those of its rows. Knows nothing
+of tokenizers, optimisers or files.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,13 +13,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from thimble.backends.torch.adapter_state import LoraPair
+from thimble.backends.session import ForwardRow
 from thimble.backends.torch.attention import Angles, AttentionSpec, attend
 from thimble.backends.torch.elementwise import Gated, Prologue, RmsNorm
 from thimble.backends.torch.frozen import FrozenLinear, Matrix, Neighbours, load_matrix
 from thimble.backends.torch.int8 import Int8Linear, Watched
-from thimble.backends.torch.kv_cache import KvCache, Slots, attend_cached
-from thimble.backends.torch.lora import Noise, Projection, project
+from thimble.backends.torch.kv_cache import KvCache, attend_cached
+from thimble.backends.torch.lora import BARE, Layers, Lora, Projection, project
 from thimble.backends.torch.memory import Memory
 from thimble.core.sizes import padded
 from thimble.models.base import EMBEDDING, FINAL_NORM, HEAD, Base
@@ -25,22 +27,27 @@ from thimble.models.spec import Rope
 
 
 @dataclass(frozen=True)
-class Packed:
-    """Where the rows of a packed batch begin, and the rotations of every token.
+class ForwardPass:
+    """What one forward pass is given beside its tokens.
 
     Attributes:
         starts: Row s is tokens starts[s] to starts[s + 1].
         size: Tokens with padding, which belongs to no row.
         angles: By number of the rotary embedding in `Decoder.ropes`.
-        cache: Keys and values to read and extend, when generating.
-        slots: For whole prompts: where they go in the cache.
+        lora: The adapters of the rows.
+        checkpointed_blocks: So many, from the lowest, keep only their input for the backward pass and are run again in
+            it (activation checkpointing).
+        rows: Where each row stands in the cache; unused without one.
+        cache: Keys and values to read and extend, or None.
     """
 
     starts: list[int]
     size: int
     angles: dict[int, Angles]
+    lora: Lora = BARE
+    checkpointed_blocks: int = 0
+    rows: Sequence[ForwardRow] = ()
     cache: KvCache | None = None
-    slots: Slots | None = None
 
 
 @dataclass(frozen=True)
@@ -80,7 +87,7 @@ class Block:
 
 
 class Decoder:
-    """A frozen base, ready to run, on which adapters can be hung.
+    """A frozen base, ready to run.
 
     Args:
         base: The opened base.
@@ -101,8 +108,6 @@ class Decoder:
         self.blocks = [self._block(number) for number in range(base.spec.num_layers)]
         for number, projection in enumerate(self.projections):
             projection.number = number
-        # So many, from the lowest, keep only their input in the forward pass and are run again in the backward pass.
-        self.checkpointed_blocks = 0
 
     # ---- building -------------------------------------------------------------------------------------------------
 
@@ -166,7 +171,7 @@ class Decoder:
         for projection, layer in zip(self.projections, watched, strict=True):
             projection.frozen = layer
         with torch.no_grad():
-            self.hidden(sample, self.pack(np.array([0, len(sample)])))
+            self.hidden(sample, self.pack([0, len(sample)]))
         for projection, layer in zip(self.projections, watched, strict=True):
             projection.frozen = Int8Linear(layer)
         self.memory.release()
@@ -177,103 +182,114 @@ class Decoder:
         for earlier, layer, later in zip([None, *layers], layers, [*layers[1:], None], strict=False):
             layer.neighbours = Neighbours(earlier, later)
 
-    # ---- adapters -------------------------------------------------------------------------------------------------
-
     @property
     def projections(self) -> list[Projection]:
         """Every group of linear layers, in the order they run."""
         return [projection for block in self.blocks for projection in block.projections]
 
-    def attach(self, pairs: dict[str, LoraPair], noise: Noise | None = None) -> None:
-        """Hang on an adapter by layer path; an empty dict takes all off and restores the base bit for bit.
-
-        Args:
-            pairs: A and B by layer path.
-            noise: Dropout in training.
-        """
+    def measure(self, layers: Layers) -> None:
+        """Bring what DoRA multiplies rows by up to date; see Projection.measure."""
         for projection in self.projections:
-            projection.attach(pairs, noise)
-
-    def measure(self) -> None:
-        """Hear that the numbers of the adapter changed."""
-        for projection in self.projections:
-            projection.measure()
+            projection.measure(layers)
 
     # ---- running --------------------------------------------------------------------------------------------------
 
-    def pack(self, starts: NDArray[np.int64], cache: KvCache | None = None, slots: Slots | None = None) -> Packed:
-        """Prepare the rotations of a packed batch.
+    def pack(self, starts: Sequence[int], lora: Lora = BARE, checkpointed_blocks: int = 0) -> ForwardPass:
+        """Prepare a pass over whole rows that see nothing but themselves.
 
         Args:
-            starts: int64 (rows + 1,), where rows begin in the list of tokens.
-            cache: Keys and values of earlier positions, when generating.
-            slots: Where whole prompts go in the cache; without them every row of the cache gets its next token.
+            starts: Where rows begin in the list of tokens, and where the last one ends.
+            lora: The adapters of the rows.
+            checkpointed_blocks: See ForwardPass.
 
         Returns:
-            The rows with their rotations.
+            The pass.
         """
         lengths = np.diff(starts)
-        first = cache.lengths.numpy() if cache and slots is None else np.zeros(len(lengths), np.int64)
-        positions = np.concatenate([np.arange(a, a + n) for a, n in zip(first, lengths, strict=True)])
-        ends = np.repeat(np.maximum(first + lengths, cache.capacity if cache else 0), lengths)
-        size = len(positions) if cache and slots is None else padded(len(positions))
-        positions, ends = (np.pad(array, (0, size - len(array))) for array in (positions, ends))
-        angles = {number: _angles(rope, positions, ends) for number, rope in enumerate(self.ropes)}
-        return Packed(starts.tolist(), size, angles, cache, slots)
+        positions = np.concatenate([np.arange(length) for length in lengths])
+        size = padded(len(positions))
+        angles = self._angles(positions, np.repeat(lengths, lengths), size)
+        return ForwardPass(
+            [int(start) for start in starts], size, angles, lora, min(checkpointed_blocks, len(self.blocks))
+        )
 
-    def embed(self, ids: NDArray[np.int32], packed: Packed) -> Tensor:
+    def pack_rows(self, rows: Sequence[ForwardRow], cache: KvCache, lora: Lora = BARE) -> ForwardPass:
+        """Prepare a pass over rows that stand in a cache.
+
+        Args:
+            rows: Prompts, parts of prompts, or one next token each.
+            cache: What the rows see of earlier positions, and what they add to.
+            lora: The adapters of the rows.
+
+        Returns:
+            The pass.
+        """
+        lengths = [row.tokens for row in rows]
+        positions = np.concatenate([np.arange(row.position, row.position + row.tokens) for row in rows])
+        ends = np.repeat([row.end for row in rows], lengths)
+        is_decoding = len(positions) == len(rows)
+        size = cache.padded_rows(len(rows)) if is_decoding else padded(len(positions))
+        starts = [0, *np.cumsum(lengths).tolist()]
+        return ForwardPass(starts, size, self._angles(positions, ends, size), lora, 0, rows, cache)
+
+    def _angles(self, positions: NDArray[np.int64], ends: NDArray[np.int64], size: int) -> dict[int, Angles]:
+        """Rotations of tokens at some positions, of rows that end at `ends`, padded to `size` tokens."""
+        positions, ends = (np.pad(array, (0, size - len(array))) for array in (positions, ends))
+        return {number: _angles(rope, positions, ends) for number, rope in enumerate(self.ropes)}
+
+    def embed(self, ids: NDArray[np.int32], forward: ForwardPass) -> Tensor:
         """CalibrationData up tokens: int32 (tokens,) to (tokens with padding, hidden), compute type."""
-        x = self.embedding.gather(np.pad(ids.astype(np.int64), (0, packed.size - len(ids))))
+        x = self.embedding.gather(np.pad(ids.astype(np.int64), (0, forward.size - len(ids))))
         if self.spec.embedding_scale != 1.0:
             x = x * torch.tensor(self.spec.embedding_scale, dtype=self.compute)
         return x
 
-    def hidden(self, ids: NDArray[np.int32], packed: Packed) -> Tensor:
+    def hidden(self, ids: NDArray[np.int32], forward: ForwardPass) -> Tensor:
         """Run all blocks.
 
         Args:
             ids: int32 (tokens,), packed rows.
-            packed: From `pack`.
+            forward: From `pack` or `pack_rows`.
 
         Returns:
             (tokens with padding, hidden), compute type, before the final norm.
         """
-        x = self.embed(ids, packed)
+        x = self.embed(ids, forward)
         self.memory.begin()
         for block in self.blocks:
-            is_recomputed = block.number < self.checkpointed_blocks
-            x = _recomputed(self, block, x, packed) if is_recomputed else self.block(block, x, packed)
+            is_checkpointed = block.number < forward.checkpointed_blocks
+            x = _checkpointed(self, block, x, forward) if is_checkpointed else self.block(block, x, forward)
         return x
 
-    def block(self, block: Block, x: Tensor, packed: Packed) -> Tensor:
+    def block(self, block: Block, x: Tensor, forward: ForwardPass) -> Tensor:
         """One transformer block: attention and a gated MLP, each added to the stream.
 
         Args:
             block: The layer.
             x: (tokens, hidden), compute type.
-            packed: Rows and rotations.
+            forward: Rows, rotations and adapters.
 
         Returns:
             (tokens, hidden), compute type.
         """
-        angles = None if block.rope is None else packed.angles[block.rope]
-        qkv = project(x, block.qkv, block.attn_norm)
-        if packed.cache is None:
-            mixed = attend(qkv, block.attention, angles, packed.starts, self.memory)
+        angles = None if block.rope is None else forward.angles[block.rope]
+        qkv = project(x, block.qkv, forward.lora, block.attn_norm)
+        if forward.cache is None:
+            mixed = attend(qkv, block.attention, angles, forward.starts, self.memory)
         else:
-            place = (packed.starts, packed.cache, block.number, packed.slots)
-            mixed = attend_cached(qkv, block.attention, angles, *place, self.memory)
-        x = self._added(x, mixed, block.out, None, block.attn_out_norm)
-        gate_up = project(x, block.gate_up, block.mlp_norm)
-        return self._added(x, gate_up, block.down, self.gate, block.mlp_out_norm)
+            mixed = attend_cached(qkv, block.attention, angles, forward.rows, forward.cache, block.number, self.memory)
+        x = self._added(x, mixed, block.out, forward.lora, None, block.attn_out_norm)
+        gate_up = project(x, block.gate_up, forward.lora, block.mlp_norm)
+        return self._added(x, gate_up, block.down, forward.lora, self.gate, block.mlp_out_norm)
 
     def _added(
-        self, x: Tensor, update: Tensor, projection: Projection, prologue: Prologue | None, norm: RmsNorm | None
-    ) -> Tensor:
+        self, x: Tensor, update: Tensor, projection: Projection, lora: Lora, prologue: Prologue | None,
+        norm: RmsNorm | None,
+    ) -> Tensor:  # fmt: skip
         """The residual stream with a projected update added, which Gemma normalises first."""
         if norm is None:
-            return project(update, projection, prologue, residual=x)
-        return x + _Normalise.apply(project(update, projection, prologue), norm)
+            return project(update, projection, lora, prologue, residual=x)
+        return x + _Normalise.apply(project(update, projection, lora, prologue), norm)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Final norm, head and soft-cap: (n, hidden) to float32 (n, vocabulary)."""
@@ -304,31 +320,31 @@ class _Normalise(torch.autograd.Function):
         return ctx.norm.backward(ctx.saved_tensors[0], grads[0]), None
 
 
-class _Recompute(torch.autograd.Function):
+class _Checkpoint(torch.autograd.Function):
     """Runs a block without keeping anything but its input, and again when its gradients are asked for."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, anchor: Tensor, decoder: Decoder, block: Block, packed: Packed) -> Tensor:
+    def forward(ctx, x: Tensor, start: Tensor, decoder: Decoder, block: Block, forward: ForwardPass) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.call = (decoder, block, packed)
-        return decoder.memory.keep(*x.shape).copy_(decoder.block(block, x, packed))
+        ctx.call = (decoder, block, forward)
+        return decoder.memory.keep(*x.shape).copy_(decoder.block(block, x, forward))
 
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, None, None, None, None]:
-        decoder, block, packed = ctx.call
+        decoder, block, forward = ctx.call
         x = ctx.saved_tensors[0].detach().requires_grad_(ctx.needs_input_grad[0])
-        decoder.memory.begin(decoder.checkpointed_blocks)  # beside their outputs, nothing of other blocks is needed
+        decoder.memory.begin(forward.checkpointed_blocks)  # beside their outputs, nothing of other blocks is needed
         with torch.enable_grad():
-            y = decoder.block(block, x, packed)
+            y = decoder.block(block, x, forward)
         torch.autograd.backward(y, grads[0])
         return x.grad, None, None, None, None
 
 
-def _recomputed(decoder: Decoder, block: Block, x: Tensor, packed: Packed) -> Tensor:
-    needs_gradient = x.requires_grad or any(projection.needs_gradient for projection in block.projections)
+def _checkpointed(decoder: Decoder, block: Block, x: Tensor, forward: ForwardPass) -> Tensor:
+    needs_gradient = x.requires_grad or any(layer.needs_gradient(forward.lora) for layer in block.projections)
     if not (torch.is_grad_enabled() and needs_gradient):
-        return decoder.block(block, x, packed)
-    return _Recompute.apply(x, torch.empty(0, requires_grad=True), decoder, block, packed)
+        return decoder.block(block, x, forward)
+    return _Checkpoint.apply(x, torch.empty(0, requires_grad=True), decoder, block, forward)
 
 
 def _distinct(ropes: tuple[Rope | None, ...]) -> list[Rope]:

@@ -6,14 +6,14 @@ that a diverging run shows. The tests hold the same formulas in torch operators.
 """
 
 import numpy as np
-from numba import njit
 from numba.extending import register_jitable
 
+from thimble.backends.torch.compiled import compiled
 from thimble.backends.torch.vectors import bits_of, from_bits, loaded, stored
 
 # Fast arithmetic but for flags that let the compiler assume away NaN; and no checks for division by zero, whose
 # branches keep a loop from being vectorised.
-LOOP = {"nogil": True, "cache": True, "fastmath": {"reassoc", "contract", "arcp", "nsz"}, "error_model": "numpy"}
+LOOP = {"nogil": True, "fastmath": {"reassoc", "contract", "arcp", "nsz"}, "error_model": "numpy"}
 ONE, TWO, HALF = np.float32(1), np.float32(2), np.float32(0.5)
 LOG2_E, LN2_HIGH, LN2_LOW = np.float32(1.44269504), np.float32(0.693359375), np.float32(-2.12194440e-4)
 EXP_LOW, EXP_HIGH = np.float32(-87.0), np.float32(88.0)
@@ -49,7 +49,7 @@ def _rate(row, eps):
     return ONE / np.sqrt(total / np.float32(row.shape[0]) + eps)
 
 
-@njit(**LOOP)
+@compiled(**LOOP)
 def norm_forward(begin, end, x, weight, eps, out):
     """x / rms(x) · weight: x, out (rows, n); weight float32 (n,)."""
     for i in range(begin, end):
@@ -58,7 +58,7 @@ def norm_forward(begin, end, x, weight, eps, out):
             out[i, j] = stored(loaded(x[i, j]) * rate * weight[j], out)
 
 
-@njit(**LOOP)
+@compiled(**LOOP)
 def norm_backward(begin, end, x, weight, eps, grad, out):
     """Gradient at x of `norm_forward`: all (rows, n)."""
     for i in range(begin, end):
@@ -92,7 +92,7 @@ def _gelu(gate):
 def _make_gate(activate):
     """Compile the pair of loops for one activation."""
 
-    @njit(**LOOP)
+    @compiled(**LOOP)
     def forward(begin, end, x, out):
         n = out.shape[1]
         for i in range(begin, end):
@@ -100,7 +100,7 @@ def _make_gate(activate):
             for j in range(n):
                 to[j] = stored(activate(loaded(gate[j]))[0] * loaded(up[j]), out)
 
-    @njit(**LOOP)
+    @compiled(**LOOP)
     def backward(begin, end, x, grad, out):
         n = grad.shape[1]
         for i in range(begin, end):
@@ -118,26 +118,39 @@ def _make_gate(activate):
 GATES = {"silu": _make_gate(_silu), "gelu_tanh": _make_gate(_gelu)}
 
 
-# ---- dropout --------------------------------------------------------------------------------------------------------
+# ---- dropout -------------------------------------------------------------------------------------------------------
+
+LOW_WORD, WORD = np.uint64(0xFFFFFFFF), np.uint64(32)
+MULTIPLIERS = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
+KEY_STEPS = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
 
 
 @register_jitable
-def _mixed(bits):
-    """A uint32 scattered over all of them (the finaliser of MurmurHash3)."""
-    bits = np.uint32((bits ^ (bits >> np.uint32(16))) * np.uint32(0x85EBCA6B))  # numba would widen it
-    bits = np.uint32((bits ^ (bits >> np.uint32(13))) * np.uint32(0xC2B2AE35))
-    return np.uint32(bits ^ (bits >> np.uint32(16)))
+def _philox(column, token, row, layer, seed, step):
+    """Four words of Philox4x32-10 for one counter and key; see thimble.core.dropout.philox. Words lie in uint64."""
+    for _ in range(10):
+        left, right = column * MULTIPLIERS[0], row * MULTIPLIERS[1]
+        column, token = (right >> WORD) ^ token ^ seed, right & LOW_WORD
+        row, layer = (left >> WORD) ^ layer ^ step, left & LOW_WORD
+        seed, step = (seed + KEY_STEPS[0]) & LOW_WORD, (step + KEY_STEPS[1]) & LOW_WORD
+    return column, token, row, layer
 
 
-@njit(**LOOP)
-def drop(begin, end, x, key, threshold, factor, out, is_added):
-    """x · factor, or 0 at threshold / 2³² of all places, which the key decides; written to out, or added to it."""
+@compiled(**LOOP)
+def drop(begin, end, x, tokens, rows, layer, seed, step, threshold, factor, out, is_added):
+    """x · factor, or 0 where the word of an element is below threshold; written to out, or added to it.
+
+    x, out (tokens, n); tokens and rows int64 (tokens,): the counters of thimble.core.dropout.keep_mask.
+    """
+    words = np.empty(x.shape[1] + 4, np.uint64)
     for i in range(begin, end):
-        row_key = _mixed(np.uint32(key + np.uint32(i)))
+        token, row = np.uint64(tokens[i]), np.uint64(rows[i])
+        for four in range((x.shape[1] + 3) // 4):
+            a, b, c, d = _philox(np.uint64(four), token, row, layer, seed, step)
+            words[4 * four], words[4 * four + 1], words[4 * four + 2], words[4 * four + 3] = a, b, c, d
         source, to = x[i], out[i]
         for j in range(x.shape[1]):
-            is_kept = _mixed(np.uint32(row_key ^ np.uint32(j))) >= threshold
-            value = loaded(source[j]) * factor if is_kept else np.float32(0)
+            value = loaded(source[j]) * factor if words[j] >= threshold else np.float32(0)
             to[j] = stored(loaded(to[j]) + value if is_added else value, out)
 
 
@@ -156,7 +169,7 @@ def _turn(source, cos, sin, sign, scale, out):
         out[j] = stored(loaded(source[j]) * scale, out)
 
 
-@njit(**LOOP)
+@compiled(**LOOP)
 def split_heads(begin, end, qkv, cos, sin, scale, q, k, v):
     """Cut, rotate and scale: qkv (tokens, heads, dim) to q (kv, tokens, group, dim), k and v (kv, tokens, dim)."""
     kv, group = q.shape[0], q.shape[2]
@@ -169,7 +182,7 @@ def split_heads(begin, end, qkv, cos, sin, scale, q, k, v):
                 v[h, t, j] = qkv[t, kv * group + kv + h, j]
 
 
-@njit(**LOOP)
+@compiled(**LOOP)
 def join_heads(begin, end, dq, dk, dv, cos, sin, scale, out):
     """Undo `split_heads` for gradients: the shapes are its own."""
     kv, group = dq.shape[0], dq.shape[2]
@@ -182,7 +195,7 @@ def join_heads(begin, end, dq, dk, dv, cos, sin, scale, out):
                 out[t, kv * group + kv + h, j] = stored(loaded(dv[h, t, j]), out)
 
 
-@njit(**LOOP)
+@compiled(**LOOP)
 def by_head(begin, end, grad, mixed, out, dots):
     """Sort a gradient by key head, and take its dot products with what it is the gradient of.
 
@@ -202,7 +215,7 @@ def by_head(begin, end, grad, mixed, out, dots):
 # ---- soft-cap -------------------------------------------------------------------------------------------------------
 
 
-@njit(**LOOP)
+@compiled(**LOOP)
 def bend(begin, end, x, cap):
     """Replace x (rows, n) by cap · tanh(x / cap), in place; its slope is 1 - (result / cap)²."""
     for i in range(begin, end):
@@ -251,7 +264,7 @@ def _clear(row, array):
         row[j] = stored(np.float32(0), array)
 
 
-@njit(**LOOP)
+@compiled(**LOOP)
 def softmax_forward(begin, end, scores, rows, group, first, last, low, window, log_sums):
     """Turn scores into weights in place, and keep their log-sums, float32 (kv · queries · group,).
 
@@ -267,7 +280,7 @@ def softmax_forward(begin, end, scores, rows, group, first, last, low, window, l
         _clear(scores[i, stop:], scores)
 
 
-@njit(**LOOP)
+@compiled(**LOOP)
 def softmax_backward(begin, end, scores, grads, rows, group, first, last, low, window, per_cap, log_sums, drift):
     """Turn scores into weights and the weights' gradients into the scores', both in place.
 
@@ -290,7 +303,7 @@ def softmax_backward(begin, end, scores, grads, rows, group, first, last, low, w
 # ---- cross-entropy -------------------------------------------------------------------------------------------------
 
 
-@njit(**LOOP)
+@compiled(**LOOP)
 def cross_entropy(begin, end, logits, targets, per_cap, losses, needs_grad):
     """Loss of each row of logits (rows, vocabulary), already bent, to float32 (rows,).
 

@@ -1,6 +1,6 @@
 """Compiled loops over weights: blocks of a file to numbers, numbers to int8 rows and back.
 
-The loops are numba's: compiled when first called (a few tenths of a second each), then cached on disk.
+The loops are numba's: compiled when first called (a few tenths of a second each), then cached on disk if that can be.
 `thimble.files.blocks` holds the same formulas in numpy, and the tests hold the two equal bit for bit. This module
 knows nothing of torch, files or layers.
 """
@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
+from thimble.backends.torch.compiled import compiled
 from thimble.backends.torch.threads import parallel_for
 from thimble.backends.torch.vectors import BYTE, FLOAT, INT, LONG, SHORT, Lanes, bits_of, from_bits, loaded, stored
 from thimble.files.blocks import LAYOUTS, TINY, block_of, row_bytes
@@ -179,7 +180,7 @@ def _decode_kernel(dtype: str, lanes: int) -> Callable[..., None]:
     values, size = block_of(dtype)
     values, size = values * lanes, size * lanes
 
-    @njit(nogil=True, cache=True)
+    @compiled(nogil=True)
     def decode(begin, end, raw, index, out):
         for i in range(begin, end):
             row, to = raw[index[i]], out[i]
@@ -222,7 +223,7 @@ def _read_only(array: Array) -> Array:
 _ROUNDER = np.float32(12582912.0)
 
 
-@njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def _quantize(begin, end, x, factor, q, scale):
     for i in range(begin, end):
         largest = np.int32(0)
@@ -237,7 +238,7 @@ def _quantize(begin, end, x, factor, q, scale):
             q[i, j] = np.int8(bits_of(loaded(x[i, j]) * factor[j] * inverse + _ROUNDER) - bits_of(_ROUNDER))
 
 
-@njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def _dequantize(begin, end, q, scale, out):
     for i in range(begin, end):
         for j in range(q.shape[1]):
@@ -260,7 +261,7 @@ def quantize_rows_into(
     parallel_for(*x.shape, _quantize, _read_only(x), _read_only(factor), q, scale)
 
 
-@njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def _rescale(begin, end, sums, row_scale, column_scale, out, first):
     for i in range(begin, end):
         to = out[i, first : first + sums.shape[1]]

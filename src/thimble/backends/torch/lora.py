@@ -1,4 +1,4 @@
-"""The layer that everything hangs on: y = h Wᵀ + scale · (h Aᵀ) Bᵀ with h = prologue(x).
+"""The layer of every adapter: y = h Wᵀ + scale · (h Aᵀ) Bᵀ with h = prologue(x).
 
 One autograd function for a whole group of projections that read the same input (q, k and v; gate and up). It keeps
 only x, recomputes h, adds gradients of A and B straight into their float32 sums, and makes no gradient of x when
@@ -10,9 +10,8 @@ rows of W + scale · B A. They count as constants of a step (section 4.3 there),
 of the above, and ∂L/∂m = Σ g · (y before it) / n.
 """
 
-import threading
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,135 +19,154 @@ import torch
 from torch import Tensor
 
 from thimble.backends.torch import fused
-from thimble.backends.torch.adapter_state import LoraPair
+from thimble.backends.torch.adapters import LoraFactors, Parameters
 from thimble.backends.torch.elementwise import Prologue
 from thimble.backends.torch.frozen import FrozenLinear, as_numpy
-from thimble.backends.torch.threads import parallel_for, worker
+from thimble.backends.torch.threads import parallel_for
+from thimble.core.dropout import drop_threshold, keep_factor
+
+Layers = Mapping[str, LoraFactors]
 
 
-@dataclass
-class Noise:
-    """What dropout leaves out: a function of seed, step, micro-batch and layer, the same in a resumed run.
+@dataclass(frozen=True)
+class Dropout:
+    """What dropout leaves out of the inputs of A in one batch; see thimble.core.dropout.
 
     Attributes:
         rate: Share left out.
-        here: Of each thread, the number of the micro-batch it learns from, as `batch`; nothing is left out without one.
+        key: Seed of the run and number of the step.
+        rows: int64 (tokens,), for each token the place of its row in the step.
+        tokens: int64 (tokens,), for each token its place in its row.
     """
 
     rate: float
-    here: threading.local = field(default_factory=threading.local)
+    key: tuple[int, int]
+    rows: np.ndarray
+    tokens: np.ndarray
 
-    def drop(self, x: Tensor, key: int, out: Tensor, is_added: bool = False) -> Tensor:
+    def apply(self, x: Tensor, layer: int, out: Tensor, is_added: bool = False) -> Tensor:
         """Write what is left of x to `out`, or add it: both (tokens, n), contiguous."""
-        threshold, factor = np.uint32(self.rate * 2**32), np.float32(1 / (1 - self.rate))
-        parallel_for(*x.shape, fused.drop, as_numpy(x), np.uint32(key), threshold, factor, as_numpy(out), is_added)
+        seed, step = (word & 0xFFFFFFFF for word in self.key)
+        counter = (self.tokens, self.rows, np.uint64(layer), np.uint64(seed), np.uint64(step))
+        what = (np.uint64(drop_threshold(self.rate)), keep_factor(self.rate), as_numpy(out), is_added)
+        parallel_for(*x.shape, fused.drop, as_numpy(x), *counter, *what)
         return out
+
+
+@dataclass(frozen=True)
+class Lora:
+    """What a forward pass adds to the frozen products: for each range of its tokens an adapter, and who watches.
+
+    Attributes:
+        ranges: Tokens, and the adapter they have; tokens of no range have none.
+        grads: Where the gradients of A, B and magnitude are added, by layer path; None if nothing is trained.
+        freezes_a: Whether A gets no gradient.
+        dropout: Of the inputs of A, or None.
+        on_input: Called, where no gradient is wanted, with what the weights are multiplied with, (tokens, in).
+        on_gradient: Called in the backward pass with what the weights were multiplied with, (tokens, in), and the
+            gradient of the result, (tokens, sum of outs).
+    """
+
+    ranges: Sequence[tuple[slice, Layers]] = ()
+    grads: Mapping[str, Parameters] | None = None
+    freezes_a: bool = False
+    dropout: Dropout | None = None
+    on_input: "Callable[[Projection, Tensor], None] | None" = None
+    on_gradient: "Callable[[Projection, Tensor, Tensor], None] | None" = None
+
+
+BARE = Lora()
 
 
 @dataclass
 class Projection:
-    """A group of linear layers with one input, and the adapters that hang on them now.
+    """A group of linear layers with one input.
 
     Attributes:
         frozen: The stacked frozen weights, (sum of outs, in).
         columns: Layer path to the columns of the output that are its own.
         number: Its place among all groups of the decoder.
-        pairs: Adapted layers: their columns and their A and B.
-        noise: Dropout of what A reads in training, or None.
-        on_input: Called, where no gradient is wanted, with what the weights are multiplied with, (tokens, in).
-        on_gradient: Called in the backward pass with what the weights were multiplied with, (tokens, in), and the
-            gradient of the result, (tokens, sum of outs); None if nobody looks.
     """
 
     frozen: FrozenLinear
     columns: dict[str, slice]
     number: int = 0
-    pairs: list[tuple[slice, LoraPair]] = field(default_factory=list)
-    noise: Noise | None = None
-    on_input: Callable[[Tensor], None] | None = None
-    on_gradient: Callable[[Tensor, Tensor], None] | None = None
 
-    def attach(self, pairs: dict[str, LoraPair], noise: Noise | None = None) -> None:
-        """Hang on the adapters of the layers in this group; an empty dict takes all off."""
-        self.pairs = [(columns, pairs[path]) for path, columns in self.columns.items() if path in pairs]
-        self.noise = noise if self.pairs else None
-        self.measure()
+    def adapted(self, layers: Layers) -> list[tuple[str, slice, LoraFactors]]:
+        """The layers of this group that an adapter changes: path, columns and factors."""
+        return [(path, columns, layers[path]) for path, columns in self.columns.items() if path in layers]
 
-    @property
-    def needs_gradient(self) -> bool:
+    def needs_gradient(self, lora: Lora) -> bool:
         """Whether the backward pass has something to do here."""
-        return bool(self.pairs) or self.on_gradient is not None
-
-    @property
-    def has_magnitude(self) -> bool:
-        """Whether rows of the weight are set to other lengths."""
-        return any(pair.trained.magnitude is not None for _, pair in self.pairs)
-
-    def stacked_a(self) -> Tensor:
-        """All A over one another, (sum of ranks, in)."""
-        return self.pairs[0][1].A if len(self.pairs) == 1 else torch.cat([pair.A for _, pair in self.pairs])
-
-    def dropout_key(self) -> int | None:
-        """The key of this group in the micro-batch that this thread learns from; None if it does not."""
-        batch = getattr(self.noise.here, "batch", None) if self.noise else None
-        return None if batch is None else hash((batch, self.number)) & 0xFFFFFFFF
+        is_trained = lora.grads is not None and any(self.adapted(layers) for _, layers in lora.ranges)
+        return is_trained or lora.on_gradient is not None
 
     @torch.no_grad()
-    def measure(self) -> None:
+    def measure(self, layers: Layers) -> None:
         """Bring the row rates of layers with a magnitude up to date after A, B or the magnitude changed.
 
         For each row w of W and b of B, ‖w + s b A‖² = ‖w‖² + 2 s (w Aᵀ) bᵀ + s² b (A Aᵀ) bᵀ: nothing as large as W
         is made.
         """
-        if not self.has_magnitude:
+        adapted = self.adapted(layers)
+        if not _have_magnitude(adapted):
             return
-        a = self.stacked_a()
+        a = _stacked_a(adapted)
         answers = self.frozen.matmul(a, torch.empty(len(a), self.frozen.rows, dtype=a.dtype))  # A Wᵀ
         row = 0
-        for columns, pair in self.pairs:
-            rows = slice(row, row + len(pair.A))
+        for _, columns, factors in adapted:
+            rows = slice(row, row + len(factors.A))
             row = rows.stop
-            if pair.trained.magnitude is None:
+            if factors.trained.magnitude is None:
                 continue
-            wide_a, b = pair.A.float(), pair.B.float()
+            wide_a, b = factors.A.float(), factors.B.float()
             square = self.frozen.row_squares()[columns].clone()
-            square += 2 * pair.scale * (answers[rows, columns].t().float() * b).sum(1)
-            square += pair.scale**2 * ((b @ (wide_a @ wide_a.t())) * b).sum(1)
-            length = pair.row_lengths = square.clamp_(min=0).sqrt_()
-            pair.row_rates = torch.where(length > 0, pair.trained.magnitude / length, torch.ones_like(length))
+            square += 2 * factors.scale * (answers[rows, columns].t().float() * b).sum(1)
+            square += factors.scale**2 * ((b @ (wide_a @ wide_a.t())) * b).sum(1)
+            length = factors.row_lengths = square.clamp_(min=0).sqrt_()
+            factors.row_rates = torch.where(length > 0, factors.trained.magnitude / length, torch.ones_like(length))
+
+
+Adapted = list[tuple[str, slice, LoraFactors]]
+
+
+def _have_magnitude(adapted: Adapted) -> bool:
+    return any(factors.trained.magnitude is not None for _, _, factors in adapted)
+
+
+def _stacked_a(adapted: Adapted) -> Tensor:
+    """All A over one another, (sum of ranks, in)."""
+    return adapted[0][2].A if len(adapted) == 1 else torch.cat([factors.A for _, _, factors in adapted])
 
 
 def project(
-    x: Tensor, projection: Projection, prologue: Prologue | None = None, residual: Tensor | None = None
+    x: Tensor, projection: Projection, lora: Lora, prologue: Prologue | None = None, residual: Tensor | None = None
 ) -> Tensor:
     """Apply a group of projections.
 
     Args:
         x: (tokens, n), compute type.
         projection: The group.
+        lora: The adapters.
         prologue: Applied to x first; None reads x as it is.
         residual: Added to the result, (tokens, sum of outs), or None.
 
     Returns:
         (tokens, sum of outs), compute type.
     """
-    if torch.is_grad_enabled() and (x.requires_grad or projection.needs_gradient):
-        return _Project.apply(x, _anchor(), projection, prologue, residual)  # type: ignore[no-any-return]
+    if torch.is_grad_enabled() and (x.requires_grad or projection.needs_gradient(lora)):
+        start = torch.empty(0, requires_grad=True)  # makes autograd visit the lowest adapted layer, whose x needs none
+        return _Project.apply(x, start, projection, lora, prologue, residual)  # type: ignore[no-any-return]
     size = (len(x), projection.frozen.rows)
     if residual is None:  # read by the next layer only
         y = projection.frozen.memory.scratch(f"output of {size[1]}", *size)
     else:
         y = torch.empty(size, dtype=x.dtype)
     h = _input(x, projection, prologue)
-    if projection.on_input:
-        projection.on_input(h)
-    _update(h, projection, y, projection.dropout_key())
+    if lora.on_input:
+        lora.on_input(projection, h)
+    _forward(h, projection, lora, y)
     return y if residual is None else y.add_(residual)
-
-
-def _anchor() -> Tensor:
-    """Makes autograd visit the lowest adapted layer, whose x needs no gradient."""
-    return torch.empty(0, requires_grad=True)
 
 
 def _input(x: Tensor, projection: Projection, prologue: Prologue | None) -> Tensor:
@@ -159,120 +177,136 @@ def _input(x: Tensor, projection: Projection, prologue: Prologue | None) -> Tens
     return prologue.forward(x, frozen.memory.scratch("input", len(x), frozen.cols))
 
 
-def _dropped(h: Tensor, projection: Projection, key: int | None) -> Tensor:
+def _dropped(h: Tensor, projection: Projection, lora: Lora) -> Tensor:
     """What A reads: h, or in training what dropout leaves of it."""
-    if projection.noise is None or key is None:
+    if lora.dropout is None:
         return h
-    return projection.noise.drop(h.contiguous(), key, projection.frozen.memory.scratch("dropped", *h.shape))
+    out = projection.frozen.memory.scratch("dropped", *h.shape)
+    return lora.dropout.apply(h.contiguous(), projection.number, out)
 
 
-def _update(h: Tensor, projection: Projection, y: Tensor, key: int | None) -> Tensor | None:
-    """Fill y with what the weights and the adapters make of h; return the low-rank products, (tokens, sum of ranks)."""
+def _forward(h: Tensor, projection: Projection, lora: Lora, y: Tensor) -> list[Tensor | None]:
+    """Fill y with what the weights and the adapters make of h; return the low-rank products of each range of tokens."""
     frozen = projection.frozen
-    if not projection.pairs:
+    found = [(tokens, projection.adapted(layers)) for tokens, layers in lora.ranges]
+    if not any(adapted for _, adapted in found):
         frozen.forward(h, y)
-        return None
+        return [None] * len(found)
     frozen.matmul(h, y)
-    low = torch.mm(_dropped(h, projection, key), projection.stacked_a().t())
-    row = 0
-    for columns, pair in projection.pairs:
-        ranks = pair.A.shape[0]
-        own = y[:, columns]
-        own.addmm_(low[:, row : row + ranks], pair.B.t(), alpha=pair.scale)
-        if pair.row_rates is not None:
-            own.mul_(pair.row_rates.to(own.dtype))
-        row += ranks
+    read = _dropped(h, projection, lora)
+    lows = [_add_update(read[tokens], adapted, y[tokens]) if adapted else None for tokens, adapted in found]
     if frozen.bias is not None:
         y.add_(frozen.bias)
+    return lows
+
+
+def _add_update(h: Tensor, adapted: Adapted, y: Tensor) -> Tensor:
+    """Add scale · (h Aᵀ) Bᵀ of some layers to their columns of y; return h Aᵀ of all, (tokens, sum of ranks)."""
+    low = torch.mm(h, _stacked_a(adapted).t())
+    row = 0
+    for _, columns, factors in adapted:
+        ranks = factors.A.shape[0]
+        own = y[:, columns]
+        own.addmm_(low[:, row : row + ranks], factors.B.t(), alpha=factors.scale)
+        if factors.row_rates is not None:
+            own.mul_(factors.row_rates.to(own.dtype))
+        row += ranks
     return low
 
 
 class _Project(torch.autograd.Function):
+    """`project` with a backward pass, in which all tokens of the pass have one adapter."""
+
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, anchor: Tensor, projection: Projection, prologue: Prologue | None, residual: Tensor | None
-    ) -> Tensor:
+        ctx: Any, x: Tensor, start: Tensor, projection: Projection, lora: Lora, prologue: Prologue | None,
+        residual: Tensor | None,
+    ) -> Tensor:  # fmt: skip
         memory, size = projection.frozen.memory, (len(x), projection.frozen.rows)
         y = memory.keep(*size)
-        ctx.key = projection.dropout_key()
-        low = _update(_input(x, projection, prologue), projection, y, ctx.key)
-        ctx.save_for_backward(x, low, y if projection.has_magnitude else None)
-        ctx.projection, ctx.prologue = projection, prologue
+        lows = _forward(_input(x, projection, prologue), projection, lora, y)
+        ctx.adapted = projection.adapted(lora.ranges[0][1]) if lora.ranges else []
+        has_magnitude = _have_magnitude(ctx.adapted)
+        ctx.save_for_backward(x, lows[0] if lows else None, y if has_magnitude else None)
+        ctx.projection, ctx.lora, ctx.prologue = projection, lora, prologue
         if residual is None:
             return y
         # What a magnitude multiplied is needed again, so the sum is kept beside it.
-        return torch.add(y, residual, out=memory.keep(*size)) if projection.has_magnitude else y.add_(residual)
+        return torch.add(y, residual, out=memory.keep(*size)) if has_magnitude else y.add_(residual)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None, Tensor | None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None, None, Tensor | None]:
         x, low, update = ctx.saved_tensors
-        projection, prologue, grad = ctx.projection, ctx.prologue, grads[0]
+        projection, lora, prologue, grad = ctx.projection, ctx.lora, ctx.prologue, grads[0]
         frozen, low_grad = projection.frozen, None
-        residual_grad = grad if ctx.needs_input_grad[4] else None
-        if projection.needs_gradient:
+        residual_grad = grad if ctx.needs_input_grad[5] else None
+        if ctx.adapted or lora.on_gradient:
             h = _input(x, projection, prologue)
-            if projection.on_gradient:
-                projection.on_gradient(h, grad)
-            if projection.pairs:
-                grad = _magnitude_gradients(projection, update, grad)
-                low_grad = _adapter_gradients(projection, _dropped(h, projection, ctx.key), low, grad)
+            if lora.on_gradient:
+                lora.on_gradient(projection, h, grad)
+            if ctx.adapted:
+                grad = _magnitude_gradients(projection, ctx.adapted, lora, update, grad)
+                low_grad = _adapter_gradients(ctx.adapted, lora, _dropped(h, projection, lora), low, grad)
         if not ctx.needs_input_grad[0]:
-            return None, None, None, None, residual_grad
+            return None, None, None, None, None, residual_grad
         h_grad = frozen.input_grad(grad, frozen.memory.scratch("input_grad", len(x), frozen.cols))
         if low_grad is not None:
-            _add_low_gradient(projection, low_grad, ctx.key, h_grad)
+            _add_low_gradient(projection, ctx.adapted, lora, low_grad, h_grad)
         x_grad = prologue.backward(x, h_grad, frozen.memory) if prologue else h_grad
-        return x_grad, None, None, None, residual_grad
+        return x_grad, None, None, None, None, residual_grad
 
 
-def _magnitude_gradients(projection: Projection, update: Tensor | None, grad: Tensor) -> Tensor:
+def _magnitude_gradients(
+    projection: Projection, adapted: Adapted, lora: Lora, update: Tensor | None, grad: Tensor
+) -> Tensor:
     """Add the gradients of the magnitudes to their sums; return the gradient of what they multiplied."""
     if update is None:
         return grad
     bias = projection.frozen.bias
     grad = projection.frozen.memory.scratch("grad of rows", *grad.shape).copy_(grad)
-    for columns, pair in projection.pairs:
-        if pair.row_rates is None or pair.trained.magnitude is None:
+    for path, columns, factors in adapted:
+        magnitude = factors.trained.magnitude
+        if factors.row_rates is None or magnitude is None:
             continue
         own = grad[:, columns]
-        if pair.grads:
+        if lora.grads is not None:
             made = update[:, columns].float() if bias is None else update[:, columns].float() - bias[columns].float()
             total = (own.float() * made).sum(0)  # Σ g · y; y holds m / n, of which only 1 / n is wanted
-            magnitude = pair.trained.magnitude
             total = torch.where(magnitude != 0, total / magnitude, torch.zeros_like(total))
-            pair.grads[worker()].magnitude.add_(total)  # type: ignore[union-attr]
-        own.mul_(pair.row_rates.to(own.dtype))
+            lora.grads[path].magnitude.add_(total)  # type: ignore[union-attr]
+        own.mul_(factors.row_rates.to(own.dtype))
     return grad
 
 
-def _adapter_gradients(projection: Projection, h: Tensor, low: Tensor, grad: Tensor) -> Tensor:
+def _adapter_gradients(adapted: Adapted, lora: Lora, h: Tensor, low: Tensor, grad: Tensor) -> Tensor:
     """Add the gradients of every A and B of the group to their sums; return scale · g B, (tokens, sum of ranks)."""
-    low_grad, task = torch.empty_like(low), worker()
+    low_grad = torch.empty_like(low)
     row = 0
-    for columns, pair in projection.pairs:
-        rows = slice(row, row + pair.A.shape[0])
+    for path, columns, factors in adapted:
+        rows = slice(row, row + factors.A.shape[0])
         own = grad[:, columns]
-        torch.mul(torch.mm(own, pair.B), pair.scale, out=low_grad[:, rows])
-        if pair.grads:
-            pair.grads[task].B.add_(torch.mm(own.t(), low[:, row : row + pair.rank]), alpha=pair.scale)
+        torch.mul(torch.mm(own, factors.B), factors.scale, out=low_grad[:, rows])
+        if lora.grads is not None:
+            product = torch.mm(own.t(), low[:, row : row + factors.rank])  # (out, rank)
+            lora.grads[path].B.add_(product, alpha=factors.scale)
         row = rows.stop
-    if any(pair.freezes_a or not pair.grads for _, pair in projection.pairs):
+    if lora.freezes_a or lora.grads is None:
         return low_grad
     a_grad = torch.mm(low_grad.t(), h)
     row = 0
-    for _, pair in projection.pairs:
-        own = pair.grads[task].A.add_(a_grad[row : row + pair.rank])
-        if pair.origin is not None:  # A is in both halves
-            own.add_(a_grad[row + pair.rank : row + 2 * pair.rank])
-        row += pair.A.shape[0]
+    for path, _, factors in adapted:
+        own = lora.grads[path].A.add_(a_grad[row : row + factors.rank])
+        if factors.origin is not None:  # A is in both halves
+            own.add_(a_grad[row + factors.rank : row + 2 * factors.rank])
+        row += factors.A.shape[0]
     return low_grad
 
 
-def _add_low_gradient(projection: Projection, low_grad: Tensor, key: int | None, h_grad: Tensor) -> None:
+def _add_low_gradient(projection: Projection, adapted: Adapted, lora: Lora, low_grad: Tensor, h_grad: Tensor) -> None:
     """Add what reaches h through A to its gradient."""
-    if projection.noise is None or key is None:
-        h_grad.addmm_(low_grad, projection.stacked_a())
+    if lora.dropout is None:
+        h_grad.addmm_(low_grad, _stacked_a(adapted))
         return
     through_a = projection.frozen.memory.scratch("dropped", *h_grad.shape)
-    torch.mm(low_grad, projection.stacked_a(), out=through_a)
-    projection.noise.drop(through_a, key, h_grad, is_added=True)
+    torch.mm(low_grad, _stacked_a(adapted), out=through_a)
+    lora.dropout.apply(through_a, projection.number, h_grad, is_added=True)

@@ -1,52 +1,42 @@
-"""A base in memory with an adapter on it: gradients, updates, losses and answers.
+"""A base in memory for the torch engine; see thimble.backends.session for what each method promises.
 
-The only object a training loop needs; hides that this backend changes tensors in place.
+Adapters, gradients and train states are values: the session itself holds frozen weights and buffers, nothing else.
 """
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from thimble.backends.session import ForwardRow, LayerInfo, Objective, Prompt, StepKey, Work
 from thimble.backends.torch import calibrate
 from thimble.backends.torch.adamw import AdamW, norm
-from thimble.backends.torch.adapter_state import AdapterState
+from thimble.backends.torch.adapters import ActiveAdapter
 from thimble.backends.torch.compute import DTYPES
-from thimble.backends.torch.decoder import Decoder
+from thimble.backends.torch.decoder import Decoder, ForwardPass
 from thimble.backends.torch.frozen import FileMatrix
-from thimble.backends.torch.generate import Sampler, read, write
-from thimble.backends.torch.lora import Noise
+from thimble.backends.torch.kv_cache import KvCache
+from thimble.backends.torch.lora import BARE, Dropout, Lora
 from thimble.backends.torch.loss import divergence, label_loss
 from thimble.backends.torch.memory import out_of_memory
-from thimble.backends.torch.threads import map_parallel, worker
+from thimble.backends.torch.threads import map_parallel
 from thimble.core.adapter import Adapter
 from thimble.core.inits import Moments, Sketch
 from thimble.core.method import Method
 from thimble.core.metrics import LossSum
+from thimble.core.sizes import padded
+from thimble.core.targets import block_of
+from thimble.data.batches import Batch
 from thimble.models.base import Base
-from thimble.models.cost import ExecutionPlan
+from thimble.models.execution import ExecutionPlan
 
-PLAIN = Method()
-
-
-class LabelledRow(Protocol):
-    """What a session needs to know of a row; see thimble.data.encode.Row."""
-
-    ids: NDArray[np.int32]
-    labels: NDArray[np.int32]
-
-
-class PackedRows(Protocol):
-    """What a session needs to know of a batch; see thimble.data.batches.Batch."""
-
-    ids: NDArray[np.int32]
-    labels: NDArray[np.int32]
-    starts: NDArray[np.int64]
+CAPABILITIES = frozenset(
+    {"delta form", "DoRA", "rsLoRA", "LoRA+", "frozen A", "dropout", "KL reference", "calibration", "inference"}
+)
 
 
 @dataclass(frozen=True)
@@ -58,21 +48,30 @@ class KlReference:
         hidden: (tokens, hidden), the last hidden states of the base, compute type.
     """
 
-    batch: PackedRows
+    batch: Batch
     hidden: torch.Tensor
 
 
 @dataclass(frozen=True)
-class Gradients:
-    """What one step's micro-batches gave.
-
-    Attributes:
-        loss: Summed loss and label tokens of the step.
-        norm: Global norm of the mean gradient, before it is scaled down.
-    """
+class Gradient:
+    """The gradient of a step; see thimble.backends.session.Gradient."""
 
     loss: LossSum
-    norm: float
+    flat: NDArray[np.float32]
+
+    @functools.cached_property
+    def norm(self) -> float:
+        """Length of `flat`, summed in float64."""
+        return norm(torch.from_numpy(self.flat))
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """An adapter in training, with its optimiser."""
+
+    active: ActiveAdapter
+    method: Method
+    optimiser: AdamW
 
 
 class TorchSession:
@@ -81,60 +80,52 @@ class TorchSession:
     Args:
         base: The opened base.
         compute: `fp32`, `bf16` or `int8`.
-        execution: How weights are kept and batches are run; compute int8 has a store of its own.
+        store: How weights are kept: `dense`, `int8` or `file`; compute int8 has a store of its own.
+        is_streamed: Weights are read from the file for each product and not kept.
         sample: For compute int8: int32 (tokens,), any text; a few hundred tokens are enough.
     """
 
-    capabilities = frozenset({"calibration"})
+    capabilities = CAPABILITIES
 
     @out_of_memory
     def __init__(
-        self, base: Base, compute: str, execution: ExecutionPlan, sample: NDArray[np.int32] | None = None
+        self,
+        base: Base,
+        compute: str = "fp32",
+        store: str = "dense",
+        is_streamed: bool = False,
+        sample: NDArray[np.int32] | None = None,
     ) -> None:
-        self.decoder = Decoder(base, "file" if compute == "int8" else execution.store, DTYPES[compute])
+        self.decoder = Decoder(base, "file" if compute == "int8" else store, DTYPES[compute])
         if compute == "int8":
             assert sample is not None, "compute int8 needs a sample of text"
             self.decoder.quantize(sample)
-        self._base, self._execution = base, execution
-        self.decoder.checkpointed_blocks = min(execution.checkpointed_blocks, len(self.decoder.blocks))
-        if execution.is_streamed:
+        self._base = base
+        if is_streamed:
             self.decoder.stream()
         self.release()
-        self._like: Adapter | None = None  # base and notes of the adapter that hangs on
-        self._state: AdapterState | None = None
-        self._noise: Noise | None = None
-        self._seed = 0
-        self._optimiser: AdamW | None = None
+
+    @property
+    def layers(self) -> tuple[LayerInfo, ...]:
+        """See Session."""
+        shapes = self._base.spec.linear_shapes()
+        return tuple(LayerInfo(path, shape, block_of(path)) for path, shape in shapes.items())
 
     # ---- adapters -------------------------------------------------------------------------------------------------
 
     @out_of_memory
-    def attach(self, adapter: Adapter | None) -> None:
-        """Use an adapter, or none: then every result is the bare base's, bit for bit."""
-        self._like, self._optimiser = _without_numbers(adapter) if adapter else None, None
-        self._state, self._noise = AdapterState(adapter, self.decoder.compute) if adapter else None, None
-        self.decoder.attach(self._state.pairs if self._state else {})
+    def load(self, adapter: Adapter | None) -> ActiveAdapter:
+        """See Session."""
+        active = ActiveAdapter(adapter, self.decoder.compute)
+        self.decoder.measure(active.layers)
+        return active
 
-    @out_of_memory
-    def train(self, adapter: Adapter, method: Method = PLAIN) -> None:
-        """Start to train an adapter, from the values it has.
-
-        Args:
-            adapter: The start.
-            method: How its numbers are trained.
-        """
-        self._like = _without_numbers(adapter)
-        self._state = AdapterState(adapter, self.decoder.compute, self._execution.num_shares, method.freezes_a)
-        spans, master = self._state.spans, self._state.master
+    def start(self, adapter: Adapter, method: Method) -> TrainState:
+        """See Session."""
+        active = self.load(adapter)
+        spans, goal = active.spans, active.flat.clone() if method.weight_decay else None
         rates = [(spans.A, 0.0 if method.freezes_a else 1.0), (spans.B, method.lora_plus), (spans.magnitude, 1.0)]
-        self._optimiser = AdamW(master, method.weight_decay, master.clone() if method.weight_decay else None, rates)
-        self._noise = Noise(method.dropout) if method.dropout else None
-        self._seed = method.seed
-        self.decoder.attach(self._state.pairs, self._noise)
-
-    def switch(self, is_on: bool) -> None:
-        """Take the adapter off, which gives the bare base bit for bit, or put it back on."""
-        self.decoder.attach(self._state.pairs if self._state and is_on else {}, self._noise)
+        return TrainState(active, method, AdamW(active.flat, method.weight_decay, goal, rates))
 
     @out_of_memory
     @torch.no_grad()
@@ -142,10 +133,8 @@ class TorchSession:
         """Give layers without magnitudes those that change nothing: the row lengths of W + scale · B A (DoRA)."""
         bare = {path: f for path, f in adapter.layers.items() if f.magnitude is None}
         ones = {path: replace(f, magnitude=np.ones(len(f.B), np.float32)) for path, f in bare.items()}
-        state = AdapterState(replace(adapter, layers=ones), self.decoder.compute)
-        self.decoder.attach(state.pairs)
-        self.decoder.attach({})
-        lengths = {path: pair.row_lengths for path, pair in state.pairs.items() if pair.row_lengths is not None}
+        measured = self.load(replace(adapter, layers=ones)).layers
+        lengths = {path: f.row_lengths for path, f in measured.items() if f.row_lengths is not None}
         found = {path: replace(f, magnitude=lengths[path].numpy()) for path, f in bare.items()}
         return replace(adapter, layers={path: found.get(path, f) for path, f in adapter.layers.items()})
 
@@ -162,243 +151,222 @@ class TorchSession:
         projection = next(group for group in self.decoder.projections if path in group.columns)
         return projection.frozen.decoded(projection.columns[path]).float().numpy()
 
-    def adapter(self) -> Adapter:
-        """The adapter as it is now, float32."""
-        assert self._state is not None, "no adapter is attached"
-        assert self._like is not None, "no adapter is attached"
-        return self._state.export(self._like)
+    def adapter(self, state: TrainState) -> Adapter:
+        """See Session."""
+        return state.active.export()
 
     # ---- training -------------------------------------------------------------------------------------------------
 
     @out_of_memory
-    def gradients(
-        self,
-        shares: Sequence[Sequence[PackedRows]],
-        target_tokens: int,
-        reference: KlReference | None = None,
-        weight: float = 0,
-    ) -> Gradients:
-        """Gradients of the mean loss over all label tokens of a step.
+    def gradient(
+        self, state: TrainState, work: Work, objective: Objective, execution: ExecutionPlan, key: StepKey
+    ) -> Gradient:
+        """See Session; the micro-batches of a share run one by one: the result depends on no core's speed.
 
         Args:
-            shares: Together they are the step. Shares run side by side, the micro-batches of a share one by one, so
-                that the result does not depend on which core is faster.
-            target_tokens: Labelled tokens in all of them.
-            reference: Text on which the answers of the base are to be kept, from `remember`.
-            weight: Of keeping them, from 0 to 1; the rest is that of the loss.
+            state: What is trained.
+            work: The rows.
+            objective: What is minimised.
+            execution: How it is run.
+            key: Of dropout.
 
         Returns:
-            The step's loss and the norm of its gradient; the gradient itself stays here for `apply`.
+            The gradient, in memory of its own.
         """
-        assert self._state is not None, "nothing is being trained"
-        assert self._state.grads, "nothing is being trained"
-        self._state.clear_gradients()
-        losses = map_parallel([functools.partial(self._add_gradients, share) for share in shares], len(shares))
-        total = sum(losses, LossSum())
-        gradient = self._state.gradient().mul_((1 - weight) / target_tokens)
-        if reference is not None:
-            hidden = self.decoder.hidden(reference.batch.ids, self.decoder.pack(reference.batch.starts))
-            divergence(self.decoder, hidden, reference.hidden, weight / len(reference.hidden)).backward()
-        return Gradients(total, norm(gradient))
+        sums = [torch.zeros_like(state.active.flat) for _ in work.shares]
+        shares = zip(work.shares, sums, strict=True)
+        tasks = [functools.partial(self._add_gradients, state, *share, execution, key) for share in shares]
+        loss = sum(map_parallel(tasks, execution.num_shares), LossSum())
+        flat = sums[0]
+        for other in sums[1:]:
+            flat.add_(other)
+        flat.mul_((1 - objective.kl_weight) / work.target_tokens)
+        if objective.kl_reference is not None:
+            self._add_divergence(state, objective, flat, execution)
+        return Gradient(loss, flat.numpy())
 
-    @out_of_memory
-    @torch.no_grad()
-    def kl_reference(self, batch: PackedRows) -> KlReference:
-        """What the bare base makes of some text, for `gradients` to keep; takes the adapter off and puts it back."""
-        self.switch(False)
-        hidden = self.decoder.hidden(batch.ids, self.decoder.pack(batch.starts))[: len(batch.ids)].clone()
-        self.switch(True)
-        return KlReference(batch, hidden)
-
-    def _add_gradients(self, share: Sequence[PackedRows]) -> LossSum:
-        """Add the gradients of some micro-batches to the sum of this share."""
-        total = LossSum()
-        for number, batch in enumerate(share):
-            with self._dropping(number):
-                loss = self._label_loss(batch)
-                loss.backward()
+    def _add_gradients(
+        self, state: TrainState, share: Sequence[Batch], flat: torch.Tensor, execution: ExecutionPlan, key: StepKey
+    ) -> LossSum:
+        """Add the gradients of some micro-batches to a flat sum."""
+        total, grads = LossSum(), state.active.views(flat)
+        for batch in share:
+            dropout = Dropout(state.method.dropout, key, *_places(batch)) if state.method.dropout else None
+            lora = Lora(ranges=_one(state.active), grads=grads, freezes_a=state.method.freezes_a, dropout=dropout)
+            loss = self._label_loss(batch, lora, execution)
+            loss.backward()
             total += LossSum(float(loss.detach()), _count(batch.labels))
         return total
 
-    @contextlib.contextmanager
-    def _dropping(self, number: int) -> Iterator[None]:
-        """Within, dropout leaves out what it does in this micro-batch of this step and share."""
-        if not self._noise:
-            yield
-            return
-        assert self._optimiser is not None, "nothing is being trained"
-        self._noise.here.batch = hash((self._seed, self._optimiser.steps, worker(), number))
-        try:
-            yield
-        finally:
-            self._noise.here.batch = None
+    def _add_divergence(
+        self, state: TrainState, objective: Objective, flat: torch.Tensor, execution: ExecutionPlan
+    ) -> None:
+        """Add the gradient of the KL term."""
+        reference: KlReference = objective.kl_reference
+        lora = Lora(ranges=_one(state.active), grads=state.active.views(flat), freezes_a=state.method.freezes_a)
+        hidden = self._hidden(reference.batch, lora, execution.checkpointed_blocks)
+        divergence(self.decoder, hidden, reference.hidden, objective.kl_weight / len(reference.hidden)).backward()
 
-    def apply(self, gradients: Gradients, learning_rate: float, max_norm: float) -> None:
-        """Take one AdamW step on the adapter.
+    @out_of_memory
+    @torch.no_grad()
+    def kl_reference(self, batch: Batch) -> KlReference:
+        """See Session."""
+        return KlReference(batch, self._hidden(batch, BARE)[: len(batch.ids)].clone())
 
-        Args:
-            gradients: From `gradients`, of the same step.
-            learning_rate: Size of the step.
-            max_norm: The gradient is scaled down to this norm.
-        """
-        assert self._state is not None, "nothing is being trained"
-        assert self._optimiser is not None, "nothing is being trained"
-        grad = self._state.grads[0]
-        if gradients.norm > max_norm:
-            grad.mul_(max_norm / gradients.norm)
-        self._optimiser.step(grad, learning_rate)
-        self._refresh()
+    def apply(self, state: TrainState, gradient: Gradient, rate: float) -> TrainState:
+        """See Session."""
+        most = state.method.max_grad_norm
+        scale = most / gradient.norm if gradient.norm > most else 1.0
+        state.optimiser.step(torch.from_numpy(gradient.flat), rate, scale)
+        return self._refreshed(state)
 
-    def backward(self, batch: PackedRows) -> None:
-        """Run one batch forward and back, for those who watch the gradients; see thimble.backends.torch.calibrate."""
-        self._label_loss(batch).backward()
+    def _refreshed(self, state: TrainState) -> TrainState:
+        """Have the trained parameters reach the layers."""
+        for factors in state.active.layers.values():
+            factors.refresh()
+        self.decoder.measure(state.active.layers)
+        return state
 
-    def _refresh(self) -> None:
-        """Have the numbers of the adapter reach the layers."""
-        assert self._state is not None, "nothing is being trained"
-        self._state.refresh()
-        self.decoder.measure()
+    def _hidden(self, batch: Batch, lora: Lora, checkpointed_blocks: int = 0) -> torch.Tensor:
+        return self.decoder.hidden(batch.ids, self.decoder.pack(batch.starts, lora, checkpointed_blocks))
 
-    def _label_loss(self, batch: PackedRows) -> torch.Tensor:
-        hidden = self.decoder.hidden(batch.ids, self.decoder.pack(batch.starts))
-        return label_loss(self.decoder, hidden, batch.labels)
+    def _label_loss(self, batch: Batch, lora: Lora, execution: ExecutionPlan) -> torch.Tensor:
+        return label_loss(self.decoder, self._hidden(batch, lora, execution.checkpointed_blocks), batch.labels)
 
     # ---- measuring ------------------------------------------------------------------------------------------------
 
-    def losses(self, batches: Sequence[PackedRows]) -> Iterator[LossSum]:
-        """Summed loss over the labelled tokens of each batch, in order, as they are ready."""
-        return map_parallel([functools.partial(self._loss, batch) for batch in batches], self._execution.num_shares)
+    def losses(self, adapter: ActiveAdapter, batches: Sequence[Batch], execution: ExecutionPlan) -> Iterator[LossSum]:
+        """See Session."""
+        lora = Lora(ranges=_one(adapter))
+        tasks = [functools.partial(self._loss, batch, lora, execution) for batch in batches]
+        return map_parallel(tasks, execution.num_shares)
 
     @out_of_memory
     @torch.no_grad()
-    def _loss(self, batch: PackedRows) -> LossSum:
-        return LossSum(float(self._label_loss(batch)), _count(batch.labels))
+    def _loss(self, batch: Batch, lora: Lora, execution: ExecutionPlan) -> LossSum:
+        return LossSum(float(self._label_loss(batch, lora, execution)), _count(batch.labels))
 
     @torch.no_grad()
-    def logits(self, ids: NDArray[np.int32]) -> NDArray[np.float32]:
+    def logits(self, ids: NDArray[np.int32], adapter: ActiveAdapter | None = None) -> NDArray[np.float32]:
         """Logits after every token of one row: int32 (tokens,) to float32 (tokens, vocabulary)."""
-        packed = self.decoder.pack(np.array([0, len(ids)], np.int64))
-        return self.decoder.logits(self.decoder.hidden(ids, packed)[: len(ids)]).numpy()
-
-    @out_of_memory
-    def generate(
-        self,
-        prompts: Sequence[NDArray[np.int32]],
-        max_new_tokens: int,
-        stop_ids: frozenset[int],
-        on_token: Callable[[int, int], bool | None] | None = None,
-        **sampling: Any,
-    ) -> list[list[int]]:
-        """Continue prompts.
-
-        Args:
-            prompts: int32 (length,) each.
-            max_new_tokens: Most tokens written per prompt.
-            stop_ids: Tokens that end an answer.
-            on_token: Called with (prompt number, token); returning True ends everything.
-            **sampling: `temperature`, `top_p` and `seed`; greedy without them.
-
-        Returns:
-            The new tokens of each prompt.
-        """
-        lengths = [len(prompt) for prompt in prompts]
-        cache, hidden, _ = read(
-            self.decoder, prompts, lengths, max_new_tokens, tasks_at_once=self._execution.num_shares
-        )
-        return write(self.decoder, cache, hidden, max_new_tokens, stop_ids, Sampler(**sampling), on_token)
-
-    @out_of_memory
-    def answer(
-        self,
-        rows: Sequence[LabelledRow],
-        prompt_tokens: Sequence[int],
-        pass_tokens: int,
-        max_new_tokens: int,
-        stop_ids: frozenset[int],
-        on_token: Callable[[int, int], bool | None] | None = None,
-    ) -> tuple[LossSum, list[list[int]]]:
-        """Measure rows and write answers to their prompts greedily, reading them once for both.
-
-        Args:
-            rows: Rows that begin with their prompts.
-            prompt_tokens: How many tokens of each row are its prompt.
-            pass_tokens: Most tokens read at a time.
-            max_new_tokens: Most tokens written per prompt.
-            stop_ids: Tokens that end an answer.
-            on_token: Called with (row number, token); returning True ends everything.
-
-        Returns:
-            The summed loss over the labelled tokens of all rows, and the new tokens of each.
-        """
-
-        def measured(hidden: torch.Tensor, numbers: range) -> LossSum:
-            labels = np.concatenate([rows[number].labels for number in numbers])
-            return LossSum(float(label_loss(self.decoder, hidden, labels)), _count(labels))
-
-        self.release()  # the cache takes the place of activations
-        ids = [row.ids for row in rows]
-        sizes = (max_new_tokens, pass_tokens, self._execution.num_shares)
-        cache, hidden, losses = read(self.decoder, ids, prompt_tokens, *sizes, measured)
-        answers = write(self.decoder, cache, hidden, max_new_tokens, stop_ids, on_token=on_token)
-        return sum(losses, LossSum()), answers
+        lora = Lora(ranges=_one(adapter)) if adapter else BARE
+        hidden = self.decoder.hidden(ids, self.decoder.pack([0, len(ids)], lora))
+        return self.decoder.logits(hidden[: len(ids)]).numpy()
 
     def release(self) -> None:
-        """Give back the memory of activations and temporaries."""
+        """See Session."""
         self.decoder.memory.release()
 
-    def is_finite(self) -> bool:
-        """Whether every number of the adapter and of its optimiser is finite."""
-        return all(np.isfinite(values).all() for values in self.state().values())
+    # ---- inference ------------------------------------------------------------------------------------------------
 
-    def still_layers(self) -> list[str]:
-        """Layers of the adapter that never had a gradient, so that nothing in them moved."""
-        assert self._state is not None, "nothing is being trained"
-        assert self._optimiser is not None, "nothing is being trained"
-        moved = self._state.views(self._optimiser.squares)
-        return [path for path, n in moved.items() if not (bool(n.A.any()) or bool(n.B.any()))]
+    def new_cache(self) -> KvCache:
+        """See Session."""
+        return KvCache(len(self.decoder.blocks), self.decoder.blocks[0].attention, self.decoder.compute)
+
+    @out_of_memory
+    def prefill(
+        self, prompts: Sequence[Prompt], cache: KvCache, num_workers: int
+    ) -> list[tuple[NDArray[np.float32], LossSum]]:
+        """See Session."""
+        tasks = [functools.partial(self._prefill, prompt, cache) for prompt in prompts]
+        return list(map_parallel(tasks, num_workers))
+
+    @torch.no_grad()
+    def _prefill(self, prompt: Prompt, cache: KvCache) -> tuple[NDArray[np.float32], LossSum]:
+        hidden = self.decoder.hidden(prompt.ids, self._cached_pass(prompt.rows, cache))
+        loss = LossSum()
+        if prompt.labels is not None:
+            loss = LossSum(float(label_loss(self.decoder, hidden, prompt.labels)), _count(prompt.labels))
+        return self.decoder.logits(hidden[list(prompt.ends)]).numpy(), loss
+
+    @out_of_memory
+    @torch.no_grad()
+    def decode(self, tokens: Sequence[int], rows: Sequence[ForwardRow], cache: KvCache) -> NDArray[np.float32]:
+        """See Session."""
+        hidden = self.decoder.hidden(np.array(tokens, np.int32), self._cached_pass(rows, cache))
+        return self.decoder.logits(hidden)[: len(rows)].numpy()
+
+    def _cached_pass(self, rows: Sequence[ForwardRow], cache: KvCache) -> ForwardPass:
+        return self.decoder.pack_rows(rows, cache, Lora(ranges=_ranges(rows)))
 
     # ---- calibration ----------------------------------------------------------------------------------------------
 
-    def input_moments(self, batches: Sequence[PackedRows]) -> Iterator[tuple[list[str], Moments]]:
+    def input_moments(self, batches: Sequence[Batch]) -> Iterator[tuple[list[str], Moments]]:
         """See thimble.backends.torch.calibrate.input_moments."""
-        return calibrate.input_moments(self, batches)
+        return calibrate.input_moments(self.decoder, batches)
 
     def gradient_sketches(
-        self, batches: Sequence[PackedRows], ranks: Mapping[str, int], is_weighted: bool = False, seed: int = 0
+        self, batches: Sequence[Batch], ranks: Mapping[str, int], **options: Any
     ) -> dict[str, Sketch]:
         """See thimble.backends.torch.calibrate.sketch_gradients."""
-        return calibrate.sketch_gradients(self, batches, ranks, is_weighted, seed)
+        return calibrate.sketch_gradients(self.decoder, batches, ranks, **options)
 
     def captured_energy(
-        self, batches: Sequence[PackedRows], candidates: Mapping[str, Mapping[str, NDArray[np.float32]]]
+        self, batches: Sequence[Batch], candidates: Mapping[str, Mapping[str, NDArray[np.float32]]], **options: Any
     ) -> dict[str, dict[str, tuple[NDArray[np.float64], float]]]:
         """See thimble.backends.torch.calibrate.captured_energy."""
-        return calibrate.captured_energy(self, batches, candidates)
+        return calibrate.captured_energy(self.decoder, batches, candidates, **options)
 
     # ---- checkpoints ----------------------------------------------------------------------------------------------
 
-    def state(self) -> dict[str, NDArray[np.float32]]:
-        """All that training changes: the flat adapter and AdamW's moments and step count; copy what you keep."""
-        assert self._state is not None, "nothing is being trained"
-        assert self._optimiser is not None, "nothing is being trained"
-        return {"adapter": self._state.master.numpy(), **self._optimiser.state()}
+    def snapshot(
+        self, state: TrainState, into: Mapping[str, NDArray[np.float32]] | None = None
+    ) -> dict[str, NDArray[np.float32]]:
+        """See Session."""
+        kept = dict(into or {})
+        for name, values in self._arrays(state).items():
+            if name in kept:
+                np.copyto(kept[name], values)
+            else:
+                kept[name] = values.copy()
+        return kept
 
-    def take(self, numbers: NDArray[np.float32]) -> None:
-        """Set the adapter to the numbers of an earlier `state`, and leave the optimiser as it is."""
-        assert self._state is not None, "nothing is being trained"
-        self._state.master.copy_(torch.from_numpy(numbers))
-        self._refresh()
+    def _arrays(self, state: TrainState) -> dict[str, NDArray[np.float32]]:
+        """All that training changes: the flat adapter and AdamW's moments and step count."""
+        return {"adapter": state.active.flat.numpy(), **state.optimiser.state()}
 
-    def restore(self, state: Mapping[str, NDArray[np.float32]]) -> None:
-        """Go back to what `state` returned."""
-        assert self._state is not None, "nothing is being trained"
-        assert self._optimiser is not None, "nothing is being trained"
-        self.take(state["adapter"])
-        self._optimiser.restore(state)
+    def restore(self, state: TrainState, arrays: Mapping[str, NDArray[np.float32]]) -> TrainState:
+        """See Session."""
+        state.optimiser.restore(arrays)
+        if "adapter" in arrays:
+            state.active.flat.copy_(torch.from_numpy(arrays["adapter"]))
+        return self._refreshed(state)
+
+    def is_finite(self, state: TrainState) -> bool:
+        """See Session."""
+        return all(np.isfinite(values).all() for values in self._arrays(state).values())
+
+    def unmoved_layers(self, state: TrainState) -> list[str]:
+        """See Session."""
+        moved = state.active.views(state.optimiser.squares)
+        return [path for path, part in moved.items() if not (bool(part.A.any()) or bool(part.B.any()))]
 
 
-def _without_numbers(adapter: Adapter) -> Adapter:
-    return replace(adapter, layers={}, origin={})
+def _one(adapter: ActiveAdapter) -> list[tuple[slice, Mapping]]:
+    """One adapter for all tokens, padding included."""
+    return [(slice(None), adapter.layers)] if adapter.layers else []
+
+
+def _ranges(rows: Sequence[ForwardRow]) -> list[tuple[slice, Mapping]]:
+    """Ranges of tokens whose rows have the same adapter; all tokens, padding included, if it is one."""
+    if len({id(row.adapter) for row in rows}) == 1:
+        return _one(rows[0].adapter)
+    ranges, start = [], 0
+    for number, row in enumerate(rows):
+        if number and row.adapter is rows[number - 1].adapter:
+            before, _ = ranges.pop()
+            ranges.append((slice(before.start, start + row.tokens), row.adapter.layers))
+        else:
+            ranges.append((slice(start, start + row.tokens), row.adapter.layers))
+        start += row.tokens
+    return ranges
+
+
+def _places(batch: Batch) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """For each token of a batch, with padding, the place of its row in the step and its own place in the row."""
+    lengths, padding = np.diff(batch.starts), padded(len(batch.ids)) - len(batch.ids)
+    tokens = np.arange(len(batch.ids)) - np.repeat(batch.starts[:-1], lengths)
+    return np.pad(np.repeat(batch.numbers, lengths), (0, padding)), np.pad(tokens, (0, padding))
 
 
 def _count(labels: NDArray[np.int32]) -> int:

@@ -1,0 +1,350 @@
+"""The reference session: the protocols of `thimble.backends.session` in numpy and float64, to be read and trusted.
+
+The forward pass is the page `thimble.models.forward`, gradients are what `thimble.backends.tape` makes of it, and a
+state is a value that no call changes. Fast backends are measured against it, and what trains a model is tested on it in
+milliseconds. Snapshots are float64, so that a run that is resumed from one continues to the bit. NaN and Inf raise no
+warnings: they are for `is_finite` and for the guard of a run to find.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from thimble.backends import capabilities as options
+from thimble.backends.session import ForwardRow, Gradient, LayerInfo, Objective, Prompt, StepKey, Work
+from thimble.backends.tape import OPS, Var, gradients
+from thimble.core.adapter import Adapter
+from thimble.core.dropout import keep_factor, keep_mask
+from thimble.core.lowrank import Factors
+from thimble.core.method import Method
+from thimble.core.metrics import LossSum
+from thimble.data.batches import Batch
+from thimble.data.encode import IGNORED
+from thimble.models import forward
+from thimble.models.base import Base
+from thimble.models.execution import ExecutionPlan
+from thimble.models.forward import Drop, Update
+
+Array = NDArray[np.float64]
+CAPABILITIES = frozenset(options.OPTIONS) - {"calibration"}
+BETAS, EPSILON = (0.9, 0.999), 1e-8  # of AdamW
+KINDS = ("A", "B", "magnitude")
+
+
+@dataclass(frozen=True)
+class ReferenceAdapter:
+    """An adapter in float64.
+
+    Attributes:
+        updates: By layer path; none is the bare base.
+    """
+
+    updates: Mapping[str, Update]
+
+
+@dataclass(frozen=True)
+class ReferenceGradient:
+    """The gradient of one step.
+
+    Attributes:
+        loss: Summed loss and target tokens.
+        flat: float64 (n,), in the order of `ReferenceState.flat`.
+    """
+
+    loss: LossSum
+    flat: Array
+
+    @property
+    def norm(self) -> float:
+        """Length of `flat`."""
+        return float(np.linalg.norm(self.flat))
+
+
+@dataclass(frozen=True)
+class KlReference:
+    """Text and what the bare base makes of it.
+
+    Attributes:
+        batch: The text.
+        logits: float64 (T, vocabulary).
+    """
+
+    batch: Batch
+    logits: Array
+
+
+@dataclass(frozen=True)
+class ReferenceState:
+    """Trained parameters and optimiser moments; a value.
+
+    Attributes:
+        first: The adapter that training began with: shapes, scales, origin, base and notes.
+        method: How it is trained.
+        goal: `flat` of `first`, to which weight decay pulls.
+        flat: Trained parameters, float64 (n,): all A, all B, all magnitudes.
+        exp_avg: Running mean of the gradient, float64 (n,).
+        exp_avg_sq: The same of its square.
+        step: Steps taken.
+    """
+
+    first: Adapter
+    method: Method
+    goal: Array
+    flat: Array
+    exp_avg: Array
+    exp_avg_sq: Array
+    step: int = 0
+
+    @property
+    def active(self) -> ReferenceAdapter:
+        """The adapter as it is now."""
+        return ReferenceAdapter(_updates(self.first, self.flat))
+
+
+class TokenCache:
+    """What was read into each slot: the tokens themselves, since the reference reads them all again."""
+
+    def __init__(self) -> None:
+        self.slots: dict[int, NDArray[np.int32]] = {}
+
+    def reserve(self, slots: int, capacity: int) -> None:
+        """See KeyValueCache; slots grow by themselves."""
+
+    def move(self, source: int, target: int) -> None:
+        """See KeyValueCache."""
+        self.slots[target] = self.slots[source]
+
+
+class ReferenceSession:
+    """A frozen base in float64.
+
+    Args:
+        base: The opened base; small.
+        capabilities: What it honours: all it can, or less, to see how a backend that lacks some is used.
+    """
+
+    def __init__(self, base: Base, capabilities: frozenset[str] = CAPABILITIES) -> None:
+        self.capabilities = capabilities
+        self._spec = base.spec
+        self._weights = {name: weight.read().astype(np.float64) for name, weight in base.weights.items()}
+
+    @property
+    def layers(self) -> Sequence[LayerInfo]:
+        """See Session."""
+        shapes = self._spec.linear_shapes()
+        return [LayerInfo(path, shape, int(path.split(".")[2])) for path, shape in shapes.items()]
+
+    # ---- adapters -------------------------------------------------------------------------------------------------
+
+    def load(self, adapter: Adapter | None) -> ReferenceAdapter:
+        """See Session."""
+        return ReferenceAdapter(_updates(adapter, _flattened(adapter)) if adapter else {})
+
+    def start(self, adapter: Adapter, method: Method) -> ReferenceState:
+        """See Session."""
+        options.refuse_missing("reference", self.capabilities, options.required(adapter, method))
+        flat = _flattened(adapter)
+        return ReferenceState(adapter, method, flat, flat, np.zeros_like(flat), np.zeros_like(flat))
+
+    def adapter(self, state: ReferenceState) -> Adapter:
+        """See Session."""
+        views = _views(state.first, state.flat.astype(np.float32))
+        layers = {path: Factors(a, b, state.first.layers[path].scale, m) for path, (a, b, m) in views.items()}
+        return replace(state.first, layers=layers)
+
+    # ---- training -------------------------------------------------------------------------------------------------
+
+    @np.errstate(all="ignore")
+    def gradient(
+        self, state: ReferenceState, work: Work, objective: Objective, execution: ExecutionPlan, key: StepKey
+    ) -> ReferenceGradient:
+        """See Session; shares are run one after the other."""
+        used = options.required(state.first, state.method, objective)
+        options.refuse_missing("reference", self.capabilities, used)
+        loss, flat = LossSum(), np.zeros_like(state.flat)
+        for batch in (batch for share in work.shares for batch in share):
+            drop = _dropping(batch, key, state.method.dropout) if state.method.dropout else None
+            nats, slope = _differentiated(state, functools.partial(self._summed_loss, batch=batch, drop=drop))
+            loss, flat = loss + LossSum(nats, batch.target_tokens), flat + slope
+        flat *= (1 - objective.kl_weight) / work.target_tokens
+        if objective.kl_weight:
+            reference: KlReference = objective.kl_reference
+            _, slope = _differentiated(state, functools.partial(self._summed_divergence, reference=reference))
+            flat += slope * (objective.kl_weight / len(reference.logits))
+        return ReferenceGradient(loss, flat)
+
+    @np.errstate(all="ignore")
+    def apply(self, state: ReferenceState, gradient: Gradient, rate: float) -> ReferenceState:
+        """See Session: AdamW (arXiv:1711.05101), decaying to where the run began; the state it is given stays valid."""
+        slope, (first, second), step = gradient.flat.astype(np.float64), BETAS, state.step + 1
+        if gradient.norm > state.method.max_grad_norm:
+            slope *= state.method.max_grad_norm / gradient.norm
+        rates = rate * _rate_factors(state)  # (n,)
+        exp_avg = state.exp_avg + (1 - first) * (slope - state.exp_avg)
+        exp_avg_sq = second * state.exp_avg_sq + (1 - second) * slope * slope
+        spread = np.sqrt(exp_avg_sq / (1 - second**step)) + EPSILON
+        flat = state.flat + rates * state.method.weight_decay * (state.goal - state.flat)
+        flat = flat - rates / (1 - first**step) * exp_avg / spread
+        return replace(state, flat=flat, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, step=step)
+
+    def _hidden(self, updates: Mapping[str, Update], batch: Batch, drop: Drop | None = None) -> Any:
+        """(T, hidden) of a batch, before the final norm."""
+        rows = forward.layout(self._spec, batch.starts)
+        return forward.hidden(OPS, self._spec, self._weights, batch.ids, rows, updates, drop)
+
+    @np.errstate(all="ignore")
+    def _summed_loss(self, updates: Mapping[str, Update], batch: Batch, drop: Drop | None = None) -> Any:
+        """Summed cross-entropy over the target tokens of a batch."""
+        return self._cross_entropy(self._hidden(updates, batch, drop), batch.labels)
+
+    def _cross_entropy(self, x: Any, labels: NDArray[np.int32]) -> Any:
+        """Summed over the places that carry a label: of hidden states (T, hidden)."""
+        places = np.flatnonzero(labels != IGNORED)
+        scores = forward.logits(OPS, self._spec, self._weights, x[places])
+        return forward.cross_entropy(OPS, scores, labels[places])
+
+    def _summed_divergence(self, updates: Mapping[str, Update], reference: KlReference) -> Any:
+        """Σ KL(base ‖ model) over all tokens of the reference, without dropout."""
+        scores = forward.logits(OPS, self._spec, self._weights, self._hidden(updates, reference.batch))
+        return forward.divergence(OPS, scores, reference.logits)
+
+    def unmoved_layers(self, state: ReferenceState) -> list[str]:
+        """See Session."""
+        squares = _views(state.first, state.exp_avg_sq)
+        return [path for path, (a, b, _) in squares.items() if not (a.any() or b.any())]
+
+    # ---- measuring ------------------------------------------------------------------------------------------------
+
+    def losses(
+        self, adapter: ReferenceAdapter, batches: Sequence[Batch], execution: ExecutionPlan
+    ) -> Iterator[LossSum]:
+        """See Session."""
+        for batch in batches:
+            yield LossSum(float(self._summed_loss(adapter.updates, batch)), batch.target_tokens)
+
+    def kl_reference(self, batch: Batch) -> KlReference:
+        """See Session."""
+        return KlReference(batch, forward.logits(OPS, self._spec, self._weights, self._hidden({}, batch)))
+
+    def release(self) -> None:
+        """See Session; nothing is kept."""
+
+    # ---- inference ------------------------------------------------------------------------------------------------
+
+    def new_cache(self) -> TokenCache:
+        """See Session."""
+        return TokenCache()
+
+    def prefill(
+        self, prompts: Sequence[Prompt], cache: TokenCache, num_workers: int
+    ) -> list[tuple[NDArray[np.float32], LossSum]]:
+        """See Session."""
+        return [self._prefill(prompt, cache) for prompt in prompts]
+
+    def _prefill(self, prompt: Prompt, cache: TokenCache) -> tuple[NDArray[np.float32], LossSum]:
+        parts = np.split(prompt.ids, np.cumsum([row.tokens for row in prompt.rows])[:-1])
+        x = np.concatenate([self._continued(ids, row, cache) for ids, row in zip(parts, prompt.rows, strict=True)])
+        scores = forward.logits(OPS, self._spec, self._weights, x[list(prompt.ends)]).astype(np.float32)
+        if prompt.labels is None:
+            return scores, LossSum()
+        tokens = int(np.count_nonzero(prompt.labels != IGNORED))
+        return scores, LossSum(float(self._cross_entropy(x, prompt.labels)), tokens)
+
+    def decode(self, tokens: Sequence[int], rows: Sequence[ForwardRow], cache: TokenCache) -> NDArray[np.float32]:
+        """See Session."""
+        return self._prefill(Prompt(np.array(tokens, np.int32), rows, range(len(rows))), cache)[0]
+
+    def _continued(self, ids: NDArray[np.int32], row: ForwardRow, cache: TokenCache) -> Array:
+        """(row.tokens, hidden) of further tokens of a slot; all that stands before them is read again."""
+        whole = cache.slots[row.slot] = np.concatenate([cache.slots.get(row.slot, ids)[: row.position], ids])
+        rows = forward.layout(self._spec, np.array([0, len(whole)]), np.array([row.end]))
+        updates: Mapping[str, Update] = row.adapter.updates  # type: ignore[attr-defined]
+        x: Array = forward.hidden(OPS, self._spec, self._weights, whole, rows, updates)
+        return x[row.position :]
+
+    # ---- checkpoints ----------------------------------------------------------------------------------------------
+
+    def snapshot(self, state: ReferenceState, into: Mapping[str, Array] | None = None) -> dict[str, Array]:
+        """See Session; float64."""
+        arrays = {
+            "adapter": state.flat, "exp_avg": state.exp_avg, "exp_avg_sq": state.exp_avg_sq,
+            "step": np.array([state.step], np.float64),
+        }  # fmt: skip
+        if into is None:
+            return {name: array.copy() for name, array in arrays.items()}
+        for name, array in arrays.items():
+            into[name][:] = array
+        return dict(into)
+
+    def restore(self, state: ReferenceState, arrays: Mapping[str, NDArray[np.floating[Any]]]) -> ReferenceState:
+        """See Session."""
+        arrays = {**self.snapshot(state), **arrays}
+        flat, exp_avg, exp_avg_sq = (arrays[name].astype(np.float64) for name in ("adapter", "exp_avg", "exp_avg_sq"))
+        return replace(state, flat=flat, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, step=int(arrays["step"][0]))
+
+    def is_finite(self, state: ReferenceState) -> bool:
+        """See Session."""
+        return all(bool(np.isfinite(array).all()) for array in self.snapshot(state).values())
+
+
+# ---- the flat vector ------------------------------------------------------------------------------------------------
+
+
+def _flattened(adapter: Adapter) -> Array:
+    """All A, then all B, then all magnitudes, layer by layer: float64 (n,)."""
+    arrays = [getattr(factors, kind) for kind in KINDS for factors in adapter.layers.values()]
+    parts = [np.asarray(array, np.float64).ravel() for array in arrays if array is not None]
+    return np.concatenate([np.zeros(0), *parts])
+
+
+def _views(adapter: Adapter, flat: Any) -> dict[str, list[Any]]:
+    """A flat vector, or one on the tape, by layer: A (rank, in), B (out, rank) and magnitude (out,) or None."""
+    views: dict[str, list[Any]] = {path: [] for path in adapter.layers}
+    place = 0
+    for kind in KINDS:
+        for path, factors in adapter.layers.items():
+            array = getattr(factors, kind)
+            size = 0 if array is None else array.size
+            views[path].append(None if array is None else flat[place : place + size].reshape(*array.shape))
+            place += size
+    return views
+
+
+def _updates(adapter: Adapter, flat: Any) -> dict[str, Update]:
+    """What the forward pass reads: the values of a flat vector with the scales and the origin of an adapter."""
+    found = {}
+    for path, (a, b, magnitude) in _views(adapter, flat).items():
+        start = adapter.origin.get(path)
+        origin = None if start is None else (start.A.astype(np.float64), start.B.astype(np.float64))
+        found[path] = Update(a, b, adapter.layers[path].scale, magnitude, origin)
+    return found
+
+
+def _rate_factors(state: ReferenceState) -> Array:
+    """What the learning rate of each parameter is multiplied by, (n,): 0 for a frozen one."""
+    factors = np.ones_like(state.flat)
+    for a, b, _ in _views(state.first, factors).values():
+        a[:], b[:] = 0.0 if state.method.freezes_a else 1.0, state.method.lora_plus
+    return factors
+
+
+def _differentiated(state: ReferenceState, loss: Callable[[Mapping[str, Update]], Any]) -> tuple[float, Array]:
+    """A scalar function of a state's updates: its value, and its gradient in the order of `flat`, 0 where frozen."""
+    flat = Var(state.flat)
+    result = loss(_updates(state.first, flat))
+    (slope,) = gradients(result, [flat])
+    return float(result.value), np.where(_rate_factors(state), slope, 0.0)
+
+
+def _dropping(batch: Batch, key: StepKey, rate: float) -> Drop:
+    """Dropout of a batch in a step."""
+    rows, tokens, factor = np.repeat(batch.numbers, np.diff(batch.starts)), batch.positions, float(keep_factor(rate))
+
+    def drop(x: Any, group: int) -> Any:
+        return x * (keep_mask(key, group, rows, tokens, x.shape[1], rate) * factor)
+
+    return drop

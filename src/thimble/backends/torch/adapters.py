@@ -1,0 +1,144 @@
+"""Adapters in memory: as they take part in products, and as one flat float32 vector while they are trained.
+
+One vector makes the optimiser, the gradient norm and checkpoints single operations. All A come first, then all B, then
+all magnitudes, so that each kind can have a learning rate of its own.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from thimble.core.adapter import Adapter
+from thimble.core.lowrank import Factors
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """What is trained of one layer, or its gradients, as views of a flat vector.
+
+    Attributes:
+        A: float32 (rank, in).
+        B: float32 (out, rank).
+        magnitude: float32 (out,), or None.
+    """
+
+    A: Tensor
+    B: Tensor
+    magnitude: Tensor | None
+
+
+@dataclass
+class LoraFactors:
+    """A and B of one layer in the compute type, brought up to date after each step.
+
+    Of a layer in delta form they hold B A − B₀ A₀ as (B − B₀) A + B₀ (A − A₀): A over A − A₀, and B − B₀ beside B₀. The
+    differences are taken in float32, so that what is small beside the start is not rounded away.
+
+    Attributes:
+        A: (ranks, in), compute type.
+        B: (out, ranks), compute type.
+        scale: Factor of B A.
+        rank: How many rows of A and columns of B are trained.
+        trained: The parameters behind them.
+        origin: What they are trained as the difference to, or None.
+        row_lengths: float32 (out,): length of each row of W + scale · B A, where there is a magnitude.
+        row_rates: float32 (out,): magnitude over length; 1 where there is no length to set.
+    """
+
+    A: Tensor
+    B: Tensor
+    scale: float
+    rank: int
+    trained: Parameters
+    origin: Parameters | None = None
+    row_lengths: Tensor | None = None
+    row_rates: Tensor | None = None
+
+    def refresh(self) -> None:
+        """Follow the trained parameters."""
+        trained, origin, rank = self.trained, self.origin, self.rank
+        if self.A.data_ptr() != trained.A.data_ptr():
+            self.A[:rank].copy_(trained.A)
+            self.B[:, :rank].copy_(trained.B if origin is None else trained.B - origin.B)
+        if origin is not None:
+            self.A[rank:].copy_(trained.A - origin.A)
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What does not change in training."""
+
+    A: tuple[int, ...]
+    B: tuple[int, ...]
+    scale: float
+    has_magnitude: bool
+
+
+@dataclass(frozen=True)
+class Spans:
+    """Where each kind of parameter lies in the flat vector."""
+
+    A: slice
+    B: slice
+    magnitude: slice = field(default_factory=lambda: slice(0, 0))
+
+
+class ActiveAdapter:
+    """An adapter ready for products; an empty one is the bare base.
+
+    Args:
+        adapter: Its values; None for the bare base.
+        compute: Type of the products that A and B take part in.
+    """
+
+    def __init__(self, adapter: Adapter | None, compute: torch.dtype) -> None:
+        adapter = adapter or Adapter({})
+        self._shapes = {
+            path: _Shape(f.A.shape, f.B.shape, f.scale, f.magnitude is not None) for path, f in adapter.layers.items()
+        }
+        self._like = Adapter({}, adapter.base, adapter.notes, dict(adapter.origin))
+        every = adapter.layers.values()
+        kinds = ([f.A for f in every], [f.B for f in every], [f.magnitude for f in every if f.magnitude is not None])
+        ends = np.cumsum([0, *(sum(array.size for array in arrays) for arrays in kinds)])
+        self.spans = Spans(*(slice(int(a), int(b)) for a, b in zip(ends, ends[1:], strict=False)))
+        self.flat = torch.empty(int(ends[-1]))
+        for span, arrays in zip((self.spans.A, self.spans.B, self.spans.magnitude), kinds, strict=True):
+            values = np.concatenate([array.reshape(-1) for array in arrays] or [np.zeros(0)])
+            self.flat[span] = torch.from_numpy(values.astype(np.float32))
+        trained = self.views(self.flat)
+        self.layers = {path: self._factors(path, trained[path], compute) for path in self._shapes}
+
+    def _factors(self, path: str, trained: Parameters, compute: torch.dtype) -> LoraFactors:
+        start, a, b, origin = self._like.origin.get(path), trained.A, trained.B, None
+        if start is not None:
+            origin = Parameters(torch.from_numpy(start.A), torch.from_numpy(start.B), None)
+            a, b = torch.cat([a, a - origin.A]), torch.cat([b - origin.B, origin.B], 1)
+        return LoraFactors(a.to(compute), b.to(compute), self._shapes[path].scale, len(trained.A), trained, origin)
+
+    def views(self, flat: Tensor) -> dict[str, Parameters]:
+        """A flat vector of the adapter's size by layer."""
+        rests = [flat[span] for span in (self.spans.A, self.spans.B, self.spans.magnitude)]
+
+        def take(kind: int, shape: tuple[int, ...]) -> Tensor:
+            count = int(np.prod(shape))
+            part, rests[kind] = rests[kind][:count], rests[kind][count:]
+            return part.view(shape)
+
+        return {
+            path: Parameters(take(0, s.A), take(1, s.B), take(2, s.B[:1]) if s.has_magnitude else None)
+            for path, s in self._shapes.items()
+        }
+
+    def export(self) -> Adapter:
+        """The current values as an adapter, float32."""
+        views: Mapping[str, Parameters] = self.views(self.flat)
+        layers = {path: _copied(parameters, self._shapes[path].scale) for path, parameters in views.items()}
+        return Adapter(layers, self._like.base, self._like.notes, self._like.origin)
+
+
+def _copied(parameters: Parameters, scale: float) -> Factors:
+    magnitude = None if parameters.magnitude is None else parameters.magnitude.numpy().copy()
+    return Factors(parameters.A.numpy().copy(), parameters.B.numpy().copy(), scale, magnitude)

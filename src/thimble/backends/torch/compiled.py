@@ -1,0 +1,50 @@
+"""numba's `njit`, with a cache on disk where there is room for one and none where there is not."""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+from numba import njit
+
+
+def compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorate a loop to be compiled when it is first called, and loaded from the cache in later processes.
+
+    The cache lies beside the source, in the user's own cache folder or in NUMBA_CACHE_DIR. Where none of them can be
+    written, or what lies there is damaged, the loop is compiled anew in each process: nothing else depends on it.
+
+    Args:
+        **options: Of `numba.njit`.
+
+    Returns:
+        The decorator.
+    """
+
+    def decorate(loop: Callable[..., Any]) -> Callable[..., Any]:
+        try:
+            dispatcher = njit(cache=True, **options)(loop)
+        except RuntimeError as error:
+            if "no locator available" not in str(error):
+                raise
+            return njit(**options)(loop)
+        _tolerate(dispatcher._cache)
+        return dispatcher
+
+    return decorate
+
+
+def _tolerate(cache: Any) -> None:
+    """Have a cache that cannot be read or written cost time only."""
+    save, load = cache.save_overload, cache.load_overload
+
+    def save_overload(signature: Any, data: Any) -> None:
+        with contextlib.suppress(OSError):
+            save(signature, data)
+
+    def load_overload(signature: Any, context: Any) -> Any:
+        try:
+            return load(signature, context)
+        except Exception:  # whatever a damaged pickle raises
+            return None
+
+    cache.save_overload, cache.load_overload = save_overload, load_overload

@@ -1,0 +1,99 @@
+"""Where options come from: flags or keywords, over a YAML file, over the run folder that is resumed."""
+
+import contextlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from thimble.config.groups import RunOptions
+from thimble.config.options import Given, Options
+from thimble.config.train import TrainConfig, layered, take_up
+from thimble.config.values import parse_bool
+from thimble.errors import ConfigError
+
+CONFIG_FILE = "config.yaml"  # of a run folder
+RUN_SIGNS = ("checkpoints", "metrics.jsonl")  # what a folder holds beside it, if it is a run folder
+
+AnyOptions = TypeVar("AnyOptions", bound=Options)
+
+
+def build_config(
+    options: type[AnyOptions], values: Mapping[str, Any], config_file: str | None = None, problems: Iterable[str] = ()
+) -> AnyOptions:
+    """Build the config of a command from all its sources.
+
+    Args:
+        options: The config class of the command.
+        values: Options given by flags or keywords; they win.
+        config_file: A YAML file of options.
+        problems: What the caller already found wrong.
+
+    Returns:
+        The config; what is wrong with it is in its `problems`.
+
+    Raises:
+        ConfigError: If a YAML file cannot be read.
+    """
+    given, unknown = options.sort(values)
+    filed, unknown_there = options.sort(_read_yaml(Path(config_file)), config_file) if config_file else ({}, [])
+    given, found = layered(filed, given), [*problems, *unknown_there, *unknown]
+    if issubclass(options, RunOptions) and _is_true(given.get("resume")):
+        given, differing = _resumed(given, config_file)
+        found += differing
+    return options.make(given, found)
+
+
+def _is_true(given: Given | None) -> bool:
+    """Whether a switch is on; what is neither true nor false is refused with the rest."""
+    with contextlib.suppress(ValueError):
+        return given is not None and parse_bool(given.value)
+    return False
+
+
+def _resumed(given: Mapping[str, Given], config_file: str | None) -> tuple[dict[str, Given], list[str]]:
+    """Lay the options over those of the run folder that is resumed, and say which of them may not differ."""
+    folder = _run_folder(given, config_file)
+    if folder is None:
+        return dict(given), []
+    given = {**given, "out": Given(str(folder), "out")}
+    path = folder / CONFIG_FILE
+    if not path.exists():
+        return given, []
+    saved, unknown = TrainConfig.sort(_read_yaml(path), str(path))
+    joined, differing = take_up(saved, given)
+    return joined, [*unknown, *differing]
+
+
+def _run_folder(given: Mapping[str, Given], config_file: str | None) -> Path | None:
+    """The run folder to resume: --out, else the folder around the config file, else the `out` inside that file.
+
+    A run folder may have been moved since its config.yaml was written: where it lies now counts, not what is inside.
+    """
+    out = given.get("out")
+    if config_file and (out is None or out.file):
+        path = Path(config_file)
+        if path.name == CONFIG_FILE and any((path.parent / sign).exists() for sign in RUN_SIGNS):
+            return path.parent
+    return Path(str(out.value)) if out and out.value else None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML file of options; those without a value are left out."""
+    import yaml
+
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"config file {path} does not exist") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {path} cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        what = getattr(error, "problem", None) or error
+        raise ConfigError(f"config file {path}{where} is not YAML: {what}; expected lines such as `rank: 16`") from None
+    if value is None:
+        return {}
+    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+        raise ConfigError(f"config file {path} holds no options: expected lines such as `rank: 16`")
+    return {name: option for name, option in value.items() if option is not None}

@@ -1,0 +1,78 @@
+"""The options of `thimble train` and `thimble plan`, and which of them a run that is resumed may change."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from thimble.config.groups import (
+    LENGTHS,
+    AdapterOptions,
+    ComputeOptions,
+    InitOptions,
+    OptimiserOptions,
+    RunOptions,
+    SplitOptions,
+    ValidationOptions,
+)
+from thimble.config.options import Given, options_of, typed
+from thimble.config.values import AUTO, as_typed
+
+
+@dataclass(frozen=True)
+class TrainConfig(
+    RunOptions, ValidationOptions, OptimiserOptions, InitOptions, AdapterOptions, ComputeOptions, SplitOptions
+):
+    """The options of `thimble train`."""
+
+
+@dataclass(frozen=True)
+class PlanConfig(TrainConfig):
+    """The options of `thimble plan`: those of train."""
+
+
+# Options that make a run what it is: a run that is resumed keeps them as it began.
+FIXED = (
+    "base", "data", "loss_on", "seq_len", "batch_tokens", "seed", "targets", "rank", "rank_pattern", "alpha",
+    "alpha_pattern", "use_rslora", "use_dora", "init", "freeze_a", "dropout", "keep_general", "valid_split",
+)  # fmt: skip
+
+
+def layered(below: Mapping[str, Given], above: Mapping[str, Given]) -> dict[str, Given]:
+    """Lay options over others; a length of the run replaces whatever length lies below it.
+
+    Args:
+        below: Options by name.
+        above: Options by name; they win.
+
+    Returns:
+        The options of both.
+    """
+    has_length = any(name in above and above[name].value is not None for name in LENGTHS)
+    return {**{name: value for name, value in below.items() if not (has_length and name in LENGTHS)}, **above}
+
+
+def take_up(saved: Mapping[str, Given], given: Mapping[str, Given]) -> tuple[dict[str, Given], list[str]]:
+    """Join the options of a run that is resumed with those that are given now.
+
+    Args:
+        saved: From the run's config.yaml, in which every `auto` is resolved.
+        given: By flags, keywords or a file.
+
+    Returns:
+        The options, where one that is given as auto is what it was resolved to; and a problem for each that would make
+        it another run.
+    """
+    kept = {name: value for name, value in given.items() if not (value.value == AUTO and name in saved)}
+    kept = {
+        name: value
+        for name, value in kept.items()
+        if name not in ("rank_budget", "energy") or name in saved and saved[name].value
+    }
+    joined = layered(saved, kept)
+    before, now, specs = TrainConfig.make(saved), TrainConfig.make(joined), options_of(TrainConfig)
+    problems = [
+        f"{typed(specs[name], getattr(now, name))}: the run to resume began with {as_typed(getattr(before, name))}; "
+        "leave it out, or begin another run with another --out"
+        for name in FIXED
+        if name in kept and getattr(now, name) != getattr(before, name)
+    ]
+    return joined, problems

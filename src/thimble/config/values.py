@@ -1,0 +1,206 @@
+"""Values of options: how they are checked, read from text, YAML or Python, and written as they are typed."""
+
+import difflib
+import math
+import re
+import shlex
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from thimble.core.method import MOST_SCALE, parse_init
+
+AUTO = "auto"
+NO_AUTO_INIT = (
+    "Thimble does not choose an init, because the share of the gradient that an init captures does not foretell which "
+    "one trains better (measured in benchmarks/initialisation.md); leave it out for --init kaiming, or see what each "
+    "init captures with: thimble inspect --data DATA"
+)
+
+Check = Callable[[Any], str | None]  # what is wrong with a value, such as "expected at least 1", or None
+
+
+# ---- checks ---------------------------------------------------------------------------------------------------------
+
+
+def at_least(low: float) -> Check:
+    """Make a check for numbers from `low` upwards."""
+    return lambda value: None if value >= low else f"expected at least {low:g}"
+
+
+def above(low: float) -> Check:
+    """Make a check for finite numbers greater than `low`."""
+    return lambda value: None if math.isfinite(value) and value > low else f"expected a finite number above {low:g}"
+
+
+def fraction(value: float) -> str | None:
+    """Check a part of something that leaves a rest: from 0 up to, not including, 1."""
+    return None if 0 <= value < 1 else "expected a fraction from 0 up to, but not including, 1"
+
+
+def share(value: float) -> str | None:
+    """Check a part of something that may be all of it, but not nothing."""
+    return None if 0 < value <= 1 else "expected a share above 0 and up to 1"
+
+
+def alpha(value: float) -> str | None:
+    """Check the numerator of a scale; readers of adapters refuse one that is larger."""
+    return None if 0 < value <= MOST_SCALE else f"expected a number above 0, at most {MOST_SCALE:g}"
+
+
+def init(value: str) -> str | None:
+    """Check the name of an init."""
+    if value == AUTO:
+        return NO_AUTO_INIT
+    try:
+        parse_init(value)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def pattern(value: Sequence[str]) -> str | None:
+    """Check pairs of a target and a number, such as `q_proj=8`."""
+    for pair in value:
+        target, _, number = pair.rpartition("=")
+        if not target or not re.fullmatch(r"\d+(\.\d+)?(e[+-]?\d+)?", number) or not 0 < float(number) <= MOST_SCALE:
+            return f"expected pairs such as q_proj=8,down_proj=32, with numbers above 0, at most {MOST_SCALE:g}"
+    return None
+
+
+def rank_pattern(value: Sequence[str]) -> str | None:
+    """Check pairs of a target and a rank."""
+    wrong = pattern(value)
+    if wrong is None and any(number % 1 for number in read_pattern(value).values()):
+        return "expected whole numbers as ranks"
+    return wrong
+
+
+def one_of(choices: Sequence[str], value: object) -> str:
+    """What is wrong with a value that is none of the choices, with the nearest one."""
+    near = difflib.get_close_matches(str(value), choices, n=1)
+    return f"expected one of {', '.join(choices)}" + (f"; did you mean {near[0]}?" if near else "")
+
+
+# ---- reading --------------------------------------------------------------------------------------------------------
+
+
+def read_pattern(pairs: Sequence[str]) -> dict[str, float]:
+    """Read pairs of a target and a number.
+
+    Args:
+        pairs: Pairs that `pattern` accepts.
+
+    Returns:
+        Target to number, in the order given.
+
+    Example:
+        >>> read_pattern(("q_proj=8", "mlp=32"))
+        {'q_proj': 8.0, 'mlp': 32.0}
+    """
+    return {target: float(number) for target, _, number in (pair.rpartition("=") for pair in pairs)}
+
+
+def parse_size(value: object) -> int:
+    """Read an amount of bytes.
+
+    Args:
+        value: A number of bytes, or text such as `4GB`, `500 MB`, `1.5GiB` (1 GB = 1e9, 1 GiB = 2^30 bytes).
+
+    Returns:
+        Bytes.
+
+    Raises:
+        ValueError: If it cannot be read.
+
+    Example:
+        >>> parse_size("4GB"), parse_size("1.5 MiB")
+        (4000000000, 1572864)
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:e\d+)?)\s*([kmgt]?)(i?)b?\s*", str(value), re.IGNORECASE)
+    if not match or float(match[1]) <= 0:
+        raise ValueError("expected a size such as 4GB or 500MB")
+    power = " kmgt".index(match[2].lower() or " ")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+
+
+def parse_bool(value: object) -> bool:
+    """Read true or false as YAML and people write them; raises a ValueError for anything else."""
+    words = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+    if str(value).lower() not in words:
+        raise ValueError("expected true or false")
+    return words[str(value).lower()]
+
+
+def parse_number(kind: type, value: Any) -> int | float:
+    """Read an int or a float; YAML reads 1e-5 as text, so the type of the option decides. Raises a ValueError."""
+    expected = "a whole number" if kind is int else "a number"
+    if isinstance(value, bool | dict | list):
+        raise ValueError(f"expected {expected}")
+    try:
+        number = float(value)
+    except ValueError:
+        raise ValueError(f"expected {expected}") from None
+    if kind is float:
+        return number
+    if not number.is_integer():
+        raise ValueError(f"expected {expected}")
+    return int(number)
+
+
+def parse(kind: Any, value: Any) -> Any:
+    """Read a value in the type of an option.
+
+    Args:
+        kind: int, float, bool, str or `tuple[str, ...]`.
+        value: Text from a command line, or what YAML or Python gave.
+
+    Returns:
+        The value; a tuple is read from a list, from text with commas, or from a mapping of targets to numbers.
+
+    Raises:
+        ValueError: With what was expected.
+    """
+    if kind is bool:
+        return parse_bool(value)
+    if kind in (int, float):
+        return parse_number(kind, value)
+    if typing.get_origin(kind) is tuple:
+        if isinstance(value, Mapping):
+            value = [f"{name}={number}" for name, number in value.items()]
+        parts = value if isinstance(value, list | tuple) else str(value).split(",")
+        return tuple(str(part).strip() for part in parts if str(part).strip())
+    if isinstance(value, dict | list | bool):
+        raise ValueError("expected text")
+    return str(value)
+
+
+# ---- writing --------------------------------------------------------------------------------------------------------
+
+
+def flag(name: str) -> str:
+    """An option as it is typed: `--learning-rate` for `learning_rate`."""
+    return "--" + name.replace("_", "-")
+
+
+def as_typed(value: object) -> str:
+    """Write a value as it is typed on a command line.
+
+    Args:
+        value: Of an option, or as it was given.
+
+    Returns:
+        Text; None is what is chosen for the user, `auto`.
+
+    Example:
+        >>> as_typed(("q_proj", "v_proj")), as_typed(True), as_typed(None), as_typed("")
+        ('q_proj,v_proj', 'true', 'auto', "''")
+    """
+    if value is None:
+        return AUTO
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return f"{value:g}"
+    text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    return shlex.quote(text) if not text or re.search(r"\s", text) else text

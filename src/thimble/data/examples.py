@@ -1,0 +1,160 @@
+"""The user's examples: read, split, encoded as token rows, and what is worth saying about them."""
+
+import functools
+from dataclasses import dataclass, replace
+
+from thimble.config.groups import DataOptions
+from thimble.config.train import TrainConfig
+from thimble.data.encode import Encoder, EncodeReport, Row, encode_all
+from thimble.data.model import Model
+from thimble.data.records import MAX_VALIDATION_ROWS, Dataset, Record, general_records, read_dataset, split_rows
+from thimble.data.spool import Chosen, Items
+from thimble.errors import ConfigError, listing, plural
+from thimble.events import EventLog
+
+SHOWN_SKIPPED = 3  # skipped rows that are shown in full
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The user's examples, as token rows.
+
+    Attributes:
+        dataset: As read.
+        encoder: What turned records into rows.
+        train: Training rows.
+        train_report: Counts over them.
+        valid: Validation rows.
+        valid_records: The records behind them, for questions.
+        valid_report: Counts over them.
+    """
+
+    dataset: Dataset
+    encoder: Encoder
+    train: Items[Row]
+    train_report: EncodeReport
+    valid: tuple[Row, ...]
+    valid_records: tuple[Record, ...]
+    valid_report: EncodeReport
+
+    @property
+    def left_out(self) -> int:
+        """How many rows cannot be used, or have nothing to learn."""
+        reports = (self.train_report, self.valid_report)
+        return self.dataset.skipped.count + sum(len(report.rows_without_labels) for report in reports)
+
+
+def make_encoder(model: Model, config: DataOptions) -> Encoder:
+    """The encoder for a base, by the options of the data."""
+    vocab_size = model.base.spec.vocab_size
+    return Encoder(model.tokenizer, model.template, config.seq_len, config.loss_on, vocab_size)
+
+
+def encode_examples(
+    dataset: Dataset,
+    train: Items[Record],
+    valid: Items[Record],
+    model: Model,
+    config: DataOptions,
+    log: EventLog,
+) -> Examples:
+    """Turn records into rows; what the template refuses is left out with the rest that cannot be used."""
+    encoder = make_encoder(model, config)
+    on_record = functools.partial(log.progress, "rows encoded")
+    sides = [
+        encode_all(part, encoder, dataset.skipped, on_record) if part else ((), EncodeReport())
+        for part in (train, valid)
+    ]
+    (train_rows, train_report), (valid_rows, valid_report) = sides
+    return Examples(dataset, encoder, train_rows, train_report, tuple(valid_rows), tuple(valid), valid_report)
+
+
+def split_and_encode(dataset: Dataset, model: Model, config: TrainConfig, log: EventLog) -> Examples:
+    """Encode the rows of a run, some of them held out for validation if the data have no valid file."""
+    if dataset.valid is not None:
+        return encode_examples(dataset, dataset.train, dataset.valid, model, config, log)
+    if dataset.is_text:
+        return _split_pieces(encode_examples(dataset, dataset.train, (), model, config, log), config.valid_split)
+    train, valid = split_rows(dataset.train, config.valid_split, config.seed)
+    return encode_examples(dataset, train, valid, model, config, log)
+
+
+def _split_pieces(examples: Examples, share: float) -> Examples:
+    """Hold out pieces of long texts, evenly spread: a file of text is one record but many rows."""
+    rows = examples.train
+    count = min(max(1, round(len(rows) * share)), MAX_VALIDATION_ROWS) if share and len(rows) > 1 else 0
+    held = {int((number + 0.5) * len(rows) / count) for number in range(count)}
+    trained = [number for number in range(len(rows)) if number not in held]
+    lengths = [examples.train_report.lengths[number] for number in trained]
+    report = replace(
+        examples.train_report, num_rows=len(trained), lengths=lengths, tokens=sum(lengths), longest=max(lengths),
+        target_tokens=sum(rows[number].target_tokens for number in trained),
+    )  # fmt: skip
+    valid = tuple(rows[number] for number in sorted(held))
+    return replace(examples, train=Chosen(rows, trained), train_report=report, valid=valid)
+
+
+def general_rows(model: Model, config: DataOptions) -> tuple[Row, ...]:
+    """General text for the forgetting check; conversations only where the base has a template for them."""
+    records = [record for record in general_records() if model.template or record.text is not None]
+    return tuple(encode_all(records, make_encoder(model, config.replace(loss_on="auto")))[0])
+
+
+def log_examples(examples: Examples, log: EventLog) -> None:
+    """Report what was read and how it is trained on."""
+    dataset = examples.dataset
+    held = plural(len(examples.valid), "row")
+    log.note(f"data: {plural(len(examples.train), 'row')} of {dataset.format} to learn from, {held} held out")
+    for note in (*dataset.notes, *examples.encoder.notes):
+        log.note(note)
+    log_skipped(dataset, log)
+    for warning in examples.encoder.warnings:
+        log.warning(warning)
+    held_ids = {row.ids.tobytes(): row.source for row in examples.valid}
+    known = {held_ids[ids] for row in examples.train if (ids := row.ids.tobytes()) in held_ids} if held_ids else ()
+    if known:
+        log.warning(
+            f"also among the training rows: {plural(len(known), 'validation row')} ({listing(sorted(known), 3)}), "
+            "where memory is enough to do well"
+        )
+    for name, report in (("training", examples.train_report), ("validation", examples.valid_report)):
+        _log_lengths(name, report, log)
+
+
+def log_skipped(dataset: Dataset, log: EventLog) -> None:
+    """Warn of rows that cannot be used, with the first of them."""
+    skipped = dataset.skipped
+    if skipped.count:
+        problems = (problem for row in skipped.found[:SHOWN_SKIPPED] for problem in row.problems[:1])
+        log.warning(
+            f"{skipped.count:,} of {plural(skipped.rows, 'row')} cannot be used and are left out (--strict refuses "
+            f"them): {listing(problems, SHOWN_SKIPPED)}"
+        )
+
+
+def _log_lengths(name: str, report: EncodeReport, log: EventLog) -> None:
+    """Warn of rows that were cut, or that have nothing to learn."""
+    if report.truncated_rows:
+        share = report.truncated_rows / report.num_rows
+        log.warning(
+            f"{plural(report.truncated_rows, f'{name} row')} longer than --seq-len ({share:.0%}) lost "
+            f"{plural(report.truncated_tokens, 'token')} in all"
+        )
+    if report.rows_without_labels:
+        sources = listing(report.rows_without_labels, 3)
+        log.warning(f"{plural(len(report.rows_without_labels), f'{name} row')} left out, nothing to learn: {sources}")
+
+
+def skipped_rows(examples: Examples) -> list[dict[str, str]]:
+    """The rows that were left out, of very many the first, with where each stands and why."""
+    rows = [{"source": row.source, "problem": "; ".join(row.problems)} for row in examples.dataset.skipped.found]
+    for report in (examples.train_report, examples.valid_report):
+        rows += [{"source": source, "problem": "nothing to learn"} for source in report.rows_without_labels]
+    return rows
+
+
+def open_data(path: str, is_strict: bool) -> Dataset:
+    """Read the examples; see thimble.data.records. Refuses an empty name, which no option or file gave."""
+    if not path:
+        raise ConfigError("no data is given: name a file or folder of examples, as in: thimble train examples.jsonl")
+    return read_dataset(path, is_strict)

@@ -1,1 +1,0 @@
-"""Where a chat template runs: it can reach nothing, and everything it does is paid for."""

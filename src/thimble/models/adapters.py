@@ -1,0 +1,54 @@
+"""Finished adapters, read and checked against the base they are to run on."""
+
+from collections.abc import Sequence
+
+from thimble.core.adapter import Adapter
+from thimble.errors import AdapterError, Problems, listing
+from thimble.files.peft import load_adapter
+from thimble.models.base import Base
+
+
+def open_adapters(paths: Sequence[str], base: Base | None, problems: Problems) -> dict[str, Adapter]:
+    """Read adapters and check that they fit the base.
+
+    Args:
+        paths: Adapter or run folders.
+        base: The base, or None if it could not be opened.
+        problems: Takes what is wrong.
+
+    Returns:
+        Adapters by the path the user gave.
+    """
+    adapters = {}
+    for path in paths:
+        adapter = problems.attempt(load_adapter, path)
+        if adapter and base:
+            problems.attempt(check_fits, path, adapter, base)
+        if adapter:
+            adapters[path] = adapter
+    return adapters
+
+
+def check_fits(path: str, adapter: Adapter, base: Base) -> None:
+    """Refuse an adapter whose layers are not the base's.
+
+    Args:
+        path: What the user called it.
+        adapter: The adapter.
+        base: The base.
+
+    Raises:
+        AdapterError: Naming the first layers that do not fit.
+    """
+    shapes = base.spec.linear_shapes()
+    unknown = [layer for layer in adapter.layers if layer not in shapes]
+    wrong = [
+        f"{layer} is (out {factors.B.shape[0]}, in {factors.A.shape[1]}), the base has {shapes[layer]}"
+        for layer, factors in adapter.layers.items()
+        if layer in shapes and (factors.B.shape[0], factors.A.shape[1]) != shapes[layer]
+    ]
+    if unknown or wrong:
+        made_for = f"; it was made for {adapter.base}" if adapter.base else ""
+        what = [f"it adapts {listing(unknown, 2)}, which the base lacks"] if unknown else []
+        what += [listing(wrong, 2)] if wrong else []
+        raise AdapterError(f"adapter {path} does not belong to {base.name}: {' and '.join(what)}{made_for}")

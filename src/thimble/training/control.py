@@ -1,0 +1,36 @@
+"""What a run reports to and asks while it works: the event log, and whether to stop, to wait or to give up its base."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from thimble.events import EventLog, ShouldStop, never
+
+ShouldWait = Callable[[], str]
+
+
+def never_wait() -> str:
+    """Do not wait."""
+    return ""
+
+
+def no_file() -> Path | None:
+    """No file was cut off."""
+    return None
+
+
+@dataclass(frozen=True)
+class Control:
+    """The outside of a run.
+
+    Attributes:
+        log: Takes decisions, warnings, progress and steps.
+        should_stop: Asked between steps, and between tokens of an evaluation; on True the run ends.
+        should_wait: Asked between steps; gives the reason to wait, or nothing.
+        cut_file: A file of the base that became shorter while it is read, which ends the run; None while all is well.
+    """
+
+    log: EventLog
+    should_stop: ShouldStop = never
+    should_wait: ShouldWait = never_wait
+    cut_file: Callable[[], Path | None] = no_file

@@ -1,0 +1,376 @@
+"""The training loop: one for every backend and every task. Knows no framework and no files."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from thimble.backends.session import Gradient, Objective, Session, StepKey, TrainState
+from thimble.core.adapter import Adapter
+from thimble.core.method import Method
+from thimble.core.metrics import LossSum
+from thimble.models.execution import ExecutionPlan
+from thimble.models.machine import peak_memory_bytes
+from thimble.training.before_after import measure_after, measure_before
+from thimble.training.checkpoint import Checkpoint
+from thimble.training.control import Control
+from thimble.training.guard import Guard, Plateau, Verdict
+from thimble.training.progress import Progress
+from thimble.training.protocols import Before, Collective, Scores, Sink, Task
+from thimble.training.step_schedule import StepSchedule
+
+SNAPSHOT_EVERY_STEPS = 2  # how far a rollback goes at most: a copy takes a hundredth of a step
+VALID = "good."  # before the names of the last valid state in a checkpoint
+BEST = "best"  # the adapter that did best on validation rows, likewise
+PAUSE_SECONDS = 1.0  # between two questions whether to go on
+
+Arrays = dict[str, NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class LoopPlan:
+    """What the loop carries out.
+
+    Attributes:
+        adapter: The initial adapter.
+        method: How its parameters are trained; its seed is that of dropout.
+        step_schedule: The rows and the learning rate of each step, and when the run ends.
+        execution: How a step is run.
+        eval_every_steps: How often validation rows are measured during training; 0 is never.
+        patience: Clear rises of their loss in a row that end the run; 0 is never.
+        checkpoint_every_steps: How often a checkpoint is saved; None is never.
+        checkpoint_every_minutes: Likewise, by the clock; 0 is never.
+        checkpoint: Where the run is resumed, or None.
+        initialization: What was measured to choose init and ranks.
+    """
+
+    adapter: Adapter
+    method: Method
+    step_schedule: StepSchedule
+    execution: ExecutionPlan
+    eval_every_steps: int = 0
+    patience: int = 0
+    checkpoint_every_steps: int | None = None
+    checkpoint_every_minutes: float = 0.0
+    checkpoint: Checkpoint | None = None
+    initialization: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run came to.
+
+    Attributes:
+        adapter: The trained adapter; of a run that diverged the last valid one.
+        progress: Counts, and how the last step was run.
+        before: What was measured before the first step.
+        after: What was measured after the last one; None if the run was cut short.
+        best_step: The step whose adapter this is.
+        saved_step: That of the newest checkpoint; 0 without one.
+        diverged: Why the run was given up, or nothing.
+        cut_file: The file of the base that became shorter and ended the run, or None.
+        is_stopped: Whether somebody stopped the run.
+    """
+
+    adapter: Adapter
+    progress: Progress
+    before: Before
+    after: Scores | None
+    best_step: int
+    saved_step: int
+    diverged: str
+    cut_file: Path | None
+    is_stopped: bool
+
+    @property
+    def status(self) -> str:
+        """`done`, `interrupted` or `diverged`."""
+        return "diverged" if self.diverged else "interrupted" if self.is_stopped or self.cut_file else "done"
+
+
+def run(
+    plan: LoopPlan, task: Task, session: Session, collective: Collective, sink: Sink, control: Control
+) -> TrainResult:
+    """Train an adapter, and measure before and after.
+
+    Args:
+        plan: What to carry out.
+        task: What is trained on and measured.
+        session: The loaded base.
+        collective: Adds up the gradients of all processes.
+        sink: Takes what the run leaves behind.
+        control: Is told of progress, and asked whether to go on.
+
+    Returns:
+        The result.
+
+    Raises:
+        RunError: If the base cannot be trained on.
+        MemoryError: If a step does not fit the memory even with the smallest execution plan.
+    """
+    loop = _Loop(plan, task, session, collective, sink, control)
+    before = loop.measure_before()
+    loop.train()
+    after = loop.measure_after(before)
+    session.release()
+    return loop.result(before, after)
+
+
+class _Loop:
+    """The state of a run between its phases, which are called in order."""
+
+    def __init__(
+        self, plan: LoopPlan, task: Task, session: Session, collective: Collective, sink: Sink, control: Control
+    ) -> None:
+        self.plan, self.task, self.session, self.collective = plan, task, session, collective
+        self.sink, self.control, self.log = sink, control, control.log
+        self.progress = Progress(
+            plan.execution, Guard(), Plateau(plan.patience), initialization=dict(plan.initialization)
+        )
+        self.state: TrainState = session.start(plan.adapter, plan.method)
+        self.best: NDArray[np.float32] | None = None  # flat adapter that did best on validation rows
+        self.valid: Arrays = {}  # the last state known to be valid
+        self.best_step = self.saved_step = 0
+        self.saved_at, self.began, self.idle_seconds = time.perf_counter(), 0.0, 0.0
+        self.diverged = ""
+        self.cut_file: Path | None = None
+        if plan.checkpoint:
+            self._resume(plan.checkpoint)
+
+    def _resume(self, checkpoint: Checkpoint) -> None:
+        arrays = dict(checkpoint.state)
+        self.best = arrays.pop(BEST, None)
+        self.valid = {name[len(VALID) :]: arrays.pop(name) for name in list(arrays) if name.startswith(VALID)}
+        self.state = self.session.restore(self.state, arrays)
+        self.progress.restore(checkpoint.step, checkpoint.progress)
+        self.saved_step = checkpoint.step
+        self.log.note(f"resumed after step {checkpoint.step}")
+
+    # ---- before and after -----------------------------------------------------------------------------------------
+
+    def measure_before(self) -> Before:
+        """Measure the base before training, or read what an interrupted run measured."""
+        saved = self.sink.saved_before() if self.progress.steps else None
+        if saved:
+            return saved
+        before = measure_before(self.task, self.session, self.state, self.progress.execution, self.control)
+        if not self.control.should_stop():
+            self.sink.write_before(before)
+        return before
+
+    def measure_after(self, before: Before) -> Scores | None:
+        """Measure the result, unless the run was cut short; memory that runs out does not cost what was learned."""
+        if self.control.should_stop() or self.diverged or self.cut_file:
+            return None
+        try:
+            return measure_after(self.task, self.session, self.state, before, self.progress.execution, self.control)
+        except MemoryError as error:
+            self.log.warning(f"memory ran out while the result was measured ({error}): `thimble evaluate` can do that")
+            return None
+
+    def result(self, before: Before, after: Scores | None) -> TrainResult:
+        """What the run came to."""
+        return TrainResult(
+            self.session.adapter(self.state), self.progress, before, after, self.best_step, self.saved_step,
+            self.diverged, self.cut_file, self.control.should_stop(),
+        )  # fmt: skip
+
+    # ---- steps ----------------------------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        """Take all steps, and end with the best valid adapter."""
+        self.log.stage("training")
+        self.session.release()  # evaluation and training have buffers of other sizes
+        objectives = self.task.objectives(self.session)
+        if not self.valid:
+            self._remember()
+        self.began, self.idle_seconds = time.perf_counter() - self.progress.seconds, 0.0
+        while not (self.diverged or self._is_over()):
+            self._step(objectives[self.progress.steps % len(objectives)])
+            if not self.diverged:
+                self._between_steps()
+        if not self.session.is_finite(self.state):
+            self.diverged = self.diverged or "parameters of the adapter or moments of its optimiser are NaN or Inf"
+            self.state = self.session.restore(self.state, self.valid)
+        if self.progress.steps and not self.diverged and self._saves_checkpoints:
+            self._save_checkpoint()  # what was learned is not to be learned again if measuring it is interrupted
+        self._keep_best()
+        self.sink.end_steps()
+
+    def _is_over(self) -> bool:
+        """Whether no further step is to be taken."""
+        progress = self.progress
+        if self.plan.step_schedule.is_done(progress.steps, progress.seconds) or progress.plateau.is_over:
+            return True
+        if self.control.should_stop():
+            return True
+        self.cut_file = self.control.cut_file()
+        return self.cut_file is not None
+
+    def _step(self, objective: Objective) -> None:
+        """Take one optimiser step, if its loss and gradient are valid, and log it."""
+        progress, schedule = self.progress, self.plan.step_schedule
+        rows = schedule.rows(progress.steps)
+        rate = schedule.rate_at(progress.steps, progress.seconds) * progress.guard.rate
+        gradient, target_tokens = self._gradient(rows, objective)
+        progress.steps += 1
+        verdict, validation = progress.guard.judge(gradient.loss.mean, gradient.norm), {}
+        if verdict is Verdict.TAKE:
+            if progress.steps % SNAPSHOT_EVERY_STEPS == 1:  # before the step: this is the state that was just judged
+                self._remember()
+            self.state = self.session.apply(self.state, gradient, rate)
+            validation = self._watch()
+        else:
+            self._rollback(verdict)
+        tokens = sum(self.task.costs[row] for row in rows)
+        progress.tokens += tokens
+        progress.target_tokens += target_tokens
+        progress.seconds = time.perf_counter() - self.began - self.idle_seconds
+        row = {
+            "step": progress.steps, "loss": gradient.loss.mean, "learning_rate": rate, "grad_norm": gradient.norm,
+            "tokens": tokens, "label_tokens": target_tokens, "seconds": round(progress.seconds, 3),
+            "peak_memory_bytes": peak_memory_bytes(), **validation,
+        }  # fmt: skip
+        self.sink.write_step(row)
+        self.log.step({**row, **self._outlook()})
+
+    def _gradient(self, rows: Sequence[int], objective: Objective) -> tuple[Gradient, int]:
+        """The gradient of a step and its target tokens; if memory runs out, in smaller parts from there on."""
+        progress = self.progress
+        key = StepKey(self.plan.method.seed, progress.steps)
+        while True:
+            work = self.task.work(rows, progress.execution)
+            try:
+                part = self.session.gradient(self.state, work, objective, progress.execution, key)
+                return self.collective.sum(part), work.target_tokens
+            except MemoryError as error:
+                why = str(error)
+            self._shrink(max(self.task.costs[row] for row in rows), why)
+
+    def _shrink(self, longest: int, why: str) -> None:
+        """Go on with the next smaller execution plan, here and in every later call."""
+        step, smaller = self.progress.steps + 1, self.progress.execution.smaller(longest)
+        if smaller is None:
+            raise MemoryError(f"in step {step}, in the smallest parts there are: {why}")
+        self.session.release()
+        self.progress.execution = smaller
+        self.log.warning(
+            f"memory ran out in step {step}: from here on in micro-batches of {smaller.micro_tokens} tokens, "
+            f"{smaller.num_shares} in parallel; the last digits may differ"
+        )
+
+    def _remember(self) -> None:
+        """Keep a copy of the state, in the place of the one before, if it is valid."""
+        if self.session.is_finite(self.state):
+            self.valid = self.session.snapshot(self.state, self.valid or None)
+
+    def _rollback(self, verdict: Verdict) -> None:
+        """Leave a step out, or return to the last valid state and go on more slowly, or give up there."""
+        guard, step = self.progress.guard, self.progress.steps
+        if verdict is Verdict.SKIP:
+            self.log.warning(f"step {step} was left out: {guard.why}")
+            return
+        self.state = self.session.restore(self.state, self.valid)
+        if verdict is Verdict.GIVE_UP:
+            self.diverged = guard.why
+            return
+        self.log.warning(f"step {step}: {guard.why}; back to the last good adapter, at {guard.rate:g} of the rate")
+
+    def _outlook(self) -> dict[str, Any]:
+        """What progress shows beside the step's own figures."""
+        progress, schedule = self.progress, self.plan.step_schedule
+        left = schedule.minutes * 60 - progress.seconds if schedule.minutes else 0.0
+        if schedule.total_steps:
+            left = (schedule.total_steps - progress.steps) * progress.seconds / progress.steps
+        return {"total": schedule.total_steps, "tokens_so_far": progress.tokens, "seconds_left": max(0.0, left)}
+
+    # ---- validation during training -------------------------------------------------------------------------------
+
+    def _watch(self) -> dict[str, float]:
+        """The loss of some validation rows, if it is time for it."""
+        every, steps = self.plan.eval_every_steps, self.progress.steps
+        if not every or steps % every or steps == self.plan.step_schedule.total_steps:
+            return {}
+        return {"held_out_loss": self._measure_watched()}
+
+    def _measure_watched(self) -> float:
+        """The mean loss of the watched rows; the best adapter is remembered."""
+        began = time.perf_counter()
+        rows = self.task.watch(self.session, self.state.active, self.progress.execution)
+        if self.progress.plateau.add(self.progress.steps, [row.mean for row in rows]):
+            self.best = self.session.snapshot(self.state)["adapter"]
+        self.idle_seconds += time.perf_counter() - began
+        return sum(rows, LossSum()).mean
+
+    def _keep_best(self) -> None:
+        """Return to the adapter that did best on validation rows, if the last one does clearly worse."""
+        progress, plateau = self.progress, self.progress.plateau
+        self.best_step = progress.steps
+        if self.best is None or self.control.should_stop() or self.cut_file:
+            return
+        if plateau.step < progress.steps and not self.diverged:  # the last step has not been measured
+            self._measure_watched()
+        if not plateau.since and not self.diverged:
+            return
+        self.state = self.session.restore(self.state, {"adapter": self.best})
+        self.best_step = plateau.best_step
+        why = f"its loss of {plateau.best:.3f} on the validation rows watched has clearly risen since"
+        self.log.decision(f"kept: the adapter of step {self.best_step}; {why}")
+
+    # ---- checkpoints and pauses -----------------------------------------------------------------------------------
+
+    def _between_steps(self) -> None:
+        """Save a checkpoint if it is time, and wait if there is a reason to."""
+        if self._is_time_to_save():
+            self._save_checkpoint()
+        why = self.control.should_wait()
+        if why:
+            self._pause(why)
+
+    def _pause(self, why: str) -> None:
+        """Wait until there is no reason any more, or somebody stops the run."""
+        self._save_checkpoint()
+        saved = "with" if self.saved_step == self.progress.steps else "without"
+        self.log.warning(f"paused after step {self.progress.steps}, {saved} a checkpoint: {why}")
+        began = time.perf_counter()
+        while not self.control.should_stop() and self.control.should_wait():
+            time.sleep(PAUSE_SECONDS)
+        waited = time.perf_counter() - began
+        self.idle_seconds += waited
+        if not self.control.should_stop():
+            self.log.note(f"going on after a pause of {waited:.0f} s")
+
+    @property
+    def _saves_checkpoints(self) -> bool:
+        return bool(self.plan.checkpoint_every_steps or self.plan.checkpoint_every_minutes)
+
+    def _is_time_to_save(self) -> bool:
+        every, minutes = self.plan.checkpoint_every_steps, self.plan.checkpoint_every_minutes
+        if every and self.progress.steps % every == 0:
+            return True
+        return bool(minutes) and time.perf_counter() - self.saved_at >= minutes * 60
+
+    def _save_checkpoint(self) -> None:
+        """Save all it takes to continue; a run does not end because that fails."""
+        step = self.progress.steps
+        if step == self.saved_step:
+            return
+        arrays = {
+            **self.session.snapshot(self.state), **{VALID + name: values for name, values in self.valid.items()}
+        }  # fmt: skip
+        arrays |= {} if self.best is None else {BEST: self.best}
+        self.saved_at = time.perf_counter()
+        try:
+            self.sink.write_checkpoint(step, arrays, self.progress.state())
+        except OSError as error:
+            older = f"that of step {self.saved_step} is valid" if self.saved_step else "there is no older one"
+            self.log.warning(
+                f"the checkpoint of step {step} cannot be written ({error.strerror or error}): the run goes on, and "
+                f"{older}"
+            )
+        else:
+            self.saved_step = step

@@ -1,0 +1,53 @@
+"""How far a run is: counts and plain data that a checkpoint keeps beside its arrays."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from thimble.models.execution import ExecutionPlan
+from thimble.training.guard import Guard, Plateau
+
+COUNTED = ("tokens", "target_tokens", "seconds", "initialization")
+
+
+@dataclass
+class Progress:
+    """Where a run is.
+
+    Attributes:
+        execution: How a step is run: the only copy, which becomes smaller when memory runs out.
+        guard: Judges every step.
+        plateau: Follows the loss of validation rows.
+        steps: Optimiser steps done.
+        tokens: Tokens of all rows trained on, prompts included.
+        target_tokens: Of these, the target tokens.
+        seconds: Time spent in steps, without pauses and evaluation.
+        initialization: What was measured to choose init and ranks.
+    """
+
+    execution: ExecutionPlan
+    guard: Guard = field(default_factory=Guard)
+    plateau: Plateau = field(default_factory=Plateau)
+    steps: int = 0
+    tokens: int = 0
+    target_tokens: int = 0
+    seconds: float = 0.0
+    initialization: dict[str, Any] = field(default_factory=dict)
+
+    def state(self) -> dict[str, Any]:
+        """Plain data for a checkpoint, which keeps the number of steps itself."""
+        return {
+            **{name: getattr(self, name) for name in COUNTED},
+            "rollbacks": self.guard.rollbacks,
+            "guard": self.guard.state(),
+            "plateau": self.plateau.state(),
+            "execution": asdict(self.execution),
+        }
+
+    def restore(self, steps: int, state: Mapping[str, Any]) -> None:
+        """Continue from what `state` returned after so many steps; how a step is run was decided by the run plan."""
+        self.steps = steps
+        for name in COUNTED:
+            setattr(self, name, state[name])
+        self.guard = Guard.restored(state.get("guard", {}))
+        self.plateau.restore(state.get("plateau", {}))

@@ -1,0 +1,111 @@
+"""The seams of the training loop: what it trains on, who adds up its gradients, and who writes its files."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from thimble.backends.session import ActiveAdapter, Gradient, Objective, Session, Work
+from thimble.core.metrics import LossSum
+from thimble.models.execution import ExecutionPlan
+from thimble.training.control import Control
+from thimble.training.evaluation import Answer, scores_of
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How good a model is on the validation rows of a task.
+
+    Attributes:
+        loss: Nats per target token; NaN if nothing was held out, or the user wants to leave.
+        general_loss: The same on general text, which training is not to spoil.
+        answers: What the model wrote, with the metrics of each answer.
+    """
+
+    loss: float
+    general_loss: float
+    answers: Sequence[Answer] = ()
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Mean of each metric over the answers."""
+        return scores_of(self.answers)
+
+
+@dataclass(frozen=True)
+class Before:
+    """What was measured before the first step.
+
+    Attributes:
+        base: Scores of the bare base.
+        loss: Validation loss with the initial adapter.
+    """
+
+    base: Scores
+    loss: float
+
+
+class Task(Protocol):
+    """What a run trains on and measures: text; images and speech later."""
+
+    @property
+    def costs(self) -> Sequence[int]:
+        """Tokens, pixels or frames of each training row."""
+
+    def work(self, rows: Sequence[int], execution: ExecutionPlan) -> Work:
+        """The batches of one step, from the numbers of its rows."""
+
+    def objectives(self, session: Session) -> Sequence[Objective]:
+        """What the steps minimise, taken in turn; at least one."""
+
+    def watch(self, session: Session, adapter: ActiveAdapter, execution: ExecutionPlan) -> list[LossSum]:
+        """The loss of each validation row that is measured during training."""
+
+    def evaluate(self, session: Session, adapter: ActiveAdapter, execution: ExecutionPlan, control: Control) -> Scores:
+        """Measure all validation rows; what is interrupted is left out."""
+
+    def check_base(self, base: Scores, control: Control) -> None:
+        """Refuse a base that cannot be trained on by raising a RunError, and warn of one whose scores are odd."""
+
+    def initial_loss(
+        self, session: Session, adapter: ActiveAdapter, base: Scores, execution: ExecutionPlan, control: Control
+    ) -> float:
+        """Validation loss with the initial adapter; not measured again where the adapter changes nothing."""
+
+
+class Collective(Protocol):
+    """The processes that share the work of a run."""
+
+    def sum(self, gradient: Gradient) -> Gradient:
+        """The gradient of the whole step, from the part of this process."""
+
+
+class OneProcess:
+    """A run in one process."""
+
+    def sum(self, gradient: Gradient) -> Gradient:
+        """The gradient itself."""
+        return gradient
+
+
+class Sink(Protocol):
+    """Takes what a run leaves behind; the only part of it that writes files."""
+
+    def saved_before(self) -> Before | None:
+        """What an interrupted run measured before its first step, if that was written down."""
+
+    def write_before(self, before: Before) -> None:
+        """Keep what was measured before the first step."""
+
+    def write_step(self, row: Mapping[str, Any]) -> None:
+        """Append a step to the log of steps."""
+
+    def write_checkpoint(
+        self, step: int, arrays: Mapping[str, NDArray[np.float32]], progress: Mapping[str, Any]
+    ) -> None:
+        """Keep all it takes to continue after a step; raises OSError if there is no room."""
+
+    def end_steps(self) -> None:
+        """No further step follows."""

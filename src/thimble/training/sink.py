@@ -1,0 +1,129 @@
+"""What a run writes: the sink of the training loop that fills a run folder."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from thimble import __version__
+from thimble.core.adapter import Adapter
+from thimble.events import EventLog
+from thimble.models.base import Base
+from thimble.report.keys import to_json_dict
+from thimble.report.page import write_report
+from thimble.training import run_folder
+from thimble.training.checkpoint import clear_checkpoints, clear_unfinished, save_checkpoint
+from thimble.training.evaluation import Answer
+from thimble.training.protocols import Before, Scores
+from thimble.training.result import TrainReport
+
+BEFORE = "before.json"
+
+
+class RunFolderSink:
+    """Fills a run folder; holding its lock is up to the caller.
+
+    Args:
+        folder: The run folder; half-written files of a run that was killed are removed.
+        origin: What the run is made of, for checkpoints.
+        data: The files of the user's examples: hashed now, for they may be moved while the run goes on.
+    """
+
+    def __init__(self, folder: Path, origin: Mapping[str, str], data: Sequence[Path]) -> None:
+        self._folder, self._origin = folder, origin
+        self._data = {str(path): run_folder.hash_file(path) for path in data}
+        self._log: run_folder.StepLog | None = None
+        clear_unfinished(folder)
+
+    def begin(
+        self, config: Mapping[str, Any], skipped: Sequence[Mapping[str, str]], initial: Adapter | None, done_steps: int
+    ) -> None:
+        """Write what is known before the first step.
+
+        Args:
+            config: Every option, resolved.
+            skipped: Rows that are left out, with the reasons.
+            initial: The initial adapter, where it cannot be drawn again from the seed alone.
+            done_steps: Steps of the checkpoint that is resumed, to which the log of steps is cut back.
+        """
+        run_folder.write_config(self._folder, config)
+        if skipped:
+            lines = "".join(json.dumps(row) + "\n" for row in skipped)
+            run_folder.write_text(self._folder / "skipped.jsonl", lines)
+        if initial:
+            run_folder.publish_adapter(self._folder, initial, run_folder.START)
+        self._log = run_folder.StepLog(self._folder / run_folder.STEPS, done_steps)
+
+    # ---- what the loop writes -------------------------------------------------------------------------------------
+
+    def saved_before(self) -> Before | None:
+        """What an interrupted run measured before its first step, if that was written down."""
+        saved = run_folder.read_json(self._folder / BEFORE)
+        if not saved:
+            return None
+        answers = [Answer(**answer) for answer in saved["answers"]]
+        return Before(Scores(saved["loss_base"], saved["general_before"], answers), saved["loss_before"])
+
+    def write_before(self, before: Before) -> None:
+        """Keep what was measured before the first step."""
+        base = before.base
+        values = {
+            "loss_base": base.loss, "loss_before": before.loss, "general_before": base.general_loss,
+            "metrics_before": base.metrics, "metrics_rows": len(base.answers),
+            "answers": [asdict(answer) for answer in base.answers],
+        }  # fmt: skip
+        run_folder.write_json(self._folder / BEFORE, values)
+
+    def write_step(self, row: Mapping[str, Any]) -> None:
+        """Append a step to metrics.jsonl."""
+        self._steps.add(dict(row))
+
+    def write_checkpoint(
+        self, step: int, arrays: Mapping[str, NDArray[np.float32]], progress: Mapping[str, Any]
+    ) -> None:
+        """Save a checkpoint, with every step up to it in metrics.jsonl; raises OSError if there is no room."""
+        self._steps.flush()
+        save_checkpoint(self._folder, step, arrays, progress, self._origin)
+
+    def end_steps(self) -> None:
+        """Close metrics.jsonl."""
+        self._steps.close()
+
+    @property
+    def _steps(self) -> run_folder.StepLog:
+        assert self._log is not None, "the run has not begun"
+        return self._log
+
+    # ---- the result -----------------------------------------------------------------------------------------------
+
+    def publish(self, adapter: Adapter, report: TrainReport, base: Base, log: EventLog) -> None:
+        """Write the adapter, the manifest and the reports; checkpoints that are needed no more go.
+
+        Args:
+            adapter: The result.
+            report: The report; it is given the place of the adapter.
+            base: The base, whose hash the manifest holds.
+            log: Takes a warning if the base is gone.
+
+        Raises:
+            OSError: If there is no room, or the folder cannot be written.
+        """
+        folder = self._folder
+        report.adapter = str(run_folder.publish_adapter(folder, adapter))
+        run_folder.write_manifest(folder, _fingerprint(base, log), base.name, self._data, __version__)
+        write_report(folder / "report.html", asdict(report), run_folder.read_steps(folder / run_folder.STEPS))
+        run_folder.write_json(folder / "report.json", to_json_dict(report))  # last: with it the run is done
+        if report.status == "done" and not report.config.get("checkpoint_every_steps"):
+            clear_checkpoints(folder)
+
+
+def _fingerprint(base: Base, log: EventLog) -> str | None:
+    try:
+        return base.fingerprint()
+    except OSError as error:
+        log.warning(f"the base is gone ({error.filename}), so the manifest does not hold its hash")
+        return None

@@ -1,0 +1,145 @@
+"""Text: rows of tokens, measured by loss, by answers, and by the loss on general text."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from thimble.backends.session import ActiveAdapter, Objective, Session, Work
+from thimble.core.metrics import LossSum
+from thimble.data.batches import micro_batches, pack, shares
+from thimble.data.encode import Row
+from thimble.data.spool import Items
+from thimble.errors import RunError, listing
+from thimble.models.base import Base
+from thimble.models.execution import ExecutionPlan
+from thimble.training.control import Control
+from thimble.training.evaluation import ValidationSet, measure, validation_loss
+from thimble.training.plan import RunPlan
+from thimble.training.protocols import Scores
+
+REFERENCE_TOKENS = 256  # of general text beside each step, where the base's answers to it are to be kept
+KNOWN_NATS = 0.01  # a validation loss below it: the answers are known before anything is learned
+
+
+@dataclass(frozen=True)
+class TextTask:
+    """Rows of tokens to train on and to measure.
+
+    Attributes:
+        rows: Training rows.
+        costs: Tokens of each.
+        watched: Validation rows that are measured during training.
+        validation: What base and result are measured on.
+        general: Rows of general text, for the forgetting check.
+        kl_rows: Other rows of general text, on which the answers of the base are to be kept.
+        kl_weight: Of keeping them, from 0 up to 1.
+        base: The base, for what is odd about it.
+        compute: The compute type, likewise.
+    """
+
+    rows: Items[Row]
+    costs: Sequence[int]
+    watched: Sequence[Row]
+    validation: ValidationSet
+    general: Sequence[Row]
+    kl_rows: Sequence[Row]
+    kl_weight: float
+    base: Base
+    compute: str
+
+    # ---- training -------------------------------------------------------------------------------------------------
+
+    def work(self, rows: Sequence[int], execution: ExecutionPlan) -> Work:
+        """The batches of one step, from the numbers of its rows."""
+        chosen = [self.rows[number] for number in rows]
+        batches = shares(chosen, execution.num_shares, execution.micro_tokens)
+        return Work(batches, sum(row.target_tokens for row in chosen))
+
+    def objectives(self, session: Session) -> list[Objective]:
+        """Cross-entropy, and where the answers of the base are to be kept a KL term on general text, in turn."""
+        if not self.kl_weight or not self.kl_rows:
+            return [Objective()]
+        longest = max(REFERENCE_TOKENS, *(len(row.ids) for row in self.kl_rows))
+        batches = micro_batches(self.kl_rows, longest)
+        return [Objective(self.kl_weight, session.kl_reference(batch)) for batch in batches]
+
+    def watch(self, session: Session, adapter: ActiveAdapter, execution: ExecutionPlan) -> list[LossSum]:
+        """The loss of each watched row."""
+        return list(session.losses(adapter, [pack([row]) for row in self.watched], execution))
+
+    # ---- measuring ------------------------------------------------------------------------------------------------
+
+    def evaluate(self, session: Session, adapter: ActiveAdapter, execution: ExecutionPlan, control: Control) -> Scores:
+        """Loss and answers of the validation rows, and the loss on general text."""
+        total, answers = measure(session, adapter, self.validation, execution, control.log, control.should_stop)
+        loss = math.nan if control.should_stop() else total.mean
+        return Scores(loss, self._loss(session, adapter, self.general, execution, control, "general text"), answers)
+
+    def initial_loss(
+        self, session: Session, adapter: ActiveAdapter, base: Scores, execution: ExecutionPlan, control: Control
+    ) -> float:
+        """Validation loss with the adapter. Where one batch is the base's bit for bit, as with B at zero, all are."""
+        rows = self.validation.rows
+        batches = micro_batches(rows[:4] or self.general[:4], execution.micro_tokens)[:1]
+        (attached,) = session.losses(adapter, batches, execution)
+        (bare,) = session.losses(session.load(None), batches, execution)
+        if attached == bare:
+            return base.loss
+        return self._loss(session, adapter, rows, execution, control, "validation rows")
+
+    def check_base(self, base: Scores, control: Control) -> None:
+        """Refuse a base that gives NaN or Inf; warn of one that knows less than nothing, or everything.
+
+        Args:
+            base: Its scores.
+            control: Takes the warnings.
+
+        Raises:
+            RunError: If its loss is NaN or Inf.
+        """
+        chance, validation = math.log(self.base.spec.vocab_size), base.loss if self.validation.rows else 0.0
+        if not math.isfinite(base.general_loss) or not math.isfinite(validation):
+            raise RunError(self._why_nan())
+        # Short answers in a form that the base never gives may honestly be worse than guessing; twice as bad is odd.
+        for loss, what, most in ((base.general_loss, "general text", 1), (validation, "the validation rows", 2)):
+            if loss > most * chance:
+                control.log.warning(
+                    f"the base has a loss of {loss:.1f} on {what}, worse than guessing ({chance:.1f}): its file may be "
+                    "damaged, its tokenizer another's, or the text none that it was made for"
+                )
+        if 0 < validation < KNOWN_NATS:
+            control.log.warning(
+                f"the base has a loss of {validation:.4f} on the validation rows before training: the answers are "
+                "known, or stand in the questions"
+            )
+
+    def _why_nan(self) -> str:
+        """Where NaN or Inf comes from: weights, or the compute type."""
+        bad = [name for name, weight in self.base.weights.items() if not np.isfinite(weight.read()).all()]
+        if bad:
+            return f"the base {self.base.name} holds NaN or Inf in {listing(bad, 3)}: copy or convert it again"
+        other = "" if self.compute == "fp32" else "; try --compute fp32"
+        return (
+            f"the base {self.base.name} gives a loss that is NaN or Inf in {self.compute}, though its weights are "
+            f"not{other}"
+        )
+
+    def _loss(
+        self, session: Session, adapter: ActiveAdapter, rows: Sequence[Row], execution: ExecutionPlan,
+        control: Control, what: str,
+    ) -> float:  # fmt: skip
+        total = validation_loss(session, adapter, rows, execution, control.log, control.should_stop, what)
+        return math.nan if control.should_stop() else total.mean
+
+
+def text_task(run_plan: RunPlan) -> TextTask:
+    """The task of a run; where the answers of the base are kept, half of the general text is, and half is measured."""
+    general, weight = run_plan.general, run_plan.config.keep_general
+    kept, measured = (tuple(row for number, row in enumerate(general) if number % 4 // 2 == half) for half in (0, 1))
+    return TextTask(
+        rows=run_plan.examples.train, costs=run_plan.examples.train_report.lengths, watched=run_plan.watched,
+        validation=run_plan.validation, general=measured if weight else general, kl_rows=kept if weight else (),
+        kl_weight=weight, base=run_plan.model.base, compute=run_plan.config.compute,
+    )  # fmt: skip

@@ -1,0 +1,155 @@
+"""Where options come from: flags over a file over the run that is resumed."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+import thimble
+from thimble.config.evaluate import EvaluateConfig
+from thimble.config.sources import build_config
+from thimble.config.train import TrainConfig
+from thimble.errors import ConfigError, InputError
+
+OLD_CONFIG = Path(__file__).parent / "fixtures" / "config_0_1_0.yaml"  # as the first release wrote it
+QUICK = {"seq_len": 64, "batch_tokens": 64, "max_steps": 6, "eval_rows": 0, "compute": "fp32", "learning_rate": 0.01}
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """A run folder `runs/mine-1` with the config of an earlier release, and the working folder around it."""
+    monkeypatch.chdir(tmp_path)
+    folder = Path("runs/mine-1")
+    (folder / "checkpoints").mkdir(parents=True)
+    shutil.copy(OLD_CONFIG, folder / "config.yaml")
+    return folder
+
+
+def write(text: str) -> str:
+    Path("options.yaml").write_text(text)
+    return "options.yaml"
+
+
+def test_a_flag_overrides_the_file_and_a_problem_names_the_file_only_where_the_file_is_at_fault(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = write("rank: 0\nseq_len: 99\nrnak: 3\n")
+    config = build_config(TrainConfig, {"seq_len": "0"}, file)
+    assert config.problems == (
+        "options.yaml: --rnak is not an option of this command: did you mean --rank?",
+        "options.yaml: --rank 0: expected at least 1",
+        "--seq-len 0: expected at least 8",
+    )
+    assert build_config(TrainConfig, {"rank": 4}, file).rank == 4
+
+
+@pytest.mark.parametrize("given", [{"max_steps": 5}, {"iters": 5}])
+def test_a_length_that_is_given_replaces_the_one_in_the_file(tmp_path, monkeypatch, given):
+    monkeypatch.chdir(tmp_path)
+    config = build_config(TrainConfig, given, write("num_train_epochs: 2\n"))
+    assert (config.epochs, config.max_steps, config.problems) == (None, 5, ())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("rank: [1", "options.yaml line 1, column 9 is not YAML"),
+        ("- rank", "holds no options"),
+        (None, "does not exist"),
+    ],
+)
+def test_a_file_that_holds_no_options_is_refused(tmp_path, monkeypatch, text, message):
+    monkeypatch.chdir(tmp_path)
+    if text is not None:
+        write(text)
+    with pytest.raises(ConfigError, match=message):
+        build_config(TrainConfig, {}, "options.yaml")
+
+
+# ---- resuming -------------------------------------------------------------------------------------------------------
+
+
+def test_the_config_of_an_earlier_release_is_read(run):
+    config = build_config(TrainConfig, {}, str(run / "config.yaml"))
+    assert config.problems == ()
+    assert (config.rank, config.targets, config.init, config.use_rslora) == (4, ("attention",), "gradient", True)
+    resumed = build_config(TrainConfig, {"out": str(run), "resume": True})
+    assert resumed.replace(resume=False) == config
+
+
+@pytest.mark.parametrize("values", [{"rank": "8"}, {"lora_r": 8}, {"lora-rank": 8}])
+@pytest.mark.parametrize(
+    ("named", "file"), [({"out": "runs/mine-1"}, None), ({}, "runs/mine-1/config.yaml"), ({}, "options.yaml")]
+)
+def test_a_run_that_is_resumed_keeps_what_makes_it_that_run_however_it_is_named(run, values, named, file):
+    write("out: runs/mine-1\nseq_len: 64\n")
+    config = build_config(TrainConfig, {**values, **named, "resume": True}, file)
+    assert config.problems == (
+        "--rank 8: the run to resume began with 4; leave it out, or begin another run with another --out",
+    )
+
+
+def test_resume_may_stand_in_the_file(run):
+    problems = build_config(TrainConfig, {}, write("out: runs/mine-1\nresume: true\nrank: 8\n")).problems
+    assert "--rank 8: the run to resume began with 4" in problems[0]
+
+
+def test_what_does_not_make_another_run_may_change(run):
+    given = {"resume": True, "max_minutes": 2, "patience": 0, "rank": 4, "init": "auto"}
+    config = build_config(TrainConfig, given, str(run / "config.yaml"))
+    assert config.problems == ()
+    assert (config.max_minutes, config.max_steps, config.patience, config.init) == (2, None, 0, "gradient")
+
+
+@pytest.mark.parametrize("place", ["elsewhere/moved", "."])
+def test_a_run_folder_that_was_moved_is_the_one_that_is_resumed(run, place, monkeypatch):
+    Path("elsewhere").mkdir()
+    run.rename("elsewhere/moved")
+    if place == ".":
+        monkeypatch.chdir("elsewhere/moved")
+    config = build_config(TrainConfig, {"resume": True, "rank": 8}, os.path.join(place, "config.yaml"))
+    assert config.out == place
+    assert "--rank 8: the run to resume began with 4" in config.problems[0]
+
+
+def test_a_folder_that_is_named_with_out_is_the_one_that_is_resumed(run):
+    shutil.copytree(run, "runs/other")
+    config = build_config(TrainConfig, {"resume": True, "out": "runs/other"}, str(run / "config.yaml"))
+    assert (config.out, config.problems) == ("runs/other", ())
+
+
+def test_a_config_beside_no_run_is_an_ordinary_file_of_options(run):
+    Path("config.yaml").write_text("out: runs/mine-1\nseq_len: 64\n")
+    assert build_config(TrainConfig, {"resume": True}, "config.yaml").out == "runs/mine-1"
+
+
+def test_resume_needs_to_know_what_to_resume(run):
+    problems = build_config(TrainConfig, {"resume": True}, write("seq_len: 64\n")).problems
+    assert problems == ("--resume: name the run folder to continue, such as --out runs/mydata-1",)
+
+
+def test_a_command_that_cannot_resume_says_so(run):
+    problems = build_config(EvaluateConfig, {"resume": True}).problems
+    assert problems == ("--resume is not an option of this command: see the list under --help",)
+
+
+def test_a_run_that_was_moved_ends_with_the_adapter_of_an_uninterrupted_one(examples, tiny_base, tmp_path):
+    def adapter(folder):
+        return (tmp_path / folder / "adapter" / "adapter_model.safetensors").read_bytes()
+
+    taken = []
+    options = {"base": tiny_base, **QUICK}
+    thimble.train(examples, out=str(tmp_path / "straight"), **options)
+    thimble.train(
+        examples, out=str(tmp_path / "begun"), checkpoint_every_steps=2, **options,
+        on_event=lambda event: taken.append(event) if event.kind == "step" else None,
+        should_stop=lambda: len(taken) >= 3,
+    )  # fmt: skip
+    (tmp_path / "begun").rename(tmp_path / "moved")
+    file = str(tmp_path / "moved" / "config.yaml")
+    with pytest.raises(InputError, match="--rank 8: the run to resume began with 16"):
+        thimble.train(config=file, resume=True, rank=8)
+    report = thimble.train(config=file, resume=True)
+    assert (report.status, report.out) == ("done", str(tmp_path / "moved"))
+    assert adapter("moved") == adapter("straight")
+    assert not (tmp_path / "begun").exists()

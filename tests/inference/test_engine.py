@@ -1,0 +1,190 @@
+"""Requests to tokens: whatever runs beside it, a request gets what it would get alone."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from families import make_hf_folder
+from samples import IDS, RANDOM, make_adapter
+from thimble.backends.session import ForwardRow, Prompt
+from thimble.backends.torch.kv_cache import KvCache
+from thimble.backends.torch.session import TorchSession
+from thimble.core.metrics import LossSum
+from thimble.data.batches import pack
+from thimble.data.encode import Row
+from thimble.inference.engine import Engine
+from thimble.inference.sampling import SamplingOptions
+from thimble.models.base import open_base
+from thimble.models.execution import ExecutionPlan
+
+TINY = Path(__file__).parents[1] / "fixtures" / "gguf" / "smollm2.gguf"
+NINE = SamplingOptions(9)
+
+
+@pytest.fixture(scope="module")
+def session():
+    return TorchSession(open_base(TINY), "fp32", "file")
+
+
+@pytest.fixture(scope="module")
+def adapters(session):
+    base = open_base(TINY)
+    return [session.load(None), session.load(make_adapter(base)), session.load(make_adapter(base, rank=2))]
+
+
+def alone(session, prompt, adapter, options=NINE):
+    """The greedy answer by reading everything anew for each token."""
+    ids, answer = list(prompt), []
+    while len(answer) < options.max_new_tokens:
+        token = int(session.logits(np.array(ids, np.int32), adapter)[-1].argmax())
+        if token in options.stop_ids:
+            break
+        answer.append(token)
+        ids.append(token)
+    return answer
+
+
+def run(engine, answers=None, losses=None):
+    """Steps until nothing is left; answers by request."""
+    answers = {} if answers is None else answers
+    while not engine.is_idle:
+        for token in engine.step():
+            answers.setdefault(token.request, [])
+            answers[token.request] += [] if token.id is None else [token.id]
+            if losses is not None and token.loss:
+                losses.append(token.loss)
+    return answers
+
+
+@pytest.mark.parametrize("is_interactive", [True, False])
+@pytest.mark.parametrize("prefill_tokens", [4, 1024])
+def test_requests_with_other_adapters_beside_them_get_what_they_get_alone(
+    session, adapters, is_interactive, prefill_tokens
+):
+    prompts = [IDS[: 3 + number % 11] + number % 2 for number in range(21)]
+    engine = Engine(
+        session, num_workers=2, max_slots=13, prefill_tokens=prefill_tokens, is_interactive=is_interactive
+    )  # fmt: skip
+    options = [SamplingOptions(3 + number % 7, frozenset(range(0, 300, 7))) for number in range(len(prompts))]
+    numbers = [
+        engine.add(prompt, option, adapters[number % 3])
+        for number, (prompt, option) in enumerate(zip(prompts, options, strict=True))
+    ]
+    answers = run(engine)
+    for number, (prompt, option) in enumerate(zip(prompts, options, strict=True)):
+        assert answers[numbers[number]] == alone(session, prompt, adapters[number % 3], option), number
+
+
+@pytest.mark.parametrize(
+    "name", ["llama_tied", "gemma2", "gemma3", "qwen3", "smollm3", "phi3_partial_rope", "phi3_longrope"]
+)
+@pytest.mark.parametrize("prefill_tokens", [5, 1024])
+def test_answers_of_every_family_equal_reading_everything_again(name, prefill_tokens, tmp_path):
+    session = TorchSession(open_base(make_hf_folder(name, tmp_path)))
+    bare, ids = session.load(None), RANDOM.integers(3, 290, 40).astype(np.int32)  # longer than every window
+    engine = Engine(session, prefill_tokens=prefill_tokens)
+    prompts = [ids[:7], ids[7:12], ids[12:29]]
+    numbers = [engine.add(prompt, NINE, bare) for prompt in prompts]
+    answers = run(engine)
+    for prompt, answer in zip(prompts, map(answers.get, numbers), strict=True):
+        for place in range(len(answer)):
+            before = np.array([*prompt, *answer[:place]], np.int32)
+            if name == "phi3_longrope":  # a request that may grow long turns as a long one from its first token
+                continue
+            logits = session.logits(before)[-1]
+            assert logits[answer[place]] > logits.max() - 1e-4, (place, int(logits.argmax()))
+    assert [len(answer) for answer in answers.values()] == [9, 9, 9]
+
+
+def test_an_answer_goes_on_while_a_long_prompt_is_read(session, adapters):
+    engine = Engine(session, prefill_tokens=4)
+    first = engine.add(IDS[:3], SamplingOptions(30), adapters[0])
+    engine.step()
+    engine.add(IDS[:40], NINE, adapters[1])
+    for _ in range(5):  # the prompt takes ten steps
+        assert [token.request for token in engine.step()] == [first]
+
+
+def test_prompts_come_first_where_nobody_waits(session, adapters):
+    engine = Engine(session, prefill_tokens=4, is_interactive=False)
+    engine.add(IDS[:3], SamplingOptions(30), adapters[0])
+    engine.add(IDS[:40], NINE, adapters[1])
+    first = [token for _ in range(10) for token in engine.step()]
+    assert len(first) == 1  # the token that reading its prompt gave
+
+
+@pytest.mark.parametrize("after", [0, 1, 3])
+def test_a_request_that_is_cancelled_gets_nothing_more_and_changes_nothing(session, adapters, after):
+    engine = Engine(session, prefill_tokens=8)
+    numbers = [engine.add(IDS[:n], NINE, adapters[0]) for n in (5, 20, 9)]
+    answers = {}
+    for _ in range(after):
+        for token in engine.step():
+            answers.setdefault(token.request, []).append(token.id)
+    engine.cancel(numbers[1])
+    had = list(answers.get(numbers[1], []))
+    run(engine, answers)
+    assert answers.get(numbers[1], []) == had
+    assert answers[numbers[0]] == alone(session, IDS[:5], adapters[0])
+    assert answers[numbers[2]] == alone(session, IDS[:9], adapters[0])
+
+
+@pytest.mark.parametrize("prefill_tokens", [6, 40])
+def test_rows_are_read_once_for_their_loss_and_their_answer(session, adapters, prefill_tokens):
+    rows = [Row(IDS[a:b], np.roll(IDS, -1)[a:b], "") for a, b in ((0, 12), (5, 30), (20, 29), (7, 40))]
+    engine = Engine(session, num_workers=2, prefill_tokens=prefill_tokens, is_interactive=False)
+    numbers = [
+        engine.add(row.ids[:prompt], NINE, adapters[1], (row.ids, row.labels))
+        for row, prompt in zip(rows, (7, 11, 3, 30), strict=True)
+    ]
+    losses = []
+    answers = run(engine, losses=losses)
+    loss = sum(losses, LossSum())
+    expected = sum(session.losses(adapters[1], [pack([row]) for row in rows], ExecutionPlan("file")), LossSum())
+    assert loss.tokens == expected.tokens
+    assert loss.nats == pytest.approx(expected.nats, rel=1e-5)
+    for row, prompt, number in zip(rows, (7, 11, 3, 30), numbers, strict=True):
+        assert answers[number] == alone(session, row.ids[:prompt], adapters[1])
+
+
+def test_the_cache_holds_no_more_tokens_than_it_may(session, adapters, monkeypatch):
+    asked, reserve = [], KvCache.reserve
+
+    def recorded(self, slots, capacity):
+        asked.append((slots, capacity))
+        reserve(self, slots, capacity)
+
+    monkeypatch.setattr(KvCache, "reserve", recorded)
+    engine = Engine(session, cache_tokens=64, is_interactive=False)
+    for _ in range(9):
+        engine.add(IDS[:11], NINE, adapters[0])
+    answers = run(engine)
+    assert max(slots for slots, _ in asked) == 3  # of twenty tokens each
+    assert max(capacity for _, capacity in asked) == 20
+    assert len(answers) == 9
+    assert all(answer == alone(session, IDS[:11], adapters[0]) for answer in answers.values())
+
+
+def test_a_prompt_in_parts_leaves_the_same_keys_as_one_read_at_once(session, adapters):
+    whole, parts = session.new_cache(), session.new_cache()
+    for cache in (whole, parts):
+        cache.reserve(1, 64)
+    session.prefill([Prompt(IDS[:30], [ForwardRow(30, 0, 0, 40, adapters[1])], [29])], whole, 1)
+    for a, b in ((0, 10), (10, 11), (11, 30)):
+        row = ForwardRow(b - a, 0, a, 40, adapters[1])
+        ((logits, _),) = session.prefill([Prompt(IDS[a:b], [row], [b - a - 1])], parts, 1)
+    expected = session.logits(IDS[:30], adapters[1])[-1]
+    np.testing.assert_allclose(logits[0], expected, atol=2e-5)
+    np.testing.assert_allclose(parts.keys[:, 0, :, :30], whole.keys[:, 0, :, :30], atol=2e-5)
+
+
+def test_a_cache_that_grows_keeps_what_it_holds(session, adapters):
+    cache = session.new_cache()
+    cache.reserve(1, 16)
+    session.prefill([Prompt(IDS[:9], [ForwardRow(9, 0, 0, 40, adapters[0])], [8])], cache, 1)
+    before = cache.keys[:, 0, :, :9].clone()
+    cache.reserve(11, 200)
+    np.testing.assert_array_equal(cache.keys[:, 0, :, :9], before)
+    assert cache.slots == 16
+    assert cache.capacity >= 200
