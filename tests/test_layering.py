@@ -39,23 +39,25 @@ RULES = {
         "errors events core config files models data", packages="numpy",
         packages_later="tokenizers jinja2 pyarrow huggingface_hub",
     ),
-    "backends": Part(
-        "errors core files models data backends", "backends", packages="numpy torch numba llvmlite",
+    "backends": Part("errors core files models data backends", "backends/torch", packages="numpy"),
+    "backends/torch": Part(
+        "errors core files models data backends backends/torch", packages="numpy torch numba llvmlite"
     ),
-    "inference": Part("errors core files models data backends inference", packages="numpy"),
+    "inference": Part("errors core data backends inference", packages="numpy"),
     "training": Part(
-        "errors events core config files models data backends inference report training __init__", "backends",
-        packages="numpy", packages_later="yaml huggingface_hub",
+        "errors events core config report files models data backends inference training __init__", "backends/torch",
+        packages="numpy", packages_later="yaml",
     ),
     "commands": Part(
-        "errors events core config files models data backends inference training report commands __init__", "backends",
-        packages="numpy", packages_later="yaml",
+        "errors events core config report files models data backends inference training commands __init__",
+        "backends/torch", packages="numpy",
     ),
     "api": Part("config commands"),
     "cli": Part("errors config commands report __init__"),
     "__init__": Part("commands", "api core files models"),
     "__main__": Part("cli"),
 }  # fmt: skip
+LONGEST_FILE, LONGEST_FUNCTION, LARGEST_ROOM = 400, 45, 0.25  # lines; share of all lines
 VAGUE_NAMES = {"util", "utils", "common", "helper", "helpers", "misc"}
 FRAMEWORKS = {"jax", "flax", "keras", "tensorflow", "onnx", "onnxruntime", "litert", "transformers", "peft", "gguf"}
 IMPORT_NAMES = {"pyyaml": "yaml"}  # of distributions whose import name is another
@@ -74,8 +76,8 @@ class Import(NamedTuple):
 
 def part_of(module: str) -> str:
     """The part a module of Thimble belongs to; names in the package itself, such as __version__, are `__init__`."""
-    first = (module.split(".") + [""])[1]
-    return first if first in RULES else "__init__"
+    names = module.split(".")[1:3]
+    return next((part for part in ("/".join(names), *names[:1]) if part in RULES), "__init__")
 
 
 def read_imports(source: str) -> list[Import]:
@@ -103,7 +105,7 @@ def _is_for_types(node: ast.If) -> bool:
 
 def find_faults(file: str, source: str) -> list[str]:
     """What a file imports that it may not."""
-    part = file.split("/")[0].removesuffix(".py")
+    part = part_of("thimble." + file.removesuffix(".py").replace("/", "."))
     rule, faults = RULES[part], []
     for found in read_imports(source):
         top = found.name.split(".")[0]
@@ -134,7 +136,7 @@ def test_a_file_imports_only_what_its_part_may(file):
 
 
 def test_every_part_has_a_rule_and_every_rule_a_part():
-    assert {file.split("/")[0].removesuffix(".py") for file in FILES} == set(RULES)
+    assert {part_of("thimble." + file.removesuffix(".py").replace("/", ".")) for file in FILES} == set(RULES)
 
 
 def test_parts_do_not_import_in_a_circle():
@@ -142,6 +144,40 @@ def test_parts_do_not_import_in_a_circle():
     for part, rule in RULES.items():  # the table stands in order: each part may load only what stands above it
         assert set(rule.parts.split()) - {part, "__init__"} <= set(below), part
         below[part] = set()
+
+
+def imported_files(file: str) -> set[str]:
+    """The files of Thimble that a file imports anywhere: inside functions and for type checking too."""
+    found = set()
+    for node in ast.walk(ast.parse((SOURCE / file).read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "thimble":
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            found |= {"/".join(name.split(".")[1:]) + end for name in names for end in (".py", "/__init__.py")}
+    return (found & set(FILES)) - {file, "__init__.py"}
+
+
+def test_no_files_import_one_another_in_a_circle_not_even_for_type_checking():
+    left = {file: imported_files(file) for file in FILES}
+    while free := [file for file, imports in left.items() if not imports & left.keys()]:
+        for file in free:
+            del left[file]
+    assert not left, "each of these imports another one of them"
+
+
+def test_files_functions_and_rooms_are_of_a_size_to_be_read():
+    lines = {file: (SOURCE / file).read_text().count("\n") for file in FILES}
+    assert {file: count for file, count in lines.items() if count > LONGEST_FILE} == {}
+    long = {}
+    for file in FILES:
+        for node in ast.walk(ast.parse((SOURCE / file).read_text())):
+            if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= LONGEST_FUNCTION:
+                long[f"{file}: {node.name}"] = node.end_lineno - node.lineno + 1
+    assert long == {}
+    rooms: dict[str, int] = {}
+    for file, count in lines.items():
+        room = part_of("thimble." + file.removesuffix(".py").replace("/", "."))
+        rooms[room] = rooms.get(room, 0) + count
+    assert {room: n for room, n in rooms.items() if n > LARGEST_ROOM * sum(lines.values())} == {}
 
 
 def test_every_package_in_the_table_is_a_dependency():

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from thimble.data.encode import IGNORED, Encoder, encode_all
+from thimble.data.encode import IGNORED, Encoder
+from thimble.data.encode_all import encode_all
 from thimble.data.records import Skipped, general_records
 from thimble.data.rows import Record, parse_row
 from thimble.data.template import ChatTemplate

@@ -31,7 +31,7 @@ def test_of_a_large_base_an_even_spread_of_blocks_is_chosen(tiny_base, monkeypat
     monkeypatch.setattr(survey, "MOST_OPERATIONS", 1.0)
     assert choose_blocks(base, [], ()) == ([0, 2, 4], 5)
     assert choose_blocks(base, [], ("3", "1")) == ([1, 3], 5)
-    with pytest.raises(ConfigError, match="--blocks names 7, x: expected some of 0, 1"):
+    with pytest.raises(ConfigError, match="--blocks 7, x: expected some of 0, 1"):
         choose_blocks(base, [], ("7", "1", "x"))
 
 

@@ -12,7 +12,7 @@ from thimble.config.train import TrainConfig
 from thimble.core.adapter import Adapter
 from thimble.core.method import Method, parse_init
 from thimble.data.examples import skipped_rows
-from thimble.errors import RunError, listing
+from thimble.errors import Problems, RunError, listing
 from thimble.events import EventLog, OnEvent, ShouldStop, ignore, never
 from thimble.files.peft import load_adapter
 from thimble.training import run_folder
@@ -57,24 +57,29 @@ def train(
             held.enter_context(locked(out))
         finished = _finished_report(out)
         if finished:
+            Problems(config.problems).required()
             return finished
         run_plan = plan_run(config, log)
         if not is_held:
             held.enter_context(locked(run_plan.folder))
         held.enter_context(_memory_explained(run_plan.folder))
-        log.stage("loading the base")
-        session = open_session(
-            run_plan.model, run_plan.config.compute, run_plan.execution.store, run_plan.execution.is_streamed
-        )
-        initial = _saved_initialization(run_plan) or initialise(
-            parse_init(run_plan.config.init), run_plan.config, run_plan.sizes, run_plan.calibration_data(), session, log
-        )
-        run_plan = replace(run_plan, config=initial.config)
-        sink = _begin(run_plan, initial, log)
         control = Control(log, should_stop, should_wait, run_plan.model.base.cut_file)
-        result = run(_loop_plan(run_plan, initial), text_task(run_plan), session, OneProcess(), sink, control)
-        report = make_report(run_plan, result, log, time.perf_counter() - started)
-        return finish(run_plan, result, report, sink, log)
+        return _carry_out(run_plan, control, started)
+
+
+def _carry_out(run_plan: RunPlan, control: Control, started: float) -> TrainReport:
+    """Load the base, initialise, train, publish."""
+    log, config, execution = control.log, run_plan.config, run_plan.execution
+    log.stage("loading the base")
+    session = open_session(run_plan.model, config.compute, execution.store, execution.is_streamed)
+    initial = _saved_initialization(run_plan) or initialise(
+        parse_init(config.init), config, run_plan.sizes, run_plan.calibration_data(), session, log
+    )
+    run_plan = replace(run_plan, config=initial.config)
+    sink = _begin(run_plan, initial, log)
+    result = run(_loop_plan(run_plan, initial), text_task(run_plan), session, OneProcess(), sink, control)
+    report = make_report(run_plan, result, log, time.perf_counter() - started)
+    return finish(run_plan, result, report, sink, log)
 
 
 @contextlib.contextmanager

@@ -2,27 +2,22 @@
 
 import math
 import re
-from array import array
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from thimble.data.records import Skipped
 from thimble.data.rows import Record
-from thimble.data.spool import Items, Spool
 from thimble.data.template import ChatTemplate, Message, Renderings
 from thimble.data.tokenizer import Tokenizer
 from thimble.data.turns import Piece, Turns
-from thimble.errors import BaseModelError, DataError, listing, plural
+from thimble.errors import BaseModelError, DataError, plural
 
-MOST_AHEAD = 16  # records whose texts the template writes while those before are encoded
 IGNORED = -100  # label of a position at which nothing is learned
 Ids = NDArray[np.int32]
-OnRecord = Callable[[int, int], None]
 
 
 # How other templates mark turns: text that holds them has been through one already.
@@ -31,10 +26,6 @@ MARKERS = (
     "<|eot_id|>", "<|user|>", "<|assistant|>", "### Instruction:", "### Response:",
 )  # fmt: skip
 LIKE_MARKS = re.compile(r"<[^<>\s]{1,64}>|\[/?[A-Z_]{2,32}\]|### [A-Z][a-z]+:")  # what is worth looking up
-
-
-def _nobody(done: int, total: int) -> None:
-    """Tell nobody how far it is."""
 
 
 @dataclass(frozen=True)
@@ -64,20 +55,6 @@ class Question(NamedTuple):
 
     ids: Ids
     reference: str
-
-
-@dataclass(frozen=True)
-class EncodeReport:
-    """What became of the records."""
-
-    num_rows: int = 0
-    tokens: int = 0
-    target_tokens: int = 0
-    truncated_rows: int = 0
-    truncated_tokens: int = 0
-    rows_without_labels: tuple[str, ...] = ()  # sources; these are left out
-    longest: int = 0  # in tokens, after truncation
-    lengths: Sequence[int] = ()
 
 
 class Encoder:
@@ -322,101 +299,6 @@ class Encoder:
                 learned[1] = False  # this token was learned at the end of the piece before
             rows.append(_row(part, learned, record.source, 0))
         return rows
-
-
-def encode_all(
-    records: Items[Record], encoder: Encoder, skipped: Skipped | None = None, on_record: OnRecord = _nobody
-) -> tuple[Spool[Row], EncodeReport]:
-    """Encode all records and count what became of them.
-
-    Args:
-        records: Examples.
-        encoder: Of the base.
-        skipped: Takes the records that the template refuses; without it a single one is too many.
-        on_record: Hears how many records are done, and of how many.
-
-    Returns:
-        The rows that have something to learn, in order, and the counts; the rows lie in a temporary file.
-
-    Raises:
-        DataError: If the template refuses too many records, or if no row has a label.
-        BaseModelError: If conversations are given and the base has no template.
-    """
-    skipped = Skipped(is_strict=True) if skipped is None else skipped
-    rows, counted = Spool(_packed, _unpacked), _Counted()
-    for number, (record, written) in enumerate(_asked_ahead(records, encoder)):
-        on_record(number, len(records))
-        try:
-            for row in encoder.encode(record, written):
-                if counted.hear(row):
-                    rows.append(row)
-        except DataError as error:
-            skipped.add(record.source, *error.problems)
-    skipped.check()
-    if not rows and skipped.found and not counted.without_labels:
-        raise DataError(*skipped.told())
-    if not rows:
-        raise DataError(
-            f"none of {plural(len(records), 'row')} has a token to learn "
-            f"({listing(dict.fromkeys(counted.without_labels), most=3)}): expected assistant turns or completions. "
-            "For plain text set loss_on to auto or all."
-        )
-    return rows, counted.report()
-
-
-def _asked_ahead(records: Items[Record], encoder: Encoder) -> Iterator[tuple[Record, Renderings | None]]:
-    """Records with what the template writes of them, some of them in advance."""
-    ahead: deque[tuple[Record, Renderings | None]] = deque()
-    for record in records:
-        ahead.append((record, encoder.ask(record)))
-        if len(ahead) > MOST_AHEAD:
-            yield ahead.popleft()
-    yield from ahead
-
-
-class _Counted:
-    """Counts rows as they come."""
-
-    def __init__(self) -> None:
-        self.lengths = array("q")
-        self.without_labels: list[str] = []
-        self.target_tokens = self.truncated_rows = self.truncated_tokens = 0
-
-    def hear(self, row: Row) -> bool:
-        """Take a row into account; whether it has something to learn."""
-        labels = row.target_tokens
-        if not labels:
-            self.without_labels.append(row.source)
-            return False
-        self.lengths.append(len(row.ids))
-        self.target_tokens += labels
-        self.truncated_rows += row.truncated_tokens > 0
-        self.truncated_tokens += row.truncated_tokens
-        return True
-
-    def report(self) -> EncodeReport:
-        return EncodeReport(
-            num_rows=len(self.lengths),
-            tokens=sum(self.lengths),
-            target_tokens=self.target_tokens,
-            truncated_rows=self.truncated_rows,
-            truncated_tokens=self.truncated_tokens,
-            rows_without_labels=tuple(self.without_labels),
-            longest=max(self.lengths),
-            lengths=self.lengths,
-        )
-
-
-def _packed(row: Row) -> bytes:
-    """Two numbers, ids, labels, and where the row came from."""
-    head = np.array([len(row.ids), row.truncated_tokens], np.int32)
-    return head.tobytes() + row.ids.tobytes() + row.labels.tobytes() + row.source.encode(errors="surrogateescape")
-
-
-def _unpacked(packed: bytes) -> Row:
-    length, truncated_tokens = (int(number) for number in np.frombuffer(packed, np.int32, 2))
-    ids, labels = np.frombuffer(packed, np.int32, 2 * length, 8).reshape(2, length)
-    return Row(ids, labels, packed[8 + 8 * length :].decode(errors="surrogateescape"), truncated_tokens)
 
 
 def _learned(seen: Counter[str]) -> str:

@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 
 from thimble.config.groups import DataOptions
 from thimble.config.train import TrainConfig
-from thimble.data.encode import Encoder, EncodeReport, Row, encode_all
+from thimble.data.encode import Encoder, Row
+from thimble.data.encode_all import EncodeReport, encode_all
 from thimble.data.model import Model
 from thimble.data.records import MAX_VALIDATION_ROWS, Dataset, Record, general_records, read_dataset, split_rows
 from thimble.data.spool import Chosen, Items

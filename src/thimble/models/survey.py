@@ -131,7 +131,7 @@ def choose_blocks(base: Base, adapters: Iterable[Adapter], asked: Sequence[str])
     if asked:
         wrong = [name for name in asked if not name.isdecimal() or int(name) not in known]
         if wrong:
-            raise ConfigError(f"--blocks names {listing(wrong)}: expected some of {listing(known, 40)}")
+            raise ConfigError(f"--blocks {listing(wrong)}: expected some of {listing(known, 40)}")
         return sorted({int(name) for name in asked}), len(known)
     work = sum(_operations(shapes[layer]) for layer in layers if layer in shapes) * (2 if adapters else 1)
     count = min(len(known), max(LEAST_BLOCKS, int(len(known) * MOST_OPERATIONS / max(work, 1))))

@@ -97,18 +97,17 @@ def measure(
     Returns:
         The summed loss, and the answers in the order of the questions.
     """
-    by_source = {row.source: row for row in validation.rows}
-    readings = [_reading(question, by_source) for question in validation.questions]
-    read = {id(row) for row in readings}
-    rest = [row for row in validation.rows if id(row) not in read]
+    questions, by_source = validation.questions, {row.source: row for row in validation.rows}
+    readings = [_reading(question, by_source) for question in questions]
+    rest = [row for row in validation.rows if not any(row is read for read in readings)]
     loss = validation_loss(session, adapter, rest, execution, log, should_stop, "validation rows")
     session.release()  # the cache takes the place of activations
     engine = _engine(session, validation, execution)
     options = SamplingOptions(validation.max_new_tokens, validation.tokenizer.stop_ids)
     numbers = {}
-    for place in sorted(range(len(readings)), key=lambda place: -len(validation.questions[place].prompt)):
-        row = readings[place]
-        numbers[engine.add(validation.questions[place].prompt, options, adapter, (row.ids, row.labels))] = place
+    for place in sorted(range(len(readings)), key=lambda place: -len(questions[place].prompt)):
+        scored = readings[place].ids, readings[place].labels
+        numbers[engine.add(questions[place].prompt, options, adapter, scored)] = place
     written: dict[int, list[int]] = {place: [] for place in numbers.values()}
     answers: dict[int, Answer] = {}
     while not engine.is_idle and not should_stop():
@@ -117,7 +116,7 @@ def measure(
             loss += token.loss or LossSum()
             written[place] += [] if token.id is None else [token.id]
             if token.finish:
-                answers[place] = _scored(validation.questions[place], written[place], validation)
+                answers[place] = _scored(questions[place], written[place], validation)
                 log.progress("reading and answering validation rows,", len(answers), len(numbers))
     return loss, [answers[place] for place in sorted(answers)]
 
