@@ -410,7 +410,7 @@ def test_adapters_that_cannot_be_compared_are_refused(refused, tiny_base, adapte
 
 def test_a_block_that_is_not_there_is_refused(refused, tiny_base, adapter):
     text = refused(tiny_base, "--blocks", "0,2,x")
-    assert "--blocks names 2, x: expected some of 0, 1" in text
+    assert "--blocks 2, x: expected some of 0, 1" in text
     assert "leave it out" in refused(adapter, adapter, "--blocks", "0")
 
 

@@ -114,6 +114,11 @@ def test_the_options_give_every_layer_its_chosen_size_again(base):
     assert {round(size.scale, 6) for size in again.values()} == {0.5}
 
 
+def test_explain_names_the_rank_of_every_layer(base):
+    assert len([text for text in chosen(base, explain=True)[2]["note"] if text.startswith("rank of model.")]) == 14
+    assert chosen(base)[2]["note"] == []
+
+
 @pytest.mark.parametrize("init", ["orthogonal", "gradient:lora-ga"])
 def test_rank_auto_gives_ranks_that_the_init_can_have(init, base):
     ranks, _, _ = chosen(base, init, energy=0.99)

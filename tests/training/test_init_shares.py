@@ -41,6 +41,6 @@ def test_everything_that_is_wrong_is_reported_at_once(examples, tiny_base):
         "is given with --data",
         "--blocks and --out cannot be used with --data",
         "nowhere.jsonl",
-        "seed is -1",
+        "--seed -1",
     ):
         assert part in str(caught.value)

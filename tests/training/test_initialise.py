@@ -187,12 +187,12 @@ def test_a_session_that_cannot_calibrate_begins_with_a_random_init(tmp_path):
         ({"init": "pisa"}, "did you mean pissa?"),
         ({"energy": 1.5, "rank": "auto"}, "expected a share above 0 and up to 1"),
         ({"energy": 0.0, "rank": "auto"}, "expected a share above 0 and up to 1"),
-        ({"energy": 0.9}, "energy is set but rank is 16: it is for rank auto"),
+        ({"energy": 0.9}, "--energy 0.9: only with --rank auto, not 16"),
         ({"rank": 0}, "expected at least 1"),
-        ({"rank": "auto", "energy": 0.9, "rank_budget": 1000}, "choose one"),
-        ({"rank": "auto", "rank_pattern": "q_proj=4"}, "rank_pattern is set and rank is auto"),
+        ({"rank": "auto", "energy": 0.9, "rank_budget": 1000}, "--rank-budget 1000 --energy 0.9: give one of them"),
+        ({"rank": "auto", "rank_pattern": "q_proj=4"}, "--rank-pattern q_proj=4: not with --rank auto"),
         ({"rank_pattern": "q_proj"}, "expected pairs such as q_proj=8"),
-        ({"rank_pattern": "q_proj=2.5"}, "expected whole ranks"),
+        ({"rank_pattern": "q_proj=2.5"}, "expected whole numbers as ranks"),
         ({"keep_general": 1.0}, "up to, but not including, 1"),
         ({"dropout": 1.0}, "up to, but not including, 1"),
     ],
@@ -240,7 +240,7 @@ def interrupt(examples, base, out, **options):
 
 def test_a_run_cannot_be_resumed_as_another(examples, tiny_base, tmp_path):
     interrupt(examples, tiny_base, tmp_path / "run", init="pissa")
-    with pytest.raises(InputError, match="init is kaiming, but the run to resume began with pissa"):
+    with pytest.raises(InputError, match="--init kaiming: the run to resume began with pissa"):
         thimble.train(examples, base=tiny_base, out=str(tmp_path / "run"), resume=True, init="kaiming", **QUICK)
 
 

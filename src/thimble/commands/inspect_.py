@@ -3,16 +3,20 @@
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from thimble.config.inspect_ import InspectConfig
-from thimble.errors import BaseModelError, Problems, plural
+from thimble.errors import ConfigError, Problems, listing
 from thimble.events import EventLog, OnEvent, ShouldStop, ignore, never
+from thimble.models.base import Base
 from thimble.models.inspection import InitShares, Overlap, Spectrum, Update
-from thimble.models.survey import Row, Subject, by_movement, grouped, summary
-from thimble.report.figures import write_figures
+from thimble.models.survey import by_movement, grouped, summary
+from thimble.report.figures import figure_files, write_figures
 from thimble.training.init_shares import measure_init_shares, plan_measurement
-from thimble.training.subject import open_subject
+from thimble.training.run_folder import check_folder
+from thimble.training.subject import measure_subject, open_subject
 
+FIGURE_BYTES = 10_000_000  # room that figures are sure not to exceed
 NO_FORECAST = "A larger share does not predict which init trains better (docs/math.md has what was measured)."
 
 
@@ -101,49 +105,36 @@ def _inspect_subject(config: InspectConfig, log: EventLog, should_stop: ShouldSt
     log.stage("opening what was named")
     problems = Problems(config.problems)
     subject = open_subject(config, problems, log)
+    if config.out is not None:
+        problems.attempt(_check_out, config.out, subject.kind)
     problems.required()
-    report = InspectReport(subject.kind, subject.names, blocks=subject.blocks, only_in=subject.only_in())
-    if subject.base:
-        report.base, report.num_blocks = subject.base.name, subject.base.spec.num_layers
-        report.dtypes = subject.base.dtypes()
     if subject.kind == "adapter" and subject.adapters[0].has_magnitudes:
         log.note("the magnitudes of DoRA are left out of account, except in the count of intruders")
-    rows = _measure(subject, report, log, should_stop)
-    setattr(report, _FIELDS[subject.kind], rows)
-    if subject.kind == "base" and report.skipped and not rows:
-        raise BaseModelError(*(f"base {report.base}: {what}" for what in report.skipped))
-    if subject.kind == "adapter":
-        report.moved, report.unmoved = by_movement(report.updates)
-    report.unmoved += [row.layer for row in report.overlaps if not all(row.norms)]
-    return report
+    rows, skipped = measure_subject(subject, log, should_stop)
+    moved, unmoved = by_movement(rows)
+    found: dict[str, Any] = {_FIELDS[subject.kind]: rows, **(_described(subject.base) if subject.base else {})}
+    return InspectReport(
+        subject.kind, subject.names, blocks=subject.blocks, moved=moved, unmoved=unmoved, skipped=skipped,
+        only_in=subject.only_in(), **found,
+    )  # fmt: skip
 
 
 _FIELDS = {"base": "spectra", "adapter": "updates", "two adapters": "overlaps"}
 
 
-def _measure(subject: Subject, report: InspectReport, log: EventLog, should_stop: ShouldStop) -> list[Row]:
-    """One row a layer, until the user has enough; weights of which nothing can be said are reported."""
-    layers, rows = subject.layers(), []
-    decomposed = f", with {plural(len(subject.blocks), 'block')} of the base decomposed" if subject.base else ""
-    log.stage(f"measuring {plural(len(layers), 'layer')}{decomposed}")
-    for done, layer in enumerate(layers, 1):
-        if should_stop():
-            log.warning(f"stopped early: {done - 1} of {plural(len(layers), 'layer')} were measured")
-            break
-        row, fault = subject.measure(layer)
-        if row:
-            rows.append(row)
-        if fault:
-            report.skipped.append(f"{layer}: its weight {fault}")
-            log.warning(f"{layer} of the base {fault}: nothing can be said about it")
-        log.progress("layers", done, len(layers))
-    return rows
+def _described(base: Base) -> dict[str, Any]:
+    return {"base": base.name, "num_blocks": base.spec.num_layers, "dtypes": base.dtypes()}
 
 
 def _inspect_inits(config: InspectConfig, log: EventLog) -> InspectReport:
     """Measure what share of the gradient of some data each init captures."""
     run_plan = plan_measurement(config, log)
-    base = run_plan.model.base
-    report = InspectReport("inits", [config.data or ""], base.name, base.spec.num_layers, dtypes=base.dtypes())
-    report.inits, report.remark = measure_init_shares(run_plan, log), NO_FORECAST
-    return report
+    shares, about = measure_init_shares(run_plan, log), _described(run_plan.model.base)
+    return InspectReport("inits", [config.data or ""], inits=shares, remark=NO_FORECAST, **about)
+
+
+def _check_out(out: str, kind: str) -> None:
+    check_folder(Path(out), is_resumed=True, needed_bytes=FIGURE_BYTES)
+    there = [name for name in figure_files(kind) if (Path(out) / name).exists()]
+    if there:
+        raise ConfigError(f"--out is {out}, which holds {listing(there)}: name another folder, or take them away")

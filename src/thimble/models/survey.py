@@ -131,7 +131,7 @@ def choose_blocks(base: Base, adapters: Iterable[Adapter], asked: Sequence[str])
     if asked:
         wrong = [name for name in asked if not name.isdecimal() or int(name) not in known]
         if wrong:
-            raise ConfigError(f"--blocks names {listing(wrong)}: expected some of {listing(known, 40)}")
+            raise ConfigError(f"--blocks {listing(wrong)}: expected some of {listing(known, 40)}")
         return sorted({int(name) for name in asked}), len(known)
     work = sum(_operations(shapes[layer]) for layer in layers if layer in shapes) * (2 if adapters else 1)
     count = min(len(known), max(LEAST_BLOCKS, int(len(known) * MOST_OPERATIONS / max(work, 1))))
@@ -149,11 +149,13 @@ def _operations(shape: tuple[int, int]) -> float:
 # ---- in summary -----------------------------------------------------------------------------------------------------
 
 
-def by_movement(updates: Sequence[Update]) -> tuple[list[str], list[str]]:
-    """Layers that an adapter moved, by relative norm, the furthest first; and those whose update is zero."""
+def by_movement(rows: Sequence[Row]) -> tuple[list[str], list[str]]:
+    """Layers that an adapter moved, by relative norm, the furthest first; and those that one left as they are."""
+    updates = [row for row in rows if isinstance(row, Update)]
     moved = [update for update in updates if update.norm and update.relative_norm is not None]
-    ordered = sorted(moved, key=lambda update: -(update.relative_norm or 0.0))
-    return [update.layer for update in ordered], [update.layer for update in updates if not update.norm]
+    unmoved = [update.layer for update in updates if not update.norm]
+    unmoved += [row.layer for row in rows if isinstance(row, Overlap) and not all(row.norms)]
+    return [update.layer for update in sorted(moved, key=lambda update: -(update.relative_norm or 0.0))], unmoved
 
 
 def grouped(rows: Iterable[Row], name: str) -> dict[str, dict[str, float]]:

@@ -216,6 +216,8 @@ def choose_ranks(config: TrainConfig, init: Init, calibration: Calibration) -> d
             "the energy of a weight says how well it can be truncated, not how large a change it needs: a trained "
             "update has a small rank whatever the spectrum of W"
         )
+    for path, rank in ranks.items() if config.explain else ():
+        log.note(f"rank of {path}: {rank}")
     scale = scale_of(config.alpha, AUTO_RANK, config.use_rslora)  # the same for all: one learning rate is right
     return {path: Size(rank, scale) for path, rank in ranks.items()}
 

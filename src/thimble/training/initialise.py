@@ -97,7 +97,7 @@ def check_init(
         problems.add(*_rank_problems(init, sizes, shapes))
     least = sum(sum(shapes[layer]) for layer in layers)
     if config.rank_budget is not None and config.rank_budget < least:
-        problems.add(f"--rank-budget is {config.rank_budget:,}: expected at least {least:,}, rank 1 for every layer")
+        problems.add(f"--rank-budget {config.rank_budget:,}: expected at least {least:,}, rank 1 for every layer")
     if init.needs == "quantised":
         problems.add(*_quantised_problems(init, config, model, layers))
     problems.required()
@@ -125,14 +125,14 @@ def _rank_problems(init: Init, sizes: Mapping[str, Size], shapes: Mapping[str, t
             smallest[size.rank] = layer
     shared = f", of whose gradient init {init} takes {init.ranks_read} directions for each rank"
     problems = [
-        f"--rank is {rank}: expected at most {init.most_rank(shapes[layer])} for {layer}, which is (out, in) "
+        f"--rank {rank}: expected at most {init.most_rank(shapes[layer])} for {layer}, which is (out, in) "
         f"{shapes[layer]}{shared if init.ranks_read > 1 else ''}"
         for rank, layer in sorted(smallest.items())
         if rank > init.most_rank(shapes[layer])
     ]
     odd = [rank for rank in sorted(smallest) if rank % init.rank_step]
     if odd:
-        problems.append(f"--rank is {listing(odd)}: expected a multiple of {init.rank_step} for init {init}")
+        problems.append(f"--rank {listing(odd)}: expected a multiple of {init.rank_step} for init {init}")
     return problems
 
 
@@ -193,16 +193,10 @@ def initialise(
         adapter = replace(adapter, origin=adapter.layers)
     if config.use_dora:
         adapter = session.with_magnitudes(adapter)
-    measured["seconds"] = time.perf_counter() - began
-    _log_outcome(init, measured, config.explain, log)
-    return Initialization(adapter, config, measured)
-
-
-def _log_outcome(init: Init, measured: Mapping[str, Any], is_explained: bool, log: EventLog) -> None:
-    if init.needs != "nothing" or "ranks" in measured:
-        log.note(f"init {init} took {measured['seconds']:.1f} s")
-    for name, rank in measured.get("ranks", {}).items() if is_explained else ():
-        log.note(f"rank of {name}: {rank}")
+    seconds = time.perf_counter() - began
+    if init.needs != "nothing" or measured:
+        log.note(f"init {init} took {seconds:.1f} s")
+    return Initialization(adapter, config, {**measured, "seconds": seconds})
 
 
 def _check_capability(init: Init, config: TrainConfig, session: CalibrationSession) -> None:

@@ -1,4 +1,4 @@
-"""What `thimble inspect` was pointed at, opened and checked: a base, an adapter on a base, or two adapters."""
+"""What `thimble inspect` was pointed at, opened, checked and measured: a base, an adapter or two adapters."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -6,15 +6,11 @@ from pathlib import Path
 from thimble.config.inspect_ import InspectConfig
 from thimble.core.adapter import Adapter, conflicts
 from thimble.data.model import find_base, is_hub_name
-from thimble.errors import AdapterError, ConfigError, Problems, listing
-from thimble.events import EventLog
+from thimble.errors import AdapterError, BaseModelError, ConfigError, Problems, listing, plural
+from thimble.events import EventLog, ShouldStop
 from thimble.files.peft import CONFIG_FILE, WEIGHTS_FILE
 from thimble.models.adapters import open_adapters
-from thimble.models.survey import Subject, choose_blocks
-from thimble.report.figures import figure_files
-from thimble.training.run_folder import check_folder
-
-FIGURE_BYTES = 10_000_000  # room that figures are sure not to exceed
+from thimble.models.survey import Row, Subject, choose_blocks
 
 
 def open_subject(config: InspectConfig, problems: Problems, log: EventLog) -> Subject:
@@ -43,7 +39,6 @@ def open_subject(config: InspectConfig, problems: Problems, log: EventLog) -> Su
     kind = "two adapters" if len(adapters) == 2 else "adapter" if adapters else "base"
     if len(opened) == 2:
         problems.attempt(_check_alike, opened)
-    problems.attempt(_check_out, config.out, kind)
     blocks: list[int] = []
     if base and kind != "two adapters":
         chosen = problems.attempt(choose_blocks, base, list(opened.values()), config.blocks)
@@ -104,10 +99,34 @@ def _check_alike(adapters: Mapping[str, Adapter]) -> None:
         raise AdapterError(*wrong)
 
 
-def _check_out(out: str | None, kind: str) -> None:
-    if out is None:
-        return
-    check_folder(Path(out), is_resumed=True, needed_bytes=FIGURE_BYTES)
-    there = [name for name in figure_files(kind) if (Path(out) / name).exists()]
-    if there:
-        raise ConfigError(f"--out is {out}, which holds {listing(there)}: name another folder, or take them away")
+def measure_subject(subject: Subject, log: EventLog, should_stop: ShouldStop) -> tuple[list[Row], list[str]]:
+    """Measure layer by layer, until the user has enough.
+
+    Args:
+        subject: What was opened.
+        log: Where progress goes.
+        should_stop: Asked between layers.
+
+    Returns:
+        One row a layer, and the weights of which nothing can be said, with the reason.
+
+    Raises:
+        BaseModelError: If that is so of all weights of a base.
+    """
+    layers = subject.layers()
+    rows: list[Row] = []
+    skipped: list[str] = []
+    log.stage(f"measuring {plural(len(layers), 'layer')}")
+    for done, layer in enumerate(layers, 1):
+        if should_stop():
+            log.warning(f"stopped early: {done - 1} of {plural(len(layers), 'layer')} were measured")
+            break
+        row, fault = subject.measure(layer)
+        rows += [row] if row else []
+        if fault:
+            skipped.append(f"{layer}: its weight {fault}")
+            log.warning(f"{layer} of the base {fault}: nothing can be said about it")
+        log.progress("layers", done, len(layers))
+    if subject.kind == "base" and len(skipped) == len(layers):
+        raise BaseModelError(*(f"base {subject.names[0]}: {what}" for what in skipped))
+    return rows, skipped
