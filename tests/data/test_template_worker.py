@@ -163,7 +163,7 @@ def test_a_process_that_ends_again_and_again_refuses_the_template(monkeypatch, t
     program = tmp_path / "program.py"
     program.write_text("raise SystemExit(7)")
     monkeypatch.setattr(template_process, "PROGRAM", str(program))
-    with pytest.raises(UnusableTemplateError, match=r"its process ended with exit code 7, twice .*Use a base"):
+    with pytest.raises(UnusableTemplateError, match=r"its process ended twice, with exit code 7. Use a base"):
         ChatTemplate(CHATML).render([USER])
 
 
@@ -174,7 +174,7 @@ def test_a_process_that_writes_no_replies_refuses_the_template(monkeypatch, tmp_
     program = tmp_path / "program.py"
     program.write_text(f"import sys, time\nsys.stdout.buffer.write({bytes_})\nsys.stdout.flush()\ntime.sleep(9)")
     monkeypatch.setattr(template_process, "PROGRAM", str(program))
-    with pytest.raises(UnusableTemplateError, match="its process sent what is no reply"):
+    with pytest.raises(UnusableTemplateError, match="its process did not answer, or not with a reply"):
         ChatTemplate(CHATML).render([USER])
 
 
@@ -184,7 +184,7 @@ def test_a_process_that_hangs_is_ended(monkeypatch):
     monkeypatch.setattr(template_process, "PATIENCE_SECONDS", 2)
     os.kill(worker(template).pid, signal.SIGSTOP)
     began = time.monotonic()
-    with pytest.raises(UnusableTemplateError, match="its process did not answer for 2 s"):
+    with pytest.raises(UnusableTemplateError, match="its process did not answer"):
         template.render([{"role": "user", "content": "x" * 500_000}])  # more than a pipe holds
     assert time.monotonic() - began < 20
     assert template.render([USER])

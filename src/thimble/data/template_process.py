@@ -23,6 +23,7 @@ MAX_REPLY_BYTES = 8 * MAX_CHARACTERS  # to one request: two texts of so many cha
 PATIENCE_SECONDS = 60  # without a reply; counted one by one, so that Ctrl-Z takes only one of them
 
 PROGRAM = os.path.join(os.path.dirname(os.path.abspath(__file__)), "template_worker.py")
+TIMED_OUT = -getattr(signal, "SIGPROF", 0)  # the exit code of a process that the kernel ended
 ENVIRONMENT = {"TZ": ":/etc/localtime", "LD_LIBRARY_PATH": "", "SYSTEMROOT": ""}  # all that is passed on, or this
 
 
@@ -32,8 +33,7 @@ class Asked:
     def __init__(self, request: dict[str, Any]) -> None:
         content = json.dumps(request).encode()
         self.payload, self.request = REQUEST_HEAD.pack(len(content)) + content, request
-        self.count, self.replies = len(request.get("wanted", "1")), []
-        self.is_done = self.is_retried = False
+        self.count, self.replies, self.is_retried = len(request.get("wanted", "1")), [], False
 
 
 class TemplateProcess:
@@ -42,6 +42,7 @@ class TemplateProcess:
     def __init__(self, source: str, variables: dict[str, str]) -> None:
         limits = {"seconds": MAX_SECONDS, "memory_bytes": MAX_MEMORY_BYTES, "characters": MAX_CHARACTERS}
         self.setup = Asked({"source": source, "variables": variables, **limits})  # the reply: what this system lacks
+        self._refusal: list[tuple[int, str]] = []  # the reply to the setup, if the template cannot be used
         self._waiting: deque[Asked] = deque()  # for replies, which come in this order
         self._lock, self._owner, self._end = threading.RLock(), 0, weakref.finalize(self, int)
 
@@ -50,8 +51,8 @@ class TemplateProcess:
         with self._lock:
             if self._end.alive and self._owner == os.getpid():
                 return
-            specs = [importlib.util.find_spec(name) for name in ("jinja2", "markupsafe")]
-            folders = [os.path.abspath(os.path.join(spec.origin, "..", "..")) for spec in specs if spec and spec.origin]
+            origins = [importlib.util.find_spec(name).origin for name in ("jinja2", "markupsafe")]
+            folders = [os.path.abspath(os.path.join(origin, "..", "..")) for origin in origins]
             try:
                 self._process = subprocess.Popen(
                     [sys.executable, "-I", "-S", "-W", "ignore", PROGRAM, *folders], bufsize=1 << 16,
@@ -62,7 +63,7 @@ class TemplateProcess:
             except OSError as error:
                 raise BaseModelError(f"the process of the chat template cannot be started: {error}") from error
             self._sent, self._counts, self._read = (queue.SimpleQueue[Any]() for _ in range(3))
-            self._owner = os.getpid()
+            self._owner = os.getpid()  # a forked process starts another
             self._end = weakref.finalize(self, _end, self._process, self._owner, self._sent, self._counts)
             threading.Thread(target=_write, args=(self._process, self._sent), daemon=True).start()
             threading.Thread(target=_read, args=(self._process, self._counts, self._read), daemon=True).start()
@@ -82,7 +83,7 @@ class TemplateProcess:
         """Wait for the replies to a request; if the template cannot be used, why is the reply to all."""
         with self._lock:
             try:
-                while not asked.is_done and not self._refusal:
+                while not asked.replies and not self._refusal:
                     self.start()
                     self._take()
             except BaseException:  # such as Ctrl-C between taking a reply and keeping it
@@ -90,32 +91,31 @@ class TemplateProcess:
                 raise
             return self._refusal * asked.count or asked.replies
 
-    @property
-    def _refusal(self) -> list[tuple[int, str]]:
-        return [reply for reply in self.setup.replies if reply[0] != TEXT]
-
     def _take(self) -> None:
-        """Give the next replies to who asked, or end the process and say why it sent fewer."""
-        replies, ending = [], (f"did not answer for {PATIENCE_SECONDS} s", False, DIED)
+        """Give the next replies to who asked; if some are missing, end the process and say why."""
+        asked, replies = self._waiting[0], []
         for _ in range(PATIENCE_SECONDS):
             with contextlib.suppress(queue.Empty):
-                replies, ending = self._read.get(timeout=1), None
+                replies = self._read.get(timeout=1)
                 break
-        asked = self._waiting[0]
         if len(replies) < asked.count:
-            why, is_worth_a_try, kind = ending or _why(self._process)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(1)
+            code = self._process.returncode
             self._end()
-            if is_worth_a_try and not asked.is_retried:
+            if code not in (None, TIMED_OUT) and not asked.is_retried:
                 asked.is_retried = True
                 return
+            kind, why = DIED, f"ended twice, with exit code {code}" if code else "did not answer, or not with a reply"
+            if code == TIMED_OUT:
+                kind, why = EXCESS, f"it takes more than {MAX_SECONDS:g} s of the processor for one conversation"
             # To blame is the first rendering without a reply; those behind it are to be asked for again.
             replies += [(kind, why)] + [(LATER, "")] * (asked.count - len(replies) - 1)
-        asked.replies, asked.is_done = replies, True
-        self._waiting.popleft()
+        self._waiting.popleft().replies = replies
+        self._refusal = [reply for reply in self.setup.replies if reply[0] != TEXT]
 
 
 def _write(process: Any, payloads: "queue.SimpleQueue[Any]") -> None:
-    """Send what is to be sent, until that is None or no one reads."""
     with contextlib.suppress(OSError):
         while payload := payloads.get():
             process.stdin.write(payload)
@@ -135,18 +135,6 @@ def _read(process: Any, counts: "queue.SimpleQueue[Any]", read: "queue.SimpleQue
                     break
                 replies.append((kind, content.decode("utf-8", "surrogatepass")))
         read.put(replies)
-
-
-def _why(process: Any) -> tuple[str, bool, int]:
-    """Why a process ended, whether it is worth another try, and what to call that."""
-    try:
-        code = process.wait(1)
-    except subprocess.TimeoutExpired:
-        return "sent what is no reply", False, DIED
-    if code == -getattr(signal, "SIGPROF", 0):
-        return f"it takes more than {MAX_SECONDS:g} s of the processor for one conversation", False, EXCESS
-    how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
-    return f"ended {how}, twice (is there too little memory, or a limit on processes?)", True, DIED
 
 
 def _end(process: Any, owner: int, *queues: "queue.SimpleQueue[Any]") -> None:
