@@ -41,8 +41,7 @@ class TemplateProcess:
     def __init__(self, source: str, variables: dict[str, str]) -> None:
         limits = {"seconds": MAX_SECONDS, "memory_bytes": MAX_MEMORY_BYTES, "characters": MAX_CHARACTERS}
         self.setup = Asked({"source": source, "variables": variables, **limits})  # the reply: what this system lacks
-        self._refusal: list[tuple[int, str]] = []  # the reply to the setup, if the template cannot be used
-        self._waiting: deque[Asked] = deque()  # for replies, which come in this order
+        self._waiting, self._refusal = deque[Asked](), []  # in the order of replies; the setup's, if that is no text
         self._lock, self._owner, self._end = threading.RLock(), 0, weakref.finalize(self, int)
 
     def start(self) -> None:
