@@ -265,10 +265,14 @@ class Renderings:
         self._places = {prefix: number for number, prefix in enumerate(wanted)}
         whole = template._prepare(messages, tools)
         conversations, asked = [whole], []
+        is_plain = template.takes_system and not has_tools(messages, tools)  # a prefix is prepared as the whole is
         for length, prompt in wanted:
-            part = whole if length == len(messages) else template._prepare(messages[:length], tools)
-            count, is_prefix = len(part[0]), part[1] == whole[1] and part[0] == whole[0][: len(part[0])]
-            asked.append((0 if is_prefix else len(conversations), count, prompt))
+            if is_plain or length == len(messages):
+                asked.append((0, length if is_plain else len(whole[0]), prompt))
+                continue
+            part = template._prepare(messages[:length], tools)
+            is_prefix = part[1] == whole[1] and part[0] == whole[0][: len(part[0])]
+            asked.append((0 if is_prefix else len(conversations), len(part[0]), prompt))
             conversations += [] if is_prefix else [part]
         try:
             self._asked: Asked | DataError = template._send(conversations, asked)

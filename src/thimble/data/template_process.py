@@ -21,7 +21,6 @@ MAX_SECONDS = 1.0  # of the processor, for one rendering; a long conversation ha
 MAX_MEMORY_BYTES = 256_000_000  # beyond what the process has before it reads the template
 MAX_REPLY_BYTES = 8 * MAX_CHARACTERS  # to one request: two texts of so many characters
 PATIENCE_SECONDS = 60  # without a reply; counted one by one, so that Ctrl-Z takes only one of them
-
 PROGRAM = os.path.join(os.path.dirname(os.path.abspath(__file__)), "template_worker.py")
 TIMED_OUT = -getattr(signal, "SIGPROF", 0)  # the exit code of a process that the kernel ended
 ENVIRONMENT = {"TZ": ":/etc/localtime", "LD_LIBRARY_PATH": "", "SYSTEMROOT": ""}  # all that is passed on, or this
@@ -42,8 +41,7 @@ class TemplateProcess:
     def __init__(self, source: str, variables: dict[str, str]) -> None:
         limits = {"seconds": MAX_SECONDS, "memory_bytes": MAX_MEMORY_BYTES, "characters": MAX_CHARACTERS}
         self.setup = Asked({"source": source, "variables": variables, **limits})  # the reply: what this system lacks
-        self._refusal: list[tuple[int, str]] = []  # the reply to the setup, if the template cannot be used
-        self._waiting: deque[Asked] = deque()  # for replies, which come in this order
+        self._waiting, self._refusal = deque[Asked](), []  # in the order of replies; the setup's, if that is no text
         self._lock, self._owner, self._end = threading.RLock(), 0, weakref.finalize(self, int)
 
     def start(self) -> None:

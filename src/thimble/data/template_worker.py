@@ -17,7 +17,6 @@ TEXT, REFUSED, FAILED, FORBIDDEN, EXCESS, LONG, LATER, INVALID, DIED = range(9) 
 REQUEST_HEAD, REPLY_HEAD = struct.Struct("<I"), struct.Struct("<BI")
 SET_TIMER = getattr(signal, "setitimer", lambda which, seconds: None)  # 2 is ITIMER_PROF; without a handler it ends us
 SLOW_SECONDS = 1.0  # what a request wants behind these is left for later
-
 # System calls that are left, by their numbers on x86-64: read, write, memory, signals, time, futex, random, exit.
 CALLS = (0, 1, 9, 10, 11, 12, 13, 14, 15, 24, 25, 28, 38, 60, 96, 201, 202, 219, 228, 231, 318)
 
@@ -44,8 +43,7 @@ def _read_request() -> Any:
 
 
 def _reply(kind: int, said: str) -> None:
-    content = said.encode("utf-8", "surrogatepass")
-    sys.stdout.buffer.write(REPLY_HEAD.pack(kind, len(content)) + content)
+    sys.stdout.buffer.write(REPLY_HEAD.pack(kind, len(content := said.encode("utf-8", "surrogatepass"))) + content)
 
 
 def _answer(template: Any, setup: dict[str, Any], request: dict[str, Any]) -> None:
@@ -55,9 +53,8 @@ def _answer(template: Any, setup: dict[str, Any], request: dict[str, Any]) -> No
     for index, length, prompt in request["wanted"]:
         messages, tools = request["conversations"][index]
         given = {"messages": messages[:length], "tools": tools, "add_generation_prompt": prompt, **setup["variables"]}
-        kind, said = LATER, ""
-        if written <= most and time.monotonic() - began < SLOW_SECONDS:
-            kind, said = _attempt(seconds, FAILED, _render, template, given, most)
+        is_due = written <= most and time.monotonic() - began < SLOW_SECONDS
+        kind, said = _attempt(seconds, FAILED, _render, template, given, most) if is_due else (LATER, "")
         _reply(kind, said)
         written += len(said)
 
@@ -128,7 +125,7 @@ def _make_environment() -> Any:
 def _confine(memory_bytes: int) -> str:
     """Give up every right a template does not need. Returns what this system lacks for that, as words."""
     try:
-        import ctypes
+        import ctypes  # noqa: E401
         import resource
     except ImportError:  # Windows
         return "time memory files calls"
@@ -150,8 +147,7 @@ def _confine(memory_bytes: int) -> str:
         steps += [(give_back, 0, 0, fail), (give_back, 0, 0, allow)]
         program = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *step) for step in steps))
         seccomp = ctypes.create_string_buffer(struct.pack("HP", len(steps), ctypes.addressof(program)))
-        prctl, number = ctypes.CDLL(None).prctl, ctypes.c_ulong
-        # PR_SET_NO_NEW_PRIVS, then PR_SET_SECCOMP with SECCOMP_MODE_FILTER
+        prctl, number = ctypes.CDLL(None).prctl, ctypes.c_ulong  # PR_SET_NO_NEW_PRIVS is 38, PR_SET_SECCOMP 22
         if not prctl(38, number(1), number(0), number(0), number(0)) and not prctl(22, number(2), seccomp):
             del lacking["SECCOMP"]
     return " ".join(lacking.values())
