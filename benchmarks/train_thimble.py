@@ -8,7 +8,7 @@ import numpy as np
 from make_rows import ALPHA, RANK, RATE, make_tokens, peak_bytes
 
 from thimble.backends.session import Objective, StepKey, Work
-from thimble.backends.torch.compute import machine
+from thimble.backends.torch.compute import choose_compute, machine
 from thimble.backends.torch.session import TorchSession
 from thimble.backends.torch.threads import num_cores
 from thimble.core.adapter import fresh_adapter
@@ -25,7 +25,7 @@ from thimble.models.execution import ExecutionPlan
 def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("--base", help="a GGUF; default: SmolLM2-135M")
-    parser.add_argument("--compute", default="bf16")
+    parser.add_argument("--compute", default="auto")
     parser.add_argument("--labels", type=float, default=1.0)
     parser.add_argument("--store", default="file")
     parser.add_argument("--rows", type=int, default=4)
@@ -40,6 +40,7 @@ def read_options() -> argparse.Namespace:
 
 def main() -> None:
     options = read_options()
+    options.compute, _ = choose_compute(options.compute)
     rates, base = machine(), open_base(options.base)
     tokens = options.rows * options.length
     num_shares = min(options.shares or num_cores(), options.rows)
