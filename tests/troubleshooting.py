@@ -35,7 +35,7 @@ HEAD = """\
 *Written by `make docs`, which brings about each case and pastes what Thimble says; do not edit this page.*
 
 A message says what is wrong, where, what was expected and what to do. All that can be checked is checked before any
-work, and everything that is wrong is told at once. Exit code 2: refused, nothing was written. Exit code 3: the work
+work, and everything that is wrong is reported at once. Exit code 2: refused, nothing was written. Exit code 3: the work
 began and failed; what was learned until then is kept. Lines with `!` are warnings: the run goes on, but its result may
 not be what you want. `--debug` shows the traceback of any error.
 
