@@ -22,14 +22,7 @@ EXIT_INTERRUPTED = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command.
-
-    Args:
-        argv: The arguments; default: those of the process.
-
-    Returns:
-        The exit code: 0 done, 2 refused, 3 the run failed, 130 or 143 interrupted, 1 a fault of ours.
-    """
+    """Run one command; exit codes: 0 done, 2 refused, 3 the run failed, 130 or 143 interrupted, 1 a fault of ours."""
     parser = make_parser()
     options, unknown = parser.parse_known_args(argv)
     if not options.command:

@@ -74,13 +74,8 @@ class Options:
 
     @classmethod
     def build(cls, values: Mapping[str, Any]) -> Self:
-        """Build a config from keyword-like values.
-
-        Args:
-            values: Option name, ours or another tool's, to value; strings are converted to the type of the option.
-
-        Returns:
-            A config in which bad values are replaced by defaults and named in `problems`.
+        """Build a config from option names, ours or another tool's, and values; bad ones become defaults, named in
+        `problems`.
         """
         return cls.make(*cls.sort(values))
 
@@ -163,18 +158,7 @@ def typed(spec: Field, value: object) -> str:
 
 
 def convert(spec: Field, value: Any) -> Any:
-    """Convert a value to the type of an option and check it.
-
-    Args:
-        spec: The option.
-        value: What the user gave: a string from the command line, or what YAML or Python gave.
-
-    Returns:
-        The value in the type of the option.
-
-    Raises:
-        ValueError: With what was expected.
-    """
+    """Convert text, or what YAML or Python gave, to the type of an option; a ValueError says what was expected."""
     kind, optional = option_type(spec)
     if value is None or (optional and value in ("none", AUTO)):
         if optional:

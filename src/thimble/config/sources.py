@@ -20,19 +20,8 @@ AnyOptions = TypeVar("AnyOptions", bound=Options)
 def build_config(
     options: type[AnyOptions], values: Mapping[str, Any], config_file: str | None = None, problems: Iterable[str] = ()
 ) -> AnyOptions:
-    """Build the config of a command from all its sources.
-
-    Args:
-        options: The config class of the command.
-        values: Options given by flags or keywords; they win.
-        config_file: A YAML file of options.
-        problems: What the caller already found wrong.
-
-    Returns:
-        The config; what is wrong with it is in its `problems`.
-
-    Raises:
-        ConfigError: If a YAML file cannot be read.
+    """Build a config from flags or keywords (`values`, which win) over a YAML file; what is wrong is in its `problems`,
+    with those given. A ConfigError means that a YAML file cannot be read.
     """
     given, unknown = options.sort(values)
     filed, unknown_there = options.sort(_read_yaml(Path(config_file)), config_file) if config_file else ({}, [])

@@ -37,29 +37,14 @@ FIXED = (
 
 
 def layered(below: Mapping[str, Given], above: Mapping[str, Given]) -> dict[str, Given]:
-    """Lay options over others; a length of the run replaces whatever length lies below it.
-
-    Args:
-        below: Options by name.
-        above: Options by name; they win.
-
-    Returns:
-        The options of both.
-    """
+    """Lay options over others; a length of the run replaces whatever length lies below it."""
     has_length = any(name in above and above[name].value is not None for name in LENGTHS)
     return {**{name: value for name, value in below.items() if not (has_length and name in LENGTHS)}, **above}
 
 
 def take_up(saved: Mapping[str, Given], given: Mapping[str, Given]) -> tuple[dict[str, Given], list[str]]:
-    """Join the options of a run that is resumed with those that are given now.
-
-    Args:
-        saved: From the run's config.yaml, in which every `auto` is resolved.
-        given: By flags, keywords or a file.
-
-    Returns:
-        The options, where one that is given as auto is what it was resolved to; and a problem for each that would make
-        it another run.
+    """Join the options in a run's config.yaml (`auto` resolved) with those given now; with a problem for each change
+    that would make it another run. One that is given as auto is what it was resolved to.
     """
     kept = {name: value for name, value in given.items() if not (value.value == AUTO and name in saved)}
     kept = {

@@ -86,13 +86,7 @@ def one_of(choices: Sequence[str], value: object) -> str:
 
 
 def read_pattern(pairs: Sequence[str]) -> dict[str, float]:
-    """Read pairs of a target and a number.
-
-    Args:
-        pairs: Pairs that `pattern` accepts.
-
-    Returns:
-        Target to number, in the order given.
+    """Read pairs that `pattern` accepts: target to number, in the order given.
 
     Example:
         >>> read_pattern(("q_proj=8", "mlp=32"))
@@ -102,16 +96,8 @@ def read_pattern(pairs: Sequence[str]) -> dict[str, float]:
 
 
 def parse_size(value: object) -> int:
-    """Read an amount of bytes.
-
-    Args:
-        value: A number of bytes, or text such as `4GB`, `500 MB`, `1.5GiB` (1 GB = 1e9, 1 GiB = 2^30 bytes).
-
-    Returns:
-        Bytes.
-
-    Raises:
-        ValueError: If it cannot be read.
+    """Read bytes: a number, or text such as `4GB`, `500 MB`, `1.5GiB` (1 GB = 1e9, 1 GiB = 2^30 bytes); else a
+    ValueError.
 
     Example:
         >>> parse_size("4GB"), parse_size("1.5 MiB")
@@ -149,17 +135,8 @@ def parse_number(kind: type, value: Any) -> int | float:
 
 
 def parse(kind: Any, value: Any) -> Any:
-    """Read a value in the type of an option.
-
-    Args:
-        kind: int, float, bool, str or `tuple[str, ...]`.
-        value: Text from a command line, or what YAML or Python gave.
-
-    Returns:
-        The value; a tuple is read from a list, from text with commas, or from a mapping of targets to numbers.
-
-    Raises:
-        ValueError: With what was expected.
+    """Read text, or what YAML or Python gave, as int, float, bool, str or `tuple[str, ...]`; a ValueError says what was
+    expected. A tuple is read from a list, from text with commas, or from a mapping of targets to numbers.
     """
     if kind is bool:
         return parse_bool(value)
@@ -184,13 +161,7 @@ def flag(name: str) -> str:
 
 
 def as_typed(value: object) -> str:
-    """Write a value as it is typed on a command line.
-
-    Args:
-        value: Of an option, or as it was given.
-
-    Returns:
-        Text; None is what is chosen for the user, `auto`.
+    """Write a value as it is typed on a command line; None is what is chosen for the user, `auto`.
 
     Example:
         >>> as_typed(("q_proj", "v_proj")), as_typed(True), as_typed(None), as_typed("")

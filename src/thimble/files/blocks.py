@@ -73,13 +73,7 @@ def row_bytes(columns: int, dtype: str) -> int:
 
 
 def to_bfloat16(values: Floats) -> Halves:
-    """Round to bfloat16, ties to even; NaN stays NaN.
-
-    Args:
-        values: float32, any shape.
-
-    Returns:
-        uint16 of the same shape: the upper half of each rounded float32.
+    """Round float32 to bfloat16, ties to even: uint16, the upper half of each rounded float32; NaN stays NaN.
 
     Example:
         >>> to_bfloat16(np.array([1.0, 1.00390625, -2.5], np.float32)).tolist()
@@ -93,13 +87,7 @@ def to_bfloat16(values: Floats) -> Halves:
 
 
 def from_bfloat16(bits: Halves) -> Floats:
-    """Widen bfloat16 to float32; exact.
-
-    Args:
-        bits: uint16, any shape.
-
-    Returns:
-        float32 of the same shape.
+    """Widen bfloat16, given as uint16, to float32; exact.
 
     Example:
         >>> from_bfloat16(np.array([16256, 49184], np.uint16)).tolist()
@@ -111,12 +99,8 @@ def from_bfloat16(bits: Halves) -> Floats:
 def quantize_rows(weight: Floats) -> tuple[NDArray[np.int8], Floats]:
     """Store each row as int8 with one scale: q = round(w / s), s = max|w| / 127 (symmetric, ties to even).
 
-    Args:
-        weight: float32 (out, in), finite.
-
-    Returns:
-        int8 (out, in) between -127 and 127 and float32 (out,), such that q · scale is close to `weight`. A row of zeros
-        (or of numbers below 1e-36, whose reciprocal would overflow) has scale 0.
+    From finite float32 (out, in) to int8 (out, in) between -127 and 127 and float32 (out,). A row of zeros (or of
+    numbers below 1e-36, whose reciprocal would overflow) has scale 0.
 
     Example:
         >>> q, scale = quantize_rows(np.array([[1.0, -0.5], [0.0, 0.0]], np.float32))
@@ -130,18 +114,8 @@ def quantize_rows(weight: Floats) -> tuple[NDArray[np.int8], Floats]:
 
 
 def dequantize(raw: Bytes, dtype: str, shape: Sequence[int]) -> Floats:
-    """Decode a tensor of any type in BLOCKS; the numbers are those of `gguf.quants.dequantize`, bit for bit.
-
-    Args:
-        raw: uint8, the bytes of the tensor, any shape.
-        dtype: One of BLOCKS.
-        shape: Shape of the result; the last dimension is a whole number of blocks.
-
-    Returns:
-        float32 (shape), a new array.
-
-    Raises:
-        BaseModelError: If the type is not supported or the bytes do not match the shape.
+    """Decode the bytes of a tensor, uint8, to a new float32 array; its numbers are those of `gguf.quants.dequantize`,
+    bit for bit. A BaseModelError if the type is none of BLOCKS or the bytes do not match the shape.
 
     Example:
         >>> dequantize(np.array([0x80, 0x3F], np.uint8), "BF16", (1,)).tolist()
@@ -162,17 +136,8 @@ def dequantize(raw: Bytes, dtype: str, shape: Sequence[int]) -> Floats:
 
 
 def quantize(array: Floats, dtype: str) -> Bytes:
-    """Encode a matrix as F32, F16, BF16, Q8_0, Q4_0 or Q4_1; the bytes are those of `gguf.quants.quantize`.
-
-    Args:
-        array: float32 (out, in), finite; `in` is a whole number of blocks.
-        dtype: The type to encode to.
-
-    Returns:
-        uint8 (out, bytes per row).
-
-    Raises:
-        BaseModelError: If the type cannot be written, or a number does not fit it.
+    """Encode a finite float32 (out, in) as F32, F16, BF16, Q8_0, Q4_0 or Q4_1, to uint8 (out, bytes per row); the bytes
+    are those of `gguf.quants.quantize`. A BaseModelError if the type cannot be written, or a number does not fit it.
 
     Example:
         >>> quantize(np.ones((2, 32), np.float32), "Q8_0").shape
@@ -356,15 +321,8 @@ _ENCODERS: dict[str, Callable[[Floats], Any]] = {
 
 
 def step_sizes(raw: Bytes, dtype: str) -> Floats | None:
-    """Distances between neighbouring values of a quantised tensor, which bound its rounding errors.
-
-    Args:
-        raw: Its bytes, uint8.
-        dtype: Its type.
-
-    Returns:
-        One a block, float32 (blocks,); None for numbers that are not in blocks or whose blocks have scales of two
-        levels.
+    """Distances between neighbouring values of a quantised tensor, which bound its rounding errors: float32 (blocks,).
+    None for numbers that are not in blocks or whose blocks have scales of two levels.
     """
     if dtype not in ONE_SCALE:
         return None

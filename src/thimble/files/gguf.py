@@ -161,18 +161,7 @@ def _decode(path: Path, text: bytes) -> str:
 
 
 def read_header(path: Path, data: mmap.mmap) -> tuple[Mapping[str, Any], dict[str, TensorInfo]]:
-    """Read the metadata and the tensors of a GGUF file.
-
-    Args:
-        path: What to call the file in messages.
-        data: The whole file.
-
-    Returns:
-        The metadata, of which arrays are decoded when first asked for, and the tensors by name in the file's order.
-
-    Raises:
-        BaseModelError: If the header is not one, or does not fit the file.
-    """
+    """Read the metadata, whose arrays are decoded when first asked for, and the tensors by name in the file's order."""
     cursor = _Cursor(path, data)
     version = cursor.number("I")
     if version not in (2, 3):

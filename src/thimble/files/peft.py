@@ -113,17 +113,7 @@ def _shortest_targets(paths: Mapping[str, Any]) -> list[str]:
 
 
 def find_adapter(path: str | Path) -> Path:
-    """The adapter folder for a path that names it or the run folder around it.
-
-    Args:
-        path: An adapter folder or a run folder.
-
-    Returns:
-        The folder that holds the two files.
-
-    Raises:
-        AdapterError: If there is none.
-    """
+    """The adapter folder for a path that names it or the run folder around it."""
     path = Path(path)
     for folder in (path, path / "adapter"):
         if all(os.path.lexists(folder / name) for name in (CONFIG_FILE, WEIGHTS_FILE)):

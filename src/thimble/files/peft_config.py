@@ -43,11 +43,7 @@ class Pattern:
     """
 
     def __init__(self, entries: Mapping[str, Any]) -> None:
-        """Sort the entries by how their keys are matched.
-
-        Args:
-            entries: Keys of PEFT to numbers.
-        """
+        """Sort the entries by how their keys are matched."""
         self._whole: dict[str, tuple[int, Any]] = {}
         self._ends: dict[str, tuple[int, Any]] = {}
         self._tails: dict[str, tuple[int, Any]] = {}
@@ -73,25 +69,15 @@ class Pattern:
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What is needed of an adapter's config.
+    """What is needed of an adapter's config."""
 
-    Attributes:
-        base: Name or path of the base it was trained on, for people; may be empty.
-        rank: Of the layers that no pattern names.
-        alpha: Scale numerator, likewise.
-        use_dora: Whether each layer has a magnitude vector.
-        use_rslora: Whether alpha is divided by √rank.
-        ranks: Ranks of some layers.
-        alphas: Alphas of some layers.
-    """
-
-    base: str
-    rank: int
-    alpha: float
-    use_dora: bool
-    use_rslora: bool
-    ranks: Pattern
-    alphas: Pattern
+    base: str  # name or path of the base it was trained on, for people; may be empty
+    rank: int  # of the layers that no pattern names
+    alpha: float  # scale numerator, likewise
+    use_dora: bool  # whether each layer has a magnitude vector
+    use_rslora: bool  # whether alpha is divided by √rank
+    ranks: Pattern  # ranks of some layers
+    alphas: Pattern  # alphas of some layers
 
     def allowed_ranks(self, layer: str) -> set[int]:
         """The rank a layer must have; with keys that are regular expressions, theirs too."""
@@ -103,17 +89,7 @@ class AdapterConfig:
 
 
 def read_adapter_config(path: Path) -> AdapterConfig:
-    """Read and check an adapter's config.
-
-    Args:
-        path: The file.
-
-    Returns:
-        What is needed of it.
-
-    Raises:
-        AdapterError: Naming every problem found.
-    """
+    """Read and check an adapter's config; the AdapterError names every problem found."""
     config = read_json_object(path, MOST_BYTES, AdapterError)
     problems = [*_check_numbers(config), *_check_patterns(config), *_check_function(config), *_check_texts(config)]
     if problems:

@@ -50,19 +50,9 @@ def some(problems: Iterable[str], most: int = 20) -> list[str]:
 
 
 def open_plain(path: Path, error: type[InputError]) -> BinaryIO:
-    """Open a file for reading if it is a plain one, or a link to one; never blocks.
+    """Open a file for reading if it is a plain one, or a link to one, else raise `error`; never blocks.
 
     What is asked is the open handle, so that nothing can take the place of the file in between.
-
-    Args:
-        path: The file.
-        error: What to raise.
-
-    Returns:
-        The open file.
-
-    Raises:
-        InputError: Of the class `error`, if there is none, or something else in its place.
     """
     try:
         _refuse_kind(path, os.stat(path).st_mode, error)  # asked first too: to open a device can make it act
@@ -103,19 +93,7 @@ def read_bytes(path: Path, most_bytes: int, error: type[InputError]) -> bytes:
 
 
 def read_json_object(path: Path, most_bytes: int, error: type[InputError]) -> dict[str, Any]:
-    """Read a JSON file that holds one object, and refuse what two readers might read differently.
-
-    Args:
-        path: The file.
-        most_bytes: How large it may be.
-        error: What to raise.
-
-    Returns:
-        The object.
-
-    Raises:
-        InputError: Of the class `error`, if it is no plain file, too large, or not strict JSON in UTF-8.
-    """
+    """Read a JSON file of one object; `error` if it is no plain file, too large, or not strict JSON in UTF-8."""
     content = read_bytes(path, most_bytes, error)
     try:
         return parse_json_object(content)
@@ -125,16 +103,8 @@ def read_json_object(path: Path, most_bytes: int, error: type[InputError]) -> di
 
 
 def parse_json_object(content: bytes) -> dict[str, Any]:
-    """Parse strict JSON: one object in UTF-8, no key twice, no NaN, no number past a float, no half of a character.
-
-    Args:
-        content: The text.
-
-    Returns:
-        The object.
-
-    Raises:
-        ValueError: Saying what is wrong.
+    """Parse strict JSON: one object in UTF-8, no key twice, no NaN, no number past a float, no half of a character. A
+    ValueError says what is wrong.
     """
     if content.count(b",") + content.count(b"[") + content.count(b"{") > MOST_VALUES:
         raise ValueError(f"it holds more than {MOST_VALUES:,} values")

