@@ -36,7 +36,8 @@ _INSTEAD = {
     "leave it out: batches of an evaluation are as large as memory allows": "per_device_eval_batch_size "
         "eval_batch_size",
     "leave it out: rows are always packed without padding": "sample_packing packing pad_to_sequence_len "
-        "group_by_length", "give a GGUF file as --base: its own blocks are trained on": "load_in_4bit",
+        "group_by_length",
+    "give a GGUF file as --base: its own blocks are trained on": "load_in_4bit",
     "use --store int8": "load_in_8bit", "use --store int8, or give a GGUF file as --base": "quantization_bit",
     "use --compute bf16": "bf16", "leave it out: --compute auto takes the faster of fp32 and bf16": "fp16",
     "leave it out: Thimble always uses the CPU": "tf32 use_cpu no_cuda device device_map",
@@ -57,7 +58,8 @@ _INSTEAD = {
     "to go on with an adapter use --init adapter:PATH; the folder for the result is --out": "adapter adapter_path "
         "adapter_name_or_path lora_model_dir resume_adapter_file",
     "use --loss-on completions or --loss-on all": "train_on_inputs train_on_prompt mask_prompt completion_only_loss "
-        "assistant_only_loss", "leave it out: the chat template of the base is used": "chat_template template",
+        "assistant_only_loss",
+    "leave it out: the chat template of the base is used": "chat_template template",
     "give a file with fewer rows, or use --max-steps": "max_samples",
     "use --eval-every-steps": "eval_strategy evals_per_epoch",
     "use --checkpoint-every-steps or --checkpoint-every-minutes": "saves_per_epoch",

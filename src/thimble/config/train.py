@@ -47,17 +47,13 @@ def take_up(saved: Mapping[str, Given], given: Mapping[str, Given]) -> tuple[dic
     that would make it another run. One that is given as auto is what it was resolved to.
     """
     kept = {name: value for name, value in given.items() if not (value.value == AUTO and name in saved)}
-    kept = {
-        name: value
-        for name, value in kept.items()
-        if name not in ("rank_budget", "energy") or name in saved and saved[name].value
-    }
+    unused = [name for name in ("rank_budget", "energy") if name not in saved or not saved[name].value]
+    kept = {name: value for name, value in kept.items() if name not in unused}
     joined = layered(saved, kept)
     before, now, specs = TrainConfig.make(saved), TrainConfig.make(joined), options_of(TrainConfig)
-    problems = [
+    changed = (name for name in FIXED if name in kept and getattr(now, name) != getattr(before, name))
+    return joined, [
         f"{typed(specs[name], getattr(now, name))}: the run to resume began with {as_typed(getattr(before, name))}; "
         "leave it out, or begin another run with another --out"
-        for name in FIXED
-        if name in kept and getattr(now, name) != getattr(before, name)
+        for name in changed
     ]
-    return joined, problems

@@ -43,9 +43,7 @@ _VALUES = {"F32": 1, "F16": 1, "BF16": 1, "Q4_K": 256, "Q5_K": 256, "Q6_K": 256}
 ONE_SCALE = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")  # types whose blocks have one step size
 
 # dtype -> (values in one block, bytes of one block)
-BLOCKS: dict[str, tuple[int, int]] = {
-    name: (_VALUES.get(name, 32), layout.itemsize) for name, layout in LAYOUTS.items()
-}
+BLOCKS: dict[str, tuple[int, int]] = {name: (_VALUES.get(name, 32), one.itemsize) for name, one in LAYOUTS.items()}
 
 # A row or block whose largest number is below this is stored as zeros: the reciprocal of its scale would overflow.
 TINY = np.float32(1e-36)
@@ -171,30 +169,10 @@ def _nibbles(packed: Bytes) -> Bytes:
     return np.concatenate([packed & 15, packed >> 4], axis=-1)
 
 
-def _decode_q4_0(blocks: Blocks) -> Floats:
-    """w = scale · (q - 8), q in 0..15."""
-    return _half(blocks["scale"]) * (_nibbles(blocks["quants"]).astype(np.float32) - 8)
-
-
-def _decode_q4_1(blocks: Blocks) -> Floats:
-    """w = scale · q + low, q in 0..15."""
-    return _half(blocks["scale"]) * _nibbles(blocks["quants"]).astype(np.float32) + _half(blocks["low"])
-
-
 def _five_bits(blocks: Blocks) -> Floats:
     """q in 0..31: four bits as in Q4, the fifth of value j is bit j of `high`."""
     fifth = (blocks["high"][:, None] >> np.arange(32, dtype=np.uint32)) & 1
     return (_nibbles(blocks["quants"]) | (fifth << 4)).astype(np.float32)
-
-
-def _decode_q5_0(blocks: Blocks) -> Floats:
-    """w = scale · (q - 16), q in 0..31."""
-    return _half(blocks["scale"]) * (_five_bits(blocks) - 16)
-
-
-def _decode_q5_1(blocks: Blocks) -> Floats:
-    """w = scale · q + low, q in 0..31."""
-    return _half(blocks["scale"]) * _five_bits(blocks) + _half(blocks["low"])
 
 
 def _sub_scales(blocks: Blocks) -> tuple[Floats, Floats]:
@@ -237,14 +215,14 @@ _DECODERS: dict[str, Callable[[Blocks], Floats]] = {
     "F16": lambda blocks: _half(blocks["bits"]),
     "BF16": lambda blocks: from_bfloat16(blocks["bits"]),
     "Q8_0": lambda blocks: _half(blocks["scale"]) * blocks["quants"].astype(np.float32),
-    "Q4_0": _decode_q4_0,
-    "Q4_1": _decode_q4_1,
-    "Q5_0": _decode_q5_0,
-    "Q5_1": _decode_q5_1,
-    "Q4_K": _decode_q4_k,
-    "Q5_K": _decode_q5_k,
-    "Q6_K": _decode_q6_k,
-}
+    "Q4_0": lambda blocks: _half(blocks["scale"]) * (_nibbles(blocks["quants"]).astype(np.float32) - 8),
+    "Q4_1": lambda blocks: (
+        _half(blocks["scale"]) * _nibbles(blocks["quants"]).astype(np.float32) + _half(blocks["low"])
+    ),
+    "Q5_0": lambda blocks: _half(blocks["scale"]) * (_five_bits(blocks) - 16),
+    "Q5_1": lambda blocks: _half(blocks["scale"]) * _five_bits(blocks) + _half(blocks["low"]),
+    "Q4_K": _decode_q4_k, "Q5_K": _decode_q5_k, "Q6_K": _decode_q6_k,
+}  # fmt: skip
 
 
 # Encoders: float32 (n, values) -> any array whose bytes are the n blocks.
@@ -311,13 +289,9 @@ def _encode_q4_1(blocks: Floats) -> Blocks:
 
 
 _ENCODERS: dict[str, Callable[[Floats], Any]] = {
-    "F32": lambda blocks: blocks,
-    "F16": _to_half,
-    "BF16": to_bfloat16,
-    "Q8_0": _encode_q8_0,
-    "Q4_0": _encode_q4_0,
-    "Q4_1": _encode_q4_1,
-}
+    "F32": lambda blocks: blocks, "F16": _to_half, "BF16": to_bfloat16,
+    "Q8_0": _encode_q8_0, "Q4_0": _encode_q4_0, "Q4_1": _encode_q4_1,
+}  # fmt: skip
 
 
 def step_sizes(raw: Bytes, dtype: str) -> Floats | None:

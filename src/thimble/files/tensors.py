@@ -141,11 +141,9 @@ def write_safetensors(
 def rewrite_safetensors(
     file: TensorFile, path: str | Path, changed: Mapping[str, Callable[[], Iterable[bytes | memoryview]]]
 ) -> None:
-    """Write a safetensors file anew, to another place, with the numbers of some tensors changed, and all else byte for
-    byte.
+    """Write a safetensors file anew, elsewhere, with the numbers of some tensors changed and all else byte for byte.
 
-    Types and shapes stay, so the header does. Nothing is held in memory but what `changed` hands out at a time, in
-    pieces.
+    Types and shapes stay, so the header does. Nothing is held in memory but the pieces that `changed` hands out.
     """
     write_atomic(Path(path), _rewritten(file, changed))
 

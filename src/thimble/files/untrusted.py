@@ -103,19 +103,12 @@ def read_json_object(path: Path, most_bytes: int, error: type[InputError]) -> di
 
 
 def parse_json_object(content: bytes) -> dict[str, Any]:
-    """Parse strict JSON: one object in UTF-8, no key twice, no NaN, no number past a float, no half of a character. A
-    ValueError says what is wrong.
-    """
+    """Parse one JSON object: UTF-8, no key twice, no NaN, no number past a float, no half character; else a ValueError."""
     if content.count(b",") + content.count(b"[") + content.count(b"{") > MOST_VALUES:
         raise ValueError(f"it holds more than {MOST_VALUES:,} values")
     try:
-        value = json.loads(
-            content.decode(),
-            object_pairs_hook=_unique_pairs,
-            parse_constant=_refuse,
-            parse_float=_finite,
-            parse_int=_whole,
-        )
+        hooks = {"parse_constant": _refuse, "parse_float": _finite, "parse_int": _whole}
+        value = json.loads(content.decode(), object_pairs_hook=_unique_pairs, **hooks)
     except UnicodeDecodeError as error:
         raise ValueError(f"byte {content[error.start]:#04x} at {error.start:,} is not UTF-8") from None
     except json.JSONDecodeError as error:
@@ -126,7 +119,10 @@ def parse_json_object(content: bytes) -> dict[str, Any]:
         raise ValueError(f"expected a JSON object, found {type(value).__name__}")
     _check_depth(value)
     if _SURROGATE.search(content):
-        _check_characters(value)
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("it holds half of a character (a lone surrogate), which is no text") from None
     return value
 
 
@@ -165,13 +161,6 @@ def _check_depth(value: Any) -> None:
             return
         level = [child for item in inner for child in (item.values() if isinstance(item, dict) else item)]
     raise ValueError(f"it is nested more than {MOST_DEPTH} deep")
-
-
-def _check_characters(value: Any) -> None:
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise ValueError("it holds half of a character (a lone surrogate), which is no text") from None
 
 
 def is_inside(path: Path, folder: Path) -> bool:

@@ -9,6 +9,7 @@ import hashlib
 import importlib.util
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,10 +130,10 @@ class Base:
 
     def dtypes(self) -> dict[str, int]:
         """Parameters by type of number, most first."""
-        counts: dict[str, int] = {}
+        counts: Counter[str] = Counter()
         for weight in self.weights.values():
-            counts[weight.dtype] = counts.get(weight.dtype, 0) + int(np.prod(weight.shape))
-        return dict(sorted(counts.items(), key=lambda item: -item[1]))
+            counts[weight.dtype] += int(np.prod(weight.shape))
+        return dict(counts.most_common())
 
     def quick_fingerprint(self) -> str:
         """SHA-256 of the size of each weight file and of samples spread over it, hexadecimal; takes milliseconds."""
@@ -305,16 +306,10 @@ def _check_complete(path: Path, spec: DecoderSpec, weights: dict[str, Weight]) -
     expected = _expected_shapes(spec)
     optional = {f"{name}.bias": (shape[0],) for name, shape in spec.linear_shapes().items()}
     missing = [name for name in expected if name not in weights]
-    wrong = [
-        f"{name} is {weights[name].shape}, expected {shape}"
-        for name, shape in {**expected, **optional}.items()
-        if name in weights and tuple(weights[name].shape) != shape
-    ]
-    wrong += [
-        f"{name} is {weights[name].dtype}, expected one of {listing(FLOATS, 20)}"
-        for name in {**expected, **optional}
-        if name in weights and weights[name].dtype not in FLOATS
-    ]
+    found = [(name, weights[name], shape) for name, shape in {**expected, **optional}.items() if name in weights]
+    wrong = [f"{name} is {has.shape}, expected {shape}" for name, has, shape in found if tuple(has.shape) != shape]
+    types = listing(FLOATS, 20)
+    wrong += [f"{name} is {has.dtype}, expected one of {types}" for name, has, _ in found if has.dtype not in FLOATS]
     problems = [f"base {path} lacks {listing(missing, 3)}: it is not complete"] if missing else []
     problems += [f"base {path}: {what}" for what in wrong[:5]]
     if problems:

@@ -93,18 +93,15 @@ def estimate_memory(base: Base, inputs: MemoryInputs, execution: ExecutionPlan) 
     working = 4 + 2 * width if inputs.is_delta else 0 if compute == "fp32" else width
     adapter = trained * (ADAPTER_NUMBER_BYTES + 4 * execution.num_shares + working)
     activations = _activation_bytes(base.spec, width, execution, inputs.lowest)
+    # One size of a batch takes part in more products where shares run in parallel.
+    products = PRODUCTS * PRODUCT_BYTES * (execution.num_shares + execution.num_sizes - 1)
     return MemoryPlan(
-        process=PROCESS_BYTES + base.spec.vocab_size * TOKEN_BYTES + _product_bytes(execution),
+        process=PROCESS_BYTES + base.spec.vocab_size * TOKEN_BYTES + products,
         weights=_weight_bytes(base, compute, execution),
         adapter=max([adapter, *(_init_bytes(base.spec, need, trained, activations) for need in inputs.needs)]),
         activations=activations,
         scratch=execution.num_shares * _scratch_bytes(base, compute, inputs.longest, execution),
     )
-
-
-def _product_bytes(execution: ExecutionPlan) -> int:
-    """What the libraries keep: one size takes part in more products where shares run in parallel."""
-    return PRODUCTS * PRODUCT_BYTES * (execution.num_shares + execution.num_sizes - 1)
 
 
 def _weight_bytes(base: Base, compute: str, execution: ExecutionPlan) -> int:
@@ -149,28 +146,13 @@ def _scratch_bytes(base: Base, compute: str, longest: int, execution: ExecutionP
     chunk = logit_chunk(tokens, width * spec.vocab_size)
     numbers += chunk * spec.vocab_size + 3 * tokens * hidden  # logits, hidden states with a label
     if execution.store != "dense":
-        numbers += max(_window(rows, cols) for rows, cols in _stacked_shapes(spec))
+        # Frozen matrices as they are multiplied, those with the same input as one: the first window of the largest.
+        shapes = ((spec.vocab_size, hidden), (2 * inner, hidden), (hidden, inner), (heads, hidden))
+        numbers += max(windows(rows, cols)[0].stop * cols for rows, cols in shapes)
     total = max(tokens * inner, chunk * hidden) * (4 + width)  # gradients summed over windows
-    return numbers * width + total + (_whole_number_bytes(spec, tokens) if compute == "int8" else 0)
-
-
-def _whole_number_bytes(spec: DecoderSpec, tokens: int) -> int:
-    """What int8 products need beside: rows as int8, sums as int32, and the library's own copies of a weight."""
-    inner = spec.intermediate_size
-    return tokens * (2 * inner + 4 * max(WINDOW_ROWS, inner)) + INT8_COPIES * 2 * inner * spec.hidden_size
-
-
-def _window(rows: int, cols: int) -> int:
-    first = windows(rows, cols)[0]
-    return int(first.stop - first.start) * cols
-
-
-def _stacked_shapes(spec: DecoderSpec) -> list[tuple[int, int]]:
-    """Frozen matrices as they are multiplied: those with the same input are one."""
-    return [
-        (spec.vocab_size, spec.hidden_size), (2 * spec.intermediate_size, spec.hidden_size),
-        (spec.hidden_size, spec.intermediate_size), (spec.q_size + 2 * spec.kv_size, spec.hidden_size),
-    ]  # fmt: skip
+    if compute == "int8":  # rows as int8, sums as int32, and the library's own copies of a weight
+        total += tokens * (2 * inner + 4 * max(WINDOW_ROWS, inner)) + INT8_COPIES * 2 * inner * hidden
+    return numbers * width + total
 
 
 @dataclass(frozen=True)

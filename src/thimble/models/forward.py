@@ -126,9 +126,6 @@ def divergence(ops: Ops, scores: Any, base_scores: Any) -> Any:
     return ops.sum(ops.exp(wanted) * (wanted - ops.log_softmax(scores)))
 
 
-# ---- one block ------------------------------------------------------------------------------------------------------
-
-
 def _block(model: _Model, number: int, x: Any, angles: Angles | None, seen: Any) -> Any:
     """Attention and a gated MLP, each added to the stream; Gemma normalises what is added, too."""
     path, is_gemma = f"model.layers.{number}", model.spec.has_post_norms
@@ -175,9 +172,6 @@ def _mlp(model: _Model, number: int, x: Any) -> Any:
         inner = (gate + gate * gate * gate * 0.044715) * math.sqrt(2 / math.pi)
     gated = gate * 0.5 * (model.ops.tanh(inner) + 1) * up
     return _projected(model, 4 * number + 3, gated, path, ("down_proj",))
-
-
-# ---- parts ----------------------------------------------------------------------------------------------------------
 
 
 def _projected(model: _Model, group: int, x: Any, path: str, names: tuple[str, ...]) -> Any:

@@ -121,8 +121,7 @@ def stored_bytes(paths: Iterable[str]) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for path in paths:
         for name, info in open_tensors(find_adapter(path) / WEIGHTS_FILE).tensors.items():
-            match = KEY.match(name)
-            if match:
+            if match := KEY.match(name):
                 sizes[match["path"]] = sizes.get(match["path"], 0) + info.nbytes
     return sizes
 
@@ -140,9 +139,6 @@ def rounding_warning(layers: Iterable[MergedLayer]) -> str:
         f"{ROUNDING_LIMIT:.0%}, most that of {bad[0].name} ({bad[0].error:.0%}): keep the adapter beside the base "
         "(thimble chat --adapter), or merge into a folder of F32 weights"
     )
-
-
-# ---- a smaller adapter ----------------------------------------------------------------------------------------------
 
 
 def write_truncated(
@@ -167,13 +163,8 @@ def write_truncated(
     save_adapter(replace(adapters[0], layers=kept, base=base, origin={}), folder)
 
 
-# ---- a merged base ---------------------------------------------------------------------------------------------------
-
-
 def check_mergeable(base: Base, layers: Sequence[str]) -> int:
-    """Refuse a base that is a GGUF file or has weights of no float dtype; return the bytes of all files of
-    `write_merged`.
-    """
+    """Refuse a GGUF file and weights of no float dtype; return the bytes of all files that `write_merged` writes."""
     if base.metadata is not None:
         raise BaseModelError(
             f"base {base.path} is a GGUF file, whose blocks would have to be rounded again, which costs more than a "
@@ -193,14 +184,7 @@ def write_merged(
 ) -> None:
     """Copy a Hugging Face folder with updates added to its weights; holds a few rows of one weight at a time.
 
-    Args:
-        base: The base, as `check_mergeable` accepts it.
-        updates: By layer path.
-        folder: Where to write; exists.
-        on_layer: Called with each layer as it is done, sizes in files left out; what it raises ends the work.
-
-    Raises:
-        RunError: If a merged weight does not fit its dtype, or a weight of the base holds NaN or Inf.
+    What `on_layer` raises ends the work; it gets each layer as it is done, without its sizes in files.
     """
     for path in other_files(base.path):
         place = folder / path.relative_to(base.path)

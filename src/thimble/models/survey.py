@@ -1,7 +1,7 @@
 """The layers of a base, of an adapter or of two adapters measured one after the other, and means over them."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -10,18 +10,9 @@ import numpy as np
 from thimble.core.adapter import Adapter
 from thimble.core.lowrank import Array
 from thimble.errors import ConfigError, listing
+from thimble.models import inspection
 from thimble.models.base import Base, Weight
-from thimble.models.inspection import (
-    InitShares,
-    Overlap,
-    Spectrum,
-    Update,
-    find_block,
-    in_order,
-    overlap_of,
-    spectrum_of,
-    update_of,
-)
+from thimble.models.inspection import InitShares, Overlap, Spectrum, Update, find_block, in_order
 
 MOST_OPERATIONS = 1e12  # about a minute on two cores; a base that takes more has its blocks sampled
 LEAST_BLOCKS = 3  # sampled, however large they are
@@ -49,7 +40,16 @@ class Subject:
 
     def measure(self, layer: str) -> tuple[Row | None, str]:
         """Measure one layer, or say why nothing can be said about its weight."""
-        return _MEASURES[self.kind](self, layer)
+        if self.kind == "two adapters":
+            first, second = (adapter.layers[layer] for adapter in self.adapters)
+            return inspection.overlap_of(layer, first, second), ""
+        assert self.base
+        weight = self.base.weights[f"{layer}.weight"]
+        matrix, fault = _read(weight)
+        if self.kind == "base":
+            return (None if matrix is None else inspection.spectrum_of(layer, matrix, weight)), fault
+        factors, is_decomposed = self.adapters[0].layers[layer], find_block(layer) in self.blocks
+        return inspection.update_of(layer, factors, matrix, is_decomposed), fault
 
     def only_in(self) -> dict[str, list[str]]:
         """Of two adapters, the layers that only one has, by its name."""
@@ -60,30 +60,6 @@ class Subject:
         return {name: in_order(layer for layer in own if layer not in others) for name, own, others in pairs}
 
 
-def _measure_weight(subject: Subject, layer: str) -> tuple[Row | None, str]:
-    assert subject.base
-    weight = subject.base.weights[f"{layer}.weight"]
-    matrix, fault = _read(weight)
-    return (None if matrix is None else spectrum_of(layer, matrix, weight)), fault
-
-
-def _measure_update(subject: Subject, layer: str) -> tuple[Row | None, str]:
-    assert subject.base
-    matrix, fault = _read(subject.base.weights[f"{layer}.weight"])
-    factors = subject.adapters[0].layers[layer]
-    return update_of(layer, factors, matrix, find_block(layer) in subject.blocks), fault
-
-
-def _measure_overlap(subject: Subject, layer: str) -> tuple[Row | None, str]:
-    first, second = (adapter.layers[layer] for adapter in subject.adapters)
-    return overlap_of(layer, first, second), ""
-
-
-_MEASURES: dict[str, Callable[[Subject, str], tuple[Row | None, str]]] = {
-    "base": _measure_weight, "adapter": _measure_update, "two adapters": _measure_overlap,
-}  # fmt: skip
-
-
 def _read(weight: Weight) -> tuple[Array | None, str]:
     """A weight, float32 (out, in); or None, and why it has no spectrum."""
     matrix = weight.read()
@@ -91,9 +67,6 @@ def _read(weight: Weight) -> tuple[Array | None, str]:
     if not np.isfinite(matrix).all():
         return None, "holds NaN or Inf"
     return (matrix, "") if matrix.any() else (None, "is all zeros")
-
-
-# ---- blocks to decompose --------------------------------------------------------------------------------------------
 
 
 def choose_blocks(base: Base, adapters: Iterable[Adapter], asked: Sequence[str]) -> tuple[list[int], int]:
@@ -120,9 +93,6 @@ def _operations(shape: tuple[int, int]) -> float:
     """Floating-point operations of an SVD by way of the smaller Gram matrix."""
     small, large = sorted(shape)
     return 2.0 * small**2 * large + 9.0 * small**3
-
-
-# ---- in summary -----------------------------------------------------------------------------------------------------
 
 
 def by_movement(rows: Sequence[Row]) -> tuple[list[str], list[str]]:
