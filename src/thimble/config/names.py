@@ -76,9 +76,7 @@ def plain(given: str) -> str:
 
 
 def our_name(given: str, known: Collection[str]) -> str | None:
-    """The one of `known` that is meant by a name as typed, in a file or in Python, by us or another tool; None if there
-    is none.
-    """
+    """Our name, one of `known`, for a name as anybody types it, in a file or in Python; None if there is none."""
     name = plain(given)
     name = name if name in known else SYNONYMS.get(name, name)
     return name if name in known else None

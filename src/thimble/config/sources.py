@@ -20,8 +20,9 @@ AnyOptions = TypeVar("AnyOptions", bound=Options)
 def build_config(
     options: type[AnyOptions], values: Mapping[str, Any], config_file: str | None = None, problems: Iterable[str] = ()
 ) -> AnyOptions:
-    """Build a config from flags or keywords (`values`, which win) over a YAML file; what is wrong is in its `problems`,
-    with those given. A ConfigError means that a YAML file cannot be read.
+    """Build a config from flags or keywords, over a YAML file, over the run folder that is resumed.
+
+    What is wrong is in its `problems`, after those given here; a YAML file that cannot be read is a ConfigError.
     """
     given, unknown = options.sort(values)
     filed, unknown_there = options.sort(_read_yaml(Path(config_file)), config_file) if config_file else ({}, [])

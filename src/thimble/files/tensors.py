@@ -94,8 +94,8 @@ def open_tensors(
 ) -> TensorFile:
     """Open a safetensors or GGUF file, told apart by its first bytes, memory-mapped; only the header is read.
 
-    A BaseModelError if it cannot be opened, is of another format, is cut off or contradicts itself. The limits are
-    those of a safetensors header.
+    A BaseModelError if it cannot be opened, is of another format, is cut off or contradicts itself. The limits hold for
+    safetensors.
     """
     path = Path(path)
     with open_plain(path, BaseModelError) as file:

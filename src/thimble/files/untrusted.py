@@ -103,7 +103,7 @@ def read_json_object(path: Path, most_bytes: int, error: type[InputError]) -> di
 
 
 def parse_json_object(content: bytes) -> dict[str, Any]:
-    """Parse one JSON object: UTF-8, no key twice, no NaN, no number past a float, no half character; else a ValueError."""
+    """Parse one JSON object: UTF-8, no key twice, no NaN, no endless number, no half character; else a ValueError."""
     if content.count(b",") + content.count(b"[") + content.count(b"{") > MOST_VALUES:
         raise ValueError(f"it holds more than {MOST_VALUES:,} values")
     try:

@@ -181,9 +181,7 @@ def in_order(layers: Iterable[str]) -> list[str]:
 
 
 def spectrum_of(layer: str, matrix: Array, weight: Weight) -> Spectrum:
-    """Measure the singular values of W, float32 (out, in), finite and not all zeros; its file's blocks tell how it was
-    rounded.
-    """
+    """Measure W, float32 (out, in), finite and not all zeros; the blocks of its file tell how it was rounded."""
     values = spectra.singular_values(matrix)
     rows, columns = matrix.shape
     steps = step_sizes(weight.raw(), weight.dtype)

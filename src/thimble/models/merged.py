@@ -149,9 +149,9 @@ def write_truncated(
     folder: Path,
     on_layer: Callable[[MergedLayer], None],
 ) -> None:
-    """Truncate summed updates to a share of their energy and a highest rank (None: all, as many as an adapter may
-    have), and write them as one adapter. What `on_layer` raises ends the work; it gets each layer without its size in
-    the files before.
+    """Truncate summed updates to a share of their energy (None: all) and a highest rank, and write them as one adapter.
+
+    What `on_layer` raises ends the work; it gets each layer as it is done, without its size in the files before.
     """
     kept = {}
     for path, factors in updates.items():
@@ -218,8 +218,7 @@ def other_files(folder: Path) -> list[Path]:
 def merged_rows(
     layer: str, weight: Weight, factors: Factors, on_layer: Callable[[MergedLayer], None]
 ) -> Iterator[memoryview]:
-    """The bytes of a merged weight in its dtype, some rows at a time; at the end `on_layer` is called with what
-    rounding cost.
+    """The bytes of a merged weight in its dtype, some rows at a time; then `on_layer` learns what rounding cost.
 
     A RunError if a sum does not fit the dtype, or W holds NaN or Inf.
     """

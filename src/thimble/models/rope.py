@@ -27,9 +27,7 @@ class Rope:
 
 
 def make_rope(scaling: Mapping[str, Any], fields: Mapping[str, Any], head_dim: int) -> Rope:
-    """Compute the angles of a rotary embedding by `rope_parameters` (transformers 5) or `rope_scaling` (4), and by the
-    whole config for what those leave out.
-    """
+    """Angles by `rope_parameters` (transformers 5) or `rope_scaling` (4), and the config for what those leave out."""
     theta = number(scaling, "rope_theta", 2, 1e15, number(fields, "rope_theta", 2, 1e15, 1e4))
     share = number(scaling, "partial_rotary_factor", 1e-3, 1, number(fields, "partial_rotary_factor", 1e-3, 1, 1.0))
     dim = int(head_dim * share)
