@@ -17,17 +17,9 @@ from thimble.config.sources import build_config
 def call(command: str, *arguments: str | Path | None, **options: Any) -> Any:
     """Run a command of the registry; the functions below are this with their command's name.
 
-    Args:
-        command: Its name.
-        *arguments: What stands without a flag on the command line, in that order; None for what is left out.
-        **options: By the names of the flags; also `config` (a YAML file) and the callbacks that the command takes.
-
-    Returns:
-        The report.
-
-    Raises:
-        InputError: If it is refused, with every problem found.
-        TypeError: If there are more arguments than the command takes.
+    Arguments are what stands without a flag on the command line, in that order, None for what is left out; options have
+    the names of the flags, and there are `config` (a YAML file) and the callbacks that the command takes. An
+    InputError holds every problem found; too many arguments are a TypeError.
     """
     entry = COMMANDS[command]
     callbacks = {name: options.pop(name) for name in entry.listeners if name in options}

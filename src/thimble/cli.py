@@ -22,14 +22,7 @@ EXIT_INTERRUPTED = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command.
-
-    Args:
-        argv: The arguments; default: those of the process.
-
-    Returns:
-        The exit code: 0 done, 2 refused, 3 the run failed, 130 or 143 interrupted, 1 a fault of ours.
-    """
+    """Run one command; exit codes: 0 done, 2 refused, 3 the run failed, 130 or 143 interrupted, 1 a fault of ours."""
     parser = make_parser()
     options, unknown = parser.parse_known_args(argv)
     if not options.command:
@@ -38,34 +31,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     is_json, is_debug = options.json, options.debug
     try:
         return _run(options, unknown)
-    except ThimbleError as error:
-        if is_debug:
-            raise
-        return _failed(error.problems, error.exit_code, is_json)
-    except OSError as error:
-        if is_debug:
-            raise
-        is_full = error.errno == errno.ENOSPC
-        return _failed([f"the disk is full ({error.filename or error})" if is_full else str(error)], 3, is_json)
-    except MemoryError as error:
-        if is_debug:
-            raise
-        return _failed([f"memory ran out ({error}): free some, or take a smaller base or shorter rows"], 3, is_json)
     except KeyboardInterrupt:
         return 130
     except Exception as error:
         if is_debug:
             raise
-        fault = f"a fault of Thimble's own: {type(error).__name__}: {error} (add --debug to see where, and report it)"
-        return _failed([fault], 1, is_json)
+        problems, exit_code = _explained(error)
+        _complain(problems)
+        if is_json:
+            print(json.dumps({"error": list(problems), "exit_code": exit_code}, ensure_ascii=False))
+        return exit_code
 
 
-def _failed(problems: Sequence[str], exit_code: int, is_json: bool) -> int:
-    """Print what went wrong, and with --json the same as one object."""
-    _complain(problems)
-    if is_json:
-        print(json.dumps({"error": list(problems), "exit_code": exit_code}, ensure_ascii=False))
-    return exit_code
+def _explained(error: Exception) -> tuple[Sequence[str], int]:
+    """What went wrong, and the exit code that says so."""
+    if isinstance(error, ThimbleError):
+        return error.problems, error.exit_code
+    if isinstance(error, OSError):
+        is_full = error.errno == errno.ENOSPC
+        return [f"the disk is full ({error.filename or error})" if is_full else str(error)], 3
+    if isinstance(error, MemoryError):
+        return [f"memory ran out ({error}): free some, or take a smaller base or shorter rows"], 3
+    fault = f"a fault of Thimble's own: {type(error).__name__}: {error} (add --debug to see where, and report it)"
+    return [fault], 1
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -76,9 +64,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"thimble {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, command in COMMANDS.items():
-        sub = commands.add_parser(
-            name, help=command.summary, description=command.summary, allow_abbrev=False, add_help=False
-        )
+        about = {"help": command.summary, "description": command.summary}
+        sub = commands.add_parser(name, **about, allow_abbrev=False, add_help=False)
         for title, options in groups_of(command.options).items():
             group = sub.add_argument_group(title)
             for spec in options.values():
@@ -251,7 +238,3 @@ def _complain(problems: Sequence[str]) -> None:
 def run() -> NoReturn:
     """Entry point of the command: exits with the code of `main`."""
     sys.exit(main())
-
-
-if __name__ == "__main__":
-    run()

@@ -70,9 +70,6 @@ class RunError(ThimbleError):
 class Problems:
     """Collects the problems of several independent checks, so that they are all told at once.
 
-    Args:
-        found: What is already known to be wrong.
-
     Example:
         >>> problems = Problems(["--rank 0: expected at least 1"])
         >>> base = problems.attempt(open, "/no/such/file") if False else None

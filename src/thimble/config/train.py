@@ -37,42 +37,23 @@ FIXED = (
 
 
 def layered(below: Mapping[str, Given], above: Mapping[str, Given]) -> dict[str, Given]:
-    """Lay options over others; a length of the run replaces whatever length lies below it.
-
-    Args:
-        below: Options by name.
-        above: Options by name; they win.
-
-    Returns:
-        The options of both.
-    """
+    """Lay options over others; a length of the run replaces whatever length lies below it."""
     has_length = any(name in above and above[name].value is not None for name in LENGTHS)
     return {**{name: value for name, value in below.items() if not (has_length and name in LENGTHS)}, **above}
 
 
 def take_up(saved: Mapping[str, Given], given: Mapping[str, Given]) -> tuple[dict[str, Given], list[str]]:
-    """Join the options of a run that is resumed with those that are given now.
-
-    Args:
-        saved: From the run's config.yaml, in which every `auto` is resolved.
-        given: By flags, keywords or a file.
-
-    Returns:
-        The options, where one that is given as auto is what it was resolved to; and a problem for each that would make
-        it another run.
+    """Join the options in a run's config.yaml (`auto` resolved) with those given now; with a problem for each change
+    that would make it another run. One that is given as auto is what it was resolved to.
     """
     kept = {name: value for name, value in given.items() if not (value.value == AUTO and name in saved)}
-    kept = {
-        name: value
-        for name, value in kept.items()
-        if name not in ("rank_budget", "energy") or name in saved and saved[name].value
-    }
+    unused = [name for name in ("rank_budget", "energy") if name not in saved or not saved[name].value]
+    kept = {name: value for name, value in kept.items() if name not in unused}
     joined = layered(saved, kept)
     before, now, specs = TrainConfig.make(saved), TrainConfig.make(joined), options_of(TrainConfig)
-    problems = [
+    changed = (name for name in FIXED if name in kept and getattr(now, name) != getattr(before, name))
+    return joined, [
         f"{typed(specs[name], getattr(now, name))}: the run to resume began with {as_typed(getattr(before, name))}; "
         "leave it out, or begin another run with another --out"
-        for name in FIXED
-        if name in kept and getattr(now, name) != getattr(before, name)
+        for name in changed
     ]
-    return joined, problems

@@ -1,5 +1,6 @@
 """Values of options: how they are checked, read from text, YAML or Python, and written as they are typed."""
 
+import contextlib
 import difflib
 import math
 import re
@@ -18,9 +19,6 @@ NO_AUTO_INIT = (
 )
 
 Check = Callable[[Any], str | None]  # what is wrong with a value, such as "expected at least 1", or None
-
-
-# ---- checks ---------------------------------------------------------------------------------------------------------
 
 
 def at_least(low: float) -> Check:
@@ -82,17 +80,8 @@ def one_of(choices: Sequence[str], value: object) -> str:
     return f"expected one of {', '.join(choices)}" + (f"; did you mean {near[0]}?" if near else "")
 
 
-# ---- reading --------------------------------------------------------------------------------------------------------
-
-
 def read_pattern(pairs: Sequence[str]) -> dict[str, float]:
-    """Read pairs of a target and a number.
-
-    Args:
-        pairs: Pairs that `pattern` accepts.
-
-    Returns:
-        Target to number, in the order given.
+    """Read pairs that `pattern` accepts: target to number, in the order given.
 
     Example:
         >>> read_pattern(("q_proj=8", "mlp=32"))
@@ -102,16 +91,7 @@ def read_pattern(pairs: Sequence[str]) -> dict[str, float]:
 
 
 def parse_size(value: object) -> int:
-    """Read an amount of bytes.
-
-    Args:
-        value: A number of bytes, or text such as `4GB`, `500 MB`, `1.5GiB` (1 GB = 1e9, 1 GiB = 2^30 bytes).
-
-    Returns:
-        Bytes.
-
-    Raises:
-        ValueError: If it cannot be read.
+    """Read bytes: a number, or text such as `4GB` or `1.5 GiB` (1 GB = 1e9, 1 GiB = 2^30 bytes); else a ValueError.
 
     Example:
         >>> parse_size("4GB"), parse_size("1.5 MiB")
@@ -134,32 +114,17 @@ def parse_bool(value: object) -> bool:
 
 def parse_number(kind: type, value: Any) -> int | float:
     """Read an int or a float; YAML reads 1e-5 as text, so the type of the option decides. Raises a ValueError."""
-    expected = "a whole number" if kind is int else "a number"
-    if isinstance(value, bool | dict | list):
-        raise ValueError(f"expected {expected}")
-    try:
-        number = float(value)
-    except ValueError:
-        raise ValueError(f"expected {expected}") from None
-    if kind is float:
-        return number
-    if not number.is_integer():
-        raise ValueError(f"expected {expected}")
-    return int(number)
+    with contextlib.suppress(ValueError):
+        if not isinstance(value, bool | dict | list):
+            number = float(value)
+            if kind is float or number.is_integer():
+                return number if kind is float else int(number)
+    raise ValueError("expected a whole number" if kind is int else "expected a number")
 
 
 def parse(kind: Any, value: Any) -> Any:
-    """Read a value in the type of an option.
-
-    Args:
-        kind: int, float, bool, str or `tuple[str, ...]`.
-        value: Text from a command line, or what YAML or Python gave.
-
-    Returns:
-        The value; a tuple is read from a list, from text with commas, or from a mapping of targets to numbers.
-
-    Raises:
-        ValueError: With what was expected.
+    """Read text, or what YAML or Python gave, as int, float, bool, str or `tuple[str, ...]`; a ValueError says what was
+    expected. A tuple is read from a list, from text with commas, or from a mapping of targets to numbers.
     """
     if kind is bool:
         return parse_bool(value)
@@ -175,22 +140,13 @@ def parse(kind: Any, value: Any) -> Any:
     return str(value)
 
 
-# ---- writing --------------------------------------------------------------------------------------------------------
-
-
 def flag(name: str) -> str:
     """An option as it is typed: `--learning-rate` for `learning_rate`."""
     return "--" + name.replace("_", "-")
 
 
 def as_typed(value: object) -> str:
-    """Write a value as it is typed on a command line.
-
-    Args:
-        value: Of an option, or as it was given.
-
-    Returns:
-        Text; None is what is chosen for the user, `auto`.
+    """Write a value as it is typed on a command line; None is what is chosen for the user, `auto`.
 
     Example:
         >>> as_typed(("q_proj", "v_proj")), as_typed(True), as_typed(None), as_typed("")

@@ -10,10 +10,6 @@ def write_atomic(path: Path, parts: Iterable[bytes | memoryview]) -> None:
     """Write a file so that a reader, and whoever looks after a crash, sees the old content or the new, never a part.
 
     It is written under another name in the same folder, forced to disk, then renamed.
-
-    Args:
-        path: Where; an existing file is replaced.
-        parts: What it holds, one after the other.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:

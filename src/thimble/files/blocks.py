@@ -43,9 +43,7 @@ _VALUES = {"F32": 1, "F16": 1, "BF16": 1, "Q4_K": 256, "Q5_K": 256, "Q6_K": 256}
 ONE_SCALE = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")  # types whose blocks have one step size
 
 # dtype -> (values in one block, bytes of one block)
-BLOCKS: dict[str, tuple[int, int]] = {
-    name: (_VALUES.get(name, 32), layout.itemsize) for name, layout in LAYOUTS.items()
-}
+BLOCKS: dict[str, tuple[int, int]] = {name: (_VALUES.get(name, 32), one.itemsize) for name, one in LAYOUTS.items()}
 
 # A row or block whose largest number is below this is stored as zeros: the reciprocal of its scale would overflow.
 TINY = np.float32(1e-36)
@@ -73,13 +71,7 @@ def row_bytes(columns: int, dtype: str) -> int:
 
 
 def to_bfloat16(values: Floats) -> Halves:
-    """Round to bfloat16, ties to even; NaN stays NaN.
-
-    Args:
-        values: float32, any shape.
-
-    Returns:
-        uint16 of the same shape: the upper half of each rounded float32.
+    """Round float32 to bfloat16, ties to even: uint16, the upper half of each rounded float32; NaN stays NaN.
 
     Example:
         >>> to_bfloat16(np.array([1.0, 1.00390625, -2.5], np.float32)).tolist()
@@ -93,13 +85,7 @@ def to_bfloat16(values: Floats) -> Halves:
 
 
 def from_bfloat16(bits: Halves) -> Floats:
-    """Widen bfloat16 to float32; exact.
-
-    Args:
-        bits: uint16, any shape.
-
-    Returns:
-        float32 of the same shape.
+    """Widen bfloat16, given as uint16, to float32; exact.
 
     Example:
         >>> from_bfloat16(np.array([16256, 49184], np.uint16)).tolist()
@@ -111,12 +97,8 @@ def from_bfloat16(bits: Halves) -> Floats:
 def quantize_rows(weight: Floats) -> tuple[NDArray[np.int8], Floats]:
     """Store each row as int8 with one scale: q = round(w / s), s = max|w| / 127 (symmetric, ties to even).
 
-    Args:
-        weight: float32 (out, in), finite.
-
-    Returns:
-        int8 (out, in) between -127 and 127 and float32 (out,), such that q · scale is close to `weight`. A row of zeros
-        (or of numbers below 1e-36, whose reciprocal would overflow) has scale 0.
+    From finite float32 (out, in) to int8 (out, in) between -127 and 127 and float32 (out,). A row of zeros (or of
+    numbers below 1e-36, whose reciprocal would overflow) has scale 0.
 
     Example:
         >>> q, scale = quantize_rows(np.array([[1.0, -0.5], [0.0, 0.0]], np.float32))
@@ -130,18 +112,8 @@ def quantize_rows(weight: Floats) -> tuple[NDArray[np.int8], Floats]:
 
 
 def dequantize(raw: Bytes, dtype: str, shape: Sequence[int]) -> Floats:
-    """Decode a tensor of any type in BLOCKS; the numbers are those of `gguf.quants.dequantize`, bit for bit.
-
-    Args:
-        raw: uint8, the bytes of the tensor, any shape.
-        dtype: One of BLOCKS.
-        shape: Shape of the result; the last dimension is a whole number of blocks.
-
-    Returns:
-        float32 (shape), a new array.
-
-    Raises:
-        BaseModelError: If the type is not supported or the bytes do not match the shape.
+    """Decode the bytes of a tensor, uint8, to a new float32 array; its numbers are those of `gguf.quants.dequantize`,
+    bit for bit. A BaseModelError if the type is none of BLOCKS or the bytes do not match the shape.
 
     Example:
         >>> dequantize(np.array([0x80, 0x3F], np.uint8), "BF16", (1,)).tolist()
@@ -162,17 +134,8 @@ def dequantize(raw: Bytes, dtype: str, shape: Sequence[int]) -> Floats:
 
 
 def quantize(array: Floats, dtype: str) -> Bytes:
-    """Encode a matrix as F32, F16, BF16, Q8_0, Q4_0 or Q4_1; the bytes are those of `gguf.quants.quantize`.
-
-    Args:
-        array: float32 (out, in), finite; `in` is a whole number of blocks.
-        dtype: The type to encode to.
-
-    Returns:
-        uint8 (out, bytes per row).
-
-    Raises:
-        BaseModelError: If the type cannot be written, or a number does not fit it.
+    """Encode a finite float32 (out, in) as F32, F16, BF16, Q8_0, Q4_0 or Q4_1, to uint8 (out, bytes per row); the bytes
+    are those of `gguf.quants.quantize`. A BaseModelError if the type cannot be written, or a number does not fit it.
 
     Example:
         >>> quantize(np.ones((2, 32), np.float32), "Q8_0").shape
@@ -206,30 +169,10 @@ def _nibbles(packed: Bytes) -> Bytes:
     return np.concatenate([packed & 15, packed >> 4], axis=-1)
 
 
-def _decode_q4_0(blocks: Blocks) -> Floats:
-    """w = scale · (q - 8), q in 0..15."""
-    return _half(blocks["scale"]) * (_nibbles(blocks["quants"]).astype(np.float32) - 8)
-
-
-def _decode_q4_1(blocks: Blocks) -> Floats:
-    """w = scale · q + low, q in 0..15."""
-    return _half(blocks["scale"]) * _nibbles(blocks["quants"]).astype(np.float32) + _half(blocks["low"])
-
-
 def _five_bits(blocks: Blocks) -> Floats:
     """q in 0..31: four bits as in Q4, the fifth of value j is bit j of `high`."""
     fifth = (blocks["high"][:, None] >> np.arange(32, dtype=np.uint32)) & 1
     return (_nibbles(blocks["quants"]) | (fifth << 4)).astype(np.float32)
-
-
-def _decode_q5_0(blocks: Blocks) -> Floats:
-    """w = scale · (q - 16), q in 0..31."""
-    return _half(blocks["scale"]) * (_five_bits(blocks) - 16)
-
-
-def _decode_q5_1(blocks: Blocks) -> Floats:
-    """w = scale · q + low, q in 0..31."""
-    return _half(blocks["scale"]) * _five_bits(blocks) + _half(blocks["low"])
 
 
 def _sub_scales(blocks: Blocks) -> tuple[Floats, Floats]:
@@ -272,14 +215,14 @@ _DECODERS: dict[str, Callable[[Blocks], Floats]] = {
     "F16": lambda blocks: _half(blocks["bits"]),
     "BF16": lambda blocks: from_bfloat16(blocks["bits"]),
     "Q8_0": lambda blocks: _half(blocks["scale"]) * blocks["quants"].astype(np.float32),
-    "Q4_0": _decode_q4_0,
-    "Q4_1": _decode_q4_1,
-    "Q5_0": _decode_q5_0,
-    "Q5_1": _decode_q5_1,
-    "Q4_K": _decode_q4_k,
-    "Q5_K": _decode_q5_k,
-    "Q6_K": _decode_q6_k,
-}
+    "Q4_0": lambda blocks: _half(blocks["scale"]) * (_nibbles(blocks["quants"]).astype(np.float32) - 8),
+    "Q4_1": lambda blocks: (
+        _half(blocks["scale"]) * _nibbles(blocks["quants"]).astype(np.float32) + _half(blocks["low"])
+    ),
+    "Q5_0": lambda blocks: _half(blocks["scale"]) * (_five_bits(blocks) - 16),
+    "Q5_1": lambda blocks: _half(blocks["scale"]) * _five_bits(blocks) + _half(blocks["low"]),
+    "Q4_K": _decode_q4_k, "Q5_K": _decode_q5_k, "Q6_K": _decode_q6_k,
+}  # fmt: skip
 
 
 # Encoders: float32 (n, values) -> any array whose bytes are the n blocks.
@@ -346,25 +289,14 @@ def _encode_q4_1(blocks: Floats) -> Blocks:
 
 
 _ENCODERS: dict[str, Callable[[Floats], Any]] = {
-    "F32": lambda blocks: blocks,
-    "F16": _to_half,
-    "BF16": to_bfloat16,
-    "Q8_0": _encode_q8_0,
-    "Q4_0": _encode_q4_0,
-    "Q4_1": _encode_q4_1,
-}
+    "F32": lambda blocks: blocks, "F16": _to_half, "BF16": to_bfloat16,
+    "Q8_0": _encode_q8_0, "Q4_0": _encode_q4_0, "Q4_1": _encode_q4_1,
+}  # fmt: skip
 
 
 def step_sizes(raw: Bytes, dtype: str) -> Floats | None:
-    """Distances between neighbouring values of a quantised tensor, which bound its rounding errors.
-
-    Args:
-        raw: Its bytes, uint8.
-        dtype: Its type.
-
-    Returns:
-        One a block, float32 (blocks,); None for numbers that are not in blocks or whose blocks have scales of two
-        levels.
+    """Distances between neighbouring values of a quantised tensor, which bound its rounding errors: float32 (blocks,).
+    None for numbers that are not in blocks or whose blocks have scales of two levels.
     """
     if dtype not in ONE_SCALE:
         return None

@@ -4,6 +4,7 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The numbers o
 known before they are read, and refused if no model has so many: the time a header takes is bounded whatever it says.
 """
 
+import itertools
 import mmap
 import struct
 from collections.abc import Iterator, Mapping
@@ -63,7 +64,11 @@ class _Cursor:
         self.text_left -= size
         if self.text_left < 0:
             raise damaged(self.path, f"its header holds more than {_MOST_TEXT_BYTES:,} bytes of text")
-        return _decode(self.path, self.data[start : start + size])
+        text = self.data[start : start + size]
+        try:
+            return text.decode()
+        except UnicodeDecodeError:
+            raise damaged(self.path, f"the text {text[:40]!r} is not UTF-8") from None
 
     def key(self) -> str:
         """Read the name of a metadata value."""
@@ -153,26 +158,8 @@ class _Metadata(Mapping[str, Any]):
         return key in self._values
 
 
-def _decode(path: Path, text: bytes) -> str:
-    try:
-        return text.decode()
-    except UnicodeDecodeError:
-        raise damaged(path, f"the text {text[:40]!r} is not UTF-8") from None
-
-
 def read_header(path: Path, data: mmap.mmap) -> tuple[Mapping[str, Any], dict[str, TensorInfo]]:
-    """Read the metadata and the tensors of a GGUF file.
-
-    Args:
-        path: What to call the file in messages.
-        data: The whole file.
-
-    Returns:
-        The metadata, of which arrays are decoded when first asked for, and the tensors by name in the file's order.
-
-    Raises:
-        BaseModelError: If the header is not one, or does not fit the file.
-    """
+    """Read the metadata, whose arrays are decoded when first asked for, and the tensors by name in the file's order."""
     cursor = _Cursor(path, data)
     version = cursor.number("I")
     if version not in (2, 3):
@@ -203,25 +190,18 @@ def _read_tensor(cursor: _Cursor) -> TensorInfo:
         raise damaged(cursor.path, f"tensor {name} has {dimensions:,} dimensions, expected at most 4")
     shape = tuple(cursor.number("Q") for _ in range(dimensions))[::-1]
     kind, offset = cursor.number("I"), cursor.number("Q")
-    dtype = _GGML_TYPES.get(kind, f"type {kind}")
-    return TensorInfo(name, dtype, shape, offset, _count_bytes(cursor.path, name, dtype, shape))
-
-
-def _count_bytes(path: Path, name: str, dtype: str, shape: tuple[int, ...]) -> int:
-    """Compute the size of a tensor, 0 if its type is not known; refuse a shape that no tensor can have."""
-    numbers = count_numbers(path, name, shape)
+    dtype, numbers = _GGML_TYPES.get(kind, f"type {kind}"), count_numbers(cursor.path, name, shape)
     if not numbers:
-        raise damaged(path, f"tensor {name} has shape {shape}: expected sizes from 1")
+        raise damaged(cursor.path, f"tensor {name} has shape {shape}: expected sizes from 1")
     values, size = SIZES.get(dtype, (1, 0))
     if values > 1 and (not shape or shape[-1] % values):
-        raise damaged(
-            path, f"tensor {name} is {dtype} with rows of {shape[-1:]} values, expected a multiple of {values}"
-        )
-    return numbers // values * size
+        wanted = f"expected a multiple of {values}"
+        raise damaged(cursor.path, f"tensor {name} is {dtype} with rows of {shape[-1:]} values, {wanted}")
+    return TensorInfo(name, dtype, shape, offset, numbers // values * size)
 
 
 def _place_tensors(cursor: _Cursor, alignment: Any, tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """Make offsets count from the start of the file; the data begin at the first aligned byte after the header."""
+    """Make offsets count from the start of the file; the data begin at the first aligned byte behind the header."""
     path, size = cursor.path, len(cursor.data)
     if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
         raise damaged(path, f"general.alignment is {shown(alignment)}, expected a power of two")
@@ -230,14 +210,8 @@ def _place_tensors(cursor: _Cursor, alignment: Any, tensors: dict[str, TensorInf
         if info.offset % alignment:
             raise damaged(path, f"tensor {name} has offset {info.offset}, expected a multiple of {alignment}")
         tensors[name] = check_place(path, replace(info, offset=start + info.offset), size)
-    _check_overlap(path, tensors)
-    return tensors
-
-
-def _check_overlap(path: Path, tensors: Mapping[str, TensorInfo]) -> None:
-    """Refuse tensors that share bytes; of those of an unknown type only the first byte is known."""
-    before: TensorInfo | None = None
-    for info in sorted(tensors.values(), key=lambda info: info.offset):
-        if before and (info.offset < before.offset + before.nbytes or info.offset == before.offset):
+    for before, info in itertools.pairwise(sorted(tensors.values(), key=lambda info: info.offset)):
+        # Of tensors of an unknown type only the first byte is known.
+        if info.offset < before.offset + before.nbytes or info.offset == before.offset:
             raise damaged(path, f"tensors {before.name} and {info.name} overlap at byte {info.offset:,}")
-        before = info
+    return tensors

@@ -66,10 +66,8 @@ def save_adapter(adapter: Adapter, folder: Path) -> None:
     adapter = adapter.plain()
     tensors: dict[str, Any] = {}
     for path, factors in adapter.layers.items():
-        tensors[f"base_model.model.{path}.lora_A.weight"] = factors.A
-        tensors[f"base_model.model.{path}.lora_B.weight"] = factors.B
-        if factors.magnitude is not None:
-            tensors[f"base_model.model.{path}.lora_magnitude_vector"] = factors.magnitude
+        sides = {A: factors.A, B: factors.B} | ({} if factors.magnitude is None else {MAGNITUDE: factors.magnitude})
+        tensors |= {f"base_model.model.{path}.lora_{side}": values for side, values in sides.items()}
     write_safetensors(folder / WEIGHTS_FILE, tensors, {**adapter.notes, "format": "pt"})
     text = json.dumps(_config_fields(adapter), indent=2, sort_keys=True, ensure_ascii=False)
     (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
@@ -113,17 +111,7 @@ def _shortest_targets(paths: Mapping[str, Any]) -> list[str]:
 
 
 def find_adapter(path: str | Path) -> Path:
-    """The adapter folder for a path that names it or the run folder around it.
-
-    Args:
-        path: An adapter folder or a run folder.
-
-    Returns:
-        The folder that holds the two files.
-
-    Raises:
-        AdapterError: If there is none.
-    """
+    """The adapter folder for a path that names it or the run folder around it."""
     path = Path(path)
     for folder in (path, path / "adapter"):
         if all(os.path.lexists(folder / name) for name in (CONFIG_FILE, WEIGHTS_FILE)):
@@ -179,7 +167,12 @@ def _identity(folder: Path) -> tuple[int, int, int]:
 
 def _load(folder: Path) -> Adapter:
     config = read_adapter_config(folder / CONFIG_FILE)
-    file = _open_weights(folder)
+    try:
+        file = open_tensors(folder / WEIGHTS_FILE, MOST_HEADER_BYTES, MOST_TENSORS)
+    except BaseModelError as error:
+        raise AdapterError(*error.problems) from None
+    if file.format != "safetensors":
+        raise AdapterError(f"{file.path} is a {file.format} file: expected the safetensors that PEFT writes")
     sides = _pair_tensors(folder, file, config.use_dora)
     _refuse(folder, _check_sizes(config, file, sides))
     layers = {}
@@ -197,16 +190,6 @@ def _refuse(folder: Path, problems: Iterable[str]) -> None:
     """Raise one error that holds the problems, if there are any."""
     if told := some(problems):
         raise AdapterError(*(f"adapter {folder}: {problem}" for problem in told))
-
-
-def _open_weights(folder: Path) -> TensorFile:
-    try:
-        file = open_tensors(folder / WEIGHTS_FILE, MOST_HEADER_BYTES, MOST_TENSORS)
-    except BaseModelError as error:
-        raise AdapterError(*error.problems) from None
-    if file.format != "safetensors":
-        raise AdapterError(f"{file.path} is a {file.format} file: expected the safetensors that PEFT writes")
-    return file
 
 
 def _check_sizes(config: AdapterConfig, file: TensorFile, sides: Mapping[str, Mapping[str, str]]) -> list[str]:

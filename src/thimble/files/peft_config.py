@@ -43,11 +43,6 @@ class Pattern:
     """
 
     def __init__(self, entries: Mapping[str, Any]) -> None:
-        """Sort the entries by how their keys are matched.
-
-        Args:
-            entries: Keys of PEFT to numbers.
-        """
         self._whole: dict[str, tuple[int, Any]] = {}
         self._ends: dict[str, tuple[int, Any]] = {}
         self._tails: dict[str, tuple[int, Any]] = {}
@@ -73,25 +68,15 @@ class Pattern:
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What is needed of an adapter's config.
+    """What is needed of an adapter's config."""
 
-    Attributes:
-        base: Name or path of the base it was trained on, for people; may be empty.
-        rank: Of the layers that no pattern names.
-        alpha: Scale numerator, likewise.
-        use_dora: Whether each layer has a magnitude vector.
-        use_rslora: Whether alpha is divided by √rank.
-        ranks: Ranks of some layers.
-        alphas: Alphas of some layers.
-    """
-
-    base: str
-    rank: int
-    alpha: float
-    use_dora: bool
-    use_rslora: bool
-    ranks: Pattern
-    alphas: Pattern
+    base: str  # name or path of the base it was trained on, for people; may be empty
+    rank: int  # of the layers that no pattern names
+    alpha: float  # scale numerator, likewise
+    use_dora: bool  # whether each layer has a magnitude vector
+    use_rslora: bool  # whether alpha is divided by √rank
+    ranks: Pattern  # ranks of some layers
+    alphas: Pattern  # alphas of some layers
 
     def allowed_ranks(self, layer: str) -> set[int]:
         """The rank a layer must have; with keys that are regular expressions, theirs too."""
@@ -103,30 +88,15 @@ class AdapterConfig:
 
 
 def read_adapter_config(path: Path) -> AdapterConfig:
-    """Read and check an adapter's config.
-
-    Args:
-        path: The file.
-
-    Returns:
-        What is needed of it.
-
-    Raises:
-        AdapterError: Naming every problem found.
-    """
+    """Read and check an adapter's config; the AdapterError names every problem found."""
     config = read_json_object(path, MOST_BYTES, AdapterError)
     problems = [*_check_numbers(config), *_check_patterns(config), *_check_function(config), *_check_texts(config)]
     if problems:
         raise AdapterError(*(f"{path}: {problem}" for problem in some(problems)))
-    return AdapterConfig(
-        config.get("base_model_name_or_path") or "",
-        config["r"],
-        float(config["lora_alpha"]),
-        bool(config.get("use_dora")),
-        bool(config.get("use_rslora")),
-        Pattern(config.get("rank_pattern") or {}),
-        Pattern(config.get("alpha_pattern") or {}),
-    )
+    base = config.get("base_model_name_or_path") or ""
+    flags = (bool(config.get(name)) for name in ("use_dora", "use_rslora"))
+    patterns = (Pattern(config.get(name) or {}) for name in ("rank_pattern", "alpha_pattern"))
+    return AdapterConfig(base, config["r"], float(config["lora_alpha"]), *flags, *patterns)
 
 
 def _is_rank(value: Any) -> bool:
@@ -137,18 +107,18 @@ def _is_alpha(value: Any) -> bool:
     return type(value) in (int, float) and 0 < value <= MOST_ALPHA
 
 
+def _is_switch(value: Any) -> bool:
+    return value in (None, True, False)
+
+
 _RANKS, _ALPHAS = f"a whole number from 1 to {MAX_RANK:,}", f"a number above 0, up to {MOST_ALPHA:,.0f}"
 
 
 def _check_numbers(config: Mapping[str, Any]) -> list[str]:
-    problems = []
-    for name, is_valid, expected in (("r", _is_rank, _RANKS), ("lora_alpha", _is_alpha, _ALPHAS)):
-        if not is_valid(config.get(name)):
-            problems.append(f"{name} is {shown(config.get(name))}: expected {expected}")
-    for name in ("use_dora", "use_rslora"):
-        if config.get(name) not in (None, True, False):
-            problems.append(f"{name} is {shown(config[name])}: expected true or false")
-    return problems
+    checks = [("r", _is_rank, _RANKS), ("lora_alpha", _is_alpha, _ALPHAS)]
+    checks += [(name, _is_switch, "true or false") for name in ("use_dora", "use_rslora")]
+    wrong = [(name, expected) for name, is_valid, expected in checks if not is_valid(config.get(name))]
+    return [f"{name} is {shown(config.get(name))}: expected {expected}" for name, expected in wrong]
 
 
 def _check_patterns(config: Mapping[str, Any]) -> list[str]:

@@ -25,20 +25,7 @@ _FIELDS = {"dtype", "shape", "data_offsets"}
 def read_header(
     path: Path, data: mmap.mmap, most_bytes: int, most_tensors: int
 ) -> tuple[dict[str, str], dict[str, TensorInfo]]:
-    """Read the metadata and the tensors of a safetensors file.
-
-    Args:
-        path: What to call the file in messages.
-        data: The whole file.
-        most_bytes: How long the header may be.
-        most_tensors: How many tensors there may be.
-
-    Returns:
-        The metadata, and the tensors by name in the order of the header.
-
-    Raises:
-        BaseModelError: If the header is not one, or does not fit the file.
-    """
+    """Read the metadata, and the tensors by name in the order of the header, of a file called `path` in messages."""
     length = int.from_bytes(data[:8], "little")
     if length > len(data) - 8:
         raise damaged(path, f"the header is {length:,} bytes long, but the file has only {len(data):,}")

@@ -31,21 +31,13 @@ MOST_DIMENSIONS = 32
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Where one tensor lies in its file.
+    """Where one tensor lies in its file."""
 
-    Attributes:
-        name: As the file calls it.
-        dtype: `F32`, `BF16`, `Q4_0`, ...; `type 99` for a GGUF type without a name.
-        shape: In numpy's order, (out, in) for a matrix.
-        offset: Of its first byte, from the start of the file.
-        nbytes: Its size; 0 for a GGUF type that Thimble cannot decode.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    nbytes: int
+    name: str  # as the file calls it
+    dtype: str  # `F32`, `BF16`, `Q4_0`, ...; `type 99` for a GGUF type without a name
+    shape: tuple[int, ...]  # in numpy's order, (out, in) for a matrix
+    offset: int  # of its first byte, from the start of the file
+    nbytes: int  # its size; 0 for a GGUF type that Thimble cannot decode
 
 
 def damaged(path: Path, problem: str) -> BaseModelError:

@@ -42,21 +42,13 @@ _MISTAKES = {
 
 @dataclass(frozen=True, eq=False)
 class TensorFile:
-    """An open tensor file.
+    """An open tensor file."""
 
-    Attributes:
-        path: Where it lies.
-        format: `safetensors` or `gguf`.
-        metadata: Its key-value pairs; arrays of a GGUF are decoded to lists when first asked for.
-        tensors: What it holds, by name, in the order of the header.
-        data: The whole file, memory-mapped.
-    """
-
-    path: Path
-    format: str
-    metadata: Mapping[str, Any]
-    tensors: dict[str, TensorInfo]
-    data: mmap.mmap
+    path: Path  # where it lies
+    format: str  # `safetensors` or `gguf`
+    metadata: Mapping[str, Any]  # its key-value pairs; arrays of a GGUF are decoded to lists when first asked for
+    tensors: dict[str, TensorInfo]  # what it holds, by name, in the order of the header
+    data: mmap.mmap  # the whole file, memory-mapped
 
     def raw(self, name: str) -> Bytes:
         """Return the bytes of a tensor as they lie in the file: uint8 (nbytes,), read-only, nothing is copied."""
@@ -100,18 +92,10 @@ class TensorFile:
 def open_tensors(
     path: str | Path, most_header_bytes: int = MOST_HEADER_BYTES, most_tensors: int = MOST_TENSORS
 ) -> TensorFile:
-    """Open a safetensors or GGUF file, told apart by its first bytes; only the header is read.
+    """Open a safetensors or GGUF file, told apart by its first bytes, memory-mapped; only the header is read.
 
-    Args:
-        path: The file.
-        most_header_bytes: How long the header of a safetensors file may be.
-        most_tensors: How many tensors it may hold.
-
-    Returns:
-        Its metadata and tensors, memory-mapped.
-
-    Raises:
-        BaseModelError: If it cannot be opened, is of another format, is cut off or contradicts itself.
+    A BaseModelError if it cannot be opened, is of another format, is cut off or contradicts itself. The limits hold for
+    safetensors.
     """
     path = Path(path)
     with open_plain(path, BaseModelError) as file:
@@ -134,18 +118,10 @@ def open_tensors(
 def write_safetensors(
     path: str | Path, tensors: Mapping[str, ArrayLike], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write a safetensors file; the same tensors always make the same bytes.
+    """Write a safetensors file of numbers or truth values; the same tensors always make the same bytes.
 
     The file appears under its name only when it is complete and on disk. Tensors are sorted by type, the widest first,
-    then by name, as the reference library does.
-
-    Args:
-        path: Where; an existing file is replaced.
-        tensors: Arrays of numbers or truth values, any shape.
-        metadata: Strings to keep beside them.
-
-    Raises:
-        TypeError: If an array has a type that safetensors cannot hold.
+    then by name, as the reference library does. A TypeError for an array of a type that safetensors cannot hold.
     """
     arrays = {name: _storable(name, array) for name, array in tensors.items()}
     names = sorted(arrays, key=lambda name: (-_PLAIN_ORDER.index(_PLAIN_NAMES[arrays[name].dtype.str]), name))
@@ -165,14 +141,9 @@ def write_safetensors(
 def rewrite_safetensors(
     file: TensorFile, path: str | Path, changed: Mapping[str, Callable[[], Iterable[bytes | memoryview]]]
 ) -> None:
-    """Write a safetensors file anew with the numbers of some tensors changed, and everything else byte for byte.
+    """Write a safetensors file anew, elsewhere, with the numbers of some tensors changed and all else byte for byte.
 
-    Types and shapes stay, so the header does. Nothing is held in memory but what `changed` hands out at a time.
-
-    Args:
-        file: The file as it is.
-        path: Where the new one goes; not the same place.
-        changed: Name of a tensor to what gives its new bytes, in pieces.
+    Types and shapes stay, so the header does. Nothing is held in memory but the pieces that `changed` hands out.
     """
     write_atomic(Path(path), _rewritten(file, changed))
 

@@ -50,19 +50,9 @@ def some(problems: Iterable[str], most: int = 20) -> list[str]:
 
 
 def open_plain(path: Path, error: type[InputError]) -> BinaryIO:
-    """Open a file for reading if it is a plain one, or a link to one; never blocks.
+    """Open a file for reading if it is a plain one, or a link to one, else raise `error`; never blocks.
 
     What is asked is the open handle, so that nothing can take the place of the file in between.
-
-    Args:
-        path: The file.
-        error: What to raise.
-
-    Returns:
-        The open file.
-
-    Raises:
-        InputError: Of the class `error`, if there is none, or something else in its place.
     """
     try:
         _refuse_kind(path, os.stat(path).st_mode, error)  # asked first too: to open a device can make it act
@@ -103,19 +93,7 @@ def read_bytes(path: Path, most_bytes: int, error: type[InputError]) -> bytes:
 
 
 def read_json_object(path: Path, most_bytes: int, error: type[InputError]) -> dict[str, Any]:
-    """Read a JSON file that holds one object, and refuse what two readers might read differently.
-
-    Args:
-        path: The file.
-        most_bytes: How large it may be.
-        error: What to raise.
-
-    Returns:
-        The object.
-
-    Raises:
-        InputError: Of the class `error`, if it is no plain file, too large, or not strict JSON in UTF-8.
-    """
+    """Read a JSON file of one object; `error` if it is no plain file, too large, or not strict JSON in UTF-8."""
     content = read_bytes(path, most_bytes, error)
     try:
         return parse_json_object(content)
@@ -125,27 +103,12 @@ def read_json_object(path: Path, most_bytes: int, error: type[InputError]) -> di
 
 
 def parse_json_object(content: bytes) -> dict[str, Any]:
-    """Parse strict JSON: one object in UTF-8, no key twice, no NaN, no number past a float, no half of a character.
-
-    Args:
-        content: The text.
-
-    Returns:
-        The object.
-
-    Raises:
-        ValueError: Saying what is wrong.
-    """
+    """Parse one JSON object: UTF-8, no key twice, no NaN, no endless number, no half character; else a ValueError."""
     if content.count(b",") + content.count(b"[") + content.count(b"{") > MOST_VALUES:
         raise ValueError(f"it holds more than {MOST_VALUES:,} values")
     try:
-        value = json.loads(
-            content.decode(),
-            object_pairs_hook=_unique_pairs,
-            parse_constant=_refuse,
-            parse_float=_finite,
-            parse_int=_whole,
-        )
+        hooks = {"parse_constant": _refuse, "parse_float": _finite, "parse_int": _whole}
+        value = json.loads(content.decode(), object_pairs_hook=_unique_pairs, **hooks)
     except UnicodeDecodeError as error:
         raise ValueError(f"byte {content[error.start]:#04x} at {error.start:,} is not UTF-8") from None
     except json.JSONDecodeError as error:
@@ -156,7 +119,10 @@ def parse_json_object(content: bytes) -> dict[str, Any]:
         raise ValueError(f"expected a JSON object, found {type(value).__name__}")
     _check_depth(value)
     if _SURROGATE.search(content):
-        _check_characters(value)
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("it holds half of a character (a lone surrogate), which is no text") from None
     return value
 
 
@@ -195,13 +161,6 @@ def _check_depth(value: Any) -> None:
             return
         level = [child for item in inner for child in (item.values() if isinstance(item, dict) else item)]
     raise ValueError(f"it is nested more than {MOST_DEPTH} deep")
-
-
-def _check_characters(value: Any) -> None:
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise ValueError("it holds half of a character (a lone surrogate), which is no text") from None
 
 
 def is_inside(path: Path, folder: Path) -> bool:

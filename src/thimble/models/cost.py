@@ -3,15 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 
-from thimble.core.sizes import (
-    BUFFER_TOKENS,
-    PADDED_KEYS,
-    TILE,
-    WINDOW,
-    WINDOW_ROWS,
-    logit_chunk,
-    windows,
-)
+from thimble.core.sizes import BUFFER_TOKENS, PADDED_KEYS, TILE, WINDOW, WINDOW_ROWS, logit_chunk, windows
 from thimble.core.targets import Size, block_of
 from thimble.models.base import EMBEDDING, HEAD, Base
 from thimble.models.execution import ExecutionPlan
@@ -37,21 +29,13 @@ SKETCH_NUMBERS = 4  # of a gradient's sketch, for each parameter of the adapter 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What a run is expected to hold at its peak, in bytes.
+    """What a run is expected to hold at its peak, in bytes."""
 
-    Attributes:
-        process: The interpreter, its libraries, and the products they keep compiled.
-        weights: Frozen weights in memory, or the pages of the memory-mapped file.
-        adapter: Adapter, gradients and optimiser; A₀ and B₀ of the delta form.
-        activations: What the forward pass keeps for the backward pass.
-        scratch: Decoded weights, logits and the temporaries of one block, on each core.
-    """
-
-    process: int
-    weights: int
-    adapter: int
-    activations: int
-    scratch: int
+    process: int  # the interpreter, its libraries, and the products they keep compiled
+    weights: int  # frozen weights in memory, or the pages of the memory-mapped file
+    adapter: int  # adapter, gradients and optimiser; A₀ and B₀ of the delta form
+    activations: int  # what the forward pass keeps for the backward pass
+    scratch: int  # decoded weights, logits and the temporaries of one block, on each core
 
     @property
     def total(self) -> int:
@@ -92,52 +76,32 @@ def cache_token_bytes(spec: DecoderSpec, compute: str) -> int:
 
 @dataclass(frozen=True)
 class MemoryInputs:
-    """What the memory of a run depends on, beside its base and its execution plan.
+    """What the memory of a run depends on, beside its base and its execution plan."""
 
-    Attributes:
-        compute: `fp32`, `bf16` or `int8`.
-        trained: Parameters of the adapter.
-        longest: Tokens of the longest row, of training or validation.
-        lowest: Number of the lowest adapted block; those below keep nothing.
-        needs: What the init and the ranks are made of: `weights`, `inputs`, `gradients`, `quantised`.
-        is_delta: Whether the run trains in delta form, which keeps A₀ and B₀.
-    """
-
-    compute: str
-    trained: int
-    longest: int
-    lowest: int = 0
+    compute: str  # `fp32`, `bf16` or `int8`
+    trained: int  # parameters of the adapter
+    longest: int  # tokens of the longest row, of training or validation
+    lowest: int = 0  # number of the lowest adapted block; those below keep nothing
+    # what the init and the ranks are made of: `weights`, `inputs`, `gradients`, `quantised`
     needs: tuple[str, ...] = ()
-    is_delta: bool = False
+    is_delta: bool = False  # whether the run trains in delta form, which keeps A₀ and B₀
 
 
 def estimate_memory(base: Base, inputs: MemoryInputs, execution: ExecutionPlan) -> MemoryPlan:
-    """Expected peak memory of a run.
-
-    Args:
-        base: The base.
-        inputs: What is trained, and how.
-        execution: How a step is run.
-
-    Returns:
-        The parts, in bytes.
-    """
+    """Expected peak memory of a run, in parts."""
     compute, trained, width = inputs.compute, inputs.trained, COMPUTE_BYTES[inputs.compute]
     working = 4 + 2 * width if inputs.is_delta else 0 if compute == "fp32" else width
     adapter = trained * (ADAPTER_NUMBER_BYTES + 4 * execution.num_shares + working)
     activations = _activation_bytes(base.spec, width, execution, inputs.lowest)
+    # One size of a batch takes part in more products where shares run in parallel.
+    products = PRODUCTS * PRODUCT_BYTES * (execution.num_shares + execution.num_sizes - 1)
     return MemoryPlan(
-        process=PROCESS_BYTES + base.spec.vocab_size * TOKEN_BYTES + _product_bytes(execution),
+        process=PROCESS_BYTES + base.spec.vocab_size * TOKEN_BYTES + products,
         weights=_weight_bytes(base, compute, execution),
         adapter=max([adapter, *(_init_bytes(base.spec, need, trained, activations) for need in inputs.needs)]),
         activations=activations,
         scratch=execution.num_shares * _scratch_bytes(base, compute, inputs.longest, execution),
     )
-
-
-def _product_bytes(execution: ExecutionPlan) -> int:
-    """What the libraries keep: one size takes part in more products where shares run in parallel."""
-    return PRODUCTS * PRODUCT_BYTES * (execution.num_shares + execution.num_sizes - 1)
 
 
 def _weight_bytes(base: Base, compute: str, execution: ExecutionPlan) -> int:
@@ -182,64 +146,31 @@ def _scratch_bytes(base: Base, compute: str, longest: int, execution: ExecutionP
     chunk = logit_chunk(tokens, width * spec.vocab_size)
     numbers += chunk * spec.vocab_size + 3 * tokens * hidden  # logits, hidden states with a label
     if execution.store != "dense":
-        numbers += max(_window(rows, cols) for rows, cols in _stacked_shapes(spec))
+        # Frozen matrices as they are multiplied, those with the same input as one: the first window of the largest.
+        shapes = ((spec.vocab_size, hidden), (2 * inner, hidden), (hidden, inner), (heads, hidden))
+        numbers += max(windows(rows, cols)[0].stop * cols for rows, cols in shapes)
     total = max(tokens * inner, chunk * hidden) * (4 + width)  # gradients summed over windows
-    return numbers * width + total + (_whole_number_bytes(spec, tokens) if compute == "int8" else 0)
-
-
-def _whole_number_bytes(spec: DecoderSpec, tokens: int) -> int:
-    """What int8 products need beside: rows as int8, sums as int32, and the library's own copies of a weight."""
-    inner = spec.intermediate_size
-    return tokens * (2 * inner + 4 * max(WINDOW_ROWS, inner)) + INT8_COPIES * 2 * inner * spec.hidden_size
-
-
-def _window(rows: int, cols: int) -> int:
-    first = windows(rows, cols)[0]
-    return int(first.stop - first.start) * cols
-
-
-def _stacked_shapes(spec: DecoderSpec) -> list[tuple[int, int]]:
-    """Frozen matrices as they are multiplied: those with the same input are one."""
-    return [
-        (spec.vocab_size, spec.hidden_size), (2 * spec.intermediate_size, spec.hidden_size),
-        (spec.hidden_size, spec.intermediate_size), (spec.q_size + 2 * spec.kv_size, spec.hidden_size),
-    ]  # fmt: skip
+    if compute == "int8":  # rows as int8, sums as int32, and the library's own copies of a weight
+        total += tokens * (2 * inner + 4 * max(WINDOW_ROWS, inner)) + INT8_COPIES * 2 * inner * hidden
+    return numbers * width + total
 
 
 @dataclass(frozen=True)
 class StepWork:
-    """What a training step does, as far as its time depends on it.
+    """What a training step does, as far as its time depends on it."""
 
-    Attributes:
-        tokens: Of all rows of a step.
-        target_tokens: Of these, the target tokens.
-        row_tokens: Length of a typical row, by which attention's work goes.
-        trained: Parameters of the adapter.
-        lowest: Number of the lowest adapted block; nothing goes back through those below.
-    """
-
-    tokens: float
-    target_tokens: float
-    row_tokens: float
-    trained: int
-    lowest: int = 0
+    tokens: float  # of all rows of a step
+    target_tokens: float  # of these, the target tokens
+    row_tokens: float  # length of a typical row, by which attention's work goes
+    trained: int  # parameters of the adapter
+    lowest: int = 0  # number of the lowest adapted block; nothing goes back through those below
 
 
 def estimate_seconds(base: Base, compute: str, work: StepWork, execution: ExecutionPlan, machine: Machine) -> float:
     """Expected seconds of a training step.
 
-    The products are counted, at the rates of this machine and the shares of them that the engine was measured to
-    reach; elementwise work goes by the rate of copying.
-
-    Args:
-        base: The base.
-        compute: `fp32`, `bf16` or `int8`.
-        work: What a step does.
-        execution: How it is run.
-        machine: Rates.
-
-    Returns:
-        Seconds.
+    The products are counted, at the rates of this machine and the shares of them that the engine was measured to reach;
+    elementwise work goes by the rate of copying.
     """
     spec, width = base.spec, COMPUTE_BYTES[compute]
     rate = machine.flops.get("fp32" if compute == "fp32" else "bf16") or max(machine.flops.values())

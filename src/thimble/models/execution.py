@@ -7,25 +7,16 @@ from thimble.core.sizes import MICRO_BATCH_TOKENS
 
 @dataclass(frozen=True)
 class ExecutionPlan:
-    """How the weights are kept, and how the rows of a step are run.
+    """How the weights are kept, and how the rows of a step are run."""
 
-    Attributes:
-        store: `dense`, `int8` or `file`.
-        num_shares: Workers: micro-batches that run in parallel.
-        micro_tokens: Most tokens of a micro-batch.
-        tokens_at_once: Most tokens of all that run in parallel.
-        checkpointed_blocks: Blocks under activation checkpointing: they keep only their input for the backward pass.
-        is_streamed: Weights are read from the file for each product and not kept.
-        num_sizes: Sizes in which batches of uneven rows come, about.
-    """
-
-    store: str
-    num_shares: int = 1
-    micro_tokens: int = MICRO_BATCH_TOKENS[0]
-    tokens_at_once: int = MICRO_BATCH_TOKENS[0]
+    store: str  # `dense`, `int8` or `file`
+    num_shares: int = 1  # workers: micro-batches that run in parallel
+    micro_tokens: int = MICRO_BATCH_TOKENS[0]  # most tokens of a micro-batch
+    tokens_at_once: int = MICRO_BATCH_TOKENS[0]  # most tokens of all that run in parallel
+    # blocks under activation checkpointing: they keep only their input for the backward pass
     checkpointed_blocks: int = 0
-    is_streamed: bool = False
-    num_sizes: int = 1
+    is_streamed: bool = False  # weights are read from the file for each product and not kept
+    num_sizes: int = 1  # sizes in which batches of uneven rows come, about
 
     def relative_cost(self, num_blocks: int, cores: int) -> float:
         """Time of a step over that of the fastest plan, about.

@@ -21,14 +21,7 @@ NEEDED = ("num_hidden_layers", "num_attention_heads", "hidden_size", "intermedia
 
 
 def check_sizes(fields: Mapping[str, Any]) -> None:
-    """Refuse sizes that no model has, all at once, before anything is made of them.
-
-    Args:
-        fields: The settings by their Hugging Face names.
-
-    Raises:
-        BaseModelError: Naming every size that is missing, no whole number, or absurd.
-    """
+    """Refuse sizes that are missing or that no model has, all at once, before anything is made of them."""
     wrong = [f"{name} is missing: copy the base again" for name in NEEDED if fields.get(name) is None]
     wrong += [
         f"{name} is {shown(fields[name])}: expected from 1 to {most:,}"

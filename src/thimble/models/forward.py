@@ -25,59 +25,34 @@ Angles = tuple[Any, Any]  # cos and sin, float64 (T, 1, dim / 2)
 
 @dataclass(frozen=True)
 class Ops:
-    """What an array library is asked for beside operators.
+    """What an array library is asked for beside operators."""
 
-    Attributes:
-        exp: Of each element.
-        tanh: Of each element.
-        sqrt: Of each element.
-        mean: Over the last axis, which stays with length 1.
-        sum: Of all elements.
-        log_softmax: Over the last axis.
-        where: Of a condition and two arrays or numbers.
-        concatenate: Of a sequence, along the last axis.
-        stop_gradient: The same values, as constants.
-    """
-
-    exp: Callable[[Any], Any]
-    tanh: Callable[[Any], Any]
-    sqrt: Callable[[Any], Any]
-    mean: Callable[[Any], Any]
-    sum: Callable[[Any], Any]
-    log_softmax: Callable[[Any], Any]
-    where: Callable[[Any, Any, Any], Any]
-    concatenate: Callable[[Any], Any]
-    stop_gradient: Callable[[Any], Any]
+    exp: Callable[[Any], Any]  # of each element
+    tanh: Callable[[Any], Any]  # of each element
+    sqrt: Callable[[Any], Any]  # of each element
+    mean: Callable[[Any], Any]  # over the last axis, which stays with length 1
+    sum: Callable[[Any], Any]  # of all elements
+    log_softmax: Callable[[Any], Any]  # over the last axis
+    where: Callable[[Any, Any, Any], Any]  # of a condition and two arrays or numbers
+    concatenate: Callable[[Any], Any]  # of a sequence, along the last axis
+    stop_gradient: Callable[[Any], Any]  # the same values, as constants
 
 
 class Update(NamedTuple):
-    """The update of one layer in a library's own arrays: scale · (B A − B₀ A₀).
+    """The update of one layer in a library's own arrays: scale · (B A − B₀ A₀)."""
 
-    Attributes:
-        A: (rank, in).
-        B: (out, rank).
-        scale: Factor of the product.
-        magnitude: (out,), lengths that the rows of the updated weight are given (DoRA), or None.
-        origin: A₀ and B₀, or None for plain LoRA.
-    """
-
-    A: Any
-    B: Any
-    scale: float
-    magnitude: Any = None
-    origin: tuple[Any, Any] | None = None
+    A: Any  # (rank, in)
+    B: Any  # (out, rank)
+    scale: float  # factor of the product
+    magnitude: Any = None  # (out,), lengths that the rows of the updated weight are given (DoRA), or None
+    origin: tuple[Any, Any] | None = None  # A₀ and B₀, or None for plain LoRA
 
 
 class Layout(NamedTuple):
-    """What the layers need to know of the rows of a batch.
+    """What the layers need to know of the rows of a batch."""
 
-    Attributes:
-        angles: Per layer: cos and sin, or None for a layer without positions.
-        seen: Per layer: which keys each query sees, bool (T, T).
-    """
-
-    angles: tuple[Angles | None, ...]
-    seen: tuple[Any, ...]
+    angles: tuple[Angles | None, ...]  # per layer: cos and sin, or None for a layer without positions
+    seen: tuple[Any, ...]  # per layer: which keys each query sees, bool (T, T)
 
 
 @dataclass(frozen=True)
@@ -92,15 +67,10 @@ class _Model:
 
 
 def layout(spec: DecoderSpec, starts: NDArray[np.int64], ends: NDArray[np.int64] | None = None) -> Layout:
-    """Prepare rows laid end to end.
+    """Angles and masks of rows laid end to end; layers that agree share them.
 
-    Args:
-        spec: The base.
-        starts: int64 (rows + 1,), row s is tokens starts[s] to starts[s + 1].
-        ends: int64 (rows,), tokens that each row may come to, on which LongRoPE depends; None: those that it has.
-
-    Returns:
-        Angles and masks; layers that agree share them.
+    Row s is tokens starts[s] to starts[s + 1] of int64 (rows + 1,). `ends`, int64 (rows,), are the tokens that each row
+    may come to, on which LongRoPE depends; None: those that it has.
     """
     lengths, tokens = np.diff(starts), np.arange(starts[-1])
     rows = np.repeat(np.arange(len(lengths)), lengths)
@@ -127,19 +97,10 @@ def hidden(
     ops: Ops, spec: DecoderSpec, weights: Mapping[str, Any], ids: Any, rows: Layout,
     adapter: Mapping[str, Update] | None = None, drop: Drop | None = None,
 ) -> Any:  # fmt: skip
-    """Run all blocks.
+    """Run all blocks on token ids (T,), laid out by `layout`: (T, hidden), before the final norm.
 
-    Args:
-        ops: The operations.
-        spec: The base.
-        weights: Its weights by their transformers name; (out, in) of matrices.
-        ids: Whole numbers (T,), token ids.
-        rows: From `layout`.
-        adapter: Updates by layer path; without any it is the bare base, bit for bit.
-        drop: Dropout in training, or None.
-
-    Returns:
-        (T, hidden), before the final norm.
+    Weights go by their transformers name, matrices (out, in); updates by layer path, and without any it is the bare
+    base, bit for bit.
     """
     model = _Model(ops, spec, weights, adapter or {}, drop)
     x = weights[EMBEDDING][ids] * spec.embedding_scale  # (T, hidden)
@@ -163,9 +124,6 @@ def divergence(ops: Ops, scores: Any, base_scores: Any) -> Any:
     """Σ KL(base ‖ model) over tokens: logits of both (n, vocabulary)."""
     wanted = ops.log_softmax(base_scores)
     return ops.sum(ops.exp(wanted) * (wanted - ops.log_softmax(scores)))
-
-
-# ---- one block ------------------------------------------------------------------------------------------------------
 
 
 def _block(model: _Model, number: int, x: Any, angles: Angles | None, seen: Any) -> Any:
@@ -214,9 +172,6 @@ def _mlp(model: _Model, number: int, x: Any) -> Any:
         inner = (gate + gate * gate * gate * 0.044715) * math.sqrt(2 / math.pi)
     gated = gate * 0.5 * (model.ops.tanh(inner) + 1) * up
     return _projected(model, 4 * number + 3, gated, path, ("down_proj",))
-
-
-# ---- parts ----------------------------------------------------------------------------------------------------------
 
 
 def _projected(model: _Model, group: int, x: Any, path: str, names: tuple[str, ...]) -> Any:

@@ -9,21 +9,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from thimble.core import spectra
 from thimble.core.lowrank import Array, Decomposition, Factors, merge, rank_for, svd, svd_of_update
-from thimble.core.spectra import (
-    INTRUDER_DIRECTIONS,
-    column_space,
-    effective_rank,
-    energy_curve,
-    energy_within,
-    inner_product,
-    intruders,
-    mean_squared_cosine,
-    noise_edge,
-    overlap,
-    singular_values,
-    stable_rank,
-)
 from thimble.core.targets import ATTENTION, MLP
 from thimble.files.blocks import step_sizes
 from thimble.models.base import Weight
@@ -172,9 +159,6 @@ class InitShares:
     gradient: float
 
 
-# ---- names of layers ------------------------------------------------------------------------------------------------
-
-
 def find_block(path: str) -> int | None:
     """Number of the block that a layer belongs to, of any model; None for one outside the blocks."""
     return next((int(part) for part in path.split(".") if part.isdecimal()), None)
@@ -196,43 +180,25 @@ def in_order(layers: Iterable[str]) -> list[str]:
     return sorted(layers, key=order)
 
 
-# ---- measuring ------------------------------------------------------------------------------------------------------
-
-
 def spectrum_of(layer: str, matrix: Array, weight: Weight) -> Spectrum:
-    """Measure the singular values of one weight.
-
-    Args:
-        layer: Its path.
-        matrix: W, float32 (out, in), finite and not all zeros.
-        weight: Where it was read from, whose blocks tell how it was rounded.
-
-    Returns:
-        What was found.
-    """
-    values = singular_values(matrix)
+    """Measure W, float32 (out, in), finite and not all zeros; the blocks of its file tell how it was rounded."""
+    values = spectra.singular_values(matrix)
     rows, columns = matrix.shape
     steps = step_sizes(weight.raw(), weight.dtype)
-    below = None if steps is None else float((values < noise_edge((rows, columns), steps)).mean())
+    below = None if steps is None else float((values < spectra.noise_edge((rows, columns), steps)).mean())
     ranks = [rank_for(values, share) for share in (0.5, 0.8, 0.9, 0.95, 0.99)]
     return Spectrum(
         layer, kind_of(layer), find_block(layer) or 0, [rows, columns], float(np.linalg.norm(values)),
-        stable_rank(values), effective_rank(values), *ranks, energy_within(values, 16), below,
-        energy_curve(values, CURVE_POINTS).round(5).tolist(),
+        spectra.stable_rank(values), spectra.effective_rank(values), *ranks, spectra.energy_within(values, 16), below,
+        spectra.energy_curve(values, CURVE_POINTS).round(5).tolist(),
     )  # fmt: skip
 
 
 def update_of(layer: str, factors: Factors, matrix: Array | None, is_decomposed: bool) -> Update:
     """Measure what an adapter does to one layer; the dense update is never formed, except to count intruders.
 
-    Args:
-        layer: Its path.
-        factors: The update; a magnitude is left out of account, except to count intruders.
-        matrix: W, float32 (out, in), or None if nothing can be said about it.
-        is_decomposed: Whether to compare the update with the directions of W, which takes two SVDs of its size.
-
-    Returns:
-        What was found.
+    A magnitude counts for intruders alone. W is float32 (out, in), or None if nothing can be said about it; to compare
+    the update with its directions (`is_decomposed`) takes two SVDs of its size.
     """
     found = svd_of_update(factors)
     values = np.abs(found.values)
@@ -240,8 +206,8 @@ def update_of(layer: str, factors: Factors, matrix: Array | None, is_decomposed:
     of_weight = None if matrix is None else norm / float(np.linalg.norm(matrix.astype(np.float64)))
     rank_90, rank_99 = (rank_for(values, share) if norm else 0 for share in (0.9, 0.99))
     update = Update(
-        layer, kind_of(layer), find_block(layer) or 0, factors.rank, norm, of_weight, stable_rank(values),
-        effective_rank(values), rank_90, rank_99, values=values.tolist(),
+        layer, kind_of(layer), find_block(layer) or 0, factors.rank, norm, of_weight, spectra.stable_rank(values),
+        spectra.effective_rank(values), rank_90, rank_99, values=values.tolist(),
     )  # fmt: skip
     if norm and matrix is not None and is_decomposed:
         _compare_with_weight(update, found, factors, matrix)
@@ -256,34 +222,24 @@ def _compare_with_weight(update: Update, of_update: Decomposition, factors: Fact
     leading = rank_for(of_update.values, SHARE_OF_DIRECTIONS)
     written, read = of_update.left[:, :leading], of_update.right[:leading].T
     left, right = of_weight.left, of_weight.right.T
-    update.written_top, update.written_bottom = (
-        mean_squared_cosine(s, written) for s in (left[:, :rank], left[:, -rank:])
-    )
-    update.read_top, update.read_bottom = (mean_squared_cosine(s, read) for s in (right[:, :rank], right[:, -rank:]))
+    cosine = spectra.mean_squared_cosine
+    update.written_top, update.written_bottom = (cosine(s, written) for s in (left[:, :rank], left[:, -rank:]))
+    update.read_top, update.read_bottom = (cosine(s, read) for s in (right[:, :rank], right[:, -rank:]))
     update.written_chance, update.read_chance = rank / matrix.shape[0], rank / matrix.shape[1]
-    update.intruders = intruders(left, svd(merge(matrix, factors), min(INTRUDER_DIRECTIONS, size)).left)
+    update.intruders = spectra.intruders(left, svd(merge(matrix, factors), min(spectra.INTRUDER_DIRECTIONS, size)).left)
 
 
 def overlap_of(layer: str, first: Factors, second: Factors) -> Overlap:
-    """Measure what two adapters have in common in one layer.
-
-    Args:
-        layer: Its path.
-        first: One update.
-        second: The other, of the same shape and any rank.
-
-    Returns:
-        What was found.
-    """
-    read = [column_space(factors.A.T) for factors in (first, second)]
-    written = [column_space(factors.B) for factors in (first, second)]
-    norms = [math.sqrt(max(inner_product(factors, factors), 0.0)) for factors in (first, second)]
+    """Measure what two adapters have in common in one layer; their ranks may differ."""
+    read = [spectra.column_space(factors.A.T) for factors in (first, second)]
+    written = [spectra.column_space(factors.B) for factors in (first, second)]
+    norms = [math.sqrt(max(spectra.inner_product(factors, factors), 0.0)) for factors in (first, second)]
     rank = max(first.rank, second.rank)
     return Overlap(
         layer, kind_of(layer), find_block(layer), [first.rank, second.rank],
-        _known(overlap(*read)), rank / first.A.shape[1],
-        _known(overlap(*written)), rank / first.B.shape[0],
-        inner_product(first, second) / (norms[0] * norms[1]) if all(norms) else None, norms,
+        _known(spectra.overlap(*read)), rank / first.A.shape[1],
+        _known(spectra.overlap(*written)), rank / first.B.shape[0],
+        spectra.inner_product(first, second) / (norms[0] * norms[1]) if all(norms) else None, norms,
     )  # fmt: skip
 
 

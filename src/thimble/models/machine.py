@@ -21,22 +21,15 @@ DISK_SAMPLE_BYTES = 1 << 26
 
 @dataclass(frozen=True)
 class Machine:
-    """Rates of this machine.
+    """Rates of this machine."""
 
-    Attributes:
-        name: Of the processor.
-        cores: That this process may use.
-        flops: Operations per second of a large product on all cores, by `fp32`, `bf16` and, where there are
-            instructions for it, `int8`.
-        copy_bytes: Bytes per second read or written while memory is copied.
-        measured: When, seconds since 1970.
-    """
-
-    name: str
-    cores: int
+    name: str  # of the processor
+    cores: int  # that this process may use
+    # operations per second of a large product on all cores, by `fp32`, `bf16` and, where there are instructions for it,
+    # `int8`
     flops: Mapping[str, float]
-    copy_bytes: float
-    measured: float
+    copy_bytes: float  # bytes per second read or written while memory is copied
+    measured: float  # when, seconds since 1970
 
 
 def processor() -> tuple[str, frozenset[str]]:
@@ -58,31 +51,19 @@ def cache_folder() -> Path:
 
 
 def remembered(key: str, measure: Callable[[], Machine]) -> Machine:
-    """What was measured within the last week under the same key, or what is measured now.
-
-    Args:
-        key: Changes with anything that changes the result: processor, cores, versions.
-        measure: Measures the machine.
-
-    Returns:
-        The machine.
-    """
+    """What was measured within the last week under the same key (processor, cores, versions), else what is now."""
     path = cache_folder() / "machine.json"
-    try:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # never measured, or by another version
         saved = json.loads(path.read_text())
         machine = Machine(**{field.name: saved["machine"][field.name] for field in fields(Machine)})
         if saved["key"] == key and 0 <= time.time() - machine.measured < STALE_AFTER_SECONDS:
             return machine
-    except (OSError, ValueError, KeyError, TypeError):  # never measured, or by another version
-        pass
     machine = measure()
-    try:
+    with contextlib.suppress(OSError):  # a home that cannot be written: measured again next time
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f".{os.getpid()}")
         part.write_text(json.dumps({"key": key, "machine": asdict(machine)}))
         part.replace(path)
-    except OSError:  # a home that cannot be written: measured again next time
-        pass
     return machine
 
 
@@ -102,7 +83,7 @@ def disk_bytes_per_second(path: Path) -> float:
 
 def available_bytes() -> int:
     """Memory this process may still take: what the system has free, or less if a control group limits it."""
-    free = _meminfo_bytes("MemAvailable")
+    free = _unlimited_bytes()
     for folder in _control_groups():
         for limit, used in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
             try:
@@ -155,11 +136,9 @@ def _cached_bytes(folder: Path) -> int:
     return 0
 
 
-def _meminfo_bytes(name: str) -> int:
-    try:
+def _unlimited_bytes() -> int:
+    with contextlib.suppress(OSError):  # not Linux
         for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith(name + ":"):
+            if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
-    except OSError:  # not Linux
-        pass
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -121,8 +121,7 @@ def stored_bytes(paths: Iterable[str]) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for path in paths:
         for name, info in open_tensors(find_adapter(path) / WEIGHTS_FILE).tensors.items():
-            match = KEY.match(name)
-            if match:
+            if match := KEY.match(name):
                 sizes[match["path"]] = sizes.get(match["path"], 0) + info.nbytes
     return sizes
 
@@ -142,9 +141,6 @@ def rounding_warning(layers: Iterable[MergedLayer]) -> str:
     )
 
 
-# ---- a smaller adapter ----------------------------------------------------------------------------------------------
-
-
 def write_truncated(
     adapters: Sequence[Adapter],
     updates: Mapping[str, Factors],
@@ -153,15 +149,9 @@ def write_truncated(
     folder: Path,
     on_layer: Callable[[MergedLayer], None],
 ) -> None:
-    """Truncate updates and write them as one adapter.
+    """Truncate summed updates to a share of their energy (None: all) and a highest rank, and write them as one adapter.
 
-    Args:
-        adapters: Where the updates come from.
-        updates: Their sum, by layer path.
-        energy: Share of the energy that each layer keeps; None for all.
-        most: The highest rank that a layer keeps; None for as many as an adapter may have.
-        folder: Where to write; exists.
-        on_layer: Called with each layer as it is done, size in files before left out; what it raises ends the work.
+    What `on_layer` raises ends the work; it gets each layer as it is done, without its size in the files before.
     """
     kept = {}
     for path, factors in updates.items():
@@ -173,22 +163,8 @@ def write_truncated(
     save_adapter(replace(adapters[0], layers=kept, base=base, origin={}), folder)
 
 
-# ---- a merged base ---------------------------------------------------------------------------------------------------
-
-
 def check_mergeable(base: Base, layers: Sequence[str]) -> int:
-    """Refuse a base that cannot take updates.
-
-    Args:
-        base: The base.
-        layers: Paths of the layers to update.
-
-    Returns:
-        Bytes of all files that `write_merged` writes.
-
-    Raises:
-        BaseModelError: If it is a GGUF file, or a weight is not of a float dtype.
-    """
+    """Refuse a GGUF file and weights of no float dtype; return the bytes of all files that `write_merged` writes."""
     if base.metadata is not None:
         raise BaseModelError(
             f"base {base.path} is a GGUF file, whose blocks would have to be rounded again, which costs more than a "
@@ -208,14 +184,7 @@ def write_merged(
 ) -> None:
     """Copy a Hugging Face folder with updates added to its weights; holds a few rows of one weight at a time.
 
-    Args:
-        base: The base, as `check_mergeable` accepts it.
-        updates: By layer path.
-        folder: Where to write; exists.
-        on_layer: Called with each layer as it is done, sizes in files left out; what it raises ends the work.
-
-    Raises:
-        RunError: If a merged weight does not fit its dtype, or a weight of the base holds NaN or Inf.
+    What `on_layer` raises ends the work; it gets each layer as it is done, without its sizes in files.
     """
     for path in other_files(base.path):
         place = folder / path.relative_to(base.path)
@@ -249,19 +218,9 @@ def other_files(folder: Path) -> list[Path]:
 def merged_rows(
     layer: str, weight: Weight, factors: Factors, on_layer: Callable[[MergedLayer], None]
 ) -> Iterator[memoryview]:
-    """The bytes of a merged weight, some rows at a time.
+    """The bytes of a merged weight in its dtype, some rows at a time; then `on_layer` learns what rounding cost.
 
-    Args:
-        layer: Path of the layer, for messages.
-        weight: W as the file has it, (out, in).
-        factors: The update.
-        on_layer: Called at the end with what rounding cost.
-
-    Yields:
-        memoryview: The next rows, in the dtype of the weight.
-
-    Raises:
-        RunError: If a sum does not fit the dtype, or W holds NaN or Inf.
+    A RunError if a sum does not fit the dtype, or W holds NaN or Inf.
     """
     num_rows, columns = weight.shape
     step = max(1, WINDOW_VALUES // columns)

@@ -17,35 +17,17 @@ MOST_POSITIONS = MOST["max_position_embeddings"]
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary position embedding of a layer (Su et al., arXiv:2104.09864).
+    """Rotary position embedding of a layer (Su et al., arXiv:2104.09864)."""
 
-    Attributes:
-        inv_freq: float64 (dim / 2,), angle per position of each pair (i, i + dim / 2).
-        scale: Factor of both cos and sin (1 but for YaRN and LongRoPE).
-        long_inv_freq: Used instead when a row is longer than `long_from` tokens (LongRoPE), else None.
-        long_from: Length up to which `inv_freq` holds.
-    """
-
-    inv_freq: NDArray[np.float64]
-    scale: float = 1.0
+    inv_freq: NDArray[np.float64]  # float64 (dim / 2,), angle per position of each pair (i, i + dim / 2)
+    scale: float = 1.0  # factor of both cos and sin (1 but for YaRN and LongRoPE)
+    # used instead when a row is longer than `long_from` tokens (LongRoPE), else None
     long_inv_freq: NDArray[np.float64] | None = None
-    long_from: int = 0
+    long_from: int = 0  # length up to which `inv_freq` holds
 
 
 def make_rope(scaling: Mapping[str, Any], fields: Mapping[str, Any], head_dim: int) -> Rope:
-    """Compute the angles of a rotary embedding.
-
-    Args:
-        scaling: `rope_parameters` (transformers 5) or `rope_scaling` (4): type and its settings.
-        fields: The whole config, for what those leave out.
-        head_dim: Width of a head.
-
-    Returns:
-        The rotary embedding.
-
-    Raises:
-        BaseModelError: If the type is not supported.
-    """
+    """Angles by `rope_parameters` (transformers 5) or `rope_scaling` (4), and the config for what those leave out."""
     theta = number(scaling, "rope_theta", 2, 1e15, number(fields, "rope_theta", 2, 1e15, 1e4))
     share = number(scaling, "partial_rotary_factor", 1e-3, 1, number(fields, "partial_rotary_factor", 1e-3, 1, 1.0))
     dim = int(head_dim * share)

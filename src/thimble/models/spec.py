@@ -20,55 +20,30 @@ from thimble.models.rope import Rope, make_rope
 
 @dataclass(frozen=True)
 class DecoderSpec:
-    """Everything a backend needs to know to run a base, beside its weights.
+    """Everything a backend needs to know to run a base, beside its weights."""
 
-    Attributes:
-        family: `llama`, `mistral`, `smollm3`, `qwen2`, `qwen3`, `gemma2`, `gemma3` or `phi3`.
-        hidden_size: Width of the residual stream.
-        intermediate_size: Width of the MLP.
-        num_layers: Blocks.
-        num_heads: Query heads of a layer.
-        num_kv_heads: Key heads of a layer, and as many value heads.
-        head_dim: Width of a head.
-        vocab_size: Rows of the embedding.
-        norm_eps: Added to the mean square in every norm.
-        windows: Per layer: number of latest positions that attention sees, or None for all.
-        ropes: Per layer: its rotary embedding, or None for layers without positions.
-        attention_scale: Factor of q kᵀ.
-        max_positions: Longest row the base was made for.
-        activation: `silu` or `gelu_tanh`, of the gated MLP.
-        attention_softcap: Scores become cap · tanh(scores / cap), or None.
-        final_softcap: The same for logits.
-        embedding_scale: Factor of the token embeddings.
-        has_qk_norm: q and k are RMS-normalised per head.
-        has_post_norms: Outputs of attention and MLP are normalised before they are added (Gemma).
-        norm_offset: Added to norm weights as stored in a Hugging Face folder (1 for Gemma).
-        is_fused: q/k/v and gate/up are one matrix each (Phi-3).
-        is_tied: The output head is the embedding matrix.
-    """
-
-    family: str
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    vocab_size: int
-    norm_eps: float
-    windows: tuple[int | None, ...]
-    ropes: tuple[Rope | None, ...]
-    attention_scale: float
-    max_positions: int
-    activation: str = "silu"
-    attention_softcap: float | None = None
-    final_softcap: float | None = None
-    embedding_scale: float = 1.0
-    has_qk_norm: bool = False
-    has_post_norms: bool = False
-    norm_offset: float = 0.0
-    is_fused: bool = False
-    is_tied: bool = False
+    family: str  # `llama`, `mistral`, `smollm3`, `qwen2`, `qwen3`, `gemma2`, `gemma3` or `phi3`
+    hidden_size: int  # width of the residual stream
+    intermediate_size: int  # width of the MLP
+    num_layers: int  # blocks
+    num_heads: int  # query heads of a layer
+    num_kv_heads: int  # key heads of a layer, and as many value heads
+    head_dim: int  # width of a head
+    vocab_size: int  # rows of the embedding
+    norm_eps: float  # added to the mean square in every norm
+    windows: tuple[int | None, ...]  # per layer: number of latest positions that attention sees, or None for all
+    ropes: tuple[Rope | None, ...]  # per layer: its rotary embedding, or None for layers without positions
+    attention_scale: float  # factor of q kᵀ
+    max_positions: int  # longest row the base was made for
+    activation: str = "silu"  # `silu` or `gelu_tanh`, of the gated MLP
+    attention_softcap: float | None = None  # scores become cap · tanh(scores / cap), or None
+    final_softcap: float | None = None  # the same for logits
+    embedding_scale: float = 1.0  # factor of the token embeddings
+    has_qk_norm: bool = False  # q and k are RMS-normalised per head
+    has_post_norms: bool = False  # outputs of attention and MLP are normalised before they are added (Gemma)
+    norm_offset: float = 0.0  # added to norm weights as stored in a Hugging Face folder (1 for Gemma)
+    is_fused: bool = False  # q/k/v and gate/up are one matrix each (Phi-3)
+    is_tied: bool = False  # the output head is the embedding matrix
 
     @property
     def q_size(self) -> int:
@@ -104,26 +79,16 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "sliding_window": 4096, "tie_word_embeddings": True,
     },
     "gemma3": {
-        "vocab_size": 262208, "num_attention_heads": 8, "num_key_value_heads": 4,
-        "head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 4096, "sliding_window_pattern": 6,
-        "rope_theta": 1e6, "rope_local_base_freq": 1e4, "tie_word_embeddings": True,
+        "vocab_size": 262208, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
+        "query_pre_attn_scalar": 256, "sliding_window": 4096, "sliding_window_pattern": 6, "rope_theta": 1e6,
+        "rope_local_base_freq": 1e4, "tie_word_embeddings": True,
     },
     "phi3": {"original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
 }  # fmt: skip
 
 
 def spec_from_config(config: Mapping[str, Any]) -> DecoderSpec:
-    """Read the description of a Hugging Face folder.
-
-    Args:
-        config: Content of config.json, of transformers 4 or 5.
-
-    Returns:
-        The description.
-
-    Raises:
-        BaseModelError: If the family or one of its settings is not supported, or a field is missing.
-    """
+    """Read the description of a Hugging Face folder from its config.json, of transformers 4 or 5."""
     if "text_config" in config and config.get("model_type") in ("gemma3", "mistral3"):
         config = {"tie_word_embeddings": True, **group(config, "text_config")}
     kind = config.get("model_type")
@@ -151,29 +116,19 @@ def _build(family: str, fields: dict[str, Any]) -> DecoderSpec:
     is_gemma = family.startswith("gemma")
     scalar = number(fields, "query_pre_attn_scalar", 1e-3, 1e6) if is_gemma else head_dim
     return DecoderSpec(
-        family=family,
-        hidden_size=fields["hidden_size"],
-        intermediate_size=fields["intermediate_size"],
-        num_layers=layers,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=head_dim,
-        vocab_size=fields["vocab_size"],
+        family=family, hidden_size=fields["hidden_size"], intermediate_size=fields["intermediate_size"],
+        num_layers=layers, num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, vocab_size=fields["vocab_size"],
         norm_eps=number(fields, "rms_norm_eps", 1e-12, 0.1, 1e-6),
-        windows=_windows(family, fields, layers),
-        ropes=_ropes(family, fields, layers, head_dim),
+        windows=_windows(family, fields, layers), ropes=_ropes(family, fields, layers, head_dim),
         attention_scale=scalar**-0.5,
         max_positions=whole(fields, "max_position_embeddings", 1, MOST["max_position_embeddings"], 2048),
         activation=_activation(fields.get("hidden_activation") or fields.get("hidden_act") or "silu"),
         attention_softcap=_softcap(fields, "attn_logit_softcapping"),
         final_softcap=_softcap(fields, "final_logit_softcapping"),
         embedding_scale=math.sqrt(fields["hidden_size"]) if is_gemma else 1.0,
-        has_qk_norm=family in ("qwen3", "gemma3"),
-        has_post_norms=is_gemma,
-        norm_offset=1.0 if is_gemma else 0.0,
-        is_fused=family == "phi3",
-        is_tied=flag(fields, "tie_word_embeddings"),
-    )
+        has_qk_norm=family in ("qwen3", "gemma3"), has_post_norms=is_gemma, norm_offset=1.0 if is_gemma else 0.0,
+        is_fused=family == "phi3", is_tied=flag(fields, "tie_word_embeddings"),
+    )  # fmt: skip
 
 
 def _softcap(fields: Mapping[str, Any], name: str) -> float | None:
@@ -240,37 +195,25 @@ GGUF_FIELDS = {
     "rope.freq_base_swa": "rope_local_base_freq", "context_length": "max_position_embeddings",
     "rope.scaling.original_context_length": "original_max_position_embeddings",
 }  # fmt: skip
-GGUF_FAMILIES = {"llama": "llama", "smollm3": "smollm3", "qwen2": "qwen2", "qwen3": "qwen3", "gemma2": "gemma2",
-                 "gemma3": "gemma3", "phi3": "phi3"}  # fmt: skip
+GGUF_FAMILIES = ("llama", "smollm3", "qwen2", "qwen3", "gemma2", "gemma3", "phi3")
 
 
 def spec_from_gguf(
     metadata: Mapping[str, Any], vocab_size: int, is_tied: bool, divisors: Mapping[str, NDArray[np.float32]]
 ) -> DecoderSpec:
-    """Read the description of a GGUF file.
+    """Read the description of a GGUF file: its metadata, and the rows of its embedding, which may be the head as well.
 
-    Args:
-        metadata: Its key-value pairs.
-        vocab_size: Rows of the embedding matrix.
-        is_tied: Whether it has no output matrix of its own.
-        divisors: Rotary divisors by tensor name (`rope_freqs.weight`, `rope_factors_long.weight` ...), each (dim / 2,).
-
-    Returns:
-        The description.
-
-    Raises:
-        BaseModelError: If the architecture or one of its settings is not supported, or a field is missing.
+    `divisors` are rotary divisors, (dim / 2,), by tensor name (`rope_freqs.weight`, `rope_factors_long.weight` ...).
     """
-    arch = metadata.get("general.architecture")
-    if not isinstance(arch, str) or arch not in GGUF_FAMILIES:
-        raise BaseModelError(f"the GGUF holds architecture {shown(arch)}: supported are {', '.join(GGUF_FAMILIES)}")
-    family = GGUF_FAMILIES[arch]
-    given = {hf: metadata[f"{arch}.{key}"] for key, hf in GGUF_FIELDS.items() if f"{arch}.{key}" in metadata}
+    family = metadata.get("general.architecture")
+    if not isinstance(family, str) or family not in GGUF_FAMILIES:
+        raise BaseModelError(f"the GGUF holds architecture {shown(family)}: supported are {', '.join(GGUF_FAMILIES)}")
+    given = {hf: metadata[f"{family}.{key}"] for key, hf in GGUF_FIELDS.items() if f"{family}.{key}" in metadata}
     fields = {**DEFAULTS.get(family, {}), "sliding_window": None, **given}
     fields |= {"vocab_size": vocab_size, "tie_word_embeddings": is_tied}
     check_sizes(fields)
     try:
-        fields |= _gguf_quirks(family, arch, metadata, fields, divisors)
+        fields |= _gguf_quirks(family, metadata, fields, divisors)
         return _with_divisors(_build(family, fields), divisors)
     except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         what = printable(f"{type(error).__name__}: {error}")
@@ -278,26 +221,25 @@ def spec_from_gguf(
 
 
 def _gguf_quirks(
-    family: str, arch: str, metadata: Mapping[str, Any], fields: Mapping[str, Any], divisors: Mapping[str, Any]
+    family: str, metadata: Mapping[str, Any], fields: Mapping[str, Any], divisors: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Settings that GGUF writes otherwise than config.json, and those that llama.cpp has in its code."""
     quirks: dict[str, Any] = {"use_sliding_window": False, "hidden_act": "silu"}
-    kind = metadata.get(f"{arch}.rope.scaling.type")
-    scaling = {"rope_type": kind if kind in ("linear", "yarn") else "default"}
-    scaling["factor"] = metadata.get(f"{arch}.rope.scaling.factor")
-    scaling["original_max_position_embeddings"] = metadata.get(f"{arch}.rope.scaling.original_context_length")
+    kind, factor, length, attention = (
+        metadata.get(f"{family}.rope.scaling.{key}")
+        for key in ("type", "factor", "original_context_length", "attn_factor")
+    )
+    scaling = {"rope_type": kind if kind in ("linear", "yarn") else "default", "factor": factor}
+    scaling["original_max_position_embeddings"] = length
     head_dim = fields.get("head_dim") or fields["hidden_size"] // fields["num_attention_heads"]
-    rotary = whole(metadata, f"{arch}.rope.dimension_count", 2, MOST["head_dim"], head_dim)
+    rotary = whole(metadata, f"{family}.rope.dimension_count", 2, MOST["head_dim"], head_dim)
     quirks |= {"rope_scaling": scaling, "partial_rotary_factor": rotary / head_dim}
     if family.startswith("gemma"):
         quirks |= {"hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": _gemma_scalar(family, fields)}
     if "rope_factors_long.weight" in divisors:
-        quirks["rope_scaling"] = {
-            "rope_type": "longrope",
-            "long_factor": divisors["rope_factors_long.weight"],
-            "short_factor": divisors.get("rope_factors_short.weight"),
-            "attention_factor": metadata.get(f"{arch}.rope.scaling.attn_factor"),
-        }
+        long, short = divisors["rope_factors_long.weight"], divisors.get("rope_factors_short.weight")
+        scaling = {"rope_type": "longrope", "long_factor": long, "short_factor": short, "attention_factor": attention}
+        quirks["rope_scaling"] = scaling
     return quirks
 
 

@@ -1,7 +1,7 @@
 """The layers of a base, of an adapter or of two adapters measured one after the other, and means over them."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -10,18 +10,9 @@ import numpy as np
 from thimble.core.adapter import Adapter
 from thimble.core.lowrank import Array
 from thimble.errors import ConfigError, listing
+from thimble.models import inspection
 from thimble.models.base import Base, Weight
-from thimble.models.inspection import (
-    InitShares,
-    Overlap,
-    Spectrum,
-    Update,
-    find_block,
-    in_order,
-    overlap_of,
-    spectrum_of,
-    update_of,
-)
+from thimble.models.inspection import InitShares, Overlap, Spectrum, Update, find_block, in_order
 
 MOST_OPERATIONS = 1e12  # about a minute on two cores; a base that takes more has its blocks sampled
 LEAST_BLOCKS = 3  # sampled, however large they are
@@ -31,21 +22,13 @@ Row = Spectrum | Update | Overlap | InitShares
 
 @dataclass(frozen=True)
 class Subject:
-    """What is inspected, opened and checked.
+    """What is inspected, opened and checked."""
 
-    Attributes:
-        kind: `base`, `adapter` or `two adapters`.
-        names: What it is called.
-        base: The base; None for two adapters.
-        adapters: None, one or two.
-        blocks: Numbers of the blocks whose weights are decomposed.
-    """
-
-    kind: str
-    names: list[str]
-    base: Base | None
-    adapters: list[Adapter] = field(default_factory=list)
-    blocks: list[int] = field(default_factory=list)
+    kind: str  # `base`, `adapter` or `two adapters`
+    names: list[str]  # what it is called
+    base: Base | None  # the base; None for two adapters
+    adapters: list[Adapter] = field(default_factory=list)  # none, one or two
+    blocks: list[int] = field(default_factory=list)  # numbers of the blocks whose weights are decomposed
 
     def layers(self) -> list[str]:
         """Paths of the layers to measure, in the order of the model."""
@@ -56,15 +39,17 @@ class Subject:
         return in_order(layer for layer in first if all(layer in other for other in others))
 
     def measure(self, layer: str) -> tuple[Row | None, str]:
-        """Measure one layer.
-
-        Args:
-            layer: Its path.
-
-        Returns:
-            What was found, or None; and why nothing can be said about its weight, or an empty text.
-        """
-        return _MEASURES[self.kind](self, layer)
+        """Measure one layer, or say why nothing can be said about its weight."""
+        if self.kind == "two adapters":
+            first, second = (adapter.layers[layer] for adapter in self.adapters)
+            return inspection.overlap_of(layer, first, second), ""
+        assert self.base
+        weight = self.base.weights[f"{layer}.weight"]
+        matrix, fault = _read(weight)
+        if self.kind == "base":
+            return (None if matrix is None else inspection.spectrum_of(layer, matrix, weight)), fault
+        factors, is_decomposed = self.adapters[0].layers[layer], find_block(layer) in self.blocks
+        return inspection.update_of(layer, factors, matrix, is_decomposed), fault
 
     def only_in(self) -> dict[str, list[str]]:
         """Of two adapters, the layers that only one has, by its name."""
@@ -73,30 +58,6 @@ class Subject:
         first, second = (adapter.layers for adapter in self.adapters)
         pairs = zip(self.names, (first, second), (second, first), strict=True)
         return {name: in_order(layer for layer in own if layer not in others) for name, own, others in pairs}
-
-
-def _measure_weight(subject: Subject, layer: str) -> tuple[Row | None, str]:
-    assert subject.base
-    weight = subject.base.weights[f"{layer}.weight"]
-    matrix, fault = _read(weight)
-    return (None if matrix is None else spectrum_of(layer, matrix, weight)), fault
-
-
-def _measure_update(subject: Subject, layer: str) -> tuple[Row | None, str]:
-    assert subject.base
-    matrix, fault = _read(subject.base.weights[f"{layer}.weight"])
-    factors = subject.adapters[0].layers[layer]
-    return update_of(layer, factors, matrix, find_block(layer) in subject.blocks), fault
-
-
-def _measure_overlap(subject: Subject, layer: str) -> tuple[Row | None, str]:
-    first, second = (adapter.layers[layer] for adapter in subject.adapters)
-    return overlap_of(layer, first, second), ""
-
-
-_MEASURES: dict[str, Callable[[Subject, str], tuple[Row | None, str]]] = {
-    "base": _measure_weight, "adapter": _measure_update, "two adapters": _measure_overlap,
-}  # fmt: skip
 
 
 def _read(weight: Weight) -> tuple[Array | None, str]:
@@ -108,22 +69,10 @@ def _read(weight: Weight) -> tuple[Array | None, str]:
     return (matrix, "") if matrix.any() else (None, "is all zeros")
 
 
-# ---- blocks to decompose --------------------------------------------------------------------------------------------
-
-
 def choose_blocks(base: Base, adapters: Iterable[Adapter], asked: Sequence[str]) -> tuple[list[int], int]:
-    """The blocks that were asked for; else all, or an even spread of as many as take about a minute.
+    """The blocks that were asked for; else all, or an even spread of as many as take about a minute; and of how many.
 
-    Args:
-        base: The base.
-        adapters: Whose layers count; none for all of the base.
-        asked: Numbers of blocks, as they were typed.
-
-    Returns:
-        Numbers of the blocks, and how many there are to choose from.
-
-    Raises:
-        ConfigError: If a block is asked for that is not there.
+    Only the blocks of the adapters' layers count, if there are any.
     """
     shapes = base.spec.linear_shapes()
     layers = [layer for adapter in adapters for layer in adapter.layers] or list(shapes)
@@ -144,9 +93,6 @@ def _operations(shape: tuple[int, int]) -> float:
     """Floating-point operations of an SVD by way of the smaller Gram matrix."""
     small, large = sorted(shape)
     return 2.0 * small**2 * large + 9.0 * small**3
-
-
-# ---- in summary -----------------------------------------------------------------------------------------------------
 
 
 def by_movement(rows: Sequence[Row]) -> tuple[list[str], list[str]]:
