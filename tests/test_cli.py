@@ -97,7 +97,7 @@ def test_a_target_that_matches_nothing_is_refused(refused, examples, tiny_base):
 
 
 def test_a_rank_larger_than_the_layer_is_refused(refused, examples, tiny_base):
-    assert "rank is 999: expected at most" in refused("train", examples, "--base", tiny_base, "--rank", "999")
+    assert "--rank 999: expected at most" in refused("train", examples, "--base", tiny_base, "--rank", "999")
 
 
 @pytest.mark.parametrize("rate", ["nan", "inf", "0", "-0.1", "fast"])
