@@ -37,26 +37,17 @@ KINDS = ("A", "B", "magnitude")
 
 @dataclass(frozen=True)
 class ReferenceAdapter:
-    """An adapter in float64.
+    """An adapter in float64."""
 
-    Attributes:
-        updates: By layer path; none is the bare base.
-    """
-
-    updates: Mapping[str, Update]
+    updates: Mapping[str, Update]  # by layer path; none is the bare base
 
 
 @dataclass(frozen=True)
 class ReferenceGradient:
-    """The gradient of one step.
-
-    Attributes:
-        loss: Summed loss and target tokens.
-        flat: float64 (n,), in the order of `ReferenceState.flat`.
-    """
+    """The gradient of one step."""
 
     loss: LossSum
-    flat: Array
+    flat: Array  # float64 (n,), in the order of `ReferenceState.flat`
 
     @property
     def norm(self) -> float:
@@ -66,38 +57,23 @@ class ReferenceGradient:
 
 @dataclass(frozen=True)
 class KlReference:
-    """Text and what the bare base makes of it.
-
-    Attributes:
-        batch: The text.
-        logits: float64 (T, vocabulary).
-    """
+    """Text and what the bare base makes of it."""
 
     batch: Batch
-    logits: Array
+    logits: Array  # float64 (T, vocabulary)
 
 
 @dataclass(frozen=True)
 class ReferenceState:
-    """Trained parameters and optimiser moments; a value.
+    """Trained parameters and optimiser moments; a value."""
 
-    Attributes:
-        first: The adapter that training began with: shapes, scales, origin, base and notes.
-        method: How it is trained.
-        goal: `flat` of `first`, to which weight decay pulls.
-        flat: Trained parameters, float64 (n,): all A, all B, all magnitudes.
-        exp_avg: Running mean of the gradient, float64 (n,).
-        exp_avg_sq: The same of its square.
-        step: Steps taken.
-    """
-
-    first: Adapter
-    method: Method
-    goal: Array
-    flat: Array
-    exp_avg: Array
-    exp_avg_sq: Array
-    step: int = 0
+    first: Adapter  # the adapter that training began with: shapes, scales, origin, base and notes
+    method: Method  # how it is trained
+    goal: Array  # `flat` of `first`, to which weight decay pulls
+    flat: Array  # trained parameters, float64 (n,): all A, all B, all magnitudes
+    exp_avg: Array  # running mean of the gradient, float64 (n,)
+    exp_avg_sq: Array  # the same of its square
+    step: int = 0  # steps taken
 
     @property
     def active(self) -> ReferenceAdapter:

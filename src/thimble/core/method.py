@@ -125,21 +125,13 @@ def method_rates(init: Init, use_dora: bool, lora_plus: float, rslora_rank: int 
 
 @dataclass(frozen=True)
 class Method:
-    """Variations on plain LoRA.
+    """Variations on plain LoRA."""
 
-    Attributes:
-        weight_decay: Of AdamW; pulls towards the initial values, which for a plain init are the base. Decay towards
-            zero would take out of the model what an init in delta form has taken off.
-        lora_plus: Rate of B over that of A (Hayou et al., LoRA+, arXiv:2402.12354).
-        dropout: Share of the inputs of A that is left out at each step, the others growing by as much.
-        freezes_a: Train B alone (Zhang et al., LoRA-FA, arXiv:2308.03303, without its correction).
-        max_grad_norm: Gradients are scaled down to this global norm.
-        seed: Of dropout.
-    """
-
+    # of AdamW; pulls towards the initial values, which for a plain init are the base. Decay towards zero would take out
+    # of the model what an init in delta form has taken off
     weight_decay: float = 0.0
-    lora_plus: float = 1.0
-    dropout: float = 0.0
-    freezes_a: bool = False
-    max_grad_norm: float = 1.0
-    seed: int = 0
+    lora_plus: float = 1.0  # rate of B over that of A (Hayou et al., LoRA+, arXiv:2402.12354)
+    dropout: float = 0.0  # share of the inputs of A that is left out at each step, the others growing by as much
+    freezes_a: bool = False  # train B alone (Zhang et al., LoRA-FA, arXiv:2308.03303, without its correction)
+    max_grad_norm: float = 1.0  # gradients are scaled down to this global norm
+    seed: int = 0  # of dropout

@@ -12,15 +12,10 @@ Metric = Callable[[str, str], Mapping[str, float]]
 
 @dataclass(frozen=True)
 class LossSum:
-    """A loss as sum and count, so that means over any batching are the same.
+    """A loss as sum and count, so that means over any batching are the same."""
 
-    Attributes:
-        nats: Summed cross-entropy.
-        tokens: Number of tokens it was summed over.
-    """
-
-    nats: float = 0.0
-    tokens: int = 0
+    nats: float = 0.0  # summed cross-entropy
+    tokens: int = 0  # it was summed over
 
     def __add__(self, other: "LossSum") -> "LossSum":
         return LossSum(self.nats + other.nats, self.tokens + other.tokens)

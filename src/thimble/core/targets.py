@@ -43,15 +43,10 @@ def select_layers(targets: Sequence[str], layers: Iterable[str]) -> list[str]:
 
 
 class Size(NamedTuple):
-    """The size of one layer's update.
-
-    Attributes:
-        rank: Rank r.
-        scale: Factor of B A.
-    """
+    """The size of one layer's update."""
 
     rank: int
-    scale: float
+    scale: float  # factor of B A
 
 
 def size_layers(

@@ -13,18 +13,13 @@ from thimble.data.encode import IGNORED, Row
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows laid end to end.
+    """Rows laid end to end."""
 
-    Attributes:
-        ids: int32 (T,), token ids of all rows.
-        labels: int32 (T,), the target of each position, or `IGNORED`.
-        starts: int64 (rows + 1,), row s occupies ids[starts[s]:starts[s + 1]]; attention stays inside it.
-        numbers: int64 (rows,), place of each row in its optimiser step, from which its dropout is drawn.
-    """
-
-    ids: NDArray[np.int32]
-    labels: NDArray[np.int32]
+    ids: NDArray[np.int32]  # int32 (T,), token ids of all rows
+    labels: NDArray[np.int32]  # int32 (T,), the target of each position, or `IGNORED`
+    # int64 (rows + 1,), row s occupies ids[starts[s]:starts[s + 1]]; attention stays inside it
     starts: NDArray[np.int64]
+    # int64 (rows,), place of each row in its optimiser step, from which its dropout is drawn
     numbers: NDArray[np.int64]
 
     @property

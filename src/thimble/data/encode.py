@@ -30,19 +30,12 @@ LIKE_MARKS = re.compile(r"<[^<>\s]{1,64}>|\[/?[A-Z_]{2,32}\]|### [A-Z][a-z]+:") 
 
 @dataclass(frozen=True)
 class Row:
-    """One encoded example.
+    """One encoded example."""
 
-    Attributes:
-        ids: int32 (T,), token ids.
-        labels: int32 (T,), already shifted: labels[t] is ids[t + 1] if that is to be learned, else `IGNORED`.
-        source: Where the example came from.
-        truncated_tokens: How many tokens were cut off.
-    """
-
-    ids: Ids
-    labels: Ids
-    source: str
-    truncated_tokens: int = 0
+    ids: Ids  # int32 (T,), token ids
+    labels: Ids  # int32 (T,), already shifted: labels[t] is ids[t + 1] if that is to be learned, else `IGNORED`
+    source: str  # where the example came from
+    truncated_tokens: int = 0  # how many tokens were cut off
 
     @property
     def target_tokens(self) -> int:

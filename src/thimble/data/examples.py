@@ -18,25 +18,15 @@ SHOWN_SKIPPED = 3  # skipped rows that are shown in full
 
 @dataclass(frozen=True)
 class Examples:
-    """The user's examples, as token rows.
-
-    Attributes:
-        dataset: As read.
-        encoder: What turned records into rows.
-        train: Training rows.
-        train_report: Counts over them.
-        valid: Validation rows.
-        valid_records: The records behind them, for questions.
-        valid_report: Counts over them.
-    """
+    """The user's examples, as token rows."""
 
     dataset: Dataset
     encoder: Encoder
     train: Items[Row]
-    train_report: EncodeReport
+    train_report: EncodeReport  # counts over them
     valid: tuple[Row, ...]
-    valid_records: tuple[Record, ...]
-    valid_report: EncodeReport
+    valid_records: tuple[Record, ...]  # the records behind them, for questions
+    valid_report: EncodeReport  # counts over them
 
     @property
     def left_out(self) -> int:
@@ -52,12 +42,7 @@ def make_encoder(model: Model, config: DataOptions) -> Encoder:
 
 
 def encode_examples(
-    dataset: Dataset,
-    train: Items[Record],
-    valid: Items[Record],
-    model: Model,
-    config: DataOptions,
-    log: EventLog,
+    dataset: Dataset, train: Items[Record], valid: Items[Record], model: Model, config: DataOptions, log: EventLog
 ) -> Examples:
     """Turn records into rows; what the template refuses is left out with the rest that cannot be used."""
     encoder = make_encoder(model, config)

@@ -11,17 +11,11 @@ from thimble.models.base import Base, open_base
 
 @dataclass(frozen=True)
 class Model:
-    """An opened base with what turns text into its tokens.
-
-    Attributes:
-        base: The base.
-        tokenizer: Its tokenizer.
-        template: Its chat template, or None if it has none.
-    """
+    """An opened base with what turns text into its tokens."""
 
     base: Base
     tokenizer: Tokenizer
-    template: ChatTemplate | None
+    template: ChatTemplate | None  # None if it has none
 
 
 def open_model(name: str | None) -> Model:

@@ -34,19 +34,12 @@ class SkippedRow(NamedTuple):
 
 @dataclass
 class Skipped:
-    """Rows that cannot be used, and whether the others may be without them.
+    """Rows that cannot be used, and whether the others may be without them."""
 
-    Attributes:
-        is_strict: Whether a single one is too many.
-        rows: Rows read so far, these included.
-        count: How many cannot be used.
-        found: The first of them.
-    """
-
-    is_strict: bool = False
-    rows: int = 0
-    count: int = 0
-    found: list[SkippedRow] = field(default_factory=list)
+    is_strict: bool = False  # whether a single one is too many
+    rows: int = 0  # rows read so far, these included
+    count: int = 0  # how many cannot be used
+    found: list[SkippedRow] = field(default_factory=list)  # the first of them
 
     def add(self, source: str, *problems: str) -> None:
         """Take note of a row that cannot be used."""

@@ -17,17 +17,11 @@ from thimble.core.lowrank import Factors
 
 @dataclass(frozen=True)
 class Parameters:
-    """What is trained of one layer, or its gradients, as views of a flat vector.
+    """What is trained of one layer, or its gradients, as views of a flat vector."""
 
-    Attributes:
-        A: float32 (rank, in).
-        B: float32 (out, rank).
-        magnitude: float32 (out,), or None.
-    """
-
-    A: Tensor
-    B: Tensor
-    magnitude: Tensor | None
+    A: Tensor  # float32 (rank, in)
+    B: Tensor  # float32 (out, rank)
+    magnitude: Tensor | None  # float32 (out,), or None
 
 
 @dataclass
@@ -36,26 +30,17 @@ class LoraFactors:
 
     Of a layer in delta form they hold B A − B₀ A₀ as (B − B₀) A + B₀ (A − A₀): A over A − A₀, and B − B₀ beside B₀. The
     differences are taken in float32, so that what is small beside the start is not rounded away.
-
-    Attributes:
-        A: (ranks, in), compute type.
-        B: (out, ranks), compute type.
-        scale: Factor of B A.
-        rank: How many rows of A and columns of B are trained.
-        trained: The parameters behind them.
-        origin: What they are trained as the difference to, or None.
-        row_lengths: float32 (out,): length of each row of W + scale · B A, where there is a magnitude.
-        row_rates: float32 (out,): magnitude over length; 1 where there is no length to set.
     """
 
-    A: Tensor
-    B: Tensor
-    scale: float
-    rank: int
-    trained: Parameters
-    origin: Parameters | None = None
+    A: Tensor  # (ranks, in), compute type
+    B: Tensor  # (out, ranks), compute type
+    scale: float  # factor of B A
+    rank: int  # how many rows of A and columns of B are trained
+    trained: Parameters  # the parameters behind them
+    origin: Parameters | None = None  # what they are trained as the difference to, or None
+    # float32 (out,): length of each row of W + scale · B A, where there is a magnitude
     row_lengths: Tensor | None = None
-    row_rates: Tensor | None = None
+    row_rates: Tensor | None = None  # float32 (out,): magnitude over length; 1 where there is no length to set
 
     def refresh(self) -> None:
         """Follow the trained parameters."""

@@ -35,27 +35,16 @@ class Angles:
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """What one layer's attention does.
+    """What one layer's attention does."""
 
-    Attributes:
-        num_heads: Query heads.
-        num_kv_heads: Key and value heads.
-        head_dim: Width of a head.
-        scale: Factor of q kᵀ.
-        window: Latest positions seen, or None for all.
-        softcap: Scores become cap · tanh(scores / cap), or None.
-        q_norm: Normalisation of each query head, or None.
-        k_norm: The same for keys.
-    """
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    scale: float
-    window: int | None = None
-    softcap: float | None = None
-    q_norm: RmsNorm | None = None
-    k_norm: RmsNorm | None = None
+    num_heads: int  # query heads
+    num_kv_heads: int  # key and value heads
+    head_dim: int  # width of a head
+    scale: float  # factor of q kᵀ
+    window: int | None = None  # latest positions seen, or None for all
+    softcap: float | None = None  # scores become cap · tanh(scores / cap), or None
+    q_norm: RmsNorm | None = None  # normalisation of each query head, or None
+    k_norm: RmsNorm | None = None  # the same for keys
 
     @property
     def group(self) -> int:
@@ -153,21 +142,13 @@ def attend(qkv: Tensor, spec: AttentionSpec, angles: Angles | None, starts: list
 
 
 class _Tile(NamedTuple):
-    """Queries of one row and the keys that they may see.
-
-    Attributes:
-        first: The first query.
-        last: The last query + 1.
-        low: The first key.
-        queries: All queries with padding.
-        keys: All keys with padding.
-    """
+    """Queries of one row and the keys that they may see."""
 
     first: int
-    last: int
-    low: int
-    queries: slice
-    keys: slice
+    last: int  # behind the last query
+    low: int  # first key
+    queries: slice  # all queries with padding
+    keys: slice  # all keys with padding
 
 
 def _tiles(starts: list[int], window: int | None) -> Iterator[_Tile]:

@@ -80,25 +80,15 @@ def input_moments(decoder: Decoder, batches: Sequence[Batch]) -> Iterator[tuple[
 
 @dataclass
 class _Watched:
-    """One layer's sketch in the making.
+    """One layer's sketch in the making."""
 
-    Attributes:
-        columns: Its part of the group's output.
-        probe: Ω: (out, k) for the gradient; (in, k) where inputs are weighted by the square of their gradient.
-        rows: First Ωᵀ G, (k, in), then an orthonormal basis V of its rows.
-        image: G Vᵀ, (out, k); with weights V Σ w x xᵀ Vᵀ, (k, k).
-        answer: Σ (V x)(V x)ᵀ, (k, k).
-        input_square: Σ ‖x‖².
-        count: Inputs seen.
-    """
-
-    columns: slice
-    probe: Tensor
-    rows: Tensor
-    image: Tensor = field(default_factory=lambda: torch.empty(0))
-    answer: Tensor = field(default_factory=lambda: torch.empty(0))
-    input_square: float = 0.0
-    count: int = 0
+    columns: slice  # its part of the group's output
+    probe: Tensor  # Ω: (out, k) for the gradient; (in, k) where inputs are weighted by the square of their gradient
+    rows: Tensor  # first Ωᵀ G, (k, in), then an orthonormal basis V of its rows
+    image: Tensor = field(default_factory=lambda: torch.empty(0))  # G Vᵀ, (out, k); with weights V Σ w x xᵀ Vᵀ, (k, k)
+    answer: Tensor = field(default_factory=lambda: torch.empty(0))  # Σ (V x)(V x)ᵀ, (k, k)
+    input_square: float = 0.0  # Σ ‖x‖²
+    count: int = 0  # inputs seen
 
 
 def sketch_gradients(

@@ -28,57 +28,34 @@ from thimble.models.spec import Rope
 
 @dataclass(frozen=True)
 class ForwardPass:
-    """What one forward pass is given beside its tokens.
+    """What one forward pass is given beside its tokens."""
 
-    Attributes:
-        starts: Row s is tokens starts[s] to starts[s + 1].
-        size: Tokens with padding, which belongs to no row.
-        angles: By number of the rotary embedding in `Decoder.ropes`.
-        lora: The adapters of the rows.
-        checkpointed_blocks: So many, from the lowest, keep only their input for the backward pass and are run again in
-            it (activation checkpointing).
-        rows: Where each row stands in the cache; unused without one.
-        cache: Keys and values to read and extend, or None.
-    """
-
-    starts: list[int]
-    size: int
-    angles: dict[int, Angles]
-    lora: Lora = BARE
+    starts: list[int]  # row s is tokens starts[s] to starts[s + 1]
+    size: int  # tokens with padding, which belongs to no row
+    angles: dict[int, Angles]  # by number of the rotary embedding in `Decoder.ropes`
+    lora: Lora = BARE  # the adapters of the rows
+    # so many, from the lowest, keep only their input for the backward pass and are run again in it (activation
+    # checkpointing)
     checkpointed_blocks: int = 0
-    rows: Sequence[ForwardRow] = ()
-    cache: KvCache | None = None
+    rows: Sequence[ForwardRow] = ()  # where each row stands in the cache; unused without one
+    cache: KvCache | None = None  # keys and values to read and extend, or None
 
 
 @dataclass(frozen=True)
 class Block:
-    """One layer's weights and settings.
+    """One layer's weights and settings."""
 
-    Attributes:
-        number: Place in the stack, from 0.
-        attention: Its heads, scale, window and soft-cap.
-        rope: Number of its rotary embedding in `Decoder.ropes`, or None.
-        qkv: Makes queries, keys and values.
-        out: Mixes the heads.
-        gate_up: Makes the gate and the values of the MLP.
-        down: Brings the MLP back to the width of the stream.
-        attn_norm: Applied to what attention reads.
-        mlp_norm: Applied to what the MLP reads.
-        attn_out_norm: Applied to what attention adds (Gemma), or None.
-        mlp_out_norm: Applied to what the MLP adds (Gemma), or None.
-    """
-
-    number: int
-    attention: AttentionSpec
-    rope: int | None
-    qkv: Projection
-    out: Projection
-    gate_up: Projection
-    down: Projection
-    attn_norm: RmsNorm
-    mlp_norm: RmsNorm
-    attn_out_norm: RmsNorm | None
-    mlp_out_norm: RmsNorm | None
+    number: int  # place in the stack, from 0
+    attention: AttentionSpec  # its heads, scale, window and soft-cap
+    rope: int | None  # number of its rotary embedding in `Decoder.ropes`, or None
+    qkv: Projection  # makes queries, keys and values
+    out: Projection  # mixes the heads
+    gate_up: Projection  # makes the gate and the values of the MLP
+    down: Projection  # brings the MLP back to the width of the stream
+    attn_norm: RmsNorm  # applied to what attention reads
+    mlp_norm: RmsNorm  # applied to what the MLP reads
+    attn_out_norm: RmsNorm | None  # applied to what attention adds (Gemma), or None
+    mlp_out_norm: RmsNorm | None  # applied to what the MLP adds (Gemma), or None
 
     @property
     def projections(self) -> tuple[Projection, ...]:

@@ -30,19 +30,12 @@ Layers = Mapping[str, LoraFactors]
 
 @dataclass(frozen=True)
 class Dropout:
-    """What dropout leaves out of the inputs of A in one batch; see thimble.core.dropout.
+    """What dropout leaves out of the inputs of A in one batch; see thimble.core.dropout."""
 
-    Attributes:
-        rate: Share left out.
-        key: Seed of the run and number of the step.
-        rows: int64 (tokens,), for each token the place of its row in the step.
-        tokens: int64 (tokens,), for each token its place in its row.
-    """
-
-    rate: float
-    key: tuple[int, int]
-    rows: np.ndarray
-    tokens: np.ndarray
+    rate: float  # share left out
+    key: tuple[int, int]  # seed of the run and number of the step
+    rows: np.ndarray  # int64 (tokens,), for each token the place of its row in the step
+    tokens: np.ndarray  # int64 (tokens,), for each token its place in its row
 
     def apply(self, x: Tensor, layer: int, out: Tensor, is_added: bool = False) -> Tensor:
         """Write what is left of x to `out`, or add it: both (tokens, n), contiguous."""
@@ -55,23 +48,17 @@ class Dropout:
 
 @dataclass(frozen=True)
 class Lora:
-    """What a forward pass adds to the frozen products: for each range of its tokens an adapter, and who watches.
+    """What a forward pass adds to the frozen products: for each range of its tokens an adapter, and who watches."""
 
-    Attributes:
-        ranges: Tokens, and the adapter they have; tokens of no range have none.
-        grads: Where the gradients of A, B and magnitude are added, by layer path; None if nothing is trained.
-        freezes_a: Whether A gets no gradient.
-        dropout: Of the inputs of A, or None.
-        on_input: Called, where no gradient is wanted, with what the weights are multiplied with, (tokens, in).
-        on_gradient: Called in the backward pass with what the weights were multiplied with, (tokens, in), and the
-            gradient of the result, (tokens, sum of outs).
-    """
-
-    ranges: Sequence[tuple[slice, Layers]] = ()
+    ranges: Sequence[tuple[slice, Layers]] = ()  # tokens, and the adapter they have; tokens of no range have none
+    # where the gradients of A, B and magnitude are added, by layer path; None if nothing is trained
     grads: Mapping[str, Parameters] | None = None
-    freezes_a: bool = False
-    dropout: Dropout | None = None
+    freezes_a: bool = False  # whether A gets no gradient
+    dropout: Dropout | None = None  # of the inputs of A, or None
+    # called, where no gradient is wanted, with what the weights are multiplied with, (tokens, in)
     on_input: "Callable[[Projection, Tensor], None] | None" = None
+    # called in the backward pass with what the weights were multiplied with, (tokens, in), and the gradient of the
+    # result, (tokens, sum of outs)
     on_gradient: "Callable[[Projection, Tensor, Tensor], None] | None" = None
 
 
@@ -80,17 +67,11 @@ BARE = Lora()
 
 @dataclass
 class Projection:
-    """A group of linear layers with one input.
+    """A group of linear layers with one input."""
 
-    Attributes:
-        frozen: The stacked frozen weights, (sum of outs, in).
-        columns: Layer path to the columns of the output that are its own.
-        number: Its place among all groups of the decoder.
-    """
-
-    frozen: FrozenLinear
-    columns: dict[str, slice]
-    number: int = 0
+    frozen: FrozenLinear  # the stacked frozen weights, (sum of outs, in)
+    columns: dict[str, slice]  # layer path to the columns of the output that are its own
+    number: int = 0  # its place among all groups of the decoder
 
     def adapted(self, layers: Layers) -> list[tuple[str, slice, LoraFactors]]:
         """The layers of this group that an adapter changes: path, columns and factors."""

@@ -41,15 +41,10 @@ CAPABILITIES = frozenset(
 
 @dataclass(frozen=True)
 class KlReference:
-    """Text and what the base makes of it.
-
-    Attributes:
-        batch: The text.
-        hidden: (tokens, hidden), the last hidden states of the base, compute type.
-    """
+    """Text and what the base makes of it."""
 
     batch: Batch
-    hidden: torch.Tensor
+    hidden: torch.Tensor  # (tokens, hidden), the last hidden states of the base, compute type
 
 
 @dataclass(frozen=True)
