@@ -90,15 +90,7 @@ class Var:
 
 
 def gradients(result: Any, leaves: Sequence[Var]) -> list[Array]:
-    """The gradients of a scalar.
-
-    Args:
-        result: A scalar; a plain number, which depends on nothing, has gradients of zero.
-        leaves: What it is differentiated by.
-
-    Returns:
-        The gradient at each leaf, in its shape.
-    """
+    """The gradients of a scalar at some leaves; a plain number, which depends on nothing, has gradients of zero."""
     slopes = {id(result): np.ones(np.shape(_value(result)))}
     for node in _newest_first(result):
         for source, back in node.sources:

@@ -72,12 +72,7 @@ class Spans:
 
 
 class ActiveAdapter:
-    """An adapter ready for products; an empty one is the bare base.
-
-    Args:
-        adapter: Its values; None for the bare base.
-        compute: Type of the products that A and B take part in.
-    """
+    """An adapter ready for products in the compute type; an empty one, of None, is the bare base."""
 
     def __init__(self, adapter: Adapter | None, compute: torch.dtype) -> None:
         adapter = adapter or Adapter({})

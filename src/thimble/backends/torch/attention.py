@@ -55,13 +55,7 @@ class AttentionSpec:
 def split_heads(
     qkv: Tensor, spec: AttentionSpec, angles: Angles | None, memory: Memory
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Cut, normalise, rotate and scale q, k and v.
-
-    Args:
-        qkv: (tokens, (heads + 2 kv_heads) · head_dim).
-        spec: The layer's attention.
-        angles: Rotations, or None for a layer without positions.
-        memory: Where they are put.
+    """Cut, normalise, rotate and scale (tokens, (heads + 2 kv_heads) · head_dim) into q, k and v; None turns nothing.
 
     Returns:
         q (kv_heads, tokens + TILE, group, head_dim) already scaled, k and v (kv_heads, tokens + TILE, head_dim);
@@ -125,17 +119,10 @@ def _join_gradients(
 
 
 def attend(qkv: Tensor, spec: AttentionSpec, angles: Angles | None, starts: list[int], memory: Memory) -> Tensor:
-    """Attention within each packed row.
+    """Attention of each row to itself, row s being tokens starts[s] to starts[s + 1].
 
-    Args:
-        qkv: (tokens, (heads + 2 kv_heads) · head_dim), compute type, before rotation.
-        spec: The layer's attention.
-        angles: Rotations, or None.
-        starts: Row s is tokens starts[s] to starts[s + 1].
-        memory: For temporaries and for the result.
-
-    Returns:
-        (tokens, heads · head_dim), compute type; in scratch unless a backward pass follows.
+    qkv (tokens, (heads + 2 kv_heads) · head_dim), compute type, before rotation, becomes (tokens, heads · head_dim), in
+    scratch unless a backward pass follows.
     """
     is_kept = torch.is_grad_enabled() and qkv.requires_grad
     return _Attend.apply(qkv, spec, angles, starts, memory, is_kept)  # type: ignore[no-any-return]

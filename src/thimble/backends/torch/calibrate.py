@@ -45,15 +45,7 @@ class _Sums:
 
 @torch.no_grad()
 def input_moments(decoder: Decoder, batches: Sequence[Batch]) -> Iterator[tuple[list[str], Moments]]:
-    """Second moments of the inputs of every layer, a block at a time.
-
-    Args:
-        decoder: The base.
-        batches: Rows to look at.
-
-    Yields:
-        tuple[list[str], Moments]: Paths of the layers that share an input, and its moments; in the order of the layers.
-    """
+    """Second moments of the inputs of every layer, a block at a time, with the paths of the layers that share each."""
     passes = [decoder.pack(batch.starts) for batch in batches]
     streams = [decoder.embed(batch.ids, one) for batch, one in zip(batches, passes, strict=True)]
     for block in decoder.blocks:
@@ -99,19 +91,10 @@ def sketch_gradients(
     seed: int = 0,
     checkpointed_blocks: int = 0,
 ) -> dict[str, Sketch]:
-    """Main directions of the gradient of each weight over some batches.
+    """Main directions of the gradient of each weight over some batches, which run twice; at least `ranks` of each.
 
-    Args:
-        decoder: The base.
-        batches: Rows to learn from; run twice.
-        ranks: How many directions are wanted, by layer path.
-        is_weighted: Of Σ ‖δ‖² x xᵀ instead, δ being the gradient of a token's output: the same right singular vectors
-            if the δ of different tokens point in unrelated directions.
-        seed: Of the random numbers.
-        checkpointed_blocks: Blocks that keep only their input for the backward pass.
-
-    Returns:
-        Sketches by layer path, with at least as many values as wanted where the layer has them.
+    `is_weighted` takes those of Σ ‖δ‖² x xᵀ instead, δ being the gradient of a token's output: the same right singular
+    vectors if the δ of different tokens point in unrelated directions.
     """
     found: dict[str, _Watched] = {}
     random = torch.Generator().manual_seed(seed)
@@ -159,14 +142,9 @@ def watch_gradients(
     visit: Callable[[Projection, Tensor, Tensor], None],
     checkpointed_blocks: int = 0,
 ) -> None:
-    """Run batches forward and back on the bare base.
+    """Run batches forward and back on the bare base, and let every group of layers be visited.
 
-    Args:
-        decoder: The base.
-        batches: Rows to learn from.
-        visit: Called for every group of layers with the inputs (tokens, in) and the gradient of the outputs
-            (tokens, sum of outs), padding left out.
-        checkpointed_blocks: Blocks that keep only their input for the backward pass.
+    `visit` gets the inputs (tokens, in) and the gradient of the outputs (tokens, sum of outs), padding left out.
     """
     for batch in batches:
         real = int(batch.starts[-1])
@@ -223,13 +201,8 @@ def captured_energy(
 ) -> dict[str, dict[str, tuple[NDArray[np.float64], float]]]:
     """How much of the gradient of W, on rows not seen before, lies in the span of each candidate for A.
 
-    With B at zero, that is the part of the gradient that the first steps can follow.
-
-    Args:
-        decoder: The base.
-        batches: Held-out rows.
-        candidates: A by layer path, float32 (rank, in), by name of the candidate.
-        checkpointed_blocks: Blocks that keep only their input for the backward pass.
+    With B at zero, that is the part of the gradient that the first steps can follow. Candidates are A by layer path,
+    float32 (rank, in), by name.
 
     Returns:
         By candidate and layer path: what each row of A adds to ‖G P‖², float64 (rank,), P projecting on the rows so

@@ -27,17 +27,7 @@ INT8_INSTRUCTIONS = {"avx512_vnni", "avx_vnni", "amx_int8"}
 
 
 def choose_compute(wanted: str) -> tuple[str, str]:
-    """Decide the type of the large products.
-
-    Args:
-        wanted: `auto`, `fp32`, `bf16` or `int8`.
-
-    Returns:
-        The type, and why, in a sentence.
-
-    Raises:
-        ConfigError: If this processor has no instructions for it.
-    """
+    """The type of the large products, and why; a ConfigError refuses int8 where the processor has no instructions."""
     fast, flops = use_fast_fp32(), machine().flops
     if wanted == "int8" and wanted not in flops:
         raise ConfigError(

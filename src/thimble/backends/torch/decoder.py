@@ -64,13 +64,7 @@ class Block:
 
 
 class Decoder:
-    """A frozen base, ready to run.
-
-    Args:
-        base: The opened base.
-        store: `dense`, `int8` or `file`.
-        compute: float32 or bfloat16.
-    """
+    """A frozen base, ready to run."""
 
     def __init__(self, base: Base, store: str, compute: torch.dtype) -> None:
         self.spec = base.spec
@@ -136,13 +130,10 @@ class Decoder:
         )  # fmt: skip
 
     def quantize(self, sample: NDArray[np.int32]) -> None:
-        """Make the products of all blocks whole-number ones; those of the head stay as they are.
+        """Make the products of all blocks whole-number ones, after a look at a sample of text, int32 (tokens,).
 
-        The gradient at the head's output has one large number a row and thousands of small ones that matter together:
-        eight bits would lose them.
-
-        Args:
-            sample: int32 (tokens,), text that shows which columns of the activations are large.
+        Those of the head stay as they are: the gradient at its output has one large number a row and thousands of small
+        ones that matter together, which eight bits would lose.
         """
         watched = [Watched(projection.frozen) for projection in self.projections]
         for projection, layer in zip(self.projections, watched, strict=True):
@@ -172,16 +163,7 @@ class Decoder:
     # ---- running --------------------------------------------------------------------------------------------------
 
     def pack(self, starts: Sequence[int], lora: Lora = BARE, checkpointed_blocks: int = 0) -> ForwardPass:
-        """Prepare a pass over whole rows that see nothing but themselves.
-
-        Args:
-            starts: Where rows begin in the list of tokens, and where the last one ends.
-            lora: The adapters of the rows.
-            checkpointed_blocks: See ForwardPass.
-
-        Returns:
-            The pass.
-        """
+        """Prepare a pass over whole rows that see nothing but themselves: row s begins at token starts[s]."""
         lengths = np.diff(starts)
         positions = np.concatenate([np.arange(length) for length in lengths])
         size = padded(len(positions))
@@ -191,16 +173,7 @@ class Decoder:
         )
 
     def pack_rows(self, rows: Sequence[ForwardRow], cache: KvCache, lora: Lora = BARE) -> ForwardPass:
-        """Prepare a pass over rows that stand in a cache.
-
-        Args:
-            rows: Prompts, parts of prompts, or one next token each.
-            cache: What the rows see of earlier positions, and what they add to.
-            lora: The adapters of the rows.
-
-        Returns:
-            The pass.
-        """
+        """Prepare a pass over rows that stand in a cache: prompts, parts of prompts, or one next token each."""
         lengths = [row.tokens for row in rows]
         positions = np.concatenate([np.arange(row.position, row.position + row.tokens) for row in rows])
         ends = np.repeat([row.end for row in rows], lengths)
@@ -222,15 +195,7 @@ class Decoder:
         return x
 
     def hidden(self, ids: NDArray[np.int32], forward: ForwardPass) -> Tensor:
-        """Run all blocks.
-
-        Args:
-            ids: int32 (tokens,), packed rows.
-            forward: From `pack` or `pack_rows`.
-
-        Returns:
-            (tokens with padding, hidden), compute type, before the final norm.
-        """
+        """Run all blocks over packed rows: int32 (tokens,) to (tokens with padding, hidden), before the final norm."""
         x = self.embed(ids, forward)
         self.memory.begin()
         for block in self.blocks:
@@ -239,16 +204,7 @@ class Decoder:
         return x
 
     def block(self, block: Block, x: Tensor, forward: ForwardPass) -> Tensor:
-        """One transformer block: attention and a gated MLP, each added to the stream.
-
-        Args:
-            block: The layer.
-            x: (tokens, hidden), compute type.
-            forward: Rows, rotations and adapters.
-
-        Returns:
-            (tokens, hidden), compute type.
-        """
+        """One transformer block: attention and a gated MLP, each added to the stream x, (tokens, hidden)."""
         angles = None if block.rope is None else forward.angles[block.rope]
         qkv = project(x, block.qkv, forward.lora, block.attn_norm)
         if forward.cache is None:

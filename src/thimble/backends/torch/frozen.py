@@ -169,16 +169,7 @@ class FileMatrix:
 
 
 def load_matrix(weight: Weight, store: str, compute: torch.dtype) -> Matrix:
-    """Take a weight of the base into one of the stores.
-
-    Args:
-        weight: Matrix (rows, cols) of the base.
-        store: `dense`, `int8` or `file`.
-        compute: Type of the products, float32 or bfloat16.
-
-    Returns:
-        The frozen matrix.
-    """
+    """Take a weight of the base into a store: `dense`, `int8` or `file`."""
     if store == "int8":
         return Int8Matrix(weight)
     kept = FileMatrix(weight, compute)
@@ -202,11 +193,6 @@ class FrozenLinear:
 
     Dense matrices are stacked once. Others are decoded just before a product, a window of rows at a time, so that the
     decoded numbers are still in the cache.
-
-    Args:
-        matrices: With equal numbers of columns.
-        bias: (out,), compute type, or None.
-        memory: For the decoded windows.
     """
 
     def __init__(self, matrices: Sequence[Matrix], bias: Tensor | None, memory: Memory) -> None:

@@ -21,11 +21,7 @@ SMOOTHING = 0.5  # how much of a column's size moves to the weight: 0 none, 1 al
 
 
 class Watched(FrozenLinear):
-    """A layer that remembers how large the columns of its input were.
-
-    Args:
-        source: The layer.
-    """
+    """A layer that remembers how large the columns of its input were."""
 
     def __init__(self, source: FrozenLinear) -> None:
         super().__init__(source.matrices, source.bias, source.memory)
@@ -38,12 +34,7 @@ class Watched(FrozenLinear):
 
 
 class Int8Linear(FrozenLinear):
-    """A frozen linear layer whose products are made of whole numbers.
-
-    Args:
-        source: The layer as it is kept in float or in the file, after it has seen a sample of text; not needed
-            afterwards.
-    """
+    """A frozen layer whose products are made of whole numbers, from one that has seen a sample of text."""
 
     def __init__(self, source: Watched) -> None:
         super().__init__(source.matrices, source.bias, source.memory)

@@ -17,11 +17,6 @@ class KvCache:
     """Room for the keys and values of requests; it grows, and a slot can be read while it is written.
 
     The place for a pool of blocks, which slots would share, is here: callers know slots and positions only.
-
-    Args:
-        num_layers: Blocks of the decoder.
-        spec: Attention of any layer, for its sizes.
-        compute: Type of keys and values.
     """
 
     def __init__(self, num_layers: int, spec: AttentionSpec, compute: torch.dtype) -> None:
@@ -67,19 +62,9 @@ def attend_cached(
     qkv: Tensor, spec: AttentionSpec, angles: Angles | None, rows: Sequence[ForwardRow], cache: KvCache, layer: int,
     memory: Memory,
 ) -> Tensor:  # fmt: skip
-    """Attention of rows that stand in a cache, which they add to.
+    """Attention of rows that stand in a cache, which they add to; shapes as in `attend`, with padding.
 
-    Args:
-        qkv: (tokens with padding, (heads + 2 kv_heads) · head_dim).
-        spec: The layer's attention.
-        angles: Rotations, or None.
-        rows: Prompts that begin, one prompt that goes on, or a next token for each of slots 0, 1, 2 ...
-        cache: Keys and values.
-        layer: Number of the block.
-        memory: For temporaries.
-
-    Returns:
-        (tokens with padding, heads · head_dim).
+    Rows are prompts that begin, one prompt that goes on, or a next token for each of slots 0, 1, 2 ...
     """
     q, k, v = split_heads(qkv, spec, angles, memory)  # (kv_heads, tokens + TILE, group, dim), k and v without group
     if all(row.tokens == 1 for row in rows) and [row.slot for row in rows] == list(range(len(rows))):

@@ -123,17 +123,9 @@ def _stacked_a(adapted: Adapted) -> Tensor:
 def project(
     x: Tensor, projection: Projection, lora: Lora, prologue: Prologue | None = None, residual: Tensor | None = None
 ) -> Tensor:
-    """Apply a group of projections.
+    """Apply a group of projections to x, (tokens, n), or to what a prologue makes of it.
 
-    Args:
-        x: (tokens, n), compute type.
-        projection: The group.
-        lora: The adapters.
-        prologue: Applied to x first; None reads x as it is.
-        residual: Added to the result, (tokens, sum of outs), or None.
-
-    Returns:
-        (tokens, sum of outs), compute type.
+    The result, (tokens, sum of outs), is added to `residual` where there is one.
     """
     if torch.is_grad_enabled() and (x.requires_grad or projection.needs_gradient(lora)):
         start = torch.empty(0, requires_grad=True)  # makes autograd visit the lowest adapted layer, whose x needs none

@@ -156,18 +156,7 @@ class TorchSession:
     def gradient(
         self, state: TrainState, work: Work, objective: Objective, execution: ExecutionPlan, key: StepKey
     ) -> Gradient:
-        """See Session; the micro-batches of a share run one by one: the result depends on no core's speed.
-
-        Args:
-            state: What is trained.
-            work: The rows.
-            objective: What is minimised.
-            execution: How it is run.
-            key: Of dropout.
-
-        Returns:
-            The gradient, in memory of its own.
-        """
+        """See Session; the micro-batches of a share run one by one: the result depends on no core's speed."""
         sums = [torch.zeros_like(state.active.flat) for _ in work.shares]
         shares = zip(work.shares, sums, strict=True)
         tasks = [functools.partial(self._add_gradients, state, *share, execution, key) for share in shares]

@@ -50,14 +50,9 @@ def _workers(count: int) -> ThreadPoolExecutor:
 
 
 def map_parallel(tasks: Sequence[Callable[[], T]], most: int) -> Iterator[T]:
-    """Run tasks on a core each, as many at a time as there are cores; a few tasks share the cores evenly.
+    """Run tasks on a core each, at most `most` at a time where memory is short; a few tasks share the cores evenly.
 
-    Args:
-        tasks: They must not write to the same places; each knows its own by `place`.
-        most: At a time, where there is not enough memory for one on each core.
-
-    Returns:
-        Their results, in order, as they are ready.
+    They must not write to the same places. Their results come in order, as they are ready.
     """
     count = min(len(tasks), most, num_cores())
     if count <= 1:
@@ -100,11 +95,7 @@ if hasattr(os, "register_at_fork"):
 def parallel_for(rows: int, work_per_row: int, kernel: Callable[..., None], *arguments: Any) -> None:
     """Call kernel(begin, end, *arguments) for pieces of all rows, on every core if there is enough to do.
 
-    Args:
-        rows: Rows in all.
-        work_per_row: Numbers handled in a row, weighted by what they cost: 1 is a load, a few operations and a store.
-        kernel: Compiled without the interpreter's lock (`nogil=True`).
-        *arguments: Passed on.
+    A unit of `work_per_row` is a load, a few operations and a store. The kernel is compiled with `nogil=True`.
     """
     cores = _here.cores or num_cores()
     if cores == 1 or rows * work_per_row <= PIECE // 4:
