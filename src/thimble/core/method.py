@@ -77,20 +77,10 @@ INITS = {
 
 
 def parse_init(text: str) -> Init:
-    """Read the option `--init`.
+    """Read the option `--init`; `str` of the result is the text again, a ValueError says what was expected.
 
-    Args:
-        text: A name in `INITS`, or `adapter:PATH`.
-
-    Returns:
-        The initialization; `str` of it is `text` again.
-
-    Raises:
-        ValueError: With what was expected.
-
-    Example:
-        >>> parse_init("adapter:runs/mine-1").path
-        'runs/mine-1'
+    >>> parse_init("adapter:runs/mine-1").path
+    'runs/mine-1'
     """
     name, _, path = text.partition(":")
     if name == ADAPTER and path:
@@ -103,16 +93,9 @@ def parse_init(text: str) -> Init:
 
 
 def method_rates(init: Init, use_dora: bool, lora_plus: float, rslora_rank: int = 1) -> dict[str, float]:
-    """What the default learning rate is multiplied by, and for what.
+    """What the default learning rate is multiplied by, and for what; none of the factors is 1.
 
-    Args:
-        init: The initialization.
-        use_dora: The option.
-        lora_plus: The option.
-        rslora_rank: The rank, if rsLoRA makes the scale √rank times as large: the first steps stay as long.
-
-    Returns:
-        Factors by what they are for; none of them is 1.
+    `rslora_rank` is the rank where rsLoRA makes the scale √rank times as large: the first steps stay as long.
     """
     factors = {
         f"init {init}": init.rate,

@@ -89,19 +89,10 @@ class Encoder:
         return self._turns.ask(record.messages or (), record.tools) if is_written else None
 
     def encode(self, record: Record, written: Renderings | None = None) -> list[Row]:
-        """Encode one record.
+        """Encode one record, by what `ask` gave for it if it was asked ahead; a DataError if the template refuses it.
 
-        Args:
-            record: A conversation, a prompt with completion, or a text.
-            written: What `ask` gave for it, if it was asked for ahead.
-
-        Returns:
-            One row; for a text longer than `seq_len` as many as it takes, each beginning with the last token of the
-            one before, so that every token is learned once.
-
-        Raises:
-            DataError: If the template refuses the conversation.
-            BaseModelError: If a conversation is given and the base has no template.
+        A record is one row; a text longer than `seq_len` is as many as it takes, each beginning with the last token of
+        the one before, so that every token is learned once.
         """
         if record.text is not None:
             return self._text_rows(record)
@@ -114,15 +105,7 @@ class Encoder:
         return [self._fit(ids, learned, record.source)]
 
     def question(self, record: Record) -> Question | None:
-        """Make the question whose answer is the last assistant turn.
-
-        Args:
-            record: Any record.
-
-        Returns:
-            Ids that are the beginning of the record's training row (before truncation) and the text to be written;
-            None for plain text.
-        """
+        """The question whose answer is the last assistant turn, as the training row begins; None for plain text."""
         if record.text is not None:
             return None
         pieces, _ = self._pieces(record)
@@ -136,15 +119,7 @@ class Encoder:
         return Question(np.asarray(ids, np.int32), self._turns.bare(reference) if self._turns else reference)
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> Ids:
-        """Encode a conversation that waits for an answer, exactly as the training rows begin.
-
-        Args:
-            messages: Conversation in OpenAI form, ending with a user turn or a tool's result.
-            tools: Tool definitions in OpenAI form, or None.
-
-        Returns:
-            int32 (T,), with the beginning of the assistant turn.
-        """
+        """Encode a conversation that waits for an answer, exactly as the training rows begin: int32 (T,)."""
         ids, _ = self._tokens(self._require_turns().prompt(messages, tools))
         return np.asarray(ids, np.int32)
 

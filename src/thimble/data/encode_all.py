@@ -39,20 +39,10 @@ class EncodeReport:
 def encode_all(
     records: Items[Record], encoder: Encoder, skipped: Skipped | None = None, on_record: OnRecord = _nobody
 ) -> tuple[Spool[Row], EncodeReport]:
-    """Encode all records and count what became of them.
+    """Encode all records; returns the rows that have something to learn, in a temporary file, and what became of all.
 
-    Args:
-        records: Examples.
-        encoder: Of the base.
-        skipped: Takes the records that the template refuses; without it a single one is too many.
-        on_record: Hears how many records are done, and of how many.
-
-    Returns:
-        The rows that have something to learn, in order, and the counts; the rows lie in a temporary file.
-
-    Raises:
-        DataError: If the template refuses too many records, or if no row has a label.
-        BaseModelError: If conversations are given and the base has no template.
+    Records that the template refuses go to `skipped`; without it a single one is too many. Raises a DataError if there
+    are too many of them, or if no row has a label.
     """
     skipped = Skipped(is_strict=True) if skipped is None else skipped
     rows, counted = Spool(_packed, _unpacked), _Counted()

@@ -53,18 +53,7 @@ class GgufVocab(NamedTuple):
 
 
 def read_vocab(metadata: Mapping[str, Any], source: str) -> GgufVocab:
-    """Build the tokenizer a GGUF file describes.
-
-    Args:
-        metadata: The key-value pairs of the file.
-        source: What to call the file in messages.
-
-    Returns:
-        The tokenizer, the ids of special tokens, and whether texts begin with bos.
-
-    Raises:
-        BaseModelError: If the file has no vocabulary, a damaged one, or one of a kind not known here.
-    """
+    """Build the tokenizer a GGUF file describes; a BaseModelError tells of a missing, damaged or unknown vocabulary."""
     model = metadata.get(KEY + "model")
     builders = {"gpt2": _byte_level, "llama": _sentencepiece, "gemma4": _gemma4}
     if model is None or metadata.get(KEY + "tokens") is None:
@@ -253,18 +242,10 @@ def _with_spaces_spelled(tokenizer: "Tokenizer") -> "Tokenizer":
 
 
 def merges_from_scores(tokens: list[str], scores: list[float], types: list[int]) -> list[tuple[str, str]]:
-    """Turn SentencePiece scores into an order of merges.
+    """Turn SentencePiece scores, the highest joined first, into an order of merges: pairs of neighbours.
 
     SentencePiece always joins the neighbours whose union has the highest score; BPE applies merges in order. Listing
     every way to cut every token in two, best score first, makes both the same.
-
-    Args:
-        tokens: Tokens by id.
-        scores: Score of each token; higher is joined earlier.
-        types: Kind of each token; only text takes part.
-
-    Returns:
-        Pairs of neighbours to join, in order.
     """
     words = {token: index for index, token in enumerate(tokens) if types[index] in (NORMAL, USER_DEFINED, UNUSED)}
     found = []

@@ -19,17 +19,7 @@ class Model:
 
 
 def open_model(name: str | None) -> Model:
-    """Open a base by path or hub name, with its tokenizer and template.
-
-    Args:
-        name: The option `base`.
-
-    Returns:
-        The opened base.
-
-    Raises:
-        BaseModelError: If anything is missing or not supported.
-    """
+    """Open a base by path or hub name, with tokenizer and template; a BaseModelError if anything is missing."""
     base = find_base(name)
     if base.metadata is not None:
         tokenizer = tokenizer_from_gguf(base.metadata)

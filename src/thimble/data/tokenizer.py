@@ -36,15 +36,10 @@ class Tokenizer:
         add_bos: bool = False,
         chat_template: str | None = None,
     ) -> None:
-        """Wrap a tokenizer of the `tokenizers` package.
+        """Wrap a tokenizer of the `tokenizers` package, whose post-processor is ignored.
 
-        Args:
-            inner: Turns text into ids; its post-processor is ignored.
-            bos_id: Begins a document, or None.
-            eos_id: Ends a document, or None.
-            stop_ids: Further ids that end an answer.
-            add_bos: Whether the model expects every text to begin with bos.
-            chat_template: Jinja source, or None.
+        `stop_ids` are further ids that end an answer; `add_bos` tells that the model expects every text to begin with
+        bos.
         """
         inner.no_truncation()
         inner.no_padding()
@@ -71,15 +66,7 @@ class Tokenizer:
         return frozenset(named | set(given) | ({self.eos_id} if self.eos_id is not None else set()))
 
     def encode(self, text: str, special: bool = True) -> list[int]:
-        """Turn a text into ids; bos and eos are never added.
-
-        Args:
-            text: Any text.
-            special: Whether the text of a special token (`<|im_end|>`) becomes that token; else plain text.
-
-        Returns:
-            Token ids.
-        """
+        """Turn a text into ids; bos and eos are never added, marks like `<|im_end|>` become tokens if `special`."""
         with rust_faults("the tokenizer of the base cannot encode a text", _ADVICE):
             inner = self._inner if special else self._plain
             return inner.encode(text, add_special_tokens=False).ids
@@ -155,18 +142,7 @@ def _alphabet() -> dict[str, int]:
 
 
 def tokenizer_from_gguf(metadata: Mapping[str, Any], source: str = "the GGUF file") -> Tokenizer:
-    """Build the tokenizer described by the metadata of a GGUF file.
-
-    Args:
-        metadata: Key-value pairs of the file.
-        source: What to call the file in messages.
-
-    Returns:
-        The tokenizer, with the chat template of the file.
-
-    Raises:
-        BaseModelError: If the file has no vocabulary, a damaged one, or one of a kind not known here.
-    """
+    """Build the tokenizer of a GGUF file from its metadata, with its chat template; raises as `read_vocab` does."""
     vocab = gguf_vocab.read_vocab(metadata, source)
     return Tokenizer(
         vocab.tokenizer,
@@ -179,17 +155,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], source: str = "the GGUF fil
 
 
 def tokenizer_from_folder(folder: Path) -> Tokenizer:
-    """Build the tokenizer of a Hugging Face model folder.
-
-    Args:
-        folder: Holds tokenizer.json and, as a rule, tokenizer_config.json.
-
-    Returns:
-        The tokenizer, with the chat template of the folder.
-
-    Raises:
-        BaseModelError: If tokenizer.json is missing or damaged.
-    """
+    """Build the tokenizer of a Hugging Face folder, with its chat template; a BaseModelError if it is damaged."""
     folder = Path(folder)
     inner = _read_inner(folder)
     config = {**_settings(folder / "special_tokens_map.json"), **_settings(folder / "tokenizer_config.json")}

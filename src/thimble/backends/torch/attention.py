@@ -55,11 +55,10 @@ class AttentionSpec:
 def split_heads(
     qkv: Tensor, spec: AttentionSpec, angles: Angles | None, memory: Memory
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Cut, normalise, rotate and scale (tokens, (heads + 2 kv_heads) · head_dim) into q, k and v; None turns nothing.
+    """Cut, normalise, rotate and scale (tokens, (heads + 2 kv_heads) · head_dim) into q, k and v.
 
-    Returns:
-        q (kv_heads, tokens + TILE, group, head_dim) already scaled, k and v (kv_heads, tokens + TILE, head_dim);
-        contiguous, in scratch. What lies behind the tokens is zero.
+    q (kv_heads, tokens + TILE, group, head_dim) is already scaled; k and v are (kv_heads, tokens + TILE, head_dim). All
+    are contiguous, in scratch, and zero behind the tokens. A layer without positions has no angles.
     """
     heads = _normalised(qkv.view(qkv.shape[0], -1, spec.head_dim), spec)
     tokens = len(heads)

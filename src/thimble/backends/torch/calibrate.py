@@ -202,11 +202,8 @@ def captured_energy(
     """How much of the gradient of W, on rows not seen before, lies in the span of each candidate for A.
 
     With B at zero, that is the part of the gradient that the first steps can follow. Candidates are A by layer path,
-    float32 (rank, in), by name.
-
-    Returns:
-        By candidate and layer path: what each row of A adds to ‖G P‖², float64 (rank,), P projecting on the rows so
-        far, and ‖G‖²; both summed over batches.
+    float32 (rank, in), by name. Returned is, by candidate and path, what each row of A adds to ‖G P‖², float64 (rank,),
+    P projecting on the rows so far, and ‖G‖²; both summed over batches.
     """
     bases = {
         name: {path: torch.linalg.qr(torch.from_numpy(a).t()).Q for path, a in layers.items()}

@@ -70,14 +70,11 @@ class TrainState:
 
 
 class TorchSession:
-    """A frozen base, ready to run.
+    """A frozen base, ready to run, in compute type `fp32`, `bf16` or `int8`.
 
-    Args:
-        base: The opened base.
-        compute: `fp32`, `bf16` or `int8`.
-        store: How weights are kept: `dense`, `int8` or `file`; compute int8 has a store of its own.
-        is_streamed: Weights are read from the file for each product and not kept.
-        sample: For compute int8: int32 (tokens,), any text; a few hundred tokens are enough.
+    Weights are kept as the store says, `dense`, `int8` or `file`; compute int8 has a store of its own, and a sample of
+    any text, int32 (tokens,), of a few hundred tokens to choose its scales by. If streamed, they are read from the file
+    for each product and not kept.
     """
 
     capabilities = CAPABILITIES
