@@ -88,15 +88,14 @@ class TokenCache:
         self.slots: dict[int, NDArray[np.int32]] = {}
 
     def reserve(self, slots: int, capacity: int) -> None:
-        """See KeyValueCache; slots grow by themselves."""
+        """Slots grow by themselves."""
 
     def move(self, source: int, target: int) -> None:
-        """See KeyValueCache."""
         self.slots[target] = self.slots[source]
 
 
 class ReferenceSession:
-    """A frozen base in float64.
+    """A frozen base in float64; see Session.
 
     Args:
         base: The opened base; small.
@@ -110,24 +109,20 @@ class ReferenceSession:
 
     @property
     def layers(self) -> Sequence[LayerInfo]:
-        """See Session."""
         shapes = self._spec.linear_shapes()
         return [LayerInfo(path, shape, int(path.split(".")[2])) for path, shape in shapes.items()]
 
     # ---- adapters -------------------------------------------------------------------------------------------------
 
     def load(self, adapter: Adapter | None) -> ReferenceAdapter:
-        """See Session."""
         return ReferenceAdapter(_updates(adapter, _flattened(adapter)) if adapter else {})
 
     def start(self, adapter: Adapter, method: Method) -> ReferenceState:
-        """See Session."""
         options.refuse_missing("reference", self.capabilities, options.required(adapter, method))
         flat = _flattened(adapter)
         return ReferenceState(adapter, method, flat, flat, np.zeros_like(flat), np.zeros_like(flat))
 
     def adapter(self, state: ReferenceState) -> Adapter:
-        """See Session."""
         views = _views(state.first, state.flat.astype(np.float32))
         layers = {path: Factors(a, b, state.first.layers[path].scale, m) for path, (a, b, m) in views.items()}
         return replace(state.first, layers=layers)
@@ -189,7 +184,6 @@ class ReferenceSession:
         return forward.divergence(OPS, scores, reference.logits)
 
     def unmoved_layers(self, state: ReferenceState) -> list[str]:
-        """See Session."""
         squares = _views(state.first, state.exp_avg_sq)
         return [path for path, (a, b, _) in squares.items() if not (a.any() or b.any())]
 
@@ -198,12 +192,10 @@ class ReferenceSession:
     def losses(
         self, adapter: ReferenceAdapter, batches: Sequence[Batch], execution: ExecutionPlan
     ) -> Iterator[LossSum]:
-        """See Session."""
         for batch in batches:
             yield LossSum(float(self._summed_loss(adapter.updates, batch)), batch.target_tokens)
 
     def kl_reference(self, batch: Batch) -> KlReference:
-        """See Session."""
         return KlReference(batch, forward.logits(OPS, self._spec, self._weights, self._hidden({}, batch)))
 
     def release(self) -> None:
@@ -212,13 +204,11 @@ class ReferenceSession:
     # ---- inference ------------------------------------------------------------------------------------------------
 
     def new_cache(self) -> TokenCache:
-        """See Session."""
         return TokenCache()
 
     def prefill(
         self, prompts: Sequence[Prompt], cache: TokenCache, num_workers: int
     ) -> list[tuple[NDArray[np.float32], LossSum]]:
-        """See Session."""
         return [self._prefill(prompt, cache) for prompt in prompts]
 
     def _prefill(self, prompt: Prompt, cache: TokenCache) -> tuple[NDArray[np.float32], LossSum]:
@@ -231,7 +221,6 @@ class ReferenceSession:
         return scores, LossSum(float(self._cross_entropy(x, prompt.labels)), tokens)
 
     def decode(self, tokens: Sequence[int], rows: Sequence[ForwardRow], cache: TokenCache) -> NDArray[np.float32]:
-        """See Session."""
         return self._prefill(Prompt(np.array(tokens, np.int32), rows, range(len(rows))), cache)[0]
 
     def _continued(self, ids: NDArray[np.int32], row: ForwardRow, cache: TokenCache) -> Array:
@@ -257,13 +246,11 @@ class ReferenceSession:
         return dict(into)
 
     def restore(self, state: ReferenceState, arrays: Mapping[str, NDArray[np.floating[Any]]]) -> ReferenceState:
-        """See Session."""
         arrays = {**self.snapshot(state), **arrays}
         flat, exp_avg, exp_avg_sq = (arrays[name].astype(np.float64) for name in ("adapter", "exp_avg", "exp_avg_sq"))
         return replace(state, flat=flat, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, step=int(arrays["step"][0]))
 
     def is_finite(self, state: ReferenceState) -> bool:
-        """See Session."""
         return all(bool(np.isfinite(array).all()) for array in self.snapshot(state).values())
 
 

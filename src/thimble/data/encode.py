@@ -1,5 +1,6 @@
 """From records to token ids and labels. Knows the tokenizer and the template of a base, but no framework."""
 
+import itertools
 import math
 import re
 from collections import Counter
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from thimble.data.messages import has_tools
 from thimble.data.rows import Record
 from thimble.data.template import ChatTemplate, Message, Renderings
 from thimble.data.tokenizer import Tokenizer
@@ -172,15 +174,13 @@ class Encoder:
         return warnings
 
     def _check(self, record: Record, ids: Sequence[int], learned: Sequence[bool]) -> None:
-        """CalibrationData whether the record has been through a template before, and whether its answer has an end."""
+        """Count whether the record has been through a template before, and whether its answer has an end."""
         texts = (message.get("content") or "" for message in record.messages or ())
         mark = next((found for text in texts for found in LIKE_MARKS.findall(text) if found in self._marks), "")
         if mark:
             self._first_mark = self._first_mark or f"{mark} in {record.source}"
             self._seen["marked"] += 1
-        last = next(
-            (token for token, is_learned in zip(reversed(ids), reversed(learned), strict=True) if is_learned), None
-        )
+        last = next(itertools.compress(reversed(ids), reversed(learned)), None)
         self._seen["open"] += last is not None and last not in self._tokenizer.stop_ids
 
     def _pieces(self, record: Record, written: Renderings | None = None) -> tuple[list[Piece], bool]:
@@ -196,11 +196,11 @@ class Encoder:
             self._seen["raw"] += 1
             return
         messages = record.messages or ()
-        has_tools = record.tools or any(turn["role"] == "tool" or turn.get("tool_calls") for turn in messages)
+        uses_tools = has_tools(messages, record.tools)
         has_system = any(turn["role"] == "system" for turn in messages)
-        writes_tools = has_tools and not self._template.uses_tools
+        writes_tools = uses_tools and not self._template.uses_tools
         self._seen["chat"] += 1
-        self._seen["tools"] += bool(has_tools)
+        self._seen["tools"] += uses_tools
         self._seen["with system"] += has_system
         self._seen["without system"] += not has_system and not writes_tools
         self._seen["last only"] += not has_all

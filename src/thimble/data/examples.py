@@ -47,11 +47,8 @@ def encode_examples(
     """Turn records into rows; what the template refuses is left out with the rest that cannot be used."""
     encoder = make_encoder(model, config)
     on_record = functools.partial(log.progress, "rows encoded")
-    sides = [
-        encode_all(part, encoder, dataset.skipped, on_record) if part else ((), EncodeReport())
-        for part in (train, valid)
-    ]
-    (train_rows, train_report), (valid_rows, valid_report) = sides
+    train_rows, train_report = encode_all(train, encoder, dataset.skipped, on_record) if train else ((), EncodeReport())
+    valid_rows, valid_report = encode_all(valid, encoder, dataset.skipped, on_record) if valid else ((), EncodeReport())
     return Examples(dataset, encoder, train_rows, train_report, tuple(valid_rows), tuple(valid), valid_report)
 
 
@@ -72,10 +69,8 @@ def _split_pieces(examples: Examples, share: float) -> Examples:
     held = {int((number + 0.5) * len(rows) / count) for number in range(count)}
     trained = [number for number in range(len(rows)) if number not in held]
     lengths = [examples.train_report.lengths[number] for number in trained]
-    report = replace(
-        examples.train_report, num_rows=len(trained), lengths=lengths, tokens=sum(lengths), longest=max(lengths),
-        target_tokens=sum(rows[number].target_tokens for number in trained),
-    )  # fmt: skip
+    target_tokens = sum(rows[number].target_tokens for number in trained)
+    report = replace(examples.train_report, lengths=lengths, target_tokens=target_tokens)
     valid = tuple(rows[number] for number in sorted(held))
     return replace(examples, train=Chosen(rows, trained), train_report=report, valid=valid)
 
@@ -121,7 +116,7 @@ def log_skipped(dataset: Dataset, log: EventLog) -> None:
 def _log_lengths(name: str, report: EncodeReport, log: EventLog) -> None:
     """Warn of rows that were cut, or that have nothing to learn."""
     if report.truncated_rows:
-        share = report.truncated_rows / report.num_rows
+        share = report.truncated_rows / len(report.lengths)
         log.warning(
             f"{plural(report.truncated_rows, f'{name} row')} longer than --seq-len ({share:.0%}) lost "
             f"{plural(report.truncated_tokens, 'token')} in all"

@@ -5,6 +5,7 @@ with merges (model "gemma4"). The rules for missing keys are those of llama.cpp,
 """
 
 import contextlib
+import functools
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -263,6 +264,7 @@ def byte_of(token: str) -> bytes | None:
     return bytes([int(found[1], 16)]) if found else None
 
 
+@functools.cache
 def byte_level_alphabet() -> dict[str, int]:
     """The character each byte is written as in byte-level vocabularies (GPT-2), the other way round."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]

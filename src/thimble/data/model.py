@@ -42,7 +42,6 @@ def find_base(name: str | None) -> Base:
 
 def is_hub_name(name: str) -> bool:
     """Whether a name is `owner/name` and nothing here is called that."""
-
     parts = name.split("/")
     return not Path(name).exists() and len(parts) == 2 and all(parts) and not name.startswith((".", "~"))
 

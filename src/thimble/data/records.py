@@ -17,8 +17,6 @@ from thimble.data.sources import RawRow, find_files, kind_of, read_rows
 from thimble.data.spool import Chosen, Items, Spool
 from thimble.errors import DataError, Problems, listing, plural
 
-__all__ = ["Dataset", "Record", "Skipped", "general_records", "read_dataset", "split_rows"]
-
 MOST_TOLD = 20  # problems of rows in one message
 MOST_KEPT = 10_000  # problems of rows that are remembered; the others are counted
 SKIPPED_SHARE = 0.1  # of the rows: more that cannot be used are no dirt but a wrong form

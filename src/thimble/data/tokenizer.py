@@ -110,7 +110,7 @@ class Tokenizer:
         if token is None:
             raise IndexError(f"token id {index} is outside the vocabulary of {self.vocab_size:,} tokens")
         if self._is_byte_level:
-            alphabet = _alphabet()
+            alphabet = gguf_vocab.byte_level_alphabet()
             return b"".join(bytes([alphabet[c]]) if c in alphabet else c.encode() for c in token)
         return gguf_vocab.byte_of(token) or token.replace(gguf_vocab.SPACE, " ").encode()
 
@@ -134,11 +134,6 @@ class Tokenizer:
     def _prefixes_space(self) -> bool:
         newline = self.encode("\n")
         return self.encode("\na") != newline + self.encode("a")
-
-
-@functools.cache
-def _alphabet() -> dict[str, int]:
-    return gguf_vocab.byte_level_alphabet()
 
 
 def tokenizer_from_gguf(metadata: Mapping[str, Any], source: str = "the GGUF file") -> Tokenizer:

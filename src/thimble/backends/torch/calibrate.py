@@ -28,13 +28,11 @@ SPARE = 8  # directions a sketch carries beside those wanted
 # ---- inputs ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass
 class _Sums:
-    """Of the inputs of one group of layers."""
+    """Of the inputs of one group of layers, each of so many columns."""
 
-    square: Tensor
-    total: Tensor
-    count: int = 0
+    def __init__(self, columns: int) -> None:
+        self.square, self.total, self.count = torch.zeros(columns, columns), torch.zeros(columns), 0
 
     def add(self, h: Tensor) -> None:
         wide = h.float()
@@ -49,11 +47,7 @@ def input_moments(decoder: Decoder, batches: Sequence[Batch]) -> Iterator[tuple[
     passes = [decoder.pack(batch.starts) for batch in batches]
     streams = [decoder.embed(batch.ids, one) for batch, one in zip(batches, passes, strict=True)]
     for block in decoder.blocks:
-        sums = {
-            projection.number: _Sums(torch.zeros(n, n), torch.zeros(n))
-            for projection in block.projections
-            for n in (projection.frozen.cols,)
-        }
+        sums = {projection.number: _Sums(projection.frozen.cols) for projection in block.projections}
         for number, one in enumerate(passes):
             real = one.starts[-1]
 
@@ -161,9 +155,7 @@ def _spread(layer: _Watched, x: Tensor, grad: Tensor) -> None:
 
 
 def _measure(layer: _Watched, x: Tensor, grad: Tensor) -> None:
-    low = x @ layer.rows.t()
-    layer.image.addmm_(grad.t(), low)
-    _add_inputs(layer, x, low)
+    layer.image.addmm_(grad.t(), _answers(layer, x))
 
 
 def _spread_weighted(layer: _Watched, x: Tensor, grad: Tensor) -> None:
@@ -172,15 +164,17 @@ def _spread_weighted(layer: _Watched, x: Tensor, grad: Tensor) -> None:
 
 
 def _measure_weighted(layer: _Watched, x: Tensor, grad: Tensor) -> None:
-    low = x @ layer.rows.t()
+    low = _answers(layer, x)
     layer.image.addmm_((grad.square().sum(1, keepdim=True) * low).t(), low)
-    _add_inputs(layer, x, low)
 
 
-def _add_inputs(layer: _Watched, x: Tensor, low: Tensor) -> None:
+def _answers(layer: _Watched, x: Tensor) -> Tensor:
+    """V x of each input, (tokens, k), which is counted."""
+    low = x @ layer.rows.t()
     layer.answer.addmm_(low.t(), low)
     layer.input_square += float(x.square().sum())
     layer.count += len(x)
+    return low
 
 
 def _finished(layer: _Watched) -> Sketch:

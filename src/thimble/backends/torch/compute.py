@@ -57,7 +57,7 @@ def machine() -> Machine:
     def measure() -> Machine:
         flops = race()
         if flags & INT8_INSTRUCTIONS:
-            flops["int8"] = _int8_rate(max(SIZES))
+            flops["int8"] = _rate(torch.int8, max(SIZES))
         return Machine(name, num_cores(), flops, _copy_rate(), time.time())
 
     return remembered(f"{name}, {num_cores()} cores, torch {torch.__version__}", measure)
@@ -75,12 +75,8 @@ def race() -> dict[str, float]:
 
 def _rate(dtype: torch.dtype, size: int) -> float:
     a, b = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
-    return 2 * size**3 / _fastest(lambda: torch.mm(a, b))
-
-
-def _int8_rate(size: int) -> float:
-    a, b = torch.ones(size, size, dtype=torch.int8), torch.ones(size, size, dtype=torch.int8)
-    return 2 * size**3 / _fastest(lambda: torch._int_mm(a, b))
+    multiply = torch._int_mm if dtype == torch.int8 else torch.mm
+    return 2 * size**3 / _fastest(lambda: multiply(a, b))
 
 
 def _copy_rate() -> float:

@@ -188,7 +188,7 @@ class Decoder:
         return {number: _angles(rope, positions, ends) for number, rope in enumerate(self.ropes)}
 
     def embed(self, ids: NDArray[np.int32], forward: ForwardPass) -> Tensor:
-        """CalibrationData up tokens: int32 (tokens,) to (tokens with padding, hidden), compute type."""
+        """Look up tokens: int32 (tokens,) to (tokens with padding, hidden), compute type."""
         x = self.embedding.gather(np.pad(ids.astype(np.int64), (0, forward.size - len(ids))))
         if self.spec.embedding_scale != 1.0:
             x = x * torch.tensor(self.spec.embedding_scale, dtype=self.compute)

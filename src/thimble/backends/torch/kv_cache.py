@@ -1,5 +1,6 @@
 """Keys and values of what requests have read: rows of different lengths in parallel, each in a slot of its own."""
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -70,16 +71,12 @@ def attend_cached(
     if all(row.tokens == 1 for row in rows) and [row.slot for row in rows] == list(range(len(rows))):
         q, k, v = (heads[:, : len(qkv)] for heads in (q, k, v))
         return _attend_next(q, k, v, spec, rows, cache, layer)
-    start = 0
-    for row in rows:
+    starts = list(itertools.accumulate((row.tokens for row in rows), initial=0))
+    for row, start in zip(rows, starts, strict=False):
         places = slice(row.position, row.position + row.tokens)
         cache.keys[layer, row.slot, :, places] = k[:, start : start + row.tokens]
         cache.values[layer, row.slot, :, places] = v[:, start : start + row.tokens]
-        start += row.tokens
     if all(row.position == 0 for row in rows):  # they see nothing but themselves
-        starts = [0]
-        for row in rows:
-            starts.append(starts[-1] + row.tokens)
         return attend(qkv, spec, angles, starts, memory)
     (row,) = rows
     mixed = torch.zeros(len(qkv), spec.num_heads * spec.head_dim, dtype=qkv.dtype)
@@ -100,9 +97,8 @@ def _attend_next(
     cache.keys[layer, places, :, positions[:count]] = k[:, :count].transpose(0, 1)
     cache.values[layer, places, :, positions[:count]] = v[:, :count].transpose(0, 1)
     keys, values = (room[layer, :padded].flatten(0, 1) for room in (cache.keys, cache.values))
-    scores = _bent(
-        torch.bmm(q.transpose(0, 1).flatten(0, 1), keys.transpose(1, 2)), spec
-    )  # (rows · kv_heads, group, n)
+    scores = torch.bmm(q.transpose(0, 1).flatten(0, 1), keys.transpose(1, 2))  # (rows · kv_heads, group, n)
+    scores = _bent(scores, spec)
     hidden = _hidden(positions[:, None], cache.capacity, spec)  # (rows, n)
     scores.view(padded, -1, cache.capacity).masked_fill_(hidden[:, None], float("-inf"))
     return torch.bmm(scores.softmax(-1).to(q.dtype), values).view(padded, -1)
@@ -115,8 +111,7 @@ def _attend_on(q: Tensor, spec: AttentionSpec, row: ForwardRow, cache: KvCache, 
     scores = _bent(torch.bmm(q.flatten(1, 2), keys.transpose(1, 2)), spec)  # (kv_heads, tokens · group, end)
     positions = torch.arange(row.position, end).repeat_interleave(spec.group)
     scores.masked_fill_(_hidden(positions[:, None], end, spec), float("-inf"))
-    mixed = torch.bmm(scores.softmax(-1).to(q.dtype), values)
-    mixed = mixed.view(len(q), row.tokens, spec.group, -1)  # (kv_heads, tokens, group, dim)
+    mixed = torch.bmm(scores.softmax(-1).to(q.dtype), values).view(len(q), row.tokens, spec.group, -1)
     return mixed.transpose(0, 1).reshape(row.tokens, -1)
 
 

@@ -17,8 +17,7 @@ from thimble.backends.torch.decoder import Decoder
 from thimble.backends.torch.frozen import as_numpy
 from thimble.backends.torch.threads import parallel_for
 from thimble.core.sizes import logit_chunk
-
-IGNORED = -100
+from thimble.data.encode import IGNORED
 
 
 def label_loss(decoder: Decoder, hidden: Tensor, labels: NDArray[np.int32]) -> Tensor:

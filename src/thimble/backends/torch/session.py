@@ -31,6 +31,7 @@ from thimble.core.metrics import LossSum
 from thimble.core.sizes import padded
 from thimble.core.targets import block_of
 from thimble.data.batches import Batch
+from thimble.data.encode import IGNORED
 from thimble.models.base import Base
 from thimble.models.execution import ExecutionPlan
 
@@ -99,7 +100,6 @@ class TorchSession:
 
     @property
     def layers(self) -> tuple[LayerInfo, ...]:
-        """See Session."""
         shapes = self._base.spec.linear_shapes()
         return tuple(LayerInfo(path, shape, block_of(path)) for path, shape in shapes.items())
 
@@ -107,13 +107,11 @@ class TorchSession:
 
     @out_of_memory
     def load(self, adapter: Adapter | None) -> ActiveAdapter:
-        """See Session."""
         active = ActiveAdapter(adapter, self.decoder.compute)
         self.decoder.measure(active.layers)
         return active
 
     def start(self, adapter: Adapter, method: Method) -> TrainState:
-        """See Session."""
         active = self.load(adapter)
         spans, goal = active.spans, active.flat.clone() if method.weight_decay else None
         rates = [(spans.A, 0.0 if method.freezes_a else 1.0), (spans.B, method.lora_plus), (spans.magnitude, 1.0)]
@@ -144,7 +142,6 @@ class TorchSession:
         return projection.frozen.decoded(projection.columns[path]).float().numpy()
 
     def adapter(self, state: TrainState) -> Adapter:
-        """See Session."""
         return state.active.export()
 
     # ---- training -------------------------------------------------------------------------------------------------
@@ -176,7 +173,7 @@ class TorchSession:
             lora = Lora(ranges=_one(state.active), grads=grads, freezes_a=state.method.freezes_a, dropout=dropout)
             loss = self._label_loss(batch, lora, execution)
             loss.backward()
-            total += LossSum(float(loss.detach()), _count(batch.labels))
+            total += LossSum(float(loss.detach()), batch.target_tokens)
         return total
 
     def _add_divergence(
@@ -191,11 +188,9 @@ class TorchSession:
     @out_of_memory
     @torch.no_grad()
     def kl_reference(self, batch: Batch) -> KlReference:
-        """See Session."""
         return KlReference(batch, self._hidden(batch, BARE)[: len(batch.ids)].clone())
 
     def apply(self, state: TrainState, gradient: Gradient, rate: float) -> TrainState:
-        """See Session."""
         most = state.method.max_grad_norm
         scale = most / gradient.norm if gradient.norm > most else 1.0
         state.optimiser.step(torch.from_numpy(gradient.flat), rate, scale)
@@ -217,7 +212,6 @@ class TorchSession:
     # ---- measuring ------------------------------------------------------------------------------------------------
 
     def losses(self, adapter: ActiveAdapter, batches: Sequence[Batch], execution: ExecutionPlan) -> Iterator[LossSum]:
-        """See Session."""
         lora = Lora(ranges=_one(adapter))
         tasks = [functools.partial(self._loss, batch, lora, execution) for batch in batches]
         return map_parallel(tasks, execution.num_shares)
@@ -225,7 +219,7 @@ class TorchSession:
     @out_of_memory
     @torch.no_grad()
     def _loss(self, batch: Batch, lora: Lora, execution: ExecutionPlan) -> LossSum:
-        return LossSum(float(self._label_loss(batch, lora, execution)), _count(batch.labels))
+        return LossSum(float(self._label_loss(batch, lora, execution)), batch.target_tokens)
 
     @torch.no_grad()
     def logits(self, ids: NDArray[np.int32], adapter: ActiveAdapter | None = None) -> NDArray[np.float32]:
@@ -235,20 +229,17 @@ class TorchSession:
         return self.decoder.logits(hidden[: len(ids)]).numpy()
 
     def release(self) -> None:
-        """See Session."""
         self.decoder.memory.release()
 
     # ---- inference ------------------------------------------------------------------------------------------------
 
     def new_cache(self) -> KvCache:
-        """See Session."""
         return KvCache(len(self.decoder.blocks), self.decoder.blocks[0].attention, self.decoder.compute)
 
     @out_of_memory
     def prefill(
         self, prompts: Sequence[Prompt], cache: KvCache, num_workers: int
     ) -> list[tuple[NDArray[np.float32], LossSum]]:
-        """See Session."""
         tasks = [functools.partial(self._prefill, prompt, cache) for prompt in prompts]
         return list(map_parallel(tasks, num_workers))
 
@@ -257,13 +248,13 @@ class TorchSession:
         hidden = self.decoder.hidden(prompt.ids, self._cached_pass(prompt.rows, cache))
         loss = LossSum()
         if prompt.labels is not None:
-            loss = LossSum(float(label_loss(self.decoder, hidden, prompt.labels)), _count(prompt.labels))
+            tokens = int(np.count_nonzero(prompt.labels != IGNORED))
+            loss = LossSum(float(label_loss(self.decoder, hidden, prompt.labels)), tokens)
         return self.decoder.logits(hidden[list(prompt.ends)]).numpy(), loss
 
     @out_of_memory
     @torch.no_grad()
     def decode(self, tokens: Sequence[int], rows: Sequence[ForwardRow], cache: KvCache) -> NDArray[np.float32]:
-        """See Session."""
         hidden = self.decoder.hidden(np.array(tokens, np.int32), self._cached_pass(rows, cache))
         return self.decoder.logits(hidden)[: len(rows)].numpy()
 
@@ -293,7 +284,6 @@ class TorchSession:
     def snapshot(
         self, state: TrainState, into: Mapping[str, NDArray[np.float32]] | None = None
     ) -> dict[str, NDArray[np.float32]]:
-        """See Session."""
         kept = dict(into or {})
         for name, values in self._arrays(state).items():
             if name in kept:
@@ -307,18 +297,15 @@ class TorchSession:
         return {"adapter": state.active.flat.numpy(), **state.optimiser.state()}
 
     def restore(self, state: TrainState, arrays: Mapping[str, NDArray[np.float32]]) -> TrainState:
-        """See Session."""
         state.optimiser.restore(arrays)
         if "adapter" in arrays:
             state.active.flat.copy_(torch.from_numpy(arrays["adapter"]))
         return self._refreshed(state)
 
     def is_finite(self, state: TrainState) -> bool:
-        """See Session."""
         return all(np.isfinite(values).all() for values in self._arrays(state).values())
 
     def unmoved_layers(self, state: TrainState) -> list[str]:
-        """See Session."""
         moved = state.active.views(state.optimiser.squares)
         return [path for path, part in moved.items() if not (bool(part.A.any()) or bool(part.B.any()))]
 
@@ -348,7 +335,3 @@ def _places(batch: Batch) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     lengths, padding = np.diff(batch.starts), padded(len(batch.ids)) - len(batch.ids)
     tokens = np.arange(len(batch.ids)) - np.repeat(batch.starts[:-1], lengths)
     return np.pad(np.repeat(batch.numbers, lengths), (0, padding)), np.pad(tokens, (0, padding))
-
-
-def _count(labels: NDArray[np.int32]) -> int:
-    return int(np.count_nonzero(labels >= 0))

@@ -24,7 +24,6 @@ class _Here(threading.local):
     """What this thread is doing."""
 
     cores = 0  # that a task among others has to itself; 0: not such a task
-    worker = 0  # of the task
 
 
 _here = _Here()
@@ -33,11 +32,6 @@ _here = _Here()
 def num_cores() -> int:
     """Cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def worker() -> int:
-    """The place among its fellows of the task that calls, from 0; 0 outside of any."""
-    return _here.worker
 
 
 # ---- tasks side by side ---------------------------------------------------------------------------------------------
@@ -58,7 +52,7 @@ def map_parallel(tasks: Sequence[Callable[[], T]], most: int) -> Iterator[T]:
     if count <= 1:
         return (task() for task in tasks)
     cores = num_cores() // count
-    return _results([_workers(count).submit(_run, task, number, cores) for number, task in enumerate(tasks)])
+    return _results([_workers(count).submit(_run, task, cores) for task in tasks])
 
 
 def _results(futures: Sequence["Future[T]"]) -> Iterator[T]:
@@ -72,8 +66,8 @@ def _results(futures: Sequence["Future[T]"]) -> Iterator[T]:
         wait(futures)
 
 
-def _run(task: Callable[[], T], number: int, cores: int) -> T:
-    _here.worker, _here.cores = number, cores
+def _run(task: Callable[[], T], cores: int) -> T:
+    _here.cores = cores
     torch.set_num_threads(cores)  # of this thread's products
     return task()
 
