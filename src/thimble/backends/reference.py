@@ -95,12 +95,7 @@ class TokenCache:
 
 
 class ReferenceSession:
-    """A frozen base in float64; see Session.
-
-    Args:
-        base: The opened base; small.
-        capabilities: What it honours: all it can, or less, to see how a backend that lacks some is used.
-    """
+    """A small frozen base in float64; see Session. It honours all it can, or less, to see how a lack is dealt with."""
 
     def __init__(self, base: Base, capabilities: frozenset[str] = CAPABILITIES) -> None:
         self.capabilities = capabilities

@@ -249,12 +249,12 @@ def merges_from_scores(tokens: list[str], scores: list[float], types: list[int])
     every way to cut every token in two, best score first, makes both the same.
     """
     words = {token: index for index, token in enumerate(tokens) if types[index] in (NORMAL, USER_DEFINED, UNUSED)}
-    found = []
-    for token, index in words.items():
-        for cut in range(1, len(token)):
-            left, right = token[:cut], token[cut:]
-            if left in words and right in words:
-                found.append((-scores[index], words[left], words[right]))
+    found = [
+        (-scores[index], words[token[:cut]], words[token[cut:]])
+        for token, index in words.items()
+        for cut in range(1, len(token))
+        if token[:cut] in words and token[cut:] in words
+    ]
     return [(tokens[left], tokens[right]) for _, left, right in sorted(found)]
 
 

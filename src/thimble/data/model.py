@@ -21,10 +21,7 @@ class Model:
 def open_model(name: str | None) -> Model:
     """Open a base by path or hub name, with tokenizer and template; a BaseModelError if anything is missing."""
     base = find_base(name)
-    if base.metadata is not None:
-        tokenizer = tokenizer_from_gguf(base.metadata)
-    else:
-        tokenizer = tokenizer_from_folder(base.path)
+    tokenizer = tokenizer_from_folder(base.path) if base.metadata is None else tokenizer_from_gguf(base.metadata)
     if tokenizer.last_id >= base.spec.vocab_size:
         raise BaseModelError(
             f"the tokenizer of {base.name} has tokens up to number {tokenizer.last_id:,}, but the base knows "

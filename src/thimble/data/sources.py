@@ -194,8 +194,7 @@ def _json_line(line: bytes, source: str) -> RawRow:
     except DataError as error:
         return RawRow(None, source, error.problems[0])
     except (ValueError, RecursionError) as error:
-        problem = f"{source} is not valid JSON: {_reason(error)}. Expected one JSON object a line."
-        return RawRow(None, source, problem)
+        return RawRow(None, source, f"{source} is not valid JSON: {_reason(error)}. Expected one JSON object a line.")
 
 
 def _json(file: IO[bytes], name: str) -> Iterator[RawRow]:
@@ -300,10 +299,5 @@ def _parquet(file: IO[bytes], name: str) -> Iterator[RawRow]:
 
 
 _PARSERS: dict[str, Callable[[IO[bytes], str], Iterator[RawRow]]] = {
-    ".jsonl": _json_lines,
-    ".json": _json,
-    ".csv": _csv,
-    ".parquet": _parquet,
-    ".txt": _text,
-    ".md": _text,
-}
+    ".jsonl": _json_lines, ".json": _json, ".csv": _csv, ".parquet": _parquet, ".txt": _text, ".md": _text,
+}  # fmt: skip

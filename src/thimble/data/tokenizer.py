@@ -77,8 +77,7 @@ class Tokenizer:
         Vocabularies that put a space before a text must not do so before a piece that continues one: it is encoded
         behind the end of the piece before it, and that end is cut off again.
         """
-        result = []
-        before = ""
+        result, before = [], ""
         for piece in pieces:
             result.append(self._encode_behind(before, piece) if before and piece else self.encode(piece))
             before = piece or before
@@ -221,13 +220,10 @@ def _folder_template(folder: Path, config: Mapping[str, Any]) -> str | None:
         return _template(_read_text(path), str(path))
     template = _settings(folder / "chat_template.json").get("chat_template") or config.get("chat_template")
     if isinstance(template, list):  # several templates by name
-        named = {entry.get("name"): entry.get("template") for entry in template if _is_named(entry)}
+        entries = [entry for entry in template if isinstance(entry, dict) and isinstance(entry.get("name"), str)]
+        named = {entry["name"]: entry.get("template") for entry in entries}
         template = named.get("default") or next(iter(named.values()), None)
     return _template(template, str(folder))
-
-
-def _is_named(entry: Any) -> bool:
-    return isinstance(entry, dict) and isinstance(entry.get("name"), str)
 
 
 def _read_text(path: Path) -> str:

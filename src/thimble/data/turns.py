@@ -39,8 +39,7 @@ class Turns:
         """Have the template write, in the background, all that `cut` reads."""
         end = _end_of_learned(messages) or len(messages)
         answers = _answers(messages[:end]) if _end_of_learned(messages) else []
-        turns = [prefix for index in answers for prefix in ((index, True), (index + 1, False))]
-        return self._template.ask(messages[:end], tools, list(dict.fromkeys([(end, False), *turns])))
+        return self._template.ask(messages[:end], tools, _wanted((end, False), answers))
 
     def cut(
         self, messages: Sequence[Message], tools: Sequence[Any] | None, written: Renderings | None = None
@@ -64,9 +63,8 @@ class Turns:
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[Any] | None) -> list[Piece]:
         """Cut a conversation that waits for an answer as `cut` does, so that both give the same tokens."""
-        turns = [prefix for index in _answers(messages) for prefix in ((index, True), (index + 1, False))]
-        wanted = dict.fromkeys([(len(messages), True), *turns])
-        return self._prompt(messages, self._template.ask(messages, tools, list(wanted)))
+        wanted = _wanted((len(messages), True), _answers(messages))
+        return self._prompt(messages, self._template.ask(messages, tools, wanted))
 
     def _prompt(self, messages: Sequence[Message], written: Renderings) -> list[Piece]:
         text = written.text((len(messages), True))
@@ -161,6 +159,11 @@ def _end_of_learned(messages: Sequence[Message]) -> int:
 def _answers(messages: Sequence[Message]) -> list[int]:
     """Which messages answer something; a greeting that opens the conversation is given, since no prompt asks for it."""
     return [index for index, message in enumerate(messages) if index and message["role"] == "assistant"]
+
+
+def _wanted(whole: tuple[int, bool], answers: Sequence[int]) -> list[tuple[int, bool]]:
+    """What to render: the whole, and what comes before and with each answer."""
+    return list(dict.fromkeys([whole, *(part for index in answers for part in ((index, True), (index + 1, False)))]))
 
 
 def _close_thinking(asked: str, answer: str, message: Message) -> str:

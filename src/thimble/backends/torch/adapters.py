@@ -5,7 +5,8 @@ all magnitudes, so that each kind can have a learning rate of its own.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -62,13 +63,12 @@ class _Shape:
     has_magnitude: bool
 
 
-@dataclass(frozen=True)
-class Spans:
+class Spans(NamedTuple):
     """Where each kind of parameter lies in the flat vector."""
 
     A: slice
     B: slice
-    magnitude: slice = field(default_factory=lambda: slice(0, 0))
+    magnitude: slice
 
 
 class ActiveAdapter:
@@ -85,7 +85,7 @@ class ActiveAdapter:
         ends = np.cumsum([0, *(sum(array.size for array in arrays) for arrays in kinds)])
         self.spans = Spans(*(slice(int(a), int(b)) for a, b in zip(ends, ends[1:], strict=False)))
         self.flat = torch.empty(int(ends[-1]))
-        for span, arrays in zip((self.spans.A, self.spans.B, self.spans.magnitude), kinds, strict=True):
+        for span, arrays in zip(self.spans, kinds, strict=True):
             values = np.concatenate([array.reshape(-1) for array in arrays] or [np.zeros(0)])
             self.flat[span] = torch.from_numpy(values.astype(np.float32))
         trained = self.views(self.flat)
@@ -100,7 +100,7 @@ class ActiveAdapter:
 
     def views(self, flat: Tensor) -> dict[str, Parameters]:
         """A flat vector of the adapter's size by layer."""
-        rests = [flat[span] for span in (self.spans.A, self.spans.B, self.spans.magnitude)]
+        rests = [flat[span] for span in self.spans]
 
         def take(kind: int, shape: tuple[int, ...]) -> Tensor:
             count = int(np.prod(shape))

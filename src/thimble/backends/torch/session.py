@@ -18,7 +18,7 @@ from thimble.backends.torch.adamw import AdamW, norm
 from thimble.backends.torch.adapters import ActiveAdapter
 from thimble.backends.torch.compute import DTYPES
 from thimble.backends.torch.decoder import Decoder, ForwardPass
-from thimble.backends.torch.frozen import FileMatrix
+from thimble.backends.torch.frozen import load_matrix
 from thimble.backends.torch.kv_cache import KvCache
 from thimble.backends.torch.lora import BARE, Dropout, Lora
 from thimble.backends.torch.loss import divergence, label_loss
@@ -130,11 +130,7 @@ class TorchSession:
 
     def file_weight(self, path: str) -> NDArray[np.float32]:
         """A weight as it is in the file, decoded by the engine's kernels: float32 (out, in)."""
-        matrix = FileMatrix(self._base.weights[f"{path}.weight"], torch.float32)
-        values = torch.empty(matrix.rows, matrix.cols)
-        matrix.decode(slice(0, matrix.rows), values)
-        matrix.release(slice(0, matrix.rows))
-        return values.numpy()
+        return load_matrix(self._base.weights[f"{path}.weight"], "dense", torch.float32).dense.numpy()
 
     def kept_weight(self, path: str) -> NDArray[np.float32]:
         """A weight as it is kept, which may be coarser than in the file: float32 (out, in)."""
