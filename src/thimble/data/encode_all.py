@@ -18,10 +18,6 @@ OnRecord = Callable[[int, int], None]
 MOST_AHEAD = 16  # records whose texts the template writes while those before are encoded
 
 
-def _nobody(done: int, total: int) -> None:
-    """Tell nobody how far it is."""
-
-
 @dataclass
 class EncodeReport:
     """What became of the records; counts rows as they come."""
@@ -56,7 +52,10 @@ class EncodeReport:
 
 
 def encode_all(
-    records: Items[Record], encoder: Encoder, skipped: Skipped | None = None, on_record: OnRecord = _nobody
+    records: Items[Record],
+    encoder: Encoder,
+    skipped: Skipped | None = None,
+    on_record: OnRecord = lambda done, total: None,
 ) -> tuple[Spool[Row], EncodeReport]:
     """Encode all records; returns the rows that have something to learn, in a temporary file, and what became of all.
 

@@ -6,6 +6,7 @@ bfloat16 is about twice as fast as float32 on CPUs with instructions for it and 
 
 import math
 import time
+import timeit
 from collections.abc import Callable
 
 import torch
@@ -86,12 +87,7 @@ def _copy_rate() -> float:
 
 def _fastest(work: Callable[[], object]) -> float:
     """Seconds of the quickest of a few runs."""
-    times = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return min(times)
+    return min(timeit.repeat(work, number=1, repeat=REPEATS))
 
 
 def use_fast_fp32() -> bool:

@@ -70,7 +70,7 @@ class Decoder:
         self.spec = base.spec
         self.compute = compute
         self.memory = Memory(compute)
-        self.ropes = _distinct(base.spec.ropes)
+        self.ropes = list({id(rope): rope for rope in base.spec.ropes if rope is not None}.values())  # each once
         self._base, self._store = base, store
         self.embedding = self._linear([EMBEDDING])
         self.head = self.embedding if base.spec.is_tied else self._linear([HEAD])
@@ -278,14 +278,6 @@ def _checkpointed(decoder: Decoder, block: Block, x: Tensor, forward: ForwardPas
     if not (torch.is_grad_enabled() and needs_gradient):
         return decoder.block(block, x, forward)
     return _Checkpoint.apply(x, torch.empty(0, requires_grad=True), decoder, block, forward)
-
-
-def _distinct(ropes: tuple[Rope | None, ...]) -> list[Rope]:
-    found: list[Rope] = []
-    for rope in ropes:
-        if rope is not None and not any(known is rope for known in found):
-            found.append(rope)
-    return found
 
 
 def _angles(rope: Rope, positions: NDArray[np.int64], ends: NDArray[np.int64]) -> Angles:

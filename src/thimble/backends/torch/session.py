@@ -4,6 +4,7 @@ Adapters, gradients and train states are values: the session itself holds frozen
 """
 
 import functools
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -316,18 +317,15 @@ def _ranges(rows: Sequence[ForwardRow]) -> list[tuple[slice, Mapping]]:
     if len({id(row.adapter) for row in rows}) == 1:
         return _one(rows[0].adapter)
     ranges, start = [], 0
-    for number, row in enumerate(rows):
-        if number and row.adapter is rows[number - 1].adapter:
-            before, _ = ranges.pop()
-            ranges.append((slice(before.start, start + row.tokens), row.adapter.layers))
-        else:
-            ranges.append((slice(start, start + row.tokens), row.adapter.layers))
-        start += row.tokens
+    for _, alike in itertools.groupby(rows, lambda row: id(row.adapter)):
+        first, *others = alike
+        end = start + first.tokens + sum(row.tokens for row in others)
+        ranges.append((slice(start, end), first.adapter.layers))
+        start = end
     return ranges
 
 
 def _places(batch: Batch) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """For each token of a batch, with padding, the place of its row in the step and its own place in the row."""
-    lengths, padding = np.diff(batch.starts), padded(len(batch.ids)) - len(batch.ids)
-    tokens = np.arange(len(batch.ids)) - np.repeat(batch.starts[:-1], lengths)
-    return np.pad(np.repeat(batch.numbers, lengths), (0, padding)), np.pad(tokens, (0, padding))
+    rows, padding = np.repeat(batch.numbers, np.diff(batch.starts)), padded(batch.tokens) - batch.tokens
+    return np.pad(rows, (0, padding)), np.pad(batch.positions.astype(np.int64), (0, padding))
