@@ -33,13 +33,7 @@ Array = NDArray[np.float64]
 CAPABILITIES = frozenset(options.OPTIONS) - {"calibration"}
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # of AdamW
 KINDS = ("A", "B", "magnitude")
-
-
-@dataclass(frozen=True)
-class ReferenceAdapter:
-    """An adapter in float64."""
-
-    updates: Mapping[str, Update]  # by layer path; none is the bare base
+Updates = Mapping[str, Update]  # an adapter in float64, by layer path; none is the bare base
 
 
 @dataclass(frozen=True)
@@ -76,9 +70,9 @@ class ReferenceState:
     step: int = 0  # steps taken
 
     @property
-    def active(self) -> ReferenceAdapter:
+    def active(self) -> Updates:
         """The adapter as it is now."""
-        return ReferenceAdapter(_updates(self.first, self.flat))
+        return _updates(self.first, self.flat)
 
 
 class TokenCache:
@@ -109,8 +103,8 @@ class ReferenceSession:
 
     # ---- adapters -------------------------------------------------------------------------------------------------
 
-    def load(self, adapter: Adapter | None) -> ReferenceAdapter:
-        return ReferenceAdapter(_updates(adapter, _flattened(adapter)) if adapter else {})
+    def load(self, adapter: Adapter | None) -> Updates:
+        return _updates(adapter, _flattened(adapter)) if adapter else {}
 
     def start(self, adapter: Adapter, method: Method) -> ReferenceState:
         options.refuse_missing("reference", self.capabilities, options.required(adapter, method))
@@ -157,13 +151,13 @@ class ReferenceSession:
         flat = flat - rates / (1 - first**step) * exp_avg / spread
         return replace(state, flat=flat, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, step=step)
 
-    def _hidden(self, updates: Mapping[str, Update], batch: Batch, drop: Drop | None = None) -> Any:
+    def _hidden(self, updates: Updates, batch: Batch, drop: Drop | None = None) -> Any:
         """(T, hidden) of a batch, before the final norm."""
         rows = forward.layout(self._spec, batch.starts)
         return forward.hidden(OPS, self._spec, self._weights, batch.ids, rows, updates, drop)
 
     @np.errstate(all="ignore")
-    def _summed_loss(self, updates: Mapping[str, Update], batch: Batch, drop: Drop | None = None) -> Any:
+    def _summed_loss(self, updates: Updates, batch: Batch, drop: Drop | None = None) -> Any:
         """Summed cross-entropy over the target tokens of a batch."""
         return self._cross_entropy(self._hidden(updates, batch, drop), batch.labels)
 
@@ -173,7 +167,7 @@ class ReferenceSession:
         scores = forward.logits(OPS, self._spec, self._weights, x[places])
         return forward.cross_entropy(OPS, scores, labels[places])
 
-    def _summed_divergence(self, updates: Mapping[str, Update], reference: KlReference) -> Any:
+    def _summed_divergence(self, updates: Updates, reference: KlReference) -> Any:
         """Σ KL(base ‖ model) over all tokens of the reference, without dropout."""
         scores = forward.logits(OPS, self._spec, self._weights, self._hidden(updates, reference.batch))
         return forward.divergence(OPS, scores, reference.logits)
@@ -184,11 +178,9 @@ class ReferenceSession:
 
     # ---- measuring ------------------------------------------------------------------------------------------------
 
-    def losses(
-        self, adapter: ReferenceAdapter, batches: Sequence[Batch], execution: ExecutionPlan
-    ) -> Iterator[LossSum]:
+    def losses(self, adapter: Updates, batches: Sequence[Batch], execution: ExecutionPlan) -> Iterator[LossSum]:
         for batch in batches:
-            yield LossSum(float(self._summed_loss(adapter.updates, batch)), batch.target_tokens)
+            yield LossSum(float(self._summed_loss(adapter, batch)), batch.target_tokens)
 
     def kl_reference(self, batch: Batch) -> KlReference:
         return KlReference(batch, forward.logits(OPS, self._spec, self._weights, self._hidden({}, batch)))
@@ -222,8 +214,7 @@ class ReferenceSession:
         """(row.tokens, hidden) of further tokens of a slot; all that stands before them is read again."""
         whole = cache.slots[row.slot] = np.concatenate([cache.slots.get(row.slot, ids)[: row.position], ids])
         rows = forward.layout(self._spec, np.array([0, len(whole)]), np.array([row.end]))
-        updates: Mapping[str, Update] = row.adapter.updates  # type: ignore[attr-defined]
-        x: Array = forward.hidden(OPS, self._spec, self._weights, whole, rows, updates)
+        x: Array = forward.hidden(OPS, self._spec, self._weights, whole, rows, row.adapter)
         return x[row.position :]
 
     # ---- checkpoints ----------------------------------------------------------------------------------------------
@@ -290,7 +281,7 @@ def _rate_factors(state: ReferenceState) -> Array:
     return factors
 
 
-def _differentiated(state: ReferenceState, loss: Callable[[Mapping[str, Update]], Any]) -> tuple[float, Array]:
+def _differentiated(state: ReferenceState, loss: Callable[[Updates], Any]) -> tuple[float, Array]:
     """A scalar function of a state's updates: its value, and its gradient in the order of `flat`, 0 where frozen."""
     flat = Var(state.flat)
     result = loss(_updates(state.first, flat))
