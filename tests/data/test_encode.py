@@ -365,18 +365,18 @@ def test_a_token_that_the_base_does_not_know_is_refused(smollm, smollm_template)
 def test_the_report_counts_what_became_of_the_records(smollm, smollm_template):
     records = [chat(user(), answer()), chat(user(), answer("word " * 100)), Record(text="Once.", source="b")]
     rows, report = encode_all(records, Encoder(smollm, smollm_template, 64))
-    assert report.num_rows == len(rows) == 3
+    assert len(report.lengths) == len(rows) == 3
     assert list(report.lengths) == [len(row.ids) for row in rows]
     assert (report.tokens, report.longest) == (sum(report.lengths), 64)
     assert report.target_tokens == sum(row.target_tokens for row in rows)
     assert (report.truncated_rows, report.truncated_tokens) == (1, sum(row.truncated_tokens for row in rows))
-    assert report.rows_without_labels == ()
+    assert report.rows_without_labels == []
 
 
 def test_rows_without_labels_are_left_out_and_named(smollm, smollm_template):
     records = [chat(user(), answer()), Record(text="Once.", source="b.txt")]
     rows, report = encode_all(records, Encoder(smollm, smollm_template, 64, loss_on="completions"))
-    assert (len(rows), report.rows_without_labels) == (1, ("b.txt",))
+    assert (len(rows), report.rows_without_labels) == (1, ["b.txt"])
 
 
 def test_data_without_any_label_is_refused(smollm, smollm_template):

@@ -22,16 +22,7 @@ OPTIONS = {
 
 
 def required(adapter: Adapter, method: Method, objective: Objective | None = None) -> frozenset[str]:
-    """Capabilities that training makes use of.
-
-    Args:
-        adapter: What is trained.
-        method: How.
-        objective: What for, if that is known.
-
-    Returns:
-        Names among `OPTIONS`.
-    """
+    """What training makes use of beyond plain LoRA: names among `OPTIONS`; without an objective, none of its own."""
     used = {
         "DoRA": any(factors.magnitude is not None for factors in adapter.layers.values()),
         "delta form": bool(adapter.origin),
@@ -44,16 +35,7 @@ def required(adapter: Adapter, method: Method, objective: Objective | None = Non
 
 
 def refuse_missing(backend: str, capabilities: Set[str], required: Set[str]) -> None:
-    """Refuse what a backend does not honour.
-
-    Args:
-        backend: Its name.
-        capabilities: What it honours.
-        required: What is asked of it.
-
-    Raises:
-        ConfigError: With a problem for each option.
-    """
+    """Raise a ConfigError with a problem for each option that is asked of a backend and that it does not honour."""
     missing = sorted(required - capabilities)
     if missing:
         raise ConfigError(

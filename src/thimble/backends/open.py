@@ -12,16 +12,7 @@ SAMPLE_TOKENS = 512  # of text that shows compute int8 which columns of the acti
 
 
 def choose_store(wanted: str, base: Base, compute: str) -> tuple[tuple[str, ...], str]:
-    """Choose how the frozen weights are kept.
-
-    Args:
-        wanted: The option `--store`.
-        base: The base.
-        compute: The compute type, already chosen.
-
-    Returns:
-        The stores that come into question, the fastest first, and why that one.
-    """
+    """The stores that come into question for an already chosen compute type, the fastest first, and why that one."""
     if compute == "int8":
         return ("int8",), "store int8: compute int8 multiplies int8 weights, and keeps them so"
     if wanted != "auto":
@@ -32,17 +23,7 @@ def choose_store(wanted: str, base: Base, compute: str) -> tuple[tuple[str, ...]
 
 
 def open_session(model: Model, compute: str, store: str, is_streamed: bool = False) -> Session:
-    """Load a base into the torch engine.
-
-    Args:
-        model: The base with its tokenizer.
-        compute: `fp32`, `bf16` or `int8`.
-        store: How the frozen weights are kept.
-        is_streamed: Whether they are read from the file for each product and not kept.
-
-    Returns:
-        The session.
-    """
+    """Load a base into the torch engine; `is_streamed` reads weights from the file for each product and keeps none."""
     from thimble.backends.torch.session import TorchSession
 
     return TorchSession(model.base, compute, store, is_streamed, _sample(model) if compute == "int8" else None)

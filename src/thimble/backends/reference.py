@@ -33,30 +33,15 @@ Array = NDArray[np.float64]
 CAPABILITIES = frozenset(options.OPTIONS) - {"calibration"}
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # of AdamW
 KINDS = ("A", "B", "magnitude")
-
-
-@dataclass(frozen=True)
-class ReferenceAdapter:
-    """An adapter in float64.
-
-    Attributes:
-        updates: By layer path; none is the bare base.
-    """
-
-    updates: Mapping[str, Update]
+Updates = Mapping[str, Update]  # an adapter in float64, by layer path; none is the bare base
 
 
 @dataclass(frozen=True)
 class ReferenceGradient:
-    """The gradient of one step.
-
-    Attributes:
-        loss: Summed loss and target tokens.
-        flat: float64 (n,), in the order of `ReferenceState.flat`.
-    """
+    """The gradient of one step."""
 
     loss: LossSum
-    flat: Array
+    flat: Array  # float64 (n,), in the order of `ReferenceState.flat`
 
     @property
     def norm(self) -> float:
@@ -66,43 +51,28 @@ class ReferenceGradient:
 
 @dataclass(frozen=True)
 class KlReference:
-    """Text and what the bare base makes of it.
-
-    Attributes:
-        batch: The text.
-        logits: float64 (T, vocabulary).
-    """
+    """Text and what the bare base makes of it."""
 
     batch: Batch
-    logits: Array
+    logits: Array  # float64 (T, vocabulary)
 
 
 @dataclass(frozen=True)
 class ReferenceState:
-    """Trained parameters and optimiser moments; a value.
+    """Trained parameters and optimiser moments; a value."""
 
-    Attributes:
-        first: The adapter that training began with: shapes, scales, origin, base and notes.
-        method: How it is trained.
-        goal: `flat` of `first`, to which weight decay pulls.
-        flat: Trained parameters, float64 (n,): all A, all B, all magnitudes.
-        exp_avg: Running mean of the gradient, float64 (n,).
-        exp_avg_sq: The same of its square.
-        step: Steps taken.
-    """
-
-    first: Adapter
-    method: Method
-    goal: Array
-    flat: Array
-    exp_avg: Array
-    exp_avg_sq: Array
-    step: int = 0
+    first: Adapter  # the adapter that training began with: shapes, scales, origin, base and notes
+    method: Method  # how it is trained
+    goal: Array  # `flat` of `first`, to which weight decay pulls
+    flat: Array  # trained parameters, float64 (n,): all A, all B, all magnitudes
+    exp_avg: Array  # running mean of the gradient, float64 (n,)
+    exp_avg_sq: Array  # the same of its square
+    step: int = 0  # steps taken
 
     @property
-    def active(self) -> ReferenceAdapter:
+    def active(self) -> Updates:
         """The adapter as it is now."""
-        return ReferenceAdapter(_updates(self.first, self.flat))
+        return _updates(self.first, self.flat)
 
 
 class TokenCache:
@@ -112,20 +82,14 @@ class TokenCache:
         self.slots: dict[int, NDArray[np.int32]] = {}
 
     def reserve(self, slots: int, capacity: int) -> None:
-        """See KeyValueCache; slots grow by themselves."""
+        """Slots grow by themselves."""
 
     def move(self, source: int, target: int) -> None:
-        """See KeyValueCache."""
         self.slots[target] = self.slots[source]
 
 
 class ReferenceSession:
-    """A frozen base in float64.
-
-    Args:
-        base: The opened base; small.
-        capabilities: What it honours: all it can, or less, to see how a backend that lacks some is used.
-    """
+    """A small frozen base in float64; see Session. It honours all it can, or less, to see how a lack is dealt with."""
 
     def __init__(self, base: Base, capabilities: frozenset[str] = CAPABILITIES) -> None:
         self.capabilities = capabilities
@@ -134,24 +98,20 @@ class ReferenceSession:
 
     @property
     def layers(self) -> Sequence[LayerInfo]:
-        """See Session."""
         shapes = self._spec.linear_shapes()
         return [LayerInfo(path, shape, int(path.split(".")[2])) for path, shape in shapes.items()]
 
     # ---- adapters -------------------------------------------------------------------------------------------------
 
-    def load(self, adapter: Adapter | None) -> ReferenceAdapter:
-        """See Session."""
-        return ReferenceAdapter(_updates(adapter, _flattened(adapter)) if adapter else {})
+    def load(self, adapter: Adapter | None) -> Updates:
+        return _updates(adapter, _flattened(adapter)) if adapter else {}
 
     def start(self, adapter: Adapter, method: Method) -> ReferenceState:
-        """See Session."""
         options.refuse_missing("reference", self.capabilities, options.required(adapter, method))
         flat = _flattened(adapter)
         return ReferenceState(adapter, method, flat, flat, np.zeros_like(flat), np.zeros_like(flat))
 
     def adapter(self, state: ReferenceState) -> Adapter:
-        """See Session."""
         views = _views(state.first, state.flat.astype(np.float32))
         layers = {path: Factors(a, b, state.first.layers[path].scale, m) for path, (a, b, m) in views.items()}
         return replace(state.first, layers=layers)
@@ -191,13 +151,13 @@ class ReferenceSession:
         flat = flat - rates / (1 - first**step) * exp_avg / spread
         return replace(state, flat=flat, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, step=step)
 
-    def _hidden(self, updates: Mapping[str, Update], batch: Batch, drop: Drop | None = None) -> Any:
+    def _hidden(self, updates: Updates, batch: Batch, drop: Drop | None = None) -> Any:
         """(T, hidden) of a batch, before the final norm."""
         rows = forward.layout(self._spec, batch.starts)
         return forward.hidden(OPS, self._spec, self._weights, batch.ids, rows, updates, drop)
 
     @np.errstate(all="ignore")
-    def _summed_loss(self, updates: Mapping[str, Update], batch: Batch, drop: Drop | None = None) -> Any:
+    def _summed_loss(self, updates: Updates, batch: Batch, drop: Drop | None = None) -> Any:
         """Summed cross-entropy over the target tokens of a batch."""
         return self._cross_entropy(self._hidden(updates, batch, drop), batch.labels)
 
@@ -207,27 +167,22 @@ class ReferenceSession:
         scores = forward.logits(OPS, self._spec, self._weights, x[places])
         return forward.cross_entropy(OPS, scores, labels[places])
 
-    def _summed_divergence(self, updates: Mapping[str, Update], reference: KlReference) -> Any:
+    def _summed_divergence(self, updates: Updates, reference: KlReference) -> Any:
         """Σ KL(base ‖ model) over all tokens of the reference, without dropout."""
         scores = forward.logits(OPS, self._spec, self._weights, self._hidden(updates, reference.batch))
         return forward.divergence(OPS, scores, reference.logits)
 
     def unmoved_layers(self, state: ReferenceState) -> list[str]:
-        """See Session."""
         squares = _views(state.first, state.exp_avg_sq)
         return [path for path, (a, b, _) in squares.items() if not (a.any() or b.any())]
 
     # ---- measuring ------------------------------------------------------------------------------------------------
 
-    def losses(
-        self, adapter: ReferenceAdapter, batches: Sequence[Batch], execution: ExecutionPlan
-    ) -> Iterator[LossSum]:
-        """See Session."""
+    def losses(self, adapter: Updates, batches: Sequence[Batch], execution: ExecutionPlan) -> Iterator[LossSum]:
         for batch in batches:
-            yield LossSum(float(self._summed_loss(adapter.updates, batch)), batch.target_tokens)
+            yield LossSum(float(self._summed_loss(adapter, batch)), batch.target_tokens)
 
     def kl_reference(self, batch: Batch) -> KlReference:
-        """See Session."""
         return KlReference(batch, forward.logits(OPS, self._spec, self._weights, self._hidden({}, batch)))
 
     def release(self) -> None:
@@ -236,13 +191,11 @@ class ReferenceSession:
     # ---- inference ------------------------------------------------------------------------------------------------
 
     def new_cache(self) -> TokenCache:
-        """See Session."""
         return TokenCache()
 
     def prefill(
         self, prompts: Sequence[Prompt], cache: TokenCache, num_workers: int
     ) -> list[tuple[NDArray[np.float32], LossSum]]:
-        """See Session."""
         return [self._prefill(prompt, cache) for prompt in prompts]
 
     def _prefill(self, prompt: Prompt, cache: TokenCache) -> tuple[NDArray[np.float32], LossSum]:
@@ -255,15 +208,13 @@ class ReferenceSession:
         return scores, LossSum(float(self._cross_entropy(x, prompt.labels)), tokens)
 
     def decode(self, tokens: Sequence[int], rows: Sequence[ForwardRow], cache: TokenCache) -> NDArray[np.float32]:
-        """See Session."""
         return self._prefill(Prompt(np.array(tokens, np.int32), rows, range(len(rows))), cache)[0]
 
     def _continued(self, ids: NDArray[np.int32], row: ForwardRow, cache: TokenCache) -> Array:
         """(row.tokens, hidden) of further tokens of a slot; all that stands before them is read again."""
         whole = cache.slots[row.slot] = np.concatenate([cache.slots.get(row.slot, ids)[: row.position], ids])
         rows = forward.layout(self._spec, np.array([0, len(whole)]), np.array([row.end]))
-        updates: Mapping[str, Update] = row.adapter.updates  # type: ignore[attr-defined]
-        x: Array = forward.hidden(OPS, self._spec, self._weights, whole, rows, updates)
+        x: Array = forward.hidden(OPS, self._spec, self._weights, whole, rows, row.adapter)
         return x[row.position :]
 
     # ---- checkpoints ----------------------------------------------------------------------------------------------
@@ -281,13 +232,11 @@ class ReferenceSession:
         return dict(into)
 
     def restore(self, state: ReferenceState, arrays: Mapping[str, NDArray[np.floating[Any]]]) -> ReferenceState:
-        """See Session."""
         arrays = {**self.snapshot(state), **arrays}
         flat, exp_avg, exp_avg_sq = (arrays[name].astype(np.float64) for name in ("adapter", "exp_avg", "exp_avg_sq"))
         return replace(state, flat=flat, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, step=int(arrays["step"][0]))
 
     def is_finite(self, state: ReferenceState) -> bool:
-        """See Session."""
         return all(bool(np.isfinite(array).all()) for array in self.snapshot(state).values())
 
 
@@ -332,7 +281,7 @@ def _rate_factors(state: ReferenceState) -> Array:
     return factors
 
 
-def _differentiated(state: ReferenceState, loss: Callable[[Mapping[str, Update]], Any]) -> tuple[float, Array]:
+def _differentiated(state: ReferenceState, loss: Callable[[Updates], Any]) -> tuple[float, Array]:
     """A scalar function of a state's updates: its value, and its gradient in the order of `flat`, 0 where frozen."""
     flat = Var(state.flat)
     result = loss(_updates(state.first, flat))

@@ -178,9 +178,7 @@ class Session(Protocol):
     ) -> dict[str, NDArray[np.float32]]:
         """Copies of all that training changes: `adapter` (flat), `exp_avg`, `exp_avg_sq` and `step`.
 
-        Args:
-            state: The state.
-            into: An earlier snapshot whose arrays are filled again.
+        They are put into the arrays of an earlier snapshot, if one is given.
         """
 
     def restore(self, state: TrainState, arrays: Mapping[str, NDArray[np.float32]]) -> TrainState:

@@ -19,12 +19,7 @@ _numbers = itertools.count()
 
 
 class Var:
-    """An array on the tape.
-
-    Args:
-        value: The array.
-        sources: What it was made from, each with how a gradient of this array becomes one of that.
-    """
+    """An array on the tape, with what it was made from and how a gradient of it becomes one of each of those."""
 
     __array_ufunc__ = None  # numpy leaves `array + var` to `Var.__radd__`
 
@@ -90,15 +85,7 @@ class Var:
 
 
 def gradients(result: Any, leaves: Sequence[Var]) -> list[Array]:
-    """The gradients of a scalar.
-
-    Args:
-        result: A scalar; a plain number, which depends on nothing, has gradients of zero.
-        leaves: What it is differentiated by.
-
-    Returns:
-        The gradient at each leaf, in its shape.
-    """
+    """The gradients of a scalar at some leaves; a plain number, which depends on nothing, has gradients of zero."""
     slopes = {id(result): np.ones(np.shape(_value(result)))}
     for node in _newest_first(result):
         for source, back in node.sources:
@@ -201,13 +188,6 @@ def _concatenate(parts: Sequence[Any]) -> Any:
 
 
 OPS = Ops(
-    exp=_exp,
-    tanh=_tanh,
-    sqrt=_sqrt,
-    mean=_mean,
-    sum=_sum,
-    log_softmax=_log_softmax,
-    where=_where,
-    concatenate=_concatenate,
-    stop_gradient=_value,
-)
+    exp=_exp, tanh=_tanh, sqrt=_sqrt, mean=_mean, sum=_sum, log_softmax=_log_softmax, where=_where,
+    concatenate=_concatenate, stop_gradient=_value,
+)  # fmt: skip

@@ -57,30 +57,13 @@ def is_finite(factors: Factors) -> bool:
 
 
 def fresh_adapter(shapes: Mapping[str, tuple[int, int]], init: str, sizes: Mapping[str, Size], seed: int) -> Adapter:
-    """An adapter before the first step, drawn at random, that leaves the model as it is.
-
-    Args:
-        shapes: Path of each layer to its (out, in).
-        init: An init that needs nothing but shapes: `kaiming`, `gaussian` or `orthogonal`.
-        sizes: Rank and scale of each adapted layer.
-        seed: The run's seed.
-
-    Returns:
-        The adapter, without base or notes.
-    """
+    """An adapter drawn at random, by an init that needs nothing but shapes, which leaves the model as it is."""
     build = BUILDERS[init]
     return Adapter({path: build(LayerData(path, shapes[path], *size, seed)) for path, size in sizes.items()})
 
 
 def add_up(adapters: Iterable[Adapter]) -> dict[str, Factors]:
-    """The sum of adapters, layer by layer, exactly.
-
-    Args:
-        adapters: Without `conflicts` and `sum_problems`.
-
-    Returns:
-        Updates by layer path; the rank of each is the sum of its ranks.
-    """
+    """The sum of adapters without `conflicts` and `sum_problems`, layer by layer, exactly: ranks add up."""
     parts: dict[str, list[Factors]] = {}
     for adapter in adapters:
         for path, factors in adapter.layers.items():
@@ -89,14 +72,7 @@ def add_up(adapters: Iterable[Adapter]) -> dict[str, Factors]:
 
 
 def conflicts(adapters: Mapping[str, Adapter]) -> list[str]:
-    """Why adapters cannot be of one base.
-
-    Args:
-        adapters: By the name that the user knows them by.
-
-    Returns:
-        Problems, one sentence each; none if they can.
-    """
+    """Why adapters, by the names that the user knows them by, cannot be of one base; no sentence if they can."""
     wrong = []
     shapes: dict[str, tuple[tuple[int, int], str]] = {}
     for name, adapter in adapters.items():
@@ -119,15 +95,9 @@ def sum_problems(adapters: Mapping[str, Adapter]) -> list[str]:
 
 
 def cut(factors: Factors, energy: float, most: int) -> tuple[Factors, float, float]:
-    """Truncate an update to the smallest rank that keeps a share of its energy.
+    """Truncate an update to the smallest rank, at most `most`, that keeps a share of its energy ‖scale · B A‖².
 
-    Args:
-        factors: The update; a magnitude is kept.
-        energy: Share of ‖scale · B A‖² wanted, above 0 and at most 1.
-        most: The highest rank kept, whatever it costs.
-
-    Returns:
-        The update, as it was if no rank is saved; ‖scale · B A‖_F before; and the relative error.
+    Returned are the update, as it was if no rank is saved, ‖scale · B A‖_F before, and the relative error.
     """
     values = svd_of_update(factors).values
     norm = float(np.linalg.norm(values))

@@ -19,16 +19,10 @@ _LOW, _HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
 def philox(counter: Sequence[NDArray[Any] | int], key: Sequence[int]) -> NDArray[np.uint32]:
     """Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011, sections 3.2 and 3.3).
 
-    Args:
-        counter: Four 32-bit words; arrays of shapes that broadcast to one.
-        key: Two 32-bit words.
+    The counter has four and the key two 32-bit words; the result is uint32 (..., 4), four words for each counter.
 
-    Returns:
-        uint32 (..., 4), four words for each counter.
-
-    Example:
-        >>> [hex(word) for word in philox((0, 0, 0, 0), (0, 0)).tolist()]
-        ['0x6627e8d5', '0xe169c58d', '0xbc57ac4c', '0x9b00dbd8']
+    >>> [hex(word) for word in philox((0, 0, 0, 0), (0, 0)).tolist()]
+    ['0x6627e8d5', '0xe169c58d', '0xbc57ac4c', '0x9b00dbd8']
     """
     a, b, c, d = np.broadcast_arrays(*(np.asarray(word, np.uint64) for word in counter))
     for number in range(_ROUNDS):
@@ -41,22 +35,13 @@ def philox(counter: Sequence[NDArray[Any] | int], key: Sequence[int]) -> NDArray
 def keep_mask(
     key: tuple[int, int], layer: int, rows: NDArray[Any], tokens: NDArray[Any], columns: int, rate: float
 ) -> NDArray[np.bool_]:
-    """Which elements of the input of a group of projections stay.
+    """Which elements of the input of a group of projections stay, bool (T, columns), times `keep_factor(rate)`.
 
     Element (row, token, column j) is dropped if lane j % 4 of Philox with counter (j // 4, token, row, layer) is below
-    `drop_threshold(rate)`.
-
-    Args:
-        key: Seed of the run and number of the step, from 0; 32 bits of each count.
-        layer: Number of the group, in the order they run: 4 · block + 0 for q, k and v, 1 for the output of attention,
-            2 for gate and up, 3 for down.
-        rows: Whole numbers (T,), for each token the place of its row in the step.
-        tokens: Whole numbers (T,), for each token its place in its row.
-        columns: Width of the input.
-        rate: Share that is dropped, from 0 up to 1.
-
-    Returns:
-        bool (T, columns); what stays is multiplied by `keep_factor(rate)`.
+    `drop_threshold(rate)`; rows and tokens are whole numbers (T,), the place of each token's row in the step and its
+    own in the row. The key is the seed of the run and the number of the step, from 0; 32 bits of each count. Layers are
+    numbered in the order they run: 4 · block + 0 for q, k and v, 1 for the output of attention, 2 for gate and up, 3
+    for down.
     """
     fours = np.arange(-(-columns // 4))  # columns that share a counter
     counter = (fours, np.asarray(tokens)[:, None], np.asarray(rows)[:, None], layer)

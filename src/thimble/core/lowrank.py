@@ -55,35 +55,19 @@ class Factors:
 
 
 def scale(alpha: float, rank: int, use_rslora: bool = False) -> float:
-    """Turn alpha into the factor of B A.
+    """Turn alpha into the factor of B A: alpha / rank, or alpha / √rank (Kalajdzievski, arXiv:2312.03732, equation 4).
 
-    Args:
-        alpha: Numerator.
-        rank: Rank r of the update.
-        use_rslora: Divide by √r instead of r (Kalajdzievski, arXiv:2312.03732, equation 4).
-
-    Returns:
-        alpha / rank, or alpha / √rank.
-
-    Example:
-        >>> scale(32, 16)
-        2.0
+    >>> scale(32, 16)
+    2.0
     """
     return float(alpha / np.sqrt(rank)) if use_rslora else alpha / rank
 
 
 def delta(factors: Factors) -> Array:
-    """The dense update, before any magnitude.
+    """The dense update, before any magnitude: scale · B A, float (out, in).
 
-    Args:
-        factors: The update as factors.
-
-    Returns:
-        scale · B A, float (out, in).
-
-    Example:
-        >>> delta(Factors(np.ones((1, 2)), np.ones((2, 1)), 0.5)).tolist()
-        [[0.5, 0.5], [0.5, 0.5]]
+    >>> delta(Factors(np.ones((1, 2)), np.ones((2, 1)), 0.5)).tolist()
+    [[0.5, 0.5], [0.5, 0.5]]
     """
     return np.asarray(factors.scale * (factors.B @ factors.A))
 
@@ -114,15 +98,8 @@ def unmerge(weight: Array, factors: Factors) -> Array:
 def difference(factors: Factors, origin: Factors) -> Factors:
     """One update that is another less a third: scale · (B A − B₀ A₀), of rank 2 r, exactly.
 
-    Written as (B − B₀) A + B₀ (A − A₀): while A and B are near A₀ and B₀, A over A₀ and B beside −B₀ would cancel but
+    A over A − A₀, and B − B₀ beside B₀: while A and B are near A₀ and B₀, A over A₀ and B beside −B₀ would cancel but
     for the rounding of whatever dtype they are multiplied in.
-
-    Args:
-        factors: The update.
-        origin: What is taken off it, of the same shapes and scale.
-
-    Returns:
-        A over A − A₀, and B − B₀ beside B₀.
     """
     a = np.concatenate([factors.A, factors.A - origin.A])
     b = np.concatenate([factors.B - origin.B, origin.B], axis=1)
@@ -158,15 +135,9 @@ def _add(weight: Array, update: Array) -> Array:
 
 
 def svd_of_update(factors: Factors) -> "Decomposition":
-    """Singular value decomposition of scale · B A, without forming it.
+    """All min(r, out, in) singular values and vectors of scale · B A, without forming it; no magnitude counts.
 
     With B = Q_b R_b and Aᵀ = Q_a R_a, the SVD of the small R_b R_aᵀ gives that of B A in O((out + in) r²).
-
-    Args:
-        factors: The update; a magnitude is left out of account.
-
-    Returns:
-        All min(r, out, in) singular values with their vectors.
     """
     q_b, r_b = np.linalg.qr(factors.B.astype(np.float64))
     q_a, r_a = np.linalg.qr(factors.A.astype(np.float64).T)
@@ -366,18 +337,10 @@ def _share(values: Array, matrix: Array) -> float:
 
 
 def rank_for(values: Array, energy: float) -> int:
-    """The smallest rank whose values hold a share of the energy.
+    """The smallest rank, at least 1, whose values hold a share of the energy Σ values², above 0 and at most 1.
 
-    Args:
-        values: All singular values, the largest first.
-        energy: Share of Σ values² wanted, above 0 and at most 1.
-
-    Returns:
-        The rank, at least 1.
-
-    Example:
-        >>> rank_for(np.array([3.0, 1.0, 0.5]), 0.9)
-        2
+    >>> rank_for(np.array([3.0, 1.0, 0.5]), 0.9)
+    2
     """
     squares = np.cumsum(np.square(values, dtype=np.float64))
     if not len(squares) or squares[-1] == 0:

@@ -77,20 +77,10 @@ INITS = {
 
 
 def parse_init(text: str) -> Init:
-    """Read the option `--init`.
+    """Read the option `--init`; `str` of the result is the text again, a ValueError says what was expected.
 
-    Args:
-        text: A name in `INITS`, or `adapter:PATH`.
-
-    Returns:
-        The initialization; `str` of it is `text` again.
-
-    Raises:
-        ValueError: With what was expected.
-
-    Example:
-        >>> parse_init("adapter:runs/mine-1").path
-        'runs/mine-1'
+    >>> parse_init("adapter:runs/mine-1").path
+    'runs/mine-1'
     """
     name, _, path = text.partition(":")
     if name == ADAPTER and path:
@@ -103,16 +93,9 @@ def parse_init(text: str) -> Init:
 
 
 def method_rates(init: Init, use_dora: bool, lora_plus: float, rslora_rank: int = 1) -> dict[str, float]:
-    """What the default learning rate is multiplied by, and for what.
+    """What the default learning rate is multiplied by, and for what; none of the factors is 1.
 
-    Args:
-        init: The initialization.
-        use_dora: The option.
-        lora_plus: The option.
-        rslora_rank: The rank, if rsLoRA makes the scale √rank times as large: the first steps stay as long.
-
-    Returns:
-        Factors by what they are for; none of them is 1.
+    `rslora_rank` is the rank where rsLoRA makes the scale √rank times as large: the first steps stay as long.
     """
     factors = {
         f"init {init}": init.rate,
@@ -125,21 +108,13 @@ def method_rates(init: Init, use_dora: bool, lora_plus: float, rslora_rank: int 
 
 @dataclass(frozen=True)
 class Method:
-    """Variations on plain LoRA.
+    """Variations on plain LoRA."""
 
-    Attributes:
-        weight_decay: Of AdamW; pulls towards the initial values, which for a plain init are the base. Decay towards
-            zero would take out of the model what an init in delta form has taken off.
-        lora_plus: Rate of B over that of A (Hayou et al., LoRA+, arXiv:2402.12354).
-        dropout: Share of the inputs of A that is left out at each step, the others growing by as much.
-        freezes_a: Train B alone (Zhang et al., LoRA-FA, arXiv:2308.03303, without its correction).
-        max_grad_norm: Gradients are scaled down to this global norm.
-        seed: Of dropout.
-    """
-
+    # of AdamW; pulls towards the initial values, which for a plain init are the base. Decay towards zero would take out
+    # of the model what an init in delta form has taken off
     weight_decay: float = 0.0
-    lora_plus: float = 1.0
-    dropout: float = 0.0
-    freezes_a: bool = False
-    max_grad_norm: float = 1.0
-    seed: int = 0
+    lora_plus: float = 1.0  # rate of B over that of A (Hayou et al., LoRA+, arXiv:2402.12354)
+    dropout: float = 0.0  # share of the inputs of A that is left out at each step, the others growing by as much
+    freezes_a: bool = False  # train B alone (Zhang et al., LoRA-FA, arXiv:2308.03303, without its correction)
+    max_grad_norm: float = 1.0  # gradients are scaled down to this global norm
+    seed: int = 0  # of dropout

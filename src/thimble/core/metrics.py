@@ -12,15 +12,10 @@ Metric = Callable[[str, str], Mapping[str, float]]
 
 @dataclass(frozen=True)
 class LossSum:
-    """A loss as sum and count, so that means over any batching are the same.
+    """A loss as sum and count, so that means over any batching are the same."""
 
-    Attributes:
-        nats: Summed cross-entropy.
-        tokens: Number of tokens it was summed over.
-    """
-
-    nats: float = 0.0
-    tokens: int = 0
+    nats: float = 0.0  # summed cross-entropy
+    tokens: int = 0  # it was summed over
 
     def __add__(self, other: "LossSum") -> "LossSum":
         return LossSum(self.nats + other.nats, self.tokens + other.tokens)
@@ -42,15 +37,7 @@ def exact(answer: str, reference: str) -> dict[str, float]:
 
 
 def valid_json(answer: str, reference: str) -> dict[str, float]:
-    """Whether the answer is JSON, and which share of the reference's fields it has right.
-
-    Args:
-        answer: What the model wrote.
-        reference: What it should have written.
-
-    Returns:
-        `valid JSON`, `all fields right` and `fields right`, each 0 to 1.
-    """
+    """Whether the answer is JSON, and which share of the reference's fields it has right, each 0 to 1."""
     found, expected = _load(answer), _load(reference)
     given, fields = _flatten(found), _flatten(expected)
     right = _count_right(given, fields)
@@ -62,15 +49,9 @@ def valid_json(answer: str, reference: str) -> dict[str, float]:
 
 
 def tool_calls(answer: str, reference: str) -> dict[str, float]:
-    """How much of a tool call is right.
+    """How much of a tool call is right: `<tool_call>` blocks around JSON, or bare JSON; each figure 0 to 1.
 
-    Args:
-        answer: What the model wrote: `<tool_call>` blocks around JSON, or bare JSON.
-        reference: The right calls, in the same form.
-
-    Returns:
-        `valid JSON` (every call parses and has a name and arguments), `right function`, `all arguments right` and
-        `fields right` (share of the reference's argument fields), each 0 to 1.
+    A call is valid if it parses and has a name and arguments; `fields right` is a share of the reference's arguments.
     """
     found, expected = parse_tool_calls(answer) or [], parse_tool_calls(reference) or []
     is_named = bool(found) and [call["name"] for call in found] == [call["name"] for call in expected]
@@ -90,13 +71,9 @@ def _count_right(given: Mapping[str, Any], fields: Mapping[str, Any]) -> int:
 
 
 def parse_tool_calls(text: str) -> list[dict[str, Any]] | None:
-    """Read the tool calls in a model's answer.
+    """The calls, with `name` and `arguments`, in one or more `<tool_call>{...}</tool_call>` blocks or in JSON alone.
 
-    Args:
-        text: One or more `<tool_call>{...}</tool_call>` blocks, or JSON alone (an object or a list of them).
-
-    Returns:
-        Calls with `name` and `arguments`, or None if any part does not parse.
+    None if any part does not parse.
     """
     blocks = re.findall(r"<tool_call>(.*?)(?:</tool_call>|$)", text, re.DOTALL) or [text]
     calls: list[dict[str, Any]] = []

@@ -15,17 +15,7 @@ FINAL_SHARE = 0.1
 
 
 def default_rate(family: str, hidden_size: int, rows_per_step: float, factor: float = 1.0) -> float:
-    """Peak learning rate when the user names none.
-
-    Args:
-        family: Family of the base, such as `llama`.
-        hidden_size: Width of the base.
-        rows_per_step: Mean number of rows in one optimiser step.
-        factor: Of the start and the method; see `thimble.core.method.method_rates`.
-
-    Returns:
-        The rate, rounded to two digits.
-    """
+    """Peak learning rate when the user names none, rounded to two digits; for `factor` see `method_rates`."""
     exponent = WIDTH_EXPONENT.get(family, UNKNOWN_EXPONENT)
     rows = min(max(rows_per_step, 1.0), REFERENCE_ROWS)
     rate = factor * REFERENCE_RATE * (REFERENCE_WIDTH / hidden_size) ** exponent * math.sqrt(rows / REFERENCE_ROWS)
@@ -33,20 +23,12 @@ def default_rate(family: str, hidden_size: int, rows_per_step: float, factor: fl
 
 
 def learning_rate(peak: float, done: float, warmup: float, kind: str = "cosine") -> float:
-    """The rate at one point of a run.
+    """The rate when a share `done` of a run is done and a share `warmup` of it is to rise linearly; never zero.
 
-    Args:
-        peak: Highest rate.
-        done: Share of the run that is done, 0 to 1.
-        warmup: Share of the run in which the rate rises linearly, 0 to 1.
-        kind: `cosine` falls to a tenth of the peak, `constant` stays.
+    Kind `cosine` falls to a tenth of the peak, `constant` stays.
 
-    Returns:
-        The rate, always above zero.
-
-    Example:
-        >>> learning_rate(1.0, 0.0, 0.0), learning_rate(1.0, 1.0, 0.0), learning_rate(1.0, 0.05, 0.1)
-        (1.0, 0.1, 0.5)
+    >>> learning_rate(1.0, 0.0, 0.0), learning_rate(1.0, 1.0, 0.0), learning_rate(1.0, 0.05, 0.1)
+    (1.0, 0.1, 0.5)
     """
     if done < warmup:
         return peak * max(done, 1e-3 * warmup) / warmup

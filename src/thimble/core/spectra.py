@@ -34,16 +34,10 @@ def singular_values(matrix: Array) -> Array:
 
 
 def stable_rank(values: Array) -> float:
-    """How many directions as strong as the strongest would hold the same energy: ‖W‖_F² / σ₁².
+    """How many directions as strong as the strongest would hold the same energy: ‖W‖_F² / σ₁²; 0 if all are zero.
 
     From 1 (one direction is everything) to the full rank (all are alike); see Rudelson and Vershynin, *Sampling from
     large matrices* (2007), section 1.
-
-    Args:
-        values: A spectrum, float (n,).
-
-    Returns:
-        The stable rank; 0 if all values are zero.
     """
     largest = float(np.max(values, initial=0.0))
     return float(np.square(values / largest).sum()) if largest > 0 else 0.0
@@ -52,13 +46,7 @@ def stable_rank(values: Array) -> float:
 def effective_rank(values: Array) -> float:
     """exp of the entropy of the singular values as shares of their sum (Roy and Vetterli, EUSIPCO 2007, definition 1).
 
-    Counts small values more than the stable rank does: n equal values give n, whatever their size.
-
-    Args:
-        values: A spectrum, float (n,).
-
-    Returns:
-        The effective rank; 0 if all values are zero.
+    Counts small values more than the stable rank does: n equal values give n, whatever their size; zeros alone give 0.
     """
     total = float(values.sum())
     if total <= 0:
@@ -156,15 +144,7 @@ def overlap(first: Array, second: Array) -> float:
 
 
 def inner_product(first: Factors, second: Factors) -> float:
-    """⟨ΔW₁, ΔW₂⟩ = Σ over the entries of both updates, from r × r matrices: s₁ s₂ tr((B₂ᵀ B₁)(A₁ A₂ᵀ)).
-
-    Args:
-        first: An update of an (out, in) layer.
-        second: Another of the same layer, of any rank.
-
-    Returns:
-        The inner product; of an update with itself it is ‖ΔW‖_F².
-    """
+    """⟨ΔW₁, ΔW₂⟩ = Σ over the entries of both updates, from r × r matrices: s₁ s₂ tr((B₂ᵀ B₁)(A₁ A₂ᵀ))."""
     over_rows = second.B.T.astype(np.float64) @ first.B  # (r₂, r₁)
     over_columns = second.A.astype(np.float64) @ first.A.T  # (r₂, r₁)
     return float((over_rows * over_columns).sum() * first.scale * second.scale)

@@ -15,18 +15,10 @@ GROUPS = {"attention": ATTENTION, "mlp": MLP}
 
 
 def select_layers(targets: Sequence[str], layers: Iterable[str]) -> list[str]:
-    """Choose layers by name.
+    """Choose layers by name, in the order of `layers`; a ConfigError names targets that match nothing.
 
-    Args:
-        targets: `all-linear`, `attention`, `mlp`, `last-N` (all of the last N blocks), the last part of a name
-            (`q_proj`), the end of a path (`self_attn.q_proj`), or a pattern over whole paths (`model.layers.2[0-9].*`).
-        layers: Paths of all linear layers of the base, such as `model.layers.0.self_attn.q_proj`.
-
-    Returns:
-        The chosen paths, in the order of `layers`.
-
-    Raises:
-        ConfigError: Naming every target that matches nothing, with the nearest names.
+    A target is `all-linear`, `attention`, `mlp`, `last-N` (all of the last N blocks), the last part of a name
+    (`q_proj`), the end of a path (`self_attn.q_proj`), or a pattern over whole paths (`model.layers.2[0-9].*`).
     """
     layers = list(layers)
     num_blocks = 1 + max((block_of(path) for path in layers), default=0)
@@ -43,15 +35,10 @@ def select_layers(targets: Sequence[str], layers: Iterable[str]) -> list[str]:
 
 
 class Size(NamedTuple):
-    """The size of one layer's update.
-
-    Attributes:
-        rank: Rank r.
-        scale: Factor of B A.
-    """
+    """The size of one layer's update."""
 
     rank: int
-    scale: float
+    scale: float  # factor of B A
 
 
 def size_layers(
@@ -63,22 +50,9 @@ def size_layers(
     use_rslora: bool = False,
     num_blocks: int = 0,
 ) -> dict[str, Size]:
-    """Give each adapted layer its rank and scale, as PEFT's patterns do.
+    """Give each adapted layer its rank and scale, as PEFT's patterns do; a ConfigError names those that match none.
 
-    Args:
-        layers: Paths of the adapted layers.
-        rank: Of the layers that no pattern names.
-        alpha: Scale numerator, likewise.
-        ranks: Ranks by target, in the words of `select_layers`; of several that match, the last counts.
-        alphas: Alphas by target.
-        use_rslora: Divide alpha by √rank.
-        num_blocks: Of the base, for patterns such as `last-8`.
-
-    Returns:
-        Sizes by path.
-
-    Raises:
-        ConfigError: Naming every pattern that matches none of the layers.
+    Patterns are in the words of `select_layers`; of several that match a layer, the last counts.
     """
     found_ranks, found_alphas = dict.fromkeys(layers, float(rank)), dict.fromkeys(layers, alpha)
     problems = []
@@ -99,24 +73,15 @@ def size_layers(
 def share_out(
     energies: Mapping[str, Sequence[float]], costs: Mapping[str, int], budget: int, least: int = 1
 ) -> dict[str, int]:
-    """Ranks that hold the most energy for a number of parameters.
+    """Ranks that hold the most energy for a number of parameters, `budget`.
 
     Every layer gets `least`; then directions are taken one by one, those with the most energy per parameter first.
-    Where the energies of a layer fall, as they do but for noise, this greedy choice is the best one.
+    Where the energies of a layer fall, as they do but for noise, this greedy choice is the best one. They are given for
+    each direction, as many as the rank may be, one smaller than a later one counting as much; costs are those of one
+    rank, in + out.
 
-    Args:
-        energies: Of each direction of each layer, in order, as many as its rank may be; one that is smaller than a
-            later one counts as much.
-        costs: Parameters of one rank of each layer, in + out.
-        budget: Parameters in all.
-        least: Smallest rank of a layer.
-
-    Returns:
-        Ranks by layer.
-
-    Example:
-        >>> share_out({"a": [9, 8, 1], "b": [4, 1, 1]}, {"a": 10, "b": 10}, 30)
-        {'a': 2, 'b': 1}
+    >>> share_out({"a": [9, 8, 1], "b": [4, 1, 1]}, {"a": 10, "b": 10}, 30)
+    {'a': 2, 'b': 1}
     """
     ranks = {path: min(least, len(values)) for path, values in energies.items()}
     left = budget - sum(rank * costs[path] for path, rank in ranks.items())

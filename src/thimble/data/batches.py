@@ -13,18 +13,13 @@ from thimble.data.encode import IGNORED, Row
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows laid end to end.
+    """Rows laid end to end."""
 
-    Attributes:
-        ids: int32 (T,), token ids of all rows.
-        labels: int32 (T,), the target of each position, or `IGNORED`.
-        starts: int64 (rows + 1,), row s occupies ids[starts[s]:starts[s + 1]]; attention stays inside it.
-        numbers: int64 (rows,), place of each row in its optimiser step, from which its dropout is drawn.
-    """
-
-    ids: NDArray[np.int32]
-    labels: NDArray[np.int32]
+    ids: NDArray[np.int32]  # int32 (T,), token ids of all rows
+    labels: NDArray[np.int32]  # int32 (T,), the target of each position, or `IGNORED`
+    # int64 (rows + 1,), row s occupies ids[starts[s]:starts[s + 1]]; attention stays inside it
     starts: NDArray[np.int64]
+    # int64 (rows,), place of each row in its optimiser step, from which its dropout is drawn
     numbers: NDArray[np.int64]
 
     @property
@@ -45,22 +40,13 @@ class Batch:
 
 
 def epoch_steps(lengths: Sequence[int], batch_tokens: int, seed: int, epoch: int) -> list[list[int]]:
-    """Say which rows each step of an epoch takes.
+    """Say which rows each step of an epoch takes: for each step the indices of its rows, every row in exactly one.
 
-    Rows are shuffled, then taken in order until the next would go over `batch_tokens`.
+    Rows are shuffled, each epoch in its own order, then taken until the next would go over `batch_tokens`; a longer row
+    makes a step of its own.
 
-    Args:
-        lengths: Tokens of each row.
-        batch_tokens: Most tokens of a step; a longer row makes a step of its own.
-        seed: Start of the random order.
-        epoch: Number of the epoch; each has its own order.
-
-    Returns:
-        For each step the indices of its rows; every row stands in exactly one.
-
-    Example:
-        >>> epoch_steps([5, 5, 5], batch_tokens=10, seed=0, epoch=0)
-        [[0, 2], [1]]
+    >>> epoch_steps([5, 5, 5], batch_tokens=10, seed=0, epoch=0)
+    [[0, 2], [1]]
     """
     key = np.array([seed, epoch], dtype=np.uint64)
     # Sorting raw numbers instead of numpy's own shuffle: that may change between versions, Philox may not.
@@ -77,15 +63,7 @@ def epoch_steps(lengths: Sequence[int], batch_tokens: int, seed: int, epoch: int
 
 
 def pack(rows: Sequence[Row], numbers: Sequence[int] | None = None) -> Batch:
-    """Lay rows end to end.
-
-    Args:
-        rows: At least one.
-        numbers: Place of each row in its step; None counts them.
-
-    Returns:
-        One batch with a segment a row.
-    """
+    """Lay at least one row end to end, a segment a row; their places in the step are counted where none are given."""
     return Batch(
         ids=np.concatenate([row.ids for row in rows]),
         labels=np.concatenate([row.labels for row in rows]),
@@ -95,30 +73,15 @@ def pack(rows: Sequence[Row], numbers: Sequence[int] | None = None) -> Batch:
 
 
 def shares(rows: Sequence[Row], count: int, max_tokens: int) -> list[list[Batch]]:
-    """Split the rows of a step into shares of about the same size, one a core, each of micro-batches.
-
-    Args:
-        rows: Rows of one step.
-        count: Most shares; fewer if there are fewer rows.
-        max_tokens: Most tokens of a micro-batch.
-
-    Returns:
-        The micro-batches of each share; no share is empty.
-    """
+    """Split the rows of a step into at most `count` shares of about the same size, one a core, in micro-batches."""
     groups = _balance([len(row.ids) for row in rows], range(len(rows)), min(count, len(rows)))
     return [micro_batches(rows, max_tokens, sorted(group)) for group in groups]
 
 
 def micro_batches(rows: Sequence[Row], max_tokens: int, chosen: Sequence[int] | None = None) -> list[Batch]:
-    """Split rows into batches of about the same size.
+    """Split rows, or the chosen ones of them, into as few batches of about the same size as hold them.
 
-    Args:
-        rows: Any number.
-        max_tokens: Most tokens of a batch; a longer row makes a batch of its own, since rows are never split.
-        chosen: Places of the rows to split, in rising order; None takes all.
-
-    Returns:
-        As few batches as hold them, those of a single long row first.
+    A row of more than `max_tokens` makes a batch of its own, since rows are never split; such batches come first.
     """
     lengths = [len(row.ids) for row in rows]
     chosen = range(len(rows)) if chosen is None else chosen

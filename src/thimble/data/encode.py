@@ -1,5 +1,6 @@
 """From records to token ids and labels. Knows the tokenizer and the template of a base, but no framework."""
 
+import itertools
 import math
 import re
 from collections import Counter
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from thimble.data.messages import has_tools
 from thimble.data.rows import Record
 from thimble.data.template import ChatTemplate, Message, Renderings
 from thimble.data.tokenizer import Tokenizer
@@ -30,19 +32,12 @@ LIKE_MARKS = re.compile(r"<[^<>\s]{1,64}>|\[/?[A-Z_]{2,32}\]|### [A-Z][a-z]+:") 
 
 @dataclass(frozen=True)
 class Row:
-    """One encoded example.
+    """One encoded example."""
 
-    Attributes:
-        ids: int32 (T,), token ids.
-        labels: int32 (T,), already shifted: labels[t] is ids[t + 1] if that is to be learned, else `IGNORED`.
-        source: Where the example came from.
-        truncated_tokens: How many tokens were cut off.
-    """
-
-    ids: Ids
-    labels: Ids
-    source: str
-    truncated_tokens: int = 0
+    ids: Ids  # int32 (T,), token ids
+    labels: Ids  # int32 (T,), already shifted: labels[t] is ids[t + 1] if that is to be learned, else `IGNORED`
+    source: str  # where the example came from
+    truncated_tokens: int = 0  # how many tokens were cut off
 
     @property
     def target_tokens(self) -> int:
@@ -96,19 +91,10 @@ class Encoder:
         return self._turns.ask(record.messages or (), record.tools) if is_written else None
 
     def encode(self, record: Record, written: Renderings | None = None) -> list[Row]:
-        """Encode one record.
+        """Encode one record, by what `ask` gave for it if it was asked ahead; a DataError if the template refuses it.
 
-        Args:
-            record: A conversation, a prompt with completion, or a text.
-            written: What `ask` gave for it, if it was asked for ahead.
-
-        Returns:
-            One row; for a text longer than `seq_len` as many as it takes, each beginning with the last token of the
-            one before, so that every token is learned once.
-
-        Raises:
-            DataError: If the template refuses the conversation.
-            BaseModelError: If a conversation is given and the base has no template.
+        A record is one row; a text longer than `seq_len` is as many as it takes, each beginning with the last token of
+        the one before, so that every token is learned once.
         """
         if record.text is not None:
             return self._text_rows(record)
@@ -121,15 +107,7 @@ class Encoder:
         return [self._fit(ids, learned, record.source)]
 
     def question(self, record: Record) -> Question | None:
-        """Make the question whose answer is the last assistant turn.
-
-        Args:
-            record: Any record.
-
-        Returns:
-            Ids that are the beginning of the record's training row (before truncation) and the text to be written;
-            None for plain text.
-        """
+        """The question whose answer is the last assistant turn, as the training row begins; None for plain text."""
         if record.text is not None:
             return None
         pieces, _ = self._pieces(record)
@@ -143,15 +121,7 @@ class Encoder:
         return Question(np.asarray(ids, np.int32), self._turns.bare(reference) if self._turns else reference)
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> Ids:
-        """Encode a conversation that waits for an answer, exactly as the training rows begin.
-
-        Args:
-            messages: Conversation in OpenAI form, ending with a user turn or a tool's result.
-            tools: Tool definitions in OpenAI form, or None.
-
-        Returns:
-            int32 (T,), with the beginning of the assistant turn.
-        """
+        """Encode a conversation that waits for an answer, exactly as the training rows begin: int32 (T,)."""
         ids, _ = self._tokens(self._require_turns().prompt(messages, tools))
         return np.asarray(ids, np.int32)
 
@@ -204,15 +174,13 @@ class Encoder:
         return warnings
 
     def _check(self, record: Record, ids: Sequence[int], learned: Sequence[bool]) -> None:
-        """CalibrationData whether the record has been through a template before, and whether its answer has an end."""
+        """Count whether the record has been through a template before, and whether its answer has an end."""
         texts = (message.get("content") or "" for message in record.messages or ())
         mark = next((found for text in texts for found in LIKE_MARKS.findall(text) if found in self._marks), "")
         if mark:
             self._first_mark = self._first_mark or f"{mark} in {record.source}"
             self._seen["marked"] += 1
-        last = next(
-            (token for token, is_learned in zip(reversed(ids), reversed(learned), strict=True) if is_learned), None
-        )
+        last = next(itertools.compress(reversed(ids), reversed(learned)), None)
         self._seen["open"] += last is not None and last not in self._tokenizer.stop_ids
 
     def _pieces(self, record: Record, written: Renderings | None = None) -> tuple[list[Piece], bool]:
@@ -228,11 +196,11 @@ class Encoder:
             self._seen["raw"] += 1
             return
         messages = record.messages or ()
-        has_tools = record.tools or any(turn["role"] == "tool" or turn.get("tool_calls") for turn in messages)
+        uses_tools = has_tools(messages, record.tools)
         has_system = any(turn["role"] == "system" for turn in messages)
-        writes_tools = has_tools and not self._template.uses_tools
+        writes_tools = uses_tools and not self._template.uses_tools
         self._seen["chat"] += 1
-        self._seen["tools"] += bool(has_tools)
+        self._seen["tools"] += uses_tools
         self._seen["with system"] += has_system
         self._seen["without system"] += not has_system and not writes_tools
         self._seen["last only"] += not has_all

@@ -3,7 +3,7 @@
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -18,62 +18,70 @@ OnRecord = Callable[[int, int], None]
 MOST_AHEAD = 16  # records whose texts the template writes while those before are encoded
 
 
-def _nobody(done: int, total: int) -> None:
-    """Tell nobody how far it is."""
-
-
-@dataclass(frozen=True)
+@dataclass
 class EncodeReport:
-    """What became of the records."""
+    """What became of the records; counts rows as they come."""
 
-    num_rows: int = 0
-    tokens: int = 0
     target_tokens: int = 0
     truncated_rows: int = 0
     truncated_tokens: int = 0
-    rows_without_labels: tuple[str, ...] = ()  # sources; these are left out
-    longest: int = 0  # in tokens, after truncation
-    lengths: Sequence[int] = ()
+    rows_without_labels: list[str] = field(default_factory=list)  # sources; these are left out
+    lengths: Sequence[int] = field(default_factory=lambda: array("q"))  # in tokens, after truncation
+
+    @property
+    def tokens(self) -> int:
+        """Of all rows together."""
+        return sum(self.lengths)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row; 0 without rows."""
+        return max(self.lengths, default=0)
+
+    def count(self, row: Row) -> bool:
+        """Take a row into account; whether it has something to learn."""
+        labels = row.target_tokens
+        if not labels:
+            self.rows_without_labels.append(row.source)
+            return False
+        self.lengths.append(len(row.ids))
+        self.target_tokens += labels
+        self.truncated_rows += row.truncated_tokens > 0
+        self.truncated_tokens += row.truncated_tokens
+        return True
 
 
 def encode_all(
-    records: Items[Record], encoder: Encoder, skipped: Skipped | None = None, on_record: OnRecord = _nobody
+    records: Items[Record],
+    encoder: Encoder,
+    skipped: Skipped | None = None,
+    on_record: OnRecord = lambda done, total: None,
 ) -> tuple[Spool[Row], EncodeReport]:
-    """Encode all records and count what became of them.
+    """Encode all records; returns the rows that have something to learn, in a temporary file, and what became of all.
 
-    Args:
-        records: Examples.
-        encoder: Of the base.
-        skipped: Takes the records that the template refuses; without it a single one is too many.
-        on_record: Hears how many records are done, and of how many.
-
-    Returns:
-        The rows that have something to learn, in order, and the counts; the rows lie in a temporary file.
-
-    Raises:
-        DataError: If the template refuses too many records, or if no row has a label.
-        BaseModelError: If conversations are given and the base has no template.
+    Records that the template refuses go to `skipped`; without it a single one is too many. Raises a DataError if there
+    are too many of them, or if no row has a label.
     """
     skipped = Skipped(is_strict=True) if skipped is None else skipped
-    rows, counted = Spool(_packed, _unpacked), _Counted()
+    rows, report = Spool(_packed, _unpacked), EncodeReport()
     for number, (record, written) in enumerate(_asked_ahead(records, encoder)):
         on_record(number, len(records))
         try:
             for row in encoder.encode(record, written):
-                if counted.hear(row):
+                if report.count(row):
                     rows.append(row)
         except DataError as error:
             skipped.add(record.source, *error.problems)
     skipped.check()
-    if not rows and skipped.found and not counted.without_labels:
+    if not rows and skipped.found and not report.rows_without_labels:
         raise DataError(*skipped.told())
     if not rows:
         raise DataError(
             f"none of {plural(len(records), 'row')} has a token to learn "
-            f"({listing(dict.fromkeys(counted.without_labels), most=3)}): expected assistant turns or completions. "
+            f"({listing(dict.fromkeys(report.rows_without_labels), most=3)}): expected assistant turns or completions. "
             "For plain text set loss_on to auto or all."
         )
-    return rows, counted.report()
+    return rows, report
 
 
 def _asked_ahead(records: Items[Record], encoder: Encoder) -> Iterator[tuple[Record, Renderings | None]]:
@@ -84,39 +92,6 @@ def _asked_ahead(records: Items[Record], encoder: Encoder) -> Iterator[tuple[Rec
         if len(ahead) > MOST_AHEAD:
             yield ahead.popleft()
     yield from ahead
-
-
-class _Counted:
-    """Counts rows as they come."""
-
-    def __init__(self) -> None:
-        self.lengths = array("q")
-        self.without_labels: list[str] = []
-        self.target_tokens = self.truncated_rows = self.truncated_tokens = 0
-
-    def hear(self, row: Row) -> bool:
-        """Take a row into account; whether it has something to learn."""
-        labels = row.target_tokens
-        if not labels:
-            self.without_labels.append(row.source)
-            return False
-        self.lengths.append(len(row.ids))
-        self.target_tokens += labels
-        self.truncated_rows += row.truncated_tokens > 0
-        self.truncated_tokens += row.truncated_tokens
-        return True
-
-    def report(self) -> EncodeReport:
-        return EncodeReport(
-            num_rows=len(self.lengths),
-            tokens=sum(self.lengths),
-            target_tokens=self.target_tokens,
-            truncated_rows=self.truncated_rows,
-            truncated_tokens=self.truncated_tokens,
-            rows_without_labels=tuple(self.without_labels),
-            longest=max(self.lengths),
-            lengths=self.lengths,
-        )
 
 
 def _packed(row: Row) -> bytes:

@@ -18,25 +18,15 @@ SHOWN_SKIPPED = 3  # skipped rows that are shown in full
 
 @dataclass(frozen=True)
 class Examples:
-    """The user's examples, as token rows.
-
-    Attributes:
-        dataset: As read.
-        encoder: What turned records into rows.
-        train: Training rows.
-        train_report: Counts over them.
-        valid: Validation rows.
-        valid_records: The records behind them, for questions.
-        valid_report: Counts over them.
-    """
+    """The user's examples, as token rows."""
 
     dataset: Dataset
     encoder: Encoder
     train: Items[Row]
-    train_report: EncodeReport
+    train_report: EncodeReport  # counts over them
     valid: tuple[Row, ...]
-    valid_records: tuple[Record, ...]
-    valid_report: EncodeReport
+    valid_records: tuple[Record, ...]  # the records behind them, for questions
+    valid_report: EncodeReport  # counts over them
 
     @property
     def left_out(self) -> int:
@@ -52,21 +42,13 @@ def make_encoder(model: Model, config: DataOptions) -> Encoder:
 
 
 def encode_examples(
-    dataset: Dataset,
-    train: Items[Record],
-    valid: Items[Record],
-    model: Model,
-    config: DataOptions,
-    log: EventLog,
+    dataset: Dataset, train: Items[Record], valid: Items[Record], model: Model, config: DataOptions, log: EventLog
 ) -> Examples:
     """Turn records into rows; what the template refuses is left out with the rest that cannot be used."""
     encoder = make_encoder(model, config)
     on_record = functools.partial(log.progress, "rows encoded")
-    sides = [
-        encode_all(part, encoder, dataset.skipped, on_record) if part else ((), EncodeReport())
-        for part in (train, valid)
-    ]
-    (train_rows, train_report), (valid_rows, valid_report) = sides
+    train_rows, train_report = encode_all(train, encoder, dataset.skipped, on_record) if train else ((), EncodeReport())
+    valid_rows, valid_report = encode_all(valid, encoder, dataset.skipped, on_record) if valid else ((), EncodeReport())
     return Examples(dataset, encoder, train_rows, train_report, tuple(valid_rows), tuple(valid), valid_report)
 
 
@@ -87,10 +69,8 @@ def _split_pieces(examples: Examples, share: float) -> Examples:
     held = {int((number + 0.5) * len(rows) / count) for number in range(count)}
     trained = [number for number in range(len(rows)) if number not in held]
     lengths = [examples.train_report.lengths[number] for number in trained]
-    report = replace(
-        examples.train_report, num_rows=len(trained), lengths=lengths, tokens=sum(lengths), longest=max(lengths),
-        target_tokens=sum(rows[number].target_tokens for number in trained),
-    )  # fmt: skip
+    target_tokens = sum(rows[number].target_tokens for number in trained)
+    report = replace(examples.train_report, lengths=lengths, target_tokens=target_tokens)
     valid = tuple(rows[number] for number in sorted(held))
     return replace(examples, train=Chosen(rows, trained), train_report=report, valid=valid)
 
@@ -136,7 +116,7 @@ def log_skipped(dataset: Dataset, log: EventLog) -> None:
 def _log_lengths(name: str, report: EncodeReport, log: EventLog) -> None:
     """Warn of rows that were cut, or that have nothing to learn."""
     if report.truncated_rows:
-        share = report.truncated_rows / report.num_rows
+        share = report.truncated_rows / len(report.lengths)
         log.warning(
             f"{plural(report.truncated_rows, f'{name} row')} longer than --seq-len ({share:.0%}) lost "
             f"{plural(report.truncated_tokens, 'token')} in all"

@@ -5,6 +5,7 @@ with merges (model "gemma4"). The rules for missing keys are those of llama.cpp,
 """
 
 import contextlib
+import functools
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -53,18 +54,7 @@ class GgufVocab(NamedTuple):
 
 
 def read_vocab(metadata: Mapping[str, Any], source: str) -> GgufVocab:
-    """Build the tokenizer a GGUF file describes.
-
-    Args:
-        metadata: The key-value pairs of the file.
-        source: What to call the file in messages.
-
-    Returns:
-        The tokenizer, the ids of special tokens, and whether texts begin with bos.
-
-    Raises:
-        BaseModelError: If the file has no vocabulary, a damaged one, or one of a kind not known here.
-    """
+    """Build the tokenizer a GGUF file describes; a BaseModelError tells of a missing, damaged or unknown vocabulary."""
     model = metadata.get(KEY + "model")
     builders = {"gpt2": _byte_level, "llama": _sentencepiece, "gemma4": _gemma4}
     if model is None or metadata.get(KEY + "tokens") is None:
@@ -253,26 +243,18 @@ def _with_spaces_spelled(tokenizer: "Tokenizer") -> "Tokenizer":
 
 
 def merges_from_scores(tokens: list[str], scores: list[float], types: list[int]) -> list[tuple[str, str]]:
-    """Turn SentencePiece scores into an order of merges.
+    """Turn SentencePiece scores, the highest joined first, into an order of merges: pairs of neighbours.
 
     SentencePiece always joins the neighbours whose union has the highest score; BPE applies merges in order. Listing
     every way to cut every token in two, best score first, makes both the same.
-
-    Args:
-        tokens: Tokens by id.
-        scores: Score of each token; higher is joined earlier.
-        types: Kind of each token; only text takes part.
-
-    Returns:
-        Pairs of neighbours to join, in order.
     """
     words = {token: index for index, token in enumerate(tokens) if types[index] in (NORMAL, USER_DEFINED, UNUSED)}
-    found = []
-    for token, index in words.items():
-        for cut in range(1, len(token)):
-            left, right = token[:cut], token[cut:]
-            if left in words and right in words:
-                found.append((-scores[index], words[left], words[right]))
+    found = [
+        (-scores[index], words[token[:cut]], words[token[cut:]])
+        for token, index in words.items()
+        for cut in range(1, len(token))
+        if token[:cut] in words and token[cut:] in words
+    ]
     return [(tokens[left], tokens[right]) for _, left, right in sorted(found)]
 
 
@@ -282,6 +264,7 @@ def byte_of(token: str) -> bytes | None:
     return bytes([int(found[1], 16)]) if found else None
 
 
+@functools.cache
 def byte_level_alphabet() -> dict[str, int]:
     """The character each byte is written as in byte-level vocabularies (GPT-2), the other way round."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]

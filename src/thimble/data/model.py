@@ -11,36 +11,17 @@ from thimble.models.base import Base, open_base
 
 @dataclass(frozen=True)
 class Model:
-    """An opened base with what turns text into its tokens.
-
-    Attributes:
-        base: The base.
-        tokenizer: Its tokenizer.
-        template: Its chat template, or None if it has none.
-    """
+    """An opened base with what turns text into its tokens."""
 
     base: Base
     tokenizer: Tokenizer
-    template: ChatTemplate | None
+    template: ChatTemplate | None  # None if it has none
 
 
 def open_model(name: str | None) -> Model:
-    """Open a base by path or hub name, with its tokenizer and template.
-
-    Args:
-        name: The option `base`.
-
-    Returns:
-        The opened base.
-
-    Raises:
-        BaseModelError: If anything is missing or not supported.
-    """
+    """Open a base by path or hub name, with tokenizer and template; a BaseModelError if anything is missing."""
     base = find_base(name)
-    if base.metadata is not None:
-        tokenizer = tokenizer_from_gguf(base.metadata)
-    else:
-        tokenizer = tokenizer_from_folder(base.path)
+    tokenizer = tokenizer_from_folder(base.path) if base.metadata is None else tokenizer_from_gguf(base.metadata)
     if tokenizer.last_id >= base.spec.vocab_size:
         raise BaseModelError(
             f"the tokenizer of {base.name} has tokens up to number {tokenizer.last_id:,}, but the base knows "
@@ -58,7 +39,6 @@ def find_base(name: str | None) -> Base:
 
 def is_hub_name(name: str) -> bool:
     """Whether a name is `owner/name` and nothing here is called that."""
-
     parts = name.split("/")
     return not Path(name).exists() and len(parts) == 2 and all(parts) and not name.startswith((".", "~"))
 

@@ -17,8 +17,6 @@ from thimble.data.sources import RawRow, find_files, kind_of, read_rows
 from thimble.data.spool import Chosen, Items, Spool
 from thimble.errors import DataError, Problems, listing, plural
 
-__all__ = ["Dataset", "Record", "Skipped", "general_records", "read_dataset", "split_rows"]
-
 MOST_TOLD = 20  # problems of rows in one message
 MOST_KEPT = 10_000  # problems of rows that are remembered; the others are counted
 SKIPPED_SHARE = 0.1  # of the rows: more that cannot be used are no dirt but a wrong form
@@ -34,19 +32,12 @@ class SkippedRow(NamedTuple):
 
 @dataclass
 class Skipped:
-    """Rows that cannot be used, and whether the others may be without them.
+    """Rows that cannot be used, and whether the others may be without them."""
 
-    Attributes:
-        is_strict: Whether a single one is too many.
-        rows: Rows read so far, these included.
-        count: How many cannot be used.
-        found: The first of them.
-    """
-
-    is_strict: bool = False
-    rows: int = 0
-    count: int = 0
-    found: list[SkippedRow] = field(default_factory=list)
+    is_strict: bool = False  # whether a single one is too many
+    rows: int = 0  # rows read so far, these included
+    count: int = 0  # how many cannot be used
+    found: list[SkippedRow] = field(default_factory=list)  # the first of them
 
     def add(self, source: str, *problems: str) -> None:
         """Take note of a row that cannot be used."""
@@ -56,11 +47,7 @@ class Skipped:
             self.found.append(SkippedRow(source, tuple(told)))
 
     def check(self) -> None:
-        """Refuse the data if too many rows cannot be used.
-
-        Raises:
-            DataError: With the first problems and the count of the others.
-        """
+        """Raise a DataError with the first problems and the count of the others if too many rows cannot be used."""
         if not self.count or not (self.is_strict or self.count > SKIPPED_SHARE * self.rows):
             return
         told = self.told()
@@ -105,19 +92,12 @@ class Dataset:
 
 
 def read_dataset(path: str | Path, is_strict: bool = False) -> Dataset:
-    """Read examples from a file or folder and check every row.
+    """Read examples from a file or folder and check every row; they lie in a temporary file, not in memory.
 
-    Args:
-        path: A .jsonl, .json, .csv, .parquet, .txt or .md file, may be gzipped, or a folder: with files named train,
-            valid and test, or with data files, or with texts in it or below it.
-        is_strict: Refuse the data if a single row cannot be used; else up to a tenth of them is left out.
-
-    Returns:
-        The examples, in the order of the files; they lie in a temporary file, not in memory.
-
-    Raises:
-        DataError: With everything that is wrong, each with file and line; the first 20 are told and the rest counted.
-        MissingPackageError: If a .parquet file is given and pyarrow is not installed.
+    The path is a .jsonl, .json, .csv, .parquet, .txt or .md file, may be gzipped, or a folder: with files named train,
+    valid and test, or with data files, or with texts in it or below it. If strict, a single row that cannot be used is
+    too many, else up to a tenth of them is left out. A DataError says everything that is wrong, each with file and
+    line; the first 20 are told and the rest counted.
     """
     path = Path(path).expanduser()
     found = find_files(path)
@@ -152,16 +132,8 @@ def split_rows(records: Items[Record], valid_fraction: float, seed: int) -> tupl
     """Hold some examples out, so that what was learned can be measured on others.
 
     A record's side depends on its content, the seed and the other contents, not on its place in the file; records of
-    the same content land on the same side, or the measure would reward learning by heart.
-
-    Args:
-        records: Examples.
-        valid_fraction: Share to hold out, from 0 up to 1; of many rows MAX_VALIDATION_ROWS.
-        seed: Another seed holds out others.
-
-    Returns:
-        Examples to learn from and examples held out, each in the given order. At least one is held out if there are
-        two different ones and the share is above 0.
+    the same content land on the same side, or the measure would reward learning by heart. Both sides keep the given
+    order; at least one is held out if two differ and the share is above 0, at most MAX_VALIDATION_ROWS.
     """
     digests = np.fromiter((_digest(record, seed) for record in records), np.uint64, len(records))
     order = np.argsort(digests, kind="stable")  # shuffled, those of the same content side by side

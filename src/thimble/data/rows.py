@@ -50,18 +50,7 @@ class Parsed(NamedTuple):
 
 
 def parse_row(row: Any, source: str) -> Parsed:
-    """Recognise the form of a row and check it.
-
-    Args:
-        row: What stands in the file, as a rule an object.
-        source: Where it stands.
-
-    Returns:
-        The record, its form and the columns not used.
-
-    Raises:
-        DataError: With everything that is wrong with the row.
-    """
+    """Recognise the form of a row and check it; a DataError says everything that is wrong with it."""
     if not isinstance(row, Mapping):
         raise DataError(f"the row is {describe(row)}: expected an object in one of the forms {'; '.join(FORMS)}")
     given = {key: value for key, value in row.items() if value is not None and (value != "" or key not in OPTIONAL)}

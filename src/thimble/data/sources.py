@@ -41,17 +41,7 @@ class Found(NamedTuple):
 
 
 def find_files(path: Path) -> Found:
-    """Say which files belong to a data set.
-
-    Args:
-        path: A file, or a folder with train/valid/test files, data files, or texts.
-
-    Returns:
-        Files for "train" and, if there are any, "valid" and "test".
-
-    Raises:
-        DataError: If there is nothing to read, with near names.
-    """
+    """The files of a data set, by split; a DataError, with near names, if there is nothing to read."""
     try:
         if path.is_dir():
             return _in_folder(path)
@@ -78,18 +68,9 @@ def kind_of(path: Path) -> str | None:
 
 
 def read_rows(path: Path, name: str) -> Iterator[RawRow]:
-    """Read the rows of one file, one after the other: a file of lines is never held in memory whole.
+    """The rows of one file, one after the other: a file of lines is never held in memory whole, a text is one row.
 
-    Args:
-        path: A file of a known kind.
-        name: What to call it in messages.
-
-    Yields:
-        RawRow: The rows, those that cannot be read with the problem; for a text file the whole text is one row.
-
-    Raises:
-        DataError: If the file itself cannot be read, or has no rows.
-        MissingPackageError: If it is a Parquet file and pyarrow is not installed.
+    Rows that cannot be read come with the problem; a DataError if the file itself cannot, or has no rows.
     """
     kind = kind_of(path) or ""
     count = 0
@@ -213,8 +194,7 @@ def _json_line(line: bytes, source: str) -> RawRow:
     except DataError as error:
         return RawRow(None, source, error.problems[0])
     except (ValueError, RecursionError) as error:
-        problem = f"{source} is not valid JSON: {_reason(error)}. Expected one JSON object a line."
-        return RawRow(None, source, problem)
+        return RawRow(None, source, f"{source} is not valid JSON: {_reason(error)}. Expected one JSON object a line.")
 
 
 def _json(file: IO[bytes], name: str) -> Iterator[RawRow]:
@@ -319,10 +299,5 @@ def _parquet(file: IO[bytes], name: str) -> Iterator[RawRow]:
 
 
 _PARSERS: dict[str, Callable[[IO[bytes], str], Iterator[RawRow]]] = {
-    ".jsonl": _json_lines,
-    ".json": _json,
-    ".csv": _csv,
-    ".parquet": _parquet,
-    ".txt": _text,
-    ".md": _text,
-}
+    ".jsonl": _json_lines, ".json": _json, ".csv": _csv, ".parquet": _parquet, ".txt": _text, ".md": _text,
+}  # fmt: skip

@@ -17,16 +17,11 @@ T = TypeVar("T")
 
 
 class Spool(Generic[T]):
-    """A list on disk, to which items are appended.
+    """A list on disk, to which items are appended, each as the bytes that `pack` makes of it.
 
-    Args:
-        pack: An item to bytes.
-        unpack: Those bytes to the item.
-
-    Example:
-        >>> words = Spool(str.encode, bytes.decode)
-        >>> words.append("one"), words.append("two"), len(words), words[1]
-        (None, None, 2, 'two')
+    >>> words = Spool(str.encode, bytes.decode)
+    >>> words.append("one"), words.append("two"), len(words), words[1]
+    (None, None, 2, 'two')
     """
 
     def __init__(self, pack: Callable[[T], bytes], unpack: Callable[[bytes], T]) -> None:
@@ -65,12 +60,7 @@ class Spool(Generic[T]):
 
 
 class Chosen(Generic[T]):
-    """Some items of another list, in a given order; nothing is copied.
-
-    Args:
-        items: The other list.
-        numbers: Which of them.
-    """
+    """Some items of another list, in a given order; nothing is copied."""
 
     def __init__(self, items: "Items[T]", numbers: Iterable[int]) -> None:
         self._items, self._numbers = items, array("q", numbers)

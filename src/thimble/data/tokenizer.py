@@ -36,15 +36,10 @@ class Tokenizer:
         add_bos: bool = False,
         chat_template: str | None = None,
     ) -> None:
-        """Wrap a tokenizer of the `tokenizers` package.
+        """Wrap a tokenizer of the `tokenizers` package, whose post-processor is ignored.
 
-        Args:
-            inner: Turns text into ids; its post-processor is ignored.
-            bos_id: Begins a document, or None.
-            eos_id: Ends a document, or None.
-            stop_ids: Further ids that end an answer.
-            add_bos: Whether the model expects every text to begin with bos.
-            chat_template: Jinja source, or None.
+        `stop_ids` are further ids that end an answer; `add_bos` tells that the model expects every text to begin with
+        bos.
         """
         inner.no_truncation()
         inner.no_padding()
@@ -71,15 +66,7 @@ class Tokenizer:
         return frozenset(named | set(given) | ({self.eos_id} if self.eos_id is not None else set()))
 
     def encode(self, text: str, special: bool = True) -> list[int]:
-        """Turn a text into ids; bos and eos are never added.
-
-        Args:
-            text: Any text.
-            special: Whether the text of a special token (`<|im_end|>`) becomes that token; else plain text.
-
-        Returns:
-            Token ids.
-        """
+        """Turn a text into ids; bos and eos are never added, marks like `<|im_end|>` become tokens if `special`."""
         with rust_faults("the tokenizer of the base cannot encode a text", _ADVICE):
             inner = self._inner if special else self._plain
             return inner.encode(text, add_special_tokens=False).ids
@@ -90,8 +77,7 @@ class Tokenizer:
         Vocabularies that put a space before a text must not do so before a piece that continues one: it is encoded
         behind the end of the piece before it, and that end is cut off again.
         """
-        result = []
-        before = ""
+        result, before = [], ""
         for piece in pieces:
             result.append(self._encode_behind(before, piece) if before and piece else self.encode(piece))
             before = piece or before
@@ -123,7 +109,7 @@ class Tokenizer:
         if token is None:
             raise IndexError(f"token id {index} is outside the vocabulary of {self.vocab_size:,} tokens")
         if self._is_byte_level:
-            alphabet = _alphabet()
+            alphabet = gguf_vocab.byte_level_alphabet()
             return b"".join(bytes([alphabet[c]]) if c in alphabet else c.encode() for c in token)
         return gguf_vocab.byte_of(token) or token.replace(gguf_vocab.SPACE, " ").encode()
 
@@ -149,24 +135,8 @@ class Tokenizer:
         return self.encode("\na") != newline + self.encode("a")
 
 
-@functools.cache
-def _alphabet() -> dict[str, int]:
-    return gguf_vocab.byte_level_alphabet()
-
-
 def tokenizer_from_gguf(metadata: Mapping[str, Any], source: str = "the GGUF file") -> Tokenizer:
-    """Build the tokenizer described by the metadata of a GGUF file.
-
-    Args:
-        metadata: Key-value pairs of the file.
-        source: What to call the file in messages.
-
-    Returns:
-        The tokenizer, with the chat template of the file.
-
-    Raises:
-        BaseModelError: If the file has no vocabulary, a damaged one, or one of a kind not known here.
-    """
+    """Build the tokenizer of a GGUF file from its metadata, with its chat template; raises as `read_vocab` does."""
     vocab = gguf_vocab.read_vocab(metadata, source)
     return Tokenizer(
         vocab.tokenizer,
@@ -179,17 +149,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], source: str = "the GGUF fil
 
 
 def tokenizer_from_folder(folder: Path) -> Tokenizer:
-    """Build the tokenizer of a Hugging Face model folder.
-
-    Args:
-        folder: Holds tokenizer.json and, as a rule, tokenizer_config.json.
-
-    Returns:
-        The tokenizer, with the chat template of the folder.
-
-    Raises:
-        BaseModelError: If tokenizer.json is missing or damaged.
-    """
+    """Build the tokenizer of a Hugging Face folder, with its chat template; a BaseModelError if it is damaged."""
     folder = Path(folder)
     inner = _read_inner(folder)
     config = {**_settings(folder / "special_tokens_map.json"), **_settings(folder / "tokenizer_config.json")}
@@ -260,13 +220,10 @@ def _folder_template(folder: Path, config: Mapping[str, Any]) -> str | None:
         return _template(_read_text(path), str(path))
     template = _settings(folder / "chat_template.json").get("chat_template") or config.get("chat_template")
     if isinstance(template, list):  # several templates by name
-        named = {entry.get("name"): entry.get("template") for entry in template if _is_named(entry)}
+        entries = [entry for entry in template if isinstance(entry, dict) and isinstance(entry.get("name"), str)]
+        named = {entry["name"]: entry.get("template") for entry in entries}
         template = named.get("default") or next(iter(named.values()), None)
     return _template(template, str(folder))
-
-
-def _is_named(entry: Any) -> bool:
-    return isinstance(entry, dict) and isinstance(entry.get("name"), str)
 
 
 def _read_text(path: Path) -> str:

@@ -21,15 +21,9 @@ _AFTER = '\n</tools>\n\nTo call one, write:\n<tool_call>\n{"name":...,"arguments
 
 
 def write_tools(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]]:
-    """Turn a conversation with tools into one of plain text.
+    """Turn a conversation with tools into one of plain text, of the roles system, user and assistant.
 
-    Args:
-        messages: Conversation in OpenAI form.
-        tools: Definitions in OpenAI form, or None.
-
-    Returns:
-        Messages of the roles system, user and assistant, each with text content. The system text of the user stays
-        in front of the definitions; without one there is none but the definitions.
+    The system text of the user stays in front of the definitions; without one there is none but the definitions.
     """
     written: list[dict[str, Any]] = []
     for before, message in zip([None, *messages], messages, strict=False):

@@ -26,13 +26,9 @@ class Turns:
     """Cuts conversations into what is given and what is learned, for one template."""
 
     def __init__(self, template: ChatTemplate, specials: Collection[str], stops: Collection[str], eos: str) -> None:
-        """Prepare to look for the ends of turns.
+        """Prepare to look for the ends of turns, by the texts of all special tokens and of those that end an answer.
 
-        Args:
-            template: Renders conversations.
-            specials: Texts of all special tokens.
-            stops: Texts of those that end an answer.
-            eos: Text of the token written behind the last answer if the template writes none.
+        `eos` is written behind the last answer if the template writes no end.
         """
         self._template = template
         self._special = re.compile("|".join(map(re.escape, sorted(specials, key=len, reverse=True))) or r"(?!)")
@@ -40,33 +36,18 @@ class Turns:
         self._eos = eos
 
     def ask(self, messages: Sequence[Message], tools: Sequence[Any] | None) -> Renderings:
-        """Have the template write, in the background, all that `cut` reads.
-
-        Args:
-            messages: Conversation in OpenAI form.
-            tools: Tool definitions, or None.
-
-        Returns:
-            What to give to `cut`.
-        """
+        """Have the template write, in the background, all that `cut` reads."""
         end = _end_of_learned(messages) or len(messages)
         answers = _answers(messages[:end]) if _end_of_learned(messages) else []
-        turns = [prefix for index in answers for prefix in ((index, True), (index + 1, False))]
-        return self._template.ask(messages[:end], tools, list(dict.fromkeys([(end, False), *turns])))
+        return self._template.ask(messages[:end], tools, _wanted((end, False), answers))
 
     def cut(
         self, messages: Sequence[Message], tools: Sequence[Any] | None, written: Renderings | None = None
     ) -> tuple[list[Piece], bool]:
         """Cut a conversation behind its last learned turn, into pieces that are given and pieces that are learned.
 
-        Args:
-            messages: Conversation in OpenAI form; assistant turns of weight 0 are not learned.
-            tools: Tool definitions, or None.
-            written: What `ask` gave for both, if they were asked for ahead.
-
-        Returns:
-            The pieces, and whether all assistant turns are learned: if the template writes earlier turns differently
-            once others follow (it strips their thinking), only the last one can be.
+        Assistant turns of weight 0 are not learned. Also returns whether all others are: if the template writes earlier
+        turns differently once others follow (it strips their thinking), only the last one can be.
         """
         written = written or self.ask(messages, tools)
         end = _end_of_learned(messages)
@@ -82,9 +63,8 @@ class Turns:
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[Any] | None) -> list[Piece]:
         """Cut a conversation that waits for an answer as `cut` does, so that both give the same tokens."""
-        turns = [prefix for index in _answers(messages) for prefix in ((index, True), (index + 1, False))]
-        wanted = dict.fromkeys([(len(messages), True), *turns])
-        return self._prompt(messages, self._template.ask(messages, tools, list(wanted)))
+        wanted = _wanted((len(messages), True), _answers(messages))
+        return self._prompt(messages, self._template.ask(messages, tools, wanted))
 
     def _prompt(self, messages: Sequence[Message], written: Renderings) -> list[Piece]:
         text = written.text((len(messages), True))
@@ -179,6 +159,11 @@ def _end_of_learned(messages: Sequence[Message]) -> int:
 def _answers(messages: Sequence[Message]) -> list[int]:
     """Which messages answer something; a greeting that opens the conversation is given, since no prompt asks for it."""
     return [index for index, message in enumerate(messages) if index and message["role"] == "assistant"]
+
+
+def _wanted(whole: tuple[int, bool], answers: Sequence[int]) -> list[tuple[int, bool]]:
+    """What to render: the whole, and what comes before and with each answer."""
+    return list(dict.fromkeys([whole, *(part for index in answers for part in ((index, True), (index + 1, False)))]))
 
 
 def _close_thinking(asked: str, answer: str, message: Message) -> str:

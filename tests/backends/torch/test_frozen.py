@@ -46,7 +46,7 @@ def test_rows_looked_up_are_the_rows_decoded(store):
     matrix = load_matrix(weight, store, torch.float32)
     index = np.array([3, 0, 17, 3])
     rows, every = torch.empty(4, matrix.cols), torch.empty(matrix.rows, matrix.cols)
-    matrix.gather(index, rows)
+    matrix.decode(index, rows)
     matrix.decode(slice(0, matrix.rows), every)
     assert torch.equal(rows, every[index])
     part = torch.empty(5, matrix.cols)

@@ -18,13 +18,10 @@ PIECE = 1 << 20  # parameters handled at a time, so that temporaries stay small
 
 
 class AdamW:
-    """AdamW (Loshchilov and Hutter, arXiv:1711.05101), as in torch.optim.AdamW.
+    """AdamW (Loshchilov and Hutter, arXiv:1711.05101), as in torch.optim.AdamW, on float32 (n,) that change in place.
 
-    Args:
-        parameters: What is trained, changed in place; float32 (n,).
-        weight_decay: Share of the way back to `goal` taken at each step, times the learning rate.
-        goal: Where weight decay pulls to, float32 (n,); None: to zero, as in the paper.
-        rates: Spans of parameters, and what their learning rate is multiplied by; 0 leaves them alone. None: all, 1.
+    Weight decay pulls to `goal`, or to zero as in the paper; `rates` are factors of the learning rate of spans of
+    parameters, 0 leaving them alone and None meaning 1 for all.
     """
 
     def __init__(

@@ -5,7 +5,8 @@ all magnitudes, so that each kind can have a learning rate of its own.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,17 +18,11 @@ from thimble.core.lowrank import Factors
 
 @dataclass(frozen=True)
 class Parameters:
-    """What is trained of one layer, or its gradients, as views of a flat vector.
+    """What is trained of one layer, or its gradients, as views of a flat vector."""
 
-    Attributes:
-        A: float32 (rank, in).
-        B: float32 (out, rank).
-        magnitude: float32 (out,), or None.
-    """
-
-    A: Tensor
-    B: Tensor
-    magnitude: Tensor | None
+    A: Tensor  # float32 (rank, in)
+    B: Tensor  # float32 (out, rank)
+    magnitude: Tensor | None  # float32 (out,), or None
 
 
 @dataclass
@@ -36,26 +31,17 @@ class LoraFactors:
 
     Of a layer in delta form they hold B A − B₀ A₀ as (B − B₀) A + B₀ (A − A₀): A over A − A₀, and B − B₀ beside B₀. The
     differences are taken in float32, so that what is small beside the start is not rounded away.
-
-    Attributes:
-        A: (ranks, in), compute type.
-        B: (out, ranks), compute type.
-        scale: Factor of B A.
-        rank: How many rows of A and columns of B are trained.
-        trained: The parameters behind them.
-        origin: What they are trained as the difference to, or None.
-        row_lengths: float32 (out,): length of each row of W + scale · B A, where there is a magnitude.
-        row_rates: float32 (out,): magnitude over length; 1 where there is no length to set.
     """
 
-    A: Tensor
-    B: Tensor
-    scale: float
-    rank: int
-    trained: Parameters
-    origin: Parameters | None = None
+    A: Tensor  # (ranks, in), compute type
+    B: Tensor  # (out, ranks), compute type
+    scale: float  # factor of B A
+    rank: int  # how many rows of A and columns of B are trained
+    trained: Parameters  # the parameters behind them
+    origin: Parameters | None = None  # what they are trained as the difference to, or None
+    # float32 (out,): length of each row of W + scale · B A, where there is a magnitude
     row_lengths: Tensor | None = None
-    row_rates: Tensor | None = None
+    row_rates: Tensor | None = None  # float32 (out,): magnitude over length; 1 where there is no length to set
 
     def refresh(self) -> None:
         """Follow the trained parameters."""
@@ -77,22 +63,16 @@ class _Shape:
     has_magnitude: bool
 
 
-@dataclass(frozen=True)
-class Spans:
+class Spans(NamedTuple):
     """Where each kind of parameter lies in the flat vector."""
 
     A: slice
     B: slice
-    magnitude: slice = field(default_factory=lambda: slice(0, 0))
+    magnitude: slice
 
 
 class ActiveAdapter:
-    """An adapter ready for products; an empty one is the bare base.
-
-    Args:
-        adapter: Its values; None for the bare base.
-        compute: Type of the products that A and B take part in.
-    """
+    """An adapter ready for products in the compute type; an empty one, of None, is the bare base."""
 
     def __init__(self, adapter: Adapter | None, compute: torch.dtype) -> None:
         adapter = adapter or Adapter({})
@@ -105,7 +85,7 @@ class ActiveAdapter:
         ends = np.cumsum([0, *(sum(array.size for array in arrays) for arrays in kinds)])
         self.spans = Spans(*(slice(int(a), int(b)) for a, b in zip(ends, ends[1:], strict=False)))
         self.flat = torch.empty(int(ends[-1]))
-        for span, arrays in zip((self.spans.A, self.spans.B, self.spans.magnitude), kinds, strict=True):
+        for span, arrays in zip(self.spans, kinds, strict=True):
             values = np.concatenate([array.reshape(-1) for array in arrays] or [np.zeros(0)])
             self.flat[span] = torch.from_numpy(values.astype(np.float32))
         trained = self.views(self.flat)
@@ -120,7 +100,7 @@ class ActiveAdapter:
 
     def views(self, flat: Tensor) -> dict[str, Parameters]:
         """A flat vector of the adapter's size by layer."""
-        rests = [flat[span] for span in (self.spans.A, self.spans.B, self.spans.magnitude)]
+        rests = [flat[span] for span in self.spans]
 
         def take(kind: int, shape: tuple[int, ...]) -> Tensor:
             count = int(np.prod(shape))

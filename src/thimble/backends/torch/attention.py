@@ -35,27 +35,16 @@ class Angles:
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """What one layer's attention does.
+    """What one layer's attention does."""
 
-    Attributes:
-        num_heads: Query heads.
-        num_kv_heads: Key and value heads.
-        head_dim: Width of a head.
-        scale: Factor of q kᵀ.
-        window: Latest positions seen, or None for all.
-        softcap: Scores become cap · tanh(scores / cap), or None.
-        q_norm: Normalisation of each query head, or None.
-        k_norm: The same for keys.
-    """
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    scale: float
-    window: int | None = None
-    softcap: float | None = None
-    q_norm: RmsNorm | None = None
-    k_norm: RmsNorm | None = None
+    num_heads: int  # query heads
+    num_kv_heads: int  # key and value heads
+    head_dim: int  # width of a head
+    scale: float  # factor of q kᵀ
+    window: int | None = None  # latest positions seen, or None for all
+    softcap: float | None = None  # scores become cap · tanh(scores / cap), or None
+    q_norm: RmsNorm | None = None  # normalisation of each query head, or None
+    k_norm: RmsNorm | None = None  # the same for keys
 
     @property
     def group(self) -> int:
@@ -66,17 +55,10 @@ class AttentionSpec:
 def split_heads(
     qkv: Tensor, spec: AttentionSpec, angles: Angles | None, memory: Memory
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Cut, normalise, rotate and scale q, k and v.
+    """Cut, normalise, rotate and scale (tokens, (heads + 2 kv_heads) · head_dim) into q, k and v.
 
-    Args:
-        qkv: (tokens, (heads + 2 kv_heads) · head_dim).
-        spec: The layer's attention.
-        angles: Rotations, or None for a layer without positions.
-        memory: Where they are put.
-
-    Returns:
-        q (kv_heads, tokens + TILE, group, head_dim) already scaled, k and v (kv_heads, tokens + TILE, head_dim);
-        contiguous, in scratch. What lies behind the tokens is zero.
+    q (kv_heads, tokens + TILE, group, head_dim) is already scaled; k and v are (kv_heads, tokens + TILE, head_dim). All
+    are contiguous, in scratch, and zero behind the tokens. A layer without positions has no angles.
     """
     heads = _normalised(qkv.view(qkv.shape[0], -1, spec.head_dim), spec)
     tokens = len(heads)
@@ -136,38 +118,23 @@ def _join_gradients(
 
 
 def attend(qkv: Tensor, spec: AttentionSpec, angles: Angles | None, starts: list[int], memory: Memory) -> Tensor:
-    """Attention within each packed row.
+    """Attention of each row to itself, row s being tokens starts[s] to starts[s + 1].
 
-    Args:
-        qkv: (tokens, (heads + 2 kv_heads) · head_dim), compute type, before rotation.
-        spec: The layer's attention.
-        angles: Rotations, or None.
-        starts: Row s is tokens starts[s] to starts[s + 1].
-        memory: For temporaries and for the result.
-
-    Returns:
-        (tokens, heads · head_dim), compute type; in scratch unless a backward pass follows.
+    qkv (tokens, (heads + 2 kv_heads) · head_dim), compute type, before rotation, becomes (tokens, heads · head_dim), in
+    scratch unless a backward pass follows.
     """
     is_kept = torch.is_grad_enabled() and qkv.requires_grad
     return _Attend.apply(qkv, spec, angles, starts, memory, is_kept)  # type: ignore[no-any-return]
 
 
 class _Tile(NamedTuple):
-    """Queries of one row and the keys that they may see.
-
-    Attributes:
-        first: The first query.
-        last: The last query + 1.
-        low: The first key.
-        queries: All queries with padding.
-        keys: All keys with padding.
-    """
+    """Queries of one row and the keys that they may see."""
 
     first: int
-    last: int
-    low: int
-    queries: slice
-    keys: slice
+    last: int  # behind the last query
+    low: int  # first key
+    queries: slice  # all queries with padding
+    keys: slice  # all keys with padding
 
 
 def _tiles(starts: list[int], window: int | None) -> Iterator[_Tile]:

@@ -28,13 +28,11 @@ SPARE = 8  # directions a sketch carries beside those wanted
 # ---- inputs ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass
 class _Sums:
-    """Of the inputs of one group of layers."""
+    """Of the inputs of one group of layers, each of so many columns."""
 
-    square: Tensor
-    total: Tensor
-    count: int = 0
+    def __init__(self, columns: int) -> None:
+        self.square, self.total, self.count = torch.zeros(columns, columns), torch.zeros(columns), 0
 
     def add(self, h: Tensor) -> None:
         wide = h.float()
@@ -45,23 +43,11 @@ class _Sums:
 
 @torch.no_grad()
 def input_moments(decoder: Decoder, batches: Sequence[Batch]) -> Iterator[tuple[list[str], Moments]]:
-    """Second moments of the inputs of every layer, a block at a time.
-
-    Args:
-        decoder: The base.
-        batches: Rows to look at.
-
-    Yields:
-        tuple[list[str], Moments]: Paths of the layers that share an input, and its moments; in the order of the layers.
-    """
+    """Second moments of the inputs of every layer, a block at a time, with the paths of the layers that share each."""
     passes = [decoder.pack(batch.starts) for batch in batches]
     streams = [decoder.embed(batch.ids, one) for batch, one in zip(batches, passes, strict=True)]
     for block in decoder.blocks:
-        sums = {
-            projection.number: _Sums(torch.zeros(n, n), torch.zeros(n))
-            for projection in block.projections
-            for n in (projection.frozen.cols,)
-        }
+        sums = {projection.number: _Sums(projection.frozen.cols) for projection in block.projections}
         for number, one in enumerate(passes):
             real = one.starts[-1]
 
@@ -80,25 +66,15 @@ def input_moments(decoder: Decoder, batches: Sequence[Batch]) -> Iterator[tuple[
 
 @dataclass
 class _Watched:
-    """One layer's sketch in the making.
+    """One layer's sketch in the making."""
 
-    Attributes:
-        columns: Its part of the group's output.
-        probe: Ω: (out, k) for the gradient; (in, k) where inputs are weighted by the square of their gradient.
-        rows: First Ωᵀ G, (k, in), then an orthonormal basis V of its rows.
-        image: G Vᵀ, (out, k); with weights V Σ w x xᵀ Vᵀ, (k, k).
-        answer: Σ (V x)(V x)ᵀ, (k, k).
-        input_square: Σ ‖x‖².
-        count: Inputs seen.
-    """
-
-    columns: slice
-    probe: Tensor
-    rows: Tensor
-    image: Tensor = field(default_factory=lambda: torch.empty(0))
-    answer: Tensor = field(default_factory=lambda: torch.empty(0))
-    input_square: float = 0.0
-    count: int = 0
+    columns: slice  # its part of the group's output
+    probe: Tensor  # Ω: (out, k) for the gradient; (in, k) where inputs are weighted by the square of their gradient
+    rows: Tensor  # first Ωᵀ G, (k, in), then an orthonormal basis V of its rows
+    image: Tensor = field(default_factory=lambda: torch.empty(0))  # G Vᵀ, (out, k); with weights V Σ w x xᵀ Vᵀ, (k, k)
+    answer: Tensor = field(default_factory=lambda: torch.empty(0))  # Σ (V x)(V x)ᵀ, (k, k)
+    input_square: float = 0.0  # Σ ‖x‖²
+    count: int = 0  # inputs seen
 
 
 def sketch_gradients(
@@ -109,19 +85,10 @@ def sketch_gradients(
     seed: int = 0,
     checkpointed_blocks: int = 0,
 ) -> dict[str, Sketch]:
-    """Main directions of the gradient of each weight over some batches.
+    """Main directions of the gradient of each weight over some batches, which run twice; at least `ranks` of each.
 
-    Args:
-        decoder: The base.
-        batches: Rows to learn from; run twice.
-        ranks: How many directions are wanted, by layer path.
-        is_weighted: Of Σ ‖δ‖² x xᵀ instead, δ being the gradient of a token's output: the same right singular vectors
-            if the δ of different tokens point in unrelated directions.
-        seed: Of the random numbers.
-        checkpointed_blocks: Blocks that keep only their input for the backward pass.
-
-    Returns:
-        Sketches by layer path, with at least as many values as wanted where the layer has them.
+    `is_weighted` takes those of Σ ‖δ‖² x xᵀ instead, δ being the gradient of a token's output: the same right singular
+    vectors if the δ of different tokens point in unrelated directions.
     """
     found: dict[str, _Watched] = {}
     random = torch.Generator().manual_seed(seed)
@@ -169,14 +136,9 @@ def watch_gradients(
     visit: Callable[[Projection, Tensor, Tensor], None],
     checkpointed_blocks: int = 0,
 ) -> None:
-    """Run batches forward and back on the bare base.
+    """Run batches forward and back on the bare base, and let every group of layers be visited.
 
-    Args:
-        decoder: The base.
-        batches: Rows to learn from.
-        visit: Called for every group of layers with the inputs (tokens, in) and the gradient of the outputs
-            (tokens, sum of outs), padding left out.
-        checkpointed_blocks: Blocks that keep only their input for the backward pass.
+    `visit` gets the inputs (tokens, in) and the gradient of the outputs (tokens, sum of outs), padding left out.
     """
     for batch in batches:
         real = int(batch.starts[-1])
@@ -193,9 +155,7 @@ def _spread(layer: _Watched, x: Tensor, grad: Tensor) -> None:
 
 
 def _measure(layer: _Watched, x: Tensor, grad: Tensor) -> None:
-    low = x @ layer.rows.t()
-    layer.image.addmm_(grad.t(), low)
-    _add_inputs(layer, x, low)
+    layer.image.addmm_(grad.t(), _answers(layer, x))
 
 
 def _spread_weighted(layer: _Watched, x: Tensor, grad: Tensor) -> None:
@@ -204,15 +164,17 @@ def _spread_weighted(layer: _Watched, x: Tensor, grad: Tensor) -> None:
 
 
 def _measure_weighted(layer: _Watched, x: Tensor, grad: Tensor) -> None:
-    low = x @ layer.rows.t()
+    low = _answers(layer, x)
     layer.image.addmm_((grad.square().sum(1, keepdim=True) * low).t(), low)
-    _add_inputs(layer, x, low)
 
 
-def _add_inputs(layer: _Watched, x: Tensor, low: Tensor) -> None:
+def _answers(layer: _Watched, x: Tensor) -> Tensor:
+    """V x of each input, (tokens, k), which is counted."""
+    low = x @ layer.rows.t()
     layer.answer.addmm_(low.t(), low)
     layer.input_square += float(x.square().sum())
     layer.count += len(x)
+    return low
 
 
 def _finished(layer: _Watched) -> Sketch:
@@ -233,17 +195,9 @@ def captured_energy(
 ) -> dict[str, dict[str, tuple[NDArray[np.float64], float]]]:
     """How much of the gradient of W, on rows not seen before, lies in the span of each candidate for A.
 
-    With B at zero, that is the part of the gradient that the first steps can follow.
-
-    Args:
-        decoder: The base.
-        batches: Held-out rows.
-        candidates: A by layer path, float32 (rank, in), by name of the candidate.
-        checkpointed_blocks: Blocks that keep only their input for the backward pass.
-
-    Returns:
-        By candidate and layer path: what each row of A adds to ‖G P‖², float64 (rank,), P projecting on the rows so
-        far, and ‖G‖²; both summed over batches.
+    With B at zero, that is the part of the gradient that the first steps can follow. Candidates are A by layer path,
+    float32 (rank, in), by name. Returned is, by candidate and path, what each row of A adds to ‖G P‖², float64 (rank,),
+    P projecting on the rows so far, and ‖G‖²; both summed over batches.
     """
     bases = {
         name: {path: torch.linalg.qr(torch.from_numpy(a).t()).Q for path, a in layers.items()}

@@ -8,16 +8,10 @@ from numba import njit
 
 
 def compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorate a loop to be compiled when it is first called, and loaded from the cache in later processes.
+    """Decorate a loop to be compiled by `numba.njit` when first called, and loaded from the cache in later processes.
 
     The cache lies beside the source, in the user's own cache folder or in NUMBA_CACHE_DIR. Where none of them can be
     written, or what lies there is damaged, the loop is compiled anew in each process: nothing else depends on it.
-
-    Args:
-        **options: Of `numba.njit`.
-
-    Returns:
-        The decorator.
     """
 
     def decorate(loop: Callable[..., Any]) -> Callable[..., Any]:

@@ -6,6 +6,7 @@ bfloat16 is about twice as fast as float32 on CPUs with instructions for it and 
 
 import math
 import time
+import timeit
 from collections.abc import Callable
 
 import torch
@@ -27,17 +28,7 @@ INT8_INSTRUCTIONS = {"avx512_vnni", "avx_vnni", "amx_int8"}
 
 
 def choose_compute(wanted: str) -> tuple[str, str]:
-    """Decide the type of the large products.
-
-    Args:
-        wanted: `auto`, `fp32`, `bf16` or `int8`.
-
-    Returns:
-        The type, and why, in a sentence.
-
-    Raises:
-        ConfigError: If this processor has no instructions for it.
-    """
+    """The type of the large products, and why; a ConfigError refuses int8 where the processor has no instructions."""
     fast, flops = use_fast_fp32(), machine().flops
     if wanted == "int8" and wanted not in flops:
         raise ConfigError(
@@ -67,7 +58,7 @@ def machine() -> Machine:
     def measure() -> Machine:
         flops = race()
         if flags & INT8_INSTRUCTIONS:
-            flops["int8"] = _int8_rate(max(SIZES))
+            flops["int8"] = _rate(torch.int8, max(SIZES))
         return Machine(name, num_cores(), flops, _copy_rate(), time.time())
 
     return remembered(f"{name}, {num_cores()} cores, torch {torch.__version__}", measure)
@@ -85,12 +76,8 @@ def race() -> dict[str, float]:
 
 def _rate(dtype: torch.dtype, size: int) -> float:
     a, b = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
-    return 2 * size**3 / _fastest(lambda: torch.mm(a, b))
-
-
-def _int8_rate(size: int) -> float:
-    a, b = torch.ones(size, size, dtype=torch.int8), torch.ones(size, size, dtype=torch.int8)
-    return 2 * size**3 / _fastest(lambda: torch._int_mm(a, b))
+    multiply = torch._int_mm if dtype == torch.int8 else torch.mm
+    return 2 * size**3 / _fastest(lambda: multiply(a, b))
 
 
 def _copy_rate() -> float:
@@ -100,12 +87,7 @@ def _copy_rate() -> float:
 
 def _fastest(work: Callable[[], object]) -> float:
     """Seconds of the quickest of a few runs."""
-    times = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return min(times)
+    return min(timeit.repeat(work, number=1, repeat=REPEATS))
 
 
 def use_fast_fp32() -> bool:

@@ -28,57 +28,34 @@ from thimble.models.spec import Rope
 
 @dataclass(frozen=True)
 class ForwardPass:
-    """What one forward pass is given beside its tokens.
+    """What one forward pass is given beside its tokens."""
 
-    Attributes:
-        starts: Row s is tokens starts[s] to starts[s + 1].
-        size: Tokens with padding, which belongs to no row.
-        angles: By number of the rotary embedding in `Decoder.ropes`.
-        lora: The adapters of the rows.
-        checkpointed_blocks: So many, from the lowest, keep only their input for the backward pass and are run again in
-            it (activation checkpointing).
-        rows: Where each row stands in the cache; unused without one.
-        cache: Keys and values to read and extend, or None.
-    """
-
-    starts: list[int]
-    size: int
-    angles: dict[int, Angles]
-    lora: Lora = BARE
+    starts: list[int]  # row s is tokens starts[s] to starts[s + 1]
+    size: int  # tokens with padding, which belongs to no row
+    angles: dict[int, Angles]  # by number of the rotary embedding in `Decoder.ropes`
+    lora: Lora = BARE  # the adapters of the rows
+    # so many, from the lowest, keep only their input for the backward pass and are run again in it (activation
+    # checkpointing)
     checkpointed_blocks: int = 0
-    rows: Sequence[ForwardRow] = ()
-    cache: KvCache | None = None
+    rows: Sequence[ForwardRow] = ()  # where each row stands in the cache; unused without one
+    cache: KvCache | None = None  # keys and values to read and extend, or None
 
 
 @dataclass(frozen=True)
 class Block:
-    """One layer's weights and settings.
+    """One layer's weights and settings."""
 
-    Attributes:
-        number: Place in the stack, from 0.
-        attention: Its heads, scale, window and soft-cap.
-        rope: Number of its rotary embedding in `Decoder.ropes`, or None.
-        qkv: Makes queries, keys and values.
-        out: Mixes the heads.
-        gate_up: Makes the gate and the values of the MLP.
-        down: Brings the MLP back to the width of the stream.
-        attn_norm: Applied to what attention reads.
-        mlp_norm: Applied to what the MLP reads.
-        attn_out_norm: Applied to what attention adds (Gemma), or None.
-        mlp_out_norm: Applied to what the MLP adds (Gemma), or None.
-    """
-
-    number: int
-    attention: AttentionSpec
-    rope: int | None
-    qkv: Projection
-    out: Projection
-    gate_up: Projection
-    down: Projection
-    attn_norm: RmsNorm
-    mlp_norm: RmsNorm
-    attn_out_norm: RmsNorm | None
-    mlp_out_norm: RmsNorm | None
+    number: int  # place in the stack, from 0
+    attention: AttentionSpec  # its heads, scale, window and soft-cap
+    rope: int | None  # number of its rotary embedding in `Decoder.ropes`, or None
+    qkv: Projection  # makes queries, keys and values
+    out: Projection  # mixes the heads
+    gate_up: Projection  # makes the gate and the values of the MLP
+    down: Projection  # brings the MLP back to the width of the stream
+    attn_norm: RmsNorm  # applied to what attention reads
+    mlp_norm: RmsNorm  # applied to what the MLP reads
+    attn_out_norm: RmsNorm | None  # applied to what attention adds (Gemma), or None
+    mlp_out_norm: RmsNorm | None  # applied to what the MLP adds (Gemma), or None
 
     @property
     def projections(self) -> tuple[Projection, ...]:
@@ -87,19 +64,13 @@ class Block:
 
 
 class Decoder:
-    """A frozen base, ready to run.
-
-    Args:
-        base: The opened base.
-        store: `dense`, `int8` or `file`.
-        compute: float32 or bfloat16.
-    """
+    """A frozen base, ready to run."""
 
     def __init__(self, base: Base, store: str, compute: torch.dtype) -> None:
         self.spec = base.spec
         self.compute = compute
         self.memory = Memory(compute)
-        self.ropes = _distinct(base.spec.ropes)
+        self.ropes = list({id(rope): rope for rope in base.spec.ropes if rope is not None}.values())  # each once
         self._base, self._store = base, store
         self.embedding = self._linear([EMBEDDING])
         self.head = self.embedding if base.spec.is_tied else self._linear([HEAD])
@@ -159,13 +130,10 @@ class Decoder:
         )  # fmt: skip
 
     def quantize(self, sample: NDArray[np.int32]) -> None:
-        """Make the products of all blocks whole-number ones; those of the head stay as they are.
+        """Make the products of all blocks whole-number ones, after a look at a sample of text, int32 (tokens,).
 
-        The gradient at the head's output has one large number a row and thousands of small ones that matter together:
-        eight bits would lose them.
-
-        Args:
-            sample: int32 (tokens,), text that shows which columns of the activations are large.
+        Those of the head stay as they are: the gradient at its output has one large number a row and thousands of small
+        ones that matter together, which eight bits would lose.
         """
         watched = [Watched(projection.frozen) for projection in self.projections]
         for projection, layer in zip(self.projections, watched, strict=True):
@@ -195,16 +163,7 @@ class Decoder:
     # ---- running --------------------------------------------------------------------------------------------------
 
     def pack(self, starts: Sequence[int], lora: Lora = BARE, checkpointed_blocks: int = 0) -> ForwardPass:
-        """Prepare a pass over whole rows that see nothing but themselves.
-
-        Args:
-            starts: Where rows begin in the list of tokens, and where the last one ends.
-            lora: The adapters of the rows.
-            checkpointed_blocks: See ForwardPass.
-
-        Returns:
-            The pass.
-        """
+        """Prepare a pass over whole rows that see nothing but themselves: row s begins at token starts[s]."""
         lengths = np.diff(starts)
         positions = np.concatenate([np.arange(length) for length in lengths])
         size = padded(len(positions))
@@ -214,16 +173,7 @@ class Decoder:
         )
 
     def pack_rows(self, rows: Sequence[ForwardRow], cache: KvCache, lora: Lora = BARE) -> ForwardPass:
-        """Prepare a pass over rows that stand in a cache.
-
-        Args:
-            rows: Prompts, parts of prompts, or one next token each.
-            cache: What the rows see of earlier positions, and what they add to.
-            lora: The adapters of the rows.
-
-        Returns:
-            The pass.
-        """
+        """Prepare a pass over rows that stand in a cache: prompts, parts of prompts, or one next token each."""
         lengths = [row.tokens for row in rows]
         positions = np.concatenate([np.arange(row.position, row.position + row.tokens) for row in rows])
         ends = np.repeat([row.end for row in rows], lengths)
@@ -238,22 +188,14 @@ class Decoder:
         return {number: _angles(rope, positions, ends) for number, rope in enumerate(self.ropes)}
 
     def embed(self, ids: NDArray[np.int32], forward: ForwardPass) -> Tensor:
-        """CalibrationData up tokens: int32 (tokens,) to (tokens with padding, hidden), compute type."""
+        """Look up tokens: int32 (tokens,) to (tokens with padding, hidden), compute type."""
         x = self.embedding.gather(np.pad(ids.astype(np.int64), (0, forward.size - len(ids))))
         if self.spec.embedding_scale != 1.0:
             x = x * torch.tensor(self.spec.embedding_scale, dtype=self.compute)
         return x
 
     def hidden(self, ids: NDArray[np.int32], forward: ForwardPass) -> Tensor:
-        """Run all blocks.
-
-        Args:
-            ids: int32 (tokens,), packed rows.
-            forward: From `pack` or `pack_rows`.
-
-        Returns:
-            (tokens with padding, hidden), compute type, before the final norm.
-        """
+        """Run all blocks over packed rows: int32 (tokens,) to (tokens with padding, hidden), before the final norm."""
         x = self.embed(ids, forward)
         self.memory.begin()
         for block in self.blocks:
@@ -262,16 +204,7 @@ class Decoder:
         return x
 
     def block(self, block: Block, x: Tensor, forward: ForwardPass) -> Tensor:
-        """One transformer block: attention and a gated MLP, each added to the stream.
-
-        Args:
-            block: The layer.
-            x: (tokens, hidden), compute type.
-            forward: Rows, rotations and adapters.
-
-        Returns:
-            (tokens, hidden), compute type.
-        """
+        """One transformer block: attention and a gated MLP, each added to the stream x, (tokens, hidden)."""
         angles = None if block.rope is None else forward.angles[block.rope]
         qkv = project(x, block.qkv, forward.lora, block.attn_norm)
         if forward.cache is None:
@@ -345,14 +278,6 @@ def _checkpointed(decoder: Decoder, block: Block, x: Tensor, forward: ForwardPas
     if not (torch.is_grad_enabled() and needs_gradient):
         return decoder.block(block, x, forward)
     return _Checkpoint.apply(x, torch.empty(0, requires_grad=True), decoder, block, forward)
-
-
-def _distinct(ropes: tuple[Rope | None, ...]) -> list[Rope]:
-    found: list[Rope] = []
-    for rope in ropes:
-        if rope is not None and not any(known is rope for known in found):
-            found.append(rope)
-    return found
 
 
 def _angles(rope: Rope, positions: NDArray[np.int64], ends: NDArray[np.int64]) -> Angles:

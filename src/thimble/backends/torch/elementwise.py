@@ -28,15 +28,10 @@ class Prologue(Protocol):
 
 @dataclass(frozen=True)
 class RmsNorm:
-    """x / rms(x) · weight (Zhang and Sennrich, arXiv:1910.07467).
+    """x / rms(x) · weight (Zhang and Sennrich, arXiv:1910.07467)."""
 
-    Attributes:
-        weight: float32 (n,).
-        eps: Added to the mean square.
-    """
-
-    weight: Tensor
-    eps: float
+    weight: Tensor  # float32 (n,)
+    eps: float  # added to the mean square
 
     def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """See Prologue; x may have any number of leading dimensions."""
@@ -57,13 +52,9 @@ class RmsNorm:
 
 @dataclass(frozen=True)
 class Gated:
-    """activation(gate) · up, with gate and up side by side in x (Shazeer, arXiv:2002.05202).
+    """activation(gate) · up, with gate and up side by side in x (Shazeer, arXiv:2002.05202)."""
 
-    Attributes:
-        activation: `silu` or `gelu_tanh`.
-    """
-
-    activation: str
+    activation: str  # `silu` or `gelu_tanh`
 
     def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """See Prologue: (rows, 2 n) to (rows, n)."""

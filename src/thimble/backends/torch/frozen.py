@@ -7,7 +7,7 @@ drop. Knows nothing of adapters.
 
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from thimble.backends.torch.memory import Memory
 from thimble.core.sizes import windows
 from thimble.models.base import Weight
 
-STORES = ("dense", "int8", "file")
+Rows = slice | NDArray[np.int64]  # which rows of a matrix
 TORCH_OF = {"BF16": torch.bfloat16, "F32": torch.float32, "F16": torch.float16}
 
 
@@ -29,76 +29,45 @@ def as_numpy(tensor: Tensor) -> NDArray[np.generic]:
     return tensor.view(torch.int16).numpy().view(np.uint16) if tensor.dtype == torch.bfloat16 else tensor.numpy()
 
 
-class Matrix(Protocol):
+class Matrix:
     """A frozen matrix (rows, cols), however it is kept."""
 
     rows: int
     cols: int
+    dense: Tensor | None = None  # the numbers themselves, (rows, cols), if they are kept in the compute type
+    resident_bytes = 0  # held in memory of our own; memory-mapped files do not count
 
-    def decode(self, rows: slice, out: Tensor) -> None:
-        """Write some rows to `out`, (rows of the slice, cols), contiguous, in the compute type."""
-
-    def gather(self, index: NDArray[np.int64], out: Tensor) -> None:
-        """Write some rows to `out`, (len(index), cols), contiguous, in the compute type."""
+    def decode(self, rows: Rows, out: Tensor) -> None:
+        """Write some rows to `out`, (so many, cols), contiguous, in the compute type."""
+        raise NotImplementedError
 
     def will_need(self) -> None:
-        """Hear that the matrix is going to be read soon."""
+        """Read ahead what is soon going to be used, where it is in a file."""
 
     def release(self, rows: slice) -> None:
         """Let go of whatever memory of some rows can be filled from the file again."""
 
-    @property
-    def dense(self) -> Tensor | None:
-        """The numbers themselves, (rows, cols), if they are kept in the compute type."""
 
-    @property
-    def resident_bytes(self) -> int:
-        """Bytes held in memory of our own (memory-mapped files do not count)."""
-
-
-class _InMemory:
-    """What matrices in memory of our own have in common: there is no file to read ahead or to give back to."""
-
-    def will_need(self) -> None:
-        """See Matrix."""
-
-    def release(self, rows: slice) -> None:
-        """See Matrix."""
-
-
-class DenseMatrix(_InMemory):
+class DenseMatrix(Matrix):
     """Kept as numbers in the compute type: fastest, largest."""
 
     def __init__(self, values: Tensor) -> None:
-        self.values = values
+        self.dense = self._values = values
         self.rows, self.cols = values.shape
+        self.resident_bytes = values.nbytes
 
-    def decode(self, rows: slice, out: Tensor) -> None:
-        """See Matrix."""
-        out.copy_(self.values[rows])
-
-    def gather(self, index: NDArray[np.int64], out: Tensor) -> None:
-        """See Matrix."""
-        torch.index_select(self.values, 0, torch.from_numpy(index), out=out)
-
-    @property
-    def dense(self) -> Tensor | None:
-        """See Matrix."""
-        return self.values
-
-    @property
-    def resident_bytes(self) -> int:
-        """See Matrix."""
-        return self.values.nbytes
+    def decode(self, rows: Rows, out: Tensor) -> None:
+        out.copy_(self._values[rows if isinstance(rows, slice) else torch.from_numpy(rows)])
 
 
-class Int8Matrix(_InMemory):
+class Int8Matrix(Matrix):
     """Kept as int8 with one scale a row: half of bfloat16, about 0.4 % error of the largest number in the row."""
 
     def __init__(self, weight: Weight) -> None:
         self.rows, self.cols = weight.shape
         self.q = np.empty(weight.shape, np.int8)
         self.scale = np.empty(self.rows, np.float32)
+        self.resident_bytes = self.q.nbytes + self.scale.nbytes
         source = FileMatrix(weight, torch.float32)
         for rows in windows(self.rows, self.cols):  # so that the float32 numbers never exist all at once
             values = torch.empty(rows.stop - rows.start, self.cols)
@@ -106,26 +75,11 @@ class Int8Matrix(_InMemory):
             kernels.quantize_rows_into(values.numpy(), self.q[rows], self.scale[rows])
             source.release(rows)
 
-    def decode(self, rows: slice, out: Tensor) -> None:
-        """See Matrix."""
+    def decode(self, rows: Rows, out: Tensor) -> None:
         kernels.dequantize_rows_into(self.q[rows], self.scale[rows], as_numpy(out))
 
-    def gather(self, index: NDArray[np.int64], out: Tensor) -> None:
-        """See Matrix."""
-        kernels.dequantize_rows_into(self.q[index], self.scale[index], as_numpy(out))
 
-    @property
-    def dense(self) -> Tensor | None:
-        """See Matrix."""
-        return None
-
-    @property
-    def resident_bytes(self) -> int:
-        """See Matrix."""
-        return self.q.nbytes + self.scale.nbytes
-
-
-class FileMatrix:
+class FileMatrix(Matrix):
     """Kept as the file's own blocks, memory-mapped and never quantised again."""
 
     def __init__(self, weight: Weight, compute: torch.dtype) -> None:
@@ -134,51 +88,24 @@ class FileMatrix:
         self.raw = weight.raw()
         # Row i of the weight is row index[i] of the file.
         self.index = np.arange(self.rows) if weight.order is None else np.argsort(weight.order)
-        self._dense = self._view() if TORCH_OF.get(weight.dtype) == compute and weight.order is None else None
+        if TORCH_OF.get(weight.dtype) == compute and weight.order is None:
+            with warnings.catch_warnings():  # torch warns that the map is read-only; it is never written
+                warnings.simplefilter("ignore", UserWarning)
+                self.dense = torch.from_numpy(self.raw).view(compute)
 
-    def _view(self) -> Tensor:
-        with warnings.catch_warnings():  # torch warns that the map is read-only; it is never written
-            warnings.simplefilter("ignore", UserWarning)
-            return torch.from_numpy(self.raw).view(TORCH_OF[self.weight.dtype])
-
-    def decode(self, rows: slice, out: Tensor) -> None:
-        """See Matrix."""
+    def decode(self, rows: Rows, out: Tensor) -> None:
         kernels.decode_rows(self.raw, self.weight.dtype, as_numpy(out), self.index[rows])
 
-    def gather(self, index: NDArray[np.int64], out: Tensor) -> None:
-        """See Matrix."""
-        kernels.decode_rows(self.raw, self.weight.dtype, as_numpy(out), self.index[index])
-
     def will_need(self) -> None:
-        """See Matrix."""
         self.weight.will_need()
 
     def release(self, rows: slice) -> None:
-        """See Matrix; rows that lie scattered in the file go all at once."""
+        # Rows that lie scattered in the file go all at once.
         self.weight.release(slice(0, self.rows) if self.weight.order is not None else rows)
-
-    @property
-    def dense(self) -> Tensor | None:
-        """See Matrix."""
-        return self._dense
-
-    @property
-    def resident_bytes(self) -> int:
-        """See Matrix."""
-        return 0
 
 
 def load_matrix(weight: Weight, store: str, compute: torch.dtype) -> Matrix:
-    """Take a weight of the base into one of the stores.
-
-    Args:
-        weight: Matrix (rows, cols) of the base.
-        store: `dense`, `int8` or `file`.
-        compute: Type of the products, float32 or bfloat16.
-
-    Returns:
-        The frozen matrix.
-    """
+    """Take a weight of the base into a store: `dense`, `int8` or `file`."""
     if store == "int8":
         return Int8Matrix(weight)
     kept = FileMatrix(weight, compute)
@@ -202,11 +129,6 @@ class FrozenLinear:
 
     Dense matrices are stacked once. Others are decoded just before a product, a window of rows at a time, so that the
     decoded numbers are still in the cache.
-
-    Args:
-        matrices: With equal numbers of columns.
-        bias: (out,), compute type, or None.
-        memory: For the decoded windows.
     """
 
     def __init__(self, matrices: Sequence[Matrix], bias: Tensor | None, memory: Memory) -> None:
@@ -234,8 +156,8 @@ class FrozenLinear:
     def row_squares(self) -> Tensor:
         """Squared lengths of the rows of W, float32 (out,); measured once."""
         if self._row_squares is None:
-            parts = [self.decoded(rows).float().square().sum(1) for rows in self._windows(None)]
-            self._row_squares = torch.cat(parts)
+            squares = [self.decoded(rows).float().square().sum(1) for rows in self._windows(None)]
+            self._row_squares = torch.cat(squares)
         return self._row_squares
 
     def input_grad(self, grad: Tensor, out: Tensor) -> Tensor:
@@ -296,7 +218,7 @@ class FrozenLinear:
     def gather(self, index: NDArray[np.int64]) -> Tensor:
         """Some rows of a single matrix, (len(index), in): a look-up in an embedding."""
         out = torch.empty(len(index), self.cols, dtype=self.memory.compute)
-        self.matrices[0].gather(index, out)
+        self.matrices[0].decode(index, out)
         return out
 
     @property

@@ -21,29 +21,19 @@ SMOOTHING = 0.5  # how much of a column's size moves to the weight: 0 none, 1 al
 
 
 class Watched(FrozenLinear):
-    """A layer that remembers how large the columns of its input were.
-
-    Args:
-        source: The layer.
-    """
+    """A layer that remembers how large the columns of its input were."""
 
     def __init__(self, source: FrozenLinear) -> None:
         super().__init__(source.matrices, source.bias, source.memory)
         self.largest = np.zeros(self.cols, np.float32)
 
     def matmul(self, x: Tensor, out: Tensor) -> Tensor:
-        """See FrozenLinear."""
         np.maximum(self.largest, x.abs().amax(0).float().numpy(), out=self.largest)
         return super().matmul(x, out)
 
 
 class Int8Linear(FrozenLinear):
-    """A frozen linear layer whose products are made of whole numbers.
-
-    Args:
-        source: The layer as it is kept in float or in the file, after it has seen a sample of text; not needed
-            afterwards.
-    """
+    """A frozen layer whose products are made of whole numbers, from one that has seen a sample of text."""
 
     def __init__(self, source: Watched) -> None:
         super().__init__(source.matrices, source.bias, source.memory)
@@ -58,7 +48,6 @@ class Int8Linear(FrozenLinear):
         self.matrices = []
 
     def matmul(self, x: Tensor, out: Tensor) -> Tensor:
-        """See FrozenLinear."""
         q, scale = self._quantized(x, self.divisor)
         for rows in windows(self.rows, len(x)):  # so that the sums are scaled while they are in the cache
             sums = self.memory.scratch("sums", len(x), rows.stop - rows.start, torch.int32)
@@ -67,12 +56,10 @@ class Int8Linear(FrozenLinear):
         return out
 
     def decoded(self, rows: slice) -> Tensor:
-        """See FrozenLinear."""
         wide = self.q[rows].float() * torch.from_numpy(self.scale[rows])[:, None] * torch.from_numpy(self.divisor)
         return wide.to(self.memory.compute)
 
     def input_grad(self, grad: Tensor, out: Tensor) -> Tensor:
-        """See FrozenLinear."""
         q, scale = self._quantized(grad, self.scale)
         sums = self.memory.scratch("sums", len(grad), self.cols, torch.int32)
         torch._int_mm(q, self.q, out=sums)
@@ -88,7 +75,6 @@ class Int8Linear(FrozenLinear):
 
     @property
     def resident_bytes(self) -> int:
-        """See FrozenLinear."""
         return self.q.nbytes + self.scale.nbytes
 
 

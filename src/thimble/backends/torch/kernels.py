@@ -191,13 +191,9 @@ def _decode_kernel(dtype: str, lanes: int) -> Callable[..., None]:
 
 
 def decode_rows(raw: NDArray[np.uint8], dtype: str, out: Array, index: NDArray[np.int64] | None = None) -> None:
-    """Decode rows of a matrix: row i of `out` is row index[i] of the file.
+    """Decode rows of a matrix: row i of `out`, float32 or bfloat16 as uint16, is row index[i] of the file.
 
-    Args:
-        raw: uint8 (rows, bytes per row), contiguous; may be a view of a memory map.
-        dtype: One of `thimble.files.blocks.BLOCKS`.
-        out: float32 or uint16 (bfloat16), (n, columns), contiguous; written in place.
-        index: int64 (n,); None takes the first rows.
+    raw: uint8 (rows, bytes per row), contiguous; may be a view of a memory map. Without an index, the first rows.
     """
     rows, columns = out.shape
     index = np.arange(rows) if index is None else index
@@ -250,11 +246,8 @@ def quantize_rows_into(
 ) -> None:
     """Write rows as int8 with one scale each; see `thimble.files.blocks.quantize_rows`.
 
-    Args:
-        x: float32 or uint16 (bfloat16), (rows, n), contiguous. A NaN or infinity makes the scale of its row one too.
-        q: int8 (rows, n), written in place.
-        scale: float32 (rows,), written in place.
-        factor: float32 (n,): each column is multiplied by its own first. None leaves them as they are.
+    x (rows, n) is float32 or uint16 (bfloat16); each column is multiplied by its own factor first. A NaN or infinity
+    makes the scale of its row one too.
     """
     assert (*scale.shape, x.shape[1]) == x.shape == q.shape, f"{x.shape}, {q.shape} and {scale.shape} do not agree"
     factor = np.ones(x.shape[1], np.float32) if factor is None else factor
@@ -273,14 +266,9 @@ def rescale_into(
     sums: NDArray[np.int32], row_scale: NDArray[np.float32], column_scale: NDArray[np.float32], out: Array,
     first_column: int = 0,
 ) -> None:  # fmt: skip
-    """Turn a product of int8 matrices into numbers: sums[i, j] · row_scale[i] · column_scale[j].
+    """Write a product of int8 matrices, int32 (rows, n), as numbers to columns of `out`, float32 or uint16 (bfloat16).
 
-    Args:
-        sums: int32 (rows, n), contiguous.
-        row_scale: float32 (rows,).
-        column_scale: float32 (n,).
-        out: float32 or uint16 (bfloat16), (rows, at least n), written in place.
-        first_column: Of `out`, where the numbers go.
+    They are sums[i, j] · row_scale[i] · column_scale[j].
     """
     assert (*row_scale.shape, *column_scale.shape) == sums.shape, f"the scales do not fit {sums.shape}"
     assert len(out) == len(sums), f"{out.shape} has not the rows of {sums.shape}"
@@ -289,12 +277,6 @@ def rescale_into(
 
 
 def dequantize_rows_into(q: NDArray[np.int8], scale: NDArray[np.float32], out: Array) -> None:
-    """Write q · scale, the inverse of `quantize_rows_into`.
-
-    Args:
-        q: int8 (rows, n), contiguous.
-        scale: float32 (rows,).
-        out: float32 or uint16 (bfloat16), (rows, n), written in place.
-    """
+    """Write q · scale, the inverse of `quantize_rows_into`, as float32 or uint16 (bfloat16)."""
     assert (*scale.shape, q.shape[1]) == q.shape == out.shape, f"{q.shape}, {scale.shape} and {out.shape} do not agree"
     parallel_for(*q.shape, _dequantize, _read_only(q), _read_only(scale), out)

@@ -1,5 +1,6 @@
 """Keys and values of what requests have read: rows of different lengths in parallel, each in a slot of its own."""
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -17,11 +18,6 @@ class KvCache:
     """Room for the keys and values of requests; it grows, and a slot can be read while it is written.
 
     The place for a pool of blocks, which slots would share, is here: callers know slots and positions only.
-
-    Args:
-        num_layers: Blocks of the decoder.
-        spec: Attention of any layer, for its sizes.
-        compute: Type of keys and values.
     """
 
     def __init__(self, num_layers: int, spec: AttentionSpec, compute: torch.dtype) -> None:
@@ -67,34 +63,20 @@ def attend_cached(
     qkv: Tensor, spec: AttentionSpec, angles: Angles | None, rows: Sequence[ForwardRow], cache: KvCache, layer: int,
     memory: Memory,
 ) -> Tensor:  # fmt: skip
-    """Attention of rows that stand in a cache, which they add to.
+    """Attention of rows that stand in a cache, which they add to; shapes as in `attend`, with padding.
 
-    Args:
-        qkv: (tokens with padding, (heads + 2 kv_heads) · head_dim).
-        spec: The layer's attention.
-        angles: Rotations, or None.
-        rows: Prompts that begin, one prompt that goes on, or a next token for each of slots 0, 1, 2 ...
-        cache: Keys and values.
-        layer: Number of the block.
-        memory: For temporaries.
-
-    Returns:
-        (tokens with padding, heads · head_dim).
+    Rows are prompts that begin, one prompt that goes on, or a next token for each of slots 0, 1, 2 ...
     """
     q, k, v = split_heads(qkv, spec, angles, memory)  # (kv_heads, tokens + TILE, group, dim), k and v without group
     if all(row.tokens == 1 for row in rows) and [row.slot for row in rows] == list(range(len(rows))):
         q, k, v = (heads[:, : len(qkv)] for heads in (q, k, v))
         return _attend_next(q, k, v, spec, rows, cache, layer)
-    start = 0
-    for row in rows:
+    starts = list(itertools.accumulate((row.tokens for row in rows), initial=0))
+    for row, start in zip(rows, starts, strict=False):
         places = slice(row.position, row.position + row.tokens)
         cache.keys[layer, row.slot, :, places] = k[:, start : start + row.tokens]
         cache.values[layer, row.slot, :, places] = v[:, start : start + row.tokens]
-        start += row.tokens
     if all(row.position == 0 for row in rows):  # they see nothing but themselves
-        starts = [0]
-        for row in rows:
-            starts.append(starts[-1] + row.tokens)
         return attend(qkv, spec, angles, starts, memory)
     (row,) = rows
     mixed = torch.zeros(len(qkv), spec.num_heads * spec.head_dim, dtype=qkv.dtype)
@@ -115,9 +97,8 @@ def _attend_next(
     cache.keys[layer, places, :, positions[:count]] = k[:, :count].transpose(0, 1)
     cache.values[layer, places, :, positions[:count]] = v[:, :count].transpose(0, 1)
     keys, values = (room[layer, :padded].flatten(0, 1) for room in (cache.keys, cache.values))
-    scores = _bent(
-        torch.bmm(q.transpose(0, 1).flatten(0, 1), keys.transpose(1, 2)), spec
-    )  # (rows · kv_heads, group, n)
+    scores = torch.bmm(q.transpose(0, 1).flatten(0, 1), keys.transpose(1, 2))  # (rows · kv_heads, group, n)
+    scores = _bent(scores, spec)
     hidden = _hidden(positions[:, None], cache.capacity, spec)  # (rows, n)
     scores.view(padded, -1, cache.capacity).masked_fill_(hidden[:, None], float("-inf"))
     return torch.bmm(scores.softmax(-1).to(q.dtype), values).view(padded, -1)
@@ -130,8 +111,7 @@ def _attend_on(q: Tensor, spec: AttentionSpec, row: ForwardRow, cache: KvCache, 
     scores = _bent(torch.bmm(q.flatten(1, 2), keys.transpose(1, 2)), spec)  # (kv_heads, tokens · group, end)
     positions = torch.arange(row.position, end).repeat_interleave(spec.group)
     scores.masked_fill_(_hidden(positions[:, None], end, spec), float("-inf"))
-    mixed = torch.bmm(scores.softmax(-1).to(q.dtype), values)
-    mixed = mixed.view(len(q), row.tokens, spec.group, -1)  # (kv_heads, tokens, group, dim)
+    mixed = torch.bmm(scores.softmax(-1).to(q.dtype), values).view(len(q), row.tokens, spec.group, -1)
     return mixed.transpose(0, 1).reshape(row.tokens, -1)
 
 

@@ -10,6 +10,7 @@ rows of W + scale · B A. They count as constants of a step (section 4.3 there),
 of the above, and ∂L/∂m = Σ g · (y before it) / n.
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,19 +31,12 @@ Layers = Mapping[str, LoraFactors]
 
 @dataclass(frozen=True)
 class Dropout:
-    """What dropout leaves out of the inputs of A in one batch; see thimble.core.dropout.
+    """What dropout leaves out of the inputs of A in one batch; see thimble.core.dropout."""
 
-    Attributes:
-        rate: Share left out.
-        key: Seed of the run and number of the step.
-        rows: int64 (tokens,), for each token the place of its row in the step.
-        tokens: int64 (tokens,), for each token its place in its row.
-    """
-
-    rate: float
-    key: tuple[int, int]
-    rows: np.ndarray
-    tokens: np.ndarray
+    rate: float  # share left out
+    key: tuple[int, int]  # seed of the run and number of the step
+    rows: np.ndarray  # int64 (tokens,), for each token the place of its row in the step
+    tokens: np.ndarray  # int64 (tokens,), for each token its place in its row
 
     def apply(self, x: Tensor, layer: int, out: Tensor, is_added: bool = False) -> Tensor:
         """Write what is left of x to `out`, or add it: both (tokens, n), contiguous."""
@@ -55,23 +49,17 @@ class Dropout:
 
 @dataclass(frozen=True)
 class Lora:
-    """What a forward pass adds to the frozen products: for each range of its tokens an adapter, and who watches.
+    """What a forward pass adds to the frozen products: for each range of its tokens an adapter, and who watches."""
 
-    Attributes:
-        ranges: Tokens, and the adapter they have; tokens of no range have none.
-        grads: Where the gradients of A, B and magnitude are added, by layer path; None if nothing is trained.
-        freezes_a: Whether A gets no gradient.
-        dropout: Of the inputs of A, or None.
-        on_input: Called, where no gradient is wanted, with what the weights are multiplied with, (tokens, in).
-        on_gradient: Called in the backward pass with what the weights were multiplied with, (tokens, in), and the
-            gradient of the result, (tokens, sum of outs).
-    """
-
-    ranges: Sequence[tuple[slice, Layers]] = ()
+    ranges: Sequence[tuple[slice, Layers]] = ()  # tokens, and the adapter they have; tokens of no range have none
+    # where the gradients of A, B and magnitude are added, by layer path; None if nothing is trained
     grads: Mapping[str, Parameters] | None = None
-    freezes_a: bool = False
-    dropout: Dropout | None = None
+    freezes_a: bool = False  # whether A gets no gradient
+    dropout: Dropout | None = None  # of the inputs of A, or None
+    # called, where no gradient is wanted, with what the weights are multiplied with, (tokens, in)
     on_input: "Callable[[Projection, Tensor], None] | None" = None
+    # called in the backward pass with what the weights were multiplied with, (tokens, in), and the gradient of the
+    # result, (tokens, sum of outs)
     on_gradient: "Callable[[Projection, Tensor, Tensor], None] | None" = None
 
 
@@ -80,21 +68,17 @@ BARE = Lora()
 
 @dataclass
 class Projection:
-    """A group of linear layers with one input.
+    """A group of linear layers with one input."""
 
-    Attributes:
-        frozen: The stacked frozen weights, (sum of outs, in).
-        columns: Layer path to the columns of the output that are its own.
-        number: Its place among all groups of the decoder.
-    """
+    frozen: FrozenLinear  # the stacked frozen weights, (sum of outs, in)
+    columns: dict[str, slice]  # layer path to the columns of the output that are its own
+    number: int = 0  # its place among all groups of the decoder
 
-    frozen: FrozenLinear
-    columns: dict[str, slice]
-    number: int = 0
-
-    def adapted(self, layers: Layers) -> list[tuple[str, slice, LoraFactors]]:
-        """The layers of this group that an adapter changes: path, columns and factors."""
-        return [(path, columns, layers[path]) for path, columns in self.columns.items() if path in layers]
+    def adapted(self, layers: Layers) -> "Adapted":
+        """The layers of this group that an adapter changes."""
+        found = [(path, columns, layers[path]) for path, columns in self.columns.items() if path in layers]
+        ends = itertools.accumulate(len(factors.A) for _, _, factors in found)
+        return [(*layer, slice(end - len(layer[2].A), end)) for layer, end in zip(found, ends, strict=True)]
 
     def needs_gradient(self, lora: Lora) -> bool:
         """Whether the backward pass has something to do here."""
@@ -113,10 +97,7 @@ class Projection:
             return
         a = _stacked_a(adapted)
         answers = self.frozen.matmul(a, torch.empty(len(a), self.frozen.rows, dtype=a.dtype))  # A Wᵀ
-        row = 0
-        for _, columns, factors in adapted:
-            rows = slice(row, row + len(factors.A))
-            row = rows.stop
+        for _, columns, factors, rows in adapted:
             if factors.trained.magnitude is None:
                 continue
             wide_a, b = factors.A.float(), factors.B.float()
@@ -127,32 +108,25 @@ class Projection:
             factors.row_rates = torch.where(length > 0, factors.trained.magnitude / length, torch.ones_like(length))
 
 
-Adapted = list[tuple[str, slice, LoraFactors]]
+# For each layer: its path, its columns of the output, its factors, and which rows they are of all A over one another.
+Adapted = list[tuple[str, slice, LoraFactors, slice]]
 
 
 def _have_magnitude(adapted: Adapted) -> bool:
-    return any(factors.trained.magnitude is not None for _, _, factors in adapted)
+    return any(factors.trained.magnitude is not None for _, _, factors, _ in adapted)
 
 
 def _stacked_a(adapted: Adapted) -> Tensor:
     """All A over one another, (sum of ranks, in)."""
-    return adapted[0][2].A if len(adapted) == 1 else torch.cat([factors.A for _, _, factors in adapted])
+    return adapted[0][2].A if len(adapted) == 1 else torch.cat([factors.A for _, _, factors, _ in adapted])
 
 
 def project(
     x: Tensor, projection: Projection, lora: Lora, prologue: Prologue | None = None, residual: Tensor | None = None
 ) -> Tensor:
-    """Apply a group of projections.
+    """Apply a group of projections to x, (tokens, n), or to what a prologue makes of it.
 
-    Args:
-        x: (tokens, n), compute type.
-        projection: The group.
-        lora: The adapters.
-        prologue: Applied to x first; None reads x as it is.
-        residual: Added to the result, (tokens, sum of outs), or None.
-
-    Returns:
-        (tokens, sum of outs), compute type.
+    The result, (tokens, sum of outs), is added to `residual` where there is one.
     """
     if torch.is_grad_enabled() and (x.requires_grad or projection.needs_gradient(lora)):
         start = torch.empty(0, requires_grad=True)  # makes autograd visit the lowest adapted layer, whose x needs none
@@ -203,14 +177,11 @@ def _forward(h: Tensor, projection: Projection, lora: Lora, y: Tensor) -> list[T
 def _add_update(h: Tensor, adapted: Adapted, y: Tensor) -> Tensor:
     """Add scale · (h Aᵀ) Bᵀ of some layers to their columns of y; return h Aᵀ of all, (tokens, sum of ranks)."""
     low = torch.mm(h, _stacked_a(adapted).t())
-    row = 0
-    for _, columns, factors in adapted:
-        ranks = factors.A.shape[0]
+    for _, columns, factors, rows in adapted:
         own = y[:, columns]
-        own.addmm_(low[:, row : row + ranks], factors.B.t(), alpha=factors.scale)
+        own.addmm_(low[:, rows], factors.B.t(), alpha=factors.scale)
         if factors.row_rates is not None:
             own.mul_(factors.row_rates.to(own.dtype))
-        row += ranks
     return low
 
 
@@ -264,7 +235,7 @@ def _magnitude_gradients(
         return grad
     bias = projection.frozen.bias
     grad = projection.frozen.memory.scratch("grad of rows", *grad.shape).copy_(grad)
-    for path, columns, factors in adapted:
+    for path, columns, factors, _ in adapted:
         magnitude = factors.trained.magnitude
         if factors.row_rates is None or magnitude is None:
             continue
@@ -281,24 +252,19 @@ def _magnitude_gradients(
 def _adapter_gradients(adapted: Adapted, lora: Lora, h: Tensor, low: Tensor, grad: Tensor) -> Tensor:
     """Add the gradients of every A and B of the group to their sums; return scale · g B, (tokens, sum of ranks)."""
     low_grad = torch.empty_like(low)
-    row = 0
-    for path, columns, factors in adapted:
-        rows = slice(row, row + factors.A.shape[0])
+    for path, columns, factors, rows in adapted:
         own = grad[:, columns]
         torch.mul(torch.mm(own, factors.B), factors.scale, out=low_grad[:, rows])
         if lora.grads is not None:
-            product = torch.mm(own.t(), low[:, row : row + factors.rank])  # (out, rank)
+            product = torch.mm(own.t(), low[:, rows][:, : factors.rank])  # (out, rank)
             lora.grads[path].B.add_(product, alpha=factors.scale)
-        row = rows.stop
     if lora.freezes_a or lora.grads is None:
         return low_grad
     a_grad = torch.mm(low_grad.t(), h)
-    row = 0
-    for path, _, factors in adapted:
-        own = lora.grads[path].A.add_(a_grad[row : row + factors.rank])
+    for path, _, factors, rows in adapted:
+        own = lora.grads[path].A.add_(a_grad[rows][: factors.rank])
         if factors.origin is not None:  # A is in both halves
-            own.add_(a_grad[row + factors.rank : row + 2 * factors.rank])
-        row += factors.A.shape[0]
+            own.add_(a_grad[rows][factors.rank :])
     return low_grad
 
 

@@ -17,20 +17,13 @@ from thimble.backends.torch.decoder import Decoder
 from thimble.backends.torch.frozen import as_numpy
 from thimble.backends.torch.threads import parallel_for
 from thimble.core.sizes import logit_chunk
-
-IGNORED = -100
+from thimble.data.encode import IGNORED
 
 
 def label_loss(decoder: Decoder, hidden: Tensor, labels: NDArray[np.int32]) -> Tensor:
-    """Summed cross-entropy over the labelled positions.
+    """Summed cross-entropy over the labelled positions, a float32 scalar; its gradient flows to `hidden` only.
 
-    Args:
-        decoder: For its final norm, head and soft-cap.
-        hidden: (tokens, hidden), compute type.
-        labels: int32 (tokens,): the next token, or -100 where nothing is learned.
-
-    Returns:
-        A float32 scalar; its gradient flows to `hidden` only.
+    hidden: (tokens, hidden), compute type; labels: int32 (tokens,), the next token, or -100 where nothing is learned.
     """
     places = torch.from_numpy(np.flatnonzero(labels != IGNORED))
     targets = torch.from_numpy(labels[labels != IGNORED].astype(np.int64))
@@ -76,19 +69,10 @@ def _chunk_loss(x: Tensor, decoder: Decoder, targets: Tensor, needs_grad: bool) 
 
 
 def divergence(decoder: Decoder, hidden: Tensor, base_hidden: Tensor, weight: float) -> Tensor:
-    """weight · Σ KL(base ‖ model) over the tokens of some text.
+    """weight · Σ KL(base ‖ model) over the tokens of some text, a float32 scalar; its gradient flows to `hidden` only.
 
     Its gradient at the logits is softmax(model) − softmax(base): the model is pulled to all the base would have said,
-    not only to the word that followed.
-
-    Args:
-        decoder: For its final norm, head and soft-cap.
-        hidden: (tokens with padding, hidden), compute type.
-        base_hidden: (tokens, hidden), the same of the bare base.
-        weight: Factor of the sum.
-
-    Returns:
-        A float32 scalar; its gradient flows to `hidden` only.
+    not only to the word that followed. `hidden` has padding, `base_hidden`, (tokens, hidden), has none.
     """
     return _Divergence.apply(hidden, base_hidden, decoder, weight)  # type: ignore[no-any-return]
 

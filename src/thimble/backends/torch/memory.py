@@ -31,11 +31,7 @@ class _Room:
 
 
 class Memory:
-    """The buffers of a decoder, with a room for each thread that runs it.
-
-    Args:
-        compute: Type of the numbers.
-    """
+    """The buffers of a decoder, with a room for each thread that runs it."""
 
     def __init__(self, compute: torch.dtype) -> None:
         self.compute = compute

@@ -4,6 +4,7 @@ Adapters, gradients and train states are values: the session itself holds frozen
 """
 
 import functools
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,7 +19,7 @@ from thimble.backends.torch.adamw import AdamW, norm
 from thimble.backends.torch.adapters import ActiveAdapter
 from thimble.backends.torch.compute import DTYPES
 from thimble.backends.torch.decoder import Decoder, ForwardPass
-from thimble.backends.torch.frozen import FileMatrix
+from thimble.backends.torch.frozen import load_matrix
 from thimble.backends.torch.kv_cache import KvCache
 from thimble.backends.torch.lora import BARE, Dropout, Lora
 from thimble.backends.torch.loss import divergence, label_loss
@@ -31,6 +32,7 @@ from thimble.core.metrics import LossSum
 from thimble.core.sizes import padded
 from thimble.core.targets import block_of
 from thimble.data.batches import Batch
+from thimble.data.encode import IGNORED
 from thimble.models.base import Base
 from thimble.models.execution import ExecutionPlan
 
@@ -41,15 +43,10 @@ CAPABILITIES = frozenset(
 
 @dataclass(frozen=True)
 class KlReference:
-    """Text and what the base makes of it.
-
-    Attributes:
-        batch: The text.
-        hidden: (tokens, hidden), the last hidden states of the base, compute type.
-    """
+    """Text and what the base makes of it."""
 
     batch: Batch
-    hidden: torch.Tensor
+    hidden: torch.Tensor  # (tokens, hidden), the last hidden states of the base, compute type
 
 
 @dataclass(frozen=True)
@@ -75,14 +72,11 @@ class TrainState:
 
 
 class TorchSession:
-    """A frozen base, ready to run.
+    """A frozen base, ready to run, in compute type `fp32`, `bf16` or `int8`.
 
-    Args:
-        base: The opened base.
-        compute: `fp32`, `bf16` or `int8`.
-        store: How weights are kept: `dense`, `int8` or `file`; compute int8 has a store of its own.
-        is_streamed: Weights are read from the file for each product and not kept.
-        sample: For compute int8: int32 (tokens,), any text; a few hundred tokens are enough.
+    Weights are kept as the store says, `dense`, `int8` or `file`; compute int8 has a store of its own, and a sample of
+    any text, int32 (tokens,), of a few hundred tokens to choose its scales by. If streamed, they are read from the file
+    for each product and not kept.
     """
 
     capabilities = CAPABILITIES
@@ -107,7 +101,6 @@ class TorchSession:
 
     @property
     def layers(self) -> tuple[LayerInfo, ...]:
-        """See Session."""
         shapes = self._base.spec.linear_shapes()
         return tuple(LayerInfo(path, shape, block_of(path)) for path, shape in shapes.items())
 
@@ -115,13 +108,11 @@ class TorchSession:
 
     @out_of_memory
     def load(self, adapter: Adapter | None) -> ActiveAdapter:
-        """See Session."""
         active = ActiveAdapter(adapter, self.decoder.compute)
         self.decoder.measure(active.layers)
         return active
 
     def start(self, adapter: Adapter, method: Method) -> TrainState:
-        """See Session."""
         active = self.load(adapter)
         spans, goal = active.spans, active.flat.clone() if method.weight_decay else None
         rates = [(spans.A, 0.0 if method.freezes_a else 1.0), (spans.B, method.lora_plus), (spans.magnitude, 1.0)]
@@ -140,11 +131,7 @@ class TorchSession:
 
     def file_weight(self, path: str) -> NDArray[np.float32]:
         """A weight as it is in the file, decoded by the engine's kernels: float32 (out, in)."""
-        matrix = FileMatrix(self._base.weights[f"{path}.weight"], torch.float32)
-        values = torch.empty(matrix.rows, matrix.cols)
-        matrix.decode(slice(0, matrix.rows), values)
-        matrix.release(slice(0, matrix.rows))
-        return values.numpy()
+        return load_matrix(self._base.weights[f"{path}.weight"], "dense", torch.float32).dense.numpy()
 
     def kept_weight(self, path: str) -> NDArray[np.float32]:
         """A weight as it is kept, which may be coarser than in the file: float32 (out, in)."""
@@ -152,7 +139,6 @@ class TorchSession:
         return projection.frozen.decoded(projection.columns[path]).float().numpy()
 
     def adapter(self, state: TrainState) -> Adapter:
-        """See Session."""
         return state.active.export()
 
     # ---- training -------------------------------------------------------------------------------------------------
@@ -161,18 +147,7 @@ class TorchSession:
     def gradient(
         self, state: TrainState, work: Work, objective: Objective, execution: ExecutionPlan, key: StepKey
     ) -> Gradient:
-        """See Session; the micro-batches of a share run one by one: the result depends on no core's speed.
-
-        Args:
-            state: What is trained.
-            work: The rows.
-            objective: What is minimised.
-            execution: How it is run.
-            key: Of dropout.
-
-        Returns:
-            The gradient, in memory of its own.
-        """
+        """See Session; the micro-batches of a share run one by one: the result depends on no core's speed."""
         sums = [torch.zeros_like(state.active.flat) for _ in work.shares]
         shares = zip(work.shares, sums, strict=True)
         tasks = [functools.partial(self._add_gradients, state, *share, execution, key) for share in shares]
@@ -195,7 +170,7 @@ class TorchSession:
             lora = Lora(ranges=_one(state.active), grads=grads, freezes_a=state.method.freezes_a, dropout=dropout)
             loss = self._label_loss(batch, lora, execution)
             loss.backward()
-            total += LossSum(float(loss.detach()), _count(batch.labels))
+            total += LossSum(float(loss.detach()), batch.target_tokens)
         return total
 
     def _add_divergence(
@@ -210,11 +185,9 @@ class TorchSession:
     @out_of_memory
     @torch.no_grad()
     def kl_reference(self, batch: Batch) -> KlReference:
-        """See Session."""
         return KlReference(batch, self._hidden(batch, BARE)[: len(batch.ids)].clone())
 
     def apply(self, state: TrainState, gradient: Gradient, rate: float) -> TrainState:
-        """See Session."""
         most = state.method.max_grad_norm
         scale = most / gradient.norm if gradient.norm > most else 1.0
         state.optimiser.step(torch.from_numpy(gradient.flat), rate, scale)
@@ -236,7 +209,6 @@ class TorchSession:
     # ---- measuring ------------------------------------------------------------------------------------------------
 
     def losses(self, adapter: ActiveAdapter, batches: Sequence[Batch], execution: ExecutionPlan) -> Iterator[LossSum]:
-        """See Session."""
         lora = Lora(ranges=_one(adapter))
         tasks = [functools.partial(self._loss, batch, lora, execution) for batch in batches]
         return map_parallel(tasks, execution.num_shares)
@@ -244,7 +216,7 @@ class TorchSession:
     @out_of_memory
     @torch.no_grad()
     def _loss(self, batch: Batch, lora: Lora, execution: ExecutionPlan) -> LossSum:
-        return LossSum(float(self._label_loss(batch, lora, execution)), _count(batch.labels))
+        return LossSum(float(self._label_loss(batch, lora, execution)), batch.target_tokens)
 
     @torch.no_grad()
     def logits(self, ids: NDArray[np.int32], adapter: ActiveAdapter | None = None) -> NDArray[np.float32]:
@@ -254,20 +226,17 @@ class TorchSession:
         return self.decoder.logits(hidden[: len(ids)]).numpy()
 
     def release(self) -> None:
-        """See Session."""
         self.decoder.memory.release()
 
     # ---- inference ------------------------------------------------------------------------------------------------
 
     def new_cache(self) -> KvCache:
-        """See Session."""
         return KvCache(len(self.decoder.blocks), self.decoder.blocks[0].attention, self.decoder.compute)
 
     @out_of_memory
     def prefill(
         self, prompts: Sequence[Prompt], cache: KvCache, num_workers: int
     ) -> list[tuple[NDArray[np.float32], LossSum]]:
-        """See Session."""
         tasks = [functools.partial(self._prefill, prompt, cache) for prompt in prompts]
         return list(map_parallel(tasks, num_workers))
 
@@ -276,13 +245,13 @@ class TorchSession:
         hidden = self.decoder.hidden(prompt.ids, self._cached_pass(prompt.rows, cache))
         loss = LossSum()
         if prompt.labels is not None:
-            loss = LossSum(float(label_loss(self.decoder, hidden, prompt.labels)), _count(prompt.labels))
+            tokens = int(np.count_nonzero(prompt.labels != IGNORED))
+            loss = LossSum(float(label_loss(self.decoder, hidden, prompt.labels)), tokens)
         return self.decoder.logits(hidden[list(prompt.ends)]).numpy(), loss
 
     @out_of_memory
     @torch.no_grad()
     def decode(self, tokens: Sequence[int], rows: Sequence[ForwardRow], cache: KvCache) -> NDArray[np.float32]:
-        """See Session."""
         hidden = self.decoder.hidden(np.array(tokens, np.int32), self._cached_pass(rows, cache))
         return self.decoder.logits(hidden)[: len(rows)].numpy()
 
@@ -312,7 +281,6 @@ class TorchSession:
     def snapshot(
         self, state: TrainState, into: Mapping[str, NDArray[np.float32]] | None = None
     ) -> dict[str, NDArray[np.float32]]:
-        """See Session."""
         kept = dict(into or {})
         for name, values in self._arrays(state).items():
             if name in kept:
@@ -326,18 +294,15 @@ class TorchSession:
         return {"adapter": state.active.flat.numpy(), **state.optimiser.state()}
 
     def restore(self, state: TrainState, arrays: Mapping[str, NDArray[np.float32]]) -> TrainState:
-        """See Session."""
         state.optimiser.restore(arrays)
         if "adapter" in arrays:
             state.active.flat.copy_(torch.from_numpy(arrays["adapter"]))
         return self._refreshed(state)
 
     def is_finite(self, state: TrainState) -> bool:
-        """See Session."""
         return all(np.isfinite(values).all() for values in self._arrays(state).values())
 
     def unmoved_layers(self, state: TrainState) -> list[str]:
-        """See Session."""
         moved = state.active.views(state.optimiser.squares)
         return [path for path, part in moved.items() if not (bool(part.A.any()) or bool(part.B.any()))]
 
@@ -352,22 +317,15 @@ def _ranges(rows: Sequence[ForwardRow]) -> list[tuple[slice, Mapping]]:
     if len({id(row.adapter) for row in rows}) == 1:
         return _one(rows[0].adapter)
     ranges, start = [], 0
-    for number, row in enumerate(rows):
-        if number and row.adapter is rows[number - 1].adapter:
-            before, _ = ranges.pop()
-            ranges.append((slice(before.start, start + row.tokens), row.adapter.layers))
-        else:
-            ranges.append((slice(start, start + row.tokens), row.adapter.layers))
-        start += row.tokens
+    for _, alike in itertools.groupby(rows, lambda row: id(row.adapter)):
+        first, *others = alike
+        end = start + first.tokens + sum(row.tokens for row in others)
+        ranges.append((slice(start, end), first.adapter.layers))
+        start = end
     return ranges
 
 
 def _places(batch: Batch) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """For each token of a batch, with padding, the place of its row in the step and its own place in the row."""
-    lengths, padding = np.diff(batch.starts), padded(len(batch.ids)) - len(batch.ids)
-    tokens = np.arange(len(batch.ids)) - np.repeat(batch.starts[:-1], lengths)
-    return np.pad(np.repeat(batch.numbers, lengths), (0, padding)), np.pad(tokens, (0, padding))
-
-
-def _count(labels: NDArray[np.int32]) -> int:
-    return int(np.count_nonzero(labels >= 0))
+    rows, padding = np.repeat(batch.numbers, np.diff(batch.starts)), padded(batch.tokens) - batch.tokens
+    return np.pad(rows, (0, padding)), np.pad(batch.positions.astype(np.int64), (0, padding))

@@ -24,7 +24,6 @@ class _Here(threading.local):
     """What this thread is doing."""
 
     cores = 0  # that a task among others has to itself; 0: not such a task
-    worker = 0  # of the task
 
 
 _here = _Here()
@@ -33,11 +32,6 @@ _here = _Here()
 def num_cores() -> int:
     """Cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def worker() -> int:
-    """The place among its fellows of the task that calls, from 0; 0 outside of any."""
-    return _here.worker
 
 
 # ---- tasks side by side ---------------------------------------------------------------------------------------------
@@ -50,20 +44,15 @@ def _workers(count: int) -> ThreadPoolExecutor:
 
 
 def map_parallel(tasks: Sequence[Callable[[], T]], most: int) -> Iterator[T]:
-    """Run tasks on a core each, as many at a time as there are cores; a few tasks share the cores evenly.
+    """Run tasks on a core each, at most `most` at a time where memory is short; a few tasks share the cores evenly.
 
-    Args:
-        tasks: They must not write to the same places; each knows its own by `place`.
-        most: At a time, where there is not enough memory for one on each core.
-
-    Returns:
-        Their results, in order, as they are ready.
+    They must not write to the same places. Their results come in order, as they are ready.
     """
     count = min(len(tasks), most, num_cores())
     if count <= 1:
         return (task() for task in tasks)
     cores = num_cores() // count
-    return _results([_workers(count).submit(_run, task, number, cores) for number, task in enumerate(tasks)])
+    return _results([_workers(count).submit(_run, task, cores) for task in tasks])
 
 
 def _results(futures: Sequence["Future[T]"]) -> Iterator[T]:
@@ -77,8 +66,8 @@ def _results(futures: Sequence["Future[T]"]) -> Iterator[T]:
         wait(futures)
 
 
-def _run(task: Callable[[], T], number: int, cores: int) -> T:
-    _here.worker, _here.cores = number, cores
+def _run(task: Callable[[], T], cores: int) -> T:
+    _here.cores = cores
     torch.set_num_threads(cores)  # of this thread's products
     return task()
 
@@ -100,11 +89,7 @@ if hasattr(os, "register_at_fork"):
 def parallel_for(rows: int, work_per_row: int, kernel: Callable[..., None], *arguments: Any) -> None:
     """Call kernel(begin, end, *arguments) for pieces of all rows, on every core if there is enough to do.
 
-    Args:
-        rows: Rows in all.
-        work_per_row: Numbers handled in a row, weighted by what they cost: 1 is a load, a few operations and a store.
-        kernel: Compiled without the interpreter's lock (`nogil=True`).
-        *arguments: Passed on.
+    A unit of `work_per_row` is a load, a few operations and a store. The kernel is compiled with `nogil=True`.
     """
     cores = _here.cores or num_cores()
     if cores == 1 or rows * work_per_row <= PIECE // 4:
