@@ -12,18 +12,7 @@ from thimble.models.adapters import open_adapters
 
 
 def open_conversation(config: ChatConfig, on_event: OnEvent = ignore) -> Conversation:
-    """Open a base with adapters to talk to.
-
-    Args:
-        config: The options.
-        on_event: Called with what was decided.
-
-    Returns:
-        The conversation, with the last adapter in use.
-
-    Raises:
-        InputError: With every problem found.
-    """
+    """Open a base with adapters to talk to; the last adapter is in use."""
     from thimble.backends.torch.compute import choose_compute
 
     log = EventLog(on_event)

@@ -69,19 +69,7 @@ class EvaluateReport:
 
 
 def evaluate(config: EvaluateConfig, on_event: OnEvent = ignore, should_stop: ShouldStop = never) -> EvaluateReport:
-    """Measure the bare base and each adapter on the same rows.
-
-    Args:
-        config: The options.
-        on_event: Called with progress.
-        should_stop: Asked between batches; what is measured by then is returned.
-
-    Returns:
-        The report.
-
-    Raises:
-        InputError: With every problem found.
-    """
+    """Measure the bare base and each adapter on the same rows; those measured before a stop are reported."""
     log = EventLog(on_event)
     model, examples, adapters, questions, (metric_name, metric) = _prepare(config, log)
     session, compute, execution = _open(config, model, log)

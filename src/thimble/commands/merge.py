@@ -58,20 +58,7 @@ class _StoppedError(Exception):
 
 
 def merge(config: MergeConfig, on_event: OnEvent = ignore, should_stop: ShouldStop = never) -> MergeReport:
-    """Add adapters up, and write them as a smaller adapter or merged into the base.
-
-    Args:
-        config: The options.
-        on_event: Called with each event.
-        should_stop: Asked between layers; nothing is written then.
-
-    Returns:
-        The report.
-
-    Raises:
-        InputError: With every problem found.
-        RunError: If a merged weight does not fit its dtype.
-    """
+    """Add adapters up, and write them as a smaller adapter or merged into the base; nothing if stopped on the way."""
     log, shrinks = EventLog(on_event), _shrinks(config)
     adapters, base = _prepare(config, log)
     updates, sizes = add_up(adapters.values()), stored_bytes(config.adapter)

@@ -52,18 +52,7 @@ class PlanReport:
 
 
 def plan(config: PlanConfig, on_event: OnEvent = ignore) -> PlanReport:
-    """Decide everything that `train` would, and count what it would cost; write nothing.
-
-    Args:
-        config: The options of train.
-        on_event: Called with what was decided.
-
-    Returns:
-        The report.
-
-    Raises:
-        InputError: If train would refuse the run.
-    """
+    """Decide everything that `train` would, and count what it would cost; write nothing."""
     from thimble.backends.torch.compute import machine
 
     log = EventLog(on_event)

@@ -34,21 +34,7 @@ def train(
     should_stop: ShouldStop = never,
     should_wait: ShouldWait = never_wait,
 ) -> TrainReport:
-    """Train an adapter and measure what it learned.
-
-    Args:
-        config: The options.
-        on_event: Called with decisions, progress and steps.
-        should_stop: Asked between steps; on True the run ends and keeps what was learned.
-        should_wait: Asked between steps; a reason makes the run save a checkpoint and wait until there is none.
-
-    Returns:
-        The report, which also lies in the run folder as report.json and report.html.
-
-    Raises:
-        InputError: If the run is refused; nothing has been written then.
-        RunError: If it diverged; the last good adapter is kept.
-    """
+    """Train an adapter and measure what it learned; a stopped run keeps what it learned, a reason to wait pauses it."""
     started, log = time.perf_counter(), EventLog(on_event)
     out = Path(config.out) if config.resume and config.out else None
     with contextlib.ExitStack() as held:

@@ -43,15 +43,7 @@ def figure_files(subject: str) -> list[str]:
 
 
 def write_figures(folder: Path, report: Report) -> list[str]:
-    """Draw all figures of a report; all are drawn before the first is written.
-
-    Args:
-        folder: Made if missing.
-        report: `asdict` of an InspectReport with at least one layer.
-
-    Returns:
-        Paths of the files; none if there is nothing to draw, as of an adapter that moved no layer.
-    """
+    """Draw all figures of a report before the first is written; their paths, none if an adapter moved no layer."""
     from matplotlib.figure import Figure
 
     drawn: dict[str, bytes] = {}

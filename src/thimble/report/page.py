@@ -30,13 +30,7 @@ MESSAGE_TITLES = (("decision", "Decided"), ("note", "Found"))
 
 
 def write_report(path: Path, report: Report, steps: Steps) -> None:
-    """Write the page of a run; a reader sees the old file or the new one, never a part.
-
-    Args:
-        path: The file to write, in the run folder: checkpoints beside it are what the run can be resumed from.
-        report: `asdict` of a TrainReport; any measurement in it may be missing or NaN or Inf.
-        steps: The rows of metrics.jsonl.
-    """
+    """Write the page of a run into its folder; a reader sees the old file or the new one, never a part."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     loader = FileSystemLoader(Path(__file__).parent)

@@ -22,29 +22,15 @@ MOST_NATS = 700.0  # exp of more overflows
 
 @dataclass(frozen=True)
 class Verdict:
-    """The answer to "did it work?".
+    """The answer to "did it work?"."""
 
-    Attributes:
-        tone: `good`, `mixed`, `bad` or `unknown`.
-        word: One or two words.
-        text: A few sentences.
-    """
-
-    tone: str
-    word: str
-    text: str
+    tone: str  # `good`, `mixed`, `bad` or `unknown`
+    word: str  # one or two words
+    text: str  # a few sentences
 
 
 def judge(report: Report, steps: Steps) -> Verdict:
-    """Say whether a run worked.
-
-    Args:
-        report: `asdict` of a TrainReport; any measurement in it may be missing or NaN or Inf.
-        steps: The rows of metrics.jsonl.
-
-    Returns:
-        The verdict, which claims nothing that was not measured.
-    """
+    """Say whether a run worked, claiming nothing that was not measured; any value may be missing, NaN or Inf."""
     if report["status"] == "diverged":
         return Verdict("bad", "No", f"{_why_diverged(report, steps)} {KEPT_BEFORE_DIVERGING}")
     if not report["steps"]:

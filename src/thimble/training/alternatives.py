@@ -29,16 +29,7 @@ class Alternative:
 
 
 def alternatives(config: TrainConfig, run_plan: RunPlan, machine: Machine) -> Iterator[Alternative]:
-    """Runs that cost less in time, in memory or in both, and fit what is allowed.
-
-    Args:
-        config: The options as the user gave them.
-        run_plan: What was planned with them.
-        machine: Rates of this machine.
-
-    Yields:
-        Alternative: One with its cost.
-    """
+    """Runs that cost less in time, in memory or in both than the one planned, and fit what is allowed."""
     for change, options in _changes(config, run_plan, machine):
         try:
             found = _planned(config, run_plan, options, change)

@@ -71,41 +71,21 @@ class CalibrationSession(Protocol):
 
 @dataclass(frozen=True)
 class CalibrationData:
-    """The rows that initializations and ranks are found on, and the layers they are found for.
+    """The rows that initializations and ranks are found on, and the layers they are found for."""
 
-    Attributes:
-        rows: Training rows of the first steps.
-        judging_rows: Training rows that are not among `rows`, on which directions are judged.
-        general_rows: General text, on which the base is not to change.
-        steps: How many steps' worth `rows` are.
-        execution: How many tokens are read at a time, and what is kept of them.
-        shapes: (out, in) of each adapted layer by path, in the order of the layers.
-        seed: The run's seed.
-    """
-
-    rows: Sequence[Row]
-    judging_rows: Sequence[Row]
-    general_rows: Sequence[Row]
-    steps: int
-    execution: ExecutionPlan
-    shapes: Mapping[str, tuple[int, int]]
-    seed: int
+    rows: Sequence[Row]  # training rows of the first steps
+    judging_rows: Sequence[Row]  # training rows that are not among `rows`, on which directions are judged
+    general_rows: Sequence[Row]  # general text, on which the base is not to change
+    steps: int  # how many steps' worth `rows` are
+    execution: ExecutionPlan  # how many tokens are read at a time, and what is kept of them
+    shapes: Mapping[str, tuple[int, int]]  # (out, in) of each adapted layer by path, in the order of the layers
+    seed: int  # the run's seed
 
     @classmethod
     def of_steps(
         cls, train: Items[Row], rows_of_step: Callable[[int], Sequence[int]], steps: int, **others: Any
     ) -> Self:
-        """Take the rows of the first steps, and those of the next step to judge by; of few rows each gets a half.
-
-        Args:
-            train: Training rows.
-            rows_of_step: Numbers of the rows that a step, from 0, learns from.
-            steps: How many steps' worth to take.
-            **others: The remaining attributes.
-
-        Returns:
-            The calibration data.
-        """
+        """Take the rows of the first steps, and those of the next step to judge by; of few rows each gets a half."""
         used = list(dict.fromkeys(number for step in range(steps) for number in rows_of_step(step)))
         judging = [number for number in rows_of_step(steps) if number not in used]
         if not judging:
@@ -114,30 +94,14 @@ class CalibrationData:
 
 
 class Calibration:
-    """Calibration data seen through a loaded base.
-
-    Args:
-        data: The rows and layers.
-        session: The base.
-        log: Where progress goes.
-    """
+    """Calibration data seen through a loaded base."""
 
     def __init__(self, data: CalibrationData, session: CalibrationSession, log: EventLog) -> None:
         self.data, self.session, self.log = data, session, log
         self._sketches: dict[Any, dict[str, Sketch]] = {}  # the last ones, by what was asked for
 
     def weights(self, needs: str) -> Iterator[tuple[str, Floats]]:
-        """The adapted weights one by one.
-
-        Args:
-            needs: Why they are decomposed, for messages.
-
-        Yields:
-            tuple[str, Floats]: Path of the layer, and W as the file has it, float32 (out, in).
-
-        Raises:
-            BaseModelError: Naming the weights that cannot be decomposed.
-        """
+        """Path and W of each layer, float32 (out, in); raises BaseModelError naming weights that are useless."""
         problems: list[str] = []
         for number, path in enumerate(self.data.shapes, 1):
             values = self.session.file_weight(path)
@@ -185,16 +149,7 @@ class Calibration:
 
 
 def choose_ranks(config: TrainConfig, init: Init, calibration: Calibration) -> dict[str, Size]:
-    """Give each layer a rank: a budget shared out by energy per parameter, or a share of the energy for each layer.
-
-    Args:
-        config: The options.
-        init: The initialization, which limits the ranks.
-        calibration: The rows.
-
-    Returns:
-        Sizes by layer path.
-    """
+    """Give each layer a rank: a budget shared out by energy per parameter, or a share of each layer's energy."""
     shapes, log = calibration.data.shapes, calibration.log
     energies = _ENERGIES[config.energy_of](config, calibration)
     if config.energy is not None:

@@ -41,35 +41,19 @@ REWORDED = {"side by side": "in parallel", "blocks computed again": "blocks chec
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where a run can be resumed.
+    """Where a run can be resumed."""
 
-    Attributes:
-        step: Steps done.
-        state: Arrays by name.
-        progress: Plain data to continue with.
-        origin: What the run was made of, by hash, and what it ran on.
-        damaged: Newer ones that were left out because their hashes do not match.
-    """
-
-    step: int
-    state: dict[str, NDArray[np.float32]]
-    progress: dict[str, Any]
-    origin: dict[str, str]
-    damaged: tuple[str, ...] = ()
+    step: int  # steps done
+    state: dict[str, NDArray[np.float32]]  # arrays by name
+    progress: dict[str, Any]  # plain data to continue with
+    origin: dict[str, str]  # what the run was made of, by hash, and what it ran on
+    damaged: tuple[str, ...] = ()  # newer ones that were left out because their hashes do not match
 
 
 def save_checkpoint(
     folder: Path, step: int, state: Mapping[str, NDArray[Any]], progress: Mapping[str, Any], origin: Mapping[str, str]
 ) -> None:
-    """Publish a checkpoint, then remove older ones.
-
-    Args:
-        folder: The run folder.
-        step: Steps done.
-        state: Arrays by name.
-        progress: Plain data to continue with.
-        origin: What the run was made of, and what it runs on.
-    """
+    """Publish a checkpoint in a run folder, then remove older ones."""
     place = folder / FOLDER
     target = place / _name(step)
     if (folder / STEPS).exists():
@@ -181,17 +165,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a run folder, so that no other run writes to it; the system releases it if the process dies.
-
-    Args:
-        folder: Made if it is not there; if the work fails before anything is in it, it is removed again.
-
-    Yields:
-        None: While it is held.
-
-    Raises:
-        ConfigError: If another process holds it.
-    """
+    """Hold a run folder, made if need be, so that no other run writes to it; the system lets go if the process dies."""
     folder.mkdir(parents=True, exist_ok=True)
     handle = _hold(folder)
     try:
@@ -229,16 +203,7 @@ def _hold(folder: Path) -> int | None:
 
 
 def origin_of(base: Base, rows: Iterable[Row], **runs_on: str) -> dict[str, str]:
-    """What a run is made of, by hash, and what the order of its sums depends on.
-
-    Args:
-        base: The base.
-        rows: Rows of training and validation.
-        **runs_on: Versions, cores and the like, which may change the last digits of a result.
-
-    Returns:
-        Text by name; `base` and `data` are the hashes.
-    """
+    """What a run is made of, by hash (`base`, `data`), and what the last digits of its sums depend on (`runs_on`)."""
     data = hashlib.sha256()
     for row in rows:
         for array in (row.ids, row.labels):
@@ -248,17 +213,7 @@ def origin_of(base: Base, rows: Iterable[Row], **runs_on: str) -> dict[str, str]
 
 
 def check_origin(checkpoint: Checkpoint, origin: Mapping[str, str], accepts_changes: bool, log: EventLog) -> None:
-    """Refuse to go on with another base or other data; say what may make the last digits differ.
-
-    Args:
-        checkpoint: Where the run is resumed.
-        origin: What it would be made of now.
-        accepts_changes: Go on all the same.
-        log: Takes what was left out or has changed.
-
-    Raises:
-        ConfigError: If base or data have changed.
-    """
+    """Refuse to go on with another base or other data; say what may make the last digits differ."""
     for name in checkpoint.damaged:
         log.warning(f"checkpoint {name} is damaged and is left out: the run goes on from step {checkpoint.step}")
     changed = [name for name, value in checkpoint.origin.items() if origin.get(name) != value]

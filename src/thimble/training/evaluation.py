@@ -26,19 +26,12 @@ SHORT_ANSWER_WORDS = 8  # references up to this long are scored by exact match u
 
 @dataclass(frozen=True)
 class Question:
-    """A validation row to be answered.
+    """A validation row to be answered."""
 
-    Attributes:
-        prompt: int32 (tokens,).
-        reference: What the model should write.
-        asked: The prompt's last user turn, for people.
-        source: Where the row came from.
-    """
-
-    prompt: NDArray[np.int32]
-    reference: str
-    asked: str
-    source: str
+    prompt: NDArray[np.int32]  # int32 (tokens,)
+    reference: str  # what the model should write
+    asked: str  # the prompt's last user turn, for people
+    source: str  # where the row came from
 
 
 @dataclass(frozen=True)
@@ -53,25 +46,15 @@ class Answer:
 
 @dataclass(frozen=True)
 class ValidationSet:
-    """What every model is measured on, and how.
+    """What every model is measured on, and how."""
 
-    Attributes:
-        rows: Rows to take the loss over.
-        questions: Rows to answer.
-        metric: Scores an answer, or None.
-        tokenizer: Turns tokens back into text.
-        max_new_tokens: Most tokens of an answer.
-        cache_tokens: Most tokens in the key-value cache.
-        planned_tokens: Tokens read at a time, on all workers, for which that holds; fewer leave less for the cache.
-    """
-
-    rows: Sequence[Row]
-    questions: Sequence[Question]
-    metric: Metric | None
-    tokenizer: Tokenizer
-    max_new_tokens: int
-    cache_tokens: int
-    planned_tokens: int
+    rows: Sequence[Row]  # rows to take the loss over
+    questions: Sequence[Question]  # rows to answer
+    metric: Metric | None  # scores an answer, or None
+    tokenizer: Tokenizer  # turns tokens back into text
+    max_new_tokens: int  # most tokens of an answer
+    cache_tokens: int  # most tokens in the key-value cache
+    planned_tokens: int  # tokens read at a time, on all workers, for which that holds; fewer leave less for the cache
 
 
 def measure(
@@ -82,20 +65,9 @@ def measure(
     log: EventLog,
     should_stop: ShouldStop = never,
 ) -> tuple[LossSum, list[Answer]]:
-    """Take the loss over all rows and answer the questions, greedily.
+    """Take the loss over all rows and answer the questions, in their order, greedily; what is interrupted is dropped.
 
     Rows that begin with a question are read once for both.
-
-    Args:
-        session: The base.
-        adapter: What is measured on it.
-        validation: The rows.
-        execution: How many tokens are read at a time, on how many workers.
-        log: Receives the progress.
-        should_stop: Asked after every token; what is interrupted is dropped.
-
-    Returns:
-        The summed loss, and the answers in the order of the questions.
     """
     questions, by_source = validation.questions, {row.source: row for row in validation.rows}
     readings = [_reading(question, by_source) for question in questions]
@@ -181,18 +153,7 @@ def _asked(record: Record) -> str:
 
 
 def choose_metric(wanted: str, questions: Sequence[Question]) -> tuple[str, Metric | None]:
-    """The metric a user asked for, or the one that suits the references.
-
-    Args:
-        wanted: The option `metric`.
-        questions: For `auto`: their references decide.
-
-    Returns:
-        Its name and function; None measures the loss alone.
-
-    Raises:
-        ConfigError: If the user's own function cannot be had.
-    """
+    """Name and function of the metric a user asked for, or of the one that suits the references; None: loss alone."""
     if wanted in METRICS:
         return wanted, METRICS[wanted]
     if wanted == "none" or (wanted == "auto" and not questions):

@@ -14,18 +14,7 @@ from thimble.training.plan import RunPlan, plan_run
 
 
 def plan_measurement(config: InspectConfig, log: EventLog) -> RunPlan:
-    """Check the data and the base, and that the measurement fits the memory.
-
-    Args:
-        config: The options; `data` is set.
-        log: Where what was read goes.
-
-    Returns:
-        The plan of a training run on the data, whose rows and memory are those of the measurement.
-
-    Raises:
-        InputError: With every problem found.
-    """
+    """Check that the measurement fits the memory: the plan of a training run on the same rows, with the same memory."""
     log.stage("reading the base and the examples")
     problems = Problems(config.problems)
     if config.path is not None:
@@ -47,15 +36,7 @@ def plan_measurement(config: InspectConfig, log: EventLog) -> RunPlan:
 
 
 def measure_init_shares(run_plan: RunPlan, log: EventLog) -> list[InitShares]:
-    """Measure each layer.
-
-    Args:
-        run_plan: From `plan_measurement`.
-        log: Where progress goes.
-
-    Returns:
-        One row a layer, in the order of the model.
-    """
+    """Measure each layer, in the order of the model."""
     log.stage("loading the base")
     how = run_plan.execution
     session = open_session(run_plan.model, run_plan.config.compute, how.store, how.is_streamed)

@@ -48,17 +48,11 @@ COMPARED = (
 
 @dataclass(frozen=True)
 class Initialization:
-    """What a run begins with.
+    """What a run begins with."""
 
-    Attributes:
-        adapter: The adapter before the first step.
-        config: The options, with ranks resolved.
-        measured: What ranks were chosen by, and the seconds it all took.
-    """
-
-    adapter: Adapter
-    config: TrainConfig
-    measured: dict[str, Any] = field(default_factory=dict)
+    adapter: Adapter  # the adapter before the first step
+    config: TrainConfig  # the options, with ranks resolved
+    measured: dict[str, Any] = field(default_factory=dict)  # what ranks were chosen by, and the seconds it all took
 
 
 # ---- before the base is loaded --------------------------------------------------------------------------------------
@@ -67,22 +61,7 @@ class Initialization:
 def check_init(
     init: Init, config: TrainConfig, model: Model, layers: Sequence[str], folder: Path
 ) -> dict[str, Size]:  # fmt: skip
-    """Refuse ranks and initializations that cannot be.
-
-    Args:
-        init: The initialization.
-        config: The options.
-        model: The base.
-        layers: Paths of the adapted layers.
-        folder: The run folder, which holds the initial adapter if it is resumed.
-
-    Returns:
-        Sizes of the layers, as far as they are known.
-
-    Raises:
-        InputError: With every problem found, naming the layers.
-        AdapterError: If the adapter to begin with cannot be read or does not fit.
-    """
+    """Refuse ranks and initializations that cannot be, naming the layers; the sizes, as far as they are known."""
     if init.needs == "adapter":
         is_resumed = config.resume and latest_checkpoint(folder) and (folder / run_folder.START).is_dir()
         path = str(folder / run_folder.START) if is_resumed else init.path
@@ -161,23 +140,7 @@ def initialise(
     session: CalibrationSession,
     log: EventLog,
 ) -> Initialization:
-    """Choose the ranks that were left open, and make the adapter that training begins with.
-
-    Args:
-        init: The initialization.
-        config: The options.
-        sizes: Of the layers, from `check_init`.
-        data: The rows to calibrate on.
-        session: The loaded base.
-        log: Where progress and decisions go.
-
-    Returns:
-        The adapter and what was chosen.
-
-    Raises:
-        ConfigError: If the session has not what the init needs.
-        BaseModelError: If weights that are to be decomposed are zero, NaN or Inf.
-    """
+    """Choose the ranks that were left open, and make the adapter that training begins with."""
     began, measured = time.perf_counter(), dict[str, Any]()
     _check_capability(init, config, session)
     calibration = Calibration(data, session, log)
@@ -226,15 +189,7 @@ def _with_sizes(config: TrainConfig, sizes: Mapping[str, Size]) -> TrainConfig:
 
 
 def captured_by_inits(sizes: Mapping[str, Size], calibration: Calibration) -> dict[str, dict[str, Energy]]:
-    """What share of the gradient of other rows the A of some inits capture.
-
-    Args:
-        sizes: Rank and scale of each layer.
-        calibration: The rows.
-
-    Returns:
-        By init and layer path: what each row of A captures of ‖G‖², and ‖G‖², G being the gradient of W.
-    """
+    """What each row of A captures of ‖G‖², and ‖G‖², of the gradient of W on other rows, by init and layer path."""
     candidates = {}
     for name in COMPARED:
         layers = make_adapter(INITS[name], sizes, calibration).layers
@@ -247,16 +202,7 @@ def captured_by_inits(sizes: Mapping[str, Size], calibration: Calibration) -> di
 
 
 def make_adapter(init: Init, sizes: Mapping[str, Size], calibration: Calibration) -> Adapter:
-    """Gather what an init needs for each layer, and build A and B from it.
-
-    Args:
-        init: The initialization.
-        sizes: Rank and scale of each adapted layer.
-        calibration: The rows and the loaded base.
-
-    Returns:
-        The adapter, without base, notes, origin or magnitudes, unless it is one that was read.
-    """
+    """Gather what an init needs for each layer, and build A and B from it."""
     if init.needs == "adapter":
         return Adapter(load_adapter(init.path).layers)
     if init.needs == "nothing":

@@ -33,31 +33,18 @@ Arrays = dict[str, NDArray[np.float32]]
 
 @dataclass(frozen=True)
 class LoopPlan:
-    """What the loop carries out.
+    """What the loop carries out."""
 
-    Attributes:
-        adapter: The initial adapter.
-        method: How its parameters are trained; its seed is that of dropout.
-        step_schedule: The rows and the learning rate of each step, and when the run ends.
-        execution: How a step is run.
-        eval_every_steps: How often validation rows are measured during training; 0 is never.
-        patience: Clear rises of their loss in a row that end the run; 0 is never.
-        checkpoint_every_steps: How often a checkpoint is saved; None is never.
-        checkpoint_every_minutes: Likewise, by the clock; 0 is never.
-        checkpoint: Where the run is resumed, or None.
-        initialization: What was measured to choose init and ranks.
-    """
-
-    adapter: Adapter
-    method: Method
-    step_schedule: StepSchedule
-    execution: ExecutionPlan
-    eval_every_steps: int = 0
-    patience: int = 0
-    checkpoint_every_steps: int | None = None
-    checkpoint_every_minutes: float = 0.0
-    checkpoint: Checkpoint | None = None
-    initialization: Mapping[str, Any] = field(default_factory=dict)
+    adapter: Adapter  # the initial adapter
+    method: Method  # how its parameters are trained; its seed is that of dropout
+    step_schedule: StepSchedule  # the rows and the learning rate of each step, and when the run ends
+    execution: ExecutionPlan  # how a step is run
+    eval_every_steps: int = 0  # how often validation rows are measured during training; 0 is never
+    patience: int = 0  # clear rises of their loss in a row that end the run; 0 is never
+    checkpoint_every_steps: int | None = None  # how often a checkpoint is saved; None is never
+    checkpoint_every_minutes: float = 0.0  # likewise, by the clock; 0 is never
+    checkpoint: Checkpoint | None = None  # where the run is resumed, or None
+    initialization: Mapping[str, Any] = field(default_factory=dict)  # what was measured to choose init and ranks
 
 
 @dataclass(frozen=True)
@@ -95,23 +82,7 @@ class TrainResult:
 def run(
     plan: LoopPlan, task: Task, session: Session, collective: Collective, sink: Sink, control: Control
 ) -> TrainResult:
-    """Train an adapter, and measure before and after.
-
-    Args:
-        plan: What to carry out.
-        task: What is trained on and measured.
-        session: The loaded base.
-        collective: Adds up the gradients of all processes.
-        sink: Takes what the run leaves behind.
-        control: Is told of progress, and asked whether to go on.
-
-    Returns:
-        The result.
-
-    Raises:
-        RunError: If the base cannot be trained on.
-        MemoryError: If a step does not fit the memory even with the smallest execution plan.
-    """
+    """Train an adapter, and measure before and after; raises MemoryError if the smallest parts of a step do not fit."""
     loop = _Loop(plan, task, session, collective, sink, control)
     before = loop.measure_before()
     loop.train()

@@ -31,27 +31,16 @@ SHARE_TOKENS = 512  # a step is divided among workers as long as each gets so ma
 
 @dataclass(frozen=True)
 class RunCost:
-    """How the steps of a run are executed, and what they take.
+    """How the steps of a run are executed, and what they take."""
 
-    Attributes:
-        compute: `fp32`, `bf16` or `int8`.
-        reasons: Why that compute type, and why that store.
-        step_schedule: The steps.
-        execution: How a step is run.
-        memory: Expected peak.
-        allowed_bytes: By the user, or by what the machine has free.
-        work: What a step does on average.
-        seconds_per_step: Expected.
-    """
-
-    compute: str
-    reasons: tuple[str, str]
-    step_schedule: StepSchedule
-    execution: ExecutionPlan
-    memory: MemoryPlan
-    allowed_bytes: int
-    work: StepWork
-    seconds_per_step: float
+    compute: str  # `fp32`, `bf16` or `int8`
+    reasons: tuple[str, str]  # why that compute type, and why that store
+    step_schedule: StepSchedule  # the steps
+    execution: ExecutionPlan  # how a step is run
+    memory: MemoryPlan  # expected peak
+    allowed_bytes: int  # by the user, or by what the machine has free
+    work: StepWork  # what a step does on average
+    seconds_per_step: float  # expected
 
 
 def plan_cost(
@@ -61,21 +50,7 @@ def plan_cost(
     sizes: dict[str, Size],
     first: Sequence[ExecutionPlan] = (),
 ) -> RunCost:
-    """Choose compute type, store and execution plan, and count what the run takes.
-
-    Args:
-        config: The options.
-        base: The base.
-        examples: The rows.
-        sizes: Ranks and scales of the adapted layers.
-        first: Execution plans to prefer: that of the run to resume.
-
-    Returns:
-        The choices and their cost.
-
-    Raises:
-        DoesNotFitError: If no execution plan fits the memory allowed.
-    """
+    """Choose compute type, store and execution plan (those in `first` go first), and count what the run takes."""
     from thimble.backends.torch.compute import choose_compute, machine
 
     spec = base.spec
@@ -96,18 +71,7 @@ def plan_cost(
 def memory_inputs(
     config: TrainConfig, compute: str, base: Base, examples: Examples, sizes: dict[str, Size]
 ) -> MemoryInputs:
-    """What the memory of a run depends on.
-
-    Args:
-        config: The options; ranks that are found from the data take memory before training.
-        compute: The compute type, already chosen.
-        base: The base.
-        examples: The rows.
-        sizes: Ranks and scales of the adapted layers.
-
-    Returns:
-        The inputs of `estimate_memory`.
-    """
+    """What the memory of a run depends on; ranks that are found from the data take memory before training."""
     init = parse_init(config.init)
     calibrates = ("inputs", "gradients") if config.rank is None else ()
     return MemoryInputs(
@@ -142,18 +106,7 @@ def _plans_for(
 def execution_plans(
     step_tokens: int, longest: int, stores: Sequence[str], num_blocks: int, num_sizes: int = 1
 ) -> list[ExecutionPlan]:
-    """The ways to run a step, the fastest first.
-
-    Args:
-        step_tokens: Most tokens of a step, unless a single row is longer.
-        longest: Tokens of the longest row, which is never split.
-        stores: Stores of the frozen weights that come into question.
-        num_blocks: Blocks of the base.
-        num_sizes: Sizes in which batches of uneven rows come.
-
-    Returns:
-        The execution plans.
-    """
+    """The ways to run a step, the fastest first; the longest row, in tokens, is never split."""
     from thimble.backends.torch.threads import num_cores
 
     cores, step = num_cores(), max(step_tokens, longest)

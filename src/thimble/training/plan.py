@@ -38,49 +38,27 @@ SHOWN_WITHOUT_METRIC = 3  # validation rows that are answered only to be shown
 
 @dataclass(frozen=True)
 class RunPlan:
-    """Everything that is decided before the first weight is loaded.
+    """Everything that is decided before the first weight is loaded."""
 
-    Attributes:
-        config: Options with compute type, store, rate and steps resolved.
-        model: The base with tokenizer and template.
-        examples: The user's rows.
-        general: Rows of general text, for the forgetting check.
-        layers: Paths of the adapted layers.
-        sizes: Their ranks and scales, as far as they are known before training.
-        watched: Validation rows measured during training.
-        eval_every_steps: How often; 0 is never.
-        step_schedule: The steps.
-        memory: Expected peak.
-        allowed_bytes: By the user, or by what the machine has free.
-        work: What a step does on average.
-        seconds_per_step: Expected.
-        execution: How a step is run.
-        validation: What the base and the result are measured on.
-        metric_name: What the metric is called.
-        origin: What the run is made of, by hash, and what its sums depend on.
-        checkpoint: Where it is resumed, or None.
-        folder: The run folder, not made yet.
-    """
-
-    config: TrainConfig
-    model: Model
-    examples: Examples
-    general: tuple[Row, ...]
-    layers: list[str]
-    sizes: dict[str, Size]
-    watched: list[Row]
-    eval_every_steps: int
-    step_schedule: StepSchedule
-    memory: MemoryPlan
-    allowed_bytes: int
-    work: StepWork
-    seconds_per_step: float
-    execution: ExecutionPlan
-    validation: ValidationSet
-    metric_name: str
-    origin: dict[str, str]
-    checkpoint: Checkpoint | None
-    folder: Path
+    config: TrainConfig  # options with compute type, store, rate and steps resolved
+    model: Model  # the base with tokenizer and template
+    examples: Examples  # the user's rows
+    general: tuple[Row, ...]  # rows of general text, for the forgetting check
+    layers: list[str]  # paths of the adapted layers
+    sizes: dict[str, Size]  # their ranks and scales, as far as they are known before training
+    watched: list[Row]  # validation rows measured during training
+    eval_every_steps: int  # how often; 0 is never
+    step_schedule: StepSchedule  # the steps
+    memory: MemoryPlan  # expected peak
+    allowed_bytes: int  # by the user, or by what the machine has free
+    work: StepWork  # what a step does on average
+    seconds_per_step: float  # expected
+    execution: ExecutionPlan  # how a step is run
+    validation: ValidationSet  # what the base and the result are measured on
+    metric_name: str  # what the metric is called
+    origin: dict[str, str]  # what the run is made of, by hash, and what its sums depend on
+    checkpoint: Checkpoint | None  # where it is resumed, or None
+    folder: Path  # the run folder, not made yet
 
     def calibration_data(self) -> CalibrationData:
         """The rows that initializations and ranks are found on: those of the first steps."""
@@ -93,19 +71,7 @@ class RunPlan:
 
 
 def plan_run(config: TrainConfig, log: EventLog, needs_folder: bool = True) -> RunPlan:
-    """Check everything that can be wrong, decide everything that was left open.
-
-    Args:
-        config: The options.
-        log: Takes what was found and decided.
-        needs_folder: Whether a run folder will be written.
-
-    Returns:
-        The run plan.
-
-    Raises:
-        InputError: With every problem found.
-    """
+    """Check everything that can be wrong, decide what was left open; raises InputError with every problem."""
     log.stage("reading the base and the examples")
     checked = _check(config, needs_folder, log)
     log.note(f"base: {describe_base(checked.model)}")
@@ -142,19 +108,7 @@ def _check(config: TrainConfig, needs_folder: bool, log: EventLog) -> _Checked:
 
 
 def plan_sizes(config: TrainConfig, model: Model, folder: Path) -> dict[str, Size]:
-    """Rank and scale of each adapted layer, as far as they are known before training.
-
-    Args:
-        config: The options.
-        model: The base.
-        folder: The run folder, which knows where the run began if it is resumed.
-
-    Returns:
-        Sizes by layer path.
-
-    Raises:
-        InputError: With every problem found.
-    """
+    """Rank and scale of each adapted layer, as far as known; the run folder knows where a resumed run began."""
     layers = select_layers(config.targets, model.base.spec.linear_shapes())
     return check_init(parse_init(config.init), config, model, layers, folder)
 

@@ -16,17 +16,11 @@ from thimble.training.evaluation import Answer, scores_of
 
 @dataclass(frozen=True)
 class Scores:
-    """How good a model is on the validation rows of a task.
+    """How good a model is on the validation rows of a task."""
 
-    Attributes:
-        loss: Nats per target token; NaN if nothing was held out, or the user wants to leave.
-        general_loss: The same on general text, which training is not to spoil.
-        answers: What the model wrote, with the metrics of each answer.
-    """
-
-    loss: float
-    general_loss: float
-    answers: Sequence[Answer] = ()
+    loss: float  # nats per target token; NaN if nothing was held out, or the user wants to leave
+    general_loss: float  # the same on general text, which training is not to spoil
+    answers: Sequence[Answer] = ()  # what the model wrote, with the metrics of each answer
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -36,15 +30,10 @@ class Scores:
 
 @dataclass(frozen=True)
 class Before:
-    """What was measured before the first step.
+    """What was measured before the first step."""
 
-    Attributes:
-        base: Scores of the bare base.
-        loss: Validation loss with the initial adapter.
-    """
-
-    base: Scores
-    loss: float
+    base: Scores  # scores of the bare base
+    loss: float  # validation loss with the initial adapter
 
 
 class Task(Protocol):

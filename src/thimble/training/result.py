@@ -81,14 +81,7 @@ class TrainReport:
 
 
 def read_report(values: Mapping[str, Any]) -> TrainReport:
-    """Read a report back.
-
-    Args:
-        values: What report.json holds, written by this release or the one before.
-
-    Returns:
-        The report; keys it does not know are left out, and numbers that JSON could not hold are NaN again.
-    """
+    """Read a report back, of this release or the one before; what JSON could not hold is NaN again."""
     known = {spec.name: spec.default for spec in dataclasses.fields(TrainReport)}
     given = {name: value for name, value in with_new_keys(values).items() if name in known}
     return TrainReport(

@@ -25,13 +25,7 @@ BEFORE = "before.json"
 
 
 class RunFolderSink:
-    """Fills a run folder; holding its lock is up to the caller.
-
-    Args:
-        folder: The run folder; half-written files of a run that was killed are removed.
-        origin: What the run is made of, for checkpoints.
-        data: The files of the user's examples: hashed now, for they may be moved while the run goes on.
-    """
+    """Fills a run folder, once rid of what a killed run left half-written; holding its lock is up to the caller."""
 
     def __init__(self, folder: Path, origin: Mapping[str, str], data: Sequence[Path]) -> None:
         self._folder, self._origin = folder, origin
@@ -42,14 +36,7 @@ class RunFolderSink:
     def begin(
         self, config: Mapping[str, Any], skipped: Sequence[Mapping[str, str]], initial: Adapter | None, done_steps: int
     ) -> None:
-        """Write what is known before the first step.
-
-        Args:
-            config: Every option, resolved.
-            skipped: Rows that are left out, with the reasons.
-            initial: The initial adapter, where it cannot be drawn again from the seed alone.
-            done_steps: Steps of the checkpoint that is resumed, to which the log of steps is cut back.
-        """
+        """Write what is known before the first step, with the initial adapter if its seed alone cannot redo it."""
         run_folder.write_config(self._folder, config)
         if skipped:
             lines = "".join(json.dumps(row) + "\n" for row in skipped)
@@ -101,17 +88,7 @@ class RunFolderSink:
     # ---- the result -----------------------------------------------------------------------------------------------
 
     def publish(self, adapter: Adapter, report: TrainReport, base: Base, log: EventLog) -> None:
-        """Write the adapter, the manifest and the reports; checkpoints that are needed no more go.
-
-        Args:
-            adapter: The result.
-            report: The report; it is given the place of the adapter.
-            base: The base, whose hash the manifest holds.
-            log: Takes a warning if the base is gone.
-
-        Raises:
-            OSError: If there is no room, or the folder cannot be written.
-        """
+        """Write the adapter, the manifest and the reports; checkpoints that are needed no more go."""
         folder = self._folder
         report.adapter = str(run_folder.publish_adapter(folder, adapter))
         run_folder.write_manifest(folder, _fingerprint(base, log), base.name, self._data, __version__)

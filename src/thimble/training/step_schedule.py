@@ -20,14 +20,7 @@ MOST_WARMUP_STEPS = 10
 
 
 class StepSchedule:
-    """Steps in order.
-
-    Args:
-        config: The options.
-        lengths: Tokens of each training row.
-        family: Family of the base, for the default rate.
-        hidden_size: Width of the base, likewise.
-    """
+    """Steps in order, for rows of the given lengths in tokens and a base of this family and width."""
 
     def __init__(self, config: TrainConfig, lengths: Sequence[int], family: str, hidden_size: int) -> None:
         self._config, self._lengths = config, lengths

@@ -25,29 +25,17 @@ KNOWN_NATS = 0.01  # a validation loss below it: the answers are known before an
 
 @dataclass(frozen=True)
 class TextTask:
-    """Rows of tokens to train on and to measure.
+    """Rows of tokens to train on and to measure."""
 
-    Attributes:
-        rows: Training rows.
-        costs: Tokens of each.
-        watched: Validation rows that are measured during training.
-        validation: What base and result are measured on.
-        general: Rows of general text, for the forgetting check.
-        kl_rows: Other rows of general text, on which the answers of the base are to be kept.
-        kl_weight: Of keeping them, from 0 up to 1.
-        base: The base, for what is odd about it.
-        compute: The compute type, likewise.
-    """
-
-    rows: Items[Row]
-    costs: Sequence[int]
-    watched: Sequence[Row]
-    validation: ValidationSet
-    general: Sequence[Row]
-    kl_rows: Sequence[Row]
-    kl_weight: float
-    base: Base
-    compute: str
+    rows: Items[Row]  # training rows
+    costs: Sequence[int]  # tokens of each
+    watched: Sequence[Row]  # validation rows that are measured during training
+    validation: ValidationSet  # what base and result are measured on
+    general: Sequence[Row]  # rows of general text, for the forgetting check
+    kl_rows: Sequence[Row]  # other rows of general text, on which the answers of the base are to be kept
+    kl_weight: float  # of keeping them, from 0 up to 1
+    base: Base  # the base, for what is odd about it
+    compute: str  # the compute type, likewise
 
     # ---- training -------------------------------------------------------------------------------------------------
 
@@ -90,15 +78,7 @@ class TextTask:
         return self._loss(session, adapter, rows, execution, control, "validation rows")
 
     def check_base(self, base: Scores, control: Control) -> None:
-        """Refuse a base that gives NaN or Inf; warn of one that knows less than nothing, or everything.
-
-        Args:
-            base: Its scores.
-            control: Takes the warnings.
-
-        Raises:
-            RunError: If its loss is NaN or Inf.
-        """
+        """Refuse a base that gives NaN or Inf; warn of one that knows less than nothing, or everything."""
         chance, validation = math.log(self.base.spec.vocab_size), base.loss if self.validation.rows else 0.0
         if not math.isfinite(base.general_loss) or not math.isfinite(validation):
             raise RunError(self._why_nan())
