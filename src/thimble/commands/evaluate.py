@@ -89,7 +89,7 @@ def evaluate(config: EvaluateConfig, on_event: OnEvent = ignore, should_stop: Sh
     answered = len(questions) if metric else 0
     return EvaluateReport(
         config.data, model.base.name, len(examples.valid), answered, metric_name, results, log.messages
-    )  # fmt: skip
+    )
 
 
 def _open(config: EvaluateConfig, model: Model, log: EventLog) -> tuple[Session, str, ExecutionPlan]:

@@ -22,7 +22,7 @@ from thimble.models.merged import (
     worst_by_dtype,
     write_merged,
     write_truncated,
-)  # fmt: skip
+)
 from thimble.training.run_folder import atomic_folder, check_new_folder
 
 

@@ -137,9 +137,7 @@ class Calibration:
     def captured(self, candidates: Mapping[str, Mapping[str, Floats]]) -> dict[str, dict[str, Energy]]:
         """How much of the gradient of other rows each candidate for A captures, by candidate and layer path."""
         batches, execution = self._batches(self.data.judging_rows), self.data.execution
-        return self.session.captured_energy(
-            batches, candidates, checkpointed_blocks=execution.checkpointed_blocks
-        )  # fmt: skip
+        return self.session.captured_energy(batches, candidates, checkpointed_blocks=execution.checkpointed_blocks)
 
     def _batches(self, rows: Sequence[Row]) -> list[Batch]:
         return micro_batches(rows, self.data.execution.micro_tokens)
@@ -153,9 +151,7 @@ def choose_ranks(config: TrainConfig, init: Init, calibration: Calibration) -> d
     shapes, log = calibration.data.shapes, calibration.log
     energies = _ENERGIES[config.energy_of](config, calibration)
     if config.energy is not None:
-        ranks = {
-            path: min(_rank_holding(*energies[path], config.energy), *shape) for path, shape in shapes.items()
-        }  # fmt: skip
+        ranks = {path: min(_rank_holding(*energies[path], config.energy), *shape) for path, shape in shapes.items()}
         how = f"{config.energy:g} of the energy of {config.energy_of}"
         full = sum(rank >= MOST_RANK for rank in ranks.values())
         if full:

@@ -39,11 +39,7 @@ from thimble.training.calibration import (
 )
 from thimble.training.checkpoint import latest_checkpoint
 
-COMPARED = (
-    "kaiming",
-    "eva",
-    "gradient",
-)  # their A x are equally long: one learning rate is right for all
+COMPARED = ("kaiming", "eva", "gradient")  # their A x are equally long: one learning rate is right for all
 
 
 @dataclass(frozen=True)
@@ -58,9 +54,7 @@ class Initialization:
 # ---- before the base is loaded --------------------------------------------------------------------------------------
 
 
-def check_init(
-    init: Init, config: TrainConfig, model: Model, layers: Sequence[str], folder: Path
-) -> dict[str, Size]:  # fmt: skip
+def check_init(init: Init, config: TrainConfig, model: Model, layers: Sequence[str], folder: Path) -> dict[str, Size]:
     """Refuse ranks and initializations that cannot be, naming the layers; the sizes, as far as they are known."""
     if init.needs == "adapter":
         is_resumed = config.resume and latest_checkpoint(folder) and (folder / run_folder.START).is_dir()

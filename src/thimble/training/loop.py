@@ -330,9 +330,7 @@ class _Loop:
         step = self.progress.steps
         if step == self.saved_step:
             return
-        arrays = {
-            **self.session.snapshot(self.state), **{VALID + name: values for name, values in self.valid.items()}
-        }  # fmt: skip
+        arrays = {**self.session.snapshot(self.state), **{VALID + name: values for name, values in self.valid.items()}}
         arrays |= {} if self.best is None else {BEST: self.best}
         self.saved_at = time.perf_counter()
         try:

@@ -44,11 +44,7 @@ class RunCost:
 
 
 def plan_cost(
-    config: TrainConfig,
-    base: Base,
-    examples: Examples,
-    sizes: dict[str, Size],
-    first: Sequence[ExecutionPlan] = (),
+    config: TrainConfig, base: Base, examples: Examples, sizes: dict[str, Size], first: Sequence[ExecutionPlan] = ()
 ) -> RunCost:
     """Choose compute type, store and execution plan (those in `first` go first), and count what the run takes."""
     from thimble.backends.torch.compute import choose_compute, machine
