@@ -37,8 +37,7 @@ def measure_after(
 ) -> Scores:
     """Measure the trained adapter on the same rows as the base, and warn of what looks wrong."""
     control.log.stage("measuring the result")
-    unmoved = session.unmoved_layers(state)
-    if unmoved:
+    if unmoved := session.unmoved_layers(state):
         control.log.warning(
             f"nothing moved in {plural(len(unmoved), 'layer')}, which never had a gradient: {listing(unmoved, 3)}"
         )

@@ -45,12 +45,7 @@ class CalibrationSession(Protocol):
         """Second moments of the inputs of all layers, with the paths of those that share an input."""
 
     def gradient_sketches(
-        self,
-        batches: Sequence[Batch],
-        ranks: Mapping[str, int],
-        is_weighted: bool = False,
-        seed: int = 0,
-        checkpointed_blocks: int = 0,
+        self, batches: Sequence[Batch], ranks: Mapping[str, int], is_weighted: bool, seed: int, checkpointed_blocks: int
     ) -> dict[str, Sketch]:
         """Main directions of the gradient of each weight."""
 
@@ -124,20 +119,20 @@ class Calibration:
 
     def sketches(self, ranks: Mapping[str, int], is_weighted: bool = False) -> dict[str, Sketch]:
         """Main directions of the gradients, at least as many as `ranks` says by layer path."""
-        key = is_weighted, tuple(ranks.items())
+        key, data = (is_weighted, tuple(ranks.items())), self.data
         if key not in self._sketches:
-            self.log.stage(f"calibrating: gradients over {self.data.steps} steps")
+            self.log.stage(f"calibrating: gradients over {data.steps} steps")
+            batches, blocks = self._batches(data.rows), data.execution.checkpointed_blocks
             found = self.session.gradient_sketches(
-                self._batches(self.data.rows), ranks, is_weighted=is_weighted, seed=self.data.seed,
-                checkpointed_blocks=self.data.execution.checkpointed_blocks,
-            )  # fmt: skip
+                batches, ranks, is_weighted=is_weighted, seed=data.seed, checkpointed_blocks=blocks
+            )
             self._sketches = {key: found}
         return self._sketches[key]
 
     def captured(self, candidates: Mapping[str, Mapping[str, Floats]]) -> dict[str, dict[str, Energy]]:
         """How much of the gradient of other rows each candidate for A captures, by candidate and layer path."""
-        batches, execution = self._batches(self.data.judging_rows), self.data.execution
-        return self.session.captured_energy(batches, candidates, checkpointed_blocks=execution.checkpointed_blocks)
+        batches, blocks = self._batches(self.data.judging_rows), self.data.execution.checkpointed_blocks
+        return self.session.captured_energy(batches, candidates, checkpointed_blocks=blocks)
 
     def _batches(self, rows: Sequence[Row]) -> list[Batch]:
         return micro_batches(rows, self.data.execution.micro_tokens)
@@ -153,8 +148,7 @@ def choose_ranks(config: TrainConfig, init: Init, calibration: Calibration) -> d
     if config.energy is not None:
         ranks = {path: min(_rank_holding(*energies[path], config.energy), *shape) for path, shape in shapes.items()}
         how = f"{config.energy:g} of the energy of {config.energy_of}"
-        full = sum(rank >= MOST_RANK for rank in ranks.values())
-        if full:
+        if full := sum(rank >= MOST_RANK for rank in ranks.values()):
             log.warning(f"{full} layers need more than rank {MOST_RANK} for {how}, and get {MOST_RANK}")
     else:
         ranks = _ranks_of_budget(config, {path: energies[path][0] for path in shapes}, shapes)

@@ -91,26 +91,16 @@ def latest_checkpoint(folder: Path) -> Checkpoint | None:
             continue
         tensors = open_tensors(path / STATE)
         state = {name: tensors.read(name) for name in tensors.tensors}
-        progress, origin = renamed_progress(manifest["progress"]), renamed_origin(manifest["origin"])
+        progress, origin = _renamed(manifest["progress"]), _renamed(manifest["origin"])
+        progress |= {name: _renamed(progress[name]) for name in ("execution", "guard") if name in progress}
+        for old, new in REWORDED.items() if "execution" in origin else ():
+            origin["execution"] = origin["execution"].replace(old, new)
         return Checkpoint(manifest["step"], state, progress, origin, tuple(damaged))
     return None
 
 
-def renamed_progress(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run continues with, by the names of today: the release before had others."""
-    progress = _renamed(saved)
-    return progress | {name: _renamed(progress[name]) for name in ("execution", "guard") if name in progress}
-
-
-def renamed_origin(saved: Mapping[str, str]) -> dict[str, str]:
-    """What a run was made of, in the words of today."""
-    origin = _renamed(saved)
-    for old, new in REWORDED.items():
-        origin |= {name: text.replace(old, new) for name, text in origin.items() if name == "execution"}
-    return origin
-
-
 def _renamed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """By the names of today: the release before had others."""
     return with_new_keys({RENAMED.get(name, name): value for name, value in values.items()})
 
 

@@ -14,11 +14,6 @@ def never_wait() -> str:
     return ""
 
 
-def no_file() -> Path | None:
-    """No file was cut off."""
-    return None
-
-
 @dataclass(frozen=True)
 class Control:
     """The outside of a run."""
@@ -27,4 +22,4 @@ class Control:
     should_stop: ShouldStop = never  # asked between steps, and between tokens of an evaluation; on True the run ends
     should_wait: ShouldWait = never_wait  # asked between steps; gives the reason to wait, or nothing
     # A file of the base that became shorter while it is read, which ends the run; None while all is well.
-    cut_file: Callable[[], Path | None] = no_file
+    cut_file: Callable[[], Path | None] = lambda: None

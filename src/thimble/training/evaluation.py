@@ -1,6 +1,7 @@
 """How good a model is on validation rows: loss, and answers scored by a metric."""
 
 import importlib.util
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,14 +138,9 @@ def validation_loss(
 
 def make_questions(records: Sequence[Record], encoder: Encoder, most: int) -> list[Question]:
     """The first `most` records that end in an answer, as questions."""
-    questions: list[Question] = []
-    for record in records:
-        if len(questions) >= most:
-            break
-        found = encoder.question(record)
-        if found:
-            questions.append(Question(found[0], found[1], _asked(record), record.source))
-    return questions
+    asked = ((record, encoder.question(record)) for record in records)
+    questions = (Question(*found, _asked(record), record.source) for record, found in asked if found)
+    return list(itertools.islice(questions, most))
 
 
 def _asked(record: Record) -> str:

@@ -90,8 +90,7 @@ class Guard:
     @classmethod
     def restored(cls, state: Mapping[str, Any]) -> "Guard":
         """What `state` was taken of."""
-        values: dict[str, Any] = {name: math.nan if value is None else value for name, value in state.items()}
-        return cls(**values)
+        return cls(**{name: math.nan if value is None else value for name, value in state.items()})
 
 
 @dataclass
@@ -129,9 +128,8 @@ class Plateau:
 
     def state(self) -> dict[str, Any]:
         """Plain data for a checkpoint; infinity becomes None."""
-        state = {name: None if value == math.inf else value for name, value in asdict(self).items()}
-        del state["patience"]
-        return state
+        kept = {name: value for name, value in asdict(self).items() if name != "patience"}
+        return {name: None if value == math.inf else value for name, value in kept.items()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state` returned."""

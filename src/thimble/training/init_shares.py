@@ -28,10 +28,9 @@ def plan_measurement(config: InspectConfig, log: EventLog) -> RunPlan:
     run_plan = problems.attempt(plan_run, run, planning, needs_folder=False)
     problems.required()
     assert run_plan, "a plan that fails leaves a problem"
-    for text in planning.messages["note"]:
-        log.note(text)
-    for text in planning.messages["warning"]:
-        log.warning(text)
+    for say, kind in ((log.note, "note"), (log.warning, "warning")):
+        for text in planning.messages[kind]:
+            say(text)
     return run_plan
 
 

@@ -91,11 +91,8 @@ def _plan_sizes(config: TrainConfig, spec: DecoderSpec, layers: Sequence[str]) -
 
 def _rank_problems(init: Init, sizes: Mapping[str, Size], shapes: Mapping[str, tuple[int, int]]) -> list[str]:
     """For each rank that is too large for a layer, the smallest such layer; and the ranks that no layer can have."""
-    smallest: dict[int, str] = {}
-    for layer, size in sizes.items():
-        known = smallest.setdefault(size.rank, layer)
-        if min(shapes[layer]) < min(shapes[known]):
-            smallest[size.rank] = layer
+    falling = sorted(reversed(list(sizes)), key=lambda layer: -min(shapes[layer]))
+    smallest = {sizes[layer].rank: layer for layer in falling}  # the last of a rank stays: the first of the smallest
     shared = f", of whose gradient init {init} takes {init.ranks_read} directions for each rank"
     problems = [
         f"--rank {rank}: expected at most {init.most_rank(shapes[layer])} for {layer}, which is (out, in) "
@@ -103,8 +100,7 @@ def _rank_problems(init: Init, sizes: Mapping[str, Size], shapes: Mapping[str, t
         for rank, layer in sorted(smallest.items())
         if rank > init.most_rank(shapes[layer])
     ]
-    odd = [rank for rank in sorted(smallest) if rank % init.rank_step]
-    if odd:
+    if odd := [rank for rank in sorted(smallest) if rank % init.rank_step]:
         problems.append(f"--rank {listing(odd)}: expected a multiple of {init.rank_step} for init {init}")
     return problems
 
@@ -211,8 +207,8 @@ Gathering = Callable[[Init, Mapping[str, LayerData], Calibration], Iterator[Laye
 
 
 def _weights(init: Init, layers: Mapping[str, LayerData], calibration: Calibration) -> Iterator[LayerData]:
-    for path, weight in calibration.weights(f"init {init} decomposes it"):
-        yield replace(layers[path], weight=weight)
+    weights = calibration.weights(f"init {init} decomposes it")
+    return (replace(layers[path], weight=weight) for path, weight in weights)
 
 
 def _inputs(init: Init, layers: Mapping[str, LayerData], calibration: Calibration) -> Iterator[LayerData]:

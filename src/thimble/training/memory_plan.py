@@ -52,9 +52,12 @@ def plan_cost(
     spec = base.spec
     compute, why_compute = choose_compute(config.compute)
     stores, why_store = choose_store(config.store, base, compute)
-    step_schedule = StepSchedule(config, examples.train_report.lengths, spec.family, spec.hidden_size)
+    lengths = examples.train_report.lengths
+    step_schedule = StepSchedule(config, lengths, spec.family, spec.hidden_size)
     inputs = memory_inputs(config, compute, base, examples, sizes)
-    plans = [*first, *_plans_for(config, base, examples, stores, inputs.longest)]
+    num_sizes = min(MOST_SIZES, len({padded(length) for length in lengths}))
+    step_tokens = min(config.batch_tokens, examples.train_report.tokens)
+    plans = [*first, *execution_plans(step_tokens, inputs.longest, stores, spec.num_layers, num_sizes)]
     allowed = config.memory_budget or available_bytes()
     memory, execution = _first_that_fits(base, inputs, plans, allowed, bool(config.memory_budget))
     if execution.store != stores[0]:
@@ -87,16 +90,6 @@ def _step_work(examples: Examples, step_schedule: StepSchedule, inputs: MemoryIn
     return StepWork(
         report.tokens / steps, report.target_tokens / steps, squares / report.tokens, inputs.trained, inputs.lowest
     )
-
-
-def _plans_for(
-    config: TrainConfig, base: Base, examples: Examples, stores: Sequence[str], longest: int
-) -> list[ExecutionPlan]:
-    """Execution plans for the rows of a run."""
-    report = examples.train_report
-    num_sizes = min(MOST_SIZES, len({padded(length) for length in report.lengths}))
-    step_tokens = min(config.batch_tokens, report.tokens)
-    return execution_plans(step_tokens, longest, stores, base.spec.num_layers, num_sizes)
 
 
 def execution_plans(

@@ -40,16 +40,20 @@ def choose_folder(out: str | None, data: str) -> Path:
 
 def check_folder(folder: Path, is_resumed: bool, needed_bytes: int) -> None:
     """Refuse a run folder that would be overwritten (unless it is resumed), cannot be written, or has no room."""
-    if folder.exists() and not is_resumed and (not folder.is_dir() or any(folder.iterdir())):
+    if not is_resumed and _is_filled(folder):
         raise ConfigError(f"--out is {folder}, which exists: name another folder, or add --resume to continue that run")
     check_room(folder, needed_bytes)
 
 
 def check_new_folder(folder: Path, needed_bytes: int) -> None:
     """Refuse a folder that holds anything, cannot be written, or has no room."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if _is_filled(folder):
         raise ConfigError(f"--out is {folder}, which exists and is not empty: name another folder")
     check_room(folder, needed_bytes)
+
+
+def _is_filled(folder: Path) -> bool:
+    return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
 
 
 def check_room(folder: Path, needed_bytes: int) -> None:
@@ -241,10 +245,5 @@ def write_manifest(
 ) -> None:
     """Write what the run was made of and what it made, by SHA-256; None for a base that is gone."""
     results = {str(path.relative_to(folder)): hash_file(path) for path in sorted((folder / "adapter").iterdir())}
-    manifest = {
-        "thimble": version,
-        "base": {"name": base_name, "sha256": base_fingerprint},
-        "data": dict(data),
-        "result": results,
-    }
-    write_json(folder / "manifest.json", manifest)
+    base = {"name": base_name, "sha256": base_fingerprint}
+    write_json(folder / "manifest.json", {"thimble": version, "base": base, "data": dict(data), "result": results})
