@@ -11,6 +11,7 @@ import os
 import re
 import shlex
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -33,10 +34,10 @@ def write_report(path: Path, report: Report, steps: Steps) -> None:
     """Write the page of a run into its folder; a reader sees the old file or the new one, never a part."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
     has_checkpoint = any((path.parent / "checkpoints").glob("step-*"))
     text = environment.get_template("page.html").render(_page(report, steps, has_checkpoint))
     temporary = path.with_name(f".{path.name}.tmp")
@@ -54,7 +55,7 @@ def _page(report: Report, steps: Steps, has_checkpoint: bool) -> dict[str, Any]:
         "facts": _facts(report),
         "warnings": messages.get("warning", []),
         "verdict": judge(report, steps),
-        "metrics": _metrics(report),
+        "metrics": [_metric(report, name) for name in {**report["metrics_before"], **report["metrics_after"]}],
         "metrics_rows": plural(report["metrics_rows"], "validation row"),
         "has_interval": any(is_count(report, name) for name in report["metrics_after"]),
         "measures": _measures(report),
@@ -106,11 +107,6 @@ def _facts(report: Report) -> list[str]:
 
 
 # ---- metrics and measurements ---------------------------------------------------------------------------------------
-
-
-def _metrics(report: Report) -> list[dict[str, Any]]:
-    names = dict.fromkeys([*report["metrics_before"], *report["metrics_after"]])
-    return [_metric(report, name) for name in names]
 
 
 def _metric(report: Report, name: str) -> dict[str, Any]:
@@ -217,10 +213,9 @@ def _differences(expected: str, written: str) -> tuple[Parts, Parts]:
     """Both texts cut into parts, each with whether it is missing in the other."""
     texts = (expected.strip(), written.strip())
     left, right = (re.findall(r"\w+|\s+|[^\w\s]", text) for text in texts)
-    if texts[0] == texts[1] or max(len(left), len(right)) > MOST_DIFF_TOKENS:
-        return [(texts[0], False)], [(texts[1], False)]
     matcher = difflib.SequenceMatcher(None, left, right, autojunk=False)
-    if matcher.ratio() < LEAST_ALIKE:
+    is_compared = texts[0] != texts[1] and max(len(left), len(right)) <= MOST_DIFF_TOKENS
+    if not is_compared or matcher.ratio() < LEAST_ALIKE:
         return [(texts[0], False)], [(texts[1], False)]
     parts: tuple[Parts, Parts] = ([], [])
     for kind, i, j, k, m in matcher.get_opcodes():
@@ -285,6 +280,9 @@ def _commands(report: Report, has_checkpoint: bool) -> list[dict[str, str]]:
     return [{"title": title, "text": text} for title, text in commands]
 
 
+_quoted = partial(json.dumps, ensure_ascii=False)
+
+
 def _python_lines(report: Report) -> str:
     base = report["config"].get("base") or ""
     imports = ["from peft import PeftModel", "from transformers import AutoModelForCausalLM"]
@@ -296,15 +294,8 @@ def _python_lines(report: Report) -> str:
     elif base.lower().endswith(".gguf"):
         where = f"{_quoted(str(PurePath(base).parent))}, gguf_file={_quoted(PurePath(base).name)}"
     adapter = _quoted(report["adapter"] or str(PurePath(report["out"]) / "adapter"))
-    lines += [
-        f"base = AutoModelForCausalLM.from_pretrained({where})",
-        f"model = PeftModel.from_pretrained(base, {adapter})",
-    ]
-    return "\n".join([*imports, "", *lines])
-
-
-def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
+    base_line = f"base = AutoModelForCausalLM.from_pretrained({where})"
+    return "\n".join([*imports, "", *lines, base_line, f"model = PeftModel.from_pretrained(base, {adapter})"])
 
 
 def _options(config: Mapping[str, Any]) -> list[dict[str, str]]:

@@ -61,30 +61,25 @@ def save_checkpoint(
     if _read(target) is None:
         shutil.rmtree(target, ignore_errors=True)  # damaged, if it is there
         with atomic_folder(target) as temporary:
-            _fill(temporary, state, {"step": step, "progress": dict(progress), "origin": dict(origin)})
+            write_safetensors(temporary / STATE, dict(state))
+            files = {STATE: hash_file(temporary / STATE)}  # read back: what is on disk is what is vouched for
+            manifest = {"step": step, "progress": dict(progress), "origin": dict(origin), "files": files}
+            write_json(temporary / MANIFEST, {**manifest, "sha256": _seal(manifest)})
     else:  # a run resumed from an older one comes to the same state, whose names may not be on disk yet
         make_folder(place)
         sync(place)
     # What is newer than this one is damaged, or it would have been gone on from: it must not crowd out valid ones.
-    valid = (path for path in _names(folder) if path < target and _read(path) is not None)
+    valid = (path for path in checkpoint_folders(folder) if path < target and _read(path) is not None)
     kept = {target, *itertools.islice(valid, KEPT - 1)}
-    for path in _names(folder):
+    for path in checkpoint_folders(folder):
         if path not in kept:
             shutil.rmtree(path, ignore_errors=True)
-
-
-def _fill(folder: Path, state: Mapping[str, NDArray[Any]], manifest: dict[str, Any]) -> None:
-    """Write the state, and last the manifest that vouches for it."""
-    write_safetensors(folder / STATE, dict(state))
-    # Read back, so that what is on disk is what is vouched for.
-    manifest = {**manifest, "files": {STATE: hash_file(folder / STATE)}}
-    write_json(folder / MANIFEST, {**manifest, "sha256": _seal(manifest)})
 
 
 def latest_checkpoint(folder: Path) -> Checkpoint | None:
     """The newest checkpoint whose hashes match; None if there is none."""
     damaged: list[str] = []
-    for path in _names(folder):
+    for path in checkpoint_folders(folder):
         manifest = _read(path)
         if manifest is None:
             damaged.append(path.name)
@@ -102,11 +97,6 @@ def latest_checkpoint(folder: Path) -> Checkpoint | None:
 def _renamed(values: Mapping[str, Any]) -> dict[str, Any]:
     """By the names of today: the release before had others."""
     return with_new_keys({RENAMED.get(name, name): value for name, value in values.items()})
-
-
-def checkpoint_names(folder: Path) -> list[str]:
-    """Names of all checkpoints, damaged or not, the newest first."""
-    return [path.name for path in _names(folder)]
 
 
 def clear_checkpoints(folder: Path) -> None:
@@ -129,7 +119,8 @@ def _name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def _names(folder: Path) -> list[Path]:
+def checkpoint_folders(folder: Path) -> list[Path]:
+    """All checkpoints of a run folder, damaged or not, the newest first."""
     return sorted((folder / FOLDER).glob(NAMED), reverse=True)
 
 

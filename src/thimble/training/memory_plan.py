@@ -62,7 +62,9 @@ def plan_cost(
     memory, execution = _first_that_fits(base, inputs, plans, allowed, bool(config.memory_budget))
     if execution.store != stores[0]:
         why_store = f"store {execution.store}: {stores[0]} does not fit the memory"
-    work = _step_work(examples, step_schedule, inputs)
+    report, steps = examples.train_report, step_schedule.steps_per_epoch
+    square = sum(length * length for length in lengths) / report.tokens
+    work = StepWork(report.tokens / steps, report.target_tokens / steps, square, inputs.trained, inputs.lowest)
     seconds = estimate_seconds(base, compute, work, execution, machine())
     return RunCost(compute, (why_compute, why_store), step_schedule, execution, memory, allowed, work, seconds)
 
@@ -80,15 +82,6 @@ def memory_inputs(
         lowest=lowest_block(sizes),
         needs=(init.needs, *calibrates),
         is_delta=init.is_delta,
-    )
-
-
-def _step_work(examples: Examples, step_schedule: StepSchedule, inputs: MemoryInputs) -> StepWork:
-    """What a step of this run does on average."""
-    report, steps = examples.train_report, step_schedule.steps_per_epoch
-    squares = sum(length * length for length in report.lengths)
-    return StepWork(
-        report.tokens / steps, report.target_tokens / steps, squares / report.tokens, inputs.trained, inputs.lowest
     )
 
 
