@@ -17,6 +17,7 @@ from thimble.events import EventLog, OnEvent, ShouldStop, ignore, never
 from thimble.models.adapters import open_adapters
 from thimble.models.cost import cache_token_bytes
 from thimble.models.execution import ExecutionPlan
+from thimble.training.control import Control
 from thimble.training.evaluation import Question, ValidationSet, choose_metric, make_questions, measure, scores_of
 
 SHOWN_ANSWERS = 3
@@ -83,7 +84,7 @@ def evaluate(config: EvaluateConfig, on_event: OnEvent = ignore, should_stop: Sh
         if should_stop():
             break
         log.stage(f"measuring {name}")
-        loss, answers = measure(session, session.load(adapter), validation, execution, log, should_stop)
+        loss, answers = measure(session, session.load(adapter), validation, execution, Control(log, should_stop))
         shown = [asdict(answer) for answer in answers[:SHOWN_ANSWERS]]
         results.append(Result(name, loss.mean, loss.perplexity, loss.tokens, scores_of(answers), shown))
     answered = len(questions) if metric else 0

@@ -25,10 +25,8 @@ class Progress:
     """Writes events as they come: a moving line in a terminal, a line now and then elsewhere."""
 
     def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-        self._is_terminal = stream.isatty()
-        self._last = 0.0
-        self._has_line = False
+        self._stream, self._is_terminal = stream, stream.isatty()
+        self._last, self._has_line = 0.0, False
 
     def on_event(self, event: Event) -> None:
         """Write what is worth writing."""
@@ -40,9 +38,7 @@ class Progress:
         elif event.kind == "progress":
             self._moving(f"  {event.text} {event.data['done']} of {event.data['total']}")
         elif event.kind == "step":
-            is_first = event.data["step"] == 1
-            is_last = event.data["step"] == event.data["total"]
-            self._moving(_step_line(event.data), is_forced=is_first or is_last)
+            self._moving(_step_line(event.data), is_forced=event.data["step"] in (1, event.data["total"]))
 
     def _line(self, text: str) -> None:
         self.end()
@@ -92,13 +88,9 @@ def render_train(report: Any) -> str:
         parts.append("\n".join(f"  {name:>8}: {_clip(sample[key])}" for name, key in _SAMPLE_LINES))
     speed = f"{report.tokens_per_second:,.0f} tokens/s, {_size(report.peak_memory_bytes)}"
     state = "" if report.status == "done" else f"{report.status}: "
-    parts.append(
-        f"{state}{report.steps} steps in {clock(report.seconds)} ({speed}), {clock(report.total_seconds)} in all"
-    )
-    parts.append(
-        f"adapter  {report.adapter}\nreport   {report.out}/report.html\ntry it   thimble chat --adapter {report.out}"
-    )
-    return "\n\n".join(parts)
+    took = f"{report.steps} steps in {clock(report.seconds)} ({speed}), {clock(report.total_seconds)} in all"
+    places = f"adapter  {report.adapter}\nreport   {report.out}/report.html"
+    return "\n\n".join([*parts, state + took, f"{places}\ntry it   thimble chat --adapter {report.out}"])
 
 
 _SAMPLE_LINES = (("asked", "asked"), ("expected", "reference"), ("before", "before"), ("after", "after"))
@@ -119,12 +111,9 @@ def render_evaluate(report: Any) -> str:
     parts = [table(rows)]
     answers = [result.answers for result in report.results]
     for shown in zip(*answers, strict=False):
-        lines = [f"  {'asked':>8}: {_clip(shown[0]['asked'])}", f"  {'expected':>8}: {_clip(shown[0]['reference'])}"]
-        lines += [
-            f"  {Path(result.name).name[:8]:>8}: {_clip(a['written'])}"
-            for result, a in zip(report.results, shown, strict=True)
-        ]
-        parts.append("\n".join(lines))
+        lines = [("asked", shown[0]["asked"]), ("expected", shown[0]["reference"])]
+        lines += [(Path(each.name).name[:8], a["written"]) for each, a in zip(report.results, shown, strict=True)]
+        parts.append("\n".join(f"  {name:>8}: {_clip(text)}" for name, text in lines))
     return "\n\n".join(parts)
 
 

@@ -17,10 +17,10 @@ from thimble.data.encode import IGNORED, Encoder, Row
 from thimble.data.records import Record
 from thimble.data.tokenizer import Tokenizer
 from thimble.errors import ConfigError
-from thimble.events import EventLog, ShouldStop, never
 from thimble.inference.engine import Engine
 from thimble.inference.sampling import SamplingOptions
 from thimble.models.execution import ExecutionPlan
+from thimble.training.control import Control
 
 SHORT_ANSWER_WORDS = 8  # references up to this long are scored by exact match unless the user says otherwise
 
@@ -59,12 +59,7 @@ class ValidationSet:
 
 
 def measure(
-    session: Session,
-    adapter: ActiveAdapter,
-    validation: ValidationSet,
-    execution: ExecutionPlan,
-    log: EventLog,
-    should_stop: ShouldStop = never,
+    session: Session, adapter: ActiveAdapter, validation: ValidationSet, execution: ExecutionPlan, control: Control
 ) -> tuple[LossSum, list[Answer]]:
     """Take the loss over all rows and answer the questions, in their order, greedily; what is interrupted is dropped.
 
@@ -73,7 +68,7 @@ def measure(
     questions, by_source = validation.questions, {row.source: row for row in validation.rows}
     readings = [_reading(question, by_source) for question in questions]
     rest = [row for row in validation.rows if not any(row is read for read in readings)]
-    loss = validation_loss(session, adapter, rest, execution, log, should_stop, "validation rows")
+    loss = validation_loss(session, adapter, rest, execution, control, "validation rows")
     session.release()  # the cache takes the place of activations
     engine = _engine(session, validation, execution)
     options = SamplingOptions(validation.max_new_tokens, validation.tokenizer.stop_ids)
@@ -83,14 +78,14 @@ def measure(
         numbers[engine.add(questions[place].prompt, options, adapter, scored)] = place
     written: dict[int, list[int]] = {place: [] for place in numbers.values()}
     answers: dict[int, Answer] = {}
-    while not engine.is_idle and not should_stop():
+    while not engine.is_idle and not control.should_stop():
         for token in engine.step():
             place = numbers[token.request]
             loss += token.loss or LossSum()
             written[place] += [] if token.id is None else [token.id]
             if token.finish:
                 answers[place] = _scored(questions[place], written[place], validation)
-                log.progress("reading and answering validation rows,", len(answers), len(numbers))
+                control.log.progress("reading and answering validation rows,", len(answers), len(numbers))
     return loss, [answers[place] for place in sorted(answers)]
 
 
@@ -118,20 +113,14 @@ def _scored(question: Question, ids: list[int], validation: ValidationSet) -> An
 
 
 def validation_loss(
-    session: Session,
-    adapter: ActiveAdapter,
-    rows: Sequence[Row],
-    execution: ExecutionPlan,
-    log: EventLog,
-    should_stop: ShouldStop = never,
-    what: str = "validation text",
+    session: Session, adapter: ActiveAdapter, rows: Sequence[Row], execution: ExecutionPlan, control: Control, what: str
 ) -> LossSum:
     """Summed loss over rows, in micro-batches of the execution plan; `what` is reported with the progress."""
     total, batches = LossSum(), micro_batches(rows, execution.micro_tokens)
     for number, loss in enumerate(session.losses(adapter, batches, execution)):
         total += loss
-        log.progress(f"reading {what}, batch", number + 1, len(batches))
-        if should_stop():
+        control.log.progress(f"reading {what}, batch", number + 1, len(batches))
+        if control.should_stop():
             break
     return total
 

@@ -30,7 +30,7 @@ class RunFolderSink:
     def __init__(self, folder: Path, origin: Mapping[str, str], data: Sequence[Path]) -> None:
         self._folder, self._origin = folder, origin
         self._data = {str(path): run_folder.hash_file(path) for path in data}
-        self._log: run_folder.StepLog | None = None
+        self._steps: run_folder.StepLog  # from the beginning of the run on
         clear_unfinished(folder)
 
     def begin(
@@ -43,9 +43,7 @@ class RunFolderSink:
             run_folder.write_text(self._folder / "skipped.jsonl", lines)
         if initial:
             run_folder.publish_adapter(self._folder, initial, run_folder.START)
-        self._log = run_folder.StepLog(self._folder / run_folder.STEPS, done_steps)
-
-    # ---- what the loop writes -------------------------------------------------------------------------------------
+        self._steps = run_folder.StepLog(self._folder / run_folder.STEPS, done_steps)
 
     def saved_before(self) -> Before | None:
         """What an interrupted run measured before its first step, if that was written down."""
@@ -57,11 +55,10 @@ class RunFolderSink:
 
     def write_before(self, before: Before) -> None:
         """Keep what was measured before the first step."""
-        base = before.base
+        base, answers = before.base, [asdict(answer) for answer in before.base.answers]
         values = {
             "loss_base": base.loss, "loss_before": before.loss, "general_before": base.general_loss,
-            "metrics_before": base.metrics, "metrics_rows": len(base.answers),
-            "answers": [asdict(answer) for answer in base.answers],
+            "metrics_before": base.metrics, "metrics_rows": len(answers), "answers": answers,
         }  # fmt: skip
         run_folder.write_json(self._folder / BEFORE, values)
 
@@ -79,13 +76,6 @@ class RunFolderSink:
     def end_steps(self) -> None:
         """Close metrics.jsonl."""
         self._steps.close()
-
-    @property
-    def _steps(self) -> run_folder.StepLog:
-        assert self._log is not None, "the run has not begun"
-        return self._log
-
-    # ---- the result -----------------------------------------------------------------------------------------------
 
     def publish(self, adapter: Adapter, report: TrainReport, base: Base, log: EventLog) -> None:
         """Write the adapter, the manifest and the reports; checkpoints that are needed no more go."""

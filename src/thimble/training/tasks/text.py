@@ -61,9 +61,9 @@ class TextTask:
 
     def evaluate(self, session: Session, adapter: ActiveAdapter, execution: ExecutionPlan, control: Control) -> Scores:
         """Loss and answers of the validation rows, and the loss on general text."""
-        total, answers = measure(session, adapter, self.validation, execution, control.log, control.should_stop)
+        total, answers = measure(session, adapter, self.validation, execution, control)
         loss = math.nan if control.should_stop() else total.mean
-        return Scores(loss, self._loss(session, adapter, self.general, execution, control, "general text"), answers)
+        return Scores(loss, _loss(session, adapter, self.general, execution, control, "general text"), answers)
 
     def initial_loss(
         self, session: Session, adapter: ActiveAdapter, base: Scores, execution: ExecutionPlan, control: Control
@@ -73,9 +73,8 @@ class TextTask:
         batches = micro_batches(rows[:4] or self.general[:4], execution.micro_tokens)[:1]
         (attached,) = session.losses(adapter, batches, execution)
         (bare,) = session.losses(session.load(None), batches, execution)
-        if attached == bare:
-            return base.loss
-        return self._loss(session, adapter, rows, execution, control, "validation rows")
+        is_same = attached == bare
+        return base.loss if is_same else _loss(session, adapter, rows, execution, control, "validation rows")
 
     def check_base(self, base: Scores, control: Control) -> None:
         """Refuse a base that gives NaN or Inf; warn of one that knows less than nothing, or everything."""
@@ -101,17 +100,15 @@ class TextTask:
         if bad:
             return f"the base {self.base.name} holds NaN or Inf in {listing(bad, 3)}: copy or convert it again"
         other = "" if self.compute == "fp32" else "; try --compute fp32"
-        return (
-            f"the base {self.base.name} gives a loss that is NaN or Inf in {self.compute}, though its weights are "
-            f"not{other}"
-        )
+        what = f"the base {self.base.name} gives a loss that is NaN or Inf in {self.compute}"
+        return f"{what}, though its weights are not{other}"
 
-    def _loss(
-        self, session: Session, adapter: ActiveAdapter, rows: Sequence[Row], execution: ExecutionPlan,
-        control: Control, what: str,
-    ) -> float:  # fmt: skip
-        total = validation_loss(session, adapter, rows, execution, control.log, control.should_stop, what)
-        return math.nan if control.should_stop() else total.mean
+
+def _loss(
+    session: Session, adapter: ActiveAdapter, rows: Sequence[Row], execution: ExecutionPlan, control: Control, what: str
+) -> float:
+    total = validation_loss(session, adapter, rows, execution, control, what)
+    return math.nan if control.should_stop() else total.mean
 
 
 def text_task(run_plan: RunPlan) -> TextTask:
