@@ -4,7 +4,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from thimble.backends.open import choose_store, open_session
-from thimble.backends.session import Session
 from thimble.config.evaluate import EvaluateConfig
 from thimble.core.adapter import Adapter
 from thimble.core.metrics import Metric
@@ -72,8 +71,15 @@ class EvaluateReport:
 def evaluate(config: EvaluateConfig, on_event: OnEvent = ignore, should_stop: ShouldStop = never) -> EvaluateReport:
     """Measure the bare base and each adapter on the same rows; those measured before a stop are reported."""
     log = EventLog(on_event)
-    model, examples, adapters, questions, (metric_name, metric) = _prepare(config, log)
-    session, compute, execution = _open(config, model, log)
+    model, examples, adapters, questions, (metric_name, metric) = _prepare(config, log)  # before torch is loaded
+    from thimble.backends.torch.compute import choose_compute
+    from thimble.backends.torch.threads import num_cores
+
+    compute, why = choose_compute(config.compute)
+    stores, why_store = choose_store(config.store, model.base, compute)
+    log.decision(f"compute: {why}")
+    log.decision(why_store)
+    session, execution = open_session(model, compute, stores[0]), ExecutionPlan(stores[0], num_cores(), PASS_TOKENS)
     validation = ValidationSet(
         examples.valid, questions if metric else questions[:SHOWN_ANSWERS], metric, model.tokenizer,
         config.max_new_tokens, cache_tokens=CACHE_BYTES // cache_token_bytes(model.base.spec, compute),
@@ -91,19 +97,6 @@ def evaluate(config: EvaluateConfig, on_event: OnEvent = ignore, should_stop: Sh
     return EvaluateReport(
         config.data, model.base.name, len(examples.valid), answered, metric_name, results, log.messages
     )
-
-
-def _open(config: EvaluateConfig, model: Model, log: EventLog) -> tuple[Session, str, ExecutionPlan]:
-    """The session, its compute type, and how batches are run."""
-    from thimble.backends.torch.compute import choose_compute
-    from thimble.backends.torch.threads import num_cores
-
-    compute, why = choose_compute(config.compute)
-    stores, why_store = choose_store(config.store, model.base, compute)
-    log.decision(f"compute: {why}")
-    log.decision(why_store)
-    execution = ExecutionPlan(stores[0], num_cores(), PASS_TOKENS)
-    return open_session(model, compute, stores[0]), compute, execution
 
 
 def _prepare(

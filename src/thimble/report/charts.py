@@ -117,11 +117,8 @@ def _group_size(values: Sequence[Any]) -> int:
 def _smooth(values: Sequence[float]) -> list[float]:
     """Means over a window of about a tenth of the run that is centred and narrows at the ends: it lags nowhere."""
     most, last = max(2, len(values) // 20), len(values) - 1
-    smooth = []
-    for at in range(len(values)):
-        reach = min(most, at, last - at)
-        smooth.append(_mean(values[at - reach : at + reach + 1]))
-    return smooth
+    reaches = [min(most, at, last - at) for at in range(len(values))]
+    return [_mean(values[at - reach : at + reach + 1]) for at, reach in enumerate(reaches)]
 
 
 def _mean(values: Sequence[float]) -> float:

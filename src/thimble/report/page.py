@@ -186,16 +186,13 @@ def _sample(sample: Mapping[str, str]) -> dict[str, Any]:
     expected_parts, after_parts = _differences(reference, reference if match == "equal" else after)
     after_parts = [(after.strip(), False)] if match == "equal" else after_parts
     asked = sample["asked"].strip()
-    return {
-        "asked": asked,
-        "is_long": len(asked) > LONG_QUESTION,
-        "start": asked[: LONG_QUESTION // 2],
-        "answers": [
-            {"name": "Expected", "parts": expected_parts, "match": ""},
-            {"name": "Before", "parts": [(before.strip(), False)], "match": _match(before, reference)},
-            {"name": "After", "parts": after_parts, "match": match},
-        ],
-    }
+    answers = [
+        {"name": "Expected", "parts": expected_parts, "match": ""},
+        {"name": "Before", "parts": [(before.strip(), False)], "match": _match(before, reference)},
+        {"name": "After", "parts": after_parts, "match": match},
+    ]
+    is_long = len(asked) > LONG_QUESTION
+    return {"asked": asked, "is_long": is_long, "start": asked[: LONG_QUESTION // 2], "answers": answers}
 
 
 def _match(answer: str, reference: str) -> str:
@@ -228,12 +225,9 @@ def _differences(expected: str, written: str) -> tuple[Parts, Parts]:
 # ---- memory, commands, options --------------------------------------------------------------------------------------
 
 PART_NAMES = {
-    "process": "Python and its libraries",
-    "weights": "frozen weights",
-    "scratch": "decoded weights, logits and temporaries",
-    "adapter": "adapter, gradients, optimiser",
-    "activations": "activations kept",
-}
+    "process": "Python and its libraries", "weights": "frozen weights", "activations": "activations kept",
+    "scratch": "decoded weights, logits and temporaries", "adapter": "adapter, gradients, optimiser",
+}  # fmt: skip
 
 
 def _memory(report: Report) -> dict[str, Any] | None:
@@ -242,16 +236,14 @@ def _memory(report: Report) -> dict[str, Any] | None:
     widest = max(planned, peak, 1)
     if not parts:
         return None
+    shown = [
+        {"name": PART_NAMES.get(name, name), "size": size(count), "width": _width(count / widest)}
+        for name, count in parts.items()
+    ]
     return {
-        "parts": [
-            {"name": PART_NAMES.get(name, name), "size": size(count), "width": _width(count / widest)}
-            for name, count in parts.items()
-        ],
-        "planned": size(planned),
-        "peak": size(peak or None),
-        "peak_width": _width(peak / widest),
+        "parts": shown, "planned": size(planned), "peak": size(peak or None), "peak_width": _width(peak / widest),
         "note": _memory_note(peak, planned),
-    }
+    }  # fmt: skip
 
 
 def _memory_note(peak: int, planned: int | None) -> str:

@@ -121,36 +121,27 @@ def render_merge(report: Any) -> str:
     """What was merged, kind by kind, and what it cost."""
     if report.status != "done":
         return f"{report.status}: nothing was written"
-    if report.wrote == "adapter":
-        rows, what = _adapter_rows(report), "cut off in all"
-        use = f"adapter  {report.out}\ntry it   thimble chat --adapter {report.out}"
-    else:
-        rows, what = _base_rows(report), "lost by rounding in all"
-        use = f"base     {report.out}\ntry it   thimble chat --base {report.out}"
-    total = report.kinds[-1]
+    is_adapter, total = report.wrote == "adapter", report.kinds[-1]
+    rows = [_MERGE_HEADS[report.wrote], *(_kind_row(kind, is_adapter) for kind in report.kinds)]
+    what, option = ("cut off in all", "--adapter") if is_adapter else ("lost by rounding in all", "--base")
     worst = f"most in {total.worst_layer}: {small_percent(total.worst_error)}"
+    use = f"{report.wrote:<8} {report.out}\ntry it   thimble chat {option} {report.out}"
     return "\n\n".join([table(rows), f"{small_percent(total.error)} of the update {what}; {worst}", use])
 
 
-def _adapter_rows(report: Any) -> list[tuple[str, ...]]:
-    rows: list[tuple[str, ...]] = [("", "layers", "rank", "now", "parameters", "now", "MB", "now", "error", "worst")]
-    for kind in report.kinds:
-        sizes = (f"{kind.parameters_before:,}", f"{kind.parameters_after:,}")
-        sizes += (f"{kind.bytes_before / 1e6:.2f}", f"{kind.bytes_after / 1e6:.2f}")
-        ranks = (_span(kind.rank_before), _span(kind.rank_after))
-        rows.append((kind.kind, f"{kind.layers}", *ranks, *sizes, *_errors(kind)))
-    return rows
+_MERGE_HEADS = {
+    "adapter": ("", "layers", "rank", "now", "parameters", "now", "MB", "now", "error", "worst"),
+    "base": ("", "layers", "rank", "rounding", "worst"),
+}
 
 
-def _base_rows(report: Any) -> list[tuple[str, ...]]:
-    rows: list[tuple[str, ...]] = [("", "layers", "rank", "rounding", "worst")]
-    for kind in report.kinds:
-        rows.append((kind.kind, f"{kind.layers}", _span(kind.rank_before), *_errors(kind)))
-    return rows
-
-
-def _errors(kind: Any) -> tuple[str, str]:
-    return small_percent(kind.error), small_percent(kind.worst_error)
+def _kind_row(kind: Any, is_adapter: bool) -> tuple[str, ...]:
+    smaller = (
+        _span(kind.rank_after), f"{kind.parameters_before:,}", f"{kind.parameters_after:,}",
+        f"{kind.bytes_before / 1e6:.2f}", f"{kind.bytes_after / 1e6:.2f}",
+    ) if is_adapter else ()  # fmt: skip
+    errors = small_percent(kind.error), small_percent(kind.worst_error)
+    return (kind.kind, f"{kind.layers}", _span(kind.rank_before), *smaller, *errors)
 
 
 def _span(ends: list[int]) -> str:

@@ -15,8 +15,7 @@ def make_report(run_plan: RunPlan, result: TrainResult, log: EventLog, total_sec
     base, progress, before, after = run_plan.model.base, result.progress, result.before, result.after
     report = TrainReport(
         status=result.status, out=str(run_plan.folder), base=base.name, steps=progress.steps, tokens=progress.tokens,
-        target_tokens=progress.target_tokens, seconds=progress.seconds,
-        total_seconds=total_seconds,
+        target_tokens=progress.target_tokens, seconds=progress.seconds, total_seconds=total_seconds,
         tokens_per_second=progress.tokens / progress.seconds if progress.seconds else 0.0,
         peak_memory_bytes=peak_memory_bytes(), loss_base=before.base.loss, loss_before=before.loss,
         general_before=before.base.general_loss, metric=run_plan.metric_name, metrics_before=before.base.metrics,

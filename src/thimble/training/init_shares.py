@@ -37,9 +37,8 @@ def plan_measurement(config: InspectConfig, log: EventLog) -> RunPlan:
 def measure_init_shares(run_plan: RunPlan, log: EventLog) -> list[InitShares]:
     """Measure each layer, in the order of the model."""
     log.stage("loading the base")
-    how = run_plan.execution
+    how, data = run_plan.execution, run_plan.calibration_data()
     session = open_session(run_plan.model, run_plan.config.compute, how.store, how.is_streamed)
-    data = run_plan.calibration_data()
     shapes = data.shapes.items()
     sizes = {path: Size(INITS["gradient"].allowed_rank(AUTO_RANK, shape), 1.0) for path, shape in shapes}
     found = captured_by_inits(sizes, Calibration(data, session, log))

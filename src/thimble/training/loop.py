@@ -88,7 +88,10 @@ def run(
     loop.train()
     after = loop.measure_after(before)
     session.release()
-    return loop.result(before, after)
+    return TrainResult(
+        session.adapter(loop.state), loop.progress, before, after, loop.best_step, loop.saved_step, loop.diverged,
+        loop.cut_file, control.should_stop(),
+    )  # fmt: skip
 
 
 class _Loop:
@@ -140,13 +143,6 @@ class _Loop:
         except MemoryError as error:
             self.log.warning(f"memory ran out while the result was measured ({error}): `thimble evaluate` can do that")
             return None
-
-    def result(self, before: Before, after: Scores | None) -> TrainResult:
-        """What the run came to."""
-        return TrainResult(
-            self.session.adapter(self.state), self.progress, before, after, self.best_step, self.saved_step,
-            self.diverged, self.cut_file, self.control.should_stop(),
-        )  # fmt: skip
 
     # ---- steps ----------------------------------------------------------------------------------------------------
 

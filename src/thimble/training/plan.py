@@ -63,8 +63,7 @@ class RunPlan:
         shapes = self.model.base.spec.linear_shapes()
         return CalibrationData.of_steps(
             self.examples.train, self.step_schedule.rows, self.config.calibration_steps, general_rows=self.general,
-            execution=self.execution, shapes={path: shapes[path] for path in self.layers},
-            seed=self.config.seed,
+            execution=self.execution, shapes={path: shapes[path] for path in self.layers}, seed=self.config.seed,
         )  # fmt: skip
 
 

@@ -37,8 +37,6 @@ class TextTask:
     base: Base  # the base, for what is odd about it
     compute: str  # the compute type, likewise
 
-    # ---- training -------------------------------------------------------------------------------------------------
-
     def work(self, rows: Sequence[int], execution: ExecutionPlan) -> Work:
         """The batches of one step, from the numbers of its rows."""
         chosen = [self.rows[number] for number in rows]
@@ -56,8 +54,6 @@ class TextTask:
     def watch(self, session: Session, adapter: ActiveAdapter, execution: ExecutionPlan) -> list[LossSum]:
         """The loss of each watched row."""
         return list(session.losses(adapter, [pack([row]) for row in self.watched], execution))
-
-    # ---- measuring ------------------------------------------------------------------------------------------------
 
     def evaluate(self, session: Session, adapter: ActiveAdapter, execution: ExecutionPlan, control: Control) -> Scores:
         """Loss and answers of the validation rows, and the loss on general text."""
