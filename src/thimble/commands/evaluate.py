@@ -6,7 +6,7 @@ from typing import Any
 from thimble.backends.open import choose_store, open_session
 from thimble.config.evaluate import EvaluateConfig
 from thimble.core.adapter import Adapter
-from thimble.core.metrics import Metric
+from thimble.core.metrics import Metric, average
 from thimble.data.examples import Examples, encode_examples, log_skipped, open_data
 from thimble.data.model import Model, open_model
 from thimble.data.records import Dataset, Record
@@ -17,7 +17,7 @@ from thimble.models.adapters import open_adapters
 from thimble.models.cost import cache_token_bytes
 from thimble.models.execution import ExecutionPlan
 from thimble.training.control import Control
-from thimble.training.evaluation import Question, ValidationSet, choose_metric, make_questions, measure, scores_of
+from thimble.training.evaluation import Question, ValidationSet, choose_metric, make_questions, measure
 
 SHOWN_ANSWERS = 3
 PASS_TOKENS = 1024  # of a batch, which one worker runs
@@ -91,8 +91,8 @@ def evaluate(config: EvaluateConfig, on_event: OnEvent = ignore, should_stop: Sh
             break
         log.stage(f"measuring {name}")
         loss, answers = measure(session, session.load(adapter), validation, execution, Control(log, should_stop))
-        shown = [asdict(answer) for answer in answers[:SHOWN_ANSWERS]]
-        results.append(Result(name, loss.mean, loss.perplexity, loss.tokens, scores_of(answers), shown))
+        shown, scores = [asdict(answer) for answer in answers[:SHOWN_ANSWERS]], average(a.scores for a in answers)
+        results.append(Result(name, loss.mean, loss.perplexity, loss.tokens, scores, shown))
     answered = len(questions) if metric else 0
     return EvaluateReport(
         config.data, model.base.name, len(examples.valid), answered, metric_name, results, log.messages

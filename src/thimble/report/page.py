@@ -87,10 +87,9 @@ def _headline(report: Report) -> tuple[str, str, str, str]:
     steps, spent = report["steps"], f"{plural(report['steps'], 'step')}, {duration(report['seconds'])} on a CPU"
     if not steps:
         return base, "was to be fine-tuned on", data, "but the run ended before the first step."
-    if report["status"] == "diverged":
-        return base, "was fine-tuned on", data, f"until training diverged: {spent}."
-    if report["status"] == "interrupted":
-        return base, "was fine-tuned on", data, f"until the run was interrupted: {spent}."
+    ends = {"diverged": "training diverged", "interrupted": "the run was interrupted"}
+    if report["status"] in ends:
+        return base, "was fine-tuned on", data, f"until {ends[report['status']]}: {spent}."
     return base, "fine-tuned on", data, f"in {spent}."
 
 

@@ -162,8 +162,9 @@ def interval(share: float, rows: int) -> str:
 def _by_loss(report: Report) -> Verdict:
     change, sentence = report["loss_after"] - loss_before(report), _loss_sentence(report)
     if not is_number(change):
-        text = "The validation loss was only measured after training: nothing to compare."
-        return Verdict("unknown", "Unclear", text)
+        return Verdict(
+            "unknown", "Unclear", "The validation loss was only measured after training: nothing to compare."
+        )
     if change < -LOSS_MARGIN_NATS:
         text = "It predicts unseen rows better than the base did; whether it answers better, only its answers can show."
         return Verdict("good", "Yes, by the loss", f"{sentence} {text}")

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from thimble.backends.session import ActiveAdapter, Session
-from thimble.core.metrics import METRICS, LossSum, Metric, average, parse_tool_calls, valid_json
+from thimble.core.metrics import METRICS, LossSum, Metric, parse_tool_calls, valid_json
 from thimble.data.batches import micro_batches
 from thimble.data.encode import IGNORED, Encoder, Row
 from thimble.data.records import Record
@@ -189,8 +189,3 @@ def _checked(function: Callable[[str, str], Any], wanted: str) -> Metric:
             raise ConfigError(f"metric {wanted} returned {value!r}: expected a number or a dict of numbers") from None
 
     return score
-
-
-def scores_of(answers: Sequence[Answer]) -> dict[str, float]:
-    """Mean of each figure over answers."""
-    return average(answer.scores for answer in answers)

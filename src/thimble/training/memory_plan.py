@@ -76,13 +76,10 @@ def memory_inputs(
     init = parse_init(config.init)
     calibrates = ("inputs", "gradients") if config.rank is None else ()
     return MemoryInputs(
-        compute=compute,
-        trained=adapter_parameters(base.spec, sizes, config.use_dora),
-        longest=max(examples.train_report.longest, examples.valid_report.longest),
-        lowest=lowest_block(sizes),
-        needs=(init.needs, *calibrates),
-        is_delta=init.is_delta,
-    )
+        compute=compute, trained=adapter_parameters(base.spec, sizes, config.use_dora),
+        longest=max(examples.train_report.longest, examples.valid_report.longest), lowest=lowest_block(sizes),
+        needs=(init.needs, *calibrates), is_delta=init.is_delta,
+    )  # fmt: skip
 
 
 def execution_plans(

@@ -42,8 +42,7 @@ class RunPlan:
     model: Model  # the base with tokenizer and template
     examples: Examples  # the user's rows
     general: tuple[Row, ...]  # rows of general text, for the forgetting check
-    layers: list[str]  # paths of the adapted layers
-    sizes: dict[str, Size]  # their ranks and scales, as far as they are known before training
+    sizes: dict[str, Size]  # ranks and scales of the adapted layers by path, as far as they are known before training
     watched: list[Row]  # validation rows measured during training
     eval_every_steps: int  # how often; 0 is never
     step_schedule: StepSchedule  # the steps
@@ -63,7 +62,7 @@ class RunPlan:
         shapes = self.model.base.spec.linear_shapes()
         return CalibrationData.of_steps(
             self.examples.train, self.step_schedule.rows, self.config.calibration_steps, general_rows=self.general,
-            execution=self.execution, shapes={path: shapes[path] for path in self.layers}, seed=self.config.seed,
+            execution=self.execution, shapes={path: shapes[path] for path in self.sizes}, seed=self.config.seed,
         )  # fmt: skip
 
 
@@ -87,7 +86,7 @@ def plan_run(config: TrainConfig, log: EventLog, needs_folder: bool = True) -> R
         check_origin(checkpoint, origin, config.accept_changes, log)
     return RunPlan(
         config=_resolved(config, cost, folder), model=model, examples=examples, general=general_rows(model, config),
-        layers=list(sizes), sizes=sizes, watched=watched, eval_every_steps=every, step_schedule=cost.step_schedule,
+        sizes=sizes, watched=watched, eval_every_steps=every, step_schedule=cost.step_schedule,
         memory=cost.memory, allowed_bytes=cost.allowed_bytes, work=cost.work, seconds_per_step=cost.seconds_per_step,
         execution=cost.execution, validation=_validation_set(config, model, examples, questions, metric, cost),
         metric_name=metric_name, origin=origin, checkpoint=checkpoint, folder=folder,

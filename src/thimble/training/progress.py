@@ -26,12 +26,9 @@ class Progress:
     def state(self) -> dict[str, Any]:
         """Plain data for a checkpoint, which keeps the number of steps itself."""
         return {
-            **{name: getattr(self, name) for name in COUNTED},
-            "rollbacks": self.guard.rollbacks,
-            "guard": self.guard.state(),
-            "plateau": self.plateau.state(),
-            "execution": asdict(self.execution),
-        }
+            **{name: getattr(self, name) for name in COUNTED}, "rollbacks": self.guard.rollbacks,
+            "guard": self.guard.state(), "plateau": self.plateau.state(), "execution": asdict(self.execution),
+        }  # fmt: skip
 
     def restore(self, steps: int, state: Mapping[str, Any]) -> None:
         """Continue from what `state` returned after so many steps; how a step is run was decided by the run plan."""

@@ -8,10 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from thimble.backends.session import ActiveAdapter, Gradient, Objective, Session, Work
-from thimble.core.metrics import LossSum
+from thimble.core.metrics import LossSum, average
 from thimble.models.execution import ExecutionPlan
 from thimble.training.control import Control
-from thimble.training.evaluation import Answer, scores_of
+from thimble.training.evaluation import Answer
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Scores:
     @property
     def metrics(self) -> dict[str, float]:
         """Mean of each metric over the answers."""
-        return scores_of(self.answers)
+        return average(answer.scores for answer in self.answers)
 
 
 @dataclass(frozen=True)
