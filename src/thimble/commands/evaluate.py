@@ -9,8 +9,6 @@ from thimble.core.adapter import Adapter
 from thimble.core.metrics import Metric, average
 from thimble.data.examples import Examples, encode_examples, log_skipped, open_data
 from thimble.data.model import Model, open_model
-from thimble.data.records import Dataset, Record
-from thimble.data.spool import Items
 from thimble.errors import Problems, plural
 from thimble.events import EventLog, OnEvent, ShouldStop, ignore, never
 from thimble.models.adapters import open_adapters
@@ -106,11 +104,11 @@ def _prepare(
     problems = Problems(config.problems)
     log.stage("reading the base and the examples")
     model = problems.attempt(open_model, config.base)
-    records = problems.attempt(_records, config.data, config.strict)
+    dataset = problems.attempt(open_data, config.data, config.strict)
     adapters = open_adapters(config.adapter, model.base if model else None, problems)
     examples = None
-    if model and records is not None:
-        dataset, rows = records
+    if model and dataset:
+        rows = dataset.test or dataset.valid or dataset.train  # of a folder the test file, else its valid file
         examples = problems.attempt(encode_examples, dataset, (), rows, model, config, log)
     questions = make_questions(examples.valid_records, examples.encoder, config.eval_rows) if examples else []
     chosen = problems.attempt(choose_metric, config.metric, questions)
@@ -120,9 +118,3 @@ def _prepare(
         log.note(note)
     log_skipped(examples.dataset, log)
     return model, examples, adapters, questions, chosen
-
-
-def _records(path: str, is_strict: bool) -> tuple[Dataset, Items[Record]]:
-    """The rows to measure on: the test file of a folder, else its valid file, else all rows."""
-    dataset = open_data(path, is_strict)
-    return dataset, dataset.test or dataset.valid or dataset.train

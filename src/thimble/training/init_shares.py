@@ -26,8 +26,7 @@ def plan_measurement(config: InspectConfig, log: EventLog) -> RunPlan:
     run = TrainConfig.build({**options, "rank": "auto", "init": "gradient", "eval_rows": 0, "eval_every_steps": 0})
     planning = EventLog(ignore)  # most of what it decides is about training
     run_plan = problems.attempt(plan_run, run, planning, needs_folder=False)
-    problems.required()
-    assert run_plan, "a plan that fails leaves a problem"
+    (run_plan,) = problems.required(run_plan)
     for say, kind in ((log.note, "note"), (log.warning, "warning")):
         for text in planning.messages[kind]:
             say(text)

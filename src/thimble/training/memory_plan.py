@@ -11,16 +11,8 @@ from thimble.core.sizes import MICRO_BATCH_TOKENS, padded
 from thimble.core.targets import Size
 from thimble.data.examples import Examples
 from thimble.errors import DoesNotFitError
+from thimble.models import cost
 from thimble.models.base import Base
-from thimble.models.cost import (
-    MemoryInputs,
-    MemoryPlan,
-    StepWork,
-    adapter_parameters,
-    estimate_memory,
-    estimate_seconds,
-    lowest_block,
-)
 from thimble.models.execution import ExecutionPlan
 from thimble.models.machine import available_bytes
 from thimble.training.step_schedule import StepSchedule
@@ -37,9 +29,9 @@ class RunCost:
     reasons: tuple[str, str]  # why that compute type, and why that store
     step_schedule: StepSchedule  # the steps
     execution: ExecutionPlan  # how a step is run
-    memory: MemoryPlan  # expected peak
+    memory: cost.MemoryPlan  # expected peak
     allowed_bytes: int  # by the user, or by what the machine has free
-    work: StepWork  # what a step does on average
+    work: cost.StepWork  # what a step does on average
     seconds_per_step: float  # expected
 
 
@@ -64,20 +56,20 @@ def plan_cost(
         why_store = f"store {execution.store}: {stores[0]} does not fit the memory"
     report, steps = examples.train_report, step_schedule.steps_per_epoch
     square = sum(length * length for length in lengths) / report.tokens
-    work = StepWork(report.tokens / steps, report.target_tokens / steps, square, inputs.trained, inputs.lowest)
-    seconds = estimate_seconds(base, compute, work, execution, machine())
+    work = cost.StepWork(report.tokens / steps, report.target_tokens / steps, square, inputs.trained, inputs.lowest)
+    seconds = cost.estimate_seconds(base, compute, work, execution, machine())
     return RunCost(compute, (why_compute, why_store), step_schedule, execution, memory, allowed, work, seconds)
 
 
 def memory_inputs(
     config: TrainConfig, compute: str, base: Base, examples: Examples, sizes: dict[str, Size]
-) -> MemoryInputs:
+) -> cost.MemoryInputs:
     """What the memory of a run depends on; ranks that are found from the data take memory before training."""
     init = parse_init(config.init)
     calibrates = ("inputs", "gradients") if config.rank is None else ()
-    return MemoryInputs(
-        compute=compute, trained=adapter_parameters(base.spec, sizes, config.use_dora),
-        longest=max(examples.train_report.longest, examples.valid_report.longest), lowest=lowest_block(sizes),
+    return cost.MemoryInputs(
+        compute=compute, trained=cost.adapter_parameters(base.spec, sizes, config.use_dora),
+        longest=max(examples.train_report.longest, examples.valid_report.longest), lowest=cost.lowest_block(sizes),
         needs=(init.needs, *calibrates), is_delta=init.is_delta,
     )  # fmt: skip
 
@@ -101,10 +93,10 @@ def execution_plans(
 
 
 def _first_that_fits(
-    base: Base, inputs: MemoryInputs, plans: Sequence[ExecutionPlan], allowed: int, is_budget: bool
-) -> tuple[MemoryPlan, ExecutionPlan]:
+    base: Base, inputs: cost.MemoryInputs, plans: Sequence[ExecutionPlan], allowed: int, is_budget: bool
+) -> tuple[cost.MemoryPlan, ExecutionPlan]:
     """The first execution plan that fits the memory allowed."""
-    found = [(estimate_memory(base, inputs, execution), execution) for execution in plans]
+    found = [(cost.estimate_memory(base, inputs, execution), execution) for execution in plans]
     for memory, execution in found:
         if memory.total <= allowed:
             return memory, execution

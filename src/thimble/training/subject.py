@@ -17,9 +17,8 @@ def open_subject(config: InspectConfig, problems: Problems, log: EventLog) -> Su
     """Open what was named, as far as it can be, and check that it fits together."""
     names = [name for name in (config.path, config.other) if name is not None]
     kinds = [problems.attempt(_kind_of, name) for name in names]
-    bases, adapters = (
-        [name for name, kind in zip(names, kinds, strict=True) if kind == wanted] for wanted in ("base", "adapter")
-    )
+    named = list(zip(names, kinds, strict=True))
+    bases, adapters = ([name for name, kind in named if kind == wanted] for wanted in ("base", "adapter"))
     problems.add(*_misplaced(config, bases, adapters))
     base = None
     if config.base is not None or bases or (None not in kinds and len(adapters) < 2):
