@@ -13,23 +13,15 @@ if TYPE_CHECKING:
 
 
 class Command(NamedTuple):
-    """One command.
+    """One command."""
 
-    Attributes:
-        name: As it is typed, and the name of its function in Python.
-        summary: One sentence for `thimble --help`.
-        options_path: Its config class, as `module:name` within thimble.
-        function_path: Its function; takes the config, `on_event` and, where it can end early, `should_stop`.
-        renderer_path: What turns its report into text for a terminal; empty for a command that talks with its user.
-        kept_on_stop: What an interrupted command leaves, for the message.
-    """
-
-    name: str
-    summary: str
-    options_path: str
-    function_path: str
+    name: str  # as it is typed, and the name of its function in Python
+    summary: str  # one sentence for `thimble --help`
+    options_path: str  # its config class, as `module:name` within thimble
+    function_path: str  # its function; takes the config, `on_event` and, where it can end early, `should_stop`
+    # What turns its report into text for a terminal; empty for a command that talks with its user.
     renderer_path: str = ""
-    kept_on_stop: str = "keeping what is done"
+    kept_on_stop: str = "keeping what is done"  # what an interrupted command leaves, for the message
 
     @property
     def options(self) -> type["Options"]:

@@ -12,18 +12,7 @@ from thimble.models.adapters import open_adapters
 
 
 def open_conversation(config: ChatConfig, on_event: OnEvent = ignore) -> Conversation:
-    """Open a base with adapters to talk to.
-
-    Args:
-        config: The options.
-        on_event: Called with what was decided.
-
-    Returns:
-        The conversation, with the last adapter in use.
-
-    Raises:
-        InputError: With every problem found.
-    """
+    """Open a base with adapters to talk to; the last adapter is in use."""
     from thimble.backends.torch.compute import choose_compute
 
     log = EventLog(on_event)
@@ -37,7 +26,5 @@ def open_conversation(config: ChatConfig, on_event: OnEvent = ignore) -> Convers
     spec, tokenizer = model.base.spec, model.tokenizer
     encoder = Encoder(tokenizer, model.template, spec.max_positions, vocab_size=spec.vocab_size)
     active = {name: session.load(adapter) for name, adapter in adapters.items()}
-    options = SamplingOptions(
-        config.max_new_tokens, tokenizer.stop_ids, config.temperature, config.top_p, config.seed
-    )  # fmt: skip
+    options = SamplingOptions(config.max_new_tokens, tokenizer.stop_ids, config.temperature, config.top_p, config.seed)
     return Conversation(session, tokenizer, encoder, active, options, config.system)

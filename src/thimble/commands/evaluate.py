@@ -4,20 +4,18 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from thimble.backends.open import choose_store, open_session
-from thimble.backends.session import Session
 from thimble.config.evaluate import EvaluateConfig
 from thimble.core.adapter import Adapter
-from thimble.core.metrics import Metric
+from thimble.core.metrics import Metric, average
 from thimble.data.examples import Examples, encode_examples, log_skipped, open_data
 from thimble.data.model import Model, open_model
-from thimble.data.records import Dataset, Record
-from thimble.data.spool import Items
 from thimble.errors import Problems, plural
 from thimble.events import EventLog, OnEvent, ShouldStop, ignore, never
 from thimble.models.adapters import open_adapters
 from thimble.models.cost import cache_token_bytes
 from thimble.models.execution import ExecutionPlan
-from thimble.training.evaluation import Question, ValidationSet, choose_metric, make_questions, measure, scores_of
+from thimble.training.control import Control
+from thimble.training.evaluation import Question, ValidationSet, choose_metric, make_questions, measure
 
 SHOWN_ANSWERS = 3
 PASS_TOKENS = 1024  # of a batch, which one worker runs
@@ -69,22 +67,17 @@ class EvaluateReport:
 
 
 def evaluate(config: EvaluateConfig, on_event: OnEvent = ignore, should_stop: ShouldStop = never) -> EvaluateReport:
-    """Measure the bare base and each adapter on the same rows.
-
-    Args:
-        config: The options.
-        on_event: Called with progress.
-        should_stop: Asked between batches; what is measured by then is returned.
-
-    Returns:
-        The report.
-
-    Raises:
-        InputError: With every problem found.
-    """
+    """Measure the bare base and each adapter on the same rows; those measured before a stop are reported."""
     log = EventLog(on_event)
-    model, examples, adapters, questions, (metric_name, metric) = _prepare(config, log)
-    session, compute, execution = _open(config, model, log)
+    model, examples, adapters, questions, (metric_name, metric) = _prepare(config, log)  # before torch is loaded
+    from thimble.backends.torch.compute import choose_compute
+    from thimble.backends.torch.threads import num_cores
+
+    compute, why = choose_compute(config.compute)
+    stores, why_store = choose_store(config.store, model.base, compute)
+    log.decision(f"compute: {why}")
+    log.decision(why_store)
+    session, execution = open_session(model, compute, stores[0]), ExecutionPlan(stores[0], num_cores(), PASS_TOKENS)
     validation = ValidationSet(
         examples.valid, questions if metric else questions[:SHOWN_ANSWERS], metric, model.tokenizer,
         config.max_new_tokens, cache_tokens=CACHE_BYTES // cache_token_bytes(model.base.spec, compute),
@@ -95,26 +88,13 @@ def evaluate(config: EvaluateConfig, on_event: OnEvent = ignore, should_stop: Sh
         if should_stop():
             break
         log.stage(f"measuring {name}")
-        loss, answers = measure(session, session.load(adapter), validation, execution, log, should_stop)
-        shown = [asdict(answer) for answer in answers[:SHOWN_ANSWERS]]
-        results.append(Result(name, loss.mean, loss.perplexity, loss.tokens, scores_of(answers), shown))
+        loss, answers = measure(session, session.load(adapter), validation, execution, Control(log, should_stop))
+        shown, scores = [asdict(answer) for answer in answers[:SHOWN_ANSWERS]], average(a.scores for a in answers)
+        results.append(Result(name, loss.mean, loss.perplexity, loss.tokens, scores, shown))
     answered = len(questions) if metric else 0
     return EvaluateReport(
         config.data, model.base.name, len(examples.valid), answered, metric_name, results, log.messages
-    )  # fmt: skip
-
-
-def _open(config: EvaluateConfig, model: Model, log: EventLog) -> tuple[Session, str, ExecutionPlan]:
-    """The session, its compute type, and how batches are run."""
-    from thimble.backends.torch.compute import choose_compute
-    from thimble.backends.torch.threads import num_cores
-
-    compute, why = choose_compute(config.compute)
-    stores, why_store = choose_store(config.store, model.base, compute)
-    log.decision(f"compute: {why}")
-    log.decision(why_store)
-    execution = ExecutionPlan(stores[0], num_cores(), PASS_TOKENS)
-    return open_session(model, compute, stores[0]), compute, execution
+    )
 
 
 def _prepare(
@@ -124,11 +104,11 @@ def _prepare(
     problems = Problems(config.problems)
     log.stage("reading the base and the examples")
     model = problems.attempt(open_model, config.base)
-    records = problems.attempt(_records, config.data, config.strict)
+    dataset = problems.attempt(open_data, config.data, config.strict)
     adapters = open_adapters(config.adapter, model.base if model else None, problems)
     examples = None
-    if model and records is not None:
-        dataset, rows = records
+    if model and dataset:
+        rows = dataset.test or dataset.valid or dataset.train  # of a folder the test file, else its valid file
         examples = problems.attempt(encode_examples, dataset, (), rows, model, config, log)
     questions = make_questions(examples.valid_records, examples.encoder, config.eval_rows) if examples else []
     chosen = problems.attempt(choose_metric, config.metric, questions)
@@ -138,9 +118,3 @@ def _prepare(
         log.note(note)
     log_skipped(examples.dataset, log)
     return model, examples, adapters, questions, chosen
-
-
-def _records(path: str, is_strict: bool) -> tuple[Dataset, Items[Record]]:
-    """The rows to measure on: the test file of a folder, else its valid file, else all rows."""
-    dataset = open_data(path, is_strict)
-    return dataset, dataset.test or dataset.valid or dataset.train

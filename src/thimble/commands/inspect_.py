@@ -73,24 +73,11 @@ class InspectReport:
 
 
 def inspect(config: InspectConfig, on_event: OnEvent = ignore, should_stop: ShouldStop = never) -> InspectReport:
-    """Look into a base, an adapter or two adapters, one weight at a time; or measure what inits make of some data.
-
-    Args:
-        config: The options.
-        on_event: Called with each event.
-        should_stop: Asked between layers; what is measured by then is returned.
-
-    Returns:
-        The report.
-
-    Raises:
-        InputError: With every problem found.
-    """
+    """Look into a base, an adapter or two adapters, one weight at a time; or measure what inits make of some data."""
     log, began = EventLog(on_event), time.perf_counter()
     report = _inspect_inits(config, log) if config.data is not None else _inspect_subject(config, log, should_stop)
     rows = report.spectra or report.updates or report.overlaps or report.inits
-    report.by_kind, report.by_block = grouped(rows, "kind"), grouped(rows, "block")
-    report.overall = summary(rows)
+    report.by_kind, report.by_block, report.overall = grouped(rows, "kind"), grouped(rows, "block"), summary(rows)
     if config.out and rows:
         log.stage("drawing")
         report.figures = write_figures(Path(config.out), asdict(report))

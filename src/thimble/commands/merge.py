@@ -9,20 +9,9 @@ from thimble.core.adapter import Adapter, add_up, conflicts, sum_problems
 from thimble.data.model import find_base
 from thimble.errors import ConfigError, Problems, listing
 from thimble.events import EventLog, OnEvent, ShouldStop, ignore, never
+from thimble.models import merged
 from thimble.models.adapters import open_adapters
 from thimble.models.base import Base
-from thimble.models.merged import (
-    ROUNDING_LIMIT,
-    MergedKind,
-    MergedLayer,
-    by_kind,
-    check_mergeable,
-    rounding_warning,
-    stored_bytes,
-    worst_by_dtype,
-    write_merged,
-    write_truncated,
-)  # fmt: skip
 from thimble.training.run_folder import atomic_folder, check_new_folder
 
 
@@ -47,8 +36,8 @@ class MergeReport:
     out: str
     adapters: list[str]
     base: str
-    layers: list[MergedLayer]
-    kinds: list[MergedKind]
+    layers: list[merged.MergedLayer]
+    kinds: list[merged.MergedKind]
     rounding: dict[str, float]
     messages: dict[str, list[str]]
 
@@ -58,26 +47,13 @@ class _StoppedError(Exception):
 
 
 def merge(config: MergeConfig, on_event: OnEvent = ignore, should_stop: ShouldStop = never) -> MergeReport:
-    """Add adapters up, and write them as a smaller adapter or merged into the base.
-
-    Args:
-        config: The options.
-        on_event: Called with each event.
-        should_stop: Asked between layers; nothing is written then.
-
-    Returns:
-        The report.
-
-    Raises:
-        InputError: With every problem found.
-        RunError: If a merged weight does not fit its dtype.
-    """
+    """Add adapters up, and write them as a smaller adapter or merged into the base; nothing if stopped on the way."""
     log, shrinks = EventLog(on_event), _shrinks(config)
     adapters, base = _prepare(config, log)
-    updates, sizes = add_up(adapters.values()), stored_bytes(config.adapter)
-    layers: list[MergedLayer] = []
+    updates, sizes = add_up(adapters.values()), merged.stored_bytes(config.adapter)
+    layers: list[merged.MergedLayer] = []
 
-    def on_layer(layer: MergedLayer) -> None:
+    def on_layer(layer: merged.MergedLayer) -> None:
         layers.append(replace(layer, bytes_before=sizes[layer.name]))
         log.progress("layers", len(layers), len(updates))
         if should_stop():
@@ -88,18 +64,18 @@ def merge(config: MergeConfig, on_event: OnEvent = ignore, should_stop: ShouldSt
         with atomic_folder(Path(config.out)) as folder:
             if shrinks or base is None:
                 log.stage("truncating the updates")
-                write_truncated(list(adapters.values()), updates, config.truncate, config.rank, folder, on_layer)
+                merged.write_truncated(list(adapters.values()), updates, config.truncate, config.rank, folder, on_layer)
             else:
                 log.stage(f"merging into {base.name}")
-                write_merged(base, updates, folder, on_layer)
+                merged.write_merged(base, updates, folder, on_layer)
     except _StoppedError:
         status = "interrupted"
-    rounding = {} if shrinks else worst_by_dtype(layers)
-    if any(error > ROUNDING_LIMIT for error in rounding.values()):
-        log.warning(rounding_warning(layers))
+    rounding = {} if shrinks else merged.worst_by_dtype(layers)
+    if any(error > merged.ROUNDING_LIMIT for error in rounding.values()):
+        log.warning(merged.rounding_warning(layers))
     return MergeReport(
         status, "adapter" if shrinks else "base", config.out, list(adapters), base.name if base else "", layers,
-        by_kind(layers), rounding, log.messages,
+        merged.by_kind(layers), rounding, log.messages,
     )  # fmt: skip
 
 
@@ -126,7 +102,7 @@ def _prepare(config: MergeConfig, log: EventLog) -> tuple[dict[str, Adapter], Ba
                 "with --truncate 0.99"
             )
         layers = sorted({layer for adapter in adapters.values() for layer in adapter.layers})
-        needed = (problems.attempt(check_mergeable, base, layers) if base else None) or 0
+        needed = (problems.attempt(merged.check_mergeable, base, layers) if base else None) or 0
     if config.out:
         problems.attempt(check_new_folder, Path(config.out), needed)
     else:

@@ -52,38 +52,19 @@ class PlanReport:
 
 
 def plan(config: PlanConfig, on_event: OnEvent = ignore) -> PlanReport:
-    """Decide everything that `train` would, and count what it would cost; write nothing.
-
-    Args:
-        config: The options of train.
-        on_event: Called with what was decided.
-
-    Returns:
-        The report.
-
-    Raises:
-        InputError: If train would refuse the run.
-    """
+    """Decide everything that `train` would, and count what it would cost; write nothing."""
     from thimble.backends.torch.compute import machine
 
     log = EventLog(on_event)
     run_plan = plan_run(config, log, needs_folder=False)
     steps, report, rates = run_plan.step_schedule.total_steps, run_plan.examples.train_report, machine()
     return PlanReport(
-        base=describe_base(run_plan.model),
-        base_parameters=run_plan.model.base.num_parameters,
-        adapter_parameters=run_plan.work.trained,
-        rows=len(report.lengths),
-        tokens_per_epoch=report.tokens,
-        target_tokens_per_epoch=report.target_tokens,
-        longest_row_tokens=report.longest,
-        steps=steps,
-        memory=run_plan.memory.parts(),
-        available_bytes=available_bytes(),
-        seconds_per_step=run_plan.seconds_per_step,
+        base=describe_base(run_plan.model), base_parameters=run_plan.model.base.num_parameters,
+        adapter_parameters=run_plan.work.trained, rows=len(report.lengths), tokens_per_epoch=report.tokens,
+        target_tokens_per_epoch=report.target_tokens, longest_row_tokens=report.longest, steps=steps,
+        memory=run_plan.memory.parts(), available_bytes=available_bytes(), seconds_per_step=run_plan.seconds_per_step,
         seconds_total=run_plan.seconds_per_step * steps if steps else (run_plan.step_schedule.minutes or 0) * 60,
         tokens_per_second=run_plan.work.tokens / run_plan.seconds_per_step,
         machine={**asdict(rates), "disk_bytes": disk_bytes_per_second(run_plan.model.base.files[0])},
-        alternatives=list(alternatives(config, run_plan, rates)),
-        messages=log.messages,
-    )
+        alternatives=list(alternatives(config, run_plan, rates)), messages=log.messages,
+    )  # fmt: skip

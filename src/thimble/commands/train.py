@@ -16,7 +16,7 @@ from thimble.errors import Problems, RunError, listing
 from thimble.events import EventLog, OnEvent, ShouldStop, ignore, never
 from thimble.files.peft import load_adapter
 from thimble.training import run_folder
-from thimble.training.checkpoint import checkpoint_names, latest_checkpoint, locked
+from thimble.training.checkpoint import checkpoint_folders, latest_checkpoint, locked
 from thimble.training.control import Control, ShouldWait, never_wait
 from thimble.training.finish import finish, make_report
 from thimble.training.initialise import Initialization, initialise
@@ -34,21 +34,7 @@ def train(
     should_stop: ShouldStop = never,
     should_wait: ShouldWait = never_wait,
 ) -> TrainReport:
-    """Train an adapter and measure what it learned.
-
-    Args:
-        config: The options.
-        on_event: Called with decisions, progress and steps.
-        should_stop: Asked between steps; on True the run ends and keeps what was learned.
-        should_wait: Asked between steps; a reason makes the run save a checkpoint and wait until there is none.
-
-    Returns:
-        The report, which also lies in the run folder as report.json and report.html.
-
-    Raises:
-        InputError: If the run is refused; nothing has been written then.
-        RunError: If it diverged; the last good adapter is kept.
-    """
+    """Train an adapter and measure what it learned; a stopped run keeps what it learned, a reason to wait pauses it."""
     started, log = time.perf_counter(), EventLog(on_event)
     out = Path(config.out) if config.resume and config.out else None
     with contextlib.ExitStack() as held:
@@ -97,9 +83,7 @@ def _memory_explained(folder: Path) -> Iterator[None]:
 def _finished_report(out: Path | None) -> TrainReport | None:
     """The report of a run that `--resume` finds finished."""
     value = run_folder.read_json(out / "report.json") if out else None
-    if not isinstance(value, dict) or value.get("status") != "done":
-        return None
-    return read_report(value)
+    return read_report(value) if isinstance(value, dict) and value.get("status") == "done" else None
 
 
 def _saved_initialization(run_plan: RunPlan) -> Initialization | None:
@@ -121,9 +105,8 @@ def _begin(run_plan: RunPlan, initialization: Initialization, log: EventLog) -> 
     initial = replace(initialization.adapter, origin={}) if is_kept else None
     sink.begin(config.resolved(), skipped_rows(run_plan.examples), initial, checkpoint.step if checkpoint else 0)
     if config.resume and not checkpoint:
-        damaged = checkpoint_names(folder)
         what = f"{folder} has no valid checkpoint: training starts from the beginning"
-        if damaged:
+        if damaged := [path.name for path in checkpoint_folders(folder)]:
             log.warning(f"{what} ({listing(damaged, 3)} found, but damaged)")
         else:
             log.note(what)

@@ -33,15 +33,7 @@ CHARTS = {"loss": (660, 330), "loss-narrow": (340, 260), "rate": (330, 120), "no
 
 
 def draw_charts(report: Report, steps: Steps) -> dict[str, Any] | None:
-    """Draw loss, learning rate and gradient norm.
-
-    Args:
-        report: `asdict` of a TrainReport.
-        steps: The rows of metrics.jsonl; a value may be missing, NaN or Inf.
-
-    Returns:
-        Charts as inline SVG by name, with what their captions need; None if there is no curve.
-    """
+    """Loss, learning rate and gradient norm as inline SVG, with what their captions need; None if there is no curve."""
     if sum(is_number(row.get("loss")) for row in steps) < 2:
         return None
     at, losses = _column(steps, "step"), _column(steps, "loss")
@@ -125,11 +117,8 @@ def _group_size(values: Sequence[Any]) -> int:
 def _smooth(values: Sequence[float]) -> list[float]:
     """Means over a window of about a tenth of the run that is centred and narrows at the ends: it lags nowhere."""
     most, last = max(2, len(values) // 20), len(values) - 1
-    smooth = []
-    for at in range(len(values)):
-        reach = min(most, at, last - at)
-        smooth.append(_mean(values[at - reach : at + reach + 1]))
-    return smooth
+    reaches = [min(most, at, last - at) for at in range(len(values))]
+    return [_mean(values[at - reach : at + reach + 1]) for at, reach in enumerate(reaches)]
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -43,15 +43,7 @@ def figure_files(subject: str) -> list[str]:
 
 
 def write_figures(folder: Path, report: Report) -> list[str]:
-    """Draw all figures of a report; all are drawn before the first is written.
-
-    Args:
-        folder: Made if missing.
-        report: `asdict` of an InspectReport with at least one layer.
-
-    Returns:
-        Paths of the files; none if there is nothing to draw, as of an adapter that moved no layer.
-    """
+    """Draw all figures of a report before the first is written; their paths, none if an adapter moved no layer."""
     from matplotlib.figure import Figure
 
     drawn: dict[str, bytes] = {}
@@ -143,18 +135,15 @@ def _crossing(at: Sequence[float], values: Sequence[float], level: float) -> flo
 def _draw_moved(figure: "Figure", report: Report) -> None:
     from matplotlib.colors import LogNorm  # one layer often moves many times as far as the rest
 
-    percent = {
-        (row["kind"], row["block"]): 100 * row["relative_norm"] for row in report["updates"] if row["relative_norm"]
-    }
+    updates = report["updates"]
+    percent = {(row["kind"], row["block"]): 100 * row["relative_norm"] for row in updates if row["relative_norm"]}
     figure.set_figheight(3.4)
     axes = figure.add_subplot()
-    image = _heat_map(
-        axes, report["updates"], percent, "viridis", LogNorm(min(percent.values()), max(percent.values()))
-    )
+    norm = LogNorm(min(percent.values()), max(percent.values()))
+    image = _heat_map(axes, updates, percent, "viridis", norm)
     axes.set_xlabel("block")
     _entitle(axes, "Where the adapter moved the weights", _names(report))
-    bar = _scale_bar(figure, image, axes, "‖ΔW‖ / ‖W‖, %")
-    _label_logs(bar.ax.yaxis)
+    _label_logs(_scale_bar(figure, image, axes, "‖ΔW‖ / ‖W‖, %").ax.yaxis)
 
 
 def _names(report: Report) -> str:

@@ -25,7 +25,8 @@ def render_inspect(report: Any) -> str:
 
 
 def _base_parts(report: Any) -> list[str]:
-    kinds = ", ".join(f"{share:.0%} {name}" for name, share in _shares_of(report.dtypes))
+    total = sum(report.dtypes.values())
+    kinds = ", ".join(f"{count / total:.0%} {name}" for name, count in report.dtypes.items() if count / total >= 0.005)
     head = f"{report.base}: {_blocks_of(report)}, {plural(len(report.spectra), 'weight')}; parameters {kinds}"
     ranks = [f"rank_{share}" for share in (50, 80, 90, 95, 99)]
     rows: list[tuple[str, ...]] = [
@@ -41,11 +42,6 @@ def _base_parts(report: Any) -> list[str]:
         "  directions; below noise: directions no larger than the rounding of the file's numbers makes."
     )
     return [head, table(rows), legend, NO_RANK_FROM_W]
-
-
-def _shares_of(counts: Mapping[str, int]) -> list[tuple[str, float]]:
-    total = sum(counts.values())
-    return [(name, count / total) for name, count in counts.items() if count / total >= 0.005]
 
 
 def _blocks_of(report: Any) -> str:
@@ -95,10 +91,8 @@ def _moves(report: Any) -> str:
     if report.moved:
         relative = {update.layer: update.relative_norm for update in report.updates}
         ends = {"most": report.moved[:NAMED_LAYERS], "least": report.moved[-NAMED_LAYERS:][::-1]}
-        lines += [
-            f"moved {word:<6}" + ", ".join(f"{_short(layer)} {relative[layer]:.2%}" for layer in layers)
-            for word, layers in ends.items()
-        ]
+        for word, layers in ends.items():
+            lines.append(f"moved {word:<6}" + ", ".join(f"{_short(layer)} {relative[layer]:.2%}" for layer in layers))
     lines.append("not moved   " + (_few(map(_short, report.unmoved)) if report.unmoved else "none: every layer moved"))
     means = {block: mean.get("relative_norm", 0.0) for block, mean in report.by_block.items()}
     blocks = sorted(means, key=int)
@@ -126,10 +120,8 @@ def _pair_parts(report: Any) -> list[str]:
         "  A reads, B writes: overlap of the subspaces, from 0 (nothing in common) to 1 (one holds the other).\n"
         "  Runs of one seed and rank begin with the same A, and so read alike whatever they learn."
     )
-    only = [
-        f"only in {at}   {_few(map(_short, layers))}" for at, layers in enumerate(report.only_in.values(), 1) if layers
-    ]
-    return [head, table(rows), legend, *only]
+    others = ((at, layers) for at, layers in enumerate(report.only_in.values(), 1) if layers)
+    return [head, table(rows), legend, *(f"only in {at}   {_few(map(_short, layers))}" for at, layers in others)]
 
 
 def _init_parts(report: Any) -> list[str]:

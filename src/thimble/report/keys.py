@@ -14,15 +14,7 @@ _NEW = {old: new for new, old in RENAMED.items()}
 
 
 def to_json_dict(report: Any) -> dict[str, Any]:
-    """A report as JSON can hold it: the one form of report.json and of `--json`.
-
-    Args:
-        report: A dataclass, with other reports in it or not.
-
-    Returns:
-        Its fields by name, then those that were renamed once more by their old names; NaN and Inf are None. Plain
-        dictionaries in a report, such as its config, are left as they are.
-    """
+    """A report as JSON can hold it, NaN and Inf as None, renamed fields also by their old names; also for `--json`."""
     values = {spec.name: _plain(getattr(report, spec.name)) for spec in dataclasses.fields(report)}
     return values | {RENAMED[name]: value for name, value in values.items() if name in RENAMED}
 

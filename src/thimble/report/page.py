@@ -11,6 +11,7 @@ import os
 import re
 import shlex
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -30,19 +31,13 @@ MESSAGE_TITLES = (("decision", "Decided"), ("note", "Found"))
 
 
 def write_report(path: Path, report: Report, steps: Steps) -> None:
-    """Write the page of a run; a reader sees the old file or the new one, never a part.
-
-    Args:
-        path: The file to write, in the run folder: checkpoints beside it are what the run can be resumed from.
-        report: `asdict` of a TrainReport; any measurement in it may be missing or NaN or Inf.
-        steps: The rows of metrics.jsonl.
-    """
+    """Write the page of a run into its folder; a reader sees the old file or the new one, never a part."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
     has_checkpoint = any((path.parent / "checkpoints").glob("step-*"))
     text = environment.get_template("page.html").render(_page(report, steps, has_checkpoint))
     temporary = path.with_name(f".{path.name}.tmp")
@@ -60,7 +55,7 @@ def _page(report: Report, steps: Steps, has_checkpoint: bool) -> dict[str, Any]:
         "facts": _facts(report),
         "warnings": messages.get("warning", []),
         "verdict": judge(report, steps),
-        "metrics": _metrics(report),
+        "metrics": [_metric(report, name) for name in {**report["metrics_before"], **report["metrics_after"]}],
         "metrics_rows": plural(report["metrics_rows"], "validation row"),
         "has_interval": any(is_count(report, name) for name in report["metrics_after"]),
         "measures": _measures(report),
@@ -92,10 +87,9 @@ def _headline(report: Report) -> tuple[str, str, str, str]:
     steps, spent = report["steps"], f"{plural(report['steps'], 'step')}, {duration(report['seconds'])} on a CPU"
     if not steps:
         return base, "was to be fine-tuned on", data, "but the run ended before the first step."
-    if report["status"] == "diverged":
-        return base, "was fine-tuned on", data, f"until training diverged: {spent}."
-    if report["status"] == "interrupted":
-        return base, "was fine-tuned on", data, f"until the run was interrupted: {spent}."
+    ends = {"diverged": "training diverged", "interrupted": "the run was interrupted"}
+    if report["status"] in ends:
+        return base, "was fine-tuned on", data, f"until {ends[report['status']]}: {spent}."
     return base, "fine-tuned on", data, f"in {spent}."
 
 
@@ -112,11 +106,6 @@ def _facts(report: Report) -> list[str]:
 
 
 # ---- metrics and measurements ---------------------------------------------------------------------------------------
-
-
-def _metrics(report: Report) -> list[dict[str, Any]]:
-    names = dict.fromkeys([*report["metrics_before"], *report["metrics_after"]])
-    return [_metric(report, name) for name in names]
 
 
 def _metric(report: Report, name: str) -> dict[str, Any]:
@@ -196,16 +185,13 @@ def _sample(sample: Mapping[str, str]) -> dict[str, Any]:
     expected_parts, after_parts = _differences(reference, reference if match == "equal" else after)
     after_parts = [(after.strip(), False)] if match == "equal" else after_parts
     asked = sample["asked"].strip()
-    return {
-        "asked": asked,
-        "is_long": len(asked) > LONG_QUESTION,
-        "start": asked[: LONG_QUESTION // 2],
-        "answers": [
-            {"name": "Expected", "parts": expected_parts, "match": ""},
-            {"name": "Before", "parts": [(before.strip(), False)], "match": _match(before, reference)},
-            {"name": "After", "parts": after_parts, "match": match},
-        ],
-    }
+    answers = [
+        {"name": "Expected", "parts": expected_parts, "match": ""},
+        {"name": "Before", "parts": [(before.strip(), False)], "match": _match(before, reference)},
+        {"name": "After", "parts": after_parts, "match": match},
+    ]
+    is_long = len(asked) > LONG_QUESTION
+    return {"asked": asked, "is_long": is_long, "start": asked[: LONG_QUESTION // 2], "answers": answers}
 
 
 def _match(answer: str, reference: str) -> str:
@@ -223,10 +209,9 @@ def _differences(expected: str, written: str) -> tuple[Parts, Parts]:
     """Both texts cut into parts, each with whether it is missing in the other."""
     texts = (expected.strip(), written.strip())
     left, right = (re.findall(r"\w+|\s+|[^\w\s]", text) for text in texts)
-    if texts[0] == texts[1] or max(len(left), len(right)) > MOST_DIFF_TOKENS:
-        return [(texts[0], False)], [(texts[1], False)]
     matcher = difflib.SequenceMatcher(None, left, right, autojunk=False)
-    if matcher.ratio() < LEAST_ALIKE:
+    is_compared = texts[0] != texts[1] and max(len(left), len(right)) <= MOST_DIFF_TOKENS
+    if not is_compared or matcher.ratio() < LEAST_ALIKE:
         return [(texts[0], False)], [(texts[1], False)]
     parts: tuple[Parts, Parts] = ([], [])
     for kind, i, j, k, m in matcher.get_opcodes():
@@ -239,12 +224,9 @@ def _differences(expected: str, written: str) -> tuple[Parts, Parts]:
 # ---- memory, commands, options --------------------------------------------------------------------------------------
 
 PART_NAMES = {
-    "process": "Python and its libraries",
-    "weights": "frozen weights",
-    "scratch": "decoded weights, logits and temporaries",
-    "adapter": "adapter, gradients, optimiser",
-    "activations": "activations kept",
-}
+    "process": "Python and its libraries", "weights": "frozen weights", "activations": "activations kept",
+    "scratch": "decoded weights, logits and temporaries", "adapter": "adapter, gradients, optimiser",
+}  # fmt: skip
 
 
 def _memory(report: Report) -> dict[str, Any] | None:
@@ -253,16 +235,14 @@ def _memory(report: Report) -> dict[str, Any] | None:
     widest = max(planned, peak, 1)
     if not parts:
         return None
+    shown = [
+        {"name": PART_NAMES.get(name, name), "size": size(count), "width": _width(count / widest)}
+        for name, count in parts.items()
+    ]
     return {
-        "parts": [
-            {"name": PART_NAMES.get(name, name), "size": size(count), "width": _width(count / widest)}
-            for name, count in parts.items()
-        ],
-        "planned": size(planned),
-        "peak": size(peak or None),
-        "peak_width": _width(peak / widest),
+        "parts": shown, "planned": size(planned), "peak": size(peak or None), "peak_width": _width(peak / widest),
         "note": _memory_note(peak, planned),
-    }
+    }  # fmt: skip
 
 
 def _memory_note(peak: int, planned: int | None) -> str:
@@ -291,6 +271,9 @@ def _commands(report: Report, has_checkpoint: bool) -> list[dict[str, str]]:
     return [{"title": title, "text": text} for title, text in commands]
 
 
+_quoted = partial(json.dumps, ensure_ascii=False)
+
+
 def _python_lines(report: Report) -> str:
     base = report["config"].get("base") or ""
     imports = ["from peft import PeftModel", "from transformers import AutoModelForCausalLM"]
@@ -302,15 +285,8 @@ def _python_lines(report: Report) -> str:
     elif base.lower().endswith(".gguf"):
         where = f"{_quoted(str(PurePath(base).parent))}, gguf_file={_quoted(PurePath(base).name)}"
     adapter = _quoted(report["adapter"] or str(PurePath(report["out"]) / "adapter"))
-    lines += [
-        f"base = AutoModelForCausalLM.from_pretrained({where})",
-        f"model = PeftModel.from_pretrained(base, {adapter})",
-    ]
-    return "\n".join([*imports, "", *lines])
-
-
-def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
+    base_line = f"base = AutoModelForCausalLM.from_pretrained({where})"
+    return "\n".join([*imports, "", *lines, base_line, f"model = PeftModel.from_pretrained(base, {adapter})"])
 
 
 def _options(config: Mapping[str, Any]) -> list[dict[str, str]]:

@@ -25,10 +25,8 @@ class Progress:
     """Writes events as they come: a moving line in a terminal, a line now and then elsewhere."""
 
     def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-        self._is_terminal = stream.isatty()
-        self._last = 0.0
-        self._has_line = False
+        self._stream, self._is_terminal = stream, stream.isatty()
+        self._last, self._has_line = 0.0, False
 
     def on_event(self, event: Event) -> None:
         """Write what is worth writing."""
@@ -40,9 +38,7 @@ class Progress:
         elif event.kind == "progress":
             self._moving(f"  {event.text} {event.data['done']} of {event.data['total']}")
         elif event.kind == "step":
-            is_first = event.data["step"] == 1
-            is_last = event.data["step"] == event.data["total"]
-            self._moving(_step_line(event.data), is_forced=is_first or is_last)
+            self._moving(_step_line(event.data), is_forced=event.data["step"] in (1, event.data["total"]))
 
     def _line(self, text: str) -> None:
         self.end()
@@ -92,13 +88,9 @@ def render_train(report: Any) -> str:
         parts.append("\n".join(f"  {name:>8}: {_clip(sample[key])}" for name, key in _SAMPLE_LINES))
     speed = f"{report.tokens_per_second:,.0f} tokens/s, {_size(report.peak_memory_bytes)}"
     state = "" if report.status == "done" else f"{report.status}: "
-    parts.append(
-        f"{state}{report.steps} steps in {clock(report.seconds)} ({speed}), {clock(report.total_seconds)} in all"
-    )
-    parts.append(
-        f"adapter  {report.adapter}\nreport   {report.out}/report.html\ntry it   thimble chat --adapter {report.out}"
-    )
-    return "\n\n".join(parts)
+    took = f"{report.steps} steps in {clock(report.seconds)} ({speed}), {clock(report.total_seconds)} in all"
+    places = f"adapter  {report.adapter}\nreport   {report.out}/report.html"
+    return "\n\n".join([*parts, state + took, f"{places}\ntry it   thimble chat --adapter {report.out}"])
 
 
 _SAMPLE_LINES = (("asked", "asked"), ("expected", "reference"), ("before", "before"), ("after", "after"))
@@ -119,12 +111,9 @@ def render_evaluate(report: Any) -> str:
     parts = [table(rows)]
     answers = [result.answers for result in report.results]
     for shown in zip(*answers, strict=False):
-        lines = [f"  {'asked':>8}: {_clip(shown[0]['asked'])}", f"  {'expected':>8}: {_clip(shown[0]['reference'])}"]
-        lines += [
-            f"  {Path(result.name).name[:8]:>8}: {_clip(a['written'])}"
-            for result, a in zip(report.results, shown, strict=True)
-        ]
-        parts.append("\n".join(lines))
+        lines = [("asked", shown[0]["asked"]), ("expected", shown[0]["reference"])]
+        lines += [(Path(each.name).name[:8], a["written"]) for each, a in zip(report.results, shown, strict=True)]
+        parts.append("\n".join(f"  {name:>8}: {_clip(text)}" for name, text in lines))
     return "\n\n".join(parts)
 
 
@@ -132,36 +121,27 @@ def render_merge(report: Any) -> str:
     """What was merged, kind by kind, and what it cost."""
     if report.status != "done":
         return f"{report.status}: nothing was written"
-    if report.wrote == "adapter":
-        rows, what = _adapter_rows(report), "cut off in all"
-        use = f"adapter  {report.out}\ntry it   thimble chat --adapter {report.out}"
-    else:
-        rows, what = _base_rows(report), "lost by rounding in all"
-        use = f"base     {report.out}\ntry it   thimble chat --base {report.out}"
-    total = report.kinds[-1]
+    is_adapter, total = report.wrote == "adapter", report.kinds[-1]
+    rows = [_MERGE_HEADS[report.wrote], *(_kind_row(kind, is_adapter) for kind in report.kinds)]
+    what, option = ("cut off in all", "--adapter") if is_adapter else ("lost by rounding in all", "--base")
     worst = f"most in {total.worst_layer}: {small_percent(total.worst_error)}"
+    use = f"{report.wrote:<8} {report.out}\ntry it   thimble chat {option} {report.out}"
     return "\n\n".join([table(rows), f"{small_percent(total.error)} of the update {what}; {worst}", use])
 
 
-def _adapter_rows(report: Any) -> list[tuple[str, ...]]:
-    rows: list[tuple[str, ...]] = [("", "layers", "rank", "now", "parameters", "now", "MB", "now", "error", "worst")]
-    for kind in report.kinds:
-        sizes = (f"{kind.parameters_before:,}", f"{kind.parameters_after:,}")
-        sizes += (f"{kind.bytes_before / 1e6:.2f}", f"{kind.bytes_after / 1e6:.2f}")
-        ranks = (_span(kind.rank_before), _span(kind.rank_after))
-        rows.append((kind.kind, f"{kind.layers}", *ranks, *sizes, *_errors(kind)))
-    return rows
+_MERGE_HEADS = {
+    "adapter": ("", "layers", "rank", "now", "parameters", "now", "MB", "now", "error", "worst"),
+    "base": ("", "layers", "rank", "rounding", "worst"),
+}
 
 
-def _base_rows(report: Any) -> list[tuple[str, ...]]:
-    rows: list[tuple[str, ...]] = [("", "layers", "rank", "rounding", "worst")]
-    for kind in report.kinds:
-        rows.append((kind.kind, f"{kind.layers}", _span(kind.rank_before), *_errors(kind)))
-    return rows
-
-
-def _errors(kind: Any) -> tuple[str, str]:
-    return small_percent(kind.error), small_percent(kind.worst_error)
+def _kind_row(kind: Any, is_adapter: bool) -> tuple[str, ...]:
+    smaller = (
+        _span(kind.rank_after), f"{kind.parameters_before:,}", f"{kind.parameters_after:,}",
+        f"{kind.bytes_before / 1e6:.2f}", f"{kind.bytes_after / 1e6:.2f}",
+    ) if is_adapter else ()  # fmt: skip
+    errors = small_percent(kind.error), small_percent(kind.worst_error)
+    return (kind.kind, f"{kind.layers}", _span(kind.rank_before), *smaller, *errors)
 
 
 def _span(ends: list[int]) -> str:

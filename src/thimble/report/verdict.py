@@ -22,31 +22,17 @@ MOST_NATS = 700.0  # exp of more overflows
 
 @dataclass(frozen=True)
 class Verdict:
-    """The answer to "did it work?".
+    """The answer to "did it work?"."""
 
-    Attributes:
-        tone: `good`, `mixed`, `bad` or `unknown`.
-        word: One or two words.
-        text: A few sentences.
-    """
-
-    tone: str
-    word: str
-    text: str
+    tone: str  # `good`, `mixed`, `bad` or `unknown`
+    word: str  # one or two words
+    text: str  # a few sentences
 
 
 def judge(report: Report, steps: Steps) -> Verdict:
-    """Say whether a run worked.
-
-    Args:
-        report: `asdict` of a TrainReport; any measurement in it may be missing or NaN or Inf.
-        steps: The rows of metrics.jsonl.
-
-    Returns:
-        The verdict, which claims nothing that was not measured.
-    """
+    """Say whether a run worked, claiming nothing that was not measured; any value may be missing, NaN or Inf."""
     if report["status"] == "diverged":
-        return Verdict("bad", "No", f"{_why_diverged(report, steps)} {KEPT_BEFORE_DIVERGING}")
+        return Verdict("bad", "No", f"{_why_diverged(report, steps)}")
     if not report["steps"]:
         return Verdict("unknown", "Nothing was trained", "No step was taken, so the adapter changes nothing.")
     key = _key_metric(report)
@@ -60,12 +46,6 @@ def judge(report: Report, steps: Steps) -> Verdict:
     return Verdict(tone, verdict.word, f"{verdict.text} It forgot {forgotten} of its general knowledge.")
 
 
-KEPT_BEFORE_DIVERGING = (
-    "The adapter holds the last good state from before that; its quality was not measured. A learning rate ten times "
-    "smaller usually helps."
-)
-
-
 def _why_diverged(report: Report, steps: Steps) -> str:
     row = steps[-1] if steps else {}
     if not is_number(row.get("loss")):
@@ -75,7 +55,10 @@ def _why_diverged(report: Report, steps: Steps) -> str:
     else:
         first = next(step["loss"] for step in steps if is_number(step["loss"]))
         what = f"the loss had risen from {number(first, 2)} to {number(row['loss'], 2)}"
-    return f"Training diverged at step {report['steps']}: {what}."
+    return (
+        f"Training diverged at step {report['steps']}: {what}. The adapter holds the last good state from before that; "
+        "its quality was not measured. A learning rate ten times smaller usually helps."
+    )
 
 
 def _why_unmeasured(report: Report, steps: Steps) -> str:
@@ -138,12 +121,9 @@ def score(report: Report, name: str, share: float) -> str:
 def is_count(report: Report, name: str) -> bool:
     """Whether a metric is the mean of right-or-wrong, so that it can be shown as so many of so many rows."""
     rows = report["metrics_rows"]
-    values = [metrics[name] for metrics in (report["metrics_before"], report["metrics_after"]) if name in metrics]
-    return name not in SHARES and all(is_number(value) and _is_row_count(value * rows, rows) for value in values)
-
-
-def _is_row_count(value: float, rows: int) -> bool:
-    return 0 <= value <= rows and abs(value - round(value)) < 1e-6
+    shares = [metrics[name] for metrics in (report["metrics_before"], report["metrics_after"]) if name in metrics]
+    counts = [share * rows if is_number(share) else math.nan for share in shares]
+    return name not in SHARES and all(0 <= count <= rows and abs(count - round(count)) < 1e-6 for count in counts)
 
 
 def _has_clearly_risen(report: Report, name: str) -> bool:
@@ -182,8 +162,9 @@ def interval(share: float, rows: int) -> str:
 def _by_loss(report: Report) -> Verdict:
     change, sentence = report["loss_after"] - loss_before(report), _loss_sentence(report)
     if not is_number(change):
-        text = "The validation loss was only measured after training: nothing to compare."
-        return Verdict("unknown", "Unclear", text)
+        return Verdict(
+            "unknown", "Unclear", "The validation loss was only measured after training: nothing to compare."
+        )
     if change < -LOSS_MARGIN_NATS:
         text = "It predicts unseen rows better than the base did; whether it answers better, only its answers can show."
         return Verdict("good", "Yes, by the loss", f"{sentence} {text}")

@@ -29,21 +29,15 @@ class Alternative:
 
 
 def alternatives(config: TrainConfig, run_plan: RunPlan, machine: Machine) -> Iterator[Alternative]:
-    """Runs that cost less in time, in memory or in both, and fit what is allowed.
-
-    Args:
-        config: The options as the user gave them.
-        run_plan: What was planned with them.
-        machine: Rates of this machine.
-
-    Yields:
-        Alternative: One with its cost.
-    """
+    """Runs that cost less in time, in memory or in both than the one planned, and fit what is allowed."""
     for change, options in _changes(config, run_plan, machine):
         try:
-            found = _planned(config, run_plan, options, change)
+            changed = config.replace(**{"memory_budget": run_plan.allowed_bytes, **options})
+            sizes = plan_sizes(changed, run_plan.model, run_plan.folder)
+            cost = plan_cost(changed, run_plan.model.base, run_plan.examples, sizes)
         except InputError:  # a run that would be refused is not offered
             continue
+        found = Alternative(change, cost.memory.total, cost.seconds_per_step)
         is_cheaper = found.memory_bytes < run_plan.memory.total or found.seconds_per_step < run_plan.seconds_per_step
         if is_cheaper and found.memory_bytes <= run_plan.allowed_bytes:
             yield found
@@ -51,31 +45,18 @@ def alternatives(config: TrainConfig, run_plan: RunPlan, machine: Machine) -> It
 
 def _changes(config: TrainConfig, run_plan: RunPlan, machine: Machine) -> Iterator[tuple[str, dict[str, Any]]]:
     """Options that make a run cheaper: as they are typed, and as values."""
-    num_blocks, work = run_plan.model.base.spec.num_layers, run_plan.work
+    base, work = run_plan.model.base, run_plan.work
+    num_blocks = base.spec.num_layers
     if "int8" in machine.flops and run_plan.config.compute != "int8" and config.store in ("auto", "int8"):
         yield "--compute int8", {"compute": "int8"}
     if 0 < num_blocks // 2 and work.lowest < num_blocks // 2:
         name = f"last-{num_blocks - num_blocks // 2}"
         yield f"--targets {name}", {"targets": (name,)}
     if run_plan.execution.checkpointed_blocks < num_blocks:
-        gigabytes = math.ceil(_checkpointed_bytes(config, run_plan) / 1e8) / 10
+        inputs = memory_inputs(config, run_plan.config.compute, base, run_plan.examples, run_plan.sizes)
+        least = estimate_memory(base, inputs, replace(run_plan.execution, checkpointed_blocks=num_blocks)).total
+        gigabytes = math.ceil(least / 1e8) / 10
         if gigabytes * 1e9 < run_plan.memory.total:
             yield f"--memory-budget {gigabytes:.1f}GB", {"memory_budget": round(gigabytes * 1e9)}
     if config.rank is not None and config.rank > 1:
         yield f"--rank {config.rank // 2}", {"rank": config.rank // 2}
-
-
-def _checkpointed_bytes(config: TrainConfig, run_plan: RunPlan) -> int:
-    """Peak memory with activation checkpointing in every block."""
-    base = run_plan.model.base
-    inputs = memory_inputs(config, run_plan.config.compute, base, run_plan.examples, run_plan.sizes)
-    execution = replace(run_plan.execution, checkpointed_blocks=base.spec.num_layers)
-    return estimate_memory(base, inputs, execution).total
-
-
-def _planned(config: TrainConfig, run_plan: RunPlan, options: dict[str, Any], change: str) -> Alternative:
-    """Plan the run with some options changed."""
-    changed = config.replace(**{"memory_budget": run_plan.allowed_bytes, **options})
-    sizes = plan_sizes(changed, run_plan.model, run_plan.folder)
-    cost = plan_cost(changed, run_plan.model.base, run_plan.examples, sizes)
-    return Alternative(change, cost.memory.total, cost.seconds_per_step)

@@ -17,21 +17,7 @@ INITIAL_NATS = 0.5  # that an initial adapter may be worse than the base
 def measure_before(
     task: Task, session: Session, state: TrainState, execution: ExecutionPlan, control: Control
 ) -> Before:
-    """Measure the bare base and the initial adapter.
-
-    Args:
-        task: What is measured.
-        session: The loaded base.
-        state: The initial adapter.
-        execution: How batches are run.
-        control: Takes warnings; what is interrupted is left out.
-
-    Returns:
-        The scores.
-
-    Raises:
-        RunError: If the base cannot be trained on.
-    """
+    """Measure the bare base and the initial adapter; raises RunError if the base cannot be trained on."""
     control.log.stage("measuring the base before training")
     base = task.evaluate(session, session.load(None), execution, control)
     if control.should_stop():
@@ -49,22 +35,9 @@ def measure_before(
 def measure_after(
     task: Task, session: Session, state: TrainState, before: Before, execution: ExecutionPlan, control: Control
 ) -> Scores:
-    """Measure the trained adapter on the same rows as the base, and warn of what looks wrong.
-
-    Args:
-        task: What is measured.
-        session: The loaded base.
-        state: The trained adapter.
-        before: What was measured before training.
-        execution: How batches are run.
-        control: Takes warnings; what is interrupted is left out.
-
-    Returns:
-        The scores.
-    """
+    """Measure the trained adapter on the same rows as the base, and warn of what looks wrong."""
     control.log.stage("measuring the result")
-    unmoved = session.unmoved_layers(state)
-    if unmoved:
+    if unmoved := session.unmoved_layers(state):
         control.log.warning(
             f"nothing moved in {plural(len(unmoved), 'layer')}, which never had a gradient: {listing(unmoved, 3)}"
         )

@@ -45,12 +45,7 @@ class CalibrationSession(Protocol):
         """Second moments of the inputs of all layers, with the paths of those that share an input."""
 
     def gradient_sketches(
-        self,
-        batches: Sequence[Batch],
-        ranks: Mapping[str, int],
-        is_weighted: bool = False,
-        seed: int = 0,
-        checkpointed_blocks: int = 0,
+        self, batches: Sequence[Batch], ranks: Mapping[str, int], is_weighted: bool, seed: int, checkpointed_blocks: int
     ) -> dict[str, Sketch]:
         """Main directions of the gradient of each weight."""
 
@@ -71,41 +66,21 @@ class CalibrationSession(Protocol):
 
 @dataclass(frozen=True)
 class CalibrationData:
-    """The rows that initializations and ranks are found on, and the layers they are found for.
+    """The rows that initializations and ranks are found on, and the layers they are found for."""
 
-    Attributes:
-        rows: Training rows of the first steps.
-        judging_rows: Training rows that are not among `rows`, on which directions are judged.
-        general_rows: General text, on which the base is not to change.
-        steps: How many steps' worth `rows` are.
-        execution: How many tokens are read at a time, and what is kept of them.
-        shapes: (out, in) of each adapted layer by path, in the order of the layers.
-        seed: The run's seed.
-    """
-
-    rows: Sequence[Row]
-    judging_rows: Sequence[Row]
-    general_rows: Sequence[Row]
-    steps: int
-    execution: ExecutionPlan
-    shapes: Mapping[str, tuple[int, int]]
-    seed: int
+    rows: Sequence[Row]  # training rows of the first steps
+    judging_rows: Sequence[Row]  # training rows that are not among `rows`, on which directions are judged
+    general_rows: Sequence[Row]  # general text, on which the base is not to change
+    steps: int  # how many steps' worth `rows` are
+    execution: ExecutionPlan  # how many tokens are read at a time, and what is kept of them
+    shapes: Mapping[str, tuple[int, int]]  # (out, in) of each adapted layer by path, in the order of the layers
+    seed: int  # the run's seed
 
     @classmethod
     def of_steps(
         cls, train: Items[Row], rows_of_step: Callable[[int], Sequence[int]], steps: int, **others: Any
     ) -> Self:
-        """Take the rows of the first steps, and those of the next step to judge by; of few rows each gets a half.
-
-        Args:
-            train: Training rows.
-            rows_of_step: Numbers of the rows that a step, from 0, learns from.
-            steps: How many steps' worth to take.
-            **others: The remaining attributes.
-
-        Returns:
-            The calibration data.
-        """
+        """Take the rows of the first steps, and those of the next step to judge by; of few rows each gets a half."""
         used = list(dict.fromkeys(number for step in range(steps) for number in rows_of_step(step)))
         judging = [number for number in rows_of_step(steps) if number not in used]
         if not judging:
@@ -114,30 +89,14 @@ class CalibrationData:
 
 
 class Calibration:
-    """Calibration data seen through a loaded base.
-
-    Args:
-        data: The rows and layers.
-        session: The base.
-        log: Where progress goes.
-    """
+    """Calibration data seen through a loaded base."""
 
     def __init__(self, data: CalibrationData, session: CalibrationSession, log: EventLog) -> None:
         self.data, self.session, self.log = data, session, log
         self._sketches: dict[Any, dict[str, Sketch]] = {}  # the last ones, by what was asked for
 
     def weights(self, needs: str) -> Iterator[tuple[str, Floats]]:
-        """The adapted weights one by one.
-
-        Args:
-            needs: Why they are decomposed, for messages.
-
-        Yields:
-            tuple[str, Floats]: Path of the layer, and W as the file has it, float32 (out, in).
-
-        Raises:
-            BaseModelError: Naming the weights that cannot be decomposed.
-        """
+        """Path and W of each layer, float32 (out, in); raises BaseModelError naming weights that are useless."""
         problems: list[str] = []
         for number, path in enumerate(self.data.shapes, 1):
             values = self.session.file_weight(path)
@@ -160,22 +119,20 @@ class Calibration:
 
     def sketches(self, ranks: Mapping[str, int], is_weighted: bool = False) -> dict[str, Sketch]:
         """Main directions of the gradients, at least as many as `ranks` says by layer path."""
-        key = is_weighted, tuple(ranks.items())
+        key, data = (is_weighted, tuple(ranks.items())), self.data
         if key not in self._sketches:
-            self.log.stage(f"calibrating: gradients over {self.data.steps} steps")
+            self.log.stage(f"calibrating: gradients over {data.steps} steps")
+            batches, blocks = self._batches(data.rows), data.execution.checkpointed_blocks
             found = self.session.gradient_sketches(
-                self._batches(self.data.rows), ranks, is_weighted=is_weighted, seed=self.data.seed,
-                checkpointed_blocks=self.data.execution.checkpointed_blocks,
-            )  # fmt: skip
+                batches, ranks, is_weighted=is_weighted, seed=data.seed, checkpointed_blocks=blocks
+            )
             self._sketches = {key: found}
         return self._sketches[key]
 
     def captured(self, candidates: Mapping[str, Mapping[str, Floats]]) -> dict[str, dict[str, Energy]]:
         """How much of the gradient of other rows each candidate for A captures, by candidate and layer path."""
-        batches, execution = self._batches(self.data.judging_rows), self.data.execution
-        return self.session.captured_energy(
-            batches, candidates, checkpointed_blocks=execution.checkpointed_blocks
-        )  # fmt: skip
+        batches, blocks = self._batches(self.data.judging_rows), self.data.execution.checkpointed_blocks
+        return self.session.captured_energy(batches, candidates, checkpointed_blocks=blocks)
 
     def _batches(self, rows: Sequence[Row]) -> list[Batch]:
         return micro_batches(rows, self.data.execution.micro_tokens)
@@ -185,25 +142,13 @@ class Calibration:
 
 
 def choose_ranks(config: TrainConfig, init: Init, calibration: Calibration) -> dict[str, Size]:
-    """Give each layer a rank: a budget shared out by energy per parameter, or a share of the energy for each layer.
-
-    Args:
-        config: The options.
-        init: The initialization, which limits the ranks.
-        calibration: The rows.
-
-    Returns:
-        Sizes by layer path.
-    """
+    """Give each layer a rank: a budget shared out by energy per parameter, or a share of each layer's energy."""
     shapes, log = calibration.data.shapes, calibration.log
     energies = _ENERGIES[config.energy_of](config, calibration)
     if config.energy is not None:
-        ranks = {
-            path: min(_rank_holding(*energies[path], config.energy), *shape) for path, shape in shapes.items()
-        }  # fmt: skip
+        ranks = {path: min(_rank_holding(*energies[path], config.energy), *shape) for path, shape in shapes.items()}
         how = f"{config.energy:g} of the energy of {config.energy_of}"
-        full = sum(rank >= MOST_RANK for rank in ranks.values())
-        if full:
+        if full := sum(rank >= MOST_RANK for rank in ranks.values()):
             log.warning(f"{full} layers need more than rank {MOST_RANK} for {how}, and get {MOST_RANK}")
     else:
         ranks = _ranks_of_budget(config, {path: energies[path][0] for path in shapes}, shapes)

@@ -41,35 +41,19 @@ REWORDED = {"side by side": "in parallel", "blocks computed again": "blocks chec
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where a run can be resumed.
+    """Where a run can be resumed."""
 
-    Attributes:
-        step: Steps done.
-        state: Arrays by name.
-        progress: Plain data to continue with.
-        origin: What the run was made of, by hash, and what it ran on.
-        damaged: Newer ones that were left out because their hashes do not match.
-    """
-
-    step: int
-    state: dict[str, NDArray[np.float32]]
-    progress: dict[str, Any]
-    origin: dict[str, str]
-    damaged: tuple[str, ...] = ()
+    step: int  # steps done
+    state: dict[str, NDArray[np.float32]]  # arrays by name
+    progress: dict[str, Any]  # plain data to continue with
+    origin: dict[str, str]  # what the run was made of, by hash, and what it ran on
+    damaged: tuple[str, ...] = ()  # newer ones that were left out because their hashes do not match
 
 
 def save_checkpoint(
     folder: Path, step: int, state: Mapping[str, NDArray[Any]], progress: Mapping[str, Any], origin: Mapping[str, str]
 ) -> None:
-    """Publish a checkpoint, then remove older ones.
-
-    Args:
-        folder: The run folder.
-        step: Steps done.
-        state: Arrays by name.
-        progress: Plain data to continue with.
-        origin: What the run was made of, and what it runs on.
-    """
+    """Publish a checkpoint in a run folder, then remove older ones."""
     place = folder / FOLDER
     target = place / _name(step)
     if (folder / STEPS).exists():
@@ -77,62 +61,42 @@ def save_checkpoint(
     if _read(target) is None:
         shutil.rmtree(target, ignore_errors=True)  # damaged, if it is there
         with atomic_folder(target) as temporary:
-            _fill(temporary, state, {"step": step, "progress": dict(progress), "origin": dict(origin)})
+            write_safetensors(temporary / STATE, dict(state))
+            files = {STATE: hash_file(temporary / STATE)}  # read back: what is on disk is what is vouched for
+            manifest = {"step": step, "progress": dict(progress), "origin": dict(origin), "files": files}
+            write_json(temporary / MANIFEST, {**manifest, "sha256": _seal(manifest)})
     else:  # a run resumed from an older one comes to the same state, whose names may not be on disk yet
         make_folder(place)
         sync(place)
     # What is newer than this one is damaged, or it would have been gone on from: it must not crowd out valid ones.
-    valid = (path for path in _names(folder) if path < target and _read(path) is not None)
+    valid = (path for path in checkpoint_folders(folder) if path < target and _read(path) is not None)
     kept = {target, *itertools.islice(valid, KEPT - 1)}
-    for path in _names(folder):
+    for path in checkpoint_folders(folder):
         if path not in kept:
             shutil.rmtree(path, ignore_errors=True)
-
-
-def _fill(folder: Path, state: Mapping[str, NDArray[Any]], manifest: dict[str, Any]) -> None:
-    """Write the state, and last the manifest that vouches for it."""
-    write_safetensors(folder / STATE, dict(state))
-    # Read back, so that what is on disk is what is vouched for.
-    manifest = {**manifest, "files": {STATE: hash_file(folder / STATE)}}
-    write_json(folder / MANIFEST, {**manifest, "sha256": _seal(manifest)})
 
 
 def latest_checkpoint(folder: Path) -> Checkpoint | None:
     """The newest checkpoint whose hashes match; None if there is none."""
     damaged: list[str] = []
-    for path in _names(folder):
+    for path in checkpoint_folders(folder):
         manifest = _read(path)
         if manifest is None:
             damaged.append(path.name)
             continue
         tensors = open_tensors(path / STATE)
         state = {name: tensors.read(name) for name in tensors.tensors}
-        progress, origin = renamed_progress(manifest["progress"]), renamed_origin(manifest["origin"])
+        progress, origin = _renamed(manifest["progress"]), _renamed(manifest["origin"])
+        progress |= {name: _renamed(progress[name]) for name in ("execution", "guard") if name in progress}
+        for old, new in REWORDED.items() if "execution" in origin else ():
+            origin["execution"] = origin["execution"].replace(old, new)
         return Checkpoint(manifest["step"], state, progress, origin, tuple(damaged))
     return None
 
 
-def renamed_progress(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run continues with, by the names of today: the release before had others."""
-    progress = _renamed(saved)
-    return progress | {name: _renamed(progress[name]) for name in ("execution", "guard") if name in progress}
-
-
-def renamed_origin(saved: Mapping[str, str]) -> dict[str, str]:
-    """What a run was made of, in the words of today."""
-    origin = _renamed(saved)
-    for old, new in REWORDED.items():
-        origin |= {name: text.replace(old, new) for name, text in origin.items() if name == "execution"}
-    return origin
-
-
 def _renamed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """By the names of today: the release before had others."""
     return with_new_keys({RENAMED.get(name, name): value for name, value in values.items()})
-
-
-def checkpoint_names(folder: Path) -> list[str]:
-    """Names of all checkpoints, damaged or not, the newest first."""
-    return [path.name for path in _names(folder)]
 
 
 def clear_checkpoints(folder: Path) -> None:
@@ -155,7 +119,8 @@ def _name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def _names(folder: Path) -> list[Path]:
+def checkpoint_folders(folder: Path) -> list[Path]:
+    """All checkpoints of a run folder, damaged or not, the newest first."""
     return sorted((folder / FOLDER).glob(NAMED), reverse=True)
 
 
@@ -181,17 +146,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a run folder, so that no other run writes to it; the system releases it if the process dies.
-
-    Args:
-        folder: Made if it is not there; if the work fails before anything is in it, it is removed again.
-
-    Yields:
-        None: While it is held.
-
-    Raises:
-        ConfigError: If another process holds it.
-    """
+    """Hold a run folder, made if need be, so that no other run writes to it; the system lets go if the process dies."""
     folder.mkdir(parents=True, exist_ok=True)
     handle = _hold(folder)
     try:
@@ -229,16 +184,7 @@ def _hold(folder: Path) -> int | None:
 
 
 def origin_of(base: Base, rows: Iterable[Row], **runs_on: str) -> dict[str, str]:
-    """What a run is made of, by hash, and what the order of its sums depends on.
-
-    Args:
-        base: The base.
-        rows: Rows of training and validation.
-        **runs_on: Versions, cores and the like, which may change the last digits of a result.
-
-    Returns:
-        Text by name; `base` and `data` are the hashes.
-    """
+    """What a run is made of, by hash (`base`, `data`), and what the last digits of its sums depend on (`runs_on`)."""
     data = hashlib.sha256()
     for row in rows:
         for array in (row.ids, row.labels):
@@ -248,17 +194,7 @@ def origin_of(base: Base, rows: Iterable[Row], **runs_on: str) -> dict[str, str]
 
 
 def check_origin(checkpoint: Checkpoint, origin: Mapping[str, str], accepts_changes: bool, log: EventLog) -> None:
-    """Refuse to go on with another base or other data; say what may make the last digits differ.
-
-    Args:
-        checkpoint: Where the run is resumed.
-        origin: What it would be made of now.
-        accepts_changes: Go on all the same.
-        log: Takes what was left out or has changed.
-
-    Raises:
-        ConfigError: If base or data have changed.
-    """
+    """Refuse to go on with another base or other data; say what may make the last digits differ."""
     for name in checkpoint.damaged:
         log.warning(f"checkpoint {name} is damaged and is left out: the run goes on from step {checkpoint.step}")
     changed = [name for name, value in checkpoint.origin.items() if origin.get(name) != value]

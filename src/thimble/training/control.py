@@ -14,23 +14,12 @@ def never_wait() -> str:
     return ""
 
 
-def no_file() -> Path | None:
-    """No file was cut off."""
-    return None
-
-
 @dataclass(frozen=True)
 class Control:
-    """The outside of a run.
+    """The outside of a run."""
 
-    Attributes:
-        log: Takes decisions, warnings, progress and steps.
-        should_stop: Asked between steps, and between tokens of an evaluation; on True the run ends.
-        should_wait: Asked between steps; gives the reason to wait, or nothing.
-        cut_file: A file of the base that became shorter while it is read, which ends the run; None while all is well.
-    """
-
-    log: EventLog
-    should_stop: ShouldStop = never
-    should_wait: ShouldWait = never_wait
-    cut_file: Callable[[], Path | None] = no_file
+    log: EventLog  # takes decisions, warnings, progress and steps
+    should_stop: ShouldStop = never  # asked between steps, and between tokens of an evaluation; on True the run ends
+    should_wait: ShouldWait = never_wait  # asked between steps; gives the reason to wait, or nothing
+    # A file of the base that became shorter while it is read, which ends the run; None while all is well.
+    cut_file: Callable[[], Path | None] = lambda: None

@@ -1,6 +1,7 @@
 """How good a model is on validation rows: loss, and answers scored by a metric."""
 
 import importlib.util
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,35 +11,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from thimble.backends.session import ActiveAdapter, Session
-from thimble.core.metrics import METRICS, LossSum, Metric, average, parse_tool_calls, valid_json
+from thimble.core.metrics import METRICS, LossSum, Metric, parse_tool_calls, valid_json
 from thimble.data.batches import micro_batches
 from thimble.data.encode import IGNORED, Encoder, Row
 from thimble.data.records import Record
 from thimble.data.tokenizer import Tokenizer
 from thimble.errors import ConfigError
-from thimble.events import EventLog, ShouldStop, never
 from thimble.inference.engine import Engine
 from thimble.inference.sampling import SamplingOptions
 from thimble.models.execution import ExecutionPlan
+from thimble.training.control import Control
 
 SHORT_ANSWER_WORDS = 8  # references up to this long are scored by exact match unless the user says otherwise
 
 
 @dataclass(frozen=True)
 class Question:
-    """A validation row to be answered.
+    """A validation row to be answered."""
 
-    Attributes:
-        prompt: int32 (tokens,).
-        reference: What the model should write.
-        asked: The prompt's last user turn, for people.
-        source: Where the row came from.
-    """
-
-    prompt: NDArray[np.int32]
-    reference: str
-    asked: str
-    source: str
+    prompt: NDArray[np.int32]  # int32 (tokens,)
+    reference: str  # what the model should write
+    asked: str  # the prompt's last user turn, for people
+    source: str  # where the row came from
 
 
 @dataclass(frozen=True)
@@ -53,54 +47,28 @@ class Answer:
 
 @dataclass(frozen=True)
 class ValidationSet:
-    """What every model is measured on, and how.
+    """What every model is measured on, and how."""
 
-    Attributes:
-        rows: Rows to take the loss over.
-        questions: Rows to answer.
-        metric: Scores an answer, or None.
-        tokenizer: Turns tokens back into text.
-        max_new_tokens: Most tokens of an answer.
-        cache_tokens: Most tokens in the key-value cache.
-        planned_tokens: Tokens read at a time, on all workers, for which that holds; fewer leave less for the cache.
-    """
-
-    rows: Sequence[Row]
-    questions: Sequence[Question]
-    metric: Metric | None
-    tokenizer: Tokenizer
-    max_new_tokens: int
-    cache_tokens: int
-    planned_tokens: int
+    rows: Sequence[Row]  # rows to take the loss over
+    questions: Sequence[Question]  # rows to answer
+    metric: Metric | None  # scores an answer, or None
+    tokenizer: Tokenizer  # turns tokens back into text
+    max_new_tokens: int  # most tokens of an answer
+    cache_tokens: int  # most tokens in the key-value cache
+    planned_tokens: int  # tokens read at a time, on all workers, for which that holds; fewer leave less for the cache
 
 
 def measure(
-    session: Session,
-    adapter: ActiveAdapter,
-    validation: ValidationSet,
-    execution: ExecutionPlan,
-    log: EventLog,
-    should_stop: ShouldStop = never,
+    session: Session, adapter: ActiveAdapter, validation: ValidationSet, execution: ExecutionPlan, control: Control
 ) -> tuple[LossSum, list[Answer]]:
-    """Take the loss over all rows and answer the questions, greedily.
+    """Take the loss over all rows and answer the questions, in their order, greedily; what is interrupted is dropped.
 
     Rows that begin with a question are read once for both.
-
-    Args:
-        session: The base.
-        adapter: What is measured on it.
-        validation: The rows.
-        execution: How many tokens are read at a time, on how many workers.
-        log: Receives the progress.
-        should_stop: Asked after every token; what is interrupted is dropped.
-
-    Returns:
-        The summed loss, and the answers in the order of the questions.
     """
     questions, by_source = validation.questions, {row.source: row for row in validation.rows}
     readings = [_reading(question, by_source) for question in questions]
     rest = [row for row in validation.rows if not any(row is read for read in readings)]
-    loss = validation_loss(session, adapter, rest, execution, log, should_stop, "validation rows")
+    loss = validation_loss(session, adapter, rest, execution, control, "validation rows")
     session.release()  # the cache takes the place of activations
     engine = _engine(session, validation, execution)
     options = SamplingOptions(validation.max_new_tokens, validation.tokenizer.stop_ids)
@@ -110,14 +78,14 @@ def measure(
         numbers[engine.add(questions[place].prompt, options, adapter, scored)] = place
     written: dict[int, list[int]] = {place: [] for place in numbers.values()}
     answers: dict[int, Answer] = {}
-    while not engine.is_idle and not should_stop():
+    while not engine.is_idle and not control.should_stop():
         for token in engine.step():
             place = numbers[token.request]
             loss += token.loss or LossSum()
             written[place] += [] if token.id is None else [token.id]
             if token.finish:
                 answers[place] = _scored(questions[place], written[place], validation)
-                log.progress("reading and answering validation rows,", len(answers), len(numbers))
+                control.log.progress("reading and answering validation rows,", len(answers), len(numbers))
     return loss, [answers[place] for place in sorted(answers)]
 
 
@@ -145,34 +113,23 @@ def _scored(question: Question, ids: list[int], validation: ValidationSet) -> An
 
 
 def validation_loss(
-    session: Session,
-    adapter: ActiveAdapter,
-    rows: Sequence[Row],
-    execution: ExecutionPlan,
-    log: EventLog,
-    should_stop: ShouldStop = never,
-    what: str = "validation text",
+    session: Session, adapter: ActiveAdapter, rows: Sequence[Row], execution: ExecutionPlan, control: Control, what: str
 ) -> LossSum:
     """Summed loss over rows, in micro-batches of the execution plan; `what` is reported with the progress."""
     total, batches = LossSum(), micro_batches(rows, execution.micro_tokens)
     for number, loss in enumerate(session.losses(adapter, batches, execution)):
         total += loss
-        log.progress(f"reading {what}, batch", number + 1, len(batches))
-        if should_stop():
+        control.log.progress(f"reading {what}, batch", number + 1, len(batches))
+        if control.should_stop():
             break
     return total
 
 
 def make_questions(records: Sequence[Record], encoder: Encoder, most: int) -> list[Question]:
     """The first `most` records that end in an answer, as questions."""
-    questions: list[Question] = []
-    for record in records:
-        if len(questions) >= most:
-            break
-        found = encoder.question(record)
-        if found:
-            questions.append(Question(found[0], found[1], _asked(record), record.source))
-    return questions
+    asked = ((record, encoder.question(record)) for record in records)
+    questions = (Question(*found, _asked(record), record.source) for record, found in asked if found)
+    return list(itertools.islice(questions, most))
 
 
 def _asked(record: Record) -> str:
@@ -181,18 +138,7 @@ def _asked(record: Record) -> str:
 
 
 def choose_metric(wanted: str, questions: Sequence[Question]) -> tuple[str, Metric | None]:
-    """The metric a user asked for, or the one that suits the references.
-
-    Args:
-        wanted: The option `metric`.
-        questions: For `auto`: their references decide.
-
-    Returns:
-        Its name and function; None measures the loss alone.
-
-    Raises:
-        ConfigError: If the user's own function cannot be had.
-    """
+    """Name and function of the metric a user asked for, or of the one that suits the references; None: loss alone."""
     if wanted in METRICS:
         return wanted, METRICS[wanted]
     if wanted == "none" or (wanted == "auto" and not questions):
@@ -243,8 +189,3 @@ def _checked(function: Callable[[str, str], Any], wanted: str) -> Metric:
             raise ConfigError(f"metric {wanted} returned {value!r}: expected a number or a dict of numbers") from None
 
     return score
-
-
-def scores_of(answers: Sequence[Answer]) -> dict[str, float]:
-    """Mean of each figure over answers."""
-    return average(answer.scores for answer in answers)

@@ -11,22 +11,11 @@ from thimble.training.sink import RunFolderSink
 
 
 def make_report(run_plan: RunPlan, result: TrainResult, log: EventLog, total_seconds: float) -> TrainReport:
-    """What a run did, as plain data.
-
-    Args:
-        run_plan: What was planned.
-        result: What the loop came to.
-        log: Its decisions, notes and warnings.
-        total_seconds: Since the command was given.
-
-    Returns:
-        The report; the place of the adapter is added when that is published.
-    """
+    """What a run did, as plain data; the place of the adapter is added when that is published."""
     base, progress, before, after = run_plan.model.base, result.progress, result.before, result.after
     report = TrainReport(
         status=result.status, out=str(run_plan.folder), base=base.name, steps=progress.steps, tokens=progress.tokens,
-        target_tokens=progress.target_tokens, seconds=progress.seconds,
-        total_seconds=total_seconds,
+        target_tokens=progress.target_tokens, seconds=progress.seconds, total_seconds=total_seconds,
         tokens_per_second=progress.tokens / progress.seconds if progress.seconds else 0.0,
         peak_memory_bytes=peak_memory_bytes(), loss_base=before.base.loss, loss_before=before.loss,
         general_before=before.base.general_loss, metric=run_plan.metric_name, metrics_before=before.base.metrics,
@@ -47,21 +36,7 @@ def make_report(run_plan: RunPlan, result: TrainResult, log: EventLog, total_sec
 def finish(
     run_plan: RunPlan, result: TrainResult, report: TrainReport, sink: RunFolderSink, log: EventLog
 ) -> TrainReport:
-    """Publish the adapter and the reports, then fail honestly if the run did.
-
-    Args:
-        run_plan: What was planned.
-        result: What the loop came to.
-        report: The report.
-        sink: The run folder.
-        log: Takes warnings.
-
-    Returns:
-        The report.
-
-    Raises:
-        RunError: If the run diverged, its base was cut off, or its result cannot be written.
-    """
+    """Publish the adapter and the reports, then raise RunError if the run diverged or its base was cut off."""
     try:
         sink.publish(result.adapter, report, run_plan.model.base, log)
     except OSError as error:

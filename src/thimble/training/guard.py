@@ -34,38 +34,19 @@ class Verdict(Enum):
 
 @dataclass
 class Guard:
-    """Judges every step before it is taken.
+    """Judges every step before it is taken."""
 
-    Attributes:
-        first: Loss of the first step.
-        mean: Running mean of the loss.
-        square: Running mean of its squared deviation.
-        steps: Steps taken.
-        bad: Bad steps in a row.
-        rollbacks: How often the run rolled back.
-        rate: What the learning rate is multiplied by.
-        why: What was wrong with the last bad step.
-    """
-
-    first: float = math.nan
-    mean: float = 0.0
-    square: float = 0.0
-    steps: int = 0
-    bad: int = 0
-    rollbacks: int = 0
-    rate: float = 1.0
-    why: str = ""
+    first: float = math.nan  # loss of the first step
+    mean: float = 0.0  # running mean of the loss
+    square: float = 0.0  # running mean of its squared deviation
+    steps: int = 0  # steps taken
+    bad: int = 0  # bad steps in a row
+    rollbacks: int = 0  # how often the run rolled back
+    rate: float = 1.0  # what the learning rate is multiplied by
+    why: str = ""  # what was wrong with the last bad step
 
     def judge(self, loss: float, norm: float) -> Verdict:
-        """Say what to do with a step.
-
-        Args:
-            loss: Its loss, nats per target token.
-            norm: Norm of its gradient.
-
-        Returns:
-            The verdict; a step that is taken counts towards what is normal.
-        """
+        """Say what to do with a step, by its loss (nats); one that is taken counts towards what is normal."""
         self.first = loss if math.isnan(self.first) and math.isfinite(loss) else self.first
         why, most, verdict = self._fault(loss, norm), IN_A_ROW, Verdict.SKIP
         if not why:  # a single spike is a hard row, to be trained on; several in a row are a model that was spoilt
@@ -109,8 +90,7 @@ class Guard:
     @classmethod
     def restored(cls, state: Mapping[str, Any]) -> "Guard":
         """What `state` was taken of."""
-        values: dict[str, Any] = {name: math.nan if value is None else value for name, value in state.items()}
-        return cls(**values)
+        return cls(**{name: math.nan if value is None else value for name, value in state.items()})
 
 
 @dataclass
@@ -119,22 +99,14 @@ class Plateau:
 
     A few rows are noisy, and under a falling learning rate the loss may rest before it falls again: only a rise that is
     clear row by row, beside the best measurement, counts against a run.
-
-    Attributes:
-        patience: Clear rises in a row before the end; 0: never. An option of the run, not kept with the rest.
-        best: Lowest mean loss so far.
-        best_rows: Loss of each row then.
-        best_step: When it was measured.
-        since: Clear rises in a row since then.
-        step: When the last measurement was made.
     """
 
-    patience: int = 0
-    best: float = math.inf
-    best_rows: list[float] = field(default_factory=list)
-    best_step: int = 0
-    since: int = 0
-    step: int = 0
+    patience: int = 0  # clear rises in a row before the end; 0: never. An option of the run, not kept with the rest
+    best: float = math.inf  # lowest mean loss so far
+    best_rows: list[float] = field(default_factory=list)  # loss of each row then
+    best_step: int = 0  # when it was measured
+    since: int = 0  # clear rises in a row since then
+    step: int = 0  # when the last measurement was made
 
     def add(self, step: int, rows: Sequence[float]) -> bool:
         """Note a measurement, the loss of each row; returns whether it is the best so far."""
@@ -156,9 +128,8 @@ class Plateau:
 
     def state(self) -> dict[str, Any]:
         """Plain data for a checkpoint; infinity becomes None."""
-        state = {name: None if value == math.inf else value for name, value in asdict(self).items()}
-        del state["patience"]
-        return state
+        kept = {name: value for name, value in asdict(self).items() if name != "patience"}
+        return {name: None if value == math.inf else value for name, value in kept.items()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state` returned."""

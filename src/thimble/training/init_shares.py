@@ -14,18 +14,7 @@ from thimble.training.plan import RunPlan, plan_run
 
 
 def plan_measurement(config: InspectConfig, log: EventLog) -> RunPlan:
-    """Check the data and the base, and that the measurement fits the memory.
-
-    Args:
-        config: The options; `data` is set.
-        log: Where what was read goes.
-
-    Returns:
-        The plan of a training run on the data, whose rows and memory are those of the measurement.
-
-    Raises:
-        InputError: With every problem found.
-    """
+    """Check that the measurement fits the memory: the plan of a training run on the same rows, with the same memory."""
     log.stage("reading the base and the examples")
     problems = Problems(config.problems)
     if config.path is not None:
@@ -37,29 +26,18 @@ def plan_measurement(config: InspectConfig, log: EventLog) -> RunPlan:
     run = TrainConfig.build({**options, "rank": "auto", "init": "gradient", "eval_rows": 0, "eval_every_steps": 0})
     planning = EventLog(ignore)  # most of what it decides is about training
     run_plan = problems.attempt(plan_run, run, planning, needs_folder=False)
-    problems.required()
-    assert run_plan, "a plan that fails leaves a problem"
-    for text in planning.messages["note"]:
-        log.note(text)
-    for text in planning.messages["warning"]:
-        log.warning(text)
+    (run_plan,) = problems.required(run_plan)
+    for say, kind in ((log.note, "note"), (log.warning, "warning")):
+        for text in planning.messages[kind]:
+            say(text)
     return run_plan
 
 
 def measure_init_shares(run_plan: RunPlan, log: EventLog) -> list[InitShares]:
-    """Measure each layer.
-
-    Args:
-        run_plan: From `plan_measurement`.
-        log: Where progress goes.
-
-    Returns:
-        One row a layer, in the order of the model.
-    """
+    """Measure each layer, in the order of the model."""
     log.stage("loading the base")
-    how = run_plan.execution
+    how, data = run_plan.execution, run_plan.calibration_data()
     session = open_session(run_plan.model, run_plan.config.compute, how.store, how.is_streamed)
-    data = run_plan.calibration_data()
     shapes = data.shapes.items()
     sizes = {path: Size(INITS["gradient"].allowed_rank(AUTO_RANK, shape), 1.0) for path, shape in shapes}
     found = captured_by_inits(sizes, Calibration(data, session, log))

@@ -39,50 +39,23 @@ from thimble.training.calibration import (
 )
 from thimble.training.checkpoint import latest_checkpoint
 
-COMPARED = (
-    "kaiming",
-    "eva",
-    "gradient",
-)  # their A x are equally long: one learning rate is right for all
+COMPARED = ("kaiming", "eva", "gradient")  # their A x are equally long: one learning rate is right for all
 
 
 @dataclass(frozen=True)
 class Initialization:
-    """What a run begins with.
+    """What a run begins with."""
 
-    Attributes:
-        adapter: The adapter before the first step.
-        config: The options, with ranks resolved.
-        measured: What ranks were chosen by, and the seconds it all took.
-    """
-
-    adapter: Adapter
-    config: TrainConfig
-    measured: dict[str, Any] = field(default_factory=dict)
+    adapter: Adapter  # the adapter before the first step
+    config: TrainConfig  # the options, with ranks resolved
+    measured: dict[str, Any] = field(default_factory=dict)  # what ranks were chosen by, and the seconds it all took
 
 
 # ---- before the base is loaded --------------------------------------------------------------------------------------
 
 
-def check_init(
-    init: Init, config: TrainConfig, model: Model, layers: Sequence[str], folder: Path
-) -> dict[str, Size]:  # fmt: skip
-    """Refuse ranks and initializations that cannot be.
-
-    Args:
-        init: The initialization.
-        config: The options.
-        model: The base.
-        layers: Paths of the adapted layers.
-        folder: The run folder, which holds the initial adapter if it is resumed.
-
-    Returns:
-        Sizes of the layers, as far as they are known.
-
-    Raises:
-        InputError: With every problem found, naming the layers.
-        AdapterError: If the adapter to begin with cannot be read or does not fit.
-    """
+def check_init(init: Init, config: TrainConfig, model: Model, layers: Sequence[str], folder: Path) -> dict[str, Size]:
+    """Refuse ranks and initializations that cannot be, naming the layers; the sizes, as far as they are known."""
     if init.needs == "adapter":
         is_resumed = config.resume and latest_checkpoint(folder) and (folder / run_folder.START).is_dir()
         path = str(folder / run_folder.START) if is_resumed else init.path
@@ -118,11 +91,8 @@ def _plan_sizes(config: TrainConfig, spec: DecoderSpec, layers: Sequence[str]) -
 
 def _rank_problems(init: Init, sizes: Mapping[str, Size], shapes: Mapping[str, tuple[int, int]]) -> list[str]:
     """For each rank that is too large for a layer, the smallest such layer; and the ranks that no layer can have."""
-    smallest: dict[int, str] = {}
-    for layer, size in sizes.items():
-        known = smallest.setdefault(size.rank, layer)
-        if min(shapes[layer]) < min(shapes[known]):
-            smallest[size.rank] = layer
+    falling = sorted(reversed(list(sizes)), key=lambda layer: -min(shapes[layer]))
+    smallest = {sizes[layer].rank: layer for layer in falling}  # the last of a rank stays: the first of the smallest
     shared = f", of whose gradient init {init} takes {init.ranks_read} directions for each rank"
     problems = [
         f"--rank {rank}: expected at most {init.most_rank(shapes[layer])} for {layer}, which is (out, in) "
@@ -130,8 +100,7 @@ def _rank_problems(init: Init, sizes: Mapping[str, Size], shapes: Mapping[str, t
         for rank, layer in sorted(smallest.items())
         if rank > init.most_rank(shapes[layer])
     ]
-    odd = [rank for rank in sorted(smallest) if rank % init.rank_step]
-    if odd:
+    if odd := [rank for rank in sorted(smallest) if rank % init.rank_step]:
         problems.append(f"--rank {listing(odd)}: expected a multiple of {init.rank_step} for init {init}")
     return problems
 
@@ -161,23 +130,7 @@ def initialise(
     session: CalibrationSession,
     log: EventLog,
 ) -> Initialization:
-    """Choose the ranks that were left open, and make the adapter that training begins with.
-
-    Args:
-        init: The initialization.
-        config: The options.
-        sizes: Of the layers, from `check_init`.
-        data: The rows to calibrate on.
-        session: The loaded base.
-        log: Where progress and decisions go.
-
-    Returns:
-        The adapter and what was chosen.
-
-    Raises:
-        ConfigError: If the session has not what the init needs.
-        BaseModelError: If weights that are to be decomposed are zero, NaN or Inf.
-    """
+    """Choose the ranks that were left open, and make the adapter that training begins with."""
     began, measured = time.perf_counter(), dict[str, Any]()
     _check_capability(init, config, session)
     calibration = Calibration(data, session, log)
@@ -226,15 +179,7 @@ def _with_sizes(config: TrainConfig, sizes: Mapping[str, Size]) -> TrainConfig:
 
 
 def captured_by_inits(sizes: Mapping[str, Size], calibration: Calibration) -> dict[str, dict[str, Energy]]:
-    """What share of the gradient of other rows the A of some inits capture.
-
-    Args:
-        sizes: Rank and scale of each layer.
-        calibration: The rows.
-
-    Returns:
-        By init and layer path: what each row of A captures of ‖G‖², and ‖G‖², G being the gradient of W.
-    """
+    """What each row of A captures of ‖G‖², and ‖G‖², of the gradient of W on other rows, by init and layer path."""
     candidates = {}
     for name in COMPARED:
         layers = make_adapter(INITS[name], sizes, calibration).layers
@@ -247,16 +192,7 @@ def captured_by_inits(sizes: Mapping[str, Size], calibration: Calibration) -> di
 
 
 def make_adapter(init: Init, sizes: Mapping[str, Size], calibration: Calibration) -> Adapter:
-    """Gather what an init needs for each layer, and build A and B from it.
-
-    Args:
-        init: The initialization.
-        sizes: Rank and scale of each adapted layer.
-        calibration: The rows and the loaded base.
-
-    Returns:
-        The adapter, without base, notes, origin or magnitudes, unless it is one that was read.
-    """
+    """Gather what an init needs for each layer, and build A and B from it."""
     if init.needs == "adapter":
         return Adapter(load_adapter(init.path).layers)
     if init.needs == "nothing":
@@ -271,8 +207,8 @@ Gathering = Callable[[Init, Mapping[str, LayerData], Calibration], Iterator[Laye
 
 
 def _weights(init: Init, layers: Mapping[str, LayerData], calibration: Calibration) -> Iterator[LayerData]:
-    for path, weight in calibration.weights(f"init {init} decomposes it"):
-        yield replace(layers[path], weight=weight)
+    weights = calibration.weights(f"init {init} decomposes it")
+    return (replace(layers[path], weight=weight) for path, weight in weights)
 
 
 def _inputs(init: Init, layers: Mapping[str, LayerData], calibration: Calibration) -> Iterator[LayerData]:

@@ -33,31 +33,18 @@ Arrays = dict[str, NDArray[np.float32]]
 
 @dataclass(frozen=True)
 class LoopPlan:
-    """What the loop carries out.
+    """What the loop carries out."""
 
-    Attributes:
-        adapter: The initial adapter.
-        method: How its parameters are trained; its seed is that of dropout.
-        step_schedule: The rows and the learning rate of each step, and when the run ends.
-        execution: How a step is run.
-        eval_every_steps: How often validation rows are measured during training; 0 is never.
-        patience: Clear rises of their loss in a row that end the run; 0 is never.
-        checkpoint_every_steps: How often a checkpoint is saved; None is never.
-        checkpoint_every_minutes: Likewise, by the clock; 0 is never.
-        checkpoint: Where the run is resumed, or None.
-        initialization: What was measured to choose init and ranks.
-    """
-
-    adapter: Adapter
-    method: Method
-    step_schedule: StepSchedule
-    execution: ExecutionPlan
-    eval_every_steps: int = 0
-    patience: int = 0
-    checkpoint_every_steps: int | None = None
-    checkpoint_every_minutes: float = 0.0
-    checkpoint: Checkpoint | None = None
-    initialization: Mapping[str, Any] = field(default_factory=dict)
+    adapter: Adapter  # the initial adapter
+    method: Method  # how its parameters are trained; its seed is that of dropout
+    step_schedule: StepSchedule  # the rows and the learning rate of each step, and when the run ends
+    execution: ExecutionPlan  # how a step is run
+    eval_every_steps: int = 0  # how often validation rows are measured during training; 0 is never
+    patience: int = 0  # clear rises of their loss in a row that end the run; 0 is never
+    checkpoint_every_steps: int | None = None  # how often a checkpoint is saved; None is never
+    checkpoint_every_minutes: float = 0.0  # likewise, by the clock; 0 is never
+    checkpoint: Checkpoint | None = None  # where the run is resumed, or None
+    initialization: Mapping[str, Any] = field(default_factory=dict)  # what was measured to choose init and ranks
 
 
 @dataclass(frozen=True)
@@ -95,29 +82,16 @@ class TrainResult:
 def run(
     plan: LoopPlan, task: Task, session: Session, collective: Collective, sink: Sink, control: Control
 ) -> TrainResult:
-    """Train an adapter, and measure before and after.
-
-    Args:
-        plan: What to carry out.
-        task: What is trained on and measured.
-        session: The loaded base.
-        collective: Adds up the gradients of all processes.
-        sink: Takes what the run leaves behind.
-        control: Is told of progress, and asked whether to go on.
-
-    Returns:
-        The result.
-
-    Raises:
-        RunError: If the base cannot be trained on.
-        MemoryError: If a step does not fit the memory even with the smallest execution plan.
-    """
+    """Train an adapter, and measure before and after; raises MemoryError if the smallest parts of a step do not fit."""
     loop = _Loop(plan, task, session, collective, sink, control)
     before = loop.measure_before()
     loop.train()
     after = loop.measure_after(before)
     session.release()
-    return loop.result(before, after)
+    return TrainResult(
+        session.adapter(loop.state), loop.progress, before, after, loop.best_step, loop.saved_step, loop.diverged,
+        loop.cut_file, control.should_stop(),
+    )  # fmt: skip
 
 
 class _Loop:
@@ -128,9 +102,8 @@ class _Loop:
     ) -> None:
         self.plan, self.task, self.session, self.collective = plan, task, session, collective
         self.sink, self.control, self.log = sink, control, control.log
-        self.progress = Progress(
-            plan.execution, Guard(), Plateau(plan.patience), initialization=dict(plan.initialization)
-        )
+        plateau, measured = Plateau(plan.patience), dict(plan.initialization)
+        self.progress = Progress(plan.execution, Guard(), plateau, initialization=measured)
         self.state: TrainState = session.start(plan.adapter, plan.method)
         self.best: NDArray[np.float32] | None = None  # flat adapter that did best on validation rows
         self.valid: Arrays = {}  # the last state known to be valid
@@ -154,8 +127,7 @@ class _Loop:
 
     def measure_before(self) -> Before:
         """Measure the base before training, or read what an interrupted run measured."""
-        saved = self.sink.saved_before() if self.progress.steps else None
-        if saved:
+        if self.progress.steps and (saved := self.sink.saved_before()):
             return saved
         before = measure_before(self.task, self.session, self.state, self.progress.execution, self.control)
         if not self.control.should_stop():
@@ -171,13 +143,6 @@ class _Loop:
         except MemoryError as error:
             self.log.warning(f"memory ran out while the result was measured ({error}): `thimble evaluate` can do that")
             return None
-
-    def result(self, before: Before, after: Scores | None) -> TrainResult:
-        """What the run came to."""
-        return TrainResult(
-            self.session.adapter(self.state), self.progress, before, after, self.best_step, self.saved_step,
-            self.diverged, self.cut_file, self.control.should_stop(),
-        )  # fmt: skip
 
     # ---- steps ----------------------------------------------------------------------------------------------------
 
@@ -196,7 +161,8 @@ class _Loop:
         if not self.session.is_finite(self.state):
             self.diverged = self.diverged or "parameters of the adapter or moments of its optimiser are NaN or Inf"
             self.state = self.session.restore(self.state, self.valid)
-        if self.progress.steps and not self.diverged and self._saves_checkpoints:
+        is_saving = self.plan.checkpoint_every_steps or self.plan.checkpoint_every_minutes
+        if self.progress.steps and not self.diverged and is_saving:
             self._save_checkpoint()  # what was learned is not to be learned again if measuring it is interrupted
         self._keep_best()
         self.sink.end_steps()
@@ -204,9 +170,8 @@ class _Loop:
     def _is_over(self) -> bool:
         """Whether no further step is to be taken."""
         progress = self.progress
-        if self.plan.step_schedule.is_done(progress.steps, progress.seconds) or progress.plateau.is_over:
-            return True
-        if self.control.should_stop():
+        is_done = self.plan.step_schedule.is_done(progress.steps, progress.seconds)
+        if is_done or progress.plateau.is_over or self.control.should_stop():
             return True
         self.cut_file = self.control.cut_file()
         return self.cut_file is not None
@@ -277,8 +242,8 @@ class _Loop:
         self.state = self.session.restore(self.state, self.valid)
         if verdict is Verdict.GIVE_UP:
             self.diverged = guard.why
-            return
-        self.log.warning(f"step {step}: {guard.why}; back to the last good adapter, at {guard.rate:g} of the rate")
+        else:
+            self.log.warning(f"step {step}: {guard.why}; back to the last good adapter, at {guard.rate:g} of the rate")
 
     def _outlook(self) -> dict[str, Any]:
         """What progress shows beside the step's own figures."""
@@ -293,9 +258,8 @@ class _Loop:
     def _watch(self) -> dict[str, float]:
         """The loss of some validation rows, if it is time for it."""
         every, steps = self.plan.eval_every_steps, self.progress.steps
-        if not every or steps % every or steps == self.plan.step_schedule.total_steps:
-            return {}
-        return {"held_out_loss": self._measure_watched()}
+        is_time = every and not steps % every and steps != self.plan.step_schedule.total_steps
+        return {"held_out_loss": self._measure_watched()} if is_time else {}
 
     def _measure_watched(self) -> float:
         """The mean loss of the watched rows; the best adapter is remembered."""
@@ -325,10 +289,11 @@ class _Loop:
 
     def _between_steps(self) -> None:
         """Save a checkpoint if it is time, and wait if there is a reason to."""
-        if self._is_time_to_save():
+        every, minutes = self.plan.checkpoint_every_steps, self.plan.checkpoint_every_minutes
+        is_step = every and self.progress.steps % every == 0
+        if is_step or (minutes and time.perf_counter() - self.saved_at >= minutes * 60):
             self._save_checkpoint()
-        why = self.control.should_wait()
-        if why:
+        if why := self.control.should_wait():
             self._pause(why)
 
     def _pause(self, why: str) -> None:
@@ -344,33 +309,19 @@ class _Loop:
         if not self.control.should_stop():
             self.log.note(f"going on after a pause of {waited:.0f} s")
 
-    @property
-    def _saves_checkpoints(self) -> bool:
-        return bool(self.plan.checkpoint_every_steps or self.plan.checkpoint_every_minutes)
-
-    def _is_time_to_save(self) -> bool:
-        every, minutes = self.plan.checkpoint_every_steps, self.plan.checkpoint_every_minutes
-        if every and self.progress.steps % every == 0:
-            return True
-        return bool(minutes) and time.perf_counter() - self.saved_at >= minutes * 60
-
     def _save_checkpoint(self) -> None:
         """Save all it takes to continue; a run does not end because that fails."""
         step = self.progress.steps
         if step == self.saved_step:
             return
-        arrays = {
-            **self.session.snapshot(self.state), **{VALID + name: values for name, values in self.valid.items()}
-        }  # fmt: skip
+        arrays = {**self.session.snapshot(self.state), **{VALID + name: values for name, values in self.valid.items()}}
         arrays |= {} if self.best is None else {BEST: self.best}
         self.saved_at = time.perf_counter()
         try:
             self.sink.write_checkpoint(step, arrays, self.progress.state())
         except OSError as error:
             older = f"that of step {self.saved_step} is valid" if self.saved_step else "there is no older one"
-            self.log.warning(
-                f"the checkpoint of step {step} cannot be written ({error.strerror or error}): the run goes on, and "
-                f"{older}"
-            )
+            failed = f"the checkpoint of step {step} cannot be written ({error.strerror or error})"
+            self.log.warning(f"{failed}: the run goes on, and {older}")
         else:
             self.saved_step = step

@@ -11,16 +11,8 @@ from thimble.core.sizes import MICRO_BATCH_TOKENS, padded
 from thimble.core.targets import Size
 from thimble.data.examples import Examples
 from thimble.errors import DoesNotFitError
+from thimble.models import cost
 from thimble.models.base import Base
-from thimble.models.cost import (
-    MemoryInputs,
-    MemoryPlan,
-    StepWork,
-    adapter_parameters,
-    estimate_memory,
-    estimate_seconds,
-    lowest_block,
-)
 from thimble.models.execution import ExecutionPlan
 from thimble.models.machine import available_bytes
 from thimble.training.step_schedule import StepSchedule
@@ -31,129 +23,61 @@ SHARE_TOKENS = 512  # a step is divided among workers as long as each gets so ma
 
 @dataclass(frozen=True)
 class RunCost:
-    """How the steps of a run are executed, and what they take.
+    """How the steps of a run are executed, and what they take."""
 
-    Attributes:
-        compute: `fp32`, `bf16` or `int8`.
-        reasons: Why that compute type, and why that store.
-        step_schedule: The steps.
-        execution: How a step is run.
-        memory: Expected peak.
-        allowed_bytes: By the user, or by what the machine has free.
-        work: What a step does on average.
-        seconds_per_step: Expected.
-    """
-
-    compute: str
-    reasons: tuple[str, str]
-    step_schedule: StepSchedule
-    execution: ExecutionPlan
-    memory: MemoryPlan
-    allowed_bytes: int
-    work: StepWork
-    seconds_per_step: float
+    compute: str  # `fp32`, `bf16` or `int8`
+    reasons: tuple[str, str]  # why that compute type, and why that store
+    step_schedule: StepSchedule  # the steps
+    execution: ExecutionPlan  # how a step is run
+    memory: cost.MemoryPlan  # expected peak
+    allowed_bytes: int  # by the user, or by what the machine has free
+    work: cost.StepWork  # what a step does on average
+    seconds_per_step: float  # expected
 
 
 def plan_cost(
-    config: TrainConfig,
-    base: Base,
-    examples: Examples,
-    sizes: dict[str, Size],
-    first: Sequence[ExecutionPlan] = (),
+    config: TrainConfig, base: Base, examples: Examples, sizes: dict[str, Size], first: Sequence[ExecutionPlan] = ()
 ) -> RunCost:
-    """Choose compute type, store and execution plan, and count what the run takes.
-
-    Args:
-        config: The options.
-        base: The base.
-        examples: The rows.
-        sizes: Ranks and scales of the adapted layers.
-        first: Execution plans to prefer: that of the run to resume.
-
-    Returns:
-        The choices and their cost.
-
-    Raises:
-        DoesNotFitError: If no execution plan fits the memory allowed.
-    """
+    """Choose compute type, store and execution plan (those in `first` go first), and count what the run takes."""
     from thimble.backends.torch.compute import choose_compute, machine
 
     spec = base.spec
     compute, why_compute = choose_compute(config.compute)
     stores, why_store = choose_store(config.store, base, compute)
-    step_schedule = StepSchedule(config, examples.train_report.lengths, spec.family, spec.hidden_size)
+    lengths = examples.train_report.lengths
+    step_schedule = StepSchedule(config, lengths, spec.family, spec.hidden_size)
     inputs = memory_inputs(config, compute, base, examples, sizes)
-    plans = [*first, *_plans_for(config, base, examples, stores, inputs.longest)]
+    num_sizes = min(MOST_SIZES, len({padded(length) for length in lengths}))
+    step_tokens = min(config.batch_tokens, examples.train_report.tokens)
+    plans = [*first, *execution_plans(step_tokens, inputs.longest, stores, spec.num_layers, num_sizes)]
     allowed = config.memory_budget or available_bytes()
     memory, execution = _first_that_fits(base, inputs, plans, allowed, bool(config.memory_budget))
     if execution.store != stores[0]:
         why_store = f"store {execution.store}: {stores[0]} does not fit the memory"
-    work = _step_work(examples, step_schedule, inputs)
-    seconds = estimate_seconds(base, compute, work, execution, machine())
+    report, steps = examples.train_report, step_schedule.steps_per_epoch
+    square = sum(length * length for length in lengths) / report.tokens
+    work = cost.StepWork(report.tokens / steps, report.target_tokens / steps, square, inputs.trained, inputs.lowest)
+    seconds = cost.estimate_seconds(base, compute, work, execution, machine())
     return RunCost(compute, (why_compute, why_store), step_schedule, execution, memory, allowed, work, seconds)
 
 
 def memory_inputs(
     config: TrainConfig, compute: str, base: Base, examples: Examples, sizes: dict[str, Size]
-) -> MemoryInputs:
-    """What the memory of a run depends on.
-
-    Args:
-        config: The options; ranks that are found from the data take memory before training.
-        compute: The compute type, already chosen.
-        base: The base.
-        examples: The rows.
-        sizes: Ranks and scales of the adapted layers.
-
-    Returns:
-        The inputs of `estimate_memory`.
-    """
+) -> cost.MemoryInputs:
+    """What the memory of a run depends on; ranks that are found from the data take memory before training."""
     init = parse_init(config.init)
     calibrates = ("inputs", "gradients") if config.rank is None else ()
-    return MemoryInputs(
-        compute=compute,
-        trained=adapter_parameters(base.spec, sizes, config.use_dora),
-        longest=max(examples.train_report.longest, examples.valid_report.longest),
-        lowest=lowest_block(sizes),
-        needs=(init.needs, *calibrates),
-        is_delta=init.is_delta,
-    )
-
-
-def _step_work(examples: Examples, step_schedule: StepSchedule, inputs: MemoryInputs) -> StepWork:
-    """What a step of this run does on average."""
-    report, steps = examples.train_report, step_schedule.steps_per_epoch
-    squares = sum(length * length for length in report.lengths)
-    return StepWork(
-        report.tokens / steps, report.target_tokens / steps, squares / report.tokens, inputs.trained, inputs.lowest
-    )
-
-
-def _plans_for(
-    config: TrainConfig, base: Base, examples: Examples, stores: Sequence[str], longest: int
-) -> list[ExecutionPlan]:
-    """Execution plans for the rows of a run."""
-    report = examples.train_report
-    num_sizes = min(MOST_SIZES, len({padded(length) for length in report.lengths}))
-    step_tokens = min(config.batch_tokens, report.tokens)
-    return execution_plans(step_tokens, longest, stores, base.spec.num_layers, num_sizes)
+    return cost.MemoryInputs(
+        compute=compute, trained=cost.adapter_parameters(base.spec, sizes, config.use_dora),
+        longest=max(examples.train_report.longest, examples.valid_report.longest), lowest=cost.lowest_block(sizes),
+        needs=(init.needs, *calibrates), is_delta=init.is_delta,
+    )  # fmt: skip
 
 
 def execution_plans(
     step_tokens: int, longest: int, stores: Sequence[str], num_blocks: int, num_sizes: int = 1
 ) -> list[ExecutionPlan]:
-    """The ways to run a step, the fastest first.
-
-    Args:
-        step_tokens: Most tokens of a step, unless a single row is longer.
-        longest: Tokens of the longest row, which is never split.
-        stores: Stores of the frozen weights that come into question.
-        num_blocks: Blocks of the base.
-        num_sizes: Sizes in which batches of uneven rows come.
-
-    Returns:
-        The execution plans.
-    """
+    """The ways to run a step, the fastest first; the longest row, in tokens, is never split."""
     from thimble.backends.torch.threads import num_cores
 
     cores, step = num_cores(), max(step_tokens, longest)
@@ -169,10 +93,10 @@ def execution_plans(
 
 
 def _first_that_fits(
-    base: Base, inputs: MemoryInputs, plans: Sequence[ExecutionPlan], allowed: int, is_budget: bool
-) -> tuple[MemoryPlan, ExecutionPlan]:
+    base: Base, inputs: cost.MemoryInputs, plans: Sequence[ExecutionPlan], allowed: int, is_budget: bool
+) -> tuple[cost.MemoryPlan, ExecutionPlan]:
     """The first execution plan that fits the memory allowed."""
-    found = [(estimate_memory(base, inputs, execution), execution) for execution in plans]
+    found = [(cost.estimate_memory(base, inputs, execution), execution) for execution in plans]
     for memory, execution in found:
         if memory.total <= allowed:
             return memory, execution

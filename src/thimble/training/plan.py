@@ -1,10 +1,8 @@
 """A training run, checked and decided but not begun: what `train` carries out and `plan` describes."""
 
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from thimble.config.train import TrainConfig
 from thimble.core.method import parse_init
@@ -38,93 +36,66 @@ SHOWN_WITHOUT_METRIC = 3  # validation rows that are answered only to be shown
 
 @dataclass(frozen=True)
 class RunPlan:
-    """Everything that is decided before the first weight is loaded.
+    """Everything that is decided before the first weight is loaded."""
 
-    Attributes:
-        config: Options with compute type, store, rate and steps resolved.
-        model: The base with tokenizer and template.
-        examples: The user's rows.
-        general: Rows of general text, for the forgetting check.
-        layers: Paths of the adapted layers.
-        sizes: Their ranks and scales, as far as they are known before training.
-        watched: Validation rows measured during training.
-        eval_every_steps: How often; 0 is never.
-        step_schedule: The steps.
-        memory: Expected peak.
-        allowed_bytes: By the user, or by what the machine has free.
-        work: What a step does on average.
-        seconds_per_step: Expected.
-        execution: How a step is run.
-        validation: What the base and the result are measured on.
-        metric_name: What the metric is called.
-        origin: What the run is made of, by hash, and what its sums depend on.
-        checkpoint: Where it is resumed, or None.
-        folder: The run folder, not made yet.
-    """
-
-    config: TrainConfig
-    model: Model
-    examples: Examples
-    general: tuple[Row, ...]
-    layers: list[str]
-    sizes: dict[str, Size]
-    watched: list[Row]
-    eval_every_steps: int
-    step_schedule: StepSchedule
-    memory: MemoryPlan
-    allowed_bytes: int
-    work: StepWork
-    seconds_per_step: float
-    execution: ExecutionPlan
-    validation: ValidationSet
-    metric_name: str
-    origin: dict[str, str]
-    checkpoint: Checkpoint | None
-    folder: Path
+    config: TrainConfig  # options with compute type, store, rate and steps resolved
+    model: Model  # the base with tokenizer and template
+    examples: Examples  # the user's rows
+    general: tuple[Row, ...]  # rows of general text, for the forgetting check
+    sizes: dict[str, Size]  # ranks and scales of the adapted layers by path, as far as they are known before training
+    watched: list[Row]  # validation rows measured during training
+    eval_every_steps: int  # how often; 0 is never
+    step_schedule: StepSchedule  # the steps
+    memory: MemoryPlan  # expected peak
+    allowed_bytes: int  # by the user, or by what the machine has free
+    work: StepWork  # what a step does on average
+    seconds_per_step: float  # expected
+    execution: ExecutionPlan  # how a step is run
+    validation: ValidationSet  # what the base and the result are measured on
+    metric_name: str  # what the metric is called
+    origin: dict[str, str]  # what the run is made of, by hash, and what its sums depend on
+    checkpoint: Checkpoint | None  # where it is resumed, or None
+    folder: Path  # the run folder, not made yet
 
     def calibration_data(self) -> CalibrationData:
         """The rows that initializations and ranks are found on: those of the first steps."""
         shapes = self.model.base.spec.linear_shapes()
         return CalibrationData.of_steps(
             self.examples.train, self.step_schedule.rows, self.config.calibration_steps, general_rows=self.general,
-            execution=self.execution, shapes={path: shapes[path] for path in self.layers},
-            seed=self.config.seed,
+            execution=self.execution, shapes={path: shapes[path] for path in self.sizes}, seed=self.config.seed,
         )  # fmt: skip
 
 
 def plan_run(config: TrainConfig, log: EventLog, needs_folder: bool = True) -> RunPlan:
-    """Check everything that can be wrong, decide everything that was left open.
-
-    Args:
-        config: The options.
-        log: Takes what was found and decided.
-        needs_folder: Whether a run folder will be written.
-
-    Returns:
-        The run plan.
-
-    Raises:
-        InputError: With every problem found.
-    """
+    """Check everything that can be wrong, decide what was left open; raises InputError with every problem."""
     log.stage("reading the base and the examples")
-    checked = _check(config, needs_folder, log)
-    log.note(f"base: {describe_base(checked.model)}")
-    log_examples(checked.examples, log)
-    return _decide(config, checked, log)
+    model, sizes, examples, questions, (metric_name, metric), folder = _check(config, needs_folder, log)
+    log.note(f"base: {describe_base(model)}")
+    log_examples(examples, log)
+    checkpoint = latest_checkpoint(folder) if config.resume else None
+    kept = checkpoint.progress.get("execution") if checkpoint else None  # sums in another order end in other digits
+    cost = plan_cost(config, model.base, examples, sizes, (ExecutionPlan(**kept),) if kept else ())
+    _log_cost(cost, len(examples.train), model.base.spec.num_layers, log)
+    steps = cost.step_schedule.total_steps or (cost.step_schedule.minutes or 0.0) * 60 / cost.seconds_per_step
+    watched, every = _choose_watched(config, examples, steps)
+    if every:
+        stops = f"; {config.patience} clearly above the lowest in a row end the run" if config.patience else ""
+        log.decision(f"validation loss: on {plural(len(watched), 'row')} every {plural(every, 'step')}{stops}")
+    origin = _origin(model, examples, cost)
+    if checkpoint:
+        check_origin(checkpoint, origin, config.accept_changes, log)
+    return RunPlan(
+        config=_resolved(config, cost, folder), model=model, examples=examples, general=general_rows(model, config),
+        sizes=sizes, watched=watched, eval_every_steps=every, step_schedule=cost.step_schedule,
+        memory=cost.memory, allowed_bytes=cost.allowed_bytes, work=cost.work, seconds_per_step=cost.seconds_per_step,
+        execution=cost.execution, validation=_validation_set(config, model, examples, questions, metric, cost),
+        metric_name=metric_name, origin=origin, checkpoint=checkpoint, folder=folder,
+    )  # fmt: skip
 
 
-class _Checked(NamedTuple):
-    """What was found valid."""
-
-    model: Model
-    sizes: dict[str, Size]
-    examples: Examples
-    questions: list[Question]
-    metric: tuple[str, Metric | None]
-    folder: Path
-
-
-def _check(config: TrainConfig, needs_folder: bool, log: EventLog) -> _Checked:
+def _check(
+    config: TrainConfig, needs_folder: bool, log: EventLog
+) -> tuple[Model, dict[str, Size], Examples, list[Question], tuple[str, Metric | None], Path]:
     """Read everything, and refuse the run with every problem found."""
     problems = Problems(config.problems)
     model = problems.attempt(open_model, config.base)
@@ -138,52 +109,14 @@ def _check(config: TrainConfig, needs_folder: bool, log: EventLog) -> _Checked:
     examples = problems.attempt(split_and_encode, dataset, model, config, log) if model and dataset else None
     questions = make_questions(examples.valid_records, examples.encoder, config.eval_rows) if examples else []
     metric = problems.attempt(choose_metric, config.metric, questions)
-    return _Checked(*problems.required(model, sizes, examples, questions, metric, folder))
+    model, sizes, examples, metric = problems.required(model, sizes, examples, metric)
+    return model, sizes, examples, questions, metric, folder
 
 
 def plan_sizes(config: TrainConfig, model: Model, folder: Path) -> dict[str, Size]:
-    """Rank and scale of each adapted layer, as far as they are known before training.
-
-    Args:
-        config: The options.
-        model: The base.
-        folder: The run folder, which knows where the run began if it is resumed.
-
-    Returns:
-        Sizes by layer path.
-
-    Raises:
-        InputError: With every problem found.
-    """
+    """Rank and scale of each adapted layer, as far as known; the run folder knows where a resumed run began."""
     layers = select_layers(config.targets, model.base.spec.linear_shapes())
     return check_init(parse_init(config.init), config, model, layers, folder)
-
-
-def _decide(config: TrainConfig, checked: _Checked, log: EventLog) -> RunPlan:
-    """Choose what the user left open, and report it."""
-    model, sizes, examples, _, (metric_name, _), folder = checked
-    checkpoint = latest_checkpoint(folder) if config.resume else None
-    cost = plan_cost(config, model.base, examples, sizes, _kept_execution(checkpoint))
-    _log_cost(cost, len(examples.train), model.base.spec.num_layers, log)
-    steps = cost.step_schedule.total_steps or (cost.step_schedule.minutes or 0.0) * 60 / cost.seconds_per_step
-    watched, every = _choose_watched(config, examples, steps)
-    _log_watched(config, watched, every, log)
-    origin = _origin(model, examples, cost)
-    if checkpoint:
-        check_origin(checkpoint, origin, config.accept_changes, log)
-    return RunPlan(
-        config=_resolved(config, cost, folder), model=model, examples=examples, general=general_rows(model, config),
-        layers=list(sizes), sizes=sizes, watched=watched, eval_every_steps=every, step_schedule=cost.step_schedule,
-        memory=cost.memory, allowed_bytes=cost.allowed_bytes, work=cost.work, seconds_per_step=cost.seconds_per_step,
-        execution=cost.execution, validation=_validation_set(config, checked, cost), metric_name=metric_name,
-        origin=origin, checkpoint=checkpoint, folder=folder,
-    )  # fmt: skip
-
-
-def _kept_execution(checkpoint: Checkpoint | None) -> tuple[ExecutionPlan, ...]:
-    """The execution plan of the run to resume: sums in another order end in other digits."""
-    kept = checkpoint.progress.get("execution") if checkpoint else None
-    return (ExecutionPlan(**kept),) if kept else ()
 
 
 def _origin(model: Model, examples: Examples, cost: RunCost) -> dict[str, str]:
@@ -206,15 +139,20 @@ def _resolved(config: TrainConfig, cost: RunCost, folder: Path) -> TrainConfig:
     )  # fmt: skip
 
 
-def _validation_set(config: TrainConfig, checked: _Checked, cost: RunCost) -> ValidationSet:
+def _validation_set(
+    config: TrainConfig,
+    model: Model,
+    examples: Examples,
+    questions: list[Question],
+    metric: Metric | None,
+    cost: RunCost,
+) -> ValidationSet:
     """What is measured; the cache of an answer may take what training takes for activations, so that is the peak."""
-    model, examples, metric = checked.model, checked.examples, checked.metric[1]
-    questions = checked.questions if metric else checked.questions[:SHOWN_WITHOUT_METRIC]
+    asked = questions if metric else questions[:SHOWN_WITHOUT_METRIC]
     cache_tokens = cost.memory.activations // cache_token_bytes(model.base.spec, cost.compute)
-    return ValidationSet(
-        examples.valid, questions, metric, model.tokenizer, config.max_new_tokens, cache_tokens,
-        planned_tokens=cost.execution.micro_tokens * cost.execution.num_shares,
-    )  # fmt: skip
+    planned_tokens = cost.execution.micro_tokens * cost.execution.num_shares
+    most_new = config.max_new_tokens
+    return ValidationSet(examples.valid, asked, metric, model.tokenizer, most_new, cache_tokens, planned_tokens)
 
 
 def _choose_watched(config: TrainConfig, examples: Examples, steps: float) -> tuple[list[Row], int]:
@@ -253,7 +191,14 @@ def _log_cost(cost: RunCost, rows: int, num_blocks: int, log: EventLog) -> None:
     log.decision(f"compute: {why_compute}")
     _log_step_schedule(cost.step_schedule, rows, log)
     log.decision(why_store)
-    log.decision(f"memory: {_described(cost, num_blocks)}")
+    execution = cost.execution
+    parallel = f", {execution.num_shares} in parallel" if execution.num_shares > 1 else ""
+    kept = "keeping all activations"
+    if execution.checkpointed_blocks:
+        kept = f"activation checkpointing in {execution.checkpointed_blocks} of {num_blocks} blocks"
+    streamed = ", reading the weights from the file each time" if execution.is_streamed else ""
+    need = f"about {cost.memory.total / 1e9:.2f} of {cost.allowed_bytes / 1e9:.2f} GB"
+    log.decision(f"memory: {need}, in micro-batches of {execution.micro_tokens} tokens{parallel}, {kept}{streamed}")
     steps, seconds = cost.step_schedule.total_steps, cost.seconds_per_step
     in_all = f", {seconds * steps / 60:.1f} minutes in all" if steps else ""
     log.decision(f"time: about {seconds:.2g} s a step{in_all}; measuring before and after comes on top")
@@ -270,22 +215,3 @@ def _log_step_schedule(schedule: StepSchedule, rows: int, log: EventLog) -> None
         log.decision(f"learning rate: {schedule.rate:g}, from the width of the base and the rows in a step{times}")
     elif schedule.rate > WARNED_RATE:
         log.warning(f"--learning-rate is {schedule.rate:g}: far above what works for adapters (about 0.0001 to 0.002)")
-
-
-def _described(cost: RunCost, num_blocks: int) -> str:
-    """How a step is run, and the memory it takes."""
-    execution = cost.execution
-    parallel = f", {execution.num_shares} in parallel" if execution.num_shares > 1 else ""
-    kept = "keeping all activations"
-    if execution.checkpointed_blocks:
-        kept = f"activation checkpointing in {execution.checkpointed_blocks} of {num_blocks} blocks"
-    streamed = ", reading the weights from the file each time" if execution.is_streamed else ""
-    need = f"about {cost.memory.total / 1e9:.2f} of {cost.allowed_bytes / 1e9:.2f} GB"
-    return f"{need}, in micro-batches of {execution.micro_tokens} tokens{parallel}, {kept}{streamed}"
-
-
-def _log_watched(config: TrainConfig, watched: Sequence[Row], every: int, log: EventLog) -> None:
-    if not every:
-        return
-    stops = f"; {config.patience} clearly above the lowest in a row end the run" if config.patience else ""
-    log.decision(f"validation loss: on {plural(len(watched), 'row')} every {plural(every, 'step')}{stops}")

@@ -12,37 +12,23 @@ COUNTED = ("tokens", "target_tokens", "seconds", "initialization")
 
 @dataclass
 class Progress:
-    """Where a run is.
+    """Where a run is."""
 
-    Attributes:
-        execution: How a step is run: the only copy, which becomes smaller when memory runs out.
-        guard: Judges every step.
-        plateau: Follows the loss of validation rows.
-        steps: Optimiser steps done.
-        tokens: Tokens of all rows trained on, prompts included.
-        target_tokens: Of these, the target tokens.
-        seconds: Time spent in steps, without pauses and evaluation.
-        initialization: What was measured to choose init and ranks.
-    """
-
-    execution: ExecutionPlan
-    guard: Guard = field(default_factory=Guard)
-    plateau: Plateau = field(default_factory=Plateau)
-    steps: int = 0
-    tokens: int = 0
-    target_tokens: int = 0
-    seconds: float = 0.0
-    initialization: dict[str, Any] = field(default_factory=dict)
+    execution: ExecutionPlan  # how a step is run: the only copy, which becomes smaller when memory runs out
+    guard: Guard = field(default_factory=Guard)  # judges every step
+    plateau: Plateau = field(default_factory=Plateau)  # follows the loss of validation rows
+    steps: int = 0  # optimiser steps done
+    tokens: int = 0  # tokens of all rows trained on, prompts included
+    target_tokens: int = 0  # of these, the target tokens
+    seconds: float = 0.0  # time spent in steps, without pauses and evaluation
+    initialization: dict[str, Any] = field(default_factory=dict)  # what was measured to choose init and ranks
 
     def state(self) -> dict[str, Any]:
         """Plain data for a checkpoint, which keeps the number of steps itself."""
         return {
-            **{name: getattr(self, name) for name in COUNTED},
-            "rollbacks": self.guard.rollbacks,
-            "guard": self.guard.state(),
-            "plateau": self.plateau.state(),
-            "execution": asdict(self.execution),
-        }
+            **{name: getattr(self, name) for name in COUNTED}, "rollbacks": self.guard.rollbacks,
+            "guard": self.guard.state(), "plateau": self.plateau.state(), "execution": asdict(self.execution),
+        }  # fmt: skip
 
     def restore(self, steps: int, state: Mapping[str, Any]) -> None:
         """Continue from what `state` returned after so many steps; how a step is run was decided by the run plan."""

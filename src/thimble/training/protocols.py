@@ -8,43 +8,32 @@ import numpy as np
 from numpy.typing import NDArray
 
 from thimble.backends.session import ActiveAdapter, Gradient, Objective, Session, Work
-from thimble.core.metrics import LossSum
+from thimble.core.metrics import LossSum, average
 from thimble.models.execution import ExecutionPlan
 from thimble.training.control import Control
-from thimble.training.evaluation import Answer, scores_of
+from thimble.training.evaluation import Answer
 
 
 @dataclass(frozen=True)
 class Scores:
-    """How good a model is on the validation rows of a task.
+    """How good a model is on the validation rows of a task."""
 
-    Attributes:
-        loss: Nats per target token; NaN if nothing was held out, or the user wants to leave.
-        general_loss: The same on general text, which training is not to spoil.
-        answers: What the model wrote, with the metrics of each answer.
-    """
-
-    loss: float
-    general_loss: float
-    answers: Sequence[Answer] = ()
+    loss: float  # nats per target token; NaN if nothing was held out, or the user wants to leave
+    general_loss: float  # the same on general text, which training is not to spoil
+    answers: Sequence[Answer] = ()  # what the model wrote, with the metrics of each answer
 
     @property
     def metrics(self) -> dict[str, float]:
         """Mean of each metric over the answers."""
-        return scores_of(self.answers)
+        return average(answer.scores for answer in self.answers)
 
 
 @dataclass(frozen=True)
 class Before:
-    """What was measured before the first step.
+    """What was measured before the first step."""
 
-    Attributes:
-        base: Scores of the bare base.
-        loss: Validation loss with the initial adapter.
-    """
-
-    base: Scores
-    loss: float
+    base: Scores  # scores of the bare base
+    loss: float  # validation loss with the initial adapter
 
 
 class Task(Protocol):

@@ -81,19 +81,8 @@ class TrainReport:
 
 
 def read_report(values: Mapping[str, Any]) -> TrainReport:
-    """Read a report back.
-
-    Args:
-        values: What report.json holds, written by this release or the one before.
-
-    Returns:
-        The report; keys it does not know are left out, and numbers that JSON could not hold are NaN again.
-    """
+    """Read a report back, of this release or the one before; what JSON could not hold is NaN again."""
     known = {spec.name: spec.default for spec in dataclasses.fields(TrainReport)}
     given = {name: value for name, value in with_new_keys(values).items() if name in known}
-    return TrainReport(
-        **{
-            name: math.nan if value is None and isinstance(known[name], float) else value
-            for name, value in given.items()
-        }
-    )
+    lost = {name: math.nan for name, value in given.items() if value is None and isinstance(known[name], float)}
+    return TrainReport(**given | lost)

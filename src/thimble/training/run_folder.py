@@ -39,49 +39,25 @@ def choose_folder(out: str | None, data: str) -> Path:
 
 
 def check_folder(folder: Path, is_resumed: bool, needed_bytes: int) -> None:
-    """Refuse a folder that would be overwritten, cannot be written, or has no room.
-
-    Args:
-        folder: The run folder.
-        is_resumed: Then it may exist.
-        needed_bytes: Room for what the run will write.
-
-    Raises:
-        ConfigError: If it exists or cannot be written.
-        DoesNotFitError: If the disk is too full.
-    """
-    if folder.exists() and not is_resumed and (not folder.is_dir() or any(folder.iterdir())):
+    """Refuse a run folder that would be overwritten (unless it is resumed), cannot be written, or has no room."""
+    if not is_resumed and _is_filled(folder):
         raise ConfigError(f"--out is {folder}, which exists: name another folder, or add --resume to continue that run")
     check_room(folder, needed_bytes)
 
 
 def check_new_folder(folder: Path, needed_bytes: int) -> None:
-    """Refuse a folder that holds anything, cannot be written, or has no room.
-
-    Args:
-        folder: The folder to make.
-        needed_bytes: Room for what will be written.
-
-    Raises:
-        ConfigError: If it exists and is not empty, or cannot be written.
-        DoesNotFitError: If the disk is too full.
-    """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    """Refuse a folder that holds anything, cannot be written, or has no room."""
+    if _is_filled(folder):
         raise ConfigError(f"--out is {folder}, which exists and is not empty: name another folder")
     check_room(folder, needed_bytes)
 
 
+def _is_filled(folder: Path) -> bool:
+    return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+
+
 def check_room(folder: Path, needed_bytes: int) -> None:
-    """Refuse a folder that cannot be written, or whose disk has no room.
-
-    Args:
-        folder: The folder, which need not exist.
-        needed_bytes: Room for what will be written.
-
-    Raises:
-        ConfigError: If it cannot be written.
-        DoesNotFitError: If the disk is too full.
-    """
+    """Refuse a folder, there or not, that cannot be written, or whose disk has no room."""
     parent = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise ConfigError(f"--out is {folder}, but {parent} cannot be written to: name another folder")
@@ -95,14 +71,7 @@ def check_room(folder: Path, needed_bytes: int) -> None:
 
 @contextlib.contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Fill a folder beside its place and move it there in one step; if anything goes wrong, nothing is left behind.
-
-    Args:
-        folder: Where it goes; it must not exist, or be empty.
-
-    Yields:
-        Path: The folder to write into meanwhile.
-    """
+    """Fill a folder beside its place, which is empty or free, and move it there in one step, or leave nothing."""
     folder = folder.resolve()
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -157,13 +126,7 @@ def write_config(folder: Path, values: Mapping[str, Any]) -> None:
 def publish_adapter(folder: Path, adapter: Adapter, name: str = "adapter") -> Path:
     """Write an adapter beside its place in the run folder and move it there in one step, replacing an earlier one.
 
-    Args:
-        folder: The run folder.
-        adapter: The adapter.
-        name: Of its place.
-
-    Returns:
-        The place; at every moment it holds the old adapter or the new one, where the system can exchange two names.
+    At every moment the place holds the old adapter or the new one, where the system can exchange two names.
     """
     target, temporary, old = (folder / part for part in (name, f".{name}.tmp", f".{name}.old"))
     make_folder(folder)
@@ -225,11 +188,7 @@ class StepLog:
             self.flush()
 
     def flush(self) -> None:
-        """Have every step in the file; after a write that failed it is written anew, for it may end in half a line.
-
-        Raises:
-            OSError: If there is no room.
-        """
+        """Have every step in the file, which after a failed write (OSError) is written anew: half a line may end it."""
         rows = self._unwritten
         try:
             if self._stream.closed:
@@ -286,10 +245,5 @@ def write_manifest(
 ) -> None:
     """Write what the run was made of and what it made, by SHA-256; None for a base that is gone."""
     results = {str(path.relative_to(folder)): hash_file(path) for path in sorted((folder / "adapter").iterdir())}
-    manifest = {
-        "thimble": version,
-        "base": {"name": base_name, "sha256": base_fingerprint},
-        "data": dict(data),
-        "result": results,
-    }
-    write_json(folder / "manifest.json", manifest)
+    base = {"name": base_name, "sha256": base_fingerprint}
+    write_json(folder / "manifest.json", {"thimble": version, "base": base, "data": dict(data), "result": results})

@@ -25,40 +25,25 @@ BEFORE = "before.json"
 
 
 class RunFolderSink:
-    """Fills a run folder; holding its lock is up to the caller.
-
-    Args:
-        folder: The run folder; half-written files of a run that was killed are removed.
-        origin: What the run is made of, for checkpoints.
-        data: The files of the user's examples: hashed now, for they may be moved while the run goes on.
-    """
+    """Fills a run folder, once rid of what a killed run left half-written; holding its lock is up to the caller."""
 
     def __init__(self, folder: Path, origin: Mapping[str, str], data: Sequence[Path]) -> None:
         self._folder, self._origin = folder, origin
         self._data = {str(path): run_folder.hash_file(path) for path in data}
-        self._log: run_folder.StepLog | None = None
+        self._steps: run_folder.StepLog  # from the beginning of the run on
         clear_unfinished(folder)
 
     def begin(
         self, config: Mapping[str, Any], skipped: Sequence[Mapping[str, str]], initial: Adapter | None, done_steps: int
     ) -> None:
-        """Write what is known before the first step.
-
-        Args:
-            config: Every option, resolved.
-            skipped: Rows that are left out, with the reasons.
-            initial: The initial adapter, where it cannot be drawn again from the seed alone.
-            done_steps: Steps of the checkpoint that is resumed, to which the log of steps is cut back.
-        """
+        """Write what is known before the first step, with the initial adapter if its seed alone cannot redo it."""
         run_folder.write_config(self._folder, config)
         if skipped:
             lines = "".join(json.dumps(row) + "\n" for row in skipped)
             run_folder.write_text(self._folder / "skipped.jsonl", lines)
         if initial:
             run_folder.publish_adapter(self._folder, initial, run_folder.START)
-        self._log = run_folder.StepLog(self._folder / run_folder.STEPS, done_steps)
-
-    # ---- what the loop writes -------------------------------------------------------------------------------------
+        self._steps = run_folder.StepLog(self._folder / run_folder.STEPS, done_steps)
 
     def saved_before(self) -> Before | None:
         """What an interrupted run measured before its first step, if that was written down."""
@@ -70,11 +55,10 @@ class RunFolderSink:
 
     def write_before(self, before: Before) -> None:
         """Keep what was measured before the first step."""
-        base = before.base
+        base, answers = before.base, [asdict(answer) for answer in before.base.answers]
         values = {
             "loss_base": base.loss, "loss_before": before.loss, "general_before": base.general_loss,
-            "metrics_before": base.metrics, "metrics_rows": len(base.answers),
-            "answers": [asdict(answer) for answer in base.answers],
+            "metrics_before": base.metrics, "metrics_rows": len(answers), "answers": answers,
         }  # fmt: skip
         run_folder.write_json(self._folder / BEFORE, values)
 
@@ -93,25 +77,8 @@ class RunFolderSink:
         """Close metrics.jsonl."""
         self._steps.close()
 
-    @property
-    def _steps(self) -> run_folder.StepLog:
-        assert self._log is not None, "the run has not begun"
-        return self._log
-
-    # ---- the result -----------------------------------------------------------------------------------------------
-
     def publish(self, adapter: Adapter, report: TrainReport, base: Base, log: EventLog) -> None:
-        """Write the adapter, the manifest and the reports; checkpoints that are needed no more go.
-
-        Args:
-            adapter: The result.
-            report: The report; it is given the place of the adapter.
-            base: The base, whose hash the manifest holds.
-            log: Takes a warning if the base is gone.
-
-        Raises:
-            OSError: If there is no room, or the folder cannot be written.
-        """
+        """Write the adapter, the manifest and the reports; checkpoints that are needed no more go."""
         folder = self._folder
         report.adapter = str(run_folder.publish_adapter(folder, adapter))
         run_folder.write_manifest(folder, _fingerprint(base, log), base.name, self._data, __version__)

@@ -20,19 +20,13 @@ MOST_WARMUP_STEPS = 10
 
 
 class StepSchedule:
-    """Steps in order.
-
-    Args:
-        config: The options.
-        lengths: Tokens of each training row.
-        family: Family of the base, for the default rate.
-        hidden_size: Width of the base, likewise.
-    """
+    """Steps in order, for rows of the given lengths in tokens and a base of this family and width."""
 
     def __init__(self, config: TrainConfig, lengths: Sequence[int], family: str, hidden_size: int) -> None:
-        self._config, self._lengths = config, lengths
+        self._config = config
         self._begins = [0]  # first step of each epoch looked at so far, and of the one after
-        self._epoch = functools.lru_cache(maxsize=2)(self._make_epoch)
+        rows_of = functools.partial(epoch_steps, lengths, config.batch_tokens, config.seed)
+        self._epoch = functools.lru_cache(maxsize=2)(rows_of)  # rows of each step of an epoch, by its number
         self.minutes = config.max_minutes
         self.total_steps = None if self.minutes else self._count_steps()
         rows_per_step = len(lengths) / len(self._epoch(0))
@@ -43,12 +37,8 @@ class StepSchedule:
         self.rate = config.learning_rate or usual
         self.safer_rate = min(self.rate / 10, usual)
         self.is_default_rate = config.learning_rate is None
-        steps = self.total_steps or LEAST_STEPS
-        warmup = config.warmup_steps
-        self.warmup_steps = min(MOST_WARMUP_STEPS, max(1, round(steps * WARMUP_SHARE))) if warmup is None else warmup
-
-    def _make_epoch(self, number: int) -> list[list[int]]:
-        return epoch_steps(self._lengths, self._config.batch_tokens, self._config.seed, number)
+        usual_warmup = min(MOST_WARMUP_STEPS, max(1, round((self.total_steps or LEAST_STEPS) * WARMUP_SHARE)))
+        self.warmup_steps = usual_warmup if config.warmup_steps is None else config.warmup_steps
 
     def _epoch_of(self, step: int) -> tuple[int, int]:
         """Number of the epoch that a step belongs to, and its place there."""
@@ -80,8 +70,7 @@ class StepSchedule:
     def rate_at(self, step: int, seconds: float) -> float:
         """The learning rate of step `step`."""
         if self.minutes:
-            done = min(1.0, seconds / (self.minutes * 60))
-            warmup = WARMUP_SHARE
+            done, warmup = min(1.0, seconds / (self.minutes * 60)), WARMUP_SHARE
         else:
             total = max(1, self.total_steps or 1)
             done, warmup = (step + 0.5) / total, self.warmup_steps / total

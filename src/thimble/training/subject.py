@@ -14,21 +14,11 @@ from thimble.models.survey import Row, Subject, choose_blocks
 
 
 def open_subject(config: InspectConfig, problems: Problems, log: EventLog) -> Subject:
-    """Open what was named, and check that it fits together.
-
-    Args:
-        config: The options.
-        problems: Takes what is wrong.
-        log: Where decisions go.
-
-    Returns:
-        The subject, as far as it could be opened.
-    """
+    """Open what was named, as far as it can be, and check that it fits together."""
     names = [name for name in (config.path, config.other) if name is not None]
     kinds = [problems.attempt(_kind_of, name) for name in names]
-    bases, adapters = (
-        [name for name, kind in zip(names, kinds, strict=True) if kind == wanted] for wanted in ("base", "adapter")
-    )
+    named = list(zip(names, kinds, strict=True))
+    bases, adapters = ([name for name, kind in named if kind == wanted] for wanted in ("base", "adapter"))
     problems.add(*_misplaced(config, bases, adapters))
     base = None
     if config.base is not None or bases or (None not in kinds and len(adapters) < 2):
@@ -100,19 +90,7 @@ def _check_alike(adapters: Mapping[str, Adapter]) -> None:
 
 
 def measure_subject(subject: Subject, log: EventLog, should_stop: ShouldStop) -> tuple[list[Row], list[str]]:
-    """Measure layer by layer, until the user has enough.
-
-    Args:
-        subject: What was opened.
-        log: Where progress goes.
-        should_stop: Asked between layers.
-
-    Returns:
-        One row a layer, and the weights of which nothing can be said, with the reason.
-
-    Raises:
-        BaseModelError: If that is so of all weights of a base.
-    """
+    """Measure layer by layer, until the user has enough: a row a layer, and the weights that say nothing, with why."""
     layers = subject.layers()
     rows: list[Row] = []
     skipped: list[str] = []

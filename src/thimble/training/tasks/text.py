@@ -25,31 +25,17 @@ KNOWN_NATS = 0.01  # a validation loss below it: the answers are known before an
 
 @dataclass(frozen=True)
 class TextTask:
-    """Rows of tokens to train on and to measure.
+    """Rows of tokens to train on and to measure."""
 
-    Attributes:
-        rows: Training rows.
-        costs: Tokens of each.
-        watched: Validation rows that are measured during training.
-        validation: What base and result are measured on.
-        general: Rows of general text, for the forgetting check.
-        kl_rows: Other rows of general text, on which the answers of the base are to be kept.
-        kl_weight: Of keeping them, from 0 up to 1.
-        base: The base, for what is odd about it.
-        compute: The compute type, likewise.
-    """
-
-    rows: Items[Row]
-    costs: Sequence[int]
-    watched: Sequence[Row]
-    validation: ValidationSet
-    general: Sequence[Row]
-    kl_rows: Sequence[Row]
-    kl_weight: float
-    base: Base
-    compute: str
-
-    # ---- training -------------------------------------------------------------------------------------------------
+    rows: Items[Row]  # training rows
+    costs: Sequence[int]  # tokens of each
+    watched: Sequence[Row]  # validation rows that are measured during training
+    validation: ValidationSet  # what base and result are measured on
+    general: Sequence[Row]  # rows of general text, for the forgetting check
+    kl_rows: Sequence[Row]  # other rows of general text, on which the answers of the base are to be kept
+    kl_weight: float  # of keeping them, from 0 up to 1
+    base: Base  # the base, for what is odd about it
+    compute: str  # the compute type, likewise
 
     def work(self, rows: Sequence[int], execution: ExecutionPlan) -> Work:
         """The batches of one step, from the numbers of its rows."""
@@ -69,13 +55,11 @@ class TextTask:
         """The loss of each watched row."""
         return list(session.losses(adapter, [pack([row]) for row in self.watched], execution))
 
-    # ---- measuring ------------------------------------------------------------------------------------------------
-
     def evaluate(self, session: Session, adapter: ActiveAdapter, execution: ExecutionPlan, control: Control) -> Scores:
         """Loss and answers of the validation rows, and the loss on general text."""
-        total, answers = measure(session, adapter, self.validation, execution, control.log, control.should_stop)
+        total, answers = measure(session, adapter, self.validation, execution, control)
         loss = math.nan if control.should_stop() else total.mean
-        return Scores(loss, self._loss(session, adapter, self.general, execution, control, "general text"), answers)
+        return Scores(loss, _loss(session, adapter, self.general, execution, control, "general text"), answers)
 
     def initial_loss(
         self, session: Session, adapter: ActiveAdapter, base: Scores, execution: ExecutionPlan, control: Control
@@ -85,20 +69,11 @@ class TextTask:
         batches = micro_batches(rows[:4] or self.general[:4], execution.micro_tokens)[:1]
         (attached,) = session.losses(adapter, batches, execution)
         (bare,) = session.losses(session.load(None), batches, execution)
-        if attached == bare:
-            return base.loss
-        return self._loss(session, adapter, rows, execution, control, "validation rows")
+        is_same = attached == bare
+        return base.loss if is_same else _loss(session, adapter, rows, execution, control, "validation rows")
 
     def check_base(self, base: Scores, control: Control) -> None:
-        """Refuse a base that gives NaN or Inf; warn of one that knows less than nothing, or everything.
-
-        Args:
-            base: Its scores.
-            control: Takes the warnings.
-
-        Raises:
-            RunError: If its loss is NaN or Inf.
-        """
+        """Refuse a base that gives NaN or Inf; warn of one that knows less than nothing, or everything."""
         chance, validation = math.log(self.base.spec.vocab_size), base.loss if self.validation.rows else 0.0
         if not math.isfinite(base.general_loss) or not math.isfinite(validation):
             raise RunError(self._why_nan())
@@ -121,17 +96,15 @@ class TextTask:
         if bad:
             return f"the base {self.base.name} holds NaN or Inf in {listing(bad, 3)}: copy or convert it again"
         other = "" if self.compute == "fp32" else "; try --compute fp32"
-        return (
-            f"the base {self.base.name} gives a loss that is NaN or Inf in {self.compute}, though its weights are "
-            f"not{other}"
-        )
+        what = f"the base {self.base.name} gives a loss that is NaN or Inf in {self.compute}"
+        return f"{what}, though its weights are not{other}"
 
-    def _loss(
-        self, session: Session, adapter: ActiveAdapter, rows: Sequence[Row], execution: ExecutionPlan,
-        control: Control, what: str,
-    ) -> float:  # fmt: skip
-        total = validation_loss(session, adapter, rows, execution, control.log, control.should_stop, what)
-        return math.nan if control.should_stop() else total.mean
+
+def _loss(
+    session: Session, adapter: ActiveAdapter, rows: Sequence[Row], execution: ExecutionPlan, control: Control, what: str
+) -> float:
+    total = validation_loss(session, adapter, rows, execution, control, what)
+    return math.nan if control.should_stop() else total.mean
 
 
 def text_task(run_plan: RunPlan) -> TextTask:
