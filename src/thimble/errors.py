@@ -70,11 +70,10 @@ class RunError(ThimbleError):
 class Problems:
     """Collects the problems of several independent checks, so that they are all told at once.
 
-    Example:
-        >>> problems = Problems(["--rank 0: expected at least 1"])
-        >>> base = problems.attempt(open, "/no/such/file") if False else None
-        >>> problems.found
-        ['--rank 0: expected at least 1']
+    >>> problems = Problems(["--rank 0: expected at least 1"])
+    >>> base = problems.attempt(open, "/no/such/file") if False else None
+    >>> problems.found
+    ['--rank 0: expected at least 1']
     """
 
     def __init__(self, found: Iterable[str] = ()) -> None:

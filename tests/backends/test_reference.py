@@ -70,7 +70,7 @@ def mean_divergence(active):
     """Σ p (log p - log q), p of the bare base, per token of the text."""
     weights = {name: weight.read().astype(np.float64) for name, weight in BASE.weights.items()}
     logs = []
-    for updates in ({}, active.updates):
+    for updates in ({}, active):
         x = hidden(OPS, BASE.spec, weights, TEXT.ids, layout(BASE.spec, TEXT.starts), updates)
         scores = logits(OPS, BASE.spec, weights, x)
         logs.append(scores - np.log(np.exp(scores).sum(1, keepdims=True)))

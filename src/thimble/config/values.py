@@ -83,9 +83,8 @@ def one_of(choices: Sequence[str], value: object) -> str:
 def read_pattern(pairs: Sequence[str]) -> dict[str, float]:
     """Read pairs that `pattern` accepts: target to number, in the order given.
 
-    Example:
-        >>> read_pattern(("q_proj=8", "mlp=32"))
-        {'q_proj': 8.0, 'mlp': 32.0}
+    >>> read_pattern(("q_proj=8", "mlp=32"))
+    {'q_proj': 8.0, 'mlp': 32.0}
     """
     return {target: float(number) for target, _, number in (pair.rpartition("=") for pair in pairs)}
 
@@ -93,9 +92,8 @@ def read_pattern(pairs: Sequence[str]) -> dict[str, float]:
 def parse_size(value: object) -> int:
     """Read bytes: a number, or text such as `4GB` or `1.5 GiB` (1 GB = 1e9, 1 GiB = 2^30 bytes); else a ValueError.
 
-    Example:
-        >>> parse_size("4GB"), parse_size("1.5 MiB")
-        (4000000000, 1572864)
+    >>> parse_size("4GB"), parse_size("1.5 MiB")
+    (4000000000, 1572864)
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:e\d+)?)\s*([kmgt]?)(i?)b?\s*", str(value), re.IGNORECASE)
     if not match or float(match[1]) <= 0:
@@ -148,9 +146,8 @@ def flag(name: str) -> str:
 def as_typed(value: object) -> str:
     """Write a value as it is typed on a command line; None is what is chosen for the user, `auto`.
 
-    Example:
-        >>> as_typed(("q_proj", "v_proj")), as_typed(True), as_typed(None), as_typed("")
-        ('q_proj,v_proj', 'true', 'auto', "''")
+    >>> as_typed(("q_proj", "v_proj")), as_typed(True), as_typed(None), as_typed("")
+    ('q_proj,v_proj', 'true', 'auto', "''")
     """
     if value is None:
         return AUTO

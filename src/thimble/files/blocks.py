@@ -73,9 +73,8 @@ def row_bytes(columns: int, dtype: str) -> int:
 def to_bfloat16(values: Floats) -> Halves:
     """Round float32 to bfloat16, ties to even: uint16, the upper half of each rounded float32; NaN stays NaN.
 
-    Example:
-        >>> to_bfloat16(np.array([1.0, 1.00390625, -2.5], np.float32)).tolist()
-        [16256, 16256, 49184]
+    >>> to_bfloat16(np.array([1.0, 1.00390625, -2.5], np.float32)).tolist()
+    [16256, 16256, 49184]
     """
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
     # Adding to a NaN could carry into its sign; it is made quiet and cut instead.
@@ -87,9 +86,8 @@ def to_bfloat16(values: Floats) -> Halves:
 def from_bfloat16(bits: Halves) -> Floats:
     """Widen bfloat16, given as uint16, to float32; exact.
 
-    Example:
-        >>> from_bfloat16(np.array([16256, 49184], np.uint16)).tolist()
-        [1.0, -2.5]
+    >>> from_bfloat16(np.array([16256, 49184], np.uint16)).tolist()
+    [1.0, -2.5]
     """
     return (np.asarray(bits, np.uint16).astype(np.uint32) << 16).view(np.float32)
 
@@ -100,10 +98,9 @@ def quantize_rows(weight: Floats) -> tuple[NDArray[np.int8], Floats]:
     From finite float32 (out, in) to int8 (out, in) between -127 and 127 and float32 (out,). A row of zeros (or of
     numbers below 1e-36, whose reciprocal would overflow) has scale 0.
 
-    Example:
-        >>> q, scale = quantize_rows(np.array([[1.0, -0.5], [0.0, 0.0]], np.float32))
-        >>> q.tolist(), (scale * 127).tolist()
-        ([[127, -64], [0, 0]], [1.0, 0.0])
+    >>> q, scale = quantize_rows(np.array([[1.0, -0.5], [0.0, 0.0]], np.float32))
+    >>> q.tolist(), (scale * 127).tolist()
+    ([[127, -64], [0, 0]], [1.0, 0.0])
     """
     largest: Floats = np.abs(weight).max(axis=1, initial=0.0).astype(np.float32)
     largest[largest < TINY] = 0
@@ -115,9 +112,8 @@ def dequantize(raw: Bytes, dtype: str, shape: Sequence[int]) -> Floats:
     """Decode the bytes of a tensor, uint8, to a new float32 array; its numbers are those of `gguf.quants.dequantize`,
     bit for bit. A BaseModelError if the type is none of BLOCKS or the bytes do not match the shape.
 
-    Example:
-        >>> dequantize(np.array([0x80, 0x3F], np.uint8), "BF16", (1,)).tolist()
-        [1.0]
+    >>> dequantize(np.array([0x80, 0x3F], np.uint8), "BF16", (1,)).tolist()
+    [1.0]
     """
     shape = tuple(shape)
     needed = math.prod(shape[:-1]) * row_bytes(shape[-1] if shape else 1, dtype)
@@ -137,9 +133,8 @@ def quantize(array: Floats, dtype: str) -> Bytes:
     """Encode a finite float32 (out, in) as F32, F16, BF16, Q8_0, Q4_0 or Q4_1, to uint8 (out, bytes per row); the bytes
     are those of `gguf.quants.quantize`. A BaseModelError if the type cannot be written, or a number does not fit it.
 
-    Example:
-        >>> quantize(np.ones((2, 32), np.float32), "Q8_0").shape
-        (2, 34)
+    >>> quantize(np.ones((2, 32), np.float32), "Q8_0").shape
+    (2, 34)
     """
     if dtype not in _ENCODERS:
         raise BaseModelError(f"weights cannot be written as {dtype}: expected one of {listing(_ENCODERS)}")
