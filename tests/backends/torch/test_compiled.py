@@ -1,5 +1,6 @@
 """Compiled loops where numba finds no place for its cache, or a damaged one."""
 
+import os
 import subprocess
 import sys
 
@@ -38,3 +39,24 @@ def test_a_cache_that_fails_costs_time_only(side, monkeypatch):
         return 2 * x
 
     assert double(np.float32(3)) == 6
+
+
+TURNING = """
+import hashlib
+import numpy as np
+from thimble.backends.torch import fused
+random = np.random.default_rng(0)
+qkv, cos, sin = (random.standard_normal(shape).astype(np.float32) for shape in ((64, 15, 64), (64, 32), (64, 32)))
+q, k, v = np.zeros((3, 64, 3, 64), np.float32), np.zeros((3, 64, 64), np.float32), np.zeros((3, 64, 64), np.float32)
+fused.split_heads(0, 64, qkv, cos, sin, np.float32(0.125), q, k, v)
+fused.join_heads(0, 64, q, k, v, cos, sin, np.float32(0.125), qkv)
+print(hashlib.sha256(q.tobytes() + qkv.tobytes()).hexdigest())
+"""
+
+
+def test_the_process_that_compiles_a_loop_rounds_as_those_that_load_it(tmp_path):
+    """numba's cache holds other code than what it has just compiled: products were fused in other places."""
+    run = {"env": {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}, "capture_output": True, "text": True, "check": True}
+    said = [subprocess.run([sys.executable, "-c", TURNING], **run).stdout for _ in range(2)]
+    assert any(tmp_path.rglob("*.nbc"))
+    assert said[0] == said[1]

@@ -9,7 +9,7 @@ import numpy as np
 from numba.extending import register_jitable
 
 from thimble.backends.torch.compiled import compiled
-from thimble.backends.torch.vectors import bits_of, from_bits, loaded, stored
+from thimble.backends.torch.vectors import bits_of, from_bits, loaded, multiply_add, stored
 
 # Fast arithmetic but for flags that let the compiler assume away NaN; and no checks for division by zero, whose
 # branches keep a loop from being vectorised.
@@ -163,8 +163,10 @@ def _turn(source, cos, sin, sign, scale, out):
     half = cos.shape[0]
     for j in range(half):
         first, second = loaded(source[j]), loaded(source[half + j])
-        out[j] = stored((first * cos[j] - sign * second * sin[j]) * scale, out)
-        out[half + j] = stored((second * cos[j] + sign * first * sin[j]) * scale, out)
+        # Fused here and not by the compiler, which does it in other places in the process that compiles than in those
+        # that load what it cached.
+        out[j] = stored(multiply_add(first, cos[j], -(sign * second * sin[j])) * scale, out)
+        out[half + j] = stored(multiply_add(second, cos[j], sign * first * sin[j]) * scale, out)
     for j in range(2 * half, source.shape[0]):
         out[j] = stored(loaded(source[j]) * scale, out)
 

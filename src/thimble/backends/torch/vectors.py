@@ -154,3 +154,9 @@ def bits_of(typing_context, value):
 def from_bits(typing_context, value):
     """Return the float32 with these bits, int32."""
     return types.float32(types.int32), lambda c, builder, s, args: Lanes(builder, args[0]).from_bits().value
+
+
+@intrinsic
+def multiply_add(typing_context, a, b, c):
+    """Return a · b + c of float32, rounded once: what a compiler may fuse or not ends in other digits."""
+    return types.float32(types.float32, types.float32, types.float32), lambda x, builder, s, args: builder.fma(*args)
