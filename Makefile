@@ -30,8 +30,9 @@ demo: $(BASE)  ## teach a small model to call tools, and show what it learned
 	$(BIN)/python examples/01_tool_calling.py demo/data
 	$(BIN)/thimble train demo/data --out demo/run --eval-rows 200 $(DEMO_FLAGS)
 
+# Two workers with a thread of OpenMP each: threads that spin while they wait steal the core of the other worker.
 test: $(DEV)  ## run the tests that need no long training
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal
 
 check: $(DEV)  ## check format, lint, types, docstrings and generated docs
 	$(BIN)/ruff format --check .
