@@ -138,7 +138,7 @@ class _Stop:
     def __init__(self, step: int) -> None:
         self.step, self.done = step, 0
 
-    def hear(self, event: Any) -> None:
+    def on_event(self, event: Any) -> None:
         self.done = event.data["step"] if event.kind == "step" else self.done
 
     def __call__(self) -> bool:
@@ -148,20 +148,20 @@ class _Stop:
 @contextlib.contextmanager
 def watched_rows() -> Iterator[list[tuple[str, ...]]]:
     """Where the rows of each step came from, while this lasts."""
-    from thimble.commands import train as command
+    from thimble.training.tasks.text import TextTask
 
     seen: list[tuple[str, ...]] = []
-    whole = command.shares
+    whole = TextTask.work
 
-    def shares(rows: Any, *more: Any) -> Any:
-        seen.append(tuple(row.source for row in rows))
-        return whole(rows, *more)
+    def work(task: Any, rows: Any, *more: Any) -> Any:
+        seen.append(tuple(task.rows[number].source for number in rows))
+        return whole(task, rows, *more)
 
-    command.shares = shares
+    TextTask.work = work  # type: ignore[method-assign]
     try:
         yield seen
     finally:
-        command.shares = whole
+        TextTask.work = whole  # type: ignore[method-assign]
 
 
 def _once_an_epoch(steps: list[tuple[str, ...]], rows: int) -> bool:
@@ -273,52 +273,52 @@ def poisoned(place: str, value: float, step: int, is_for_good: bool) -> Iterator
     """Put a number into one place of a step; gives for each update that was made whether it was a finite one."""
     from thimble.backends.torch.session import TorchSession
 
-    gradients, apply, taken, applied = TorchSession.gradients, TorchSession.apply, [0], list[bool]()
+    gradient, apply, taken, applied = TorchSession.gradient, TorchSession.apply, [0], list[bool]()
 
-    def bad_gradients(session: Any, *args: Any, **more: Any) -> Any:
+    def bad_gradient(session: Any, state: Any, *args: Any) -> Any:
         taken[0] += 1
         if taken[0] != step and not (is_for_good and taken[0] > step):
-            return gradients(session, *args, **more)
+            return gradient(session, state, *args)
         if place in ("weight", "moment"):
-            numbers = session._state.master if place == "weight" else session._optimiser._mean
+            numbers = state.active.flat if place == "weight" else state.optimiser._mean
             numbers[len(numbers) // 3] = value
-            session._refresh()
-            return gradients(session, *args, **more)
+            session._refreshed(state)
+            return gradient(session, state, *args)
+        if place == "gradient":
+            found = gradient(session, state, *args)
+            found.flat[len(found.flat) // 2] = value
+            return found
         with _poisoned_pass(session, place, value):
-            return gradients(session, *args, **more)
+            return gradient(session, state, *args)
 
-    def watched_apply(session: Any, found: Any, *more: Any) -> None:
+    def watched_apply(session: Any, state: Any, found: Any, *more: Any) -> Any:
         applied.append(math.isfinite(found.loss.mean) and math.isfinite(found.norm))
-        apply(session, found, *more)
+        return apply(session, state, found, *more)
 
-    TorchSession.gradients, TorchSession.apply = bad_gradients, watched_apply  # type: ignore[method-assign]
+    TorchSession.gradient, TorchSession.apply = bad_gradient, watched_apply  # type: ignore[method-assign]
     try:
         yield applied
     finally:
-        TorchSession.gradients, TorchSession.apply = gradients, apply  # type: ignore[method-assign]
+        TorchSession.gradient, TorchSession.apply = gradient, apply  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager
 def _poisoned_pass(session: Any, place: str, value: float) -> Iterator[None]:
-    """One forward and backward pass with a bad number in it."""
-    owners = {"loss": session, "activation": session.decoder, "gradient": session._state}
-    names = {"loss": "_label_loss", "activation": "hidden", "gradient": "gradient"}
-    whole: Callable[..., Any] = getattr(owners[place], names[place])
+    """One forward and backward pass with a bad loss or a bad activation in it."""
+    owner, name = (session, "_label_loss") if place == "loss" else (session.decoder, "hidden")
+    whole: Callable[..., Any] = getattr(owner, name)
 
     def bad(*args: Any, **more: Any) -> Any:
         found = whole(*args, **more)
         if place == "loss":
             return found * value
-        if place == "activation":  # of every token: those without a label are not looked at
-            return found.index_fill(-1, found.new_tensor([5], dtype=int), value)
-        found[len(found) // 2] = value
-        return found
+        return found.index_fill(-1, found.new_tensor([5], dtype=int), value)  # of every token: not all have a label
 
-    setattr(owners[place], names[place], bad)
+    setattr(owner, name, bad)
     try:
         yield
     finally:
-        delattr(owners[place], names[place])
+        delattr(owner, name)
 
 
 # ---- hours of steps -------------------------------------------------------------------------------------------------
