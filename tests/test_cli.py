@@ -1,6 +1,8 @@
 """The command line: exit codes, messages, JSON, and nothing written when a run is refused."""
 
+import io
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -285,3 +287,38 @@ def test_a_stopped_command_says_what_is_kept(capsys, monkeypatch):
 def test_an_alpha_that_no_reader_would_take_is_refused(refused, examples, tiny_base):
     text = refused("plan", examples, "--base", tiny_base, "--alpha", "20000")
     assert "--alpha 20000: expected a number above 0, at most 10000" in text
+
+
+# ---- a standard output that takes only ASCII ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ascii_output(monkeypatch, tmp_path):
+    """Run `thimble` with a standard output of a service without a locale: gives exit code and bytes."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli.signal, "signal", lambda *a: None)
+
+    def run(*argv):
+        kept = io.BytesIO()
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", out := io.TextIOWrapper(kept, encoding="ascii"))
+            code = cli.main([str(word) for word in argv])
+            out.flush()
+        return code, kept.getvalue()
+
+    return run
+
+
+def test_letters_that_the_output_lacks_are_escaped(ascii_output, tiny_base, tmp_path):
+    Path(tmp_path, "mine.jsonl").write_text('{"prompt": "où ", "completion": "là"}\n' * 8)
+    flags = ("mine.jsonl", "--base", tiny_base, "--compute", "fp32", "--eval-rows", "2", "--max-new-tokens", "2")
+    code, text = ascii_output("evaluate", *flags)
+    assert code == 0
+    assert b"o\\xf9" in text
+
+
+@pytest.mark.parametrize("name", ["naïf.jsonl", "数据.jsonl"])
+def test_json_is_the_same_on_every_output(ascii_output, tiny_base, name):
+    code, text = ascii_output("plan", name, "--base", tiny_base, "--json")
+    assert code == 2
+    assert name in json.loads(text)["error"][0]

@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import io
 import json
 import os
 import signal
@@ -23,6 +24,8 @@ EXIT_INTERRUPTED = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; exit codes: 0 done, 2 refused, 3 the run failed, 130 or 143 interrupted, 1 a fault of ours."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a result is not lost because a terminal lacks a letter
+        sys.stdout.reconfigure(errors="backslashreplace")
     parser = make_parser()
     options, unknown = parser.parse_known_args(argv)
     if not options.command:
@@ -39,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         problems, exit_code = _explained(error)
         _complain(problems)
         if is_json:
-            print(json.dumps({"error": list(problems), "exit_code": exit_code}, ensure_ascii=False))
+            print(json.dumps({"error": list(problems), "exit_code": exit_code}))
         return exit_code
 
 
@@ -187,7 +190,7 @@ def _chat(command: Command, config: Any, is_json: bool) -> int:
     if config.prompt is not None:
         if is_json:
             answer = talk.ask(config.prompt)
-            print(json.dumps({"answer": answer, "adapter": talk.active}, ensure_ascii=False))
+            print(json.dumps({"answer": answer, "adapter": talk.active}))
         else:
             _write(talk.stream(config.prompt))
         return 0

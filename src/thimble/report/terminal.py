@@ -71,8 +71,8 @@ def _step_line(row: Mapping[str, Any]) -> str:
 
 
 def to_json(report: Any) -> str:
-    """A report as one line of JSON, the only thing that `--json` prints on stdout."""
-    return json.dumps(to_json_dict(report), ensure_ascii=False)
+    """A report as one line of JSON in ASCII, the only thing that `--json` prints on stdout."""
+    return json.dumps(to_json_dict(report))
 
 
 def render_train(report: Any) -> str:
