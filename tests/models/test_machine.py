@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 
@@ -62,10 +63,36 @@ def test_the_rate_of_a_disk_is_that_of_bytes_read(tmp_path):
 
 
 def test_a_control_group_limits_what_is_available(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_control_groups", lambda: [tmp_path])
+    monkeypatch.setattr(module, "_control_groups", lambda controller: [tmp_path])
     (tmp_path / "memory.max").write_text("1000000\n")
     (tmp_path / "memory.current").write_text("600000\n")
     (tmp_path / "memory.stat").write_text("anon 5\ninactive_file 100000\n")
     assert module.available_bytes() == 500_000
     (tmp_path / "memory.max").write_text("max\n")
     assert module.available_bytes() > 500_000
+
+
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        ({}, math.inf),
+        ({"cpu.max": "max 100000"}, math.inf),
+        ({"cpu.max": "150000 100000"}, 1.5),
+        ({"cpu.cfs_quota_us": "-1", "cpu.cfs_period_us": "100000"}, math.inf),
+        ({"cpu.cfs_quota_us": "50000", "cpu.cfs_period_us": "100000"}, 0.5),
+        ({"cpu.max": "no number"}, math.inf),
+    ],
+)
+def test_a_quota_of_time_is_so_many_cores(tmp_path, monkeypatch, files, cores):
+    monkeypatch.setattr(module, "_control_groups", lambda controller: [tmp_path / "none", tmp_path])
+    for name, text in files.items():
+        (tmp_path / name).write_text(text + "\n")
+    assert module.quota_cores.__wrapped__() == cores
+
+
+def test_the_tightest_quota_of_all_groups_holds(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_control_groups", lambda controller: [tmp_path / "above", tmp_path / "own"])
+    for name, quota in (("above", 100_000), ("own", 300_000)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "cpu.max").write_text(f"{quota} 100000\n")
+    assert module.quota_cores.__wrapped__() == 1

@@ -4,6 +4,7 @@ Knows files and figures; what measures is given to it, since a product needs a f
 """
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -84,7 +85,7 @@ def disk_bytes_per_second(path: Path) -> float:
 def available_bytes() -> int:
     """Memory this process may still take: what the system has free, or less if a control group limits it."""
     free = _unlimited_bytes()
-    for folder in _control_groups():
+    for folder in _control_groups("memory"):
         for limit, used in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
             try:
                 allowed = int((folder / limit).read_text()) - int((folder / used).read_text()) + _cached_bytes(folder)
@@ -116,14 +117,29 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _control_groups() -> list[Path]:
-    """Folders of the groups this process may be limited by: those at the top, and its own."""
-    folders = [CGROUP, CGROUP / "memory"]
+@functools.cache
+def quota_cores() -> float:
+    """Cores' worth of time that control groups let this process have (`docker --cpus`); infinity without a quota."""
+    found = math.inf
+    for folder in _control_groups("cpu"):
+        with contextlib.suppress(OSError, ValueError, ZeroDivisionError):  # no such group, or its quota is "max"
+            quota, period = map(int, (folder / "cpu.max").read_text().split())
+            found = min(found, quota / period)
+        with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
+            quota, period = (int((folder / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
+            found = min(found, quota / period if quota > 0 else math.inf)
+    return found
+
+
+def _control_groups(controller: str) -> list[Path]:
+    """Folders of the groups that may limit this process in `memory` or `cpu`: its own and all above, v1 and v2."""
+    folders = [CGROUP, CGROUP / controller]
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/cgroup").read_text().splitlines():
             _, kinds, path = line.split(":", 2)
-            if kinds in ("", "memory"):
-                folders.append(CGROUP / kinds / path.lstrip("/"))
+            if not kinds or controller in kinds.split(","):
+                own = (CGROUP / controller if kinds else CGROUP) / path.lstrip("/")
+                folders += [place for place in (own, *own.parents) if CGROUP in place.parents]
     return folders
 
 

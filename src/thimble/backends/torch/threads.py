@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from thimble.models.machine import quota_cores
+
 T = TypeVar("T")
 
 PIECE = 1 << 19  # numbers that one thread handles at a time: enough to outweigh the hand-over, few enough to share
@@ -30,8 +32,13 @@ _here = _Here()
 
 
 def num_cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores this process may use: of those it sees, as many whole ones as a quota of time allows, and at least one."""
+    seen = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, int(min(seen, quota_cores())))
+
+
+if torch.get_num_threads() > num_cores():  # torch counts the cores it sees: its threads would wait for throttled ones
+    torch.set_num_threads(num_cores())
 
 
 # ---- tasks side by side ---------------------------------------------------------------------------------------------
