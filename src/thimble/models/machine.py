@@ -119,7 +119,7 @@ def peak_memory_bytes() -> int:
 
 @functools.cache
 def quota_cores() -> float:
-    """Cores' worth of time that control groups let this process have (`docker --cpus`); infinity without a quota."""
+    """Cores' worth of time that control groups let this process have, as a container gets; infinity without a quota."""
     found = math.inf
     for folder in _control_groups("cpu"):
         with contextlib.suppress(OSError, ValueError, ZeroDivisionError):  # no such group, or its quota is "max"
