@@ -5,7 +5,7 @@ import pytest
 
 from thimble.core.inits import BUILDERS, LayerData, Moments, Sketch, at_kaiming_length
 from thimble.core.lowrank import delta
-from thimble.core.method import INITS
+from thimble.core.method import INITS, method_rates
 
 RANDOM = np.random.default_rng(1)
 SHAPES = [(40, 40), (64, 24), (24, 64), (300, 280)]
@@ -56,6 +56,17 @@ def test_random_inits_have_the_spread_of_peft():
     assert np.abs(kaiming).max() <= 1 / 64
     assert kaiming.std() == pytest.approx(1 / np.sqrt(3 * 4096), rel=0.02)
     assert gaussian.std() == pytest.approx(1 / 16, rel=0.02)
+
+
+@pytest.mark.parametrize("shape", [(30, 40), (40, 30), (8, 2048)])
+@pytest.mark.parametrize("init", ["gaussian", "orthogonal"])
+def test_the_rate_of_a_random_init_makes_up_for_the_length_of_its_rows(init, shape):
+    lengths = [
+        np.sqrt(np.mean([np.square(build(kind, shape, 8, 2.0, seed).A).sum(1).mean() for seed in range(200)]))
+        for kind in ("kaiming", init)
+    ]
+    factor = method_rates(INITS[init], False, 1.0, [(8, shape[1])])[f"init {init}"]
+    assert factor * lengths[1] == pytest.approx(lengths[0], rel=0.03)
 
 
 def test_an_orthogonal_init_changes_nothing_though_a_and_b_are_not_zero():
@@ -136,15 +147,25 @@ def test_layers_that_read_the_same_input_share_the_a_of_eva():
     assert not np.array_equal(build("eva:centred", (8, 40), 5, 1.0, moments=seen).A, first.A)
 
 
+@pytest.mark.parametrize("shape", [(30, 40), (40, 30)])
 @pytest.mark.parametrize(("init", "kept"), [("corda", slice(0, 5)), ("corda:knowledge", slice(-5, None))])
-def test_corda_needs_no_inverse(init, kept):
-    w = weight((30, 40)).astype(np.float64)
-    x, seen = moments(40, tokens=4000)
+def test_corda_needs_no_inverse(init, kept, shape):
+    w = weight(shape).astype(np.float64)
+    x, seen = moments(shape[1], tokens=4000)
     c = x.T @ x / len(x)
     u, values, vt = np.linalg.svd(w @ c, full_matrices=False)
     published = (u[:, kept] * values[kept]) @ vt[kept] @ np.linalg.inv(c)
     start = of_weight(init, w, 5, 2.0, moments=seen)
     assert np.linalg.norm(delta(start) - published) < 1e-3 * np.linalg.norm(published)
+
+
+@pytest.mark.parametrize("shape", [(30, 40), (40, 30)])
+def test_corda_for_knowledge_takes_a_piece_of_w_where_few_inputs_were_seen(shape):
+    w = weight(shape)
+    x, seen = moments(shape[1], tokens=12)  # W E[x xᵀ] has rank 12
+    start = of_weight("corda:knowledge", w, 5, 2.0, moments=seen)
+    assert np.linalg.norm(start.A, axis=1).min() > 0.5  # not where W writes nothing
+    assert np.abs(x @ delta(start).T).max() < 1e-3 * np.abs(x @ w.T).max()
 
 
 def test_corda_of_white_inputs_is_pissa():
@@ -175,6 +196,19 @@ def test_an_init_along_the_gradient_spans_its_right_vectors_at_kaiming_length():
     assert not start.B.any()
     wanted = 5 * np.square(x).sum(1).mean() / (3 * 40)
     assert np.square(x @ start.A.T).sum(1).mean() == pytest.approx(wanted, rel=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(30, 40), (40, 30)])
+def test_a_whitened_start_answers_alike_in_every_row(shape):
+    x, _ = moments(shape[1])
+    gradient = RANDOM.standard_normal((shape[0], 400)) @ x
+    given = sketch(gradient, x, 12)
+    start = build("gradient:whitened", shape, 5, 2.0, sketch=given)
+    unit = start.A / np.linalg.norm(start.A, axis=1)[:, None]
+    np.testing.assert_allclose(np.abs(unit @ given.right[:5].T), np.eye(5), atol=1e-5)
+    wanted = np.square(x).sum(1).mean() / (3 * shape[1])  # E(a x)² of a row that Kaiming draws
+    np.testing.assert_allclose(np.square(x @ start.A.T).mean(0), wanted, rtol=1e-4)
+    assert not start.B.any()
 
 
 def test_lora_ga_takes_the_next_left_vectors_for_b():

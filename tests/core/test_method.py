@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from thimble.core.lowrank import scale
 from thimble.core.method import INITS, method_rates, parse_init
 
 
@@ -49,6 +50,19 @@ def test_an_init_says_which_ranks_a_layer_can_have(init, rank, allowed, most):
 def test_a_rate_factor_is_named_after_the_option_as_it_is_typed():
     assert method_rates(parse_init("pissa:exact"), False, 1.0) == {"init pissa:exact": 0.12}
     assert method_rates(parse_init("adapter:runs/mine-1"), True, 4.0).keys() == {"DoRA", "LoRA+"}
+
+
+def test_a_step_of_rslora_is_as_long_as_one_of_plain_lora_whatever_the_ranks():
+    sizes = [(4, 40), (64, 30), (16, 40)]
+    factor = method_rates(parse_init("kaiming"), False, 1.0, sizes, use_rslora=True)["rsLoRA"]
+    plain, with_roots = (sum(scale(32, rank, roots) * rank for rank, _ in sizes) for roots in (False, True))
+    assert with_roots * factor == pytest.approx(plain)
+    assert method_rates(parse_init("kaiming"), False, 1.0, [(16, 40)], use_rslora=True) == {"rsLoRA": 0.25}
+
+
+def test_the_factor_of_lora_plus_is_continuous_in_its_ratio():
+    found = [method_rates(parse_init("kaiming"), False, ratio).get("LoRA+", 1.0) for ratio in (1.0, 1.0001, 4.0, 16.0)]
+    assert found == pytest.approx([1.0, 1.0, 0.5, 0.25], rel=1e-3)
 
 
 def test_names_of_inits_are_known_without_numpy():

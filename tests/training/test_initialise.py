@@ -14,7 +14,7 @@ from samples import IDS, Trainer, count, loss_curves, make_adapter, make_batch, 
 from thimble.backends.torch.session import TorchSession
 from thimble.config.train import TrainConfig
 from thimble.core.lowrank import delta
-from thimble.core.method import INITS, parse_init
+from thimble.core.method import INITS, method_rates, parse_init
 from thimble.errors import ConfigError, InputError
 from thimble.events import EventLog, ignore
 from thimble.files.peft import load_adapter, save_adapter
@@ -22,6 +22,7 @@ from thimble.models.base import open_base
 from thimble.models.execution import ExecutionPlan
 from thimble.training.calibration import CalibrationData
 from thimble.training.initialise import check_init, initialise
+from thimble.training.memory_plan import rate_layers
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "gguf"
 OF_A_FLOAT_BASE = [name for name in INITS if name not in ("loftq", "adapter")]
@@ -173,6 +174,25 @@ def test_a_session_that_cannot_calibrate_is_refused_by_name_for_what_needs_it(op
         ConfigError, match=rf"--{'init ' + options['init'] if 'init' in options else 'rank auto'}: this"
     ):
         initialised(base, SimpleNamespace(capabilities=frozenset()), config, sizes)
+
+
+@pytest.mark.parametrize("compute", ["bf16", "fp32"])
+def test_an_orthogonal_init_is_exactly_at_the_base(compute, tmp_path):
+    base = open_base(make_hf_folder("llama", tmp_path / "base"))
+    config, sizes = checked(base, init="orthogonal", alpha=64)
+    session = TorchSession(base, compute, "dense")
+    begun, _ = initialised(base, session, config, sizes)
+    np.testing.assert_array_equal(Trainer(session, begun.adapter).logits(IDS), session.logits(IDS))
+
+
+def test_the_default_rate_counts_the_rank_of_each_layer(tmp_path):
+    base = open_base(make_hf_folder("llama", tmp_path / "base"))
+    for options in ({"rank": 16}, {"rank": "auto"}, {"rank_pattern": "q_proj=16"}):
+        config, sizes = checked(base, use_rslora=True, **options)
+        layers = rate_layers(config, sizes, base.spec)
+        expected = np.mean([math.sqrt(16 if config.rank is None else size.rank) for size in sizes.values()])
+        factors = method_rates(parse_init("kaiming"), False, 1.0, layers, use_rslora=True)
+        assert factors["rsLoRA"] == pytest.approx(1 / expected)
 
 
 def test_a_session_that_cannot_calibrate_begins_with_a_random_init(tmp_path):

@@ -6,13 +6,9 @@ from thimble.config.train import TrainConfig
 from thimble.training.step_schedule import StepSchedule
 
 
-def default_rate(**options):
-    return StepSchedule(TrainConfig.build({"data": "x", **options}), [40] * 300, "llama", 576).rate
-
-
-def test_rank_auto_has_the_default_rate_of_the_rank_whose_parameters_it_shares_out():
-    assert default_rate(rank="auto") == default_rate(rank=16)
-    assert default_rate(rank="auto", use_rslora=True) == default_rate(rank=16, use_rslora=True)
+def default_rate(rank=16, **options):
+    config = TrainConfig.build({"data": "x", "rank": rank, **options})
+    return StepSchedule(config, [40] * 300, "llama", 576, [(rank, 576), (rank, 1536)]).rate
 
 
 def test_rslora_takes_the_root_of_the_rank_off_the_default_rate():

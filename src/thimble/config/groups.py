@@ -147,7 +147,8 @@ class InitOptions(Options):
     init: str = option("kaiming", "Initialization of A and B: kaiming, gaussian, orthogonal (random); olora, pissa, "
         "milora (pieces of the weight); eva, corda (from a layer's inputs); gradient, weighted-pca (from its "
         "gradient); loftq (from what an int8 store loses); adapter:PATH (go on with an adapter). Variants: "
-        "pissa:exact, eva:centred, corda:knowledge, gradient:lora-ga, gradient:lora-one.", check=values.init,
+        "pissa:exact, eva:centred, corda:knowledge, gradient:whitened, gradient:lora-ga, gradient:lora-one.",
+        check=values.init,
         metavar="NAME")  # fmt: skip
     calibration_steps: int = option(2, "Calibration data, in steps' worth of training rows, for inits and ranks made "
         "from data.", check=at_least(1))  # fmt: skip

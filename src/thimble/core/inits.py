@@ -8,7 +8,7 @@ What each init needs stands in `thimble.core.method.INITS`; `BUILDERS` has a fun
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import numpy as np
@@ -106,12 +106,15 @@ def kaiming(layer: LayerData) -> Factors:
 
 
 def gaussian(layer: LayerData) -> Factors:
-    """A normal with deviation 1/rank, B zero."""
+    """A normal with deviation 1/rank, B zero; a row is √in / rank long, and the default rate makes up for that."""
     return _with_zero_b(_random(layer).standard_normal((layer.rank, layer.shape[1])) / layer.rank, layer)
 
 
 def orthogonal(layer: LayerData) -> Factors:
-    """A and B from two halves of one orthogonal matrix, so that B A is zero though neither is; the rank is even."""
+    """A and B from two halves of one orthogonal matrix, so that B A is zero though neither is; the rank is even.
+
+    As PEFT draws it. It is zero up to rounding only, so it is trained as a difference, which is zero exactly.
+    """
     (fan_out, fan_in), rank, random = layer.shape, layer.rank, _random(layer)
     basis = np.linalg.qr(random.standard_normal((rank, rank)))[0]
     a = random.standard_normal((fan_in, rank // 2)) @ basis[0::2] / 10  # (in, rank)
@@ -131,7 +134,7 @@ def _stream(name: str) -> int:
     return value
 
 
-# ---- from the weight: scale · B₀ A₀ is a piece of W -----------------------------------------------------------------
+# ---- from the weight: B₀ A₀ is along a piece of W ------------------------------------------------------------------
 
 
 def pissa(layer: LayerData) -> Factors:
@@ -150,7 +153,11 @@ def milora(layer: LayerData) -> Factors:
 
 
 def olora(layer: LayerData) -> Factors:
-    """The first columns of Q and rows of R (Büyükakyüz, arXiv:2406.01775)."""
+    """B the first columns of Q, A the first rows of R (Büyükakyüz, OLoRA, arXiv:2406.01775).
+
+    So scale · B₀ A₀ is `scale` times that piece of W, as in the paper's algorithm and in PEFT: a base from which it
+    is taken changes with alpha.
+    """
     piece = qr(_given(layer.weight), layer.rank)
     return _factors(piece.right, piece.left, layer.scale)
 
@@ -214,10 +221,15 @@ def corda(layer: LayerData) -> Factors:
 
 
 def corda_knowledge(layer: LayerData) -> Factors:
-    """The part of W that answers least to inputs on which the base must not change."""
-    wide = _answers(layer).astype(np.float64)
+    """The part of W that answers least to inputs on which the base must not change.
+
+    The smallest singular vectors are those of the thin decomposition: W writes nothing along the others of a tall W.
+    """
+    basis = np.linalg.qr(_given(layer.weight).astype(np.float64))[0]  # of what W writes, (out, min(out, in))
+    wide = basis.T @ _answers(layer)
     # By eigenvectors, which are at right angles even where there is no answer at all.
-    return _answering_part(layer, eigen(wide @ wide.T, layer.rank, "bottom"))
+    least = eigen(wide @ wide.T, layer.rank, "bottom")
+    return _answering_part(layer, replace(least, left=basis @ least.left))
 
 
 def _answers(layer: LayerData) -> Floats:
@@ -267,10 +279,25 @@ def gradient(layer: LayerData) -> Factors:
     return _with_zero_b(at_kaiming_length(sketch.right[:rank], sketch.input_square, sketch.answer[:rank, :rank]), layer)
 
 
+def whitened(layer: LayerData) -> Factors:
+    """A along the right singular vectors of the sketch, every row answering as much as one of Kaiming's, B zero.
+
+    Row a becomes a · c / √E(a x)², with c² = E‖x‖² / (3 n): without it, A x is mostly the direction in which the inputs
+    are largest, and AdamW moves the columns of B alike though their inputs are not.
+    """
+    sketch, rank = _given(layer.sketch), layer.rank
+    answers = np.diag(sketch.answer)[:rank]
+    wanted = sketch.input_square / (3 * layer.shape[1])
+    lengths = np.sqrt(wanted / np.where(answers > 0, answers, 1.0))
+    return _with_zero_b(np.where(answers > 0, lengths, 1.0)[:, None] * sketch.right[:rank], layer)
+
+
 def lora_ga(layer: LayerData) -> Factors:
     """A along the first r right, B along the next r left singular vectors, so the sketch has 2 r of them.
 
-    Trained in delta form (Wang et al., arXiv:2407.05000, theorem 3.1 and equation 9).
+    Trained in delta form (Wang et al., arXiv:2407.05000, theorem 3.1 and equation 9). All are c = out^¼ / √γ long,
+    whatever the scale s. A step of plain gradient descent moves the weight by rate · s² c² (G P + Q G), with P and Q
+    the projections on what A and B span: alpha counts twice, so the scale of the paper's runs belongs to its rates.
     """
     sketch, rank = _given(layer.sketch), layer.rank
     length = np.sqrt(np.sqrt(layer.shape[0]) / GA_GAMMA)
@@ -314,6 +341,6 @@ def _top(matrix: Array, rank: int) -> Decomposition:
 BUILDERS: dict[str, Callable[[LayerData], Factors]] = {
     "kaiming": kaiming, "gaussian": gaussian, "orthogonal": orthogonal, "olora": olora, "pissa": pissa,
     "pissa:exact": pissa_exact, "milora": milora, "eva": eva, "eva:centred": eva_centred, "corda": corda,
-    "corda:knowledge": corda_knowledge, "weighted-pca": gradient, "gradient": gradient, "gradient:lora-ga": lora_ga,
-    "gradient:lora-one": lora_one, "loftq": loftq,
+    "corda:knowledge": corda_knowledge, "weighted-pca": gradient, "gradient": gradient, "gradient:whitened": whitened,
+    "gradient:lora-ga": lora_ga, "gradient:lora-one": lora_one, "loftq": loftq,
 }  # fmt: skip

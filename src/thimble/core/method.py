@@ -1,13 +1,15 @@
 """How an adapter is initialised and trained: names, properties and limits; the maths is in thimble.core.inits."""
 
 import difflib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from statistics import mean
 
 AUTO, ADAPTER = "auto", "adapter"
 AUTO_RANK = 16  # whose number of parameters, and whose scale, rank auto takes
 MOST_SCALE = 1e4  # of an update: more is a slip, or meant to harm
 DORA_RATE = 0.55  # what the default learning rate is multiplied by, from the sweeps of arXiv:2602.04998
-LORA_PLUS_RATE = 0.5  # the same where B learns faster than A (Hayou et al., arXiv:2402.12354, section 5)
+KAIMING_ROW = 3**-0.5  # root mean square length of a row of A, uniform in ±1/√in
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,8 @@ class Init:
         is_delta: Whether it is trained as B A − B₀ A₀.
         rate: What the default learning rate is multiplied by. From published sweeps (arXiv:2602.04998) and our own
             (benchmarks/RESULTS.md); those of 1 keep the length of A x at Kaiming's, which makes the rate transfer.
+        row_length: Root mean square length of a row of A by (rank, in), where it is random and not Kaiming's: the
+            default learning rate is divided by how much longer it is.
         changes_base: Whether the model differs from the base before the first step.
         uses_general_text: Whether its calibration data are general text instead of training rows.
         is_weighted: Whether inputs count by the square of their gradient, instead of the gradient of W itself.
@@ -33,6 +37,7 @@ class Init:
     needs: str = "nothing"
     is_delta: bool = False
     rate: float = 1.0
+    row_length: Callable[[int, int], float] | None = None
     changes_base: bool = False
     uses_general_text: bool = False
     is_weighted: bool = False
@@ -56,8 +61,8 @@ INITS = {
     init.name: init
     for init in (
         Init("kaiming"),
-        Init("gaussian"),
-        Init("orthogonal", rank_step=2),
+        Init("gaussian", row_length=lambda rank, fan_in: fan_in**0.5 / rank),
+        Init("orthogonal", is_delta=True, row_length=lambda rank, fan_in: (fan_in / 200) ** 0.5, rank_step=2),
         Init("olora", "weights", is_delta=True, rate=0.055),
         Init("pissa", "weights", is_delta=True, rate=0.12),
         Init("pissa:exact", "weights", is_delta=True, rate=0.12),
@@ -68,6 +73,7 @@ INITS = {
         Init("corda:knowledge", "inputs", is_delta=True, rate=0.3, uses_general_text=True),
         Init("weighted-pca", "gradients", is_weighted=True),
         Init("gradient", "gradients"),
+        Init("gradient:whitened", "gradients"),
         Init("gradient:lora-ga", "gradients", is_delta=True, rate=0.1, ranks_read=2),
         Init("gradient:lora-one", "gradients", rate=0.055, changes_base=True),
         Init("loftq", "quantised", changes_base=True),
@@ -92,16 +98,26 @@ def parse_init(text: str) -> Init:
     raise ValueError(f"expected one of {', '.join(names)}" + (f"; did you mean {near[0]}?" if near else ""))
 
 
-def method_rates(init: Init, use_dora: bool, lora_plus: float, rslora_rank: int = 1) -> dict[str, float]:
+def method_rates(
+    init: Init,
+    use_dora: bool,
+    lora_plus: float,
+    sizes: Sequence[tuple[int, int]] = ((1, 1),),
+    use_rslora: bool = False,
+) -> dict[str, float]:
     """What the default learning rate is multiplied by, and for what; none of the factors is 1.
 
-    `rslora_rank` is the rank where rsLoRA makes the scale √rank times as large: the first steps stay as long.
+    `sizes` are (rank, in) of the adapted layers, the rank being the one that alpha was divided by. One rate is for all
+    layers, so what differs between them counts as its mean. rsLoRA makes a scale √rank times as large, and LoRA+ with
+    ratio λ the step of B λ times as long as that of A: with 1/√λ their product, to first order, grows as it did
+    (Hayou et al., LoRA+, arXiv:2402.12354, where the rate is swept anew for each ratio).
     """
+    longer = mean(init.row_length(*size) for size in sizes) / KAIMING_ROW if init.row_length else 1.0
     factors = {
-        f"init {init}": init.rate,
+        f"init {init}": init.rate / longer,
         "DoRA": DORA_RATE if use_dora else 1.0,
-        "LoRA+": LORA_PLUS_RATE if lora_plus > 1 else 1.0,
-        "rsLoRA": rslora_rank**-0.5,
+        "LoRA+": lora_plus**-0.5,
+        "rsLoRA": 1 / mean(rank**0.5 for rank, _ in sizes) if use_rslora else 1.0,
     }
     return {name: factor for name, factor in factors.items() if factor != 1}
 

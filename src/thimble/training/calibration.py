@@ -151,7 +151,9 @@ def choose_ranks(config: TrainConfig, init: Init, calibration: Calibration) -> d
         if full := sum(rank >= MOST_RANK for rank in ranks.values()):
             log.warning(f"{full} layers need more than rank {MOST_RANK} for {how}, and get {MOST_RANK}")
     else:
-        ranks = _ranks_of_budget(config, {path: energies[path][0] for path in shapes}, shapes)
+        ranks = _ranks_of_budget(
+            config, {path: _comparable(energies[path], config.energy_of) for path in shapes}, shapes
+        )
         how = f"{sum(rank * sum(shapes[path]) for path, rank in ranks.items()):,} parameters, by {config.energy_of}"
     ranks = {path: init.allowed_rank(rank, shapes[path]) for path, rank in ranks.items()}
     low, high = min(ranks.values()), max(ranks.values())
@@ -165,6 +167,16 @@ def choose_ranks(config: TrainConfig, init: Init, calibration: Calibration) -> d
         log.note(f"rank of {path}: {rank}")
     scale = scale_of(config.alpha, AUTO_RANK, config.use_rslora)  # the same for all: one learning rate is right
     return {path: Size(rank, scale) for path, rank in ranks.items()}
+
+
+def _comparable(energy: Energy, energy_of: str) -> NDArray[np.float64]:
+    """Energies of directions that may be compared between layers.
+
+    Energy of gradients is what the loss falls by; that of inputs and weights has a unit of each layer's own, so what
+    counts is its share of the layer (the ratio of explained variance of EVA, arXiv:2410.07170, section 3.3).
+    """
+    values, total = energy
+    return values if energy_of == "gradients" or total == 0 else values / total
 
 
 def _ranks_of_budget(

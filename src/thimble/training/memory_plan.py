@@ -1,12 +1,12 @@
 """Which execution plan a run gets, and the memory and time it takes: counted the same way for all alternatives."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from thimble.backends.open import choose_store
 from thimble.config.train import TrainConfig
-from thimble.core.method import parse_init
+from thimble.core.method import AUTO_RANK, parse_init
 from thimble.core.sizes import MICRO_BATCH_TOKENS, padded
 from thimble.core.targets import Size
 from thimble.data.examples import Examples
@@ -15,6 +15,7 @@ from thimble.models import cost
 from thimble.models.base import Base
 from thimble.models.execution import ExecutionPlan
 from thimble.models.machine import available_bytes
+from thimble.models.spec import DecoderSpec
 from thimble.training.step_schedule import StepSchedule
 
 MOST_SIZES = 7  # of batches, however uneven the rows are: what many rows make together varies less
@@ -45,7 +46,8 @@ def plan_cost(
     compute, why_compute = choose_compute(config.compute)
     stores, why_store = choose_store(config.store, base, compute)
     lengths = examples.train_report.lengths
-    step_schedule = StepSchedule(config, lengths, spec.family, spec.hidden_size)
+    layers = rate_layers(config, sizes, spec)
+    step_schedule = StepSchedule(config, lengths, spec.family, spec.hidden_size, layers)
     inputs = memory_inputs(config, compute, base, examples, sizes)
     num_sizes = min(MOST_SIZES, len({padded(length) for length in lengths}))
     step_tokens = min(config.batch_tokens, examples.train_report.tokens)
@@ -59,6 +61,13 @@ def plan_cost(
     work = cost.StepWork(report.tokens / steps, report.target_tokens / steps, square, inputs.trained, inputs.lowest)
     seconds = cost.estimate_seconds(base, compute, work, execution, machine())
     return RunCost(compute, (why_compute, why_store), step_schedule, execution, memory, allowed, work, seconds)
+
+
+def rate_layers(config: TrainConfig, sizes: Mapping[str, Size], spec: DecoderSpec) -> list[tuple[int, int]]:
+    """The rank that alpha is divided by, and in, of each adapted layer: what default learning rates depend on."""
+    shapes = spec.linear_shapes()
+    # Rank auto divides every alpha by the same number, whatever rank a layer is given.
+    return [(size.rank if config.rank else AUTO_RANK, shapes[path][1]) for path, size in sizes.items()]
 
 
 def memory_inputs(

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 
 from thimble.config.train import TrainConfig
-from thimble.core.method import AUTO_RANK, method_rates, parse_init
+from thimble.core.method import method_rates, parse_init
 from thimble.core.schedule import default_rate, learning_rate
 from thimble.data.batches import epoch_steps
 
@@ -20,9 +20,19 @@ MOST_WARMUP_STEPS = 10
 
 
 class StepSchedule:
-    """Steps in order, for rows of the given lengths in tokens and a base of this family and width."""
+    """Steps in order, for rows of the given lengths in tokens and a base.
 
-    def __init__(self, config: TrainConfig, lengths: Sequence[int], family: str, hidden_size: int) -> None:
+    `layers` are (rank, in) of those that are adapted.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        lengths: Sequence[int],
+        family: str,
+        hidden_size: int,
+        layers: Sequence[tuple[int, int]],
+    ) -> None:
         self._config = config
         self._begins = [0]  # first step of each epoch looked at so far, and of the one after
         rows_of = functools.partial(epoch_steps, lengths, config.batch_tokens, config.seed)
@@ -30,8 +40,8 @@ class StepSchedule:
         self.minutes = config.max_minutes
         self.total_steps = None if self.minutes else self._count_steps()
         rows_per_step = len(lengths) / len(self._epoch(0))
-        rank = config.rank or AUTO_RANK if config.use_rslora else 1
-        self.rate_factors = method_rates(parse_init(config.init), config.use_dora, config.lora_plus, rank)
+        init = parse_init(config.init)
+        self.rate_factors = method_rates(init, config.use_dora, config.lora_plus, layers, config.use_rslora)
         factor = math.prod(self.rate_factors.values())
         usual = default_rate(family, hidden_size, rows_per_step, factor)
         self.rate = config.learning_rate or usual
