@@ -162,7 +162,7 @@ def test_corda_needs_no_inverse(init, kept, shape):
 @pytest.mark.parametrize("shape", [(30, 40), (40, 30)])
 def test_corda_for_knowledge_takes_a_piece_of_w_where_few_inputs_were_seen(shape):
     w = weight(shape)
-    x, seen = moments(shape[1], tokens=12)  # W E[x xᵀ] has rank 12
+    x, seen = moments(shape[1], tokens=12)  # W E[xᵀ x] has rank 12
     start = of_weight("corda:knowledge", w, 5, 2.0, moments=seen)
     assert np.linalg.norm(start.A, axis=1).min() > 0.5  # not where W writes nothing
     assert np.abs(x @ delta(start).T).max() < 1e-3 * np.abs(x @ w.T).max()

@@ -32,7 +32,7 @@ class Moments:
     """Sums over the inputs x of a layer.
 
     Attributes:
-        square: Σ x xᵀ, float32 (n, n).
+        square: Σ xᵀ x, float32 (n, n).
         total: Σ x, float32 (n,).
         count: How many inputs.
         found: Rows of A made from them before: layers that read the same input share them.
@@ -45,20 +45,20 @@ class Moments:
 
     @property
     def mean_square(self) -> Floats:
-        """E[x xᵀ], float32 (n, n)."""
+        """E[xᵀ x], float32 (n, n)."""
         return self.square / np.float32(self.count)
 
 
 @dataclass(frozen=True)
 class Sketch:
-    """The main part of a matrix that was only met in products: of the gradient of W, or of Σ ‖δ‖² x xᵀ.
+    """The main part of a matrix that was only met in products: of the gradient of W, or of Σ ‖δ‖² xᵀ x.
 
     Attributes:
         left: Left singular vectors, float (out, k), of the gradient.
         values: Singular values, float (k,), the largest first.
         right: Right singular vectors as rows, float32 (k, in).
         input_square: E‖x‖² of the layer's inputs.
-        answer: E[(V x)(V x)ᵀ] with V = right, float (k, k).
+        answer: E[(x Vᵀ)ᵀ (x Vᵀ)] with V = right, float (k, k).
     """
 
     left: Array
@@ -82,7 +82,7 @@ class LayerData:
         weight: W as the file has it, float (out, in).
         kept: W as it is kept in memory, float (out, in).
         moments: Of the layer's inputs.
-        sketch: Of its gradient; of Σ ‖δ‖² x xᵀ for `weighted-pca`.
+        sketch: Of its gradient; of Σ ‖δ‖² xᵀ x for `weighted-pca`.
     """
 
     path: str
@@ -183,8 +183,8 @@ def _split(piece: Decomposition, scale: float) -> Factors:
 def eva(layer: LayerData) -> Factors:
     """A along the main directions of the layer's inputs (Paischer et al., EVA, arXiv:2410.07170), B zero.
 
-    The gradient of W is Σ δ xᵀ with the inputs as they are: the mean, which centring takes off, is a direction it uses.
-    So the second moment is decomposed, and A x is as long as with Kaiming's init.
+    The gradient of W is Σ δᵀ x with the inputs as they are: the mean, which centring takes off, is a direction it uses.
+    So the second moment is decomposed, and x Aᵀ is as long as with Kaiming's init.
     """
     return _with_zero_b(_eva_rows(_given(layer.moments), layer.rank, is_centred=False), layer)
 
@@ -213,7 +213,7 @@ def _eva_rows(moments: Moments, rank: int, is_centred: bool) -> Floats:
 def corda(layer: LayerData) -> Factors:
     """The part of W that answers the layer's inputs most (Yang et al., CorDA, arXiv:2406.05223).
 
-    With W C = U S Vᵀ and C = E[x xᵀ], the published piece U_r S_r V_rᵀ C⁻¹ is U_r U_rᵀ W: no inverse is needed, and
+    With W C = U S Vᵀ and C = E[xᵀ x], the published piece U_r S_r V_rᵀ C⁻¹ is U_r U_rᵀ W: no inverse is needed, and
     no damping, whatever the rank of C. Each direction is split evenly between A and B, so that the scale of C does not
     matter; with C = I this is PiSSA.
     """
@@ -252,15 +252,15 @@ def top_directions(square: Array, rank: int) -> Floats:
 
 
 def at_kaiming_length(a: Floats, input_square: float, answer: Array) -> Floats:
-    """Scale A so that E‖A x‖² is what Kaiming's init gives, r E‖x‖² / (3 n): then its learning rate transfers.
+    """Scale A so that E‖x Aᵀ‖² is what Kaiming's init gives, r E‖x‖² / (3 n): then its learning rate transfers.
 
-    Orthonormal rows along the inputs make A x some seven times as long, which is why such inits are published with
+    Orthonormal rows along the inputs make x Aᵀ some seven times as long, which is why such inits are published with
     rates a tenth of LoRA's.
 
     Args:
         a: float32 (rank, n).
         input_square: E‖x‖².
-        answer: E[(A x)(A x)ᵀ], float (rank, rank).
+        answer: E[(x Aᵀ)ᵀ (x Aᵀ)], float (rank, rank).
 
     Returns:
         A times one number.
@@ -282,8 +282,8 @@ def gradient(layer: LayerData) -> Factors:
 def whitened(layer: LayerData) -> Factors:
     """A along the right singular vectors of the sketch, every row answering as much as one of Kaiming's, B zero.
 
-    Row a becomes a · c / √E(a x)², with c² = E‖x‖² / (3 n): without it, A x is mostly the direction in which the inputs
-    are largest, and AdamW moves the columns of B alike though their inputs are not.
+    Row a becomes a · c / √E(x aᵀ)², with c² = E‖x‖² / (3 n): without it, x Aᵀ is mostly the direction in which the
+    inputs are largest, and AdamW moves the columns of B alike though their inputs are not.
     """
     sketch, rank = _given(layer.sketch), layer.rank
     answers = np.diag(sketch.answer)[:rank]

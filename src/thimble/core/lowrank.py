@@ -296,7 +296,7 @@ def qr(matrix: Array, rank: int) -> Decomposition:
 
 
 def eigen(moment: Array, rank: int, end: str = "top") -> Decomposition:
-    """Eigendecomposition of a symmetric matrix, such as a second moment Σ x xᵀ; no other matrix has one of this form.
+    """Eigendecomposition of a symmetric matrix, such as a second moment Σ xᵀ x; no other matrix has one of this form.
 
     Args:
         moment: float (n, n), symmetric and positive semidefinite.

@@ -22,7 +22,7 @@ class Init:
             the file, or an `adapter`.
         is_delta: Whether it is trained as B A − B₀ A₀.
         rate: What the default learning rate is multiplied by. From published sweeps (arXiv:2602.04998) and our own
-            (benchmarks/RESULTS.md); those of 1 keep the length of A x at Kaiming's, which makes the rate transfer.
+            (benchmarks/RESULTS.md); those of 1 keep the length of x Aᵀ at Kaiming's, which makes the rate transfer.
         row_length: Root mean square length of a row of A by (rank, in), where it is random and not Kaiming's: the
             default learning rate is divided by how much longer it is.
         changes_base: Whether the model differs from the base before the first step.

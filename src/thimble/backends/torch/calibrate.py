@@ -71,7 +71,7 @@ class _Watched:
     columns: slice  # its part of the group's output
     probe: Tensor  # Ω: (out, k) for the gradient; (in, k) where inputs are weighted by the square of their gradient
     rows: Tensor  # first Ωᵀ G, (k, in), then an orthonormal basis V of its rows
-    image: Tensor = field(default_factory=lambda: torch.empty(0))  # G Vᵀ, (out, k); with weights V Σ w x xᵀ Vᵀ, (k, k)
+    image: Tensor = field(default_factory=lambda: torch.empty(0))  # G Vᵀ, (out, k); with weights V Σ w xᵀ x Vᵀ, (k, k)
     answer: Tensor = field(default_factory=lambda: torch.empty(0))  # Σ (V x)(V x)ᵀ, (k, k)
     input_square: float = 0.0  # Σ ‖x‖²
     count: int = 0  # inputs seen
@@ -87,7 +87,7 @@ def sketch_gradients(
 ) -> dict[str, Sketch]:
     """Main directions of the gradient of each weight over some batches, which run twice; at least `ranks` of each.
 
-    `is_weighted` takes those of Σ ‖δ‖² x xᵀ instead, δ being the gradient of a token's output: the same right singular
+    `is_weighted` takes those of Σ ‖δ‖² xᵀ x instead, δ being the gradient of a token's output: the same right singular
     vectors if the δ of different tokens point in unrelated directions.
     """
     found: dict[str, _Watched] = {}
