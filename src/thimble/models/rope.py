@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from thimble.errors import BaseModelError
 from thimble.files.untrusted import shown
-from thimble.models.fields import MOST, number, positives
+from thimble.models.fields import MOST, flag, number, positives
 
 MOST_POSITIONS = MOST["max_position_embeddings"]
 
@@ -26,23 +26,35 @@ class Rope:
     long_from: int = 0  # length up to which `inv_freq` holds
 
 
-def make_rope(scaling: Mapping[str, Any], fields: Mapping[str, Any], head_dim: int) -> Rope:
-    """Angles by `rope_parameters` (transformers 5) or `rope_scaling` (4), and the config for what those leave out."""
+def make_rope(scaling: Mapping[str, Any], fields: Mapping[str, Any], head_dim: int, rotary_dim: int = 0) -> Rope:
+    """Angles by `rope_parameters` (transformers 5) or `rope_scaling` (4), and the config for what those leave out.
+
+    Args:
+        scaling: The settings.
+        fields: The config.
+        head_dim: Width of a head.
+        rotary_dim: How much of it is turned; 0 is a share that the settings say, or else all.
+
+    Returns:
+        The angles.
+
+    Raises:
+        BaseModelError: If a setting is missing, or none that a model has.
+    """
     theta = number(scaling, "rope_theta", 2, 1e15, number(fields, "rope_theta", 2, 1e15, 1e4))
     share = number(scaling, "partial_rotary_factor", 1e-3, 1, number(fields, "partial_rotary_factor", 1e-3, 1, 1.0))
-    dim = int(head_dim * share)
-    if dim < 2 or dim % 2:
+    dim = rotary_dim or int(head_dim * share)
+    if dim < 2 or dim % 2 or dim > head_dim:
         raise BaseModelError(f"positions turn {dim} numbers of each head of {head_dim}: expected an even number from 2")
     inv_freq = theta ** -(np.arange(0, dim, 2, dtype=np.float64) / dim)
-    kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    factor = number(scaling, "factor", 1e-3, 1e6, 1.0)
+    kind = rope_type(scaling)
     if kind == "default":
         return Rope(inv_freq)
     if kind == "linear":
-        return Rope(inv_freq / factor)
+        return Rope(inv_freq / number(scaling, "factor", 1e-3, 1e6))
     if kind == "llama3":
-        return Rope(_llama3(inv_freq, scaling, factor))
-    if kind in ("longrope", "su"):
+        return Rope(_llama3(inv_freq, scaling, fields))
+    if kind == "longrope":
         return _longrope(inv_freq, scaling, fields)
     if kind == "yarn":
         return _yarn(inv_freq, scaling, fields, theta, dim)
@@ -51,11 +63,25 @@ def make_rope(scaling: Mapping[str, Any], fields: Mapping[str, Any], head_dim: i
     )
 
 
-def _llama3(inv_freq: NDArray[np.float64], scaling: Mapping[str, Any], factor: float) -> NDArray[np.float64]:
+def rope_type(scaling: Mapping[str, Any]) -> Any:
+    """The type that settings name, under its name of today."""
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    return "longrope" if kind == "su" else kind
+
+
+def yarn_scale(factor: float, share: float = 1.0) -> float:
+    """How much louder attention becomes when positions are stretched by a factor (arXiv:2309.00071, section 3.4)."""
+    return 0.1 * share * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def _llama3(
+    inv_freq: NDArray[np.float64], scaling: Mapping[str, Any], fields: Mapping[str, Any]
+) -> NDArray[np.float64]:
     """Llama 3.1: slow angles are divided by `factor`, fast ones kept, with a smooth passage between."""
+    factor = number(scaling, "factor", 1e-3, 1e6)
     low = number(scaling, "low_freq_factor", 1e-3, 1e6)
     high = number(scaling, "high_freq_factor", 1.001 * low, 1e9)
-    original = number(scaling, "original_max_position_embeddings", 2, MOST_POSITIONS)
+    original, _ = _original(scaling, fields, "max_position_embeddings")
     turns = original * inv_freq / (2 * math.pi)
     smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
     return (1 - smooth) * inv_freq / factor + smooth * inv_freq
@@ -74,8 +100,8 @@ def _longrope(inv_freq: NDArray[np.float64], scaling: Mapping[str, Any], fields:
 def _original(scaling: Mapping[str, Any], fields: Mapping[str, Any], name: str) -> tuple[float, float]:
     """Length that the base was first made for, and the one it is stretched to."""
     positions = number(fields, "max_position_embeddings", 2, MOST_POSITIONS, 2048)
-    within = {"original_max_position_embeddings": scaling.get("original_max_position_embeddings") or fields.get(name)}
-    return number(within, "original_max_position_embeddings", 2, MOST_POSITIONS), positions
+    key = "original_max_position_embeddings"  # beside the settings it counts more than among them
+    return number({key: fields.get(key) or scaling.get(key) or fields.get(name)}, key, 2, MOST_POSITIONS), positions
 
 
 def _yarn(
@@ -84,13 +110,16 @@ def _yarn(
     """YaRN (arXiv:2309.00071, section 3.2): interpolate angles that turn seldom, keep those that turn often."""
     original, positions = _original(scaling, fields, "max_position_embeddings")
     factor = number(scaling, "factor", 1e-3, 1e6, positions / original)
-    default = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
+    shares = [number(scaling, name, 1e-3, 1e3, 0.0) for name in ("mscale", "mscale_all_dim")]
+    default = yarn_scale(factor, shares[0]) / yarn_scale(factor, shares[1]) if all(shares) else yarn_scale(factor)
     loudness = number(scaling, "attention_factor", 1e-3, 1e3, default)
+    is_cut = flag(scaling, "truncate") if "truncate" in scaling else True  # to whole dimensions
 
-    def dimension(turns: float) -> float:
+    def dimension(name: str, turns: float) -> float:
+        turns = number(scaling, name, 1e-3, 1e6, turns)
         return dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
-    low = max(math.floor(dimension(number(scaling, "beta_fast", 1e-3, 1e6, 32.0))), 0)
-    high = min(math.ceil(dimension(number(scaling, "beta_slow", 1e-3, 1e6, 1.0))), dim - 1)
-    ramp = np.clip((np.arange(dim // 2) - low) / max(high - low, 1e-3), 0.0, 1.0)
+    low, high = dimension("beta_fast", 32.0), dimension("beta_slow", 1.0)
+    low, high = max(math.floor(low) if is_cut else low, 0), min(math.ceil(high) if is_cut else high, dim - 1)
+    ramp = np.clip((np.arange(dim // 2) - low) / (high - low or 1e-3), 0.0, 1.0)
     return Rope(inv_freq * (1 - ramp) + inv_freq / factor * ramp, loudness)
