@@ -312,6 +312,7 @@ def _check_complete(path: Path, spec: DecoderSpec, weights: dict[str, Weight]) -
     wrong += [f"{name} is {has.dtype}, expected one of {types}" for name, has, _ in found if has.dtype not in FLOATS]
     problems = [f"base {path} lacks {listing(missing, 3)}: it is not complete"] if missing else []
     problems += [f"base {path}: {what}" for what in wrong[:5]]
+    problems += [f"base {path} {what}" for what in spec.bias_problems(weights)]
     if problems:
         raise BaseModelError(*problems)
     return {name: weight for name, weight in weights.items() if name in expected or name in optional}

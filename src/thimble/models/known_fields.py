@@ -55,13 +55,17 @@ NO_EFFECT: dict[str, str] = {
     **dict.fromkeys(("_name_or_path", "name_or_path", "_commit_hash", "transformers_version", "unsloth_fixed",
                      "unsloth_version", "is_llama_config", "transformers.js_config", "tokenizer_class", "license",
                      "model_name", "use_bfloat16", "tf_legacy_loss", "keys_to_ignore_at_inference",
-                     "base_model_tp_plan", "base_model_pp_plan", "base_model_prefix", "processor_class", "base_config_key"), _TOOL),
+                     "base_model_tp_plan", "base_model_pp_plan", "base_model_prefix", "processor_class",
+                     "base_config_key", "neftune_noise_alpha"), _TOOL),
     **dict.fromkeys(("max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups",
                      "diversity_penalty", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty",
                      "length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids",
                      "num_return_sequences", "output_scores", "return_dict_in_generate", "forced_bos_token_id",
                      "forced_eos_token_id", "remove_invalid_values", "exponential_decay_length_penalty",
-                     "suppress_tokens", "begin_suppress_tokens", "prefix", "decoder_start_token_id"), _ANSWERS),
+                     "suppress_tokens", "begin_suppress_tokens", "prefix", "decoder_start_token_id",
+                     "encoder_repetition_penalty", "num_assistant_tokens", "num_assistant_tokens_schedule",
+                     "assistant_confidence_threshold", "assistant_lookbehind", "target_lookbehind", "eta_cutoff",
+                     "epsilon_cutoff", "experts_implementation"), _ANSWERS),
     **dict.fromkeys(("vision_config", "mm_tokens_per_image", "boi_token_index", "eoi_token_index", "image_token_index",
                      "image_token_id", "boi_token_id", "eoi_token_id", "projector_hidden_act", "vision_feature_layer",
                      "multimodal_projector_bias", "spatial_merge_size", "vision_feature_select_strategy"), _IMAGES),
@@ -74,6 +78,8 @@ NO_EFFECT: dict[str, str] = {
     "quantization_config": "what it means is decided where tensors are read",
     "hidden_act": "Gemma reads hidden_activation alone",
     "max_window_layers": "this family has no such layers",
+    "full_attn_mod": "read by other programs for Phi 4 alone",
+    "interpolate_factor": "read by other programs for Phi 4 alone",
     "dual_chunk_attention_config": "transformers does not read it",
 }  # fmt: skip
 
@@ -98,7 +104,8 @@ REFUSED: dict[str, tuple[Any, ...]] = {
          "tie_encoder_decoder", "pruned_heads", "per_layer_config", "block_configs",
          "attention_multiplier", "attention_scale", "attn_scale", "attn_temperature_tuning", "floor_scale",
          "attention_chunk_size", "attention_sinks", "use_attention_sinks", "sink_size", "clip_qkv", "qk_norm",
-         "use_qk_norm", "qk_layernorm", "qk_layernorms", "logits_soft_cap", "use_logn_attn", "use_dynamic_ntk",
+         "use_qk_norm", "qk_layernorm", "qk_layernorms", "qk_layer_norms", "logits_soft_cap", "use_logn_attn",
+         "use_dynamic_ntk",
          "qkv_bias", "use_qkv_bias", "add_qkv_bias", "add_bias_linear", "attention_out_bias", "bias", "use_bias",
          "lm_head_bias", "norm_bias", "enable_bias", "use_parallel_residual", "parallel_residual", "parallel_attn",
          "new_decoder_architecture", "multi_query", "alibi", "use_alibi", "learned_pos_emb", "rotary_dim",
@@ -134,13 +141,8 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "no_rope_layer_interval": (),
 }  # fmt: skip
 
-# The architecture of each family that has a language head.
-HEADS = {
-    "llama": ("LlamaForCausalLM",), "mistral": ("MistralForCausalLM", "Mistral3ForConditionalGeneration"),
-    "smollm3": ("SmolLM3ForCausalLM",), "qwen2": ("Qwen2ForCausalLM",), "qwen3": ("Qwen3ForCausalLM",),
-    "gemma2": ("Gemma2ForCausalLM",), "gemma3": ("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"),
-    "phi3": ("Phi3ForCausalLM",),
-}  # fmt: skip
+# Ends of the names of architectures that have a language head.
+HEADS = ("forcausallm", "forconditionalgeneration", "forimagetexttotext")
 
 # Settings of the rotary embedding, by its type; each may also have the common ones.
 ROPE_COMMON = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
@@ -169,7 +171,7 @@ def check_fields(family: str, fields: Mapping[str, Any]) -> tuple[str, ...]:
     Raises:
         BaseModelError: Naming each such field and its value.
     """
-    problems = _architecture_problems(family, fields.get("architectures"))
+    problems = _check_architectures(fields.get("architectures"))
     unknown = []
     for name, value in fields.items():
         if family in HONOURED.get(name, ()) or name in DROPOUTS:
@@ -178,6 +180,7 @@ def check_fields(family: str, fields: Mapping[str, Any]) -> tuple[str, ...]:
             problems += [] if _is_neutral(family, name, value, fields) else [_refusal(family, name, value)]
         elif name not in NO_EFFECT and value is not None:
             unknown.append(name)
+    unknown += _unknown_rope_settings(fields)
     if problems:
         raise BaseModelError(*problems)
     notes = [f"config.json gives {name} {shown(fields[name])}: it is not applied while an adapter is trained"
@@ -204,21 +207,37 @@ def check_rope_settings(place: str, settings: Mapping[str, Any], kind: str, is_n
         for name in sorted(unused)
         if not (name == "factor" and settings[name] == 1)
     ]
+    problems += [f"{place} has {name}, settings of one kind of layer: only a gemma3 has them"
+                 for name, value in settings.items() if isinstance(value, dict)]  # fmt: skip
     if is_nested and settings.get("truncate", True) is not True:
         problems.append(f"{place} has truncate {shown(settings['truncate'])}, which transformers does not read there")
     return problems
 
 
-def _architecture_problems(family: str, names: Any) -> list[str]:
+def _unknown_rope_settings(fields: Mapping[str, Any]) -> list[str]:
+    known = {*ROPE_COMMON, *ROPE_REFUSED, *(name for names in ROPE_SETTINGS.values() for name in names)}
+    groups = {name: fields.get(name) for name in ("rope_scaling", "rope_parameters")}
+    nested = [(name, kind) for name, found in groups.items() if isinstance(found, dict) for kind in found.items()]
+    groups |= {f"{name}.{kind}": found for name, (kind, found) in nested if isinstance(found, dict)}
+    return [
+        f"{place}.{name}"
+        for place, found in groups.items()
+        for name, value in (found.items() if isinstance(found, dict) else ())
+        if name not in known and value is not None and not isinstance(value, dict)
+    ]
+
+
+def _check_architectures(names: Any) -> list[str]:
+    """What is wrong with the names of the classes that a file was written for; any with a language head will do."""
     if names is None or names == []:
         return []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         return [f"architectures is {shown(names)}: expected a list of names"]
-    if {name.lower() for name in names} & {head.lower() for head in HEADS[family]}:
+    if any(name.lower().endswith(HEADS) for name in names):
         return []
     return [
-        f"config.json names the architecture {listing(map(shown, names), 3)}: expected {' or '.join(HEADS[family])}, "
-        f"the {family} with a language head. Use the model that it was made from"
+        f"config.json names the architecture {listing(map(shown, names), 3)}, which has no language head: expected a "
+        "name that ends in ForCausalLM. Use the language model that it was made from"
     ]
 
 

@@ -78,9 +78,9 @@ def _llama3(
     inv_freq: NDArray[np.float64], scaling: Mapping[str, Any], fields: Mapping[str, Any]
 ) -> NDArray[np.float64]:
     """Llama 3.1: slow angles are divided by `factor`, fast ones kept, with a smooth passage between."""
-    factor = number(scaling, "factor", 1e-3, 1e6)
     low = number(scaling, "low_freq_factor", 1e-3, 1e6)
     high = number(scaling, "high_freq_factor", 1.001 * low, 1e9)
+    factor = number(scaling, "factor", 1e-3, 1e6)
     original, _ = _original(scaling, fields, "max_position_embeddings")
     turns = original * inv_freq / (2 * math.pi)
     smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)

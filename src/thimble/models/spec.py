@@ -5,7 +5,7 @@ Knows the families' quirks and their published defaults; knows no weights and no
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -72,6 +72,22 @@ class DecoderSpec:
             shapes |= {"mlp.down_proj": (h, m)}
         return {f"model.layers.{i}.{name}": shape for i in range(self.num_layers) for name, shape in shapes.items()}
 
+    def bias_problems(self, names: Collection[str]) -> list[str]:
+        """What is wrong with the biases among the names of tensors: those that are lacking, or that nobody reads."""
+        if self.biases is None:
+            return []
+        possible = {f"{path}.bias": path.split(".", 3)[3] in self.biases for path in self.linear_shapes()}
+        lacking = [name for name, is_read in possible.items() if is_read and name not in names]
+        unread = [name for name, is_read in possible.items() if not is_read and name in names]
+        problems = [f"lacks {listing(lacking, 3)}, which config.json asks for: copy the base again"] if lacking else []
+        if unread:
+            which = "mlp_bias" if all(".mlp." in name for name in unread) else "attention_bias"
+            problems.append(
+                f"holds {listing(unread, 3)}, which a {self.family} of this config.json does not read: set {which} to "
+                "true there if the base was trained with them, or else take them out"
+            )
+        return problems
+
 
 SUPPORTED = ("llama", "mistral", "smollm3", "qwen2", "qwen3", "gemma2", "gemma3_text", "gemma3", "phi3")
 
@@ -113,7 +129,7 @@ def spec_from_config(config: Mapping[str, Any]) -> DecoderSpec:
         raise BaseModelError(f"config.json names model_type {shown(kind)}: supported are {', '.join(SUPPORTED)}")
     family = kind.removesuffix("_text")
     problems, fields = Problems(), {**DEFAULTS[family], **config}  # a null is a value: Mistral v0.3 has no window
-    notes = problems.attempt(check_fields, family, config)
+    notes = problems.attempt(check_fields, family, fields)
     try:
         spec = problems.attempt(_build, family, fields)
         if spec is None or notes is None:

@@ -71,6 +71,8 @@ def plan_run(config: TrainConfig, log: EventLog, needs_folder: bool = True) -> R
     log.stage("reading the base and the examples")
     model, sizes, examples, questions, (metric_name, metric), folder = _check(config, needs_folder, log)
     log.note(f"base: {describe_base(model)}")
+    for note in model.base.spec.notes:
+        log.note(note)
     log_examples(examples, log)
     checkpoint = latest_checkpoint(folder) if config.resume else None
     kept = checkpoint.progress.get("execution") if checkpoint else None  # sums in another order end in other digits
