@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 Message = Mapping[str, Any]
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # names of the same; templates read one of the first two
 
 
 def has_tools(messages: Sequence[Message], tools: Sequence[Any] | None) -> bool:
@@ -12,14 +13,17 @@ def has_tools(messages: Sequence[Message], tools: Sequence[Any] | None) -> bool:
 
 
 def complete(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Fill what templates rely on: text content everywhere, and ids that tie results to calls."""
+    """Fill what templates rely on: text content everywhere, thoughts by both names, ids that tie results to calls."""
     completed, waiting, count = [], [], 0
     for message in messages:
         message = {**message, "content": message.get("content") or ""}
+        thoughts = next((message[name] for name in THOUGHTS if message.get(name) is not None), None)
+        if thoughts is not None:
+            message = {"thinking": thoughts, **message, "reasoning_content": thoughts}
         if message.get("tool_calls"):
             calls = []
             for call in message["tool_calls"]:
-                calls.append({"type": "function", "id": call.get("id") or call_id(count), "function": call["function"]})
+                calls.append({**call, "type": "function", "id": call.get("id") or call_id(count)})
                 count += 1
             message["tool_calls"] = calls
             waiting = [(call["id"], call["function"]["name"]) for call in calls]

@@ -27,9 +27,17 @@ def open_model(name: str | None) -> Model:
             f"the tokenizer of {base.name} has tokens up to number {tokenizer.last_id:,}, but the base knows "
             f"{base.spec.vocab_size:,}: it belongs to another base; copy the right one"
         )
-    source = tokenizer.chat_template
-    template = ChatTemplate(source, tokenizer.bos_token or "", tokenizer.eos_token or "") if source else None
-    return Model(base, tokenizer, template)
+    return Model(base, tokenizer, template_of(tokenizer))
+
+
+def template_of(tokenizer: Tokenizer) -> ChatTemplate | None:
+    """The chat template that came with a tokenizer, if one did, with the special tokens it may write."""
+    if not tokenizer.chat_template:
+        return None
+    return ChatTemplate(
+        tokenizer.chat_template, tokenizer.bos_token or "", tokenizer.eos_token or "",
+        more_tokens=tokenizer.named_tokens,
+    )  # fmt: skip
 
 
 def find_base(name: str | None) -> Base:

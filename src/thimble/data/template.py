@@ -6,7 +6,7 @@ What templates differ in (a system role, tools, the form of a call's arguments) 
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -60,13 +60,17 @@ class UnusableTemplateError(BaseModelError):
 class ChatTemplate:
     """One chat template; rendering is deterministic, the date included. Threads may share it."""
 
-    def __init__(self, source: str, bos_token: str = "", eos_token: str = "", *, now: datetime | None = None) -> None:
+    def __init__(
+        self, source: str, bos_token: str = "", eos_token: str = "",
+        *, more_tokens: Mapping[str, str] | None = None, now: datetime | None = None,
+    ) -> None:  # fmt: skip
         """Take a template; its process starts when it is first needed, or by `start`.
 
         Args:
             source: Jinja source.
             bos_token: Text of the token that begins a document, for templates that write it.
             eos_token: Text of the token that ends one.
+            more_tokens: Texts of other special tokens by the names that templates know them by, such as `pad_token`.
             now: The time a template may ask for; fixed, so that all rows of a run agree.
 
         Raises:
@@ -76,7 +80,7 @@ class ChatTemplate:
             raise UnusableTemplateError(f"has {len(source):,} characters: expected at most {MAX_SOURCE:,}")
         self.source = source
         self._now = now or datetime.now()
-        self._process = TemplateProcess(source, {"bos_token": bos_token, "eos_token": eos_token})
+        self._process = TemplateProcess(source, {**(more_tokens or {}), "bos_token": bos_token, "eos_token": eos_token})
 
     def start(self) -> None:
         """Start the process of the template, without waiting for it."""
@@ -131,7 +135,7 @@ class ChatTemplate:
     @functools.cached_property
     def takes_system(self) -> bool:
         """Whether the template has a place for a system message."""
-        return _SYSTEM in self._tried("system")
+        return _SYSTEM in self._tried("system").lower()
 
     @functools.cached_property
     def uses_tools(self) -> bool:
@@ -160,8 +164,8 @@ class ChatTemplate:
         """Whether what the template writes depends on the day."""
         if "strftime_now" not in self.source:
             return False
-        other = self._send([_TRIALS["user"]], [(0, 1, False)], datetime(1999, 1, 2))
-        return self._try(other, 0).partition(_USER)[0] != self.opening
+        other = self._send([_TRIALS["user"]], [(0, 1, False), (0, 1, True)], datetime(1999, 1, 2))
+        return (self._try(other, 0) or self._try(other, 1)).partition(_USER)[0] != self.opening
 
     @functools.cached_property
     def _argument_form(self) -> type | None:
@@ -174,8 +178,9 @@ class ChatTemplate:
         return None
 
     def _tried(self, name: str) -> str:
-        """What the template writes for one of `_TRIALS`; nothing if it refuses that."""
-        return self._try(self._trials, list(_TRIALS).index(name))
+        """What the template writes for one of `_TRIALS`, with the beginning of an answer if it refuses it without."""
+        number = list(_TRIALS).index(name)
+        return self._try(self._trials, number) or self._try(self._trials, len(_TRIALS) + number)
 
     def _try(self, asked: Asked, number: int) -> str:
         try:
@@ -188,7 +193,8 @@ class ChatTemplate:
     @functools.cached_property
     def _trials(self) -> Asked:
         conversations = list(_TRIALS.values())
-        return self._send(conversations, [(index, len(made[0]), False) for index, made in enumerate(conversations)])
+        wanted = [(number, len(made[0]), ends) for ends in (False, True) for number, made in enumerate(conversations)]
+        return self._send(conversations, wanted)
 
     def _with_arguments(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
         if self._argument_form is dict:

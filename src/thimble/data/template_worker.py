@@ -52,7 +52,8 @@ def _answer(template: Any, setup: dict[str, Any], request: dict[str, Any]) -> No
     seconds = setup["seconds"] + request["bytes"] / most
     for index, length, prompt in request["wanted"]:
         messages, tools = request["conversations"][index]
-        given = {"messages": messages[:length], "tools": tools, "add_generation_prompt": prompt, **setup["variables"]}
+        given = {"messages": messages[:length], "tools": tools, "documents": None, "add_generation_prompt": prompt}
+        given |= setup["variables"]
         is_due = written <= most and time.monotonic() - began < SLOW_SECONDS
         kind, said = _attempt(seconds, FAILED, _render, template, given, most) if is_due else (LATER, "")
         _reply(kind, said)
@@ -98,15 +99,17 @@ def _compile(environment: Any, source: str, lacking: str) -> tuple[int, str]:
 def _make_environment() -> Any:
     """Jinja's sandbox with what transformers gives its templates, and nothing that is left to chance."""
     import html, jinja2.debug  # noqa: E401, F401, I001  # which is too late when they are first used
+    from jinja2 import nodes
     from jinja2.exceptions import TemplateError
     from jinja2.ext import Extension
     from jinja2.sandbox import ImmutableSandboxedEnvironment as Sandbox
 
-    class Mark(Extension):  # marks assistant text for other trainers; here it changes nothing
+    class Mark(Extension):  # marks assistant text for other trainers
         tags = {"generation"}
 
-        def parse(self, parser: Any) -> Any:
-            return next(parser.stream) and parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        def parse(self, parser: Any) -> Any:  # what is set inside is not seen outside, as in the block of transformers
+            line = next(parser.stream).lineno
+            return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
 
     def raise_exception(message: Any) -> None:
         raise TemplateError(message)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 
 MOST_TOKENIZER_BYTES, MOST_SETTINGS_BYTES, MOST_TEMPLATE_BYTES = 128_000_000, 8_000_000, 1_000_000
+NAMED_TOKENS = ("unk_token", "sep_token", "pad_token", "cls_token", "mask_token")  # beside bos and eos
 _ADVICE = "Copy the file again, or update the package tokenizers."
 
 
@@ -35,11 +36,12 @@ class Tokenizer:
         stop_ids: Sequence[int] = (),
         add_bos: bool = False,
         chat_template: str | None = None,
+        named_tokens: Mapping[str, str] | None = None,
     ) -> None:
         """Wrap a tokenizer of the `tokenizers` package, whose post-processor is ignored.
 
         `stop_ids` are further ids that end an answer; `add_bos` tells that the model expects every text to begin with
-        bos.
+        bos; `named_tokens` are texts of special tokens by the names that chat templates know them by.
         """
         inner.no_truncation()
         inner.no_padding()
@@ -57,6 +59,7 @@ class Tokenizer:
         self.stop_ids = self._stops(stop_ids)
         self.add_bos = add_bos and bos_id is not None
         self.chat_template = chat_template
+        self.named_tokens = dict(named_tokens or {})
 
     def _stops(self, given: Sequence[int]) -> frozenset[int]:
         named = {index for index in self.special_ids if self._added.get(index) in gguf_vocab.END_TOKENS}
@@ -167,6 +170,7 @@ def tokenizer_from_folder(folder: Path) -> Tokenizer:
             stop_ids=further,
             add_bos=begins_with_bos if adds_bos is None else bool(adds_bos),
             chat_template=_folder_template(folder, config),
+            named_tokens={name: text for name in NAMED_TOKENS if (text := _token_text(config.get(name)))},
         )
 
 
@@ -209,9 +213,14 @@ def _settings(path: Path) -> dict[str, Any]:
 
 
 def _token_id(inner: "tokenizers.Tokenizer", token: Any) -> int | None:
+    text = _token_text(token)
+    return inner.token_to_id(text) if text is not None else None
+
+
+def _token_text(token: Any) -> str | None:
     if isinstance(token, dict):  # older folders store the token with its stripping rules
         token = token.get("content")
-    return inner.token_to_id(token) if isinstance(token, str) else None
+    return token if isinstance(token, str) else None
 
 
 def _folder_template(folder: Path, config: Mapping[str, Any]) -> str | None:
