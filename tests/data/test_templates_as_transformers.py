@@ -26,8 +26,10 @@ from thimble.data.tool_text import write_tools
 from thimble.errors import DataError
 
 NOW = datetime(2026, 11, 28)
-MARKS = ["<|user|>", "<|assistant|>", "<|end|>", "[INST]", "[/INST]", "<tool_call>", "</think>", "<|eot_id|>",
-         "<start_of_turn>", "<end_of_turn>", "<|start_header_id|>", "<|end_header_id|>"]  # fmt: skip
+MARKS = (
+    "<|user|> <|assistant|> <|end|> <|return|> <|call|> <|channel|> <|message|> <|start|> [INST] [/INST] <tool_call> "
+    "</think> <|eot_id|> <start_of_turn> <end_of_turn> <|start_header_id|> <|end_header_id|>"
+).split()
 KINDS = ("qwen2", "llama-bpe", "llama", "gemma")  # of tokenizers, in turn
 
 
@@ -108,13 +110,18 @@ def test_a_template_is_written_and_cut_into_tokens_as_transformers_does_it(name,
     assert refused < 2 * len(CONVERSATIONS) / 2
 
 
-# Of these a row is not what transformers writes of the whole, on purpose. A learned piece and a given one share no token,
-# so white space at the beginning of an answer is cut as it comes after a prompt; and where a template rewrites a turn once
-# others follow, or writes the last answer otherwise than an earlier one, a row has it as it is written when it is asked for.
+# Of these a row is not what transformers writes of the whole, on purpose. A learned piece and a given one share no
+# token, so white space at the beginning of an answer is cut as it comes after a prompt; and where a template rewrites a
+# turn once others follow, a row has it as it is written when it is asked for.
 CUT = {"spaces around"}
 ROWS_APART = {
     "chatml": CUT, "zephyr": CUT, "llama 3.1": set(), "gemma 3": set(), "qwen 3": {"two answers in a row"},
-    "mistral 3": {}, "channels": {},
+    "channels": set(),
+    # Its system text and its tools stand in the last question alone.
+    "mistral 3": {
+        "system", "many turns", "empty system", "spaces around", "other scripts", "Jinja in the text",
+        "quotes and slashes", "thinking", "calls side by side", "tools nobody calls",
+    },
 }  # fmt: skip
 
 
@@ -140,6 +147,18 @@ def test_rows_and_prompts_have_the_tokens_of_transformers(name, pairs):
                 found = (found if prompt else found[0].ids).tolist()
                 apart |= {key} if found != ids[: len(found)] else set()
     assert apart == ROWS_APART[name]
+
+
+def test_an_answer_is_learned_as_it_is_written_behind_the_prompt_that_asks_for_it(pairs):
+    """Mistral writes the system text into the last question, which an answer behind it makes an earlier one."""
+    theirs, ours = pairs[0]
+    ours.chat_template = TEMPLATES["mistral 3"]
+    messages, _ = CONVERSATIONS["system"]
+    (row,) = Encoder(ours, template_of(ours), 1000).encode(Record(messages))
+    prompt = theirs_of(theirs, "mistral 3", messages[:-1], None, add_generation_prompt=True, return_dict=False)
+    assert row.ids[: len(prompt)].tolist() == prompt
+    assert ours.decode(row.ids[len(prompt) :]) == " Hello" + ours.eos_token
+    assert ours.decode(prompt) == "[INST] Be kind.\n\nHi[/INST]"
 
 
 # ---- what differs on purpose -----------------------------------------------------------------------------------------

@@ -146,8 +146,11 @@ class Turns:
         shared = commonprefix([asked, whole])
         start = max([shared.rfind("\n") + 1, *(match.end() for match in self._special.finditer(shared))])
         said, given = ((message.get("content") or "").strip() for message in (messages[-1], messages[-2]))
-        place = whole.rfind(said) if said else -1
-        return place if given and given in whole[start : max(place, 0)] else start
+        place = max(whole.rfind(said) if said else -1, 0)
+        if not given or given not in whole[start:place]:
+            return start
+        behind, tail = whole.rfind(given, start, place) + len(given), asked.rpartition(given)[2]
+        return behind + len(tail) if whole.startswith(tail, behind) else place
 
 
 def _end_of_learned(messages: Sequence[Message]) -> int:
