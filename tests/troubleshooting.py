@@ -129,6 +129,16 @@ def binary_base() -> None:
     write("model/pytorch_model.bin", b"\x80\x04")
 
 
+def base_with(**fields: object) -> Callable[[], None]:
+    """A folder whose config.json has these fields, too."""
+
+    def prepare() -> None:
+        config = {**CONFIGS[0], "rope_scaling": None, **fields}
+        (write_base(Path("model"), CONFIGS[0]) / "config.json").write_text(json.dumps(config))
+
+    return prepare
+
+
 def endless_template() -> None:
     folder = write_base(Path("model"), CONFIGS[0])
     write_tokenizer("llama-bpe", folder)
@@ -206,6 +216,12 @@ CASES: dict[str, list[Case]] = {
         Case("Git LFS left a pointer", "", plan("mine.jsonl"), lambda: write("tiny.gguf", "version https://git-lfs.github.com/spec/v1\n")),
         Case("The weights are pickles", "Thimble never reads a pickle. Load the model once with transformers and save it with "
              "`save_pretrained`, which writes safetensors.", ["plan", "mine.jsonl", "--base", "model"], binary_base),
+        Case("The base has a setting that is not supported", "Every field of config.json that changes what a model computes is honoured or "
+             "refused by its name, and every key of GGUF metadata too. Fields that only other programs read are told as a note.",
+             ["plan", "mine.jsonl", "--base", "model"],
+             base_with(residual_multiplier=0.22, attention_multiplier=0.015, rope_scaling={"type": "dynamic", "factor": 2.0})),
+        Case("The base is a classifier or an embedding model", "Without a language head there is nothing that writes text.",
+             ["plan", "mine.jsonl", "--base", "model"], base_with(architectures=["LlamaForSequenceClassification"])),
         Case("A weight is not a number", "", RUN, nan_base),
         Case("The chat template never ends", "Templates are programs from untrusted sources: each runs in a process of its own, and its time, memory and output are bounded.",
              ["plan", "mine.jsonl", "--base", "model", "--rank", "4"], endless_template),
