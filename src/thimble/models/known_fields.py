@@ -154,8 +154,12 @@ ROPE_SETTINGS: dict[str, tuple[str, ...]] = {
     "yarn": ("factor", "original_max_position_embeddings", *_YARN),
     "longrope": ("short_factor", "long_factor", "factor", "original_max_position_embeddings", "attention_factor"),
 }
-ROPE_REFUSED = ("llama_4_scaling_beta", "mrope_section", "mrope_interleaved", "short_mscale", "long_mscale", "alpha",
-                "xdrope_section", "apply_yarn_scaling")  # fmt: skip
+# Settings that change the angles where they are read, and are not honoured; and the value that means the same as none.
+ROPE_REFUSED = {
+    **dict.fromkeys(("llama_4_scaling_beta", "mrope_section", "mrope_interleaved", "short_mscale", "long_mscale",
+                     "alpha", "xdrope_section", "apply_yarn_scaling")),
+    **dict.fromkeys(("attn_factor", "extrapolation_factor"), 1),
+}  # fmt: skip
 
 
 def check_fields(family: str, fields: Mapping[str, Any]) -> tuple[str, ...]:
@@ -196,8 +200,8 @@ def check_rope_settings(place: str, settings: Mapping[str, Any], kind: str, is_n
     """What is wrong with settings of a rotary embedding of a type that is known; `place` names them in messages."""
     problems = [
         f"{place} has {name} {shown(settings[name])}, which is not supported: use a base that was made without it"
-        for name in ROPE_REFUSED
-        if settings.get(name) is not None
+        for name, neutral in ROPE_REFUSED.items()
+        if settings.get(name) and settings[name] != neutral
     ]
     unused = [name for name in {n for names in ROPE_SETTINGS.values() for n in names} - {*ROPE_SETTINGS[kind]}
               if settings.get(name) is not None]  # fmt: skip
@@ -265,5 +269,5 @@ def _is_neutral(family: str, name: str, value: Any, fields: Mapping[str, Any]) -
 def _refusal(family: str, name: str, value: Any) -> str:
     return (
         f"config.json has {name} {shown(value)}, which changes what a model computes and is not supported for "
-        f"{family}: use a base that was made without it"
+        f"{family}: use a base that was made without it, or take the field out if it is left over from another model"
     )
