@@ -167,7 +167,9 @@ def test_rows_may_differ_in_form_and_the_mix_is_said(read):
 
 def test_columns_that_are_not_used_are_noted_once(read):
     data = read({**CHAT, "id": 1, "topic": "x"}, {**CHAT, "id": 2})
-    assert data.notes == ("columns not used: id, topic",)
+    assert data.notes == ("not used, as it is about the rows and not of them: id (2 rows)",)
+    (warning,) = data.warnings
+    assert warning.startswith("filled but not used: topic (1 row); to use a column name it with --prompt-column")
 
 
 # --- what is wrong with rows
@@ -184,7 +186,10 @@ def test_columns_that_are_not_used_are_noted_once(read):
         ({"messages": []}, "messages is empty: expected messages"),
         ({"messages": None}, "messages is missing: expected a list of messages"),
         ({"messages": ["hi"]}, 'messages 1 is "hi": expected an object with role and content'),
-        ({"messages": [{"role": "bot", "content": "x"}]}, 'messages 1 role is "bot": expected system, user, assistant'),
+        (
+            {"messages": [{"role": "alien", "content": "x"}]},
+            'messages 1 role is "alien": expected system, user, assistant',
+        ),
         ({"messages": [{"content": "x"}]}, "messages 1 role is missing: expected system, user, assistant or tool"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages 1 content is 5: expected text"),
         ({"messages": [{"role": "user"}]}, "messages 1 content is missing: expected text"),
@@ -249,7 +254,7 @@ def test_parts_that_are_not_text_are_refused(problems):
 
 
 def test_all_problems_of_a_row_and_of_all_rows_are_told_at_once(problems):
-    found = problems({"messages": [{"role": "bot", "content": "x"}, {"role": "user", "content": 5}]}, {"a": 1})
+    found = problems({"messages": [{"role": "alien", "content": "x"}, {"role": "user", "content": 5}]}, {"a": 1})
     assert [problem.partition(": ")[0] for problem in found] == ["train.jsonl line 1"] * 2 + ["train.jsonl line 2"]
 
 

@@ -7,7 +7,7 @@ from thimble.backends.open import choose_store, open_session
 from thimble.config.evaluate import EvaluateConfig
 from thimble.core.adapter import Adapter
 from thimble.core.metrics import Metric, average
-from thimble.data.examples import Examples, encode_examples, log_skipped, open_data
+from thimble.data.examples import Examples, encode_examples, log_read, open_data
 from thimble.data.model import Model, open_model
 from thimble.errors import Problems, plural
 from thimble.events import EventLog, OnEvent, ShouldStop, ignore, never
@@ -104,7 +104,7 @@ def _prepare(
     problems = Problems(config.problems)
     log.stage("reading the base and the examples")
     model = problems.attempt(open_model, config.base)
-    dataset = problems.attempt(open_data, config.data, config.strict)
+    dataset = problems.attempt(open_data, config)
     adapters = open_adapters(config.adapter, model.base if model else None, problems)
     examples = None
     if model and dataset:
@@ -114,7 +114,5 @@ def _prepare(
     chosen = problems.attempt(choose_metric, config.metric, questions)
     model, examples, chosen = problems.required(model, examples, chosen)
     log.note(f"data: {plural(len(examples.valid), 'row')} of {examples.dataset.format}")
-    for note in (*examples.dataset.notes, *examples.encoder.notes):
-        log.note(note)
-    log_skipped(examples.dataset, log)
+    log_read(examples, log)
     return model, examples, adapters, questions, chosen

@@ -11,9 +11,10 @@ from typing import Any, ClassVar
 
 from thimble.config import values
 from thimble.config.options import Options, option
-from thimble.config.values import above, as_typed, at_least, fraction, share
+from thimble.config.values import above, as_typed, at_least, fraction, read_template, share
 
 LENGTHS = ("epochs", "max_steps", "max_minutes")  # of a run: at most one of them is given
+COLUMNS = ("prompt_column", "completion_column", "prompt_template", "text_column")  # that the user names
 
 
 @dataclass(frozen=True)
@@ -54,10 +55,47 @@ class AdapterListOptions(ComputeOptions):
 
 
 @dataclass(frozen=True)
-class DataOptions(Options):
-    """The examples, and how they become rows."""
+class ColumnOptions(Options):
+    """Columns that rows are read from, where their names are not among those that are known."""
 
     group: ClassVar[str] = "data"
+
+    prompt_column: str = option("", "Column that holds the prompt, where its name is none that is known; with "
+        "--completion-column.", metavar="NAME")  # fmt: skip
+    completion_column: str = option("", "Column that holds what is to be learned.", metavar="NAME")
+    prompt_template: str = option("", "Prompt made of several columns, such as 'About {subject}: {body}', instead of "
+        "--prompt-column; {{ and }} are braces, \\n is a line break.", check=values.template,
+        metavar="TEXT")  # fmt: skip
+    text_column: str = option("", "Column that holds plain text to learn, instead of prompt and completion.",
+        metavar="NAME")  # fmt: skip
+
+    @classmethod
+    def _conflicts(cls, given: Mapping[str, Any]) -> list[str]:
+        problems = super()._conflicts(given)
+        typed = {name: f"{values.flag(name)} {as_typed(given[name])}" for name in COLUMNS if given.get(name)}
+        prompts = [typed[name] for name in ("prompt_column", "prompt_template") if name in typed]
+        completion = typed.get("completion_column")
+        if "text_column" in typed and len(typed) > 1:
+            others = " ".join(text for name, text in typed.items() if name != "text_column")
+            problems.append(f"{typed['text_column']} {others}: give columns of plain text, or of prompt and completion")
+        elif len(prompts) > 1:
+            problems.append(f"{' '.join(prompts)}: give one of them")
+        elif prompts and not completion:
+            problems.append(f"{prompts[0]}: name what is to be learned too, with --completion-column")
+        elif completion and not prompts:
+            problems.append(
+                f"{completion}: name the prompt too, with --prompt-column or --prompt-template; of plain text give "
+                "--text-column alone"
+            )
+        asked = [given.get("prompt_column", ""), *(name for _, name in read_template(given.get("prompt_template", "")))]
+        if completion and given["completion_column"] in asked:
+            problems.append(f"{completion}: the prompt holds that column too, so there is nothing to learn")
+        return problems
+
+
+@dataclass(frozen=True)
+class DataOptions(ColumnOptions):
+    """The examples, and how they become rows."""
 
     data: str = option("", "Examples: a .jsonl, .json, .csv, .parquet, .txt or .md file (may be gzipped), or a folder "
         "of such files.", positional=True, metavar="DATA")  # fmt: skip

@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from thimble.config.groups import BaseOptions
+from thimble.config.groups import BaseOptions, ColumnOptions
 from thimble.config.options import option
 
 
 @dataclass(frozen=True)
-class InspectConfig(BaseOptions):
+class InspectConfig(BaseOptions, ColumnOptions):
     """The options of `thimble inspect`."""
 
     group: ClassVar[str] = "inspection"

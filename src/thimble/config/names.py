@@ -23,6 +23,8 @@ _ALSO = {
     "valid_split": "val_set_size val_size validation_split", "eval_every_steps": "eval_steps steps_per_eval",
     "patience": "early_stopping_patience", "checkpoint_every_steps": "save_steps save_every",
     "resume": "resume_from_checkpoint", "seed": "random_state random_seed data_seed",
+    "prompt_column": "prompt_feature field_instruction", "completion_column": "completion_feature field_output",
+    "text_column": "text_feature dataset_text_field text_field",
     "max_new_tokens": "max_tokens n_predict num_predict", "temperature": "temp", "system": "system_prompt",
 }  # fmt: skip
 SYNONYMS = {other: ours for ours, others in _ALSO.items() for other in others.split()}

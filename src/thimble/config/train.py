@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from thimble.config.groups import (
+    COLUMNS,
     LENGTHS,
     AdapterOptions,
     ComputeOptions,
@@ -31,7 +32,7 @@ class PlanConfig(TrainConfig):
 
 # Options that make a run what it is: a run that is resumed keeps them as it began.
 FIXED = (
-    "base", "data", "loss_on", "seq_len", "batch_tokens", "seed", "targets", "rank", "rank_pattern", "alpha",
+    "base", "data", *COLUMNS, "loss_on", "seq_len", "batch_tokens", "seed", "targets", "rank", "rank_pattern", "alpha",
     "alpha_pattern", "use_rslora", "use_dora", "init", "freeze_a", "dropout", "keep_general", "valid_split",
 )  # fmt: skip
 

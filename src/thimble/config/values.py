@@ -89,6 +89,43 @@ def read_pattern(pairs: Sequence[str]) -> dict[str, float]:
     return {target: float(number) for target, _, number in (pair.rpartition("=") for pair in pairs)}
 
 
+def template(value: str) -> str | None:
+    """Check a template of prompts."""
+    try:
+        has_columns = any(name for _, name in read_template(value))
+    except ValueError as error:
+        return str(error)
+    return None if has_columns or not value else "expected at least one column in braces, such as {question}"
+
+
+def read_template(text: str) -> list[tuple[str, str]]:
+    r"""Read a template: pairs of literal text and the name of the column behind it, which is empty at the end.
+
+    Columns stand in braces, under any name without braces; `{{` and `}}` are braces of the text, `\n` is a line break,
+    `\t` a tab and two backslashes are one. Raises a ValueError for a brace without its partner.
+
+    >>> read_template("About {the subject}: {{{body}}}")
+    [('About ', 'the subject'), (': {', 'body'), ('}', '')]
+    """
+    pieces, before, edge = [], "", 0
+    for match in re.finditer(r"\{\{|\}\}|\\[nt\\]|\{([^{}]*)\}|[{}]", text):
+        before, edge, name = before + text[edge : match.start()], match.end(), match[1]
+        if name:
+            pieces.append((before, name))
+            before = ""
+        elif match[0] in _WRITTEN:
+            before += _WRITTEN[match[0]]
+        else:
+            what = "names no column" if name == "" else "has no partner"
+            raise ValueError(
+                f"{match[0]} at character {match.start() + 1} {what}; write {{{{ and }}}} for braces of the text"
+            )
+    return [*pieces, (before + text[edge:], "")]
+
+
+_WRITTEN = {"{{": "{", "}}": "}", r"\n": "\n", r"\t": "\t", r"\\": "\\"}  # in a template, and what it means
+
+
 def parse_size(value: object) -> int:
     """Read bytes: a number, or text such as `4GB` or `1.5 GiB` (1 GB = 1e9, 1 GiB = 2^30 bytes); else a ValueError.
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from thimble.config.groups import DataOptions
 from thimble.config.train import TrainConfig
+from thimble.data.columns import NamedColumns
 from thimble.data.encode import Encoder, Row
 from thimble.data.encode_all import EncodeReport, encode_all
 from thimble.data.model import Model
@@ -86,11 +87,7 @@ def log_examples(examples: Examples, log: EventLog) -> None:
     dataset = examples.dataset
     held = plural(len(examples.valid), "row")
     log.note(f"data: {plural(len(examples.train), 'row')} of {dataset.format} to learn from, {held} held out")
-    for note in (*dataset.notes, *examples.encoder.notes):
-        log.note(note)
-    log_skipped(dataset, log)
-    for warning in examples.encoder.warnings:
-        log.warning(warning)
+    log_read(examples, log)
     held_ids = {row.ids.tobytes(): row.source for row in examples.valid}
     known = {held_ids[ids] for row in examples.train if (ids := row.ids.tobytes()) in held_ids} if held_ids else ()
     if known:
@@ -102,9 +99,13 @@ def log_examples(examples: Examples, log: EventLog) -> None:
         _log_lengths(name, report, log)
 
 
-def log_skipped(dataset: Dataset, log: EventLog) -> None:
-    """Warn of rows that cannot be used, with the first of them."""
-    skipped = dataset.skipped
+def log_read(examples: Examples, log: EventLog) -> None:
+    """Report what of the data was not used, with the first rows that cannot be, and how the others were written."""
+    skipped = examples.dataset.skipped
+    for note in (*examples.dataset.notes, *examples.encoder.notes):
+        log.note(note)
+    for warning in (*examples.dataset.warnings, *examples.encoder.warnings):
+        log.warning(warning)
     if skipped.count:
         problems = (problem for row in skipped.found[:SHOWN_SKIPPED] for problem in row.problems[:1])
         log.warning(
@@ -134,8 +135,8 @@ def skipped_rows(examples: Examples) -> list[dict[str, str]]:
     return rows
 
 
-def open_data(path: str, is_strict: bool) -> Dataset:
+def open_data(config: DataOptions) -> Dataset:
     """Read the examples; see thimble.data.records. Refuses an empty name, which no option or file gave."""
-    if not path:
+    if not config.data:
         raise ConfigError("no data is given: name a file or folder of examples, as in: thimble train examples.jsonl")
-    return read_dataset(path, is_strict)
+    return read_dataset(config.data, config.strict, NamedColumns.of(config))

@@ -12,9 +12,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from thimble.data.rows import Parsed, Record, parse_row, said
+from thimble.data.columns import NamedColumns
+from thimble.data.rows import Parsed, Record, RowReader, parse_row, said
 from thimble.data.sources import RawRow, find_files, kind_of, read_rows
 from thimble.data.spool import Chosen, Items, Spool
+from thimble.data.unused import Unused
 from thimble.errors import DataError, Problems, listing, plural
 
 MOST_TOLD = 20  # problems of rows in one message
@@ -85,43 +87,46 @@ class Dataset:
     train: Items[Record]
     valid: Items[Record] | None  # None: the data has no file of its own for this
     test: Items[Record] | None
-    notes: tuple[str, ...]  # what the user should know: columns and files not used
+    notes: tuple[str, ...]  # what the user should know: files not used, columns that say nothing
+    warnings: tuple[str, ...]  # what may be missing from the rows: columns that are filled and not used
     files: tuple[Path, ...]
     is_text: bool  # whether all training examples are plain text
     skipped: Skipped  # what could not be used, so far
 
 
-def read_dataset(path: str | Path, is_strict: bool = False) -> Dataset:
+def read_dataset(path: str | Path, is_strict: bool = False, named: NamedColumns | None = None) -> Dataset:
     """Read examples from a file or folder and check every row; they lie in a temporary file, not in memory.
 
     The path is a .jsonl, .json, .csv, .parquet, .txt or .md file, may be gzipped, or a folder: with files named train,
     valid and test, or with data files, or with texts in it or below it. If strict, a single row that cannot be used is
-    too many, else up to a tenth of them is left out. A DataError says everything that is wrong, each with file and
-    line; the first 20 are told and the rest counted.
+    too many, else up to a tenth of them is left out. Rows are read from the columns that are named, else from those of
+    a known form. A DataError says everything that is wrong, each with file and line; the first 20 are told and the
+    rest counted.
     """
     path = Path(path).expanduser()
     found = find_files(path)
     problems, skipped, notes = Problems(), Skipped(is_strict), list(found.notes)
     forms: dict[str, Counter[str]] = {split: Counter() for split in found.files}
-    unused: set[str] = set()
+    reader, unused = RowReader(named), Unused()
     records: dict[str, Spool[Record]] = {}
     for split, files in found.files.items():
         records[split] = Spool(_packed, _unpacked)
-        for parsed in _parsed_rows(files, path, problems, notes, skipped):
+        for parsed in _parsed_rows(files, path, reader, problems, notes, skipped):
             records[split].append(parsed.record)
             forms[split][parsed.form] += 1
-            unused |= parsed.unused
+            unused.add(parsed.left)
+    reader.check()
     problems.attempt(skipped.check)
     if problems.found:
         raise DataError(*problems.found)
-    notes += [f"columns not used: {listing(sorted(unused))}"] if unused else []
     return Dataset(
         name=_name(path),
         format=said(sum(forms.values(), Counter())),
         train=records["train"],
         valid=records.get("valid"),
         test=records.get("test"),
-        notes=tuple(notes),
+        notes=(*notes, *unused.notes),
+        warnings=tuple(unused.warnings),
         files=tuple(file for files in found.files.values() for file in files),
         is_text=set(forms["train"]) == {"plain text"},
         skipped=skipped,
@@ -162,7 +167,7 @@ def general_records() -> tuple[Record, ...]:
 
 
 def _parsed_rows(
-    files: Sequence[Path], root: Path, problems: Problems, notes: list[str], skipped: Skipped
+    files: Sequence[Path], root: Path, reader: RowReader, problems: Problems, notes: list[str], skipped: Skipped
 ) -> Iterator[Parsed]:
     """The rows of some files, checked; what is wrong with a file or a row is noted, and the others are read."""
     before, count = len(problems.found) + skipped.count, 0
@@ -171,7 +176,7 @@ def _parsed_rows(
         had = count
         try:
             for raw in read_rows(file, name):
-                parsed = _parsed(raw, skipped)
+                parsed = _parsed(raw, reader, skipped)
                 if parsed:
                     count += 1
                     yield parsed
@@ -183,11 +188,11 @@ def _parsed_rows(
         problems.add(f"{listing(file.name for file in files)} has no text: expected at least one example.")
 
 
-def _parsed(raw: RawRow, skipped: Skipped) -> Parsed | None:
+def _parsed(raw: RawRow, reader: RowReader, skipped: Skipped) -> Parsed | None:
     skipped.rows += 1
     try:
         if not raw.problem:
-            return parse_row(raw.value, raw.source)
+            return reader.parse(raw.value, raw.source)
         skipped.add(raw.source, raw.problem)
     except DataError as error:
         skipped.add(raw.source, *error.problems)

@@ -1,6 +1,7 @@
 """What share of the gradient of some data the A of each init captures, before any training."""
 
 from thimble.backends.open import open_session
+from thimble.config.groups import COLUMNS
 from thimble.config.inspect_ import InspectConfig
 from thimble.config.train import TrainConfig
 from thimble.core.method import AUTO_RANK, INITS
@@ -23,6 +24,7 @@ def plan_measurement(config: InspectConfig, log: EventLog) -> RunPlan:
     if given:
         problems.add(f"{' and '.join(given)} cannot be used with --data: no weight is decomposed and nothing is drawn")
     options = {"data": config.data, "base": config.base, "seed": config.seed}
+    options |= {name: getattr(config, name) for name in COLUMNS}
     run = TrainConfig.build({**options, "rank": "auto", "init": "gradient", "eval_rows": 0, "eval_every_steps": 0})
     planning = EventLog(ignore)  # most of what it decides is about training
     run_plan = problems.attempt(plan_run, run, planning, needs_folder=False)

@@ -101,7 +101,7 @@ def _check(
     """Read everything, and refuse the run with every problem found."""
     problems = Problems(config.problems)
     model = problems.attempt(open_model, config.base)
-    dataset = problems.attempt(open_data, config.data, config.strict)
+    dataset = problems.attempt(open_data, config)
     folder = run_folder.choose_folder(config.out, config.data)
     sizes = problems.attempt(plan_sizes, config, model, folder) if model else None
     if needs_folder:

@@ -1,0 +1,297 @@
+"""The forms that rows come in: which columns make one, and how they become messages or text.
+
+The first form whose columns are filled wins; if none is, the first whose columns are there says what is missing. What
+stands in the prompt is written here too: columns like context below the question, system in front, history before.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from thimble.config.values import read_template
+from thimble.data.columns import LABELS, MOST_LISTED, Fields, Left, NamedColumns, suggestion, typed_option
+from thimble.data.row_messages import Message, is_message, read_messages, refuse_media, roles_of
+from thimble.data.row_values import cell_text, describe, is_filled, loaded, shown, text_of, yes_or_no
+from thimble.errors import DataError, Problems, listing
+
+CHATS = ("messages", "conversations")
+ALSO_CHATS = ("conversation", "dialog", "dialogue", "turns", "chat")  # if they hold a list: often they are a text
+PROMPTS = ("prompt", "question", "query", "instruction", "input", "inputs")
+COMPLETIONS = ("completion", "response", "answer", "output", "answers", "target", "targets")
+KNOWN_PAIRS = (
+    ("instruction", "output"), ("prompt", "completion"), ("prompt", "response"), ("question", "answer"),
+    ("instruction", "response"),
+)  # fmt: skip
+PAIRS = tuple(dict.fromkeys((*KNOWN_PAIRS, *((prompt, answer) for prompt in PROMPTS for answer in COMPLETIONS))))
+CONTEXTS = ("input", "context", "contexts", "document", "documents", "passage", "passages", "background")
+SYSTEMS = ("system", "systemprompt", "systemmessage")
+HISTORIES = ("history", "chathistory", "conversationhistory")
+OPTIONAL = (*CONTEXTS, *SYSTEMS, *HISTORIES, "tools", "functions")  # columns that may be empty
+REJECTED = ("rejected", "rejectedresponse", "rejectedmessages")
+FORMS = (
+    "messages", "conversations", *(f"{prompt} and {completion}" for prompt, completion in KNOWN_PAIRS[1:]),
+    "instruction, input and output", "text",
+)  # fmt: skip
+
+
+class Form(NamedTuple):
+    """How a row is read."""
+
+    name: str  # "Alpaca"
+    read: Callable[[], dict[str, Any]]  # the fields of a record
+
+
+def recognise(fields: Fields, named: NamedColumns, left: Left) -> Form:
+    """The form of a row; a DataError names the columns of one that has none, and says how to name them."""
+    form = _named(fields, named, left) if named else None
+    for is_there in (fields.is_filled, fields.__contains__):
+        form = form or _chat(fields, left, is_there) or _pair(fields, left, is_there) or _plain(fields, is_there)
+    if form is None:
+        raise DataError(_unknown(fields))
+    return form
+
+
+# ---- forms
+
+
+def _named(fields: Fields, named: NamedColumns, left: Left) -> Form:
+    """The columns that the user named, whatever else is there."""
+    if named.text:
+        return Form("plain text", lambda: _text(cell_text(fields.cell(named.text), shown(named.text)), named.text))
+
+    def read() -> dict[str, Any]:
+        if named.template:
+            prompt: Any = "".join(
+                before + (cell_text(fields.cell(name), shown(name)) if name else "")
+                for before, name in read_template(named.template)
+            )
+        else:
+            prompt = _cell(fields, named.prompt)
+        answer = _cell(fields, named.completion)
+        return _asked(fields, left, (prompt, shown(named.prompt)), (answer, shown(named.completion)))
+
+    return Form(f"{shown(named.prompt or 'template')} and {shown(named.completion)}", read)
+
+
+def _chat(fields: Fields, left: Left, is_there: Callable[[str], bool]) -> Form | None:
+    names = [name for name in CHATS if is_there(name)]
+    names += [name for name in ALSO_CHATS if is_there(name) and _are_messages(fields.peek(name))]
+    if not names:
+        return None
+    turns = loaded(fields.peek(names[0]))
+    first = loaded(turns[0]) if isinstance(turns, list | tuple) and turns else None
+    is_sharegpt = isinstance(first, Mapping) and "from" in first
+
+    def read() -> dict[str, Any]:
+        column = fields.shown(names[0])
+        _refuse_other_uses(fields)
+        return {"messages": _conversation(read_messages(fields.take(names[0]), column, left), fields, left)}
+
+    return Form("ShareGPT" if is_sharegpt else "messages", read)
+
+
+def _pair(fields: Fields, left: Left, is_there: Callable[[str], bool]) -> Form | None:
+    found = (pair for pair in PAIRS if pair[0] in fields and is_there(pair[1]))
+    prompt, completion = next(found, (None, None))
+    if prompt is None or completion is None:
+        return None
+    is_alpaca = (prompt, completion) == KNOWN_PAIRS[0]
+    contexts = [name for name in CONTEXTS if name != prompt and fields.is_filled(name)]
+    between = "" if is_alpaca or not contexts else f", {', '.join(map(fields.shown, contexts))}"
+
+    def read() -> dict[str, Any]:
+        _refuse_other_uses(fields)
+        asked = (_with_contexts(fields, prompt, contexts), fields.shown(prompt))
+        answer = fields.take(completion), fields.shown(completion)
+        if completion == "answers":
+            answer = _first_answer(answer[0], left), answer[1]
+        record = _asked(fields, left, asked, answer)
+        return {"messages": record["messages"]} if is_alpaca else record
+
+    return Form("Alpaca" if is_alpaca else f"{prompt}{between} and {completion}", read)
+
+
+def _plain(fields: Fields, is_there: Callable[[str], bool]) -> Form | None:
+    if not is_there("text"):
+        return None
+
+    def read() -> dict[str, Any]:
+        label = next(filter(fields.is_filled, LABELS), None)
+        if label and isinstance(fields.peek("text"), str):
+            alone = typed_option("text_column", fields.shown("text"))
+            raise DataError(
+                f"the row holds text and {fields.shown(label)}: to learn the {fields.shown(label)} of a text, add "
+                f"{suggestion(fields)}; to learn the text alone, add {alone}"
+            )
+        refuse_media(fields, "the row")
+        column = fields.shown("text")
+        return _text(text_of(fields.take("text"), column), column)
+
+    return Form("plain text", read)
+
+
+# ---- what they are made of
+
+
+def _text(text: str, column: str) -> dict[str, Any]:
+    if not text.strip():
+        raise DataError(f"{shown(column)} is empty: expected the text to learn")
+    return {"text": text}
+
+
+def _asked(fields: Fields, left: Left, prompt: tuple[Any, str], completion: tuple[Any, str]) -> dict[str, Any]:
+    """Messages of a prompt and what is learned, each a text or messages, and the name of its column."""
+    if isinstance(completion[0], list | tuple):
+        answers = read_messages(*completion, left)
+    else:
+        text = text_of(*completion)
+        if not text.strip():
+            raise DataError(f"{completion[1]} is empty: expected the text to learn")
+        answers = [{"role": "assistant", "content": text}]
+    if answers[0] == {"role": "user", "content": prompt[0]}:
+        answers = answers[1:]  # as in pairs of whole conversations
+    if isinstance(prompt[0], list | tuple):
+        # Only the completion is learned, though the prompt may hold assistant turns too.
+        turns = [
+            {**turn, "weight": turn.get("weight", 0)} if turn["role"] == "assistant" else turn
+            for turn in read_messages(*prompt, left)
+        ]
+    else:
+        turns = [{"role": "user", "content": text_of(prompt[0] or "", prompt[1])}]
+    history = _history(fields, left)
+    messages = _conversation([*history, *turns, *answers], fields, left)
+    is_bare = len(messages) == 2 and isinstance(prompt[0] or "", str) and isinstance(completion[0], str)
+    return {"messages": messages} | ({"prompt": prompt[0] or "", "completion": completion[0]} if is_bare else {})
+
+
+def _with_contexts(fields: Fields, prompt: str, contexts: Sequence[str]) -> Any:
+    """A prompt with the columns that belong to it below, such as the text that a question is about."""
+    value = fields.take(prompt)
+    if isinstance(value, list | tuple):
+        return value  # messages, which say it all
+    parts = [text_of(value or "", fields.shown(prompt))]
+    problems = Problems()
+    for name in contexts:
+        parts.append(problems.attempt(_context, fields.take(name), fields.shown(name)) or "")
+    if problems.found:
+        raise DataError(*problems.found)
+    return "\n\n".join(part for part in parts if part)
+
+
+def _context(value: Any, column: str) -> str:
+    value = loaded(value) if isinstance(loaded(value), list) else value
+    if not isinstance(value, list | tuple):
+        return text_of(value, column)
+    return "\n\n".join(text_of(part, f"{column} {number}") for number, part in enumerate(value, start=1))
+
+
+def _first_answer(value: Any, left: Left) -> Any:
+    """The first of several answers, as in SQuAD: a list of texts, or an object with such a list under `text`."""
+    value = loaded(value)
+    if isinstance(value, Mapping):
+        inner = Fields(value, "answers")
+        value = loaded(inner.take("text"))
+        inner.leave(left)
+    if not isinstance(value, list | tuple) or any(is_message(answer) for answer in value):
+        return value
+    if not is_filled(value):
+        raise DataError("answers is empty: expected a text; leave out questions without one, or write what is answered")
+    others = {answer for answer in value[1:] if isinstance(answer, str)} - {value[0]}
+    if others:
+        left.add("answers behind the first")
+    return value[0]
+
+
+def _history(fields: Fields, left: Left) -> list[Message]:
+    """Earlier turns: pairs of question and answer, or messages."""
+    name = next(filter(fields.is_filled, HISTORIES), None)
+    if name is None:
+        return []
+    column, pairs = fields.shown(name), loaded(fields.take(name))
+    if not isinstance(pairs, list | tuple):
+        raise DataError(f"{column} is {describe(pairs)}: expected a list of pairs, [[question, answer], ...]")
+    if all(is_message(pair) for pair in pairs):
+        return read_messages(pairs, column, left)
+    turns = []
+    for number, pair in enumerate(pairs, start=1):
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise DataError(f"{column} {number} is {describe(pair)}: expected a pair of texts, [question, answer]")
+        turns += [{"role": "user", "content": text_of(pair[0], f"{column} {number}")}]
+        turns += [{"role": "assistant", "content": text_of(pair[1], f"{column} {number}")}]
+    return turns
+
+
+def _conversation(turns: list[Message], fields: Fields, left: Left) -> tuple[Message, ...]:
+    """Put the column `system` in front and make sure there is something to learn."""
+    name = next(filter(fields.is_filled, SYSTEMS), None)
+    system = text_of(fields.take(name), fields.shown(name)) if name else ""
+    if system and turns and turns[0]["role"] == "system":
+        if turns[0]["content"].strip() != system.strip():
+            raise DataError(
+                f"{fields.shown(name or '')} and the first message are two system texts: leave one of them out"
+            )
+    elif system:
+        turns = [{"role": "system", "content": system}, *turns]
+    answers = [turn for turn in turns if turn["role"] == "assistant"]
+    if not answers:
+        raise DataError(f"there is nothing to learn: expected a message of the role assistant, found {roles_of(turns)}")
+    if not any(turn.get("weight", 1) for turn in answers):
+        raise DataError("there is nothing to learn: every assistant message is marked as not learned")
+    return tuple(turns)
+
+
+def _cell(fields: Fields, name: str) -> Any:
+    """The value of a column that the user named: text, or messages."""
+    value = fields.cell(name)
+    is_chat = isinstance(value, list | tuple) and value and all(is_message(turn) for turn in value)
+    return value if is_chat else cell_text(value, shown(name))
+
+
+# ---- what is not learned from
+
+
+def _refuse_other_uses(fields: Fields) -> None:
+    """Refuse rows that are made for something else, and would teach what nobody means."""
+    refuse_media(fields, "the row")
+    if "label" in fields and yes_or_no(fields.peek("label")) is not None:
+        raise DataError(
+            f"{fields.shown('label')} is {fields.peek('label')!r} beside an answer: Thimble learns from answers, not "
+            "from preferences or judgements (KTO, classification of pairs); keep the rows whose answers are good, and "
+            "take the column out"
+        )
+
+
+def _unknown(fields: Fields) -> str:
+    columns = listing(map(shown, fields), MOST_LISTED) or "none"
+    if any(map(fields.is_filled, (*REJECTED, "chosen"))):
+        hint = " (Thimble learns from answers, not from preferences: keep the chosen one)"
+        return f"the columns are {columns}{hint}: {_preferred(fields)}expected one of the forms {'; '.join(FORMS)}"
+    if fields.is_filled("inputids"):
+        return (
+            f"the columns are {columns}: the row is tokens already (input_ids), and Thimble makes the tokens itself: "
+            "give the text they were made of, as messages, prompt and completion, or text"
+        )
+    held = [key for key in fields if _are_messages(fields.value(key))]
+    if held:
+        return f"the columns are {columns}: {shown(held[0])} holds messages; call that column messages"
+    options = suggestion(fields)
+    advice = f"; if yours are named otherwise, add {options}" if options else ""
+    return f"the columns are {columns}: expected one of the forms {'; '.join(FORMS)}{advice}"
+
+
+def _preferred(fields: Fields) -> str:
+    """How to keep the chosen answer of a pair."""
+    prompt = next(filter(fields.is_filled, PROMPTS), None)
+    if not fields.is_filled("chosen"):
+        return ""
+    if prompt is None:
+        return "call chosen messages, or " if _are_messages(fields.peek("chosen")) else ""
+    columns = (
+        typed_option("prompt_column", fields.shown(prompt)),
+        typed_option("completion_column", fields.shown("chosen")),
+    )
+    return f"add {' '.join(columns)}, or else "
+
+
+def _are_messages(value: Any) -> bool:
+    turns = loaded(value)
+    return isinstance(turns, list | tuple) and bool(turns) and all(map(is_message, turns))
