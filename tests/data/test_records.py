@@ -169,7 +169,7 @@ def test_columns_that_are_not_used_are_noted_once(read):
     data = read({**CHAT, "id": 1, "topic": "x"}, {**CHAT, "id": 2})
     assert data.notes == ("not used, as it is about the rows and not of them: id (2 rows)",)
     (warning,) = data.warnings
-    assert warning.startswith("filled but not used: topic (1 row); to use a column name it with --prompt-column")
+    assert warning.startswith("filled but not used: topic (1 row); to use a column, name it with --prompt-column")
 
 
 # --- what is wrong with rows

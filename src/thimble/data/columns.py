@@ -14,7 +14,7 @@ from typing import Any, Self
 
 from thimble.config.groups import ColumnOptions
 from thimble.config.values import flag, read_template
-from thimble.data.row_values import is_filled, shown
+from thimble.data.row_values import is_filled, loaded, shown
 from thimble.errors import DataError, listing
 
 MOST_LISTED = 100  # columns in a message
@@ -64,6 +64,7 @@ class Fields:
         for key in self._given:
             self._names.setdefault(folded(key), []).append(key)
         self._read: set[str] = set()
+        self._inner: dict[str, Fields] = {}  # objects of which fields were named
 
     def __contains__(self, name: str) -> bool:
         return name in self._names
@@ -75,6 +76,10 @@ class Fields:
     def is_filled(self, name: str) -> bool:
         """Whether there is something under a folded name."""
         return any(is_filled(self._given[key]) for key in self._names.get(name, ()))
+
+    def is_left(self, name: str) -> bool:
+        """Whether there is something under a folded name that was not read yet."""
+        return any(is_filled(self._given[key]) for key in self._names.get(name, ()) if key not in self._read)
 
     def first(self, names: Iterable[str]) -> str | None:
         """The first of some folded names that is filled, else the first that is there at all."""
@@ -102,13 +107,28 @@ class Fields:
             raise DataError(f"{shown(name)} may mean {listing(map(shown, keys))}: name it exactly as it stands there")
         return keys[0] if keys else None
 
+    def has(self, name: str) -> bool:
+        """Whether there is a column that the user named, or a field of an object, as in `translation.en`."""
+        inner, rest = self._within_object(name)
+        return self.find(name) is not None or (inner is not None and inner.has(rest))
+
     def cell(self, name: str) -> Any:
         """The value of a column that the user named, which counts as read; None if the row does not have it."""
         key = self.find(name)
         if key is None:
-            return None
+            inner, rest = self._within_object(name)
+            return inner.cell(rest) if inner else None
         self._read.add(key)
         return self._given[key]
+
+    def _within_object(self, name: str) -> tuple["Fields | None", str]:
+        """The object that a name with a dot leads into, and the rest of the name."""
+        outer, _, rest = name.partition(".")
+        key = self.find(outer) if rest else None
+        value = loaded(self._given[key]) if key is not None else None
+        if key is None or not isinstance(value, Mapping):
+            return None, ""
+        return self._inner.setdefault(key, Fields(value, f"{self.within}.{key}" if self.within else key)), rest
 
     def value(self, key: str) -> Any:
         """The value under a name as given, without reading it."""
@@ -125,7 +145,9 @@ class Fields:
     def leave(self, left: Left) -> None:
         """Note all that was not read."""
         for key, value in self._given.items():
-            if key not in self._read:
+            if key in self._inner:
+                self._inner[key].leave(left)
+            elif key not in self._read:
                 left.add(f"{self.within}.{shown(key)}" if self.within else shown(key), value)
 
 
@@ -164,7 +186,7 @@ class NamedCheck:
 
     def see(self, fields: Fields) -> None:
         """Look at the columns of one more row."""
-        self._missing = {name: option for name, option in self._missing.items() if fields.find(name) is None}
+        self._missing = {name: option for name, option in self._missing.items() if not fields.has(name)}
         if len(self._seen) < MOST_NAMES:
             self._seen |= dict.fromkeys(fields)
 
@@ -192,7 +214,11 @@ def is_about(name: str) -> bool:
 
 def suggestion(fields: Fields) -> str:
     """The options that name the columns of a row nobody knows, guessed; empty if there is no text in it."""
-    cells = {key: fields.value(key) for key in fields if _can_be_typed(key)}
+    given = {key: fields.value(key) for key in fields}
+    inner = {
+        f"{key}.{name}": value[name] for key, value in given.items() if isinstance(value, Mapping) for name in value
+    }
+    cells = {key: value for key, value in (given | inner).items() if _can_be_typed(key)}
     cells = {key: value for key, value in cells.items() if isinstance(value, str | int | float) and is_filled(value)}
     told = [key for key in cells if not is_about(key)]
     if len(told) < 2:  # as with source and target, which hold the text itself
@@ -212,7 +238,8 @@ def suggestion(fields: Fields) -> str:
 
 def _answer(told: list[str], texts: list[str]) -> str | None:
     """Which column may hold what is to be learned: by its name, else the last text, else a number."""
-    named = [key for key in told if folded(key) in LABELS or any(word in folded(key) for word in ANSWERS)]
+    ends = {key: folded(key.rpartition(".")[2] or key) for key in told}
+    named = [key for key in told if ends[key] in LABELS or any(word in ends[key] for word in ANSWERS)]
     named.sort(key=lambda key: key not in texts)
     others = texts[1:] or [key for key in told if key not in texts]
     return next(iter(named), others[-1] if others else None)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from thimble.data.messages import has_tools
+from thimble.data.messages import answers, has_tools
 from thimble.data.rows import Record
 from thimble.data.template import ChatTemplate, Message, Renderings
 from thimble.data.tokenizer import Tokenizer
@@ -100,8 +100,10 @@ class Encoder:
             return self._text_rows(record)
         pieces, has_all = self._pieces(record, written)
         self._count(record, has_all)
+        self._count_unwritten(record, has_all, "".join(piece.text for piece in pieces))
         ids, learned = self._tokens(pieces)
         if self._loss_on == "all":
+            self._seen["overruled"] += any(turn.get("weight") == 0 for turn in record.messages or ())
             learned = [True] * len(ids)
         self._check(record, ids, learned)
         return [self._fit(ids, learned, record.source)]
@@ -149,6 +151,12 @@ class Encoder:
             notes.append(
                 f"the chat template runs in a process of its own, but this system lets it {template.isolation}"
             )
+        if seen["goes on"]:
+            notes.append(f"{plural(seen['goes on'], 'conversation')}: what follows the last learned answer is left out")
+        if seen["without names"]:
+            notes.append(
+                f"{plural(seen['without names'], 'row')}: the chat template does not write the name of a speaker"
+            )
         if seen["last only"]:
             notes.append(
                 f"{plural(seen['last only'], 'conversation')}: only the last assistant turn is learned, because the "
@@ -165,6 +173,16 @@ class Encoder:
                 f"marks of a chat template stand in the text of {plural(seen['marked'], 'row')}, first "
                 f"{self._first_mark}: the template of the base writes such marks itself, so rows that were written "
                 "with a template already teach a form that nobody will ask for"
+            )
+        if seen["without thoughts"]:
+            warnings.append(
+                f"the chat template does not write the thinking (reasoning_content) of "
+                f"{plural(seen['without thoughts'], 'row')}: what is learned there are answers without it"
+            )
+        if seen["overruled"]:
+            warnings.append(
+                f"--loss-on all learns whole rows: {plural(seen['overruled'], 'row')} with messages that are marked as "
+                "not learned too"
             )
         if seen["open"]:
             warnings.append(
@@ -204,6 +222,16 @@ class Encoder:
         self._seen["with system"] += has_system
         self._seen["without system"] += not has_system and not writes_tools
         self._seen["last only"] += not has_all
+
+    def _count_unwritten(self, record: Record, has_all: bool, text: str) -> None:
+        """Count whether the template leaves out what messages hold beside their content."""
+        messages = record.messages or ()
+        learned = [index for index in answers(messages) if messages[index].get("weight", 1)]
+        thoughts = (messages[index].get("reasoning_content") for index in (learned if has_all else learned[-1:]))
+        self._seen["without thoughts"] += any(said.strip() not in text for said in thoughts if said)
+        named = (turn.get("name") for turn in messages if turn["role"] != "tool")
+        self._seen["without names"] += any(str(name) not in text for name in named if name)
+        self._seen["goes on"] += bool(learned) and learned[-1] + 1 < len(messages)
 
     def _require_turns(self) -> Turns:
         if self._turns is None:

@@ -12,6 +12,17 @@ def has_tools(messages: Sequence[Message], tools: Sequence[Any] | None) -> bool:
     return bool(tools) or any(message["role"] == "tool" or message.get("tool_calls") for message in messages)
 
 
+def answers(messages: Sequence[Message]) -> list[int]:
+    """Which messages answer something: all of the assistant but those that open the conversation.
+
+    What stands before the first question or tool result was asked for by nobody, so no prompt will ask for it later.
+    In a conversation without any question, the text before asks.
+    """
+    asking = (index for index, message in enumerate(messages) if message["role"] in ("user", "tool"))
+    first = next(asking, 0)
+    return [index for index, message in enumerate(messages) if index > first and message["role"] == "assistant"]
+
+
 def complete(messages: Sequence[Message]) -> list[dict[str, Any]]:
     """Fill what templates rely on: text content everywhere, thoughts by both names, ids that tie results to calls."""
     completed, waiting, count = [], [], 0

@@ -5,10 +5,11 @@ stands in the prompt is written here too: columns like context below the questio
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from thimble.config.values import read_template
 from thimble.data.columns import LABELS, MOST_LISTED, Fields, Left, NamedColumns, suggestion, typed_option
+from thimble.data.messages import answers
 from thimble.data.row_messages import Message, is_message, read_messages, refuse_media, roles_of
 from thimble.data.row_values import cell_text, describe, is_filled, loaded, shown, text_of, yes_or_no
 from thimble.errors import DataError, Problems, listing
@@ -141,14 +142,14 @@ def _text(text: str, column: str) -> dict[str, Any]:
 def _asked(fields: Fields, left: Left, prompt: tuple[Any, str], completion: tuple[Any, str]) -> dict[str, Any]:
     """Messages of a prompt and what is learned, each a text or messages, and the name of its column."""
     if isinstance(completion[0], list | tuple):
-        answers = read_messages(*completion, left)
+        replies = read_messages(*completion, left)
     else:
-        text = text_of(*completion)
+        text = text_of(*completion) if isinstance(completion[0], str) else _no_text(prompt[1], *completion)
         if not text.strip():
             raise DataError(f"{completion[1]} is empty: expected the text to learn")
-        answers = [{"role": "assistant", "content": text}]
-    if answers[0] == {"role": "user", "content": prompt[0]}:
-        answers = answers[1:]  # as in pairs of whole conversations
+        replies = [{"role": "assistant", "content": text}]
+    if replies[0] == {"role": "user", "content": prompt[0]}:
+        replies = replies[1:]  # as in pairs of whole conversations
     if isinstance(prompt[0], list | tuple):
         # Only the completion is learned, though the prompt may hold assistant turns too.
         turns = [
@@ -158,9 +159,17 @@ def _asked(fields: Fields, left: Left, prompt: tuple[Any, str], completion: tupl
     else:
         turns = [{"role": "user", "content": text_of(prompt[0] or "", prompt[1])}]
     history = _history(fields, left)
-    messages = _conversation([*history, *turns, *answers], fields, left)
+    messages = _conversation([*history, *turns, *replies], fields, left)
     is_bare = len(messages) == 2 and isinstance(prompt[0] or "", str) and isinstance(completion[0], str)
     return {"messages": messages} | ({"prompt": prompt[0] or "", "completion": completion[0]} if is_bare else {})
+
+
+def _no_text(prompt: str, value: Any, completion: str) -> NoReturn:
+    how = ""
+    if isinstance(value, int | float):
+        options = typed_option("prompt_column", prompt), typed_option("completion_column", completion)
+        how = f"; numbers are read as text from columns that are named: add {' '.join(options)}"
+    raise DataError(f"{completion} is {describe(value)}: expected text{how}")
 
 
 def _with_contexts(fields: Fields, prompt: str, contexts: Sequence[str]) -> Any:
@@ -203,7 +212,7 @@ def _first_answer(value: Any, left: Left) -> Any:
 
 def _history(fields: Fields, left: Left) -> list[Message]:
     """Earlier turns: pairs of question and answer, or messages."""
-    name = next(filter(fields.is_filled, HISTORIES), None)
+    name = next(filter(fields.is_left, HISTORIES), None)
     if name is None:
         return []
     column, pairs = fields.shown(name), loaded(fields.take(name))
@@ -222,7 +231,7 @@ def _history(fields: Fields, left: Left) -> list[Message]:
 
 def _conversation(turns: list[Message], fields: Fields, left: Left) -> tuple[Message, ...]:
     """Put the column `system` in front and make sure there is something to learn."""
-    name = next(filter(fields.is_filled, SYSTEMS), None)
+    name = next(filter(fields.is_left, SYSTEMS), None)
     system = text_of(fields.take(name), fields.shown(name)) if name else ""
     if system and turns and turns[0]["role"] == "system":
         if turns[0]["content"].strip() != system.strip():
@@ -231,11 +240,15 @@ def _conversation(turns: list[Message], fields: Fields, left: Left) -> tuple[Mes
             )
     elif system:
         turns = [{"role": "system", "content": system}, *turns]
-    answers = [turn for turn in turns if turn["role"] == "assistant"]
-    if not answers:
+    if not any(turn["role"] == "assistant" for turn in turns):
         raise DataError(f"there is nothing to learn: expected a message of the role assistant, found {roles_of(turns)}")
-    if not any(turn.get("weight", 1) for turn in answers):
-        raise DataError("there is nothing to learn: every assistant message is marked as not learned")
+    if not answers(turns):
+        raise DataError(
+            "there is nothing to learn: the assistant opens the conversation, and nobody asks for what it says; put a "
+            "question before it, or give it as text"
+        )
+    if not any(turns[index].get("weight", 1) for index in answers(turns)):
+        raise DataError("there is nothing to learn: every answer is marked as not learned")
     return tuple(turns)
 
 
@@ -261,35 +274,37 @@ def _refuse_other_uses(fields: Fields) -> None:
 
 
 def _unknown(fields: Fields) -> str:
-    columns = listing(map(shown, fields), MOST_LISTED) or "none"
+    """What to say to columns that make no form."""
+    found = f"the columns are {listing(map(shown, fields), MOST_LISTED) or 'none'}"
+    forms = f"expected one of the forms {'; '.join(FORMS)}"
     if any(map(fields.is_filled, (*REJECTED, "chosen"))):
-        hint = " (Thimble learns from answers, not from preferences: keep the chosen one)"
-        return f"the columns are {columns}{hint}: {_preferred(fields)}expected one of the forms {'; '.join(FORMS)}"
+        why = "Thimble learns from answers, not from preferences: keep the chosen one"
+        return f"{found} ({why}): {forms}{_how_to_keep(fields)}"
     if fields.is_filled("inputids"):
         return (
-            f"the columns are {columns}: the row is tokens already (input_ids), and Thimble makes the tokens itself: "
-            "give the text they were made of, as messages, prompt and completion, or text"
+            f"{found}: the row is tokens already (input_ids), and Thimble makes the tokens itself: give the text they "
+            "were made of, as messages, prompt and completion, or text"
         )
     held = [key for key in fields if _are_messages(fields.value(key))]
     if held:
-        return f"the columns are {columns}: {shown(held[0])} holds messages; call that column messages"
+        return f"{found}: {shown(held[0])} holds messages; call that column messages"
+    listed = [name for name in ALSO_CHATS if isinstance(loaded(fields.peek(name)), list | tuple)]
+    if listed:
+        return f"{found}: {fields.shown(listed[0])} is a list: expected messages in it, each with role and content"
     options = suggestion(fields)
-    advice = f"; if yours are named otherwise, add {options}" if options else ""
-    return f"the columns are {columns}: expected one of the forms {'; '.join(FORMS)}{advice}"
+    return f"{found}: {forms}" + (f"; if yours have other names, add {options}" if options else "")
 
 
-def _preferred(fields: Fields) -> str:
-    """How to keep the chosen answer of a pair."""
+def _how_to_keep(fields: Fields) -> str:
+    """How to learn the chosen answer of a pair."""
     prompt = next(filter(fields.is_filled, PROMPTS), None)
-    if not fields.is_filled("chosen"):
-        return ""
-    if prompt is None:
-        return "call chosen messages, or " if _are_messages(fields.peek("chosen")) else ""
-    columns = (
-        typed_option("prompt_column", fields.shown(prompt)),
-        typed_option("completion_column", fields.shown("chosen")),
+    if prompt and fields.is_filled("chosen"):
+        names = {"prompt_column": prompt, "completion_column": "chosen"}
+        options = " ".join(typed_option(option, fields.shown(name)) for option, name in names.items())
+        return f"; to learn the chosen answers, add {options}"
+    return (
+        "; to learn the chosen conversations, call that column messages" if _are_messages(fields.peek("chosen")) else ""
     )
-    return f"add {' '.join(columns)}, or else "
 
 
 def _are_messages(value: Any) -> bool:

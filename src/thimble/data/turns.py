@@ -9,6 +9,7 @@ from collections.abc import Collection, Sequence
 from os.path import commonprefix
 from typing import Any, NamedTuple
 
+from thimble.data.messages import answers
 from thimble.data.template import ChatTemplate, Message, Renderings
 
 # How thinking begins and ends: generation prompts of some models open it, and an answer without it must close it.
@@ -38,8 +39,8 @@ class Turns:
     def ask(self, messages: Sequence[Message], tools: Sequence[Any] | None) -> Renderings:
         """Have the template write, in the background, all that `cut` reads."""
         end = _end_of_learned(messages) or len(messages)
-        answers = _answers(messages[:end]) if _end_of_learned(messages) else []
-        return self._template.ask(messages[:end], tools, _wanted((end, False), answers))
+        learnable = answers(messages[:end]) if _end_of_learned(messages) else []
+        return self._template.ask(messages[:end], tools, _wanted((end, False), learnable))
 
     def cut(
         self, messages: Sequence[Message], tools: Sequence[Any] | None, written: Renderings | None = None
@@ -54,7 +55,7 @@ class Turns:
         if not end:
             return [Piece(written.text((len(messages), False)), False)], True
         messages = messages[:end]
-        are_learned = [bool(messages[index].get("weight", 1)) for index in _answers(messages)]
+        are_learned = [bool(messages[index].get("weight", 1)) for index in answers(messages)]
         text = written.text((end, False))
         spans = self._spans(messages, written, text)
         if spans is None:
@@ -63,7 +64,7 @@ class Turns:
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[Any] | None) -> list[Piece]:
         """Cut a conversation that waits for an answer as `cut` does, so that both give the same tokens."""
-        wanted = _wanted((len(messages), True), _answers(messages))
+        wanted = _wanted((len(messages), True), answers(messages))
         return self._prompt(messages, self._template.ask(messages, tools, wanted))
 
     def _prompt(self, messages: Sequence[Message], written: Renderings) -> list[Piece]:
@@ -79,7 +80,7 @@ class Turns:
     def _spans(self, messages: Sequence[Message], written: Renderings, text: str) -> list[tuple[int, int]] | None:
         """Begin and end of every assistant turn in the text; None if it does not hold one as the template wrote it."""
         spans = []
-        for index in _answers(messages):
+        for index in answers(messages):
             before = written.text((index, True))
             is_last = index == len(messages) - 1
             upto = text if is_last else written.text((index + 1, False))
@@ -155,18 +156,13 @@ class Turns:
 
 def _end_of_learned(messages: Sequence[Message]) -> int:
     """Behind which message nothing is learned any more; 0 if nothing is."""
-    learned = [index for index in _answers(messages) if messages[index].get("weight", 1)]
+    learned = [index for index in answers(messages) if messages[index].get("weight", 1)]
     return learned[-1] + 1 if learned else 0
 
 
-def _answers(messages: Sequence[Message]) -> list[int]:
-    """Which messages answer something; a greeting that opens the conversation is given, since no prompt asks for it."""
-    return [index for index, message in enumerate(messages) if index and message["role"] == "assistant"]
-
-
-def _wanted(whole: tuple[int, bool], answers: Sequence[int]) -> list[tuple[int, bool]]:
+def _wanted(whole: tuple[int, bool], indices: Sequence[int]) -> list[tuple[int, bool]]:
     """What to render: the whole, and what comes before and with each answer."""
-    return list(dict.fromkeys([whole, *(part for index in answers for part in ((index, True), (index + 1, False)))]))
+    return list(dict.fromkeys([whole, *(part for index in indices for part in ((index, True), (index + 1, False)))]))
 
 
 def _close_thinking(asked: str, answer: str, message: Message) -> str:

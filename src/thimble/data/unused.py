@@ -43,7 +43,7 @@ class Unused:
         is_preference = any(folded(name) in REJECTED for name in names)
         why = "; Thimble learns from answers, not from preferences" if is_preference else ""
         how = "" if all("." in name or " " in name for name in names) else (
-            "; to use a column name it with --prompt-column, --completion-column or --prompt-template"
+            "; to use a column, name it with --prompt-column, --completion-column or --prompt-template"
         )  # fmt: skip
         return [f"filled but not used: {self._counted(names)}{why}{how}"]
 

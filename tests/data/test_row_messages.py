@@ -1,0 +1,127 @@
+"""Messages in the words of many tools: roles, marks, parts, calls, thoughts."""
+
+import pytest
+
+from thimble.data.row_messages import MARKS
+from thimble.data.rows import parse_row
+from thimble.errors import DataError
+
+ASK, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
+
+
+def read(*messages, **row):
+    return parse_row({"messages": list(messages), **row}, "").record.messages
+
+
+def problem(*messages):
+    with pytest.raises(DataError) as caught:
+        read(*messages)
+    return "\n".join(caught.value.problems)
+
+
+@pytest.mark.parametrize(
+    ("given", "role"),
+    [
+        *[(name, "user") for name in ("user", "human", "USER", "prompter")],
+        *[(name, "assistant") for name in ("assistant", "gpt", "model", "bot", "ai", "chatgpt", "bing", "bard", "AI")],
+        *[
+            (name, "tool")
+            for name in ("tool", "function", "ipython", "observation", "tool_response", "function_response")
+        ],
+        *[(name, "system") for name in ("system", "developer", "System")],
+    ],
+)
+@pytest.mark.parametrize(("key", "text"), [("role", "content"), ("from", "value"), ("role", "value"), ("from", "text")])
+def test_a_role_has_many_names(given, role, key, text):
+    first = {key: given, text: "said"}
+    before = [ASK] if role == "assistant" else []
+    assert read(*before, first, ASK, ANSWER)[len(before)] == {"role": role, "content": "said"}
+
+
+@pytest.mark.parametrize("role", ["function_call", "tool_call"])
+@pytest.mark.parametrize("call", ['{"name": "f", "arguments": {"a": 1}}', '[{"name": "f", "parameters": {"a": 1}}]'])
+def test_a_call_may_be_a_message_of_its_own(role, call):
+    called, result = {"from": role, "value": call}, {"from": "observation", "value": "3"}
+    message = read(ASK, called, result, ANSWER)[1]
+    function = {"name": "f", "arguments": {"a": 1}}
+    assert message == {"role": "assistant", "tool_calls": [{"type": "function", "function": function}], "content": None}
+
+
+# --- what is not learned
+
+YES = (True, 1, 1.0, "true", "1", "True", "yes")
+NO = (False, 0, 0.0, "false", "0", "False", "no")
+
+
+@pytest.mark.parametrize("key", [*MARKS, "loss_mask", "Train", "loss-weight"])
+def test_a_mark_says_whether_a_message_is_learned(key):
+    learns = MARKS.get(key, True)
+    for value in (*YES, *NO):
+        marked = read(ASK, ANSWER | {key: value}, ASK, ANSWER)[1]
+        assert marked == ANSWER | {"weight": int((value in YES) == learns)}, value
+    assert read(ASK, ANSWER | {key: None})[1] == ANSWER
+    assert read(ASK | {key: not learns}, ANSWER)[0] == ASK  # which is so anyway
+
+
+@pytest.mark.parametrize("value", [0.5, 2, -1, "some", "0.5", [0, 1], {"a": 1}, float("inf")])
+def test_a_mark_that_is_neither_yes_nor_no_is_refused(value):
+    assert "messages 2 weight is " in problem(ASK, ANSWER | {"weight": value})
+    assert "expected 0 or 1, true or false" in problem(ASK, ANSWER | {"weight": value})
+
+
+@pytest.mark.parametrize("role", ["user", "system", "tool"])
+@pytest.mark.parametrize("mark", [{"train": True}, {"weight": 1}, {"masked": False}], ids=str)
+def test_what_is_not_of_the_assistant_cannot_be_learned(role, mark):
+    (key,) = mark
+    found = problem({"role": role, "content": "x", **mark}, ASK, ANSWER)
+    assert f"messages 1 is marked as learned by {key}, but only assistant messages are" in found
+
+
+def test_marks_that_contradict_one_another_are_refused():
+    assert "as learned by weight and as not learned by loss" in problem(ASK, ANSWER | {"weight": 1, "loss": False})
+    assert read(ASK, ANSWER | {"weight": 1, "masked": False})[1]["weight"] == 1
+
+
+@pytest.mark.parametrize("key", ["train_detail", "training_detail"])
+def test_a_part_of_a_message_cannot_be_learned(key):
+    detail = [{"begin_offset": 0, "end_offset": 3, "train": False}]
+    assert f"messages 2 has {key}: a message is learned as a whole" in problem(ASK, ANSWER | {key: detail})
+
+
+def test_a_prompt_of_messages_is_not_learned_unless_it_is_marked():
+    marked = [ASK, ANSWER | {"train": True}, ASK, ANSWER, ASK]
+    messages = parse_row({"prompt": marked, "completion": [ANSWER]}, "").record.messages
+    assert [message.get("weight") for message in messages] == [None, 1, None, 0, None, None]
+
+
+# --- what a message says
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+def test_thoughts_are_handed_on_under_the_name_that_templates_read(key):
+    message = read(ASK, ANSWER | {key: "Hm."})[1]
+    assert (message["reasoning_content"], message[key]) == ("Hm.", "Hm.")
+
+
+def test_a_refusal_is_what_the_assistant_says():
+    assert read(ASK, {"role": "assistant", "content": None, "refusal": "No."})[1] == ANSWER | {"content": "No."}
+
+
+@pytest.mark.parametrize(
+    "part", [{"type": "text", "text": "a"}, {"type": "input_text", "text": "a"}, {"text": "a"}], ids=str
+)
+def test_parts_of_text_are_joined_whatever_their_name(part):
+    assert read({"role": "user", "content": [part, part]}, ANSWER)[0]["content"] == "aa"
+
+
+@pytest.mark.parametrize("key", ["image", "images", "audio", "video", "files"])
+def test_what_is_no_text_is_refused_by_name(key):
+    assert f"messages 1 has {key}: images, sound and files cannot be learned" in problem(ASK | {key: ["x"]}, ANSWER)
+
+
+@pytest.mark.parametrize(
+    "tool", [{"type": "function", "name": "f", "parameters": {}}, '{"name": "f", "parameters": {}}'], ids=str
+)
+def test_a_definition_may_be_flat_or_text(tool):
+    tools = parse_row({"messages": [ASK, ANSWER], "tools": [tool]}, "").record.tools
+    assert tools == ({"type": "function", "function": {"name": "f", "parameters": {}}},)
