@@ -6,6 +6,7 @@ from thimble.data.encode_all import encode_all
 from thimble.data.records import Skipped, general_records
 from thimble.data.rows import Record, parse_row
 from thimble.data.template import ChatTemplate
+from thimble.data.tool_text import write_tools
 from thimble.errors import BaseModelError, DataError
 
 BARE = (
@@ -109,6 +110,68 @@ def test_a_greeting_that_nobody_asked_for_is_given(encoder, smollm):
     (row,) = encoder.encode(chat(answer("Welcome!"), user(), answer()))
     assert learned(smollm, row) == "Hello<|im_end|>"
     assert "Welcome!" in smollm.decode(row.ids)
+
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+RESULT = {"role": "tool", "content": "3"}
+# Conversations in any order, and which of their messages are learned.
+ORDERS = {
+    "opened by the assistant": ([answer("Welcome!"), user(), answer()], [2]),
+    "opened by the assistant behind a system text": ([SYSTEM, answer("Welcome!"), user(), answer()], [3]),
+    "opened twice": ([answer("One"), answer("Two"), user(), answer()], [3]),
+    "two answers in a row": ([user(), answer("One"), answer("Two")], [1, 2]),
+    "two answers in a row, the first is marked": ([user(), answer("One", weight=0), answer("Two")], [2]),
+    "two questions in a row": ([user(), user("Well?"), answer()], [2]),
+    "a question behind the last answer": ([user(), answer(), user("And?")], [1]),
+    "a result behind the last answer": ([user(), answer(), RESULT], [1]),
+    "a result before the answer": ([user(), answer("f(1)"), RESULT, answer()], [1, 3]),
+    "a result at the beginning": ([RESULT, answer()], [1]),
+    "system text in the middle": ([user(), answer("One"), SYSTEM, user(), answer("Two")], [1, 4]),
+    "no question but a system text": ([SYSTEM, answer()], [1]),
+    "a marked answer at the end": ([user(), answer("One"), user(), answer("Two", weight=0)], [1]),
+}
+
+
+@pytest.mark.parametrize("source", [CHATML, INST], ids=["ChatML", "Mistral"])
+def test_what_is_learned_is_what_the_page_says_whatever_the_order_of_roles(encoder_of, smollm, source):
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    def written(messages, asks=False):
+        names = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
+        text = oracle.render(messages=write_tools(messages, None), add_generation_prompt=asks, **names)
+        return text if asks else text.removesuffix("\n")
+
+    oracle, encoder = _compile_jinja_template(source), encoder_of(source)
+    for order, (messages, expected) in ORDERS.items():
+        (row,) = encoder.encode(chat(*messages))
+        spans = [written(messages[: at + 1]).removeprefix(written(messages[:at], asks=True)) for at in expected]
+        assert learned(smollm, row) == "".join(spans), order
+        assert smollm.decode(row.ids) == written(messages[: expected[-1] + 1]), order
+
+
+def test_thoughts_and_names_that_the_template_does_not_write_are_told(encoder_of):
+    encoder = encoder_of(CHATML)
+    encoder.encode(chat({**user(), "name": "Ann"}, answer(reasoning_content="Let me think.")))
+    assert "1 row: the chat template does not write the name of a speaker" in encoder.notes
+    assert encoder.warnings[0].startswith("the chat template does not write the thinking (reasoning_content) of 1 row")
+    encoder = encoder_of(CHATML.replace("{{ m.content }}", "{{ m.name }}{{ m.reasoning_content }}{{ m.content }}"))
+    encoder.encode(chat({**user(), "name": "Ann"}, answer(reasoning_content="Let me think.")))
+    assert encoder.warnings == []
+
+
+def test_what_follows_the_last_answer_is_told(encoder):
+    encoder.encode(chat(user(), answer(), user("And?")))
+    assert "1 conversation: what follows the last learned answer is left out" in encoder.notes
+
+
+def test_marks_that_are_overruled_are_told(smollm, smollm_template):
+    encoder = Encoder(smollm, smollm_template, 1024, loss_on="all")
+    encoder.encode(chat(user(), answer(weight=0), user(), answer()))
+    assert encoder.warnings[0].startswith("--loss-on all learns whole rows: 1 row with messages that are marked")
 
 
 def test_all_tokens_are_learned_if_asked_for(smollm, smollm_template):
