@@ -34,6 +34,15 @@ def make_adapter(base, folder, seed=0, rank=2, **changed):
     return str(folder)
 
 
+def test_columns_are_named_for_data_alone(tiny_base, tmp_path):
+    with pytest.raises(InputError, match="--text-column: only with --data"):
+        package.inspect(base=tiny_base, text_column="a")
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"Frage": "a", "Antwort": "b"}\n')
+    with pytest.raises(InputError, match="--prompt-column names Frge, and no row has such a column"):
+        package.inspect(base=tiny_base, data=str(path), prompt_column="Frge", completion_column="Antwort")
+
+
 @pytest.fixture
 def adapter(tiny_base, tmp_path):
     return make_adapter(tiny_base, tmp_path / "run" / "adapter")

@@ -12,7 +12,7 @@ import pytest
 import thimble
 from thimble.backends.torch.session import TorchSession
 from thimble.core.metrics import LossSum
-from thimble.errors import RunError
+from thimble.errors import InputError, RunError
 from thimble.files.peft import load_adapter
 from thimble.training import memory_plan
 
@@ -218,3 +218,17 @@ def test_activation_checkpointing_gives_the_same_adapter(train, tmp_path, monkey
     )
     train("checkpointed")
     assert bytes_of(tmp_path / "kept") == bytes_of(tmp_path / "checkpointed")
+
+
+def test_a_run_on_named_columns_is_resumed_and_measured_with_the_same(tmp_path, tiny_base):
+    data, out = tmp_path / "mails.csv", str(tmp_path / "run")
+    data.write_text("Betreff,der Text,Klasse\n" + "".join(f"say {n},now,{n} it is\n" for n in range(12)))
+    named = {"prompt_template": "{Betreff} {der Text}: ", "completion_column": "klasse"}
+    first = thimble.train(data, base=tiny_base, out=out, eval_rows=0, **named, **QUICK)
+    assert thimble.train(data, base=tiny_base, out=out, resume=True).loss_after == first.loss_after
+    report = thimble.evaluate(data, base=tiny_base, adapter=[out], max_new_tokens=1, compute="fp32", **named)
+    assert report.results[0].answers[0]["reference"].endswith("it is")
+    with pytest.raises(
+        InputError, match=r"the columns are Betreff, der Text, Klasse.* add --prompt-template '{Betreff}"
+    ):
+        thimble.evaluate(data, base=tiny_base, adapter=[out])

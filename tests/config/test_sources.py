@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 
 import thimble
 from thimble.config.evaluate import EvaluateConfig
@@ -87,6 +88,16 @@ def test_a_run_that_is_resumed_keeps_what_makes_it_that_run_however_it_is_named(
     assert config.problems == (
         "--rank 8: the run to resume began with 4; leave it out, or begin another run with another --out",
     )
+
+
+def test_a_run_that_is_resumed_keeps_its_columns(run):
+    path = run / "config.yaml"
+    named = TrainConfig(data="x", prompt_template=r"{Betreff}\n\n{der Text}: 'é'", completion_column="Klasse")
+    path.write_text(yaml.safe_dump({**named.resolved(), "out": str(run)}, allow_unicode=True))
+    config = build_config(TrainConfig, {"out": str(run), "resume": True})
+    assert (config.prompt_template, config.completion_column) == (named.prompt_template, "Klasse")
+    changed = build_config(TrainConfig, {"out": str(run), "resume": True, "completion_column": "Antwort"})
+    assert changed.problems[0].startswith("--completion-column Antwort: the run to resume began with Klasse")
 
 
 def test_resume_may_stand_in_the_file(run):

@@ -1,10 +1,12 @@
 """The options of `thimble inspect`."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from thimble.config.groups import BaseOptions, ColumnOptions
+from thimble.config.groups import COLUMNS, BaseOptions, ColumnOptions
 from thimble.config.options import option
+from thimble.config.values import flag
 
 
 @dataclass(frozen=True)
@@ -21,3 +23,9 @@ class InspectConfig(BaseOptions, ColumnOptions):
         "base, an even spread of a large one.", metavar="NUMBERS")  # fmt: skip
     data: str | None = option(None, "Examples: report which share of their gradient the A of each init captures, "
         "instead.", metavar="DATA")  # fmt: skip
+
+    @classmethod
+    def _conflicts(cls, given: Mapping[str, Any]) -> list[str]:
+        columns = [] if given.get("data") else [flag(name) for name in COLUMNS if given.get(name)]
+        alone = [f"{' '.join(columns)}: only with --data, whose columns are meant"] if columns else []
+        return [*super()._conflicts(given), *alone]
