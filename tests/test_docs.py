@@ -246,7 +246,7 @@ def test_every_row_of_the_data_page_is_read_in_the_form_of_its_heading():
         lines = "".join(content for language, content in blocks(section) if language == "json").splitlines()
         forms |= {section.splitlines()[0]: {parse_row(json.loads(line), "").form for line in lines}} if lines else {}
     pairs = forms.pop("prompt and completion")
-    assert pairs == {"prompt and completion", "question and answer"}
+    assert pairs == {"prompt and completion", "question and answer", "instruction, context and response"}
     assert forms == {name: {name} for name in ("messages", "messages with tools", "ShareGPT", "Alpaca", "plain text")}
 
 

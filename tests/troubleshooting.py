@@ -185,13 +185,22 @@ def another_run() -> Iterator[None]:
         yield
 
 
+ASK, SAY = {"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}
 CHAT = [{"role": "user", "content": "<|im_start|>user\nHi<|im_end|>"}, {"role": "assistant", "content": "Hello"}]
 
 CASES: dict[str, list[Case]] = {
     "The examples": [
         Case("The file is not found", "", plan("train.jsonl"), lambda: shutil.move("mine.jsonl", "training.jsonl")),
-        Case("The columns have other names", "The forms are described in [data_format.md](data_format.md); rename the columns.",
-             plan("mine.jsonl"), lambda: write("mine.jsonl", '{"titel": "a", "body": "b"}\n' * 3)),
+        Case("The columns have other names", "Add the options that are shown, or others: [data_format.md](data_format.md) describes them, and the "
+             "forms whose columns are known.", plan("mine.csv"), lambda: write("mine.csv", "Betreff,Text der Mail,Antwort\n" + "a,b,c\n" * 3)),
+        Case("A column that is named is not there", "", [*plan("mine.csv"), "--prompt-column", "Frge", "--completion-column", "Antwort"],
+             lambda: write("mine.csv", "Frage,Antwort\n" + "a,b\n" * 3)),
+        Case("Columns are filled and not used", "Name what belongs into the prompt, as in `--prompt-template '{prompt}{note}'`, or take the columns out.",
+             plan("mine.jsonl"), lambda: write("mine.jsonl", rows(note="by heart")), shows="filled but not used"),
+        Case("The rows are texts with labels", "", plan("mine.jsonl"), lambda: write("mine.jsonl", '{"text": "a fine day", "label": 1}\n' * 3)),
+        Case("A message is marked in a way that cannot be followed", "", plan("mine.jsonl"),
+             lambda: write("mine.jsonl", json.dumps({"messages": [{**ASK, "train": True}, {**SAY, "weight": 0.5}]}))),
+        Case("The rows are tokens already", "", plan("mine.jsonl"), lambda: write("mine.jsonl", '{"input_ids": [1, 2], "labels": [1, 2]}\n')),
         Case("The rows hold preferences, chosen and rejected", "", plan("mine.jsonl"),
              lambda: write("mine.jsonl", '{"prompt": "a", "chosen": "b", "rejected": "c"}\n')),
         Case("A few rows cannot be used", "They are left out, and listed in `skipped.jsonl` in the run folder. With `--strict` the data are "

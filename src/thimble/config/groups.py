@@ -60,8 +60,8 @@ class ColumnOptions(Options):
 
     group: ClassVar[str] = "data"
 
-    prompt_column: str = option("", "Column that holds the prompt, where its name is none that is known; with "
-        "--completion-column.", metavar="NAME")  # fmt: skip
+    prompt_column: str = option("", "Column that holds the prompt, if its name is not a known one; give "
+        "--completion-column too.", metavar="NAME")  # fmt: skip
     completion_column: str = option("", "Column that holds what is to be learned.", metavar="NAME")
     prompt_template: str = option("", "Prompt made of several columns, such as 'About {subject}: {body}', instead of "
         "--prompt-column; {{ and }} are braces, \\n is a line break.", check=values.template,
