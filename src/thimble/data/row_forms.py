@@ -204,8 +204,7 @@ def _first_answer(value: Any, left: Left) -> Any:
         return value
     if not is_filled(value):
         raise DataError("answers is empty: expected a text; leave out questions without one, or write what is answered")
-    others = {answer for answer in value[1:] if isinstance(answer, str)} - {value[0]}
-    if others:
+    if any(is_filled(answer) and answer != value[0] for answer in value[1:]):
         left.add("answers behind the first")
     return value[0]
 
