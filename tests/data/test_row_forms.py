@@ -59,6 +59,8 @@ FORMS = {
     ),
     "answers as a list": ({"question": "q", "answers": ["a", "b"]}, [("user", "q")]),
     "answers as JSON in a cell": ({"question": "q", "answers": '{"text": ["a"]}'}, [("user", "q")]),
+    "one answer as a list": ({"question": "q", "answer": ["a"]}, [("user", "q")]),
+    "the answer of TriviaQA": ({"question": "q", "answer": {"value": "a", "aliases": ["A"]}}, [("user", "q")]),
     "a system column": ({"system_prompt": "s", "question": "q", "response": "a"}, [("system", "s"), ("user", "q")]),
     "a system column that the messages repeat": (
         {"system": "s", "messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "q"},
@@ -100,6 +102,7 @@ def test_a_form_is_read(name):
 def test_several_answers_are_told_if_they_differ():
     assert parse_row({"question": "q", "answers": ["a", "a"]}, "").left.filled == []
     assert parse_row({"question": "q", "answers": ["a", "b"]}, "").left.filled == ["answers behind the first"]
+    assert parse_row({"question": "q", "answer": {"value": "a", "aliases": ["A"]}}, "").left.filled == ["answer.aliases"]
 
 
 @pytest.mark.parametrize("extra", [{"system": "s"}, {"history": [["a", "b"]]}, {"tools": [{"name": "f"}]}], ids=str)

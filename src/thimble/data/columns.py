@@ -75,15 +75,24 @@ class Fields:
 
     def is_filled(self, name: str) -> bool:
         """Whether there is something under a folded name."""
-        return any(is_filled(self._given[key]) for key in self._names.get(name, ()))
+        return name in self._names and any(is_filled(self._given[key]) for key in self._names[name])
 
-    def is_left(self, name: str) -> bool:
-        """Whether there is something under a folded name that was not read yet."""
-        return any(is_filled(self._given[key]) for key in self._names.get(name, ()) if key not in self._read)
+    def among(self, names: Iterable[str]) -> list[str]:
+        """Those of some folded names that are there."""
+        return [name for name in names if name in self._names]
+
+    def first_filled(self, names: Iterable[str]) -> str | None:
+        """The first of some folded names that is filled."""
+        return next(filter(self.is_filled, self.among(names)), None)
+
+    def first_left(self, names: Iterable[str]) -> str | None:
+        """The first of some folded names that is filled and was not read yet."""
+        left = (name for name in self.among(names) if not self._read.issuperset(self._names[name]))
+        return next(filter(self.is_filled, left), None)
 
     def first(self, names: Iterable[str]) -> str | None:
         """The first of some folded names that is filled, else the first that is there at all."""
-        there = [name for name in names if name in self]
+        there = self.among(names)
         return next(filter(self.is_filled, there), there[0] if there else None)
 
     def shown(self, name: str) -> str:
@@ -140,7 +149,8 @@ class Fields:
 
     def pass_over(self, names: Iterable[str]) -> None:
         """Count those of some folded names as read that are there and empty."""
-        self._read.update(key for name in names for key in self._names.get(name, ()) if not is_filled(self._given[key]))
+        empty = (name for name in self.among(names) if not self.is_filled(name))
+        self._read.update(key for name in empty for key in self._names[name])
 
     def leave(self, left: Left) -> None:
         """Note all that was not read."""
@@ -185,7 +195,9 @@ class NamedCheck:
         self._seen: dict[str, None] = {}
 
     def see(self, fields: Fields) -> None:
-        """Look at the columns of one more row."""
+        """Look at the columns of one more row, as long as one is missing."""
+        if not self._missing:
+            return
         self._missing = {name: option for name, option in self._missing.items() if not fields.has(name)}
         if len(self._seen) < MOST_NAMES:
             self._seen |= dict.fromkeys(fields)

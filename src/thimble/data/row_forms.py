@@ -75,7 +75,7 @@ def _named(fields: Fields, named: NamedColumns, left: Left) -> Form:
 
 def _chat(fields: Fields, left: Left, is_there: Callable[[str], bool]) -> Form | None:
     names = [name for name in CHATS if is_there(name)]
-    names += [name for name in ALSO_CHATS if is_there(name) and _are_messages(fields.peek(name))]
+    names += [name for name in fields.among(ALSO_CHATS) if is_there(name) and _are_messages(fields.peek(name))]
     if not names:
         return None
     turns = loaded(fields.peek(names[0]))
@@ -91,20 +91,23 @@ def _chat(fields: Fields, left: Left, is_there: Callable[[str], bool]) -> Form |
 
 
 def _pair(fields: Fields, left: Left, is_there: Callable[[str], bool]) -> Form | None:
-    found = (pair for pair in PAIRS if pair[0] in fields and is_there(pair[1]))
+    prompts, completions = fields.among(PROMPTS), fields.among(COMPLETIONS)
+    if not prompts or not completions:
+        return None
+    found = (pair for pair in PAIRS if pair[0] in prompts and pair[1] in completions and is_there(pair[1]))
     prompt, completion = next(found, (None, None))
     if prompt is None or completion is None:
         return None
     is_alpaca = (prompt, completion) == KNOWN_PAIRS[0]
-    contexts = [name for name in CONTEXTS if name != prompt and fields.is_filled(name)]
+    contexts = [name for name in fields.among(CONTEXTS) if name != prompt and fields.is_filled(name)]
     between = "" if is_alpaca or not contexts else f", {', '.join(map(fields.shown, contexts))}"
 
     def read() -> dict[str, Any]:
         _refuse_other_uses(fields)
         asked = (_with_contexts(fields, prompt, contexts), fields.shown(prompt))
         answer = fields.take(completion), fields.shown(completion)
-        if completion == "answers":
-            answer = _first_answer(answer[0], left), answer[1]
+        if completion in ("answer", "answers"):
+            answer = _first_answer(*answer, left), answer[1]
         record = _asked(fields, left, asked, answer)
         return {"messages": record["messages"]} if is_alpaca else record
 
@@ -116,7 +119,7 @@ def _plain(fields: Fields, is_there: Callable[[str], bool]) -> Form | None:
         return None
 
     def read() -> dict[str, Any]:
-        label = next(filter(fields.is_filled, LABELS), None)
+        label = fields.first_filled(LABELS)
         if label and isinstance(fields.peek("text"), str):
             alone = typed_option("text_column", fields.shown("text"))
             raise DataError(
@@ -193,25 +196,27 @@ def _context(value: Any, column: str) -> str:
     return "\n\n".join(text_of(part, f"{column} {number}") for number, part in enumerate(value, start=1))
 
 
-def _first_answer(value: Any, left: Left) -> Any:
-    """The first of several answers, as in SQuAD: a list of texts, or an object with such a list under `text`."""
-    value = loaded(value)
+def _first_answer(given: Any, column: str, left: Left) -> Any:
+    """The first of several answers: of a list of texts, or of an object with them, as in SQuAD and TriviaQA."""
+    value = loaded(given) if column.endswith("s") else given  # one answer may be a text that looks like JSON
     if isinstance(value, Mapping):
-        inner = Fields(value, "answers")
-        value = loaded(inner.take("text"))
+        inner = Fields(value, column)
+        value = inner.take(inner.first(("text", "value")) or "text")
         inner.leave(left)
     if not isinstance(value, list | tuple) or any(is_message(answer) for answer in value):
         return value
     if not is_filled(value):
-        raise DataError("answers is empty: expected a text; leave out questions without one, or write what is answered")
+        raise DataError(
+            f"{column} is empty: expected a text; leave out questions without one, or write what is answered"
+        )
     if any(is_filled(answer) and answer != value[0] for answer in value[1:]):
-        left.add("answers behind the first")
+        left.add(f"{column} behind the first")
     return value[0]
 
 
 def _history(fields: Fields, left: Left) -> list[Message]:
     """Earlier turns: pairs of question and answer, or messages."""
-    name = next(filter(fields.is_left, HISTORIES), None)
+    name = fields.first_left(HISTORIES)
     if name is None:
         return []
     column, pairs = fields.shown(name), loaded(fields.take(name))
@@ -230,7 +235,7 @@ def _history(fields: Fields, left: Left) -> list[Message]:
 
 def _conversation(turns: list[Message], fields: Fields, left: Left) -> tuple[Message, ...]:
     """Put the column `system` in front and make sure there is something to learn."""
-    name = next(filter(fields.is_left, SYSTEMS), None)
+    name = fields.first_left(SYSTEMS)
     system = text_of(fields.take(name), fields.shown(name)) if name else ""
     if system and turns and turns[0]["role"] == "system":
         if turns[0]["content"].strip() != system.strip():
@@ -296,7 +301,7 @@ def _unknown(fields: Fields) -> str:
 
 def _how_to_keep(fields: Fields) -> str:
     """How to learn the chosen answer of a pair."""
-    prompt = next(filter(fields.is_filled, PROMPTS), None)
+    prompt = fields.first_filled(PROMPTS)
     if prompt and fields.is_filled("chosen"):
         names = {"prompt_column": prompt, "completion_column": "chosen"}
         options = " ".join(typed_option(option, fields.shown(name)) for option, name in names.items())

@@ -24,6 +24,7 @@ SHOWN_ROLES = {
     "from": "system, human, user, gpt, assistant, tool, observation, function_call",
 }
 CONTENTS = ("content", "value", "text")
+PLAIN_KEYS = (("role", "content"), ("from", "value"))  # of most messages
 THOUGHTS = ("reasoningcontent", "reasoning", "thinking")  # templates of thinking models write the first
 TEXT_PARTS = ("text", "inputtext", "outputtext")
 # Marks on a message: whether 1 or true says that it is learned.
@@ -71,6 +72,8 @@ def is_message(value: Any) -> bool:
 def _message(turn: Any, where: str, column: str, left: Left) -> Message:
     if not isinstance(turn, Mapping):
         raise DataError(f"{where} is {describe(turn)}: expected an object with role and content")
+    if tuple(turn) in PLAIN_KEYS and (message := _plain(turn, where)):
+        return message
     fields = Fields({key: value for key, value in turn.items() if value is not None}, column)
     role = _role(fields, where)
     refuse_media(fields, where)
@@ -89,6 +92,14 @@ def _message(turn: Any, where: str, column: str, left: Left) -> Message:
     return message | ({"weight": int(learned)} if learned is not None else {})
 
 
+def _plain(turn: Mapping[str, Any], where: str) -> Message | None:
+    """A message of a role and a text, as most are; None if it needs a closer look."""
+    (_, given), (key, content) = turn.items()
+    role = ROLES.get(given, CALL) if isinstance(given, str) else CALL
+    is_plain = role != CALL and isinstance(content, str) and not content.isspace() and bool(content)
+    return {"role": role, "content": text_of(content, f"{where} {key}")} if is_plain else None
+
+
 def _role(fields: Fields, where: str) -> str:
     key = fields.first(("role", "from")) or "role"
     given = fields.take(key)
@@ -100,7 +111,7 @@ def _role(fields: Fields, where: str) -> str:
 
 def refuse_media(fields: Fields, where: str) -> None:
     """Refuse what is no text beside a text: pictures, sound, files."""
-    found = next((key for key in MEDIA if fields.is_filled(key)), None)
+    found = fields.first_filled(MEDIA)
     if found:
         raise DataError(
             f"{where} has {fields.shown(found)}: images, sound and files cannot be learned; leave such rows out, or "
@@ -110,13 +121,13 @@ def refuse_media(fields: Fields, where: str) -> None:
 
 def _mark(fields: Fields, where: str, role: str) -> bool | None:
     """Whether the message is marked as learned; None if nothing is said."""
-    for key in filter(fields.is_filled, PARTIAL_MARKS):
+    if partial := fields.first_filled(PARTIAL_MARKS):
         raise DataError(
-            f"{where} has {fields.shown(key)}: a message is learned as a whole or not at all; split it into messages, "
-            "or mark it with train"
+            f"{where} has {fields.shown(partial)}: a message is learned as a whole or not at all; split it into "
+            "messages, or mark it with train"
         )
     said: dict[bool, str] = {}
-    for key in (key for key in MARKS if key in fields):
+    for key in fields.among(MARKS):
         given = fields.take(key)
         switch = yes_or_no(given)
         if switch is None and is_filled(given):

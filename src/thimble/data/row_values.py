@@ -34,6 +34,8 @@ def shown(name: Any) -> str:
 
 def is_filled(value: Any) -> bool:
     """Whether a value says anything: no null, NaN or white space, and no list or object that holds nothing else."""
+    if isinstance(value, str):
+        return not value.isspace() if value else False
     waiting = [value]
     while waiting:
         value = waiting.pop()
