@@ -172,6 +172,24 @@ def test_columns_that_are_not_used_are_noted_once(read):
     assert warning.startswith("filled but not used: topic (1 row); to use a column, name it with --prompt-column")
 
 
+def test_what_is_not_used_is_told_by_what_it_may_mean(read):
+    rows = [{**CHAT, "prompt": "Hi", "url": "x", "score": 0.5, "note": None, "rejected": "b"}] * 3
+    data = read(*rows, {**CHAT, "prompt_id": 7, "odd": [], "topic": "x"})
+    assert data.notes == (
+        "not used, as it is about the rows and not of them: prompt_id (1 row), url (3 rows)",
+        "not used, as the messages say the same: prompt",
+        "not used, as it is empty: note, odd",
+    )
+    assert data.warnings[0].startswith(
+        "filled but not used: rejected (3 rows), score (3 rows), topic (1 row); Thimble learns from answers, "
+    )
+
+
+def test_names_without_end_are_counted_together(read):
+    (warning,) = read(*[{**CHAT, f"n{number}": "x"} for number in range(1200)]).warnings
+    assert warning.startswith("filled but not used: columns of other names (200 rows), n0 (1 row), n1 (1 row)")
+
+
 # --- what is wrong with rows
 
 

@@ -102,7 +102,9 @@ def test_a_form_is_read(name):
 def test_several_answers_are_told_if_they_differ():
     assert parse_row({"question": "q", "answers": ["a", "a"]}, "").left.filled == []
     assert parse_row({"question": "q", "answers": ["a", "b"]}, "").left.filled == ["answers behind the first"]
-    assert parse_row({"question": "q", "answer": {"value": "a", "aliases": ["A"]}}, "").left.filled == ["answer.aliases"]
+    assert parse_row({"question": "q", "answer": {"value": "a", "aliases": ["A"]}}, "").left.filled == [
+        "answer.aliases"
+    ]
 
 
 @pytest.mark.parametrize("extra", [{"system": "s"}, {"history": [["a", "b"]]}, {"tools": [{"name": "f"}]}], ids=str)

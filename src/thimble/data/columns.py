@@ -8,7 +8,7 @@ import functools
 import re
 import shlex
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -46,6 +46,7 @@ class Left:
     """What a row held that was not read: names of columns, and of keys inside as in `messages.emoji`."""
 
     filled: list[str] = field(default_factory=list)
+    repeated: list[str] = field(default_factory=list)  # filled with what the record holds anyway
     empty: list[str] = field(default_factory=list)
 
     def add(self, name: str, value: Any = True) -> None:
@@ -152,12 +153,16 @@ class Fields:
         empty = (name for name in self.among(names) if not self.is_filled(name))
         self._read.update(key for name in empty for key in self._names[name])
 
-    def leave(self, left: Left) -> None:
-        """Note all that was not read."""
+    def leave(self, left: Left, known: Collection[str] = ()) -> None:
+        """Note all that was not read; a text that is among the known ones is lost with no column."""
         for key, value in self._given.items():
             if key in self._inner:
                 self._inner[key].leave(left)
-            elif key not in self._read:
+            elif key in self._read:
+                continue
+            elif isinstance(value, str) and value.strip() in known:
+                left.repeated.append(shown(key))
+            else:
                 left.add(f"{self.within}.{shown(key)}" if self.within else shown(key), value)
 
 

@@ -16,8 +16,8 @@ from thimble.errors import DataError, Problems, listing
 
 CHATS = ("messages", "conversations")
 ALSO_CHATS = ("conversation", "dialog", "dialogue", "turns", "chat")  # if they hold a list: often they are a text
-PROMPTS = ("prompt", "question", "query", "instruction", "input", "inputs")
-COMPLETIONS = ("completion", "response", "answer", "output", "answers", "target", "targets")
+PROMPTS = ("prompt", "question", "query", "instruction", "input", "inputs", "user", "human")
+COMPLETIONS = ("completion", "response", "answer", "output", "answers", "target", "targets", "assistant", "gpt")
 KNOWN_PAIRS = (
     ("instruction", "output"), ("prompt", "completion"), ("prompt", "response"), ("question", "answer"),
     ("instruction", "response"),

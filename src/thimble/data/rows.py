@@ -58,7 +58,7 @@ class RowReader:
         elif any(message.get("tool_calls") for message in parts.get("messages") or ()):
             form = f"{form} with tools"
         fields.pass_over(OPTIONAL)
-        fields.leave(left)
+        fields.leave(left, {(turn["content"] or "").strip() for turn in parts.get("messages") or ()} - {""})
         return Parsed(Record(source=source, **parts), form, left)
 
     def check(self) -> None:

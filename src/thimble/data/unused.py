@@ -15,6 +15,7 @@ class Unused:
 
     def __init__(self) -> None:
         self._filled: Counter[str] = Counter()
+        self._repeated: dict[str, None] = {}
         self._empty: dict[str, None] = {}
 
     def add(self, left: Left) -> None:
@@ -23,15 +24,18 @@ class Unused:
             self._filled[
                 name if name in self._filled or len(self._filled) < MOST_NAMES else "columns of other names"
             ] += 1
-        if len(self._empty) < MOST_NAMES:
-            self._empty |= dict.fromkeys(left.empty)
+        for names, more in ((self._empty, left.empty), (self._repeated, left.repeated)):
+            if len(names) < MOST_NAMES:
+                names |= dict.fromkeys(more)
 
     @property
     def notes(self) -> list[str]:
         """What is empty, or only about the rows."""
         about = [name for name in self._filled if is_about(name)]
-        empty = [name for name in self._empty if name not in self._filled]
+        same = [name for name in self._repeated if name not in self._filled]
+        empty = [name for name in self._empty if name not in self._filled and name not in self._repeated]
         notes = [f"not used, as it is about the rows and not of them: {self._counted(about)}"] if about else []
+        notes += [f"not used, as the messages say the same: {listing(sorted(same), MOST_TOLD)}"] if same else []
         return notes + ([f"not used, as it is empty: {listing(sorted(empty), MOST_TOLD)}"] if empty else [])
 
     @property
