@@ -99,6 +99,7 @@ def test_every_assistant_turn_is_learned(encoder, smollm):
 def test_a_turn_of_weight_zero_is_not_learned(encoder, smollm):
     (row,) = encoder.encode(chat(user(), answer(weight=0), user("And?"), answer("So.")))
     assert learned(smollm, row) == "So.<|im_end|>"
+    assert encoder.notes[0] == "learned: all assistant turns but those that are marked as not learned"
 
 
 def test_what_follows_the_last_answer_is_left_out(encoder, smollm):

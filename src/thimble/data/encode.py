@@ -220,6 +220,7 @@ class Encoder:
         self._seen["chat"] += 1
         self._seen["tools"] += uses_tools
         self._seen["with system"] += has_system
+        self._seen["with marks"] += any(messages[index].get("weight") == 0 for index in answers(messages))
         self._seen["without system"] += not has_system and not writes_tools
         self._seen["last only"] += not has_all
 
@@ -298,7 +299,8 @@ class Encoder:
 
 
 def _learned(seen: Counter[str]) -> str:
-    parts = ["all assistant turns"] * bool(seen["chat"]) + ["completions"] * bool(seen["raw"])
+    turns = "all assistant turns" + " but those that are marked as not learned" * bool(seen["with marks"])
+    parts = [turns] * bool(seen["chat"]) + ["completions"] * bool(seen["raw"])
     return "learned: " + " and ".join(parts + ["every token of plain text"] * bool(seen["text"]))
 
 
