@@ -88,6 +88,8 @@ def log_examples(examples: Examples, log: EventLog) -> None:
     log.note(f"data: {plural(len(examples.train), 'row')} of {dataset.format} to learn from, {held} held out")
     for note in (*dataset.notes, *examples.encoder.notes):
         log.note(note)
+    for warning in dataset.warnings:
+        log.warning(warning)
     log_skipped(dataset, log)
     for warning in examples.encoder.warnings:
         log.warning(warning)

@@ -13,7 +13,10 @@ from typing import NamedTuple
 import numpy as np
 
 from thimble.data.rows import Parsed, Record, parse_row, said
-from thimble.data.sources import RawRow, find_files, kind_of, read_rows
+from thimble.data.sources.find import find_files
+from thimble.data.sources.kinds import plain_name
+from thimble.data.sources.raw import RawRow, Source, Told
+from thimble.data.sources.read import read_rows
 from thimble.data.spool import Chosen, Items, Spool
 from thimble.errors import DataError, Problems, listing, plural
 
@@ -86,6 +89,7 @@ class Dataset:
     valid: Items[Record] | None  # None: the data has no file of its own for this
     test: Items[Record] | None
     notes: tuple[str, ...]  # what the user should know: columns and files not used
+    warnings: tuple[str, ...]  # what may be wrong with the files
     files: tuple[Path, ...]
     is_text: bool  # whether all training examples are plain text
     skipped: Skipped  # what could not be used, so far
@@ -94,27 +98,27 @@ class Dataset:
 def read_dataset(path: str | Path, is_strict: bool = False) -> Dataset:
     """Read examples from a file or folder and check every row; they lie in a temporary file, not in memory.
 
-    The path is a .jsonl, .json, .csv, .parquet, .txt or .md file, may be gzipped, or a folder: with files named train,
-    valid and test, or with data files, or with texts in it or below it. If strict, a single row that cannot be used is
-    too many, else up to a tenth of them is left out. A DataError says everything that is wrong, each with file and
-    line; the first 20 are told and the rest counted.
+    The path is a .jsonl, .json, .csv, .tsv, .parquet, .arrow, .txt or .md file, may be packed, or a folder: one that
+    datasets or the hub's client has written, or with files named train, valid and test, or with data files or texts.
+    If strict, a single row that cannot be used is too many, else up to a tenth of them is left out. A DataError says
+    everything that is wrong, each with file and line; the first 20 are told and the rest counted.
     """
     path = Path(path).expanduser()
-    found = find_files(path)
-    problems, skipped, notes = Problems(), Skipped(is_strict), list(found.notes)
-    forms: dict[str, Counter[str]] = {split: Counter() for split in found.files}
+    splits, told = find_files(path)
+    problems, skipped = Problems(), Skipped(is_strict)
+    forms: dict[str, Counter[str]] = {split: Counter() for split in splits}
     unused: set[str] = set()
     records: dict[str, Spool[Record]] = {}
-    for split, files in found.files.items():
+    for split, files in splits.items():
         records[split] = Spool(_packed, _unpacked)
-        for parsed in _parsed_rows(files, path, problems, notes, skipped):
+        for parsed in _parsed_rows(files, problems, told, skipped):
             records[split].append(parsed.record)
             forms[split][parsed.form] += 1
             unused |= parsed.unused
     problems.attempt(skipped.check)
     if problems.found:
         raise DataError(*problems.found)
-    notes += [f"columns not used: {listing(sorted(unused))}"] if unused else []
+    notes = [*told.notes, *([f"columns not used: {listing(sorted(unused))}"] if unused else [])]
     return Dataset(
         name=_name(path),
         format=said(sum(forms.values(), Counter())),
@@ -122,7 +126,8 @@ def read_dataset(path: str | Path, is_strict: bool = False) -> Dataset:
         valid=records.get("valid"),
         test=records.get("test"),
         notes=tuple(notes),
-        files=tuple(file for files in found.files.values() for file in files),
+        warnings=tuple(told.warnings),
+        files=tuple(dict.fromkeys(file.path for files in splits.values() for file in files)),
         is_text=set(forms["train"]) == {"plain text"},
         skipped=skipped,
     )
@@ -161,16 +166,13 @@ def general_records() -> tuple[Record, ...]:
     )
 
 
-def _parsed_rows(
-    files: Sequence[Path], root: Path, problems: Problems, notes: list[str], skipped: Skipped
-) -> Iterator[Parsed]:
+def _parsed_rows(files: Sequence[Source], problems: Problems, told: Told, skipped: Skipped) -> Iterator[Parsed]:
     """The rows of some files, checked; what is wrong with a file or a row is noted, and the others are read."""
     before, count = len(problems.found) + skipped.count, 0
     for file in files:
-        name = str(file.relative_to(root)) if root.is_dir() else file.name
         had = count
         try:
-            for raw in read_rows(file, name):
+            for raw in read_rows(file, told):
                 parsed = _parsed(raw, skipped)
                 if parsed:
                     count += 1
@@ -178,7 +180,7 @@ def _parsed_rows(
         except DataError as error:
             problems.add(*error.problems)
         if count == had and len(problems.found) + skipped.count == before:
-            notes.append(f"{name} is empty")
+            told.note(f"{file.name} is empty")
     if not count and len(problems.found) + skipped.count == before:
         problems.add(f"{listing(file.name for file in files)} has no text: expected at least one example.")
 
@@ -207,8 +209,8 @@ def _unpacked(packed: bytes) -> Record:
 
 
 def _name(path: Path) -> str:
-    name = path.resolve().name
-    return name[: name.lower().rindex(kind)] if (kind := kind_of(path)) and path.is_file() else name
+    path = path.resolve()
+    return plain_name(path) if path.is_file() else path.name
 
 
 def _digest(record: Record, seed: int) -> int:
