@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from thimble.data.sources.arrow_values import Convert, converter
+from thimble.data.sources.json_rows import CONVERSATIONS
 from thimble.data.sources.kinds import SAVED
 from thimble.data.sources.packed import unpacked
 from thimble.data.sources.raw import RawRow, Source, Told
@@ -112,7 +113,8 @@ def _rows(batch: Any, source: Source, told: Told) -> Iterator[dict[str, Any]]:
         names = _class_names(features.get(field.name))
         if names:
             told.note(f"{source.name}: the numbers of {field.name} are read as their names, {listing(names)}")
-        convert = _named(names) if names else converter(field.type, _is_old_sequence(features.get(field.name)))
+        is_old = field.name in CONVERSATIONS or _is_old_sequence(features.get(field.name))
+        convert = _named(names) if names else converter(field.type, is_old)
         columns.append((field.name, convert, column.to_pylist()))
     for number in range(batch.num_rows):
         row = {name: values[number] for name, _, values in columns}

@@ -15,7 +15,7 @@ def converter(kind: Any, is_old_sequence: bool = False) -> Convert | None:
 
     Args:
         kind: The type.
-        is_old_sequence: Whether a struct of lists stands for a list of structs.
+        is_old_sequence: Whether a struct of lists stands for a list of structs, as datasets once stored it.
     """
     import pyarrow
 
@@ -36,7 +36,7 @@ def converter(kind: Any, is_old_sequence: bool = False) -> Convert | None:
     return _by_python if _needs_text(kind) else None
 
 
-def _list_types() -> tuple[type, ...]:
+def _list_types() -> Any:
     import pyarrow
 
     names = ("ListType", "LargeListType", "FixedSizeListType", "ListViewType", "LargeListViewType")

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 DELIMITERS = (",", ";", "\t", "|")
 LARGEST_CELL = (1 << 31) - 1  # characters
 _SEPARATOR = re.compile(r'"?sep=(.)"?[,;\t|]*\s*', re.IGNORECASE | re.DOTALL)
+_QUOTE = re.compile(r'(?<!\\)(\\\\)*"')  # one that is not escaped
 _ESCAPE = re.compile(r"\\(.?)", re.DOTALL)
 
 
@@ -39,12 +40,12 @@ def find_dialect(sample: list[str], delimiter: str, is_whole: bool) -> Dialect:
         is_whole: Whether the sample is all of the file, so that it cannot end inside a cell.
     """
     text = "".join(sample)
-    best, best_score = Dialect(delimiter or ","), (False, 0.0, 0)
+    best, best_score = Dialect(delimiter or ","), (False, 0.0, 0.0, 0)
     for dialect in _candidates(text, sample[0].strip(), delimiter):
         score = _score(sample, dialect, is_whole)
-        if score[2] > 1 and score > best_score:  # one column has no delimiter
+        if score[-1] > 1 and score > best_score:  # one column has no delimiter
             best, best_score = dialect, score
-    if best_score[2] > 1:
+    if best_score[-1] > 1:
         return best
     # One column, or nothing fits: what is wrong is told of the plain dialect.
     return next(
@@ -61,32 +62,35 @@ def _candidates(text: str, header: str, delimiter: str) -> Iterator[Dialect]:
         if header[:1] == header[-1:] == "'":
             yield Dialect(mark, "'")
             yield Dialect(mark, "'", has_escapes=True)
-        yield Dialect(mark)
-        if "\\" in text:
-            yield Dialect(mark, has_escapes=True)
+        # Quotes and delimiters that are escaped though nothing is quoted can mean nothing else.
+        is_escaped = not _QUOTE.search(text) and ('\\"' in text or f"\\{mark}" in text)
+        ways = (is_escaped, not is_escaped) if "\\" in text else (False,)
+        yield from (Dialect(mark, has_escapes=way) for way in ways)
         if f"{mark} " in text and mark != "\t":
             yield Dialect(mark, skips_spaces=True)
         if mark == "\t":
             yield Dialect(mark, quote="")
 
 
-def _score(sample: list[str], dialect: Dialect, is_whole: bool) -> tuple[bool, float, int]:
-    """Whether the sample can be read at all, the share of rows that fit the header, and the header's cells."""
+def _score(sample: list[str], dialect: Dialect, is_whole: bool) -> tuple[bool, float, float, int]:
+    """Whether the sample can be read, the shares of rows that fit the header and that have as many cells, and its cells."""
     reader: Any = cells_of(iter(sample), dialect)
-    rows, can_be_read = [], True
+    rows: list[list[str]] = []
+    can_be_read = True
     try:
         rows.extend(cells for cells in reader if any(cells))
     except csv.Error:
         can_be_read = not is_whole and reader.line_num >= len(sample)
     if not rows:
-        return False, 0.0, 0
+        return False, 0.0, 0.0, 0
     header, *rows = rows
     rows = rows if is_whole or len(rows) < 2 else rows[:-1]  # which may be cut
     named = len(header)
     while named and not header[named - 1].strip():
         named -= 1
     fitting = sum(len(cells) >= named and not any(cells[len(header) :]) for cells in rows)
-    return can_be_read, fitting / max(1, len(rows)), len(header)
+    exact = sum(len(cells) == len(header) for cells in rows)
+    return can_be_read, fitting / max(1, len(rows)), exact / max(1, len(rows)), len(header)
 
 
 def cells_of(lines: Iterable[str], dialect: Dialect) -> Iterator[list[str]]:

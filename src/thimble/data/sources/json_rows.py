@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from thimble.data.sources.raw import RawRow, Told
@@ -121,7 +121,7 @@ def _is_value(line: str) -> bool:
     return True
 
 
-def _rows_of(value: Any, name: str) -> Iterable[Any]:
+def _rows_of(value: Any, name: str) -> list[Any]:
     """The rows of a JSON value: an array, the array in an object, columns side by side, or an object that is a row."""
     if isinstance(value, list):
         return value
@@ -137,7 +137,7 @@ def _rows_of(value: Any, name: str) -> Iterable[Any]:
     if not arrays:
         return _columns(value) or [value]
     if len(arrays) == 1:
-        return value[arrays[0]]
+        return list(value[arrays[0]])
     raise DataError(
         f"{name} is an object with the arrays {listing(arrays)}: expected an array of objects, or an object with one "
         f"such array inside. Keep one of them, as in: jq -c '.{arrays[0]}[]' {name} > {arrays[0]}.jsonl"

@@ -140,7 +140,8 @@ def _by_split(tables: list[Found], folder: Path, told: Told) -> dict[str, list[F
 def _tell_unused(files: Iterable[Found], splits: dict[str, list[Found]], told: Told) -> None:
     used = {file for chosen in splits.values() for file in chosen}
     said = " ".join(told.notes)
-    left = [file.relative.as_posix() for file in files if file not in used and file.relative.as_posix() not in said]
+    others = [file for file in files if file not in used and not _NOT_DATA.fullmatch(file.path.name)]
+    left = [file.relative.as_posix() for file in others if file.relative.as_posix() not in said]
     if left:
         told.note(f"files not used: {listing(left)}")
 

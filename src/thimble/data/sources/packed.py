@@ -43,7 +43,7 @@ def unpacked(path: Path, name: str) -> Iterator[IO[bytes]]:
 def head_of(path: Path, name: str) -> bytes:
     """The first bytes of a file, unpacked."""
     with unpacked(path, name) as file:
-        return cast(Any, file).peek(HEAD_BYTES)[:HEAD_BYTES]
+        return bytes(cast(Any, file).peek(HEAD_BYTES)[:HEAD_BYTES])
 
 
 def _packing(path: Path, head: bytes) -> str:
