@@ -28,7 +28,8 @@ HEADERS = (
 )  # fmt: skip
 PIECES = (
     "Größe", "für", "Straße 7", "3,50 €", "1.234,5", "a, b and c", "x; y", 'he said "yes"', '"', "a\tb", "this | that",
-    "line\nbreak", "C:\\dir\\", "\\frac{1}{2}", "it's", "don’t", "”", "sep=;", "  ", "-", "0", "état", "\\n", "'quoted'",
+    "line\nbreak", "C:\\dir\\", "\\frac{1}{2}", "it's", "don’t", "”", "sep=;", "  ", "-", "0", "état", "\\n",
+    "'quoted'",
 )  # fmt: skip
 
 

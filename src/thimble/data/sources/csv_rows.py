@@ -97,7 +97,7 @@ def _header(cells: list[str], source: str) -> list[str]:
         )
     odd = [title for title in header if _NUMBER.fullmatch(title) or title[:1] in "[{" and title[1:]]
     odd += [title for title in header if len(title) > LONGEST_NAME]
-    if odd:
+    if odd and 2 * len(odd) >= len(list(filter(None, header))):  # a year may well be the name of a column
         raise DataError(
             f'{source} has "{odd[0][:40]}" where the name of a column should be: expected a header. Put one on top, '
             "such as prompt,completion"

@@ -73,7 +73,7 @@ def _candidates(text: str, header: str, delimiter: str) -> Iterator[Dialect]:
 
 
 def _score(sample: list[str], dialect: Dialect, is_whole: bool) -> tuple[bool, float, float, int]:
-    """Whether the sample can be read, the shares of rows that fit the header and that have as many cells, and its cells."""
+    """Whether the sample can be read; the shares of rows that fit the header and that are as long; its length."""
     reader: Any = cells_of(iter(sample), dialect)
     rows: list[list[str]] = []
     can_be_read = True

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from thimble.data.sources.card import files_by_card
 from thimble.data.sources.json_rows import split_arrays
-from thimble.data.sources.kinds import EXPECTED, is_refused, kind_by_content, kind_of, other_kind, refusal
+from thimble.data.sources.kinds import BINARY, EXPECTED, kind_by_content, kind_of, refusal, refused_kind
 from thimble.data.sources.layout import files_in
 from thimble.data.sources.packed import head_of, unpacked
 from thimble.data.sources.raw import Source, Told
@@ -32,7 +32,7 @@ def find_files(path: Path) -> Files:
     told = Told()
     try:
         if path.is_dir():
-            return Files(_in_folder(_snapshot(path, told), told), told)
+            return Files(_folder(path, told), told)
         if not path.exists():
             raise DataError(
                 f"{path} does not exist{_near(path)}: expected a {EXPECTED} file, or a folder of such files."
@@ -46,19 +46,13 @@ def find_files(path: Path) -> Files:
 
 def _one_file(path: Path) -> dict[str, list[Source]]:
     kind = kind_of(path)
-    if kind is None:
-        kind = None if is_refused(path) else _kind_inside(path)
+    if not refused_kind(path) and kind not in BINARY:
+        inside = kind_by_content(head_of(path, path.name))  # what the name does not say, or says wrongly
+        kind = inside if kind is None or inside in BINARY else kind
     if kind is None:
         raise DataError(refusal(path))
     source = Source(path, path.name, kind)
     return _json_splits(source) if kind == ".json" else {"train": [source]}
-
-
-def _kind_inside(path: Path) -> str | None:
-    head = head_of(path, path.name)
-    if what := other_kind(head):
-        raise DataError(f"{path} is {what}.")
-    return kind_by_content(head)
 
 
 def _json_splits(source: Source) -> dict[str, list[Source]]:
@@ -70,8 +64,16 @@ def _json_splits(source: Source) -> dict[str, list[Source]]:
     return splits if "train" in splits and len(splits) == len(keys) and "" not in splits else {"train": [source]}
 
 
-def _in_folder(folder: Path, told: Told) -> dict[str, list[Source]]:
+def _folder(path: Path, told: Told) -> dict[str, list[Source]]:
+    folder = _snapshot(path, told)
     _warn_of_unfinished(folder, told)
+    try:
+        return _in_folder(folder, told)
+    except DataError as error:
+        raise DataError(*error.problems, *told.warnings) from None
+
+
+def _in_folder(folder: Path, told: Told) -> dict[str, list[Source]]:
     saved = saved_splits(folder, lambda file: file.relative_to(folder).as_posix())
     if saved is not None:
         return _placed(saved, folder, told, {split: folder / split for split in saved})

@@ -24,7 +24,8 @@ def read_json_lines(open_file: Open, name: str, told: Told) -> Iterator[RawRow]:
         return
     for number, line in _lines(open_file, name):
         if line and not line.isspace():
-            yield from _line_rows(line, f"{name} line {number}")
+            row = _line_row(line, f"{name} line {number}")
+            yield from _each(row) if isinstance(row.value, list) else (row,)
 
 
 def read_json(open_file: Open, name: str, told: Told, part: str = "") -> Iterator[RawRow]:
@@ -65,24 +66,25 @@ def _spans_lines(lines: Lines) -> bool:
     return first[:1] in ("{", "[") and first[-1:] in (",", "{", "[") and next(filled, "") != ""
 
 
-def _line_rows(line: str, source: str) -> Iterator[RawRow]:
-    if sum(map(line.count, "[{,")) > MOST_VALUES:
-        yield RawRow(None, source, f"{source} holds more than {MOST_VALUES:,} values: expected one example a line.")
-        return
+def _line_row(line: str, source: str) -> RawRow:
+    if len(line) > MOST_VALUES and sum(map(line.count, "[{,")) > MOST_VALUES:
+        return RawRow(None, source, f"{source} holds more than {MOST_VALUES:,} values: expected one example a line.")
     try:
-        value = json.loads(checked(line, source))
+        return _row(json.loads(checked(line, source)), source, _has_nan(line))
     except DataError as error:
-        yield RawRow(None, source, error.problems[0])
+        return RawRow(None, source, error.problems[0])
     except (ValueError, RecursionError) as error:
-        reason = f"{source} is not valid JSON: {_reason(error, line)}. Expected one JSON object a line."
-        yield RawRow(None, source, reason)
-    else:
-        many = value if isinstance(value, list) and _holds_objects(value) else None
-        has_nan = _has_nan(line)
-        if many is None:
-            yield _row(value, source, has_nan)
-        for number, row in enumerate(many or (), start=1):
-            yield _row(row, f"{source} row {number}", has_nan)
+        reason = _reason(error, line)
+        return RawRow(None, source, f"{source} is not valid JSON: {reason}. Expected one JSON object a line.")
+
+
+def _each(row: RawRow) -> Iterator[RawRow]:
+    """The rows of an array that stands in one line."""
+    if not _holds_objects(row.value):
+        yield row
+        return
+    for number, value in enumerate(row.value, start=1):
+        yield RawRow(value, f"{row.source} row {number}")
 
 
 def _first_value(text: str, name: str) -> tuple[Any, int]:
@@ -100,7 +102,7 @@ def _several_values(text: str, name: str) -> Iterator[RawRow]:
     filled = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if all(_is_value(line) for _, line in filled[:2]):
         for number, line in filled:
-            yield from _line_rows(line, f"{name} line {number}")
+            yield _line_row(line, f"{name} line {number}")
         return
     decoder, place, number, has_nan = json.JSONDecoder(), 0, 0, _has_nan(text)
     while (place := _BETWEEN.match(text, place).end()) < len(text):  # type: ignore[union-attr]

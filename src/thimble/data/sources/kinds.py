@@ -7,6 +7,7 @@ KINDS = {
     ".parquet": ".parquet", ".arrow": ".arrow", ".feather": ".arrow", ".ipc": ".arrow", ".txt": ".txt", ".md": ".txt",
 }  # fmt: skip
 TABLES = (".jsonl", ".json", ".parquet", ".arrow", ".csv")  # which is taken first if the same rows lie there in several
+BINARY = (".parquet", ".arrow")
 TEXT = ".txt"
 SAVED = "saved"  # state.json of a folder of Arrow files with a list of the rows to take
 PACKINGS = (".gz", ".zst", ".bz2", ".xz", ".lz4")
@@ -56,18 +57,14 @@ def plain_name(path: Path) -> str:
 
 def refusal(path: Path) -> str:
     """Why a file of another kind is not read, and what to do."""
-    name = _unpacked_name(path)
-    what = _ARCHIVE if name.lower().endswith(".tar") else _REFUSED.get(Path(name).suffix.lower(), "")
-    told = f" It is {what}." if what else ""
-    return (
-        f"{path} is not a kind of file Thimble reads: expected {EXPECTED} (each may be packed, such as .jsonl.gz)."
-        f"{told}"
-    )
+    expected = f"expected {EXPECTED} (each may be packed, such as .jsonl.gz)"
+    told = f" It is {what}." if (what := refused_kind(path)) else ""
+    return f"{path} is not a kind of file Thimble reads: {expected}.{told}"
 
 
-def is_refused(path: Path) -> bool:
-    """Whether a file looks like data of a kind that is not read."""
-    return path.suffix.lower() in _REFUSED or kind_of(path) is None and path.suffix.lower() in PACKINGS
+def refused_kind(path: Path) -> str:
+    """What a file that is not read is, by its suffix, with what to do; nothing if that is not known."""
+    return _REFUSED.get(Path(_unpacked_name(path)).suffix.lower(), "")
 
 
 def other_kind(head: bytes) -> str:
@@ -83,7 +80,7 @@ def kind_by_content(head: bytes) -> str | None:
     """How to read a file whose name does not say it; None if its first bytes do not either."""
     if head.startswith(b"PAR1"):
         return ".parquet"
-    if head.startswith((b"ARROW1", b"FEA1", b"\xff\xff\xff\xff")):
+    if head.startswith((b"ARROW1", b"FEA1", b"\xff\xff\xff\xff")):  # the last begins a stream
         return ".arrow"
     begin = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     return {b"{": ".jsonl", b"[": ".json"}.get(begin[:1])

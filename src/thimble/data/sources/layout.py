@@ -7,7 +7,7 @@ from pathlib import Path, PurePath
 from typing import NamedTuple
 
 from thimble.data.sources.card import is_card
-from thimble.data.sources.kinds import EXPECTED, TABLES, TEXT, is_refused, kind_of, plain_name, refusal
+from thimble.data.sources.kinds import EXPECTED, TABLES, TEXT, kind_of, plain_name, refused_kind
 from thimble.data.sources.raw import Source, Told
 from thimble.data.sources.splits import SPLITS, label_of, meaning_of, place, warn_of_missing_parts
 from thimble.errors import DataError, listing
@@ -121,6 +121,9 @@ def _by_split(tables: list[Found], folder: Path, told: Told) -> dict[str, list[F
     plain = labelled.pop("", [])
     is_exact = any(label.lower() in SPLITS for label in labelled)
     has_train = any(meaning_of(label) == "train" for label in labelled)
+    folders = sorted({file.set_folder.as_posix() for file in tables})
+    if len(folders) > 1:
+        told.note(f"training data: all files in {listing(folders)}")
     if not labelled or (not is_exact and all(meaning_of(label) == "train" for label in labelled)):
         return {"train": tables}
     if plain and not is_exact and not has_train:
@@ -150,7 +153,7 @@ def _nothing(folder: Path, texts: list[Found]) -> DataError:
     names = sorted(path.name for path in folder.iterdir())
     message = f"{folder} holds no data: expected {EXPECTED} files, found {listing(names) if names else 'nothing'}."
     if texts:
-        message += f" ({listing(file.relative.as_posix() for file in texts)} tells about data and holds none.)"
-    if other := next((folder / name for name in names if is_refused(folder / name)), None):
-        message += f" {refusal(other)}"
+        message += f" {listing(file.relative.as_posix() for file in texts)}: about data, and none itself."
+    if other := next((name for name in names if refused_kind(Path(name))), None):
+        message += f" {other} is {refused_kind(Path(other))}."
     return DataError(message)

@@ -6,13 +6,15 @@ spreadsheets save it: `thimble.data.sources.codepages` judges that.
 
 import codecs
 import io
-import itertools
 import re
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from pathlib import PurePath
 from typing import IO
 
 from thimble.data.sources.codepages import is_mixed, is_western, readings, words
+from thimble.data.sources.kinds import PACKINGS
 from thimble.data.sources.packed import HEAD_BYTES
 from thimble.data.sources.raw import Told
 from thimble.errors import DataError, listing
@@ -71,15 +73,11 @@ def numbered_lines(file: IO[bytes], encoding: str, name: str) -> Iterator[tuple[
     """
     errors = "surrogateescape" if encoding == UTF8 else "strict"
     lines = io.TextIOWrapper(file, encoding, errors)
+    most = MOST_LINE_BYTES
     try:
-        for number in itertools.count(1):
-            line = lines.readline(MOST_LINE_BYTES + 1)
-            if not line:
-                return
-            if len(line) > MOST_LINE_BYTES:
-                raise DataError(
-                    f"{name} line {number} is longer than {MOST_LINE_BYTES:,} bytes: expected one example a line."
-                )
+        for number, line in enumerate(iter(lambda: lines.readline(most + 1), ""), start=1):
+            if len(line) > most:
+                raise DataError(f"{name} line {number} is longer than {most:,} bytes: expected one example a line.")
             yield number, line.removesuffix("\n")
     except UnicodeError as error:
         raise DataError(f"{name} is damaged {encoding.upper()}: {error}. Copy or save the file again.") from None
@@ -93,7 +91,7 @@ def checked(line: str, source: str) -> str:
         return line
     raise DataError(
         f"{source} is not UTF-8: byte 0x{ord(found[0]) - 0xDC00:02x} at column {found.start() + 1:,}. "
-        "Save the file again with UTF-8 encoding, or convert it from the one it has: iconv -f ENCODING -t UTF-8"
+        "Save the file again with UTF-8 encoding, or convert it from the one it has with iconv."
     )
 
 
@@ -137,18 +135,25 @@ def _guessed(open_file: Open, name: str, fault: int, told: Told) -> str:
     if is_western(lines):
         told.warn(
             f"{name} is not UTF-8 and is read as Windows-1252, where it holds {listing(words(lines))}; if that looks "
-            "wrong, convert the file from the encoding it has: iconv -f ENCODING -t UTF-8"
+            f"wrong, convert it from the encoding it has: {_command('ENCODING', name)}"
         )
         return WINDOWS
     if is_mixed(lines):
         raise DataError(
             f"{name} line {fault} is not UTF-8, and other lines are: it was put together from files of several "
-            "encodings. Convert those that are not UTF-8 first: iconv -f ENCODING -t UTF-8"
+            f"encodings. Convert those that are not UTF-8 first: {_command('ENCODING', name)}"
         )
     found = readings(lines)
     choices = "; ".join(f"as {encoding} it holds {text}" for encoding, text in found)
     raise DataError(
         f"{name} line {fault} is neither UTF-8 nor Windows-1252{': ' if choices else ''}{choices}. Save the file with "
-        f"UTF-8 encoding, or convert it from the one that reads right: iconv -f {found[0][0] if found else 'ENCODING'} "
-        "-t UTF-8"
+        "UTF-8 encoding, or convert it from the one that reads right: "
+        + _command(found[0][0] if found else "ENCODING", name)
     )
+
+
+def _command(encoding: str, name: str) -> str:
+    path = PurePath(name)
+    path = path.with_suffix("") if path.suffix.lower() in PACKINGS else path
+    converted = path.with_name(f"{path.stem}-utf8{path.suffix}")
+    return f"iconv -f {encoding} -t UTF-8 {shlex.quote(str(path))} > {shlex.quote(str(converted))}"
