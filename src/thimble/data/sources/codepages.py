@@ -10,7 +10,6 @@ import re
 MOST_WRONG = 0.1  # of what is not ASCII, in text that reads well
 MOST_READINGS, MOST_WORDS = 3, 5
 _UNUSED = re.compile(rb"[\x81\x8d\x8f\x90\x9d]")  # Windows-1252 has no characters here
-_UTF8 = re.compile(rb"[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf4][\x80-\xbf]{3}")
 _HIGH = re.compile(r"[^\x00-\x7f]")
 _RUN = re.compile(r"[^\x00-\x7f]{3,}")
 _LETTERS = "A-Za-zß-öø-ÿœšžÀ-ÖØ-ÞŒŠŽŸ"
@@ -20,13 +19,13 @@ _ODD = re.compile(  # signs inside words, and capitals behind small letters
 _MARKS = set("’‘“”„‚…–—«»‹›•·€£°§©®™¡¿ \xa0\xad")
 _WORD = re.compile(r"[^\s,;|\"]*[^\x00-\x7f][^\s,;|\"]*")
 _TURKISH, _ICELANDIC = re.compile("[þðýÞÐÝ]"), re.compile("[áíæÁÍÆ]")  # the Turkish letters are in the same places
-_SMALL_THEN_CAPITAL = re.compile("[ß-öø-ÿ\u03ac-\u03ce\u0430-\u045f][À-ÖØ-Þ\u0388-\u03ab\u0401-\u042f]")
+_INNER_CAPITAL = re.compile(r"(?<=[^\W\d_])[À-ÖØ-Þ\u0388-\u03ab\u0401-\u042f]")
 _MIXED_SCRIPTS = re.compile(r"[A-Za-z][^\x00-\x7f]|[^\x00-\x7f][A-Za-z]")
 _LATIN = {"MACINTOSH", "CP850", "ISO-8859-2", "CP1250", "CP1254"}
-_KANJI, _SIGNS, _CYRILLIC = "\u4e00-\u9fff", "\u3000-\u303f\uff00-\uffef", "\u0400-\u04ff"
+_KANJI, _SIGNS, _CYRILLIC = "\u4e00-\u9fff", "\u3000-\u303f\uff01-\uff60", "\u0400-\u04ff"
 _WESTERN, _CENTRAL = "ß-öø-ÿÀ-ÖØ-Þ", "ß-öø-žÀ-ÖØ-Þ"
 _OTHERS = {  # name for iconv: codec of Python, and the letters that such text consists of
-    "CP1251": ("cp1251", _CYRILLIC), "KOI8-R": ("koi8_r", "\u0430-\u0451"), "CP866": ("cp866", _CYRILLIC),
+    "CP1251": ("cp1251", _CYRILLIC), "KOI8-R": ("koi8_r", _CYRILLIC), "CP866": ("cp866", _CYRILLIC),
     "CP1253": ("cp1253", "\u0370-\u03ff"), "CP1255": ("cp1255", "\u0590-\u05ff"),
     "CP1256": ("cp1256", "\u0600-\u06ff"), "CP874": ("cp874", "\u0e00-\u0e7f"),
     "SHIFT_JIS": ("cp932", f"\u3040-\u30ff{_KANJI}{_SIGNS}"), "GB18030": ("gb18030", _KANJI + _SIGNS),
@@ -47,8 +46,17 @@ def is_western(lines: bytes) -> bool:
 
 
 def is_mixed(lines: bytes) -> bool:
-    """Whether some of what is not ASCII is UTF-8, though not all is."""
-    return sum(map(len, _UTF8.findall(lines))) > MOST_WRONG * sum(byte > 127 for byte in lines)
+    """Whether some of the lines that are not ASCII are UTF-8, though not all are."""
+    others = [line for line in lines.splitlines() if not line.isascii()]
+    return sum(map(_is_utf8, others)) > MOST_WRONG * len(others)
+
+
+def _is_utf8(line: bytes) -> bool:
+    try:
+        line.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def words(lines: bytes) -> list[str]:
@@ -65,10 +73,11 @@ def readings(lines: bytes) -> list[tuple[str, str]]:
         except UnicodeDecodeError:
             continue
         high = _HIGH.findall(text)
-        own = len(re.findall(f"[{letters}]", text)) - len(_SMALL_THEN_CAPITAL.findall(text))
+        own = len(re.findall(f"[{letters}]", text)) - len(_INNER_CAPITAL.findall(text))
         own -= _in_runs(text) if name in _LATIN else len(_MIXED_SCRIPTS.findall(text))
         ranked.append((-own / max(1, len(high)), name, " ".join(_telling_words(text))))
-    return [(name, f'"{text}"') for share, name, text in sorted(ranked)[:MOST_READINGS] if share < -0.5]
+    likely = [(name, f'"{text}"') for share, name, text in sorted(ranked) if share < -0.5 and text.isprintable()]
+    return likely[:MOST_READINGS]
 
 
 def _in_runs(text: str) -> int:

@@ -21,18 +21,16 @@ _NAMES = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 
 def read_csv(open_file: Open, name: str, told: Told) -> Iterator[RawRow]:
     """The rows below the header; empty cells are missing values."""
-    lines = (checked(line, f"{name} line {number}") + "\n" for number, line in strict_lines(open_file, name, told))
-    first = 1  # the line of the file where `sample` begins
-    line = next(lines, "")
-    while line and not line.strip():
-        line, first = next(lines, ""), first + 1
-    if not line:
-        return
+    lines = strict_lines(open_file, name, told)
+    first, line = _filled(lines)
     delimiter = separator_line(line)
     if delimiter:
-        line, first = next(lines, ""), first + 1
-    sample, size = [line], len(line)
-    for line in itertools.islice(lines, SAMPLE_LINES):
+        first, line = _filled(lines)
+    if not line:
+        return
+    below = (f"{checked(line, f'{name} line {number}')}\n" for number, line in lines)
+    sample, size = [f"{checked(line, f'{name} line {first}')}\n"], len(line)
+    for line in itertools.islice(below, SAMPLE_LINES):
         sample.append(line)
         size += len(line)
         if size > SAMPLE_CHARS:
@@ -41,7 +39,12 @@ def read_csv(open_file: Open, name: str, told: Told) -> Iterator[RawRow]:
     with _large_cells():
         dialect = find_dialect(sample, delimiter, is_whole)
         _tell(dialect, name, told)
-        yield from _rows(itertools.chain(sample, lines), dialect, name, first)
+        yield from _rows(itertools.chain(sample, below), dialect, name, first)
+
+
+def _filled(lines: Iterator[tuple[int, str]]) -> tuple[int, str]:
+    """The next line with anything in it, and its number; an empty one if there is none."""
+    return next(((number, line) for number, line in lines if line and not line.isspace()), (0, ""))
 
 
 @contextmanager

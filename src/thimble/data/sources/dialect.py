@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 DELIMITERS = (",", ";", "\t", "|")
 LARGEST_CELL = (1 << 31) - 1  # characters
-_SEPARATOR = re.compile(r'"?sep=(.)"?[,;\t|]*\s*', re.IGNORECASE | re.DOTALL)
+_SEPARATOR = re.compile(r'"?sep=(.)"?[,;\t|]*', re.IGNORECASE | re.DOTALL)
 _QUOTE = re.compile(r'(?<!\\)(\\\\)*"')  # one that is not escaped
 _ESCAPE = re.compile(r"\\(.?)", re.DOTALL)
 

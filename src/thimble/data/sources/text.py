@@ -140,8 +140,8 @@ def _guessed(open_file: Open, name: str, fault: int, told: Told) -> str:
         return WINDOWS
     if is_mixed(lines):
         raise DataError(
-            f"{name} line {fault} is not UTF-8, and other lines are: it was put together from files of several "
-            f"encodings. Convert those that are not UTF-8 first: {_command('ENCODING', name)}"
+            f"{name} line {fault} is not UTF-8, and other lines are: it is damaged there, or put together from files "
+            f"of several encodings. Mend the line, or convert those files first: {_command('ENCODING', name)}"
         )
     found = readings(lines)
     choices = "; ".join(f"as {encoding} it holds {text}" for encoding, text in found)
