@@ -17,6 +17,7 @@ from pathlib import Path
 import stress
 from stress import (
     Line,
+    arrow_files,
     canaries,
     crash,
     csv_files,
@@ -57,6 +58,7 @@ TRIALS: dict[str, tuple[Callable[[int], Line], int]] = {
     "bases": (foreign_files.fuzz_base_folder, 30_000),
     "tokenizers": (foreign_files.fuzz_tokenizers, 20_000),
     "gguf_metadata": (foreign_files.fuzz_gguf_metadata, 20_000),
+    "arrow": (arrow_files.fuzz_arrow, 20_000),
     "csv": (csv_files.csv_dialects, 50_000),
     "canaries": (canaries.canaries, 500),
     "full": (storage.full_disks, 50),

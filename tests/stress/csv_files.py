@@ -91,7 +91,7 @@ def read_table(path: Path) -> list[dict[str, str]]:
 def differences(table: Table, found: list[dict[str, str]]) -> str:
     """What differs from what the csv module reads; nothing if all is the same."""
     header, *rows = table.rows()
-    titles = [title.strip() or f"column {place} (without a name)" for place, title in enumerate(header, start=1)]
+    titles = [title.strip() or f"Unnamed: {place}" for place, title in enumerate(header)]
     right = [{title: cell for title, cell in zip(titles, row, strict=False) if cell} for row in rows if any(row)]
     return "" if found == right else f"{table.dialect} {table.encoding}: {found} is not {right}"
 

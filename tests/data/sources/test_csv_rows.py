@@ -83,7 +83,7 @@ def test_one_column_needs_no_separator(tmp_path):
 def test_a_column_without_a_name_is_told_and_not_used(tmp_path):
     data = read(tmp_path, ",prompt,completion\n0,a,b\n1,c,d\n")
     assert pairs(data) == [("a", "b"), ("c", "d")]
-    assert any("column 1 (without a name)" in note for note in (*data.notes, *data.warnings))
+    assert any("Unnamed: 0" in note for note in (*data.notes, *data.warnings))
 
 
 def test_the_dialect_is_told_unless_it_is_the_usual_one(tmp_path):
@@ -179,3 +179,12 @@ def test_a_file_of_several_encodings_is_refused(tmp_path):
 def test_a_wrong_byte_late_in_a_large_file_is_found_before_rows_are_taken(tmp_path):
     content = b"prompt,completion\n" + b"a,%s\n" % (b"b" * 1000) * 1500 + "für,größer\n".encode("cp1252")
     assert len(read(tmp_path, content).warnings) == 1
+
+
+def test_a_text_that_is_a_table_is_told(tmp_path):
+    content = "prompt\tcompletion\r\nGröße\tx\r\n".encode("utf-16")
+    assert read(tmp_path, content, "mine.txt").warnings == (
+        "mine.txt looks like a table with tabs between cells and is read as one text: to read rows, call it .tsv",
+    )
+    assert read(tmp_path, content, "mine.tsv").train[0].prompt == "Größe"
+    assert read(tmp_path, "\tindented\n\ttoo\n", "mine.txt").warnings == ()

@@ -40,9 +40,10 @@ def read_arrow(source: Source, told: Told) -> Iterator[RawRow]:
         for batch in _saved_batches(source) if source.kind == SAVED else _batches(source):
             for row in _rows(batch, source, told):
                 yield RawRow(row, f"{source.name} row {next(number)}")
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError, OverflowError, MemoryError) as error:
         kind = "Parquet" if source.kind == ".parquet" else "Arrow"
-        raise DataError(f"{source.name} is not a whole {kind} file: {error}. Fetch it again.") from error
+        reason = str(error) or "it asks for more memory than there is"
+        raise DataError(f"{source.name} is not a whole {kind} file: {reason}. Fetch it again.") from error
 
 
 def _batches(source: Source) -> Iterator[Any]:
@@ -97,11 +98,13 @@ def _mapped(folder: Path, file: Mapping[str, Any]) -> Any:
 
     path = folder / Path(file["filename"]).name
     table = pyarrow.ipc.open_stream(pyarrow.memory_map(str(path))).read_all()
+    table.validate(full=True)
     return table.slice(file.get("skip") or 0, file.get("take"))
 
 
 def _rows(batch: Any, source: Source, told: Told) -> Iterator[dict[str, Any]]:
     """The rows of a batch, each with the columns that have a value."""
+    batch.validate(full=True)  # pyarrow would follow offsets to anywhere
     features = _features(batch.schema, source.path)
     media = [name for name in batch.schema.names if _type_of(features.get(name)) in _MEDIA]
     if media:

@@ -16,6 +16,9 @@ def converter(kind: Any, is_old_sequence: bool = False) -> Convert | None:
     Args:
         kind: The type.
         is_old_sequence: Whether a struct of lists stands for a list of structs, as datasets once stored it.
+
+    Returns:
+        A function of one value that is not null, or None.
     """
     import pyarrow
 

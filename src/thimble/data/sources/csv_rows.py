@@ -71,7 +71,7 @@ def _rows(lines: Iterator[str], dialect: Dialect, name: str, first: int) -> Iter
     line, cells = next(rows)
     header = _header(cells, f"{name} line {line}")
     named = max((place for place, title in enumerate(header, start=1) if title), default=0)
-    titles = [title or f"column {place} (without a name)" for place, title in enumerate(header, start=1)]
+    titles = [title or f"Unnamed: {place}" for place, title in enumerate(header)]  # as pandas calls them
     count = 0
     for line, cells in rows:
         if not any(cells):

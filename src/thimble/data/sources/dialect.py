@@ -38,6 +38,9 @@ def find_dialect(sample: list[str], delimiter: str, is_whole: bool) -> Dialect:
         sample: Lines with their ends.
         delimiter: What stands between cells, if that is known.
         is_whole: Whether the sample is all of the file, so that it cannot end inside a cell.
+
+    Returns:
+        The best of all; where none fits, the usual one, so that what is wrong can be told.
     """
     text = "".join(sample)
     best, best_score = Dialect(delimiter or ","), (False, 0.0, 0.0, 0)

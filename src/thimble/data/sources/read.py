@@ -12,6 +12,8 @@ from thimble.data.sources.raw import RawRow, Source, Told
 from thimble.data.sources.text import Open, strict_lines, whole_text
 from thimble.errors import DataError
 
+SHOWN_CHARS, SHOWN_LINES = 1 << 16, 20  # of a text, to see whether it is a table
+
 
 def read_rows(source: Source, told: Told) -> Iterator[RawRow]:
     """The rows of one file, one after the other: a file of lines is never held in memory whole, a text is one row.
@@ -41,5 +43,16 @@ def _text(open_file: Open, name: str, told: Told) -> Iterator[RawRow]:
     text = whole_text(strict_lines(open_file, name, told), name)
     if "\0" in text:
         raise DataError(f"{name} holds a NUL character: expected text. If it is another kind of file, name it so.")
+    if _is_table(text):
+        told.warn(
+            f"{name} looks like a table with tabs between cells and is read as one text: to read rows, call it .tsv"
+        )
     if text.strip():
         yield RawRow({"text": text}, name)
+
+
+def _is_table(text: str) -> bool:
+    """Whether all of the first lines have as many tabs as the first: spreadsheets save "Unicode text" that way."""
+    lines = [line for line in text[:SHOWN_CHARS].split("\n") if line.strip()][:SHOWN_LINES]
+    tabs = {line.count("\t") for line in lines}
+    return len(lines) > 1 and len(tabs) == 1 and tabs != {0} and not lines[0].startswith("\t")

@@ -45,9 +45,8 @@ def place(labelled: Mapping[str, list[T]], root: Path, ways: Mapping[str, Path],
         may be and only the user can tell.
     """
     exact = {label for label in labelled if label.lower() in SPLITS}
-    chosen = exact or set(labelled)
     placed: dict[str, list[str]] = {}
-    for label in chosen:
+    for label in (label for label in labelled if not exact or label in exact):
         placed.setdefault(meaning_of(label) or label, []).append(label)
     if len(labelled) == 1 and "train" not in placed and not exact:
         told.note(f"the only split, {next(iter(labelled))}, is the training data")
@@ -61,9 +60,9 @@ def place(labelled: Mapping[str, list[T]], root: Path, ways: Mapping[str, Path],
             f"{root} has the splits {names}, {why}: name what to learn from, as in: thimble train {ways.get(one, root)}"
         )
     result = {
-        split: [file for label in sorted(labels) for file in labelled[label]]
-        for split, labels in placed.items()
-        if split in SPLITS.values() and (exact or len(labels) == 1)
+        split: [file for label in sorted(placed[split]) for file in labelled[label]]
+        for split in ("train", "valid", "test")
+        if split in placed and (exact or len(placed[split]) == 1)
     }
     unused = sorted(label for label in labelled if not any(label in placed.get(split, ()) for split in result))
     if unused:
