@@ -37,7 +37,7 @@ RULES = {
     "models": Part("errors core files models", packages="numpy"),
     "data": Part(
         "errors events core config files models data", packages="numpy",
-        packages_later="tokenizers jinja2 pyarrow huggingface_hub",
+        packages_later="tokenizers jinja2 pyarrow huggingface_hub yaml",
     ),
     "backends": Part("errors core files models data backends", "backends/torch", packages="numpy"),
     "backends/torch": Part(

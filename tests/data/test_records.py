@@ -6,8 +6,8 @@ import tracemalloc
 
 import pytest
 
-from thimble.data import sources
 from thimble.data.records import Record, general_records, read_dataset, split_rows
+from thimble.data.sources import json_rows, text
 from thimble.errors import DataError, MissingPackageError
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
@@ -409,7 +409,7 @@ def test_a_text_file_is_one_record(tmp_path):
             "a.json is an object with the arrays a, b: expected an array",
         ),
         ("a.jsonl", b'{"text": "a"}\n{"text": "caf\xe9"}', "a.jsonl line 2 is not UTF-8: byte 0xe9 at column 14."),
-        ("a.txt", "text".encode("utf-16"), "a.txt is UTF-16: expected UTF-8."),
+        ("a.txt", "text".encode("utf-16")[:-1], "a.txt is damaged UTF-16:"),
         ("a.jsonl.gz", b"not gzip", "a.jsonl.gz cannot be unpacked: Not a gzipped file"),
         (
             "a.jsonl.gz",
@@ -628,7 +628,7 @@ def test_a_line_of_a_hundred_megabytes_is_read(tmp_path):
 
 
 def test_a_line_without_an_end_is_refused_before_it_fills_the_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "MOST_LINE_BYTES", 1000)
+    monkeypatch.setattr(text, "MOST_LINE_BYTES", 1000)
     path = tmp_path / "train.jsonl.gz"
     path.write_bytes(gzip.compress(b'{"text": "b"}\n' + b" " * 10_000_000))
     with pytest.raises(DataError, match="line 2 is longer than 1,000 bytes"):
@@ -636,7 +636,7 @@ def test_a_line_without_an_end_is_refused_before_it_fills_the_memory(tmp_path, m
 
 
 def test_a_kind_that_is_read_whole_has_an_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "MOST_WHOLE_BYTES", 1000)
+    monkeypatch.setattr(text, "MOST_WHOLE_BYTES", 1000)
     path = tmp_path / "train.json"
     path.write_text("[\n" + '{"text": "a"},\n' * 100 + '{"text": "a"}]')
     with pytest.raises(DataError, match="larger than 1,000 bytes.*as .jsonl"):
@@ -668,7 +668,7 @@ def test_a_large_data_set_holds_out_no_more_than_can_be_measured():
 
 
 def test_a_line_with_more_values_than_memory_has_room_for_is_left_out(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "MOST_VALUES", 1000)
+    monkeypatch.setattr(json_rows, "MOST_VALUES", 1000)
     path = tmp_path / "train.jsonl"
     path.write_text('{"text": "a, b"}\n' * 20 + '{"text": [' + "[]," * 2000 + "[]]}\n")
     data = read_dataset(path)

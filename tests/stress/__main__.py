@@ -15,7 +15,22 @@ from dataclasses import asdict
 from pathlib import Path
 
 import stress
-from stress import Line, canaries, columns, crash, damage, data, files, foreign_files, memory, runs, storage, templates
+from stress import (
+    Line,
+    arrow_files,
+    canaries,
+    columns,
+    crash,
+    csv_files,
+    damage,
+    data,
+    files,
+    foreign_files,
+    memory,
+    runs,
+    storage,
+    templates,
+)
 from thimble import __version__
 from thimble.models.machine import processor
 
@@ -45,6 +60,8 @@ TRIALS: dict[str, tuple[Callable[[int], Line], int]] = {
     "tokenizers": (foreign_files.fuzz_tokenizers, 20_000),
     "gguf_metadata": (foreign_files.fuzz_gguf_metadata, 20_000),
     "columns": (columns.column_names, 50_000),
+    "arrow": (arrow_files.fuzz_arrow, 20_000),
+    "csv": (csv_files.csv_dialects, 50_000),
     "canaries": (canaries.canaries, 500),
     "full": (storage.full_disks, 50),
     "flips": (damage.bit_flips, 1_000),

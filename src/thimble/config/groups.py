@@ -97,8 +97,9 @@ class ColumnOptions(Options):
 class DataOptions(ColumnOptions):
     """The examples, and how they become rows."""
 
-    data: str = option("", "Examples: a .jsonl, .json, .csv, .parquet, .txt or .md file (may be gzipped), or a folder "
-        "of such files.", positional=True, metavar="DATA")  # fmt: skip
+    data: str = option("", "Examples: a .jsonl, .json, .csv, .tsv, .parquet, .arrow, .txt or .md file (may be packed, "
+        "as .gz, .zst, .bz2 or .xz), or a folder: of such files, from the hub, or written by save_to_disk.",
+        positional=True, metavar="DATA")  # fmt: skip
     strict: bool = option(False, "Refuse the data if a single row cannot be used, instead of leaving out a few.")
     loss_on: str = option("auto", "Target tokens, which the loss is taken on: completions (all assistant turns) or "
         "all; auto: all for plain text, else completions.", choices=("auto", "completions", "all"))  # fmt: skip

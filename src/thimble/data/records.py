@@ -14,7 +14,10 @@ import numpy as np
 
 from thimble.data.columns import NamedColumns
 from thimble.data.rows import Parsed, Record, RowReader, parse_row, said
-from thimble.data.sources import RawRow, find_files, kind_of, read_rows
+from thimble.data.sources.find import find_files
+from thimble.data.sources.kinds import plain_name
+from thimble.data.sources.raw import RawRow, Source, Told
+from thimble.data.sources.read import read_rows
 from thimble.data.spool import Chosen, Items, Spool
 from thimble.data.unused import Unused
 from thimble.errors import DataError, Problems, listing, plural
@@ -88,7 +91,7 @@ class Dataset:
     valid: Items[Record] | None  # None: the data has no file of its own for this
     test: Items[Record] | None
     notes: tuple[str, ...]  # what the user should know: files not used, columns that say nothing
-    warnings: tuple[str, ...]  # what may be missing from the rows: columns that are filled and not used
+    warnings: tuple[str, ...]  # what may be wrong with the files, or missing from the rows
     files: tuple[Path, ...]
     is_text: bool  # whether all training examples are plain text
     skipped: Skipped  # what could not be used, so far
@@ -97,21 +100,21 @@ class Dataset:
 def read_dataset(path: str | Path, is_strict: bool = False, named: NamedColumns | None = None) -> Dataset:
     """Read examples from a file or folder and check every row; they lie in a temporary file, not in memory.
 
-    The path is a .jsonl, .json, .csv, .parquet, .txt or .md file, may be gzipped, or a folder: with files named train,
-    valid and test, or with data files, or with texts in it or below it. If strict, a single row that cannot be used is
-    too many, else up to a tenth of them is left out. Rows are read from the columns that are named, else from those of
-    a known form. A DataError says everything that is wrong, each with file and line; the first 20 are told and the
-    rest counted.
+    The path is a .jsonl, .json, .csv, .tsv, .parquet, .arrow, .txt or .md file, may be packed, or a folder: one that
+    datasets or the hub's client has written, or with files named train, valid and test, or with data files or texts.
+    If strict, a single row that cannot be used is too many, else up to a tenth of them is left out. Rows are read from
+    the columns that are named, else from those of a known form. A DataError says everything that is wrong, each with
+    file and line; the first 20 are told and the rest counted.
     """
     path = Path(path).expanduser()
-    found = find_files(path)
-    problems, skipped, notes = Problems(), Skipped(is_strict), list(found.notes)
-    forms: dict[str, Counter[str]] = {split: Counter() for split in found.files}
+    splits, told = find_files(path)
+    problems, skipped = Problems(), Skipped(is_strict)
+    forms: dict[str, Counter[str]] = {split: Counter() for split in splits}
     reader, unused = RowReader(named), Unused()
     records: dict[str, Spool[Record]] = {}
-    for split, files in found.files.items():
+    for split, files in splits.items():
         records[split] = Spool(_packed, _unpacked)
-        for parsed in _parsed_rows(files, path, reader, problems, notes, skipped):
+        for parsed in _parsed_rows(files, reader, problems, told, skipped):
             records[split].append(parsed.record)
             forms[split][parsed.form] += 1
             unused.add(parsed.left)
@@ -125,9 +128,9 @@ def read_dataset(path: str | Path, is_strict: bool = False, named: NamedColumns 
         train=records["train"],
         valid=records.get("valid"),
         test=records.get("test"),
-        notes=(*notes, *unused.notes),
-        warnings=tuple(unused.warnings),
-        files=tuple(file for files in found.files.values() for file in files),
+        notes=(*told.notes, *unused.notes),
+        warnings=(*told.warnings, *unused.warnings),
+        files=tuple(dict.fromkeys(file.path for files in splits.values() for file in files)),
         is_text=set(forms["train"]) == {"plain text"},
         skipped=skipped,
     )
@@ -167,15 +170,14 @@ def general_records() -> tuple[Record, ...]:
 
 
 def _parsed_rows(
-    files: Sequence[Path], root: Path, reader: RowReader, problems: Problems, notes: list[str], skipped: Skipped
+    files: Sequence[Source], reader: RowReader, problems: Problems, told: Told, skipped: Skipped
 ) -> Iterator[Parsed]:
     """The rows of some files, checked; what is wrong with a file or a row is noted, and the others are read."""
     before, count = len(problems.found) + skipped.count, 0
     for file in files:
-        name = str(file.relative_to(root)) if root.is_dir() else file.name
         had = count
         try:
-            for raw in read_rows(file, name):
+            for raw in read_rows(file, told):
                 parsed = _parsed(raw, reader, skipped)
                 if parsed:
                     count += 1
@@ -183,7 +185,7 @@ def _parsed_rows(
         except DataError as error:
             problems.add(*error.problems)
         if count == had and len(problems.found) + skipped.count == before:
-            notes.append(f"{name} is empty")
+            told.note(f"{file.name} is empty")
     if not count and len(problems.found) + skipped.count == before:
         problems.add(f"{listing(file.name for file in files)} has no text: expected at least one example.")
 
@@ -212,8 +214,8 @@ def _unpacked(packed: bytes) -> Record:
 
 
 def _name(path: Path) -> str:
-    name = path.resolve().name
-    return name[: name.lower().rindex(kind)] if (kind := kind_of(path)) and path.is_file() else name
+    path = path.resolve()
+    return plain_name(path) if path.is_file() else path.name
 
 
 def _digest(record: Record, seed: int) -> int:

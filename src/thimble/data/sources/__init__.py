@@ -1,0 +1,1 @@
+"""Files of examples: which of them are read, and their rows as they stand in them."""

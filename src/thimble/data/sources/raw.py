@@ -1,0 +1,40 @@
+"""What passes between those who find files, those who read them, and those who know what a row means."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+class RawRow(NamedTuple):
+    """One row before it is checked."""
+
+    value: Any
+    source: str  # "train.jsonl line 12"
+    problem: str = ""  # why it cannot be read; then there is no value
+
+
+class Source(NamedTuple):
+    """A file to read, or what of it."""
+
+    path: Path
+    name: str  # as messages call it: "data/train.jsonl"
+    kind: str  # how it is read, see `kinds`
+    part: str = ""  # the split to take of a JSON file that holds several
+
+
+@dataclass
+class Told:
+    """What is worth telling about the files, each once."""
+
+    notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def note(self, text: str) -> None:
+        """Tell what was done."""
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def warn(self, text: str) -> None:
+        """Tell what may be wrong."""
+        if text not in self.warnings:
+            self.warnings.append(text)

@@ -1,0 +1,58 @@
+"""From one file to its rows."""
+
+from collections.abc import Iterator
+from functools import partial
+
+from thimble.data.sources.arrow import read_arrow
+from thimble.data.sources.csv_rows import read_csv
+from thimble.data.sources.json_rows import read_json, read_json_lines
+from thimble.data.sources.kinds import TEXT
+from thimble.data.sources.packed import unpacked
+from thimble.data.sources.raw import RawRow, Source, Told
+from thimble.data.sources.text import Open, strict_lines, whole_text
+from thimble.errors import DataError
+
+SHOWN_CHARS, SHOWN_LINES = 1 << 16, 20  # of a text, to see whether it is a table
+
+
+def read_rows(source: Source, told: Told) -> Iterator[RawRow]:
+    """The rows of one file, one after the other: a file of lines is never held in memory whole, a text is one row.
+
+    Rows that cannot be read come with the problem; a DataError if the file itself cannot, or has no rows.
+    """
+    count = 0
+    for row in _rows(source, told):
+        count += 1
+        yield row
+    if not count and source.kind != TEXT:
+        raise DataError(f"{source.name} is empty: expected rows.")
+
+
+def _rows(source: Source, told: Told) -> Iterator[RawRow]:
+    open_file: Open = partial(unpacked, source.path, source.name)
+    if source.kind == ".jsonl":
+        return read_json_lines(open_file, source.name, told)
+    if source.kind == ".json":
+        return read_json(open_file, source.name, told, source.part)
+    if source.kind == ".csv":
+        return read_csv(open_file, source.name, told)
+    return _text(open_file, source.name, told) if source.kind == TEXT else read_arrow(source, told)
+
+
+def _text(open_file: Open, name: str, told: Told) -> Iterator[RawRow]:
+    text = whole_text(strict_lines(open_file, name, told), name)
+    if "\0" in text:
+        raise DataError(f"{name} holds a NUL character: expected text. If it is another kind of file, name it so.")
+    if _is_table(text):
+        told.warn(
+            f"{name} looks like a table with tabs between cells and is read as one text: to read rows, call it .tsv"
+        )
+    if text.strip():
+        yield RawRow({"text": text}, name)
+
+
+def _is_table(text: str) -> bool:
+    """Whether all of the first lines have as many tabs as the first: spreadsheets save "Unicode text" that way."""
+    lines = [line for line in text[:SHOWN_CHARS].split("\n") if line.strip()][:SHOWN_LINES]
+    tabs = {line.count("\t") for line in lines}
+    return len(lines) > 1 and len(tabs) == 1 and tabs != {0} and not lines[0].startswith("\t")
