@@ -35,8 +35,9 @@ RULES = {
     "report": Part("errors events core config report", packages_later="jinja2 matplotlib"),
     "files": Part("errors core files", packages="numpy"),
     "models": Part("errors core files models", packages="numpy"),
+    "data/sources": Part("errors data/sources", packages_later="pyarrow yaml"),
     "data": Part(
-        "errors events core config files models data", packages="numpy",
+        "errors events core config files models data data/sources", packages="numpy",
         packages_later="tokenizers jinja2 pyarrow huggingface_hub yaml",
     ),
     "backends": Part("errors core files models data backends", "backends/torch", packages="numpy"),
