@@ -48,9 +48,9 @@ RULES = {
         "errors events core config report files models data backends inference training __init__", "backends/torch",
         packages="numpy", packages_later="yaml",
     ),
-    "export": Part("errors core files models data backends export", packages="numpy", packages_later="xllamacpp"),
+    "exports": Part("errors core files models data backends exports", packages="numpy", packages_later="xllamacpp"),
     "commands": Part(
-        "errors events core config report files models data backends inference training export commands __init__",
+        "errors events core config report files models data backends inference training exports commands __init__",
         "backends/torch", packages="numpy",
     ),
     "api": Part("config commands"),

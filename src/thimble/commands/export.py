@@ -17,14 +17,15 @@ from thimble.data.examples import encode_examples, general_rows, open_data, spli
 from thimble.data.model import Model, open_model
 from thimble.errors import ConfigError, InputError, Problems, RunError, plural
 from thimble.events import EventLog, OnEvent, ignore
-from thimble.export.gguf_adapter import check_exportable, write_gguf_adapter
-from thimble.export.llamacpp import is_installed
-from thimble.export.proof import MOST_ROWS, Proof, prove
+from thimble.exports.gguf_adapter import check_exportable, write_gguf_adapter
+from thimble.exports.llamacpp import is_installed
+from thimble.exports.proof import MOST_ROWS, Proof, prove
 from thimble.files.atomic import sync, write_atomic
 from thimble.files.peft import save_adapter
 from thimble.models.adapters import open_adapters
 from thimble.training.run_folder import atomic_folder, check_new_folder
 
+FEW_ROWS = 5  # if fewer are held out, training rows serve too: whether it is the same is asked, not how good it is
 PROOF = ".proof.json"  # behind the name of the file
 INSTALL = 'pip install -e ".[llamacpp]"'
 
@@ -132,9 +133,9 @@ def _rows(config: ExportConfig, model: Model, log: EventLog) -> list[Row]:
         options = build_config(TrainConfig, {}, str(run / CONFIG_FILE))
         try:
             found = split_and_encode(open_data(options.data, options.strict), model, options, log)
-            if found.valid:
-                log.note(f"proved on {plural(min(len(found.valid), MOST_ROWS), 'validation row')} of {options.data}")
-                return list(found.valid)
+            rows = [*found.valid, *found.train][:MOST_ROWS] if len(found.valid) < FEW_ROWS else list(found.valid)
+            log.note(f"proved on {plural(min(len(rows), MOST_ROWS), 'row')} of {options.data}, validation rows first")
+            return rows
         except InputError as error:
             log.note(f"the data of the run cannot be read ({error.problems[0]})")
     log.note("proved on general text: name your own with --data")

@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 from thimble.backends.session import ActiveAdapter, ForwardRow, Prompt, Session
 from thimble.core.adapter import Adapter
 from thimble.data.encode import IGNORED, Row
-from thimble.export.llamacpp import LlamaCpp
+from thimble.exports.llamacpp import LlamaCpp
 from thimble.models.base import Base
 
 MOST_ROWS, MOST_POSITIONS = 20, 500
 MOST_TOKENS = 512  # of a row
+FEW_TARGETS = 100  # if there are fewer, the tokens of the prompts are compared too
 TIMES_BASE = 2.0  # the bare base's own difference: the most that the adapter's may be
 LEAST_NOISE = 1e-4  # nats: below this, differences are those of float32
 EFFECT_ERROR = 0.1  # share of its own size that the effect may differ by, beside noise
@@ -84,7 +85,7 @@ def prove(
         MissingPackageError: Without the runtime.
         RuntimeError: If the runtime refuses a file.
     """
-    chosen = [_shortened(row) for row in rows[:MOST_ROWS]]
+    chosen = _chosen(rows[:MOST_ROWS])
     each = max(1, MOST_POSITIONS // max(1, len(chosen)))
     there = []
     for number, lora in enumerate((None, exported)):  # one after the other: two at a time would hold the base twice
@@ -98,11 +99,15 @@ def prove(
     return _compare(len(chosen), here, there)
 
 
-def _shortened(row: Row) -> tuple[list[int], int]:
-    """The tokens of a row, and the first place whose probability is asked for."""
-    ids, labels = row.ids[:MOST_TOKENS].tolist(), np.asarray(row.labels[:MOST_TOKENS])
-    targets = np.flatnonzero(labels != IGNORED)  # the label of a place is the token behind it
-    return ids, int(min(targets[0] + 1, len(ids) - 1)) if len(targets) else 1
+def _chosen(rows: Sequence[Row]) -> list[tuple[list[int], int]]:
+    """The tokens of each row, and the first place whose probability is asked for: a target, unless those are few."""
+    is_whole = sum(row.target_tokens for row in rows) < FEW_TARGETS
+    return [(row.ids[:MOST_TOKENS].tolist(), 1 if is_whole else _first_target(row)) for row in rows]
+
+
+def _first_target(row: Row) -> int:
+    targets = np.flatnonzero(row.labels[: MOST_TOKENS - 1] != IGNORED)  # the label of a place is the token behind it
+    return int(targets[0]) + 1 if len(targets) else 1
 
 
 def _here(session: Session, adapter: ActiveAdapter, rows: Iterable[tuple[list[int], int]], each: int) -> Floats:

@@ -6,6 +6,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+from thimble.export import gguf_adapter
 
 from families import make_hf_folder
 from samples import make_adapter
@@ -14,9 +15,8 @@ from thimble.core.adapter import Adapter
 from thimble.core.lowrank import Factors, delta
 from thimble.data.encode import Row
 from thimble.errors import AdapterError, Problems
-from thimble.export import gguf_adapter
-from thimble.export.gguf_adapter import check_exportable, write_gguf_adapter
-from thimble.export.proof import prove
+from thimble.exports.gguf_adapter import check_exportable, write_gguf_adapter
+from thimble.exports.proof import prove
 from thimble.models.adapters import open_adapters
 from thimble.models.base import open_base
 from thimble.models.gguf_adapter import load_gguf_adapter
@@ -163,7 +163,7 @@ def test_an_adapter_of_llama_cpps_converter_is_read(dtype, tmp_path):
 
 NAN = np.full((4, 32), np.nan, np.float32)
 REFUSED = [
-    ({"arch": "qwen2"}, 'is for "qwen2", and llama.gguf is llama'),
+    ({"arch": "qwen2"}, "is for 'qwen2', and llama.gguf is llama"),
     ({"kind": "control_vector"}, "is no LoRA adapter"),
     ({"alpha": float("nan")}, "has the alpha nan: expected a number"),
     ({"drop": ("blk.0.attn_q.weight.lora_b",)}, "has only one side of blk.0.attn_q.weight"),
