@@ -49,8 +49,9 @@ RULES = {
         "errors events core config report files models data backends inference training __init__", "backends/torch",
         packages="numpy", packages_later="yaml",
     ),
+    "exports": Part("errors core files models data backends exports", packages="numpy", packages_later="xllamacpp"),
     "commands": Part(
-        "errors events core config report files models data backends inference training commands __init__",
+        "errors events core config report files models data backends inference training exports commands __init__",
         "backends/torch", packages="numpy",
     ),
     "api": Part("config commands"),

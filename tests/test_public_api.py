@@ -60,9 +60,9 @@ def test_a_command_of_the_registry_is_complete(command):
 def test_a_command_without_a_function_of_its_own_has_one_from_the_registry(monkeypatch):
     from thimble.config.merge import MergeConfig
 
-    monkeypatch.setitem(COMMANDS, "export", COMMANDS["merge"]._replace(name="export"))
+    monkeypatch.setitem(COMMANDS, "publish", COMMANDS["merge"]._replace(name="publish"))
     monkeypatch.setattr("thimble.commands.merge.merge", lambda config, on_event=print: (config, on_event))
-    config, on_event = api.export("one", "two", out="there", on_event=len)
+    config, on_event = api.publish("one", "two", out="there", on_event=len)
     assert config == MergeConfig(adapter=("one", "two"), out="there")
     assert on_event is len
 

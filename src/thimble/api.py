@@ -105,6 +105,23 @@ def merge(*adapters: str | Path, **options: Any) -> Any:
     return call("merge", *adapters, **options)
 
 
+def export(adapter: str | Path = "", **options: Any) -> Any:
+    """Write an adapter for another program, and prove it there; see `thimble export --help` for the options.
+
+    Args:
+        adapter: An adapter folder, a run folder, or a GGUF adapter.
+        **options: `to`, `out`, `base`, `data`, `proof`, `verify_only`.
+
+    Returns:
+        A thimble.commands.export.ExportReport.
+
+    Raises:
+        InputError: If it is refused; nothing is written then.
+        RunError: If the proof does not hold; nothing is left in `out` then.
+    """
+    return call("export", adapter, **options)
+
+
 def __getattr__(name: str) -> Callable[..., Any]:
     """The function of a command that has none written out above."""
     if name not in COMMANDS:

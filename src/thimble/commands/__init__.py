@@ -79,5 +79,9 @@ _LIST = (
         "merge", "Make an adapter smaller, or merge it into a base of float weights.",
         "config.merge:MergeConfig", "commands.merge:merge", "report.terminal:render_merge", "writing nothing",
     ),
+    Command(
+        "export", "Write an adapter for llama.cpp, and prove that it does there what it does here.",
+        "config.export:ExportConfig", "commands.export:export", "report.terminal:render_export", "writing nothing",
+    ),
 )  # fmt: skip
 COMMANDS = {command.name: command for command in _LIST}

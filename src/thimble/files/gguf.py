@@ -16,7 +16,7 @@ from thimble.errors import BaseModelError
 from thimble.files.tensor_info import MOST_TENSORS, SIZES, TensorInfo, check_name, check_place, count_numbers, damaged
 from thimble.files.untrusted import shown
 
-_GGML_TYPES = {
+GGML_TYPES = {
     0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K",
     12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S",
     20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64",
@@ -24,8 +24,8 @@ _GGML_TYPES = {
 }  # fmt: skip
 
 # GGUF value types: the numbers as struct codes, then the two of variable length.
-_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_STRING, _ARRAY = 8, 9
+NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+STRING, ARRAY = 8, 9
 
 _MOST_DIMENSIONS = 4
 _MOST_PAIRS = 1 << 14
@@ -86,11 +86,11 @@ class _Cursor:
 
     def value(self, kind: int) -> Any:
         """Read a metadata value; of an array only where it lies."""
-        if kind in _NUMBERS:
-            return self.number(_NUMBERS[kind])
-        if kind == _STRING:
+        if kind in NUMBERS:
+            return self.number(NUMBERS[kind])
+        if kind == STRING:
             return self.text()
-        if kind == _ARRAY:
+        if kind == ARRAY:
             return self._array()
         raise damaged(self.path, f"a metadata value has type {kind}, expected 0 to 12")
 
@@ -98,9 +98,9 @@ class _Cursor:
         kind, count = self.number("I"), self.count(self.items_left, "items in metadata arrays")
         self.items_left -= count
         array = _Array(self.path, self.data, self.position, count, kind)
-        if kind in _NUMBERS:
-            self.skip(count * struct.calcsize(_NUMBERS[kind]))
-        elif kind == _STRING:
+        if kind in NUMBERS:
+            self.skip(count * struct.calcsize(NUMBERS[kind]))
+        elif kind == STRING:
             self._skip_strings(count)
         else:
             raise damaged(self.path, f"a metadata array holds values of type {kind}, expected numbers or strings")
@@ -129,8 +129,8 @@ class _Array:
     kind: int
 
     def decode(self) -> list[Any]:
-        if self.kind in _NUMBERS:
-            return list(struct.unpack_from(f"<{self.count}{_NUMBERS[self.kind]}", self.data, self.position))
+        if self.kind in NUMBERS:
+            return list(struct.unpack_from(f"<{self.count}{NUMBERS[self.kind]}", self.data, self.position))
         cursor = _Cursor(self.path, self.data)
         cursor.position = self.position
         return [cursor.text() for _ in range(self.count)]
@@ -190,7 +190,7 @@ def _read_tensor(cursor: _Cursor) -> TensorInfo:
         raise damaged(cursor.path, f"tensor {name} has {dimensions:,} dimensions, expected at most 4")
     shape = tuple(cursor.number("Q") for _ in range(dimensions))[::-1]
     kind, offset = cursor.number("I"), cursor.number("Q")
-    dtype, numbers = _GGML_TYPES.get(kind, f"type {kind}"), count_numbers(cursor.path, name, shape)
+    dtype, numbers = GGML_TYPES.get(kind, f"type {kind}"), count_numbers(cursor.path, name, shape)
     if not numbers:
         raise damaged(cursor.path, f"tensor {name} has shape {shape}: expected sizes from 1")
     values, size = SIZES.get(dtype, (1, 0))

@@ -6,18 +6,23 @@ from thimble.core.adapter import Adapter
 from thimble.errors import AdapterError, Problems, listing
 from thimble.files.peft import load_adapter
 from thimble.models.base import Base
+from thimble.models.gguf_adapter import is_gguf, load_gguf_adapter
 
 
 def open_adapters(paths: Sequence[str], base: Base | None, problems: Problems) -> dict[str, Adapter]:
     """Read adapters, by the path the user gave, and check that they fit the base, unless that could not be opened."""
     adapters = {}
     for path in paths:
-        adapter = problems.attempt(load_adapter, path)
+        adapter = problems.attempt(_read, path, base)
         if adapter and base:
             problems.attempt(check_fits, path, adapter, base)
         if adapter:
             adapters[path] = adapter
     return adapters
+
+
+def _read(path: str, base: Base | None) -> Adapter:
+    return load_gguf_adapter(path, base) if is_gguf(path) else load_adapter(path)
 
 
 def check_fits(path: str, adapter: Adapter, base: Base) -> None:

@@ -264,7 +264,7 @@ def _open_gguf(path: Path, file: TensorFile) -> Base:
     for name, info in file.tensors.items():
         ours = _from_gguf_name(name, spec)
         if ours:
-            weights[ours] = Weight(file, info, _row_order(ours, info.shape, arch, spec))
+            weights[ours] = Weight(file, info, row_order(ours, info.shape, arch, spec))
     return Base(path.name, path, spec, _check_complete(path, spec, weights), file.metadata)
 
 
@@ -287,12 +287,16 @@ def _from_gguf_name(name: str, spec: DecoderSpec) -> str | None:
     if len(parts) != 3:
         return None
     _, number, part = parts
-    quirks = GEMMA_BLOCK if spec.has_post_norms else PHI3_BLOCK if spec.is_fused else {}
-    known = {**GGUF_BLOCK, **quirks}
+    known = block_names(spec)
     return f"model.layers.{number}.{known[part]}.{kind}" if part in known else None
 
 
-def _row_order(name: str, shape: tuple[int, ...], arch: str, spec: DecoderSpec) -> NDArray[np.int64] | None:
+def block_names(spec: DecoderSpec) -> dict[str, str]:
+    """GGUF names of the tensors of one block of a family, and what transformers calls them."""
+    return {**GGUF_BLOCK, **(GEMMA_BLOCK if spec.has_post_norms else PHI3_BLOCK if spec.is_fused else {})}
+
+
+def row_order(name: str, shape: tuple[int, ...], arch: str, spec: DecoderSpec) -> NDArray[np.int64] | None:
     """Where each row of a GGUF's q or k matrix belongs: file row (head, j, half) is row (head, half, j)."""
     heads = {"q_proj": spec.num_heads, "k_proj": spec.num_kv_heads}.get(name.split(".")[-2])
     if arch not in INTERLEAVED or heads is None or shape[0] != heads * spec.head_dim:

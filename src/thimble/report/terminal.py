@@ -129,6 +129,22 @@ def render_merge(report: Any) -> str:
     return "\n\n".join([table(rows), f"{small_percent(total.error)} of the update {what}; {worst}", use])
 
 
+def render_export(report: Any) -> str:
+    """What was written, and what the proof found."""
+    lines = [f"wrote    {report.out} ({_size(report.size_bytes)}, {report.layers} layers)"]
+    if report.proof:
+        found = report.proof
+        lines.append(
+            f"proved   in {found['runtime']}, on {found['positions']} tokens of {found['rows']} rows: the adapter's "
+            f"effect there is {found['effect_there']:.3f} times what it is here"
+        )
+        lines.append(
+            f"         log-probabilities differ by {found['adapter_difference']:.5f} nats with it, by "
+            f"{found['base_difference']:.5f} without (effect {found['effect']:.3f})"
+        )
+    return "\n".join(lines)
+
+
 _MERGE_HEADS = {
     "adapter": ("", "layers", "rank", "now", "parameters", "now", "MB", "now", "error", "worst"),
     "base": ("", "layers", "rank", "rounding", "worst"),
