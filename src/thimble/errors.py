@@ -14,7 +14,9 @@ A message says what failed, the value, what was expected, where, and what to do 
 several problems, so a user mends everything in one go.
 """
 
+import shlex
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
@@ -108,3 +110,18 @@ def listing(items: Iterable[Any], most: int = 8) -> str:
     items = [str(item) for item in items]
     shown = ", ".join(items[:most])
     return shown + (f" and {len(items) - most} more" if len(items) > most else "")
+
+
+EXTRAS = {"hub": "huggingface_hub", "parquet": "pyarrow"}  # the package that each extra of ours brings
+
+
+def install_line(extra: str) -> str:
+    """What to type to install an extra: from the checkout that this program runs from, else the package by its name."""
+    checkout = Path(__file__).parents[2]
+    if not (checkout / "pyproject.toml").is_file():
+        return f"pip install {EXTRAS[extra]}"
+    return (
+        f'pip install -e ".[{extra}]"'
+        if checkout == Path.cwd()
+        else f"pip install -e {shlex.quote(f'{checkout}[{extra}]')}"
+    )

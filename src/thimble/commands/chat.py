@@ -3,12 +3,11 @@
 from thimble.backends.open import choose_store, open_session
 from thimble.config.chat import ChatConfig
 from thimble.data.encode import Encoder
-from thimble.data.model import open_model
+from thimble.data.model import model_with_adapters
 from thimble.errors import Problems
 from thimble.events import EventLog, OnEvent, ignore
 from thimble.inference.conversation import Conversation
 from thimble.inference.sampling import SamplingOptions
-from thimble.models.adapters import open_adapters
 
 
 def open_conversation(config: ChatConfig, on_event: OnEvent = ignore) -> Conversation:
@@ -17,8 +16,7 @@ def open_conversation(config: ChatConfig, on_event: OnEvent = ignore) -> Convers
 
     log = EventLog(on_event)
     problems = Problems(config.problems)
-    model = problems.attempt(open_model, config.base)
-    adapters = open_adapters(config.adapter, model.base if model else None, problems)
+    model, adapters = model_with_adapters(config.base, config.adapter, problems, log.warning)
     (model,) = problems.required(model)
     compute, why = choose_compute(config.compute)
     log.decision(f"compute: {why}")

@@ -8,10 +8,9 @@ from thimble.config.evaluate import EvaluateConfig
 from thimble.core.adapter import Adapter
 from thimble.core.metrics import Metric, average
 from thimble.data.examples import Examples, encode_examples, log_read, open_data
-from thimble.data.model import Model, open_model
+from thimble.data.model import Model, model_with_adapters
 from thimble.errors import Problems, plural
 from thimble.events import EventLog, OnEvent, ShouldStop, ignore, never
-from thimble.models.adapters import open_adapters
 from thimble.models.cost import cache_token_bytes
 from thimble.models.execution import ExecutionPlan
 from thimble.training.control import Control
@@ -103,9 +102,8 @@ def _prepare(
     """Check everything that can be wrong."""
     problems = Problems(config.problems)
     log.stage("reading the base and the examples")
-    model = problems.attempt(open_model, config.base)
+    model, adapters = model_with_adapters(config.base, config.adapter, problems, log.warning)
     dataset = problems.attempt(open_data, config)
-    adapters = open_adapters(config.adapter, model.base if model else None, problems)
     examples = None
     if model and dataset:
         rows = dataset.test or dataset.valid or dataset.train  # of a folder the test file, else its valid file

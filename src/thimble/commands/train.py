@@ -15,6 +15,7 @@ from thimble.data.examples import skipped_rows
 from thimble.errors import Problems, RunError, listing
 from thimble.events import EventLog, OnEvent, ShouldStop, ignore, never
 from thimble.files.peft import load_adapter
+from thimble.models.adapter_base import base_notes, peft_name
 from thimble.training import run_folder
 from thimble.training.checkpoint import checkpoint_folders, latest_checkpoint, locked
 from thimble.training.control import Control, ShouldWait, never_wait
@@ -114,9 +115,10 @@ def _begin(run_plan: RunPlan, initialization: Initialization, log: EventLog) -> 
 
 
 def _loop_plan(run_plan: RunPlan, initialization: Initialization) -> LoopPlan:
-    config, notes = run_plan.config, {"thimble_version": __version__, "init": run_plan.config.init}
+    config, base = run_plan.config, run_plan.model.base
+    notes = {"thimble_version": __version__, "init": config.init, **base_notes(base, run_plan.origin["base"])}
     return LoopPlan(
-        adapter=replace(initialization.adapter, base=run_plan.model.base.name, notes=notes),
+        adapter=replace(initialization.adapter, base=peft_name(base), notes=notes),
         method=Method(
             config.weight_decay, config.lora_plus, config.dropout, config.freeze_a, config.max_grad_norm, config.seed
         ),

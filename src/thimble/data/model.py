@@ -1,12 +1,17 @@
 """A base with what turns text into its tokens: opened by path or hub name, with tokenizer and chat template."""
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from thimble.core.adapter import Adapter
 from thimble.data.template import ChatTemplate
 from thimble.data.tokenizer import Tokenizer, tokenizer_from_folder, tokenizer_from_gguf
-from thimble.errors import BaseModelError, MissingPackageError
+from thimble.errors import BaseModelError, MissingPackageError, Problems, install_line
+from thimble.models.adapter_base import base_of
+from thimble.models.adapters import check_all_fit, load_adapters
 from thimble.models.base import Base, open_base
+from thimble.models.hub_cache import hub_name_of
 
 
 @dataclass(frozen=True)
@@ -20,7 +25,11 @@ class Model:
 
 def open_model(name: str | None) -> Model:
     """Open a base by path or hub name, with tokenizer and template; a BaseModelError if anything is missing."""
-    base = find_base(name)
+    return model_of(find_base(name))
+
+
+def model_of(base: Base) -> Model:
+    """A base with its tokenizer and template; a BaseModelError if they are missing or another base's."""
     tokenizer = tokenizer_from_folder(base.path) if base.metadata is None else tokenizer_from_gguf(base.metadata)
     if tokenizer.last_id >= base.spec.vocab_size:
         raise BaseModelError(
@@ -42,7 +51,42 @@ def template_of(tokenizer: Tokenizer) -> ChatTemplate | None:
 
 def find_base(name: str | None) -> Base:
     """Open a base by path or hub name; None is the default base. Raises a BaseModelError as `open_base` does."""
-    return open_base(_from_hub(name) if name and is_hub_name(name) else name)
+    base = open_base(_from_hub(name) if name and is_hub_name(name) else name)
+    hub_name = hub_name_of(base.path)
+    return replace(base, name=hub_name) if hub_name else base
+
+
+def base_with_adapters(
+    named: str | None, paths: Sequence[str], problems: Problems, warn: Callable[[str], None]
+) -> tuple[Base | None, dict[str, Adapter]]:
+    """Open a base and adapters on it; without a name, the base that the adapters were trained on.
+
+    Args:
+        named: The base, by path or hub name; None if the user named none.
+        paths: The adapters; without any, and without a name, the base is the default one.
+        problems: Takes what is wrong, such as a base that is not found, or an adapter of another shape.
+        warn: Takes a sentence for each adapter that was trained on another base of the same shape.
+
+    Returns:
+        The base, None if it cannot be opened or is not known, and the adapters that can be read, by their paths.
+    """
+    adapters = load_adapters(paths, problems)
+    base = None
+    if named is not None or not paths:
+        base = problems.attempt(find_base, named)
+    elif adapters:
+        base = problems.attempt(base_of, adapters)
+    if base:
+        check_all_fit(adapters, base, problems, warn)
+    return base, adapters
+
+
+def model_with_adapters(
+    named: str | None, paths: Sequence[str], problems: Problems, warn: Callable[[str], None]
+) -> tuple[Model | None, dict[str, Adapter]]:
+    """The same as `base_with_adapters`, the base with tokenizer and template."""
+    base, adapters = base_with_adapters(named, paths, problems, warn)
+    return problems.attempt(model_of, base) if base else None, adapters
 
 
 def is_hub_name(name: str) -> bool:
@@ -56,7 +100,7 @@ def _from_hub(name: str) -> Path:
         from huggingface_hub import snapshot_download
     except ImportError:
         raise MissingPackageError(
-            f'base {name} is not a file or folder here; to fetch it as a hub name run: pip install "thimble-lora[hub]"'
+            f"base {name} is not a file or folder here; to fetch it as a hub name run: {install_line('hub')}"
         ) from None
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]))

@@ -1,24 +1,28 @@
 """Finished adapters, read and checked against the base they are to run on."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from thimble.core.adapter import Adapter
 from thimble.errors import AdapterError, Problems, listing
 from thimble.files.peft import load_adapter
+from thimble.models.adapter_base import base_name, difference
 from thimble.models.base import Base
 from thimble.models.gguf_adapter import is_gguf, load_gguf_adapter
 
 
-def open_adapters(paths: Sequence[str], base: Base | None, problems: Problems) -> dict[str, Adapter]:
-    """Read adapters, by the path the user gave, and check that they fit the base, unless that could not be opened."""
-    adapters = {}
-    for path in paths:
-        adapter = problems.attempt(_read, path, base)
-        if adapter and base:
-            problems.attempt(check_fits, path, adapter, base)
-        if adapter:
-            adapters[path] = adapter
-    return adapters
+def load_adapters(paths: Sequence[str], problems: Problems, base: Base | None = None) -> dict[str, Adapter]:
+    """Read adapters, by the path the user gave; those in GGUF files need the base that they were made for."""
+    read = {path: problems.attempt(_read, path, base) for path in paths}
+    return {path: adapter for path, adapter in read.items() if adapter}
+
+
+def check_all_fit(adapters: Mapping[str, Adapter], base: Base, problems: Problems, warn: Callable[[str], None]) -> None:
+    """Refuse adapters whose layers are not the base's, and warn of those that were trained on another one like it."""
+    for path, adapter in adapters.items():
+        before = len(problems.found)
+        problems.attempt(check_fits, path, adapter, base)
+        if len(problems.found) == before and (told := difference(path, adapter, base)):
+            warn(told)
 
 
 def _read(path: str, base: Base | None) -> Adapter:
@@ -35,7 +39,8 @@ def check_fits(path: str, adapter: Adapter, base: Base) -> None:
         if layer in shapes and (factors.B.shape[0], factors.A.shape[1]) != shapes[layer]
     ]
     if unknown or wrong:
-        made_for = f"; it was made for {adapter.base}" if adapter.base else ""
+        name = base_name(adapter)
+        made_for = f"; it was made for {name}: name that with --base" if name else ""
         what = [f"it adapts {listing(unknown, 2)}, which the base lacks"] if unknown else []
         what += [listing(wrong, 2)] if wrong else []
         raise AdapterError(f"adapter {path} does not belong to {base.name}: {' and '.join(what)}{made_for}")

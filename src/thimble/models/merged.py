@@ -17,6 +17,7 @@ from thimble.files.peft import KEY, WEIGHTS_FILE, find_adapter, save_adapter
 from thimble.files.peft_config import MAX_RANK
 from thimble.files.tensors import open_tensors, rewrite_safetensors
 from thimble.files.untrusted import is_inside
+from thimble.models.adapter_base import FINGERPRINT, NAME
 from thimble.models.base import Base, Weight, weight_files
 
 ROUNDING_LIMIT = 0.1  # share of an update that rounding may change before a warning
@@ -159,8 +160,10 @@ def write_truncated(
         before, after = factors.num_parameters, small.num_parameters
         kept[path] = small
         on_layer(MergedLayer(path, "F32", factors.rank, small.rank, before, after, 0, 4 * after, norm, error))
-    base = adapters[0].base if len({adapter.base for adapter in adapters}) == 1 else ""
-    save_adapter(replace(adapters[0], layers=kept, base=base, origin={}), folder)
+    base, notes = adapters[0].base, adapters[0].notes
+    if len({(adapter.base, adapter.notes.get(FINGERPRINT)) for adapter in adapters}) > 1:  # it is of none of them
+        base, notes = "", {name: text for name, text in notes.items() if name not in (NAME, FINGERPRINT)}
+    save_adapter(replace(adapters[0], layers=kept, base=base, notes=notes, origin={}), folder)
 
 
 def check_mergeable(base: Base, layers: Sequence[str]) -> int:

@@ -1,6 +1,7 @@
 """Progress and reports as text in a terminal, and reports as JSON for programs; decides nothing."""
 
 import json
+import shlex
 import time
 from collections.abc import Mapping
 from functools import partial
@@ -90,7 +91,7 @@ def render_train(report: Any) -> str:
     state = "" if report.status == "done" else f"{report.status}: "
     took = f"{report.steps} steps in {clock(report.seconds)} ({speed}), {clock(report.total_seconds)} in all"
     places = f"adapter  {report.adapter}\nreport   {report.out}/report.html"
-    return "\n\n".join([*parts, state + took, f"{places}\ntry it   thimble chat --adapter {report.out}"])
+    return "\n\n".join([*parts, state + took, f"{places}\ntry it   thimble chat --adapter {shlex.quote(report.out)}"])
 
 
 _SAMPLE_LINES = (("asked", "asked"), ("expected", "reference"), ("before", "before"), ("after", "after"))
@@ -125,7 +126,8 @@ def render_merge(report: Any) -> str:
     rows = [_MERGE_HEADS[report.wrote], *(_kind_row(kind, is_adapter) for kind in report.kinds)]
     what, option = ("cut off in all", "--adapter") if is_adapter else ("lost by rounding in all", "--base")
     worst = f"most in {total.worst_layer}: {small_percent(total.worst_error)}"
-    use = f"{report.wrote:<8} {report.out}\ntry it   thimble chat {option} {report.out}"
+    base = f"--base {shlex.quote(report.needs_base)} " if report.needs_base else ""
+    use = f"{report.wrote:<8} {report.out}\ntry it   thimble chat {base}{option} {shlex.quote(report.out)}"
     return "\n\n".join([table(rows), f"{small_percent(total.error)} of the update {what}; {worst}", use])
 
 

@@ -240,10 +240,8 @@ def sync_tree(folder: Path) -> None:
         sync(path)
 
 
-def write_manifest(
-    folder: Path, base_fingerprint: str | None, base_name: str, data: Mapping[str, str], version: str
-) -> None:
-    """Write what the run was made of and what it made, by SHA-256; None for a base that is gone."""
+def write_manifest(folder: Path, base: Mapping[str, Any], data: Mapping[str, str], version: str) -> None:
+    """Write what the run was made of, with the place of its base, and what it made, by SHA-256."""
     results = {str(path.relative_to(folder)): hash_file(path) for path in sorted((folder / "adapter").iterdir())}
-    base = {"name": base_name, "sha256": base_fingerprint}
-    write_json(folder / "manifest.json", {"thimble": version, "base": base, "data": dict(data), "result": results})
+    manifest = {"thimble": version, "base": dict(base), "data": dict(data), "result": results}
+    write_json(folder / "manifest.json", manifest)

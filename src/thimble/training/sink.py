@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from thimble import __version__
 from thimble.core.adapter import Adapter
 from thimble.events import EventLog
+from thimble.models.adapter_base import manifest_entry
 from thimble.models.base import Base
 from thimble.report.keys import to_json_dict
 from thimble.report.page import write_report
@@ -81,7 +82,9 @@ class RunFolderSink:
         """Write the adapter, the manifest and the reports; checkpoints that are needed no more go."""
         folder = self._folder
         report.adapter = str(run_folder.publish_adapter(folder, adapter))
-        run_folder.write_manifest(folder, _fingerprint(base, log), base.name, self._data, __version__)
+        place = manifest_entry(base, folder, self._origin["base"])
+        about = {"name": base.name, "sha256": _fingerprint(base, log), **place}
+        run_folder.write_manifest(folder, about, self._data, __version__)
         write_report(folder / "report.html", asdict(report), run_folder.read_steps(folder / run_folder.STEPS))
         run_folder.write_json(folder / "report.json", to_json_dict(report))  # last: with it the run is done
         if report.status == "done" and not report.config.get("checkpoint_every_steps"):

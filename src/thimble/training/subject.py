@@ -5,11 +5,11 @@ from pathlib import Path
 
 from thimble.config.inspect_ import InspectConfig
 from thimble.core.adapter import Adapter, conflicts
-from thimble.data.model import find_base, is_hub_name
+from thimble.data.model import base_with_adapters, is_hub_name
 from thimble.errors import AdapterError, BaseModelError, ConfigError, Problems, listing, plural
 from thimble.events import EventLog, ShouldStop
 from thimble.files.peft import CONFIG_FILE, WEIGHTS_FILE
-from thimble.models.adapters import open_adapters
+from thimble.models.adapters import load_adapters
 from thimble.models.survey import Row, Subject, choose_blocks
 
 
@@ -20,12 +20,11 @@ def open_subject(config: InspectConfig, problems: Problems, log: EventLog) -> Su
     named = list(zip(names, kinds, strict=True))
     bases, adapters = ([name for name, kind in named if kind == wanted] for wanted in ("base", "adapter"))
     problems.add(*_misplaced(config, bases, adapters))
-    base = None
-    if config.base is not None or bases or (None not in kinds and len(adapters) < 2):
-        base = problems.attempt(find_base, bases[0] if bases else config.base)
-    opened = open_adapters(adapters, base, problems)
-    if opened and base and problems.found and config.base is None and not bases:
-        problems.add(f"the base is taken to be {base.name}: name the one that the adapter was trained on with --base")
+    base, opened, named_base = None, {}, bases[0] if bases else config.base
+    if named_base is None and len(adapters) == 2:  # compared with one another
+        opened = load_adapters(adapters, problems)
+    elif named_base is not None or None not in kinds:
+        base, opened = base_with_adapters(named_base, adapters, problems, log.warning)
     kind = "two adapters" if len(adapters) == 2 else "adapter" if adapters else "base"
     if len(opened) == 2:
         problems.attempt(_check_alike, opened)

@@ -1,0 +1,43 @@
+"""The cache of the Hugging Face hub on this machine: looked into, never filled."""
+
+import os
+import re
+from pathlib import Path
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}")
+
+
+def is_hub_form(name: str) -> bool:
+    """Whether a text has the form of a hub name, `owner/name`."""
+    return bool(_HUB_NAME.fullmatch(name)) and ".." not in name and "--" not in name
+
+
+def cache_folder() -> Path:
+    """Where huggingface_hub keeps what was fetched, by the variables that it reads."""
+    home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
+    named = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or os.path.join(home, "hub")
+    return Path(os.path.expanduser(named))
+
+
+def hub_name_of(folder: Path) -> str | None:
+    """The hub name of a folder inside such a cache, `models--owner--name/snapshots/<commit>`; None of any other."""
+    parent = folder.absolute().parent
+    kind, *parts = parent.parent.name.split("--")
+    return "/".join(parts) if parent.name == "snapshots" and kind == "models" and len(parts) == 2 else None
+
+
+def cached_snapshot(name: str) -> Path | None:
+    """The folder in which the cache holds a hub model: that of its main branch, or the only one; None if there is none.
+
+    Args:
+        name: A hub name, such as `HuggingFaceTB/SmolLM2-135M-Instruct`.
+    """
+    if not is_hub_form(name):
+        return None
+    place = cache_folder() / f"models--{name.replace('/', '--')}"
+    try:
+        commit = (place / "refs" / "main").read_text(encoding="ascii").strip()
+        found = [place / "snapshots" / commit] if re.fullmatch(r"[\w.-]+", commit) else []
+    except (OSError, UnicodeDecodeError):
+        found = sorted((place / "snapshots").glob("*")) if (place / "snapshots").is_dir() else []
+    return next((folder for folder in found if (folder / "config.json").is_file()), None)
