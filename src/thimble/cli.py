@@ -1,21 +1,20 @@
 """The command line: argv to config to command to printed report. The only file that prints or exits."""
 
-import argparse
 import errno
 import io
 import json
 import os
 import signal
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from thimble import __version__
 from thimble.commands import COMMANDS, Command
-from thimble.config.names import answer
-from thimble.config.options import Field, groups_of, option_type, options_of, takes_many
+from thimble.config.command_line import Line, make_parser, read_line, switches_in
+from thimble.config.completion import SHELLS, completion_script
 from thimble.config.sources import build_config
-from thimble.config.values import as_typed, flag
+from thimble.config.values import one_of
 from thimble.errors import InputError, ThimbleError
 from thimble.report.terminal import Progress, to_json
 
@@ -26,22 +25,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; exit codes: 0 done, 2 refused, 3 the run failed, 130 or 143 interrupted, 1 a fault of ours."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # a result is not lost because a terminal lacks a letter
         sys.stdout.reconfigure(errors="backslashreplace")
-    parser = make_parser()
-    options, unknown = parser.parse_known_args(argv)
-    if not options.command:
-        parser.print_help()
-        return 0
-    is_json, is_debug = options.json, options.debug
+    words = list(sys.argv[1:] if argv is None else argv)
+    switches = switches_in(words)
     try:
-        return _run(options, unknown)
+        return _run(read_line(words, COMMANDS, __version__))
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        if is_debug:
+        if switches["debug"]:
             raise
         problems, exit_code = _explained(error)
         _complain(problems)
-        if is_json:
+        if switches["json"]:
             print(json.dumps({"error": list(problems), "exit_code": exit_code}))
         return exit_code
 
@@ -59,48 +54,11 @@ def _explained(error: Exception) -> tuple[Sequence[str], int]:
     return [fault], 1
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The parser of all commands, derived from the options of their configs."""
-    parser = argparse.ArgumentParser(
-        prog="thimble", description="Fine-tune language models with LoRA on the machine you have.", allow_abbrev=False
-    )
-    parser.add_argument("--version", action="version", version=f"thimble {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    for name, command in COMMANDS.items():
-        about = {"help": command.summary, "description": command.summary}
-        sub = commands.add_parser(name, **about, allow_abbrev=False, add_help=False)
-        for title, options in groups_of(command.options).items():
-            group = sub.add_argument_group(title)
-            for spec in options.values():
-                _add_option(group, spec)
-        # The last group is that of every command.
-        group.add_argument("--config", metavar="FILE.yaml", help="Read options from a YAML file; flags override it.")
-        group.add_argument("--json", action="store_true", help="Print one JSON object on stdout and nothing else.")
-        group.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
-        group.add_argument("-h", "--help", action="help", help="Show this help and exit.")
-    return parser
-
-
-def _add_option(group: argparse._ArgumentGroup, spec: Field) -> None:
-    kind, _ = option_type(spec)
-    name, meta = spec.name, spec.metadata
-    shown = "" if spec.default in (None, "", (), False) else f" (default: {as_typed(spec.default)})"
-    options: dict[str, Any] = {"help": (meta["help"] + shown).replace("%", "%%"), "default": argparse.SUPPRESS}
-    if meta["positional"]:
-        group.add_argument(name, nargs="*" if takes_many(spec) else "?", metavar=meta["metavar"], **options)
-    elif kind is bool:
-        group.add_argument(flag(name), action="store_true", **options)
-    else:
-        choices = "{" + ",".join(meta["choices"]) + "}" if meta["choices"] else None
-        action = "append" if name == "adapter" else "store"
-        group.add_argument(flag(name), metavar=meta["metavar"] or choices or "N", action=action, **options)
-
-
-def _run(options: argparse.Namespace, unknown: list[str]) -> int:
-    values = vars(options)
-    command, config_file, is_json = COMMANDS[values.pop("command")], values.pop("config"), values.pop("json")
-    values.pop("debug")
-    config = build_config(command.options, values, config_file, _unknown_words(command, unknown))
+def _run(line: Line) -> int:
+    if not line.command:
+        return _answer_without_command(line.switches)
+    command, is_json = COMMANDS[line.command], line.switches["json"]
+    config = build_config(command.options, line.values, line.config_file, line.problems)
     if not command.renderer_path:
         return _chat(command, config, is_json)
     progress = Progress(sys.stderr)
@@ -115,16 +73,22 @@ def _run(options: argparse.Namespace, unknown: list[str]) -> int:
     return EXIT_INTERRUPTED[stop.signal] if stop.signal else 0
 
 
-def _unknown_words(command: Command, unknown: list[str]) -> list[str]:
-    """A problem for each argument that no option takes, with what to type instead."""
-    options = options_of(command.options)
-    known = (*options, "config", "json", "debug")
-    problems = [answer(word.split("=")[0], known) for word in unknown if word.startswith("-")]
-    if not problems:  # else a word may be the value of an unknown flag
-        is_many = any(spec.metadata["positional"] and takes_many(spec) for spec in options.values())
-        advice = ": name all of them before the flags" if is_many else ""
-        problems = [f"{word!r} is one argument too many for thimble {command.name}{advice}" for word in unknown]
-    return problems
+def _answer_without_command(switches: Mapping[str, Any]) -> int:
+    """What a line without a command asks for: the version, a script for a shell, or the help."""
+    shell = switches["completion"]
+    if switches["version"]:
+        print(json.dumps({"version": __version__}) if switches["json"] else f"thimble {__version__}")
+    elif shell in SHELLS:
+        print(completion_script(shell, {name: (it.summary, it.options) for name, it in COMMANDS.items()}), end="")
+    elif shell is not None:
+        raise InputError(f"--completion {shell}: {one_of(SHELLS, shell)}")
+    elif switches["json"]:
+        raise InputError(
+            f"no command is given: name one of {', '.join(COMMANDS)}, as in: thimble plan mine.jsonl --json"
+        )
+    else:
+        make_parser(COMMANDS, __version__).print_help()
+    return 0
 
 
 class _StopFlag:

@@ -16,7 +16,7 @@ def open_conversation(config: ChatConfig, on_event: OnEvent = ignore) -> Convers
 
     log = EventLog(on_event)
     problems = Problems(config.problems)
-    model, adapters = model_with_adapters(config.base, config.adapter, problems, log.warning)
+    model, adapters = model_with_adapters(config.base, config.adapter, problems, log)
     (model,) = problems.required(model)
     compute, why = choose_compute(config.compute)
     log.decision(f"compute: {why}")

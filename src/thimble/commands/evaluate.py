@@ -102,7 +102,7 @@ def _prepare(
     """Check everything that can be wrong."""
     problems = Problems(config.problems)
     log.stage("reading the base and the examples")
-    model, adapters = model_with_adapters(config.base, config.adapter, problems, log.warning)
+    model, adapters = model_with_adapters(config.base, config.adapter, problems, log)
     dataset = problems.attempt(open_data, config)
     examples = None
     if model and dataset:

@@ -99,7 +99,7 @@ def _prepare(config: MergeConfig, log: EventLog) -> tuple[dict[str, Adapter], Ba
     if config.base is None and (_shrinks(config) or config.problems):  # a bad --truncate asks for an adapter
         adapters = load_adapters(config.adapter, problems)
     elif config.adapter:
-        base, adapters = base_with_adapters(config.base, config.adapter, problems, log.warning)
+        base, adapters = base_with_adapters(config.base, config.adapter, problems, log)
     problems.add(*conflicts(adapters), *sum_problems(adapters))
     needed = sum(4 * factors.num_parameters for a in adapters.values() for factors in a.layers.values())
     if not _shrinks(config) and not config.problems:

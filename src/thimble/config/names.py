@@ -4,7 +4,8 @@ The names are those of PEFT and TRL, Unsloth, Axolotl, LLaMA-Factory, mlx-lm, to
 """
 
 import difflib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from types import MappingProxyType
 
 from thimble.config.values import flag
 
@@ -68,8 +69,21 @@ _INSTEAD = {
     "leave it out: every step is in metrics.jsonl, and the charts are in report.html, in the run folder":
         "logging_steps steps_per_report report_to wandb_project",
     "leave it out: no code from a model folder is ever run": "trust_remote_code",
+    "leave it out: messages are always printed, on stderr; --debug shows where an error comes from": "verbose v",
+    "leave it out: messages go to stderr, 2>/dev/null hides them": "quiet q silent", "leave it out: nothing asks": "yes y",
 }  # fmt: skip
 ELSEWHERE = {other: advice for advice, others in _INSTEAD.items() for other in others.split()}
+
+# What other tools call our commands; the first that there is counts.
+COMMAND_SYNONYMS = {
+    other: ours
+    for ours, others in {
+        "train": "finetune fine-tune tune sft fit lora qlora", "evaluate": "eval test score benchmark validate",
+        "generate chat": "predict infer inference run batch complete", "chat": "talk ask interactive",
+        "merge": "fuse export merge-lora merge_lora compress", "plan": "estimate dry-run", "inspect": "info show analyse analyze",
+    }.items()
+    for other in others.split()
+}  # fmt: skip
 
 
 def plain(given: str) -> str:
@@ -84,15 +98,34 @@ def our_name(given: str, known: Collection[str]) -> str | None:
     return name if name in known else None
 
 
-def answer(given: str, known: Collection[str]) -> str:
-    """What to say to a name that `our_name` does not know, in one sentence: what to use instead."""
+def near_option(given: str, known: Collection[str]) -> str | None:
+    """Our name for a name as anybody types it, right or nearly right; None if none is near."""
+    if ours := our_name(given, known):
+        return ours
+    name = plain(given).lower()
+    near = difflib.get_close_matches(name, [*known, *(other for other, ours in SYNONYMS.items() if ours in known)], n=1)
+    return our_name(near[0], known) if near else None
+
+
+def answer(given: str, known: Collection[str], positional: Mapping[str, str] = MappingProxyType({})) -> str:
+    """What to say to a name that `our_name` does not know, in one sentence: what to use instead.
+
+    Args:
+        given: The name as it was typed, as a flag, in a file or in Python.
+        known: Names of the options.
+        positional: Of these, the ones that are given without a flag, with their placeholders.
+    """
     name = plain(given)
-    if ours := our_name(name, known):  # of a flag; files and Python may use the name
+    typed = given if given.startswith("-") else flag(name)
+    ours, near = our_name(name, known), near_option(name, known)
+    if ours is None and name.lower() in ELSEWHERE:
+        advice = ELSEWHERE[name.lower()]
+    elif near in positional:
+        advice = f"give {positional[near]} without a flag"
+    elif ours and flag(ours) != typed:
         advice = f"use {flag(ours)}"
-    elif name in ELSEWHERE:
-        advice = ELSEWHERE[name]
+    elif near and flag(near) != typed:
+        advice = f"did you mean {flag(near)}?"
     else:
-        others = [other for other, ours in SYNONYMS.items() if ours in known]
-        near = difflib.get_close_matches(name, [*known, *others], n=1)
-        advice = f"did you mean {flag(our_name(near[0], known) or near[0])}?" if near else "see the list under --help"
-    return f"{flag(name)} is not an option of this command: {advice}"
+        advice = "see the list under --help"
+    return f"{typed} is not an option of this command: {advice}"

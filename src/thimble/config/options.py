@@ -72,7 +72,7 @@ class Options:
         for value in (Given(value, name, file) for name, value in values.items()):
             ours = our_name(value.name, known)
             if ours is None:
-                problems.append(value.place + answer(value.name, known))
+                problems.append(value.place + answer(value.name, known, positional_of(cls)))
             elif ours in given:
                 twice = f"as {given[ours].name} and as {value.name}"
                 problems.append(f"{value.place}{flag(ours)} is given twice, {twice}: leave one of them out")
@@ -121,6 +121,19 @@ def groups_of(cls: type[Options]) -> dict[str, dict[str, Field]]:
         owner = next(parent for parent in classes if name in vars(parent).get("__annotations__", ()))
         groups.setdefault(owner.group, {})[name] = spec
     return groups
+
+
+def positional_of(cls: type[Options]) -> dict[str, str]:
+    """The options of a config class that are given without a flag, with their placeholders."""
+    return {name: spec.metadata["metavar"] for name, spec in options_of(cls).items() if spec.metadata["positional"]}
+
+
+PATHS = ("BASE", "DATA", "DIR", "FOLDER", "PATH", "PATH2", "ADAPTER", "FILE.jsonl", "METRIC")  # placeholders
+
+
+def is_path(spec: Field) -> bool:
+    """Whether the value of an option names a file or a folder."""
+    return spec.metadata["metavar"] in PATHS
 
 
 def option_type(spec: Field) -> tuple[Any, bool]:

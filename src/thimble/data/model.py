@@ -1,6 +1,6 @@
 """A base with what turns text into its tokens: opened by path or hub name, with tokenizer and chat template."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -8,6 +8,7 @@ from thimble.core.adapter import Adapter
 from thimble.data.template import ChatTemplate
 from thimble.data.tokenizer import Tokenizer, tokenizer_from_folder, tokenizer_from_gguf
 from thimble.errors import BaseModelError, MissingPackageError, Problems, install_line
+from thimble.events import EventLog
 from thimble.models.adapter_base import base_of
 from thimble.models.adapters import check_all_fit, load_adapters
 from thimble.models.base import Base, open_base
@@ -57,7 +58,7 @@ def find_base(name: str | None) -> Base:
 
 
 def base_with_adapters(
-    named: str | None, paths: Sequence[str], problems: Problems, warn: Callable[[str], None]
+    named: str | None, paths: Sequence[str], problems: Problems, log: EventLog
 ) -> tuple[Base | None, dict[str, Adapter]]:
     """Open a base and adapters on it; without a name, the base that the adapters were trained on.
 
@@ -65,7 +66,7 @@ def base_with_adapters(
         named: The base, by path or hub name; None if the user named none.
         paths: The adapters; without any, and without a name, the base is the default one.
         problems: Takes what is wrong, such as a base that is not found, or an adapter of another shape.
-        warn: Takes a sentence for each adapter that was trained on another base of the same shape.
+        log: Takes which base the adapters led to, and a warning for each that was trained on another one like it.
 
     Returns:
         The base, None if it cannot be opened or is not known, and the adapters that can be read, by their paths.
@@ -76,16 +77,18 @@ def base_with_adapters(
         base = problems.attempt(find_base, named)
     elif adapters:
         base = problems.attempt(base_of, adapters)
+        if base:
+            log.note(f"base: {base.path}, named by {'the adapter' if len(adapters) == 1 else 'the adapters'}")
     if base:
-        check_all_fit(adapters, base, problems, warn)
+        check_all_fit(adapters, base, problems, log.warning)
     return base, adapters
 
 
 def model_with_adapters(
-    named: str | None, paths: Sequence[str], problems: Problems, warn: Callable[[str], None]
+    named: str | None, paths: Sequence[str], problems: Problems, log: EventLog
 ) -> tuple[Model | None, dict[str, Adapter]]:
     """The same as `base_with_adapters`, the base with tokenizer and template."""
-    base, adapters = base_with_adapters(named, paths, problems, warn)
+    base, adapters = base_with_adapters(named, paths, problems, log)
     return problems.attempt(model_of, base) if base else None, adapters
 
 

@@ -24,7 +24,7 @@ def open_subject(config: InspectConfig, problems: Problems, log: EventLog) -> Su
     if named_base is None and len(adapters) == 2:  # compared with one another
         opened = load_adapters(adapters, problems)
     elif named_base is not None or None not in kinds:
-        base, opened = base_with_adapters(named_base, adapters, problems, log.warning)
+        base, opened = base_with_adapters(named_base, adapters, problems, log)
     kind = "two adapters" if len(adapters) == 2 else "adapter" if adapters else "base"
     if len(opened) == 2:
         problems.attempt(_check_alike, opened)
