@@ -118,7 +118,7 @@ _thimble() {{
     local -a commands=({commands})
     if (( CURRENT == 2 )); then
         _describe command commands
-        _arguments '--help[Show the help]' '--version[Show the version]' '--completion[Print this]:shell:(bash zsh fish)'
+        _arguments '--help[Show the help]' '--version[Show the version]' '--completion[Print this]: :(bash zsh fish)'
         return
     fi
     shift words

@@ -70,7 +70,10 @@ _INSTEAD = {
         "logging_steps steps_per_report report_to wandb_project",
     "leave it out: no code from a model folder is ever run": "trust_remote_code",
     "leave it out: messages are always printed, on stderr; --debug shows where an error comes from": "verbose v",
-    "leave it out: messages go to stderr, 2>/dev/null hides them": "quiet q silent", "leave it out: nothing asks": "yes y",
+    "leave it out: messages go to stderr, 2>/dev/null hides them": "quiet q silent",
+    "leave it out: nothing asks": "yes y",
+    "leave it out: every core that this process may use is used; taskset names fewer": "threads n_threads num_threads "
+        "num_workers dataset_num_proc preprocessing_num_workers",
 }  # fmt: skip
 ELSEWHERE = {other: advice for advice, others in _INSTEAD.items() for other in others.split()}
 
@@ -80,7 +83,8 @@ COMMAND_SYNONYMS = {
     for ours, others in {
         "train": "finetune fine-tune tune sft fit lora qlora", "evaluate": "eval test score benchmark validate",
         "generate chat": "predict infer inference run batch complete", "chat": "talk ask interactive",
-        "merge": "fuse export merge-lora merge_lora compress", "plan": "estimate dry-run", "inspect": "info show analyse analyze",
+        "merge": "fuse export merge-lora merge_lora compress", "plan": "estimate dry-run",
+        "inspect": "info show analyse analyze",
     }.items()
     for other in others.split()
 }  # fmt: skip
@@ -120,7 +124,7 @@ def answer(given: str, known: Collection[str], positional: Mapping[str, str] = M
     ours, near = our_name(name, known), near_option(name, known)
     if ours is None and name.lower() in ELSEWHERE:
         advice = ELSEWHERE[name.lower()]
-    elif near in positional:
+    elif near is not None and near in positional:
         advice = f"give {positional[near]} without a flag"
     elif ours and flag(ours) != typed:
         advice = f"use {flag(ours)}"
