@@ -15,7 +15,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "thimble"
 FILES = sorted(path.relative_to(SOURCE).as_posix() for path in SOURCE.rglob("*.py"))
 OPTIONS = [spec for command in COMMANDS.values() for spec in options_of(command.options).values()]
 FLAGS = {flag(spec.name) for spec in OPTIONS if not spec.metadata["positional"]}
-FLAGS |= {"--config", "--json", "--debug", "--help", "--version"}
+FLAGS |= {"--config", "--json", "--debug", "--help", "--version", "--completion"}
 OTHERS = {"--no-deps"}  # of pip
 
 

@@ -73,8 +73,9 @@ def make_parser(commands: Commands, version: str) -> argparse.ArgumentParser:
     parser.add_argument("--completion", metavar="{" + ",".join(SHELLS) + "}", help=help_)
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, command in commands.items():
-        about = {"help": command.summary, "description": command.summary}
-        sub = subparsers.add_parser(name, **about, allow_abbrev=False, add_help=False)
+        sub = subparsers.add_parser(
+            name, help=command.summary, description=command.summary, allow_abbrev=False, add_help=False
+        )
         for title, options in groups_of(command.options).items():
             group = sub.add_argument_group(title)
             for spec in options.values():
@@ -176,22 +177,23 @@ def _without_unknown(words: Sequence[str], config: type[Options], problems: list
     """The words without flags that the command does not know and their values, each with what to type in `problems`."""
     known, positional = options_of(config), positional_of(config)
     typable = {flag(name) for name in (*known, *EVERYWHERE) if name not in positional} | {"-h"}
-    kept, rest = [], list(words)
+    kept: list[str] = []
+    rest = list(words)
     while rest:
         word = rest.pop(0)
         if word == "--":
             return [*kept, word, *rest]
-        name = word.split("=", 1)[0]
+        name, equals, value = word.partition("=")
         if not re.match(r"--?[A-Za-z]", word):
             kept.append(word)
         elif name in typable:
             kept.append(word)
-            if "=" not in word and rest and _takes_value(name, known):
-                kept.append(rest.pop(0))
+            kept += [rest.pop(0)] if not equals and rest and _takes_value(name, known) else []
         else:
             problems.append(answer(name, (*known, *EVERYWHERE), positional))
-            if "=" not in word and rest and not rest[0].startswith("-") and _is_value(name, rest[0], known):
-                rest.pop(0)
+            if not equals and rest and not rest[0].startswith("-") and _is_value(name, rest[0], known):
+                value = rest.pop(0)
+            kept += [value] if value and near_option(name, known) in positional else []  # checked with the rest
     return kept
 
 

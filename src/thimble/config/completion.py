@@ -60,7 +60,7 @@ def _bash(commands: Mapping[str, tuple[str, type[Options]]]) -> str:
 
 
 _BASH = """\
-# Completion of thimble for bash; for this shell and all to come:
+# Completion in bash, in this shell and all to come:
 #     thimble --completion bash >> ~/.bash_completion && source ~/.bash_completion
 _thimble() {{
     local cur=${{COMP_WORDS[COMP_CWORD]}} prev=${{COMP_WORDS[COMP_CWORD-1]}} command='' word words values=none
@@ -112,7 +112,7 @@ def _zsh_quoted(text: str) -> str:
 
 _ZSH = """\
 #compdef thimble
-# Completion of thimble for zsh; for this shell and all to come, after compinit in ~/.zshrc:
+# Completion in zsh, in this shell and all to come, after compinit in ~/.zshrc:
 #     source <(thimble --completion zsh)
 _thimble() {{
     local -a commands=({commands})
@@ -133,7 +133,7 @@ if [[ $funcstack[1] == _thimble ]]; then _thimble "$@"; else compdef _thimble th
 
 def _fish(commands: Mapping[str, tuple[str, type[Options]]]) -> str:
     lines = [
-        "# Completion of thimble for fish; for all shells to come:",
+        "# Completion in fish, in all shells to come:",
         "#     thimble --completion fish > ~/.config/fish/completions/thimble.fish",
         "complete -c thimble -f",
         "complete -c thimble -n __fish_use_subcommand -l help",
