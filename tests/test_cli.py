@@ -322,3 +322,47 @@ def test_json_is_the_same_on_every_output(ascii_output, tiny_base, name):
     code, text = ascii_output("plan", name, "--base", tiny_base, "--json")
     assert code == 2
     assert name in json.loads(text)["error"][0]
+
+
+# ---- the contract of scripts ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--verbose", "trian x", "train x --rank", "train x --rnak 8", "train --lr 1e-4 x", "train x y", "merge",
+        "evaluate", "train", "plan x --json=1", "--rank 8 train x", "", "--completion tcsh", "chat", "help", "-q",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("place", ["first", "last"])
+def test_whatever_is_refused_is_one_json_object_and_exit_code_two(thimble, line, place):
+    words = ["--json", *line.split()] if place == "first" else [*line.split(), "--json"]
+    code, out, err = thimble(*words)
+    assert code == 2
+    report = json.loads(out)
+    assert (set(report), report["exit_code"]) == ({"error", "exit_code"}, 2)
+    assert report["error"] == [text.removeprefix("thimble: ") for text in err.splitlines() if "thimble: " in text]
+
+
+def test_the_version_is_printed_as_text_or_json(thimble):
+    assert thimble("-V")[:2] == thimble("--version")[:2] == (0, f"thimble {cli.__version__}\n")
+    assert json.loads(thimble("train", "--version", "--json")[1]) == {"version": cli.__version__}
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_a_script_for_a_shell_is_printed(thimble, shell):
+    code, out, _ = thimble("--completion", shell)
+    assert code == 0
+    assert "train" in out
+
+
+def test_what_to_install_works_where_it_is_typed(monkeypatch, tmp_path):
+    from thimble import errors
+
+    checkout = Path(errors.__file__).parents[2]
+    monkeypatch.chdir(checkout)
+    assert errors.install_line("hub") == 'pip install -e ".[hub]"'
+    monkeypatch.chdir(tmp_path)
+    assert errors.install_line("hub") == f"pip install -e '{checkout}[hub]'"
+    monkeypatch.setattr(errors, "__file__", str(tmp_path / "site-packages" / "thimble" / "errors.py"))
+    assert errors.install_line("parquet") == "pip install pyarrow"

@@ -363,7 +363,7 @@ def test_parquet_rows_are_read_without_their_empty_fields(tmp_path):
 def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
     (tmp_path / "train.parquet").write_bytes(b"PAR1")
     monkeypatch.setitem(__import__("sys").modules, "pyarrow.parquet", None)
-    with pytest.raises(MissingPackageError, match=r'pip install "thimble-lora\[parquet\]"'):
+    with pytest.raises(MissingPackageError, match=r"pip install -e .*\[parquet\]"):
         read_dataset(tmp_path / "train.parquet")
 
 

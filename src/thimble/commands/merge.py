@@ -109,7 +109,7 @@ def _prepare(config: MergeConfig, log: EventLog) -> tuple[dict[str, Adapter], Ba
                 "with --truncate 0.99"
             )
         layers = sorted({layer for adapter in adapters.values() for layer in adapter.layers})
-        needed = (problems.attempt(merged.check_mergeable, base, layers) if base else None) or 0
+        needed = (problems.attempt(merged.check_mergeable, base, layers, *list(adapters)[:1]) if base else None) or 0
     if config.out:
         problems.attempt(check_new_folder, Path(config.out), needed)
     else:

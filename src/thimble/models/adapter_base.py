@@ -126,7 +126,7 @@ def _places(folder: Path, manifest: Mapping[str, Any], adapter: Adapter, wanted:
     if path := _text(manifest, "path"):
         yield Path(path), True
     if path := _text(manifest, "path_from_run"):
-        yield run / path, True
+        yield Path(os.path.normpath(run / path)), True
     for path in (adapter.base, *([os.path.join(adapter.base, name)] if adapter.base and name else [])):
         if path:
             yield Path(path), True

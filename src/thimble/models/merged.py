@@ -1,6 +1,7 @@
 """A base with updates added to its weights, row by row, and what rounding to the dtype of the file costs them."""
 
 import math
+import shlex
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -137,8 +138,8 @@ def rounding_warning(layers: Iterable[MergedLayer]) -> str:
     bad = sorted((layer for layer in layers if layer.error > ROUNDING_LIMIT), key=lambda layer: -layer.error)
     return (
         f"rounding to {bad[0].dtype} changed the updates of {plural(len(bad), 'layer')} by more than "
-        f"{ROUNDING_LIMIT:.0%}, most that of {bad[0].name} ({bad[0].error:.0%}): keep the adapter beside the base "
-        "(thimble chat --adapter), or merge into a folder of F32 weights"
+        f"{ROUNDING_LIMIT:.0%}, most that of {bad[0].name} ({bad[0].error:.0%}): keep the adapter beside the base, as "
+        "--adapter of chat and evaluate, or merge into a folder of F32 weights"
     )
 
 
@@ -166,13 +167,15 @@ def write_truncated(
     save_adapter(replace(adapters[0], layers=kept, base=base, notes=notes, origin={}), folder)
 
 
-def check_mergeable(base: Base, layers: Sequence[str]) -> int:
-    """Refuse a GGUF file and weights of no float dtype; return the bytes of all files that `write_merged` writes."""
+def check_mergeable(base: Base, layers: Sequence[str], adapter: str = "DIR") -> int:
+    """Refuse a GGUF file, where an adapter may be used instead, and weights of no float dtype; return the bytes of all
+    files that `write_merged` writes.
+    """
     if base.metadata is not None:
         raise BaseModelError(
             f"base {base.path} is a GGUF file, whose blocks would have to be rounded again, which costs more than a "
-            "small update is worth: keep the adapter beside it (thimble chat --adapter), or merge into a folder of "
-            "float weights"
+            "small update is worth: keep the adapter beside it, as in `thimble chat --adapter "
+            f"{shlex.quote(adapter)}`, or merge into a folder of float weights"
         )
     weights = {layer: base.weights[f"{layer}.weight"] for layer in layers if f"{layer}.weight" in base.weights}
     wrong = [f"{layer} is {weight.dtype}" for layer, weight in weights.items() if weight.dtype not in FLOAT_DTYPES]

@@ -91,7 +91,9 @@ def render_train(report: Any) -> str:
     state = "" if report.status == "done" else f"{report.status}: "
     took = f"{report.steps} steps in {clock(report.seconds)} ({speed}), {clock(report.total_seconds)} in all"
     places = f"adapter  {report.adapter}\nreport   {report.out}/report.html"
-    return "\n\n".join([*parts, state + took, f"{places}\ntry it   thimble chat --adapter {shlex.quote(report.out)}"])
+    out = shlex.quote(report.out)
+    resume = f"go on    thimble train --out {out} --resume\n" if report.status == "interrupted" else ""
+    return "\n\n".join([*parts, state + took, f"{places}\n{resume}try it   thimble chat --adapter {out}"])
 
 
 _SAMPLE_LINES = (("asked", "asked"), ("expected", "reference"), ("before", "before"), ("after", "after"))

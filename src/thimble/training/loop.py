@@ -141,7 +141,9 @@ class _Loop:
         try:
             return measure_after(self.task, self.session, self.state, before, self.progress.execution, self.control)
         except MemoryError as error:
-            self.log.warning(f"memory ran out while the result was measured ({error}): `thimble evaluate` can do that")
+            self.log.warning(
+                f"memory ran out while the result was measured ({error}): --adapter of evaluate can do that"
+            )
             return None
 
     # ---- steps ----------------------------------------------------------------------------------------------------
