@@ -54,3 +54,73 @@ def test_what_a_plan_offers_is_what_a_plan_with_that_option_says(init, tiny_base
 def test_a_plan_offers_no_run_that_would_be_refused(examples, tiny_base):
     report = thimble.plan(examples, base=tiny_base, init="orthogonal", rank=2)
     assert not any(other.change == "--rank 1" for other in report.alternatives)
+
+
+def better_in_something(report) -> bool:
+    total, seconds = report.memory["total"], report.seconds_per_step
+    return all(it.memory_bytes < total or it.seconds_per_step < seconds for it in report.alternatives)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"compute": "fp32"}, {"store": "int8"}, {"store": "dense"}, {"rank": 1}], ids=str
+)
+def test_nothing_is_offered_that_is_worse_in_everything(examples, tiny_base, options):
+    assert better_in_something(thimble.plan(examples, base=tiny_base, **options))
+
+
+# ---- another machine ------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_for_another_machine_scales_what_was_measured_and_says_so(examples, tiny_base):
+    here = thimble.plan(examples, base=tiny_base)
+    cores = 4 * here.machine["cores"]
+    there = thimble.plan(examples, base=tiny_base, machine=f"cores={cores},memory=8GB")
+    assert there.machine["cores"] == cores
+    assert there.machine["flops"]["fp32"] == pytest.approx(4 * here.machine["flops"]["fp32"])
+    assert there.machine["copy_bytes"] == here.machine["copy_bytes"]
+    assert there.available_bytes == 7_400_000_000
+    assert (here.machine["is_estimate"], there.machine["is_estimate"]) == (False, True)
+    [told] = [text for text in there.messages["warning"] if text.startswith("planned for ")]
+    assert f"{cores} cores like those of" in told
+    assert there.seconds_per_step < here.seconds_per_step
+    assert better_in_something(there)
+
+
+def test_a_machine_of_more_memory_than_this_one_may_be_planned_for(examples, tiny_base):
+    assert thimble.plan(examples, base=tiny_base, machine={"memory": "9 TB"}).available_bytes == 9e12 - 600e6
+
+
+@pytest.mark.parametrize("options", [{}, {"memory_budget": "4GB"}])
+def test_a_run_that_does_not_fit_another_machine_is_refused(examples, tiny_base, options):
+    with pytest.raises(InputError, match=r"--machine leaves 0\.10 GB"):
+        thimble.plan(examples, base=tiny_base, machine="cores=1,memory=700MB", **options)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("cores=0", "cores=0: expected a whole number from 1 to 1024"),
+        ("cores=many", "cores=many: expected a whole number"),
+        ("memory=much", "expected a size such as 4GB"),
+        ("disk=1GB", "expected cores, memory or both, each once"),
+        ("cores=2,cores=4", "each once"),
+        ("8GB", "expected cores, memory or both"),
+    ],
+)
+def test_a_machine_that_is_none_is_refused(given, said, tiny_base, examples):
+    with pytest.raises(InputError, match=said):
+        thimble.plan(examples, base=tiny_base, machine=given)
+
+
+def test_this_machine_is_measured_again_when_that_is_asked_for(examples, tiny_base, monkeypatch, tmp_path):
+    from thimble.backends.torch import compute
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    races = []
+    monkeypatch.setattr(compute, "race", lambda: races.append(1) or {"fp32": 1e11})
+    monkeypatch.setattr(compute.LoadMeter, "share", lambda self: 0.0)
+    thimble.plan(examples, base=tiny_base)
+    thimble.plan(examples, base=tiny_base)
+    assert len(races) == 1
+    thimble.plan(examples, base=tiny_base, remeasure=True)
+    assert len(races) == 2, "once, not for every alternative"

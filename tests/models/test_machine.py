@@ -96,3 +96,85 @@ def test_the_tightest_quota_of_all_groups_holds(tmp_path, monkeypatch):
         (tmp_path / name).mkdir()
         (tmp_path / name / "cpu.max").write_text(f"{quota} 100000\n")
     assert module.quota_cores.__wrapped__() == 1
+
+
+# ---- one result for each set of cores and quota, and none that was taken under load ----------------------------------
+
+
+def test_sets_of_cores_do_not_forget_one_another(monkeypatch):
+    monkeypatch.setattr(module.time, "time", lambda: 1e9 + 60)
+    times = []
+    for key in ("cores 0-1", "cores 0", "cores 0-1", "cores 0"):
+        remembered(key, measuring(times))
+    assert len(times) == 2
+
+
+def test_of_very_many_sets_the_latest_are_kept(cache, monkeypatch):
+    monkeypatch.setattr(module.time, "time", lambda: 1e9 + 600)
+    for number in range(module.MOST_REMEMBERED + 5):
+        remembered(f"key {number}", measuring([], 1e9 + number))
+    kept = json.loads(cache.read_text())["machines"]
+    assert len(kept) == module.MOST_REMEMBERED
+    assert "key 0" not in kept
+
+
+def test_what_is_asked_for_anew_is_measured_and_remembered(monkeypatch):
+    monkeypatch.setattr(module.time, "time", lambda: 1e9 + 60)
+    times = []
+    remembered("other", measuring(times))
+    remembered("key", measuring(times))
+    remembered("key", measuring(times), is_fresh=True)
+    assert len(times) == 3
+    remembered("key", measuring(times))
+    remembered("other", measuring(times))
+    assert len(times) == 3
+
+
+def loaded(flops, load, when=1e9):
+    return lambda: Machine("a processor", 2, flops, 1e10, when, load)
+
+
+def test_what_was_measured_under_load_is_measured_again_and_the_higher_rate_kept(monkeypatch):
+    monkeypatch.setattr(module.time, "time", lambda: 1e9 + 1)
+    first = remembered("key", loaded({"fp32": 5e10}, 0.6))
+    assert first.is_loaded
+    assert remembered("key", loaded({"fp32": 1e12}, 0.0)) == first, "not twice in one command"
+    monkeypatch.setattr(module.time, "time", lambda: 1e9 + 100)
+    second = remembered("key", loaded({"fp32": 4e10, "bf16": 3e11}, 0.5, 1e9 + 100))
+    assert (dict(second.flops), second.load) == ({"fp32": 5e10, "bf16": 3e11}, 0.5)
+    monkeypatch.setattr(module.time, "time", lambda: 1e9 + 200)
+    third = remembered("key", loaded({"fp32": 1e11, "bf16": 4e11}, 0.02, 1e9 + 200))
+    assert (third.flops["fp32"], third.is_loaded) == (1e11, False)
+    monkeypatch.setattr(module.time, "time", lambda: 1e9 + 5000)
+    assert remembered("key", loaded({"fp32": 1.0}, 0.0)) == third
+
+
+@pytest.mark.parametrize(
+    ("busy", "own", "share"),
+    [((10.0, 12.0), 2.0, 0.0), ((10.0, 14.0), 2.0, 0.5), ((10.0, 10.5), 2.0, 0.0), ((10.0, 99.0), 0.0, 1.0)],
+)
+def test_load_is_the_time_that_others_took(busy, own, share, monkeypatch):
+    """Over two seconds on two cores."""
+    clocks = {"busy": iter(busy), "own": iter((5.0, 5.0 + own)), "wall": iter((100.0, 102.0))}
+    monkeypatch.setattr(module, "busy_seconds", lambda: next(clocks["busy"]))
+    monkeypatch.setattr(module, "_count_cores", lambda: 2)
+    monkeypatch.setattr(module.time, "process_time", lambda: next(clocks["own"]))
+    monkeypatch.setattr(module.time, "perf_counter", lambda: next(clocks["wall"]))
+    assert module.LoadMeter().share() == share
+
+
+def test_where_the_system_tells_nothing_the_last_minute_counts(monkeypatch):
+    monkeypatch.setattr(module, "busy_seconds", lambda: None)
+    monkeypatch.setattr(module.os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(module.os, "getloadavg", lambda: (1.0, 0, 0))
+    assert module.LoadMeter().share() == 0.25
+
+
+@pytest.mark.parametrize(
+    ("cores", "quota", "text"),
+    [({0, 1, 2, 5}, math.inf, "0-2,5"), ({3}, math.inf, "3"), ({0, 1}, 1.5, "0-1 for 1.5 cores' time")],
+)
+def test_a_set_of_cores_has_a_name(cores, quota, text, monkeypatch):
+    monkeypatch.setattr(module.os, "sched_getaffinity", lambda pid: cores, raising=False)
+    monkeypatch.setattr(module, "quota_cores", lambda: quota)
+    assert module.core_set() == text

@@ -18,7 +18,7 @@ def open_conversation(config: ChatConfig, on_event: OnEvent = ignore) -> Convers
     problems = Problems(config.problems)
     model, adapters = model_with_adapters(config.base, config.adapter, problems, log)
     (model,) = problems.required(model)
-    compute, why = choose_compute(config.compute)
+    compute, why = choose_compute(config.compute, config.remeasure)
     log.decision(f"compute: {why}")
     session = open_session(model, compute, choose_store(config.store, model.base, compute)[0][0])
     spec, tokenizer = model.base.spec, model.tokenizer

@@ -72,7 +72,7 @@ def evaluate(config: EvaluateConfig, on_event: OnEvent = ignore, should_stop: Sh
     from thimble.backends.torch.compute import choose_compute
     from thimble.backends.torch.threads import num_cores
 
-    compute, why = choose_compute(config.compute)
+    compute, why = choose_compute(config.compute, config.remeasure)
     stores, why_store = choose_store(config.store, model.base, compute)
     log.decision(f"compute: {why}")
     log.decision(why_store)

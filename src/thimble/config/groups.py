@@ -38,6 +38,9 @@ class ComputeOptions(BaseOptions):
         "dense, or int8 per row; auto takes file for a GGUF base and dense for a folder.",
         choices=("auto", "dense", "int8", "file"))  # fmt: skip
 
+    remeasure: bool = option(False, "Measure this machine anew; what was measured holds for a week, for each set of "
+        "cores and quota.")  # fmt: skip
+
     @classmethod
     def _conflicts(cls, given: Mapping[str, Any]) -> list[str]:
         problems = super()._conflicts(given)

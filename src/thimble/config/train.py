@@ -2,7 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
+from thimble.config import values
 from thimble.config.groups import (
     COLUMNS,
     LENGTHS,
@@ -14,7 +16,7 @@ from thimble.config.groups import (
     SplitOptions,
     ValidationOptions,
 )
-from thimble.config.options import Given, options_of, typed
+from thimble.config.options import Given, option, options_of, typed
 from thimble.config.values import AUTO, as_typed
 
 
@@ -27,7 +29,13 @@ class TrainConfig(
 
 @dataclass(frozen=True)
 class PlanConfig(TrainConfig):
-    """The options of `thimble plan`: those of train."""
+    """The options of `thimble plan`: those of train, and the machine to plan for."""
+
+    group: ClassVar[str] = "machine"
+
+    machine: tuple[str, ...] = option((), "Plan for a machine that is not this one, such as cores=4,memory=8GB. Its "
+        "memory is counted as exactly; its speed is that of this processor for so many cores, an estimate.",
+        check=values.machine, metavar="cores=N,memory=SIZE")  # fmt: skip
 
 
 # Options that make a run what it is: a run that is resumed keeps them as it began.

@@ -12,6 +12,7 @@ from typing import Any
 from thimble.core.method import MOST_SCALE, parse_init
 
 AUTO = "auto"
+MOST_CORES = 1024  # of a machine
 NO_AUTO_INIT = (
     "Thimble does not choose an init, because the share of the gradient that an init captures does not foretell which "
     "one trains better (measured in benchmarks/initialisation.md); leave it out for --init kaiming, or see what each "
@@ -72,6 +73,32 @@ def rank_pattern(value: Sequence[str]) -> str | None:
     if wrong is None and any(number % 1 for number in read_pattern(value).values()):
         return "expected whole numbers as ranks"
     return wrong
+
+
+def machine(value: Sequence[str]) -> str | None:
+    """Check what is known of a machine, such as `cores=4` and `memory=8GB`."""
+    try:
+        read_machine(value)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def read_machine(pairs: Sequence[str]) -> tuple[int | None, int | None]:
+    """The cores and the bytes of memory of a machine, None for what is not said; else a ValueError.
+
+    >>> read_machine(("cores=4", "memory=8GB")), read_machine(("memory=500 MB",))
+    ((4, 8000000000), (None, 500000000))
+    """
+    found: dict[str, int] = {}
+    for pair in pairs:
+        name, _, text = (part.strip() for part in pair.partition("="))
+        if name not in ("cores", "memory") or name in found:
+            raise ValueError("expected cores, memory or both, each once, as in cores=4,memory=8GB")
+        if name == "cores" and not (text.isdecimal() and 1 <= int(text) <= MOST_CORES):
+            raise ValueError(f"cores={text}: expected a whole number from 1 to {MOST_CORES}")
+        found[name] = int(text) if name == "cores" else parse_size(text)
+    return found.get("cores"), found.get("memory")
 
 
 def one_of(choices: Sequence[str], value: object) -> str:

@@ -12,11 +12,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 CGROUP = Path("/sys/fs/cgroup")
 STALE_AFTER_SECONDS = 7 * 24 * 3600
+LOADED = 0.15  # share of the cores that others took: what was measured beside them is too low
+STALE_AFTER_SECONDS_LOADED = 60  # so that it is not measured again within one command
+MOST_REMEMBERED = 32  # sets of cores, quotas and versions
 DISK_SAMPLE_BYTES = 1 << 26
 
 
@@ -31,6 +34,23 @@ class Machine:
     flops: Mapping[str, float]
     copy_bytes: float  # bytes per second read or written while memory is copied
     measured: float  # when, seconds since 1970
+    load: float = 0.0  # share of the cores that other processes took meanwhile, 0 to 1
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether other processes were in the way when it was measured."""
+        return self.load > LOADED
+
+    @property
+    def stale_after_seconds(self) -> int:
+        """How long the rates are worth remembering."""
+        return STALE_AFTER_SECONDS_LOADED if self.is_loaded else STALE_AFTER_SECONDS
+
+    def best_of(self, other: "Machine") -> "Machine":
+        """The higher of two measurements of each rate, both taken under load, which only lowers what is measured."""
+        flops = {name: max(rate, other.flops.get(name, 0.0)) for name, rate in {**other.flops, **self.flops}.items()}
+        load, copy_bytes = min(self.load, other.load), max(self.copy_bytes, other.copy_bytes)
+        return replace(self, flops=flops, copy_bytes=copy_bytes, load=load)
 
 
 def processor() -> tuple[str, frozenset[str]]:
@@ -51,21 +71,86 @@ def cache_folder() -> Path:
     return Path(home) / "thimble"
 
 
-def remembered(key: str, measure: Callable[[], Machine]) -> Machine:
-    """What was measured within the last week under the same key (processor, cores, versions), else what is now."""
-    path = cache_folder() / "machine.json"
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # never measured, or by another version
-        saved = json.loads(path.read_text())
-        machine = Machine(**{field.name: saved["machine"][field.name] for field in fields(Machine)})
-        if saved["key"] == key and 0 <= time.time() - machine.measured < STALE_AFTER_SECONDS:
-            return machine
+def remembered(key: str, measure: Callable[[], Machine], is_fresh: bool = False) -> Machine:
+    """What was measured within the last week under the same key (processor, cores, quota, versions), else what is now.
+
+    What was measured beside other work holds for a minute: then the higher rates of both measurements are kept. If
+    `is_fresh`, what is remembered counts for nothing.
+    """
+    path, now = cache_folder() / "machine.json", time.time()
+    saved = {} if is_fresh else {name: it for name, it in _read(path).items() if 0 <= now - it.measured}
+    known = saved.get(key)
+    if known and now - known.measured < known.stale_after_seconds:
+        return known
     machine = measure()
+    if known and known.is_loaded and machine.is_loaded and now - known.measured < STALE_AFTER_SECONDS:
+        machine = machine.best_of(known)
+    others = (item for item in (_read(path) if is_fresh else saved).items() if item[0] != key)
+    latest = sorted(others, key=lambda item: item[1].measured)[1 - MOST_REMEMBERED :]
+    _write(path, {**dict(latest), key: machine})
+    return machine
+
+
+def _read(path: Path) -> dict[str, Machine]:
+    """What is remembered, by key; nothing that another version wrote otherwise."""
+    found = {}
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        for key, values in json.loads(path.read_text())["machines"].items():
+            with contextlib.suppress(KeyError, TypeError):
+                found[key] = Machine(**{field.name: values[field.name] for field in fields(Machine)})
+    return found
+
+
+def _write(path: Path, machines: Mapping[str, Machine]) -> None:
     with contextlib.suppress(OSError):  # a home that cannot be written: measured again next time
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f".{os.getpid()}")
-        part.write_text(json.dumps({"key": key, "machine": asdict(machine)}))
+        part.write_text(json.dumps({"machines": {key: asdict(machine) for key, machine in machines.items()}}))
         part.replace(path)
-    return machine
+
+
+def core_set() -> str:
+    """The cores this process may use, and its quota of their time: `0-3`, or `0,2 for 1.5 cores' time`."""
+    if not hasattr(os, "sched_getaffinity"):
+        return str(os.cpu_count())
+    cores = sorted(os.sched_getaffinity(0))
+    starts = [core for core in cores if core - 1 not in cores]
+    ends = [core for core in cores if core + 1 not in cores]
+    ranges = ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
+    return ranges + (f" for {quota_cores():g} cores' time" if math.isfinite(quota_cores()) else "")
+
+
+class LoadMeter:
+    """Measures which share of the cores other processes take, from when it is made."""
+
+    def __init__(self) -> None:
+        self._busy, self._own, self._began = busy_seconds(), time.process_time(), time.perf_counter()
+
+    def share(self) -> float:
+        """The share up to now, 0 to 1; where the system does not tell, that of the last minute."""
+        busy, own = busy_seconds(), time.process_time() - self._own
+        if busy is None or self._busy is None:
+            load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+            return min(1.0, load / (os.cpu_count() or 1))
+        seconds = (time.perf_counter() - self._began) * _count_cores()
+        return min(1.0, max(0.0, busy - self._busy - own) / seconds) if seconds else 0.0
+
+
+def _count_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def busy_seconds() -> float | None:
+    """Seconds that the cores of this process were at work for anybody since the system began; None if untold."""
+    try:
+        lines = Path("/proc/stat").read_text().splitlines()
+        cores = {f"cpu{core}" for core in os.sched_getaffinity(0)}
+        ticks = os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError, ValueError):  # not Linux
+        return None
+    counts = [list(map(int, line.split()[1:9])) for line in lines if line.split(" ", 1)[0] in cores]
+    # user, nice, system, irq, softirq, and what a hypervisor gave to others
+    return sum(sum(count[:3]) + sum(count[5:8]) for count in counts) / ticks if counts else None
 
 
 def disk_bytes_per_second(path: Path) -> float:

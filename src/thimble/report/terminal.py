@@ -192,5 +192,6 @@ def render_plan(report: Any) -> str:
 
 def _machine(machine: Mapping[str, Any]) -> str:
     rates = ", ".join(f"{name} {rate / 1e9:,.0f}" for name, rate in machine["flops"].items())
-    bandwidth = f"memory {machine['copy_bytes'] / 1e9:.0f} GB/s, disk {machine['disk_bytes'] / 1e9:.1f} GB/s"
-    return f"{machine['name']}, {machine['cores']} cores; G operations/s: {rates}; {bandwidth}"
+    disk = f", disk {machine['disk_bytes'] / 1e9:.1f} GB/s" if "disk_bytes" in machine else "; an estimate"
+    cores = "" if machine.get("is_estimate") else f", {machine['cores']} cores"
+    return f"{machine['name']}{cores}; G operations/s: {rates}; memory {machine['copy_bytes'] / 1e9:.0f} GB/s{disk}"

@@ -12,6 +12,8 @@ from thimble.models.machine import Machine
 from thimble.training.memory_plan import memory_inputs, plan_cost
 from thimble.training.plan import RunPlan, plan_sizes
 
+NOTICED = 0.999  # of memory or time: what saves less only looks cheaper by rounding
+
 
 @dataclass(frozen=True)
 class Alternative:
@@ -32,13 +34,16 @@ def alternatives(config: TrainConfig, run_plan: RunPlan, machine: Machine) -> It
     """Runs that cost less in time, in memory or in both than the one planned, and fit what is allowed."""
     for change, options in _changes(config, run_plan, machine):
         try:
-            changed = config.replace(**{"memory_budget": run_plan.allowed_bytes, **options})
+            changed = config.replace(**{"memory_budget": run_plan.allowed_bytes, "remeasure": False, **options})
             sizes = plan_sizes(changed, run_plan.model, run_plan.folder)
             cost = plan_cost(changed, run_plan.model.base, run_plan.examples, sizes)
         except InputError:  # a run that would be refused is not offered
             continue
         found = Alternative(change, cost.memory.total, cost.seconds_per_step)
-        is_cheaper = found.memory_bytes < run_plan.memory.total or found.seconds_per_step < run_plan.seconds_per_step
+        is_cheaper = (
+            found.memory_bytes < NOTICED * run_plan.memory.total
+            or found.seconds_per_step < NOTICED * run_plan.seconds_per_step
+        )
         if is_cheaper and found.memory_bytes <= run_plan.allowed_bytes:
             yield found
 

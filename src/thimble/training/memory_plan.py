@@ -2,24 +2,50 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from thimble.backends.open import choose_store
-from thimble.config.train import TrainConfig
+from thimble.config.train import PlanConfig, TrainConfig
+from thimble.config.values import read_machine
 from thimble.core.method import AUTO_RANK, parse_init
 from thimble.core.sizes import MICRO_BATCH_TOKENS, padded
 from thimble.core.targets import Size
 from thimble.data.examples import Examples
-from thimble.errors import DoesNotFitError
+from thimble.errors import DoesNotFitError, plural
 from thimble.models import cost
 from thimble.models.base import Base
 from thimble.models.execution import ExecutionPlan
-from thimble.models.machine import available_bytes
+from thimble.models.machine import Machine, available_bytes
 from thimble.models.spec import DecoderSpec
 from thimble.training.step_schedule import StepSchedule
 
 MOST_SIZES = 7  # of batches, however uneven the rows are: what many rows make together varies less
+SYSTEM_BYTES = 600_000_000  # that a freshly started server takes, of the memory that its description names
 SHARE_TOKENS = 512  # a step is divided among workers as long as each gets so many tokens
+
+
+@dataclass(frozen=True)
+class Target:
+    """The machine that a run is planned for: this one, or one that the user describes."""
+
+    machine: Machine  # its rates
+    free_bytes: int  # memory that a run may take
+    is_here: bool = True
+
+
+def target_machine(config: TrainConfig) -> Target:
+    """This machine, or that of `--machine`: cores like those here, and what a fresh system leaves of its memory."""
+    from thimble.backends.torch.compute import machine
+
+    here, described = machine(), config.machine if isinstance(config, PlanConfig) else ()
+    if not described:
+        return Target(here, available_bytes())
+    cores, memory = read_machine(described)
+    cores = cores or here.cores
+    flops = {name: rate * cores / here.cores for name, rate in here.flops.items()}
+    free = memory - SYSTEM_BYTES if memory else available_bytes()
+    name = f"{plural(cores, 'core')} like those of {here.name}"
+    return Target(replace(here, name=name, cores=cores, flops=flops), max(0, free), is_here=False)
 
 
 @dataclass(frozen=True)
@@ -40,10 +66,11 @@ def plan_cost(
     config: TrainConfig, base: Base, examples: Examples, sizes: dict[str, Size], first: Sequence[ExecutionPlan] = ()
 ) -> RunCost:
     """Choose compute type, store and execution plan (those in `first` go first), and count what the run takes."""
-    from thimble.backends.torch.compute import choose_compute, machine
+    from thimble.backends.torch.compute import choose_compute
 
     spec = base.spec
-    compute, why_compute = choose_compute(config.compute)
+    compute, why_compute = choose_compute(config.compute, config.remeasure)
+    target = target_machine(config)
     stores, why_store = choose_store(config.store, base, compute)
     lengths = examples.train_report.lengths
     layers = rate_layers(config, sizes, spec)
@@ -51,15 +78,18 @@ def plan_cost(
     inputs = memory_inputs(config, compute, base, examples, sizes)
     num_sizes = min(MOST_SIZES, len({padded(length) for length in lengths}))
     step_tokens = min(config.batch_tokens, examples.train_report.tokens)
-    plans = [*first, *execution_plans(step_tokens, inputs.longest, stores, spec.num_layers, num_sizes)]
-    allowed = config.memory_budget or available_bytes()
-    memory, execution = _first_that_fits(base, inputs, plans, allowed, bool(config.memory_budget))
+    cores = target.machine.cores
+    plans = [*first, *execution_plans(step_tokens, inputs.longest, stores, spec.num_layers, num_sizes, cores)]
+    allowed, whose = config.memory_budget or target.free_bytes, "--memory-budget allows"
+    if not config.memory_budget or (not target.is_here and target.free_bytes < allowed):
+        allowed, whose = target.free_bytes, "this machine has free" if target.is_here else "--machine leaves"
+    memory, execution = _first_that_fits(base, inputs, plans, allowed, whose)
     if execution.store != stores[0]:
         why_store = f"store {execution.store}: {stores[0]} does not fit the memory"
     report, steps = examples.train_report, step_schedule.steps_per_epoch
     square = sum(length * length for length in lengths) / report.tokens
     work = cost.StepWork(report.tokens / steps, report.target_tokens / steps, square, inputs.trained, inputs.lowest)
-    seconds = cost.estimate_seconds(base, compute, work, execution, machine())
+    seconds = cost.estimate_seconds(base, compute, work, execution, target.machine)
     return RunCost(compute, (why_compute, why_store), step_schedule, execution, memory, allowed, work, seconds)
 
 
@@ -84,12 +114,12 @@ def memory_inputs(
 
 
 def execution_plans(
-    step_tokens: int, longest: int, stores: Sequence[str], num_blocks: int, num_sizes: int = 1
+    step_tokens: int, longest: int, stores: Sequence[str], num_blocks: int, num_sizes: int = 1, cores: int = 0
 ) -> list[ExecutionPlan]:
-    """The ways to run a step, the fastest first; the longest row, in tokens, is never split."""
+    """The ways to run a step, the fastest first, on so many cores or those here; the longest row is never split."""
     from thimble.backends.torch.threads import num_cores
 
-    cores, step = num_cores(), max(step_tokens, longest)
+    cores, step = cores or num_cores(), max(step_tokens, longest)
     shares = {max(1, min(cores, step_tokens // SHARE_TOKENS)), 1}
     sizes = {max(longest, min(size, step_tokens)) for size in (*MICRO_BATCH_TOKENS, longest)}
     checkpointed = sorted({num_blocks * quarters // 4 for quarters in range(5)})
@@ -102,15 +132,14 @@ def execution_plans(
 
 
 def _first_that_fits(
-    base: Base, inputs: cost.MemoryInputs, plans: Sequence[ExecutionPlan], allowed: int, is_budget: bool
+    base: Base, inputs: cost.MemoryInputs, plans: Sequence[ExecutionPlan], allowed: int, whose: str
 ) -> tuple[cost.MemoryPlan, ExecutionPlan]:
-    """The first execution plan that fits the memory allowed."""
+    """The first execution plan that fits the memory allowed, by whom the message says."""
     found = [(cost.estimate_memory(base, inputs, execution), execution) for execution in plans]
     for memory, execution in found:
         if memory.total <= allowed:
             return memory, execution
     least = min(memory.total for memory, _ in found)
-    whose = "--memory-budget allows" if is_budget else "this machine has free"
     raise DoesNotFitError(
         f"the run needs at least {least / 1e9:.2f} GB and {whose} {allowed / 1e9:.2f} GB: lower --seq-len "
         f"(the longest row has {inputs.longest} tokens), lower --rank, take a smaller base, or allow at least "

@@ -137,7 +137,7 @@ def _resolved(config: TrainConfig, cost: RunCost, folder: Path) -> TrainConfig:
     length = {} if config.epochs or schedule.minutes else {"max_steps": schedule.total_steps}
     return config.replace(
         out=str(folder), compute=cost.compute, store=cost.execution.store, learning_rate=schedule.rate,
-        warmup_steps=schedule.warmup_steps, **length,
+        warmup_steps=schedule.warmup_steps, remeasure=False, **length,
     )  # fmt: skip
 
 

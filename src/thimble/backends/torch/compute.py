@@ -13,7 +13,7 @@ import torch
 
 from thimble.backends.torch.threads import num_cores
 from thimble.errors import ConfigError
-from thimble.models.machine import Machine, processor, remembered
+from thimble.models.machine import LoadMeter, Machine, core_set, processor, remembered
 
 # Sizes of square products; a type this many times slower than the best is dropped there. A busy machine makes small
 # products look slow, so only a hopeless loser goes early; the last size decides.
@@ -27,9 +27,12 @@ SLOWER = 1.5  # a choice of the user's that is so many times slower is told
 INT8_INSTRUCTIONS = {"avx512_vnni", "avx_vnni", "amx_int8"}
 
 
-def choose_compute(wanted: str) -> tuple[str, str]:
-    """The type of the large products, and why; a ConfigError refuses int8 where the processor has no instructions."""
-    fast, flops = use_fast_fp32(), machine().flops
+def choose_compute(wanted: str, is_fresh: bool = False) -> tuple[str, str]:
+    """The type of the large products, and why, by rates measured anew if `is_fresh`; a ConfigError refuses int8 where
+    the processor has no instructions.
+    """
+    fast, here = use_fast_fp32(), machine(is_fresh=True) if is_fresh else machine()
+    flops = here.flops
     if wanted == "int8" and wanted not in flops:
         raise ConfigError(
             "compute is int8: this processor has no instructions for products of int8 (VNNI or AMX), which would be "
@@ -42,7 +45,10 @@ def choose_compute(wanted: str) -> tuple[str, str]:
         return wanted, f"{wanted} was asked for" + (f", {how_slow} slower than auto here" if slower > SLOWER else "")
     best = max(rates, key=lambda name: rates[name])
     told = ", ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in rates.items())
-    return best, f"{best} is fastest here ({told}{'; fp32 through oneDNN' if fast else ''})"
+    told += "; fp32 through oneDNN" if fast else ""
+    if here.is_loaded:
+        told += f"; measured while other programs took {here.load:.0%} of the cores, so it is measured again next time"
+    return best, f"{best} is fastest here ({told})"
 
 
 def torch_version() -> str:
@@ -50,18 +56,20 @@ def torch_version() -> str:
     return str(torch.__version__)
 
 
-def machine() -> Machine:
-    """The rates of this machine, measured now or remembered."""
+def machine(is_fresh: bool = False) -> Machine:
+    """The rates of this machine for the cores and the quota of this process, remembered or, if `is_fresh`, measured."""
     name, flags = processor()
     use_fast_fp32()
 
     def measure() -> Machine:
-        flops = race()
+        meter, flops = LoadMeter(), race()
         if flags & INT8_INSTRUCTIONS:
             flops["int8"] = _rate(torch.int8, max(SIZES))
-        return Machine(name, num_cores(), flops, _copy_rate(), time.time())
+        copy_bytes = _copy_rate()
+        return Machine(name, num_cores(), flops, copy_bytes, time.time(), meter.share())
 
-    return remembered(f"{name}, {num_cores()} cores, torch {torch.__version__}", measure)
+    key = f"{name}, cores {core_set()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    return remembered(key, measure, is_fresh)
 
 
 def race() -> dict[str, float]:
