@@ -54,7 +54,7 @@ RULES = {
         "errors events core config report files models data backends inference training exports commands __init__",
         "backends/torch", packages="numpy",
     ),
-    "api": Part("config commands"),
+    "api": Part("config commands", "data"),
     "cli": Part("errors config commands report __init__"),
     "__init__": Part("commands", "api core files models"),
     "__main__": Part("cli"),

@@ -4,46 +4,71 @@ Every function takes the options by their names, with `config` for a YAML file o
 as callbacks. What is refused raises an InputError that holds every problem found.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from thimble.commands import COMMANDS
+from thimble.config.groups import DataOptions
 from thimble.config.options import options_of, takes_many
 from thimble.config.sources import build_config
 
 
-def call(command: str, *arguments: str | Path | None, **options: Any) -> Any:
+def call(command: str, *arguments: Any, **options: Any) -> Any:
     """Run a command of the registry; the functions below are this with their command's name.
 
     Arguments are what stands without a flag on the command line, in that order, None for what is left out; options have
     the names of the flags, and there are `config` (a YAML file) and the callbacks that the command takes. An
-    InputError holds every problem found; too many arguments are a TypeError.
+    InputError holds every problem found; too many arguments are a TypeError. Instead of a file, `data` may be rows.
     """
     entry = COMMANDS[command]
     callbacks = {name: options.pop(name) for name in entry.listeners if name in options}
     config_file = options.pop("config", None)
     given = {**options, **_positional(command, arguments)}
-    return entry.function(build_config(entry.options, given, config_file), **callbacks)
+    with contextlib.ExitStack() as held:
+        has_rows = given.get("data") is not None and not isinstance(given["data"], str | os.PathLike)
+        if has_rows:
+            given["data"], has_rows = _write_rows(given, held)
+        config = build_config(entry.options, given, config_file)
+        if has_rows and isinstance(config, DataOptions):
+            config = config.replace(has_given_rows=True)
+        return entry.function(config, **callbacks)
 
 
-def _positional(command: str, arguments: tuple[str | Path | None, ...]) -> dict[str, Any]:
+def _write_rows(given: Mapping[str, Any], held: contextlib.ExitStack) -> tuple[str, bool]:
+    """Write rows to a temporary folder; or, of a run to be resumed that began with them, give the one it keeps.
+
+    Returned with the path is whether it is temporary.
+    """
+    from thimble.data.given_rows import FOLDER, are_kept, written_rows
+
+    folder, out = held.enter_context(written_rows(given["data"])), given.get("out")
+    if given.get("resume") and out and are_kept(folder, Path(out) / FOLDER):
+        return str(Path(out) / FOLDER), False
+    return str(folder), True
+
+
+def _positional(command: str, arguments: tuple[Any, ...]) -> dict[str, Any]:
     """Give arguments the names of the positional options; one that takes many takes them all."""
     specs = [spec for spec in options_of(COMMANDS[command].options).values() if spec.metadata["positional"]]
     if specs and takes_many(specs[0]):
         return {specs[0].name: [str(value) for value in arguments]} if arguments else {}
     if len(arguments) > len(specs):
         raise TypeError(f"{command}() takes {len(specs)} positional arguments but {len(arguments)} were given")
-    named = zip(specs, arguments, strict=False)
-    return {spec.name: str(value) for spec, value in named if value is not None}
+    named = [(spec.name, value) for spec, value in zip(specs, arguments, strict=False) if value is not None]
+    return {name: value if name == "data" else str(value) for name, value in named}
 
 
-def train(data: str | Path | None = None, **options: Any) -> Any:
+def train(data: Any = None, **options: Any) -> Any:
     """Train an adapter; see `thimble train --help` for the options.
 
     Args:
-        data: File or folder of examples; may stand in the `config` file instead.
+        data: File or folder of examples, or rows: mappings in a list, an iterator, a data set or a table, or such rows
+            by split (`{"train": ..., "valid": ...}`). May stand in the `config` file instead. The run folder keeps
+            rows, in `rows/`: from there the run can be resumed and repeated.
         **options: `base`, `rank`, `epochs` and so on; also `should_wait`, asked between steps for a reason to pause.
 
     Returns:
@@ -56,12 +81,12 @@ def train(data: str | Path | None = None, **options: Any) -> Any:
     return call("train", data, **options)
 
 
-def plan(data: str | Path | None = None, **options: Any) -> Any:
+def plan(data: Any = None, **options: Any) -> Any:
     """Say what training would need; see `train` for the arguments. Returns a thimble.commands.plan.PlanReport."""
     return call("plan", data, **options)
 
 
-def evaluate(data: str | Path | None = None, **options: Any) -> Any:
+def evaluate(data: Any = None, **options: Any) -> Any:
     """Measure a base and adapters on the same rows. Returns a thimble.commands.evaluate.EvaluateReport."""
     return call("evaluate", data, **options)
 

@@ -8,6 +8,8 @@ from thimble.config.evaluate import EvaluateConfig
 from thimble.core.adapter import Adapter
 from thimble.core.metrics import Metric, average
 from thimble.data.examples import Examples, encode_examples, log_read, open_data
+from thimble.data.given_rows import FOLDER
+from thimble.data.model import Model, model_with_adapters
 from thimble.data.model import Model, model_with_adapters
 from thimble.errors import Problems, plural
 from thimble.events import EventLog, OnEvent, ShouldStop, ignore, never
@@ -90,10 +92,8 @@ def evaluate(config: EvaluateConfig, on_event: OnEvent = ignore, should_stop: Sh
         loss, answers = measure(session, session.load(adapter), validation, execution, Control(log, should_stop))
         shown, scores = [asdict(answer) for answer in answers[:SHOWN_ANSWERS]], average(a.scores for a in answers)
         results.append(Result(name, loss.mean, loss.perplexity, loss.tokens, scores, shown))
-    answered = len(questions) if metric else 0
-    return EvaluateReport(
-        config.data, model.base.name, len(examples.valid), answered, metric_name, results, log.messages
-    )
+    answered, named = len(questions) if metric else 0, FOLDER if config.has_given_rows else config.data
+    return EvaluateReport(named, model.base.name, len(examples.valid), answered, metric_name, results, log.messages)
 
 
 def _prepare(

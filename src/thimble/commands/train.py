@@ -1,6 +1,7 @@
 """`thimble train`: from examples to an adapter, with proof of what it learned."""
 
 import contextlib
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,6 +12,7 @@ from thimble.backends.open import open_session
 from thimble.config.train import TrainConfig
 from thimble.core.adapter import Adapter
 from thimble.core.method import Method, parse_init
+from thimble.data import given_rows
 from thimble.data.examples import skipped_rows
 from thimble.errors import Problems, RunError, listing
 from thimble.events import EventLog, OnEvent, ShouldStop, ignore, never
@@ -50,7 +52,21 @@ def train(
             held.enter_context(locked(run_plan.folder))
         held.enter_context(_memory_explained(run_plan.folder))
         control = Control(log, should_stop, should_wait, run_plan.model.base.cut_file)
-        return _carry_out(run_plan, control, started)
+        return _carry_out(_keep_rows(run_plan), control, started)
+
+
+def _keep_rows(run_plan: RunPlan) -> RunPlan:
+    """Keep rows that were given in Python in the run folder, from where the run can be resumed and repeated."""
+    config, examples = run_plan.config, run_plan.examples
+    if not config.has_given_rows:
+        return run_plan
+    place = run_plan.folder / given_rows.FOLDER
+    with run_folder.atomic_folder(place) as new:
+        for file in examples.dataset.files:
+            shutil.copyfile(file, new / file.name)
+    files = tuple(place / file.name for file in examples.dataset.files)
+    examples = replace(examples, dataset=replace(examples.dataset, files=files))
+    return replace(run_plan, config=config.replace(data=str(place), has_given_rows=False), examples=examples)
 
 
 def _carry_out(run_plan: RunPlan, control: Control, started: float) -> TrainReport:

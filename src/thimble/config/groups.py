@@ -6,7 +6,7 @@ only some commands take.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from thimble.config import values
@@ -109,6 +109,8 @@ class DataOptions(ColumnOptions):
     seq_len: int = option(1024, "Longest row, in tokens; longer rows are truncated and counted.", check=at_least(8))
     batch_tokens: int = option(2048, "Tokens in one optimiser step; rows are packed without padding.",
         check=at_least(8))  # fmt: skip
+    # No option: whether `data` is a temporary folder of rows that were given in Python.
+    has_given_rows: bool = field(default=False, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
