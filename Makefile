@@ -40,6 +40,7 @@ check: $(DEV)  ## check format, lint, types, docstrings and generated docs
 	$(BIN)/mypy
 	$(BIN)/pydoclint --quiet src
 	$(BIN)/python docs/make_cli.py --check
+	$(BIN)/python docs/make_api.py --check
 
 test-all: $(DEV)  ## run every test
 	$(BIN)/python -m pytest
@@ -47,8 +48,9 @@ test-all: $(DEV)  ## run every test
 stress: $(DEV)  ## kill runs, damage files, render hostile templates, many times over; under an hour
 	PYTHONPATH=tests $(BIN)/python -m stress
 
-docs: $(DEV)  ## write docs/cli.md, docs/troubleshooting.md and the file map again
+docs: $(DEV)  ## write docs/cli.md, docs/troubleshooting.md, the file map and the types of the Python functions again
 	$(BIN)/python docs/make_cli.py
+	$(BIN)/python docs/make_api.py
 	$(BIN)/python docs/make_map.py
 	PYTHONPATH=tests $(BIN)/python -m troubleshooting
 
