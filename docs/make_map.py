@@ -91,7 +91,7 @@ def write_map() -> str:
 
 def _summary(file: Path) -> str:
     """The first sentence of a file's docstring."""
-    if file.suffix != ".py":
+    if file.suffix not in (".py", ".pyi"):
         return WITHOUT_DOCSTRING[file.as_posix()]
     docstring = ast.get_docstring(ast.parse((SOURCE / file).read_text(encoding="utf-8"))) or ""
     return " ".join(docstring.split("\n\n")[0].split()).split(". ")[0].rstrip(".") + "."

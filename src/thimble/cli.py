@@ -1,5 +1,6 @@
 """The command line: argv to config to command to printed report. The only file that prints or exits."""
 
+import argparse
 import errno
 import io
 import json
@@ -11,7 +12,8 @@ from typing import Any, NoReturn
 
 from thimble import __version__
 from thimble.commands import COMMANDS, Command
-from thimble.config.command_line import Line, make_parser, read_line, switches_in
+from thimble.config import command_line
+from thimble.config.command_line import Line, read_line, switches_in
 from thimble.config.completion import SHELLS, completion_script
 from thimble.config.sources import build_config
 from thimble.config.values import one_of
@@ -54,6 +56,11 @@ def _explained(error: Exception) -> tuple[Sequence[str], int]:
     return [fault], 1
 
 
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    return command_line.make_parser(COMMANDS, __version__)
+
+
 def _run(line: Line) -> int:
     if not line.command:
         return _answer_without_command(line.switches)
@@ -87,7 +94,7 @@ def _answer_without_command(switches: Mapping[str, Any]) -> int:
             f"no command is given: name one of {', '.join(COMMANDS)}, as in: thimble plan mine.jsonl --json"
         )
     else:
-        make_parser(COMMANDS, __version__).print_help()
+        make_parser().print_help()
     return 0
 
 

@@ -63,14 +63,16 @@ def _reworded(message: str) -> str:
     return message.removeprefix("argument ")
 
 
-def make_parser(commands: Commands, version: str) -> argparse.ArgumentParser:
+def make_parser(
+    commands: Commands, version: str, kind: type[argparse.ArgumentParser] = argparse.ArgumentParser
+) -> argparse.ArgumentParser:
     """The parser of all commands, derived from the options of their configs."""
-    parser = _Parser(
+    parser = kind(
         prog="thimble", description="Fine-tune language models with LoRA on the machine you have.", allow_abbrev=False
     )
     parser.add_argument("-V", "--version", action="version", version=f"thimble {version}")
     help_ = "Print a script that completes commands, options and their values, and leave."
-    parser.add_argument("--completion", metavar="{" + ",".join(SHELLS) + "}", help=help_)
+    parser.add_argument("--completion", metavar="{" + ",".join(SHELLS) + "}", default=argparse.SUPPRESS, help=help_)
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, command in commands.items():
         sub = subparsers.add_parser(
@@ -115,13 +117,13 @@ def switches_in(words: Sequence[str]) -> dict[str, Any]:
 
 def read_line(words: Sequence[str], commands: Commands, version: str) -> Line:
     """Read a command line; `--help` prints and leaves, a line without a known command is a ConfigError."""
-    switches, parser = switches_in(words), make_parser(commands, version)
+    switches, parser = switches_in(words), make_parser(commands, version, _Parser)
     if switches["version"]:
         return Line("", {}, None, switches, [])
     before, name, behind = _split(words, commands)
     if name is None:
         options = parser.parse_args(before)  # prints the help, if that is asked for
-        return Line("", {}, None, {**switches, "completion": options.completion}, [])
+        return Line("", {}, None, {**switches, **vars(options)}, [])
     known = options_of(commands[name].options)
     problems = [f"{word} stands before the command: put it behind, as in: thimble {name} {word}" for word in before]
     kept = _without_unknown(behind, commands[name].options, problems)
@@ -130,7 +132,7 @@ def read_line(words: Sequence[str], commands: Commands, version: str) -> Line:
     except ConfigError as error:
         raise ConfigError(*problems, *error.problems) from None
     values = vars(options)
-    for switch in ("command", "completion", *SWITCHES):
+    for switch in ("command", *SWITCHES):
         values.pop(switch)
     config_file = values.pop("config")
     problems += [] if problems else _too_many(name, rest, known)
