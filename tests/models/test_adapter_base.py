@@ -63,6 +63,11 @@ def changed_copy(source: Path, target: Path) -> Path:
     return target
 
 
+@pytest.fixture(scope="module")
+def folder_base(tmp_path_factory) -> Path:
+    return make_hf_folder("llama", tmp_path_factory.mktemp("base") / "folder")
+
+
 @pytest.fixture
 def gguf(tmp_path) -> Path:
     (tmp_path / "my models").mkdir()
@@ -224,6 +229,20 @@ def test_an_adapter_tells_no_place_but_in_the_field_that_peft_reads(tmp_path, gg
     assert str(tmp_path) not in json.dumps(header)
     config = json.loads((adapter / "adapter_config.json").read_text())
     assert [key for key, value in config.items() if str(tmp_path) in json.dumps(value)] == ["base_model_name_or_path"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["a\nb", "é ü 数据", os.fsdecode(b"caf\xe9"), "/".join(["n" * 250] * 5)],
+    ids=["newline", "letters", "no UTF-8", "long"],
+)
+def test_an_adapter_of_a_base_with_any_name_can_be_read_again(tmp_path, name, folder_base):
+    """And leads to its base, though a path that is too long for its config, or no text, is not written there."""
+    place = tmp_path / name
+    place.mkdir(parents=True)
+    for path in (Path(shutil.copy(TINY, place / "base.gguf")), Path(shutil.copytree(folder_base, place / "folder"))):
+        run = make_run(tmp_path / "runs" / path.name, path)
+        assert found(run) == path
 
 
 # ---- compared -------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ one that the user names, and nothing is fetched.
 """
 
 import contextlib
+import json
 import os
 import shlex
 from collections.abc import Iterator, Mapping
@@ -16,7 +17,8 @@ from typing import Any
 from thimble.core.adapter import Adapter
 from thimble.errors import AdapterError, InputError, listing
 from thimble.files.peft import find_adapter
-from thimble.files.untrusted import printable, read_json_object
+from thimble.files.peft_config import MOST_PATH_CHARACTERS
+from thimble.files.untrusted import printable, read_bytes
 from thimble.models.base import Base, default_base, open_base
 from thimble.models.hub_cache import cached_snapshot, hub_name_of, is_hub_form
 
@@ -33,7 +35,7 @@ _MOST_SHOWN = 12  # characters of a fingerprint
 
 def base_notes(base: Base, fingerprint: str) -> dict[str, str]:
     """What the notes of an adapter say of its base: its name and quick fingerprint, and not where it lies."""
-    return {NAME: base.name, FINGERPRINT: fingerprint}
+    return {NAME: printable(base.name), FINGERPRINT: fingerprint}
 
 
 def peft_name(base: Base) -> str:
@@ -43,9 +45,9 @@ def peft_name(base: Base) -> str:
     """
     if hub_name := hub_name_of(base.path):
         return hub_name
-    if base.metadata is None:
-        return os.path.abspath(base.path)
-    return _converted_from(base) or os.path.abspath(base.path.parent)
+    path = os.path.abspath(base.path if base.metadata is None else base.path.parent)
+    is_readable = len(path) <= MOST_PATH_CHARACTERS and (path + " ").isprintable()  # by whoever reads adapters
+    return _converted_from(base) or (path if is_readable else printable(base.name))
 
 
 def _converted_from(base: Base) -> str | None:
@@ -150,9 +152,10 @@ def _opened(place: Path) -> Base | None:
 
 def _manifest_base(run: Path) -> dict[str, Any]:
     """What the manifest of the run folder around an adapter says of the base; nothing if there is none to read."""
-    with contextlib.suppress(InputError, OSError):
-        found = read_json_object(run / "manifest.json", _MOST_MANIFEST_BYTES, AdapterError).get("base")
-        return found if isinstance(found, dict) else {}
+    with contextlib.suppress(InputError, OSError, ValueError, RecursionError):
+        found = json.loads(read_bytes(run / "manifest.json", _MOST_MANIFEST_BYTES, AdapterError))
+        base = found.get("base") if isinstance(found, dict) else None
+        return base if isinstance(base, dict) else {}
     return {}
 
 

@@ -13,6 +13,8 @@ from thimble.data.examples import Examples, general_rows, log_examples, open_dat
 from thimble.data.model import Model, open_model
 from thimble.errors import Problems, plural
 from thimble.events import EventLog
+from thimble.files.peft import load_adapter
+from thimble.models.adapter_base import difference
 from thimble.models.cost import MemoryPlan, StepWork, adapter_parameters, cache_token_bytes
 from thimble.models.execution import ExecutionPlan
 from thimble.training import run_folder
@@ -73,6 +75,10 @@ def plan_run(config: TrainConfig, log: EventLog, needs_folder: bool = True) -> R
     log.note(f"base: {describe_base(model)}")
     for note in model.base.spec.notes:
         log.note(note)
+    init = parse_init(config.init)
+    if init.needs == "adapter" and not config.resume:
+        if told := difference(init.path, load_adapter(init.path), model.base):
+            log.warning(told)
     log_examples(examples, log)
     checkpoint = latest_checkpoint(folder) if config.resume else None
     kept = checkpoint.progress.get("execution") if checkpoint else None  # sums in another order end in other digits
