@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from thimble.data.sources import SPLITS
+from thimble.data.sources.splits import SPLITS
 from thimble.errors import DataError, listing
 
 FOLDER = "rows"  # that they are written to, and kept in, in a run folder

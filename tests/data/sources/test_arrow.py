@@ -206,5 +206,5 @@ def test_an_arrow_file_that_was_cut_off_is_refused(tmp_path):
 def test_arrow_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
     (tmp_path / "a.arrow").write_bytes(b"ARROW1")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(MissingPackageError, match=r'a\.arrow is an Arrow file.*pip install "thimble-lora\[parquet\]"'):
+    with pytest.raises(MissingPackageError, match=r"a\.arrow is an Arrow file.*pip install -e .*\[parquet\]"):
         read_dataset(tmp_path / "a.arrow")

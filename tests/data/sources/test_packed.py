@@ -58,7 +58,7 @@ def test_a_packed_file_that_was_cut_off_is_refused(tmp_path, suffix, kind):
 def test_zstandard_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
     (tmp_path / "a.jsonl.zst").write_bytes(pack(LINES, ".zst"))
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(MissingPackageError, match=r'packed with Zstandard.*pip install "thimble-lora\[parquet\]"'):
+    with pytest.raises(MissingPackageError, match=r"packed with Zstandard.*pip install -e .*\[parquet\]"):
         read_dataset(tmp_path / "a.jsonl.zst")
 
 

@@ -18,7 +18,7 @@ from thimble.data.sources.kinds import SAVED
 from thimble.data.sources.packed import unpacked
 from thimble.data.sources.raw import RawRow, Source, Told
 from thimble.data.sources.saved import indices_of, read_json
-from thimble.errors import DataError, MissingPackageError, listing
+from thimble.errors import DataError, MissingPackageError, install_line, listing
 
 ROWS_AT_A_TIME = 1000
 _MEDIA = {"Image", "Audio", "Video", "Pdf", "Nifti"}  # features that are no text
@@ -33,7 +33,7 @@ def read_arrow(source: Source, told: Told) -> Iterator[RawRow]:
     except ImportError as error:
         raise MissingPackageError(
             f"{source.name} is {_FORMATS[source.kind]}: reading it needs pyarrow. Install it with: "
-            'pip install "thimble-lora[parquet]"'
+            f"{install_line('parquet')}"
         ) from error
     number = itertools.count(1)
     try:

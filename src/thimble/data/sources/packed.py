@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from thimble.data.sources.kinds import PACKINGS, other_kind
-from thimble.errors import DataError, MissingPackageError
+from thimble.errors import DataError, MissingPackageError, install_line
 
 HEAD_BYTES = 1 << 12
 _FIRST_BYTES = {
@@ -72,7 +72,7 @@ def _by_pyarrow(packing: str, whole: io.BufferedReader, name: str) -> Any:
     except ImportError as error:
         raise MissingPackageError(
             f"{name} is packed with {_NAMES[packing]}: reading it needs pyarrow. Install it with: "
-            'pip install "thimble-lora[parquet]", or unpack the file'
+            f"{install_line('parquet')}, or unpack the file"
         ) from error
     codec = {".zst": "zstd", ".lz4": "lz4"}[packing]
     return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(whole, "r"), codec))
