@@ -17,6 +17,8 @@ from thimble.commands import COMMANDS, Command
 from thimble.config.options import Field, is_path, option_type, options_of, positional_of, takes_many
 
 STUB = Path(thimble.__file__).with_name("api.pyi")
+# What a command gives instead of its report when no `out` is named, by module and name.
+WITHOUT_OUT = {"generate": ("thimble.data.answers", "Answer", "list[Answer]")}
 CALLBACKS = {
     "on_event": "Callable[[Event], None]", "should_stop": "Callable[[], bool]", "should_wait": "Callable[[], str]",
 }  # fmt: skip
@@ -37,6 +39,7 @@ class Table(Protocol):
 
 Rows = Iterable[Mapping[str, Any]] | Table
 Data = str | Path | Rows | Mapping[str, Rows]
+Prompts = str | Path | Iterable[str | Mapping[str, Any]] | Table
 Names = str | Sequence[str | int] | Mapping[str, str | float]
 
 def call(command: str, *arguments: Any, **options: Any) -> Any: ...
@@ -54,16 +57,28 @@ def _function(command: Command, imports: set[str]) -> str:
     """The signature of a command, with an argument a line; what it needs is added to the imports."""
     report = typing.get_type_hints(command.function)["return"]
     imports.add(f"from {report.__module__} import {report.__name__}")
+    if command.name not in WITHOUT_OUT:
+        return _signature(command, report.__name__)
+    module, name, result = WITHOUT_OUT[command.name]
+    imports |= {f"from {module} import {name}", "from typing import overload"}
+    both = (_signature(command, result, "None = None"), _signature(command, report.__name__, "str | Path"))
+    return "\n".join(f"@overload\n{text}" for text in both)
+
+
+def _signature(command: Command, result: str, out: str = "") -> str:
+    """One signature; `out`, if given, is what is said of the option of that name."""
     known, positional = options_of(command.options), positional_of(command.options)
     is_many = any(takes_many(known[name]) for name in positional)
-    lines = [f"*{name}s: str | Path," if is_many else f"{name}: {_type(known[name])} = None," for name in positional]
+    kinds = {name: "Prompts | None" if command.name in WITHOUT_OUT else _type(known[name]) for name in positional}
+    lines = [f"*{name}s: str | Path," if is_many else f"{name}: {kinds[name]} = None," for name in positional]
     lines += [] if is_many else ["*,"]
-    lines += [f"{name}: {_type(spec)} = {_default(spec)}," for name, spec in known.items() if name not in positional]
+    for name, spec in known.items():
+        said = out if out and name == "out" else f"{_type(spec)} = {_default(spec)}"
+        lines += [f"{name}: {said},"] if name not in positional else []
     lines += ["config: str | Path | None = None,"]
     lines += [f"{name}: {CALLBACKS[name]} = ...," for name in command.listeners]
     text = "\n".join(f"    {line}" for line in lines)
-    name = command.name.replace("-", "_")
-    return f"def {name}(\n{text}\n) -> {report.__name__}:\n{_docstring(command)}"
+    return f"def {command.name.replace('-', '_')}(\n{text}\n) -> {result}:\n{_docstring(command)}"
 
 
 def _docstring(command: Command) -> str:

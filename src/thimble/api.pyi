@@ -20,6 +20,7 @@ class Table(Protocol):
 
 Rows = Iterable[Mapping[str, Any]] | Table
 Data = str | Path | Rows | Mapping[str, Rows]
+Prompts = str | Path | Iterable[str | Mapping[str, Any]] | Table
 Names = str | Sequence[str | int] | Mapping[str, str | float]
 
 def call(command: str, *arguments: Any, **options: Any) -> Any: ...

@@ -128,7 +128,7 @@ def positional_of(cls: type[Options]) -> dict[str, str]:
     return {name: spec.metadata["metavar"] for name, spec in options_of(cls).items() if spec.metadata["positional"]}
 
 
-PATHS = ("BASE", "DATA", "DIR", "FOLDER", "PATH", "PATH2", "ADAPTER", "FILE.jsonl", "METRIC")  # placeholders
+PATHS = ("BASE", "DATA", "DIR", "FILE", "FOLDER", "PATH", "PATH2", "ADAPTER", "METRIC")  # placeholders
 
 
 def is_path(spec: Field) -> bool:
