@@ -24,12 +24,7 @@ class Completed(NamedTuple):
 
 
 def completion_script(shell: str, commands: Mapping[str, tuple[str, type[Options]]]) -> str:
-    """The script for a shell.
-
-    Args:
-        shell: One of SHELLS.
-        commands: By name, the summary and the options of each command.
-    """
+    """The script for one of SHELLS; commands are given by name, with summary and options."""
     return _SCRIPTS[shell](commands)
 
 

@@ -114,10 +114,7 @@ def near_option(given: str, known: Collection[str]) -> str | None:
 def answer(given: str, known: Collection[str], positional: Mapping[str, str] = MappingProxyType({})) -> str:
     """What to say to a name that `our_name` does not know, in one sentence: what to use instead.
 
-    Args:
-        given: The name as it was typed, as a flag, in a file or in Python.
-        known: Names of the options.
-        positional: Of these, the ones that are given without a flag, with their placeholders.
+    Of the known names, those in `positional` are given without a flag; it holds their placeholders.
     """
     name = plain(given)
     typed = given if given.startswith("-") else flag(name)

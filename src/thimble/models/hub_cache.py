@@ -27,11 +27,7 @@ def hub_name_of(folder: Path) -> str | None:
 
 
 def cached_snapshot(name: str) -> Path | None:
-    """The folder in which the cache holds a hub model: that of its main branch, or the only one; None if there is none.
-
-    Args:
-        name: A hub name, such as `HuggingFaceTB/SmolLM2-135M-Instruct`.
-    """
+    """The folder in which the cache holds a hub model: that of its main branch, or the only one; None if there is none."""
     if not is_hub_form(name):
         return None
     place = cache_folder() / f"models--{name.replace('/', '--')}"
