@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from thimble.commands.evaluate import EvaluateReport
+from thimble.commands.export import ExportReport
 from thimble.commands.inspect_ import InspectReport
 from thimble.commands.merge import MergeReport
 from thimble.commands.plan import PlanReport
@@ -27,6 +28,10 @@ def call(command: str, *arguments: Any, **options: Any) -> Any: ...
 def train(
     data: Data | None = None,
     *,
+    prompt_column: str = "",
+    completion_column: str = "",
+    prompt_template: str = "",
+    text_column: str = "",
     strict: bool = False,
     loss_on: Literal["auto", "completions", "all"] = "auto",
     seq_len: int = 1024,
@@ -83,6 +88,10 @@ def train(
 def plan(
     data: Data | None = None,
     *,
+    prompt_column: str = "",
+    completion_column: str = "",
+    prompt_template: str = "",
+    text_column: str = "",
     strict: bool = False,
     loss_on: Literal["auto", "completions", "all"] = "auto",
     seq_len: int = 1024,
@@ -138,6 +147,10 @@ def plan(
 def evaluate(
     data: Data | None = None,
     *,
+    prompt_column: str = "",
+    completion_column: str = "",
+    prompt_template: str = "",
+    text_column: str = "",
     strict: bool = False,
     loss_on: Literal["auto", "completions", "all"] = "auto",
     seq_len: int = 1024,
@@ -179,6 +192,10 @@ def inspect(
     path: str | Path | None = None,
     other: str | Path | None = None,
     *,
+    prompt_column: str = "",
+    completion_column: str = "",
+    prompt_template: str = "",
+    text_column: str = "",
     base: str | Path | None = None,
     out: str | Path | None = None,
     blocks: Names = ...,
@@ -202,3 +219,18 @@ def merge(
     should_stop: Callable[[], bool] = ...,
 ) -> MergeReport:
     """Make an adapter smaller, or merge it into a base; see `thimble merge --help` for the options."""
+
+def export(
+    adapter: str | Path | None = None,
+    *,
+    to: Literal["gguf", "peft"] = "gguf",
+    out: str | Path = "",
+    base: str | Path | None = None,
+    data: Data | None = "",
+    proof: Literal["auto", "always", "never"] = "auto",
+    verify_only: bool = False,
+    seed: int = 0,
+    config: str | Path | None = None,
+    on_event: Callable[[Event], None] = ...,
+) -> ExportReport:
+    """Write an adapter for another program, and prove it there; see `thimble export --help` for the options."""

@@ -10,7 +10,6 @@ from thimble.core.metrics import Metric, average
 from thimble.data.examples import Examples, encode_examples, log_read, open_data
 from thimble.data.given_rows import FOLDER
 from thimble.data.model import Model, model_with_adapters
-from thimble.data.model import Model, model_with_adapters
 from thimble.errors import Problems, plural
 from thimble.events import EventLog, OnEvent, ShouldStop, ignore, never
 from thimble.models.cost import cache_token_bytes

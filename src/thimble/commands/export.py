@@ -14,7 +14,7 @@ from thimble.config.train import TrainConfig
 from thimble.core.adapter import Adapter
 from thimble.data.encode import Row
 from thimble.data.examples import encode_examples, general_rows, open_data, split_and_encode
-from thimble.data.model import Model, open_model
+from thimble.data.model import Model, model_with_adapters
 from thimble.errors import ConfigError, InputError, Problems, RunError, plural
 from thimble.events import EventLog, OnEvent, ignore
 from thimble.exports.gguf_adapter import check_exportable, write_gguf_adapter
@@ -22,7 +22,6 @@ from thimble.exports.llamacpp import is_installed
 from thimble.exports.proof import MOST_ROWS, Proof, prove
 from thimble.files.atomic import sync, write_atomic
 from thimble.files.peft import save_adapter
-from thimble.models.adapters import open_adapters
 from thimble.training.run_folder import atomic_folder, check_new_folder
 
 FEW_ROWS = 5  # if fewer are held out, training rows serve too: whether it is the same is asked, not how good it is
@@ -81,8 +80,8 @@ def _prepare(config: ExportConfig, log: EventLog) -> tuple[Model, Adapter]:
     log.stage("reading the base and the adapter")
     if not config.adapter:
         problems.add("no adapter is given: name an adapter folder or a run folder, as in: thimble export runs/mine-1")
-    model = problems.attempt(open_model, config.base)
-    adapters = open_adapters([config.adapter] if config.adapter else [], model.base if model else None, problems)
+    paths = [config.adapter] if config.adapter else []
+    model, adapters = model_with_adapters(config.base, paths, problems, log)
     for name, adapter in adapters.items():
         if config.to == "gguf":
             problems.attempt(check_exportable, name, adapter)

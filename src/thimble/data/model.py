@@ -12,6 +12,7 @@ from thimble.events import EventLog
 from thimble.models.adapter_base import base_of
 from thimble.models.adapters import check_all_fit, load_adapters
 from thimble.models.base import Base, open_base
+from thimble.models.gguf_adapter import is_gguf
 from thimble.models.hub_cache import hub_name_of
 
 
@@ -71,14 +72,18 @@ def base_with_adapters(
     Returns:
         The base, None if it cannot be opened or is not known, and the adapters that can be read, by their paths.
     """
-    adapters = load_adapters(paths, problems)
+    in_gguf = [path for path in paths if is_gguf(path)]
+    read = load_adapters([path for path in paths if path not in in_gguf], problems)
     base = None
     if named is not None or not paths:
         base = problems.attempt(find_base, named)
-    elif adapters:
-        base = problems.attempt(base_of, adapters)
+    elif read:
+        base = problems.attempt(base_of, read)
         if base:
-            log.note(f"base: {base.path}, named by {'the adapter' if len(adapters) == 1 else 'the adapters'}")
+            log.note(f"base: {base.path}, named by {'the adapter' if len(read) == 1 else 'the adapters'}")
+    if base or not read:  # else it is known why not
+        read |= load_adapters(in_gguf, problems, base)
+    adapters = {path: read[path] for path in paths if path in read}
     if base:
         check_all_fit(adapters, base, problems, log.warning)
     return base, adapters
