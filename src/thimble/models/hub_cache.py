@@ -27,7 +27,7 @@ def hub_name_of(folder: Path) -> str | None:
 
 
 def cached_snapshot(name: str) -> Path | None:
-    """The folder in which the cache holds a hub model: that of its main branch, or the only one; None if there is none."""
+    """The folder in which the cache holds a hub model, that of its main branch or the only one; None if it has none."""
     if not is_hub_form(name):
         return None
     place = cache_folder() / f"models--{name.replace('/', '--')}"
