@@ -3,7 +3,7 @@
 from thimble.backends.open import choose_store, open_session
 from thimble.config.chat import ChatConfig
 from thimble.data.encode import Encoder
-from thimble.data.model import open_model
+from thimble.data.model import log_base, open_model
 from thimble.errors import Problems
 from thimble.events import EventLog, OnEvent, ignore
 from thimble.inference.conversation import Conversation
@@ -20,6 +20,7 @@ def open_conversation(config: ChatConfig, on_event: OnEvent = ignore) -> Convers
     model = problems.attempt(open_model, config.base)
     adapters = open_adapters(config.adapter, model.base if model else None, problems)
     (model,) = problems.required(model)
+    log_base(model.base, log, model.tokenizer, config.adapter)
     compute, why = choose_compute(config.compute)
     log.decision(f"compute: {why}")
     session = open_session(model, compute, choose_store(config.store, model.base, compute)[0][0])

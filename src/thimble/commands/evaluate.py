@@ -8,7 +8,7 @@ from thimble.config.evaluate import EvaluateConfig
 from thimble.core.adapter import Adapter
 from thimble.core.metrics import Metric, average
 from thimble.data.examples import Examples, encode_examples, log_read, open_data
-from thimble.data.model import Model, open_model
+from thimble.data.model import Model, log_base, open_model
 from thimble.errors import Problems, plural
 from thimble.events import EventLog, OnEvent, ShouldStop, ignore, never
 from thimble.models.adapters import open_adapters
@@ -113,6 +113,7 @@ def _prepare(
     questions = make_questions(examples.valid_records, examples.encoder, config.eval_rows) if examples else []
     chosen = problems.attempt(choose_metric, config.metric, questions)
     model, examples, chosen = problems.required(model, examples, chosen)
+    log_base(model.base, log, model.tokenizer, config.adapter)
     log.note(f"data: {plural(len(examples.valid), 'row')} of {examples.dataset.format}")
     log_read(examples, log)
     return model, examples, adapters, questions, chosen

@@ -114,9 +114,10 @@ def _begin(run_plan: RunPlan, initialization: Initialization, log: EventLog) -> 
 
 
 def _loop_plan(run_plan: RunPlan, initialization: Initialization) -> LoopPlan:
-    config, notes = run_plan.config, {"thimble_version": __version__, "init": run_plan.config.init}
+    config, base = run_plan.config, run_plan.model.base
+    notes = {"thimble_version": __version__, "init": config.init}
     return LoopPlan(
-        adapter=replace(initialization.adapter, base=run_plan.model.base.name, notes=notes),
+        adapter=replace(initialization.adapter, base=base.name, notes=notes, prefix=base.prefix),
         method=Method(
             config.weight_decay, config.lora_plus, config.dropout, config.freeze_a, config.max_grad_norm, config.seed
         ),

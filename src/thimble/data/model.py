@@ -1,12 +1,19 @@
 """A base with what turns text into its tokens: opened by path or hub name, with tokenizer and chat template."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from thimble.data.template import ChatTemplate
 from thimble.data.tokenizer import Tokenizer, tokenizer_from_folder, tokenizer_from_gguf
-from thimble.errors import BaseModelError, MissingPackageError
+from thimble.errors import BaseModelError, MissingPackageError, listing
+from thimble.events import EventLog
+from thimble.files.peft import find_adapter
 from thimble.models.base import Base, open_base
+
+_FETCHED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt"]
+# Further copies of the weights in other layouts, which would be as large again and are never read.
+_NOT_FETCHED = ["consolidated*", "original/*", "onnx/*", "openvino/*", "*.fp16.safetensors", "adapter_*", "optimizer*"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +34,14 @@ def open_model(name: str | None) -> Model:
             f"the tokenizer of {base.name} has tokens up to number {tokenizer.last_id:,}, but the base knows "
             f"{base.spec.vocab_size:,}: it belongs to another base; copy the right one"
         )
+    beyond = [index for index in (tokenizer.bos_id, tokenizer.eos_id) if (index or 0) >= base.spec.vocab_size]
+    if beyond:
+        named = listing(f"{tokenizer.piece(index)!r} as number {index:,}" for index in beyond)
+        raise BaseModelError(
+            f"the tokenizer of {base.name} begins or ends texts with {named}, but the base knows "
+            f"{base.spec.vocab_size:,}: name tokens in tokenizer_config.json that it was trained with, or copy the "
+            "right files"
+        )
     return Model(base, tokenizer, template_of(tokenizer))
 
 
@@ -45,6 +60,40 @@ def find_base(name: str | None) -> Base:
     return open_base(_from_hub(name) if name and is_hub_name(name) else name)
 
 
+def log_base(base: Base, log: EventLog, tokenizer: Tokenizer | None = None, adapters: Iterable[str] = ()) -> None:
+    """Tell which of several files a base was read from, and what in them, or beside adapters, contradicts it."""
+    for note in base.notes:
+        log.note(note)
+    for warning in (*base.warnings, *(tokenizer.warnings if tokenizer else ())):
+        log.warning(warning)
+    for path in adapters if tokenizer else ():
+        for warning in _own_tokenizer(path, tokenizer):
+            log.warning(warning)
+
+
+def _own_tokenizer(path: str, tokenizer: Tokenizer) -> list[str]:
+    """What differs in the tokenizer that an adapter folder brings, as trainers save one, and which is not used."""
+    folder = find_adapter(path)
+    if not (folder / "tokenizer.json").is_file():
+        return []
+    try:
+        own = tokenizer_from_folder(folder)
+    except BaseModelError as error:
+        return [f"adapter {path} brings a tokenizer of its own, which cannot be read and is not used ({error})"]
+    unknown = own.unknown_to(tokenizer)
+    found = (
+        [f"tokens that the base does not have under these ids ({listing(map(repr, unknown), 4)})"] if unknown else []
+    )
+    if own.chat_template and own.chat_template != tokenizer.chat_template:
+        found.append("another chat template")
+    if not found:
+        return []
+    return [
+        f"adapter {path} brings a tokenizer of its own with {' and '.join(found)}: the base's is used; copy its "
+        "tokenizer files into the folder of the base if the adapter was trained with them"
+    ]
+
+
 def is_hub_name(name: str) -> bool:
     """Whether a name is `owner/name` and nothing here is called that."""
     parts = name.split("/")
@@ -52,6 +101,11 @@ def is_hub_name(name: str) -> bool:
 
 
 def _from_hub(name: str) -> Path:
+    if name.lower().endswith("-gguf"):
+        raise BaseModelError(
+            f"base {name} is a repository of GGUF files, of which you need one: fetch it with hf download {name} "
+            "FILE.gguf, and name the path that it prints with --base"
+        )
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
@@ -59,7 +113,7 @@ def _from_hub(name: str) -> Path:
             f'base {name} is not a file or folder here; to fetch it as a hub name run: pip install "thimble-lora[hub]"'
         ) from None
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]))
+        return Path(snapshot_download(name, allow_patterns=_FETCHED, ignore_patterns=_NOT_FETCHED))
     except Exception as error:  # the hub client raises many kinds, all of which mean the same here
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BaseModelError(

@@ -10,7 +10,7 @@ from thimble.core.metrics import Metric
 from thimble.core.targets import Size, select_layers
 from thimble.data.encode import Row
 from thimble.data.examples import Examples, general_rows, log_examples, open_data, split_and_encode
-from thimble.data.model import Model, open_model
+from thimble.data.model import Model, log_base, open_model
 from thimble.errors import Problems, plural
 from thimble.events import EventLog
 from thimble.models.cost import MemoryPlan, StepWork, adapter_parameters, cache_token_bytes
@@ -73,6 +73,7 @@ def plan_run(config: TrainConfig, log: EventLog, needs_folder: bool = True) -> R
     log.note(f"base: {describe_base(model)}")
     for note in model.base.spec.notes:
         log.note(note)
+    log_base(model.base, log, model.tokenizer)
     log_examples(examples, log)
     checkpoint = latest_checkpoint(folder) if config.resume else None
     kept = checkpoint.progress.get("execution") if checkpoint else None  # sums in another order end in other digits
