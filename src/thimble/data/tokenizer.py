@@ -42,7 +42,8 @@ class Tokenizer:
         """Wrap a tokenizer of the `tokenizers` package, whose post-processor is ignored.
 
         `stop_ids` are further ids that end an answer; `add_bos` tells that the model expects every text to begin with
-        bos; `named_tokens` are texts of special tokens by the names that chat templates know them by; `warnings` are what in its files contradicts itself.
+        bos; `named_tokens` are texts of special tokens by the names that chat templates know them by; `warnings` are
+        what in its files contradicts itself.
         """
         inner.no_truncation()
         inner.no_padding()
