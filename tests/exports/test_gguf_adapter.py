@@ -6,7 +6,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from thimble.export import gguf_adapter
+from thimble.exports import gguf_adapter
 
 from families import make_hf_folder
 from samples import make_adapter
