@@ -16,7 +16,7 @@ FILES = sorted(path.relative_to(SOURCE).as_posix() for path in SOURCE.rglob("*.p
 OPTIONS = [spec for command in COMMANDS.values() for spec in options_of(command.options).values()]
 FLAGS = {flag(spec.name) for spec in OPTIONS if not spec.metadata["positional"]}
 FLAGS |= {"--config", "--json", "--debug", "--help", "--version", "--completion"}
-OTHERS = {"--no-deps"}  # of pip
+OTHERS = {"--no-deps", "--merge"}  # of pip, of llama-gguf-split
 
 
 def texts(source: str) -> Iterator[tuple[int, str]]:

@@ -26,7 +26,7 @@ from thimble import cli
 from thimble.core.adapter import Adapter
 from thimble.core.lowrank import Factors
 from thimble.files.peft import save_adapter
-from thimble.files.tensors import open_tensors
+from thimble.files.tensors import open_tensors, write_safetensors
 
 PAGE = Path(__file__).parents[1] / "docs" / "troubleshooting.md"
 HEAD = """\
@@ -145,6 +145,63 @@ def endless_template() -> None:
     write("model/chat_template.jinja", "{% for a in range(10000) %}{% for b in range(10000) %}{% endfor %}{% endfor %}")
 
 
+def folder_base(name: str = "model") -> Path:
+    """A Hugging Face folder with a tokenizer, in two shards."""
+    folder = write_base(Path(name), CONFIGS[0])
+    write_tokenizer("llama-bpe", folder)
+    return folder
+
+
+def quantised_base() -> None:
+    folder = folder_base("Llama-3.2-1B-Instruct-bnb-4bit")
+    shard = sorted(folder.glob("*.safetensors"))[0]
+    tensors = {name: open_tensors(shard).read(name) for name in open_tensors(shard).tensors}
+    packed = next(name for name in tensors if name.endswith("_proj.weight"))
+    write_safetensors(shard, {**tensors, f"{packed}.absmax": np.zeros(4, np.uint8)})
+    settings = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    write(f"{folder}/config.json", json.dumps({**CONFIGS[0], "quantization_config": settings}))
+
+
+def weights_twice() -> None:
+    folder = folder_base()
+    tensors = {name: open_tensors(shard).read(name) for shard in sorted(folder.glob("*.safetensors"))
+               for name in open_tensors(shard).tensors}  # fmt: skip
+    write_safetensors(folder / "model.safetensors", tensors)
+
+
+def contradicting_tokenizer() -> None:
+    path = folder_base() / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    config["added_tokens_decoder"]["319"] = {"content": "<mark>", "special": True}
+    path.write_text(json.dumps(config))
+
+
+def one_part_of_two() -> None:
+    import gguf
+
+    writer = gguf.GGUFWriter("big.gguf", "llama", split_max_tensors=1)
+    for name in ("token_embd.weight", "output_norm.weight"):
+        writer.add_tensor(name, np.ones((4, 4), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    Path("big-00002-of-00002.gguf").unlink()
+
+
+def seeing_adapter() -> None:
+    layer = Factors(np.ones((2, 8), np.float32), np.ones((8, 2), np.float32), 1.0)
+    save_adapter(Adapter({"model.vision_tower.encoder.layers.0.self_attn.q_proj": layer}), Path("theirs"))
+
+
+def adapter_with_tokenizer() -> None:
+    folder_base()
+    layer = Factors(np.ones((2, 8), np.float32), np.ones((16, 2), np.float32), 1.0)
+    save_adapter(Adapter({"model.layers.0.self_attn.q_proj": layer}), Path("theirs"))
+    write_tokenizer("llama-bpe", Path("theirs"))
+    write("theirs/chat_template.jinja", "{{ messages[0].content }}")
+
+
 @contextlib.contextmanager
 def full_disk() -> Iterator[None]:
     """No checkpoint finds room any more."""
@@ -245,12 +302,28 @@ CASES: dict[str, list[Case]] = {
              base_with(residual_multiplier=0.22, attention_multiplier=0.015, rope_scaling={"type": "dynamic", "factor": 2.0})),
         Case("The base is a classifier or an embedding model", "Without a language head there is nothing that writes text.",
              ["plan", "mine.jsonl", "--base", "model"], base_with(architectures=["LlamaForSequenceClassification"])),
+        Case("The weights are quantised", "", ["plan", "mine.jsonl", "--base", "Llama-3.2-1B-Instruct-bnb-4bit"], quantised_base),
+        Case("It is another kind of model", "", ["plan", "mine.jsonl", "--base", "model"],
+             lambda: write("model/config.json", '{"model_type": "mixtral"}')),
+        Case("The folder holds its weights twice", "", ["plan", "mine.jsonl", "--base", "model", "--rank", "4"], weights_twice, shows="twice"),
+        Case("The folder holds several GGUF files", "", ["plan", "mine.jsonl", "--base", "models"],
+             lambda: [write(f"models/model.{kind}.gguf", TINY.read_bytes()) for kind in ("Q4_0", "Q8_0")]),
+        Case("A GGUF comes in parts, and one is missing", "Any part may be named if all of them lie in one folder.",
+             plan("mine.jsonl")[:3] + ["big-00001-of-00002.gguf"], one_part_of_two),
+        Case("A file was cut into pieces", "", ["plan", "mine.jsonl", "--base", "big.gguf.part1of2"],
+             lambda: [write(f"big.gguf.part{number}of2", TINY.read_bytes()[:99]) for number in (1, 2)]),
+        Case("The tokenizer files contradict each other", "", ["plan", "mine.jsonl", "--base", "model", "--rank", "4"],
+             contradicting_tokenizer, shows="contradict"),
         Case("A weight is not a number", "", RUN, nan_base),
         Case("The chat template never ends", "Templates are programs from untrusted sources: each runs in a process of its own, and its time, memory and output are bounded.",
              ["plan", "mine.jsonl", "--base", "model", "--rank", "4"], endless_template),
     ],
     "An adapter": [
         Case("It belongs to another base", "", ["evaluate", "mine.jsonl", "--base", "tiny.gguf", "--adapter", "theirs"], other_adapter),
+        Case("It adapts layers that see", "", ["evaluate", "mine.jsonl", "--base", "tiny.gguf", "--adapter", "theirs"], seeing_adapter),
+        Case("It brings a tokenizer of its own", "",
+             ["evaluate", "mine.jsonl", "--base", "model", "--adapter", "theirs", "--max-new-tokens", "2", "--eval-rows", "0"],
+             adapter_with_tokenizer, shows="of its own"),
         Case("It is a pickle", "", ["evaluate", "mine.jsonl", "--base", "tiny.gguf", "--adapter", "theirs"], pickled_adapter),
     ],
     "Flags": [

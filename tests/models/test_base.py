@@ -13,7 +13,8 @@ from stress import TINY
 from stress.foreign_files import CONFIGS, write_base
 from thimble.errors import BaseModelError
 from thimble.files.tensors import open_tensors, write_safetensors
-from thimble.models.base import _from_gguf_name, open_base
+from thimble.models.base import open_base
+from thimble.models.gguf_base import from_gguf_name
 from thimble.models.spec import spec_from_config, spec_from_gguf
 
 
@@ -30,8 +31,8 @@ def test_sizes_that_no_model_has_are_refused_at_once(name, value, tmp_path):
 
 def test_a_tensor_with_half_a_name_is_none_of_the_decoders(tmp_path):
     spec = open_base(make_hf_folder("llama", tmp_path)).spec
-    assert _from_gguf_name("blk.0.weight", spec) is None
-    assert _from_gguf_name("blk.0.attn_q.weight", spec) == "model.layers.0.self_attn.q_proj.weight"
+    assert from_gguf_name("blk.0.weight", spec) is None
+    assert from_gguf_name("blk.0.attn_q.weight", spec) == "model.layers.0.self_attn.q_proj.weight"
 
 
 def test_a_quick_fingerprint_notices_another_file_and_is_the_same_for_the_same(tmp_path):

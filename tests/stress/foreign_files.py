@@ -157,11 +157,11 @@ CONFIGS: tuple[dict[str, Any], ...] = (
 def write_base(folder: Path, config: dict[str, Any]) -> Path:
     """A sound Hugging Face folder of two shards with an index, without a tokenizer."""
     from thimble.files.tensors import write_safetensors
-    from thimble.models.base import _expected_shapes
     from thimble.models.spec import spec_from_config
+    from thimble.models.weights import expected_shapes
 
     folder.mkdir()
-    tensors = {name: np.ones(shape, "f4") for name, shape in _expected_shapes(spec_from_config(config)).items()}
+    tensors = {name: np.ones(shape, "f4") for name, shape in expected_shapes(spec_from_config(config)).items()}
     names = sorted(tensors)
     index = {}
     for number, part in enumerate((names[::2], names[1::2]), start=1):

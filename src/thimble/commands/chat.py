@@ -3,7 +3,7 @@
 from thimble.backends.open import choose_store, open_session
 from thimble.config.chat import ChatConfig
 from thimble.data.encode import Encoder
-from thimble.data.model import model_with_adapters
+from thimble.data.model import log_base, model_with_adapters
 from thimble.errors import Problems
 from thimble.events import EventLog, OnEvent, ignore
 from thimble.inference.conversation import Conversation
@@ -18,6 +18,7 @@ def open_conversation(config: ChatConfig, on_event: OnEvent = ignore) -> Convers
     problems = Problems(config.problems)
     model, adapters = model_with_adapters(config.base, config.adapter, problems, log)
     (model,) = problems.required(model)
+    log_base(model.base, log, model.tokenizer, config.adapter)
     compute, why = choose_compute(config.compute, config.remeasure)
     log.decision(f"compute: {why}")
     session = open_session(model, compute, choose_store(config.store, model.base, compute)[0][0])

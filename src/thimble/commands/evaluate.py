@@ -9,7 +9,7 @@ from thimble.core.adapter import Adapter
 from thimble.core.metrics import Metric, average
 from thimble.data.examples import Examples, encode_examples, log_read, open_data
 from thimble.data.given_rows import FOLDER
-from thimble.data.model import Model, model_with_adapters
+from thimble.data.model import Model, log_base, model_with_adapters
 from thimble.errors import Problems, plural
 from thimble.events import EventLog, OnEvent, ShouldStop, ignore, never
 from thimble.models.cost import cache_token_bytes
@@ -110,6 +110,7 @@ def _prepare(
     questions = make_questions(examples.valid_records, examples.encoder, config.eval_rows) if examples else []
     chosen = problems.attempt(choose_metric, config.metric, questions)
     model, examples, chosen = problems.required(model, examples, chosen)
+    log_base(model.base, log, model.tokenizer, config.adapter)
     log.note(f"data: {plural(len(examples.valid), 'row')} of {examples.dataset.format}")
     log_read(examples, log)
     return model, examples, adapters, questions, chosen

@@ -125,13 +125,14 @@ def _is_proved(config: ExportConfig, model: Model, log: EventLog) -> bool:
 def _rows(config: ExportConfig, model: Model, log: EventLog) -> list[Row]:
     """Text for the proof: the user's own if it can be found, else general text."""
     if config.data:
-        options, dataset = TrainConfig.build({"data": config.data}), open_data(config.data, False)
+        options = TrainConfig.build({"data": config.data})
+        dataset = open_data(options)
         return list(encode_examples(dataset, (), dataset.valid or dataset.train, model, options, log).valid)
     run = Path(config.adapter)
     if (run / CONFIG_FILE).is_file():
         options = build_config(TrainConfig, {}, str(run / CONFIG_FILE))
         try:
-            found = split_and_encode(open_data(options.data, options.strict), model, options, log)
+            found = split_and_encode(open_data(options), model, options, log)
             rows = [*found.valid, *found.train][:MOST_ROWS] if len(found.valid) < FEW_ROWS else list(found.valid)
             log.note(f"proved on {plural(min(len(rows), MOST_ROWS), 'row')} of {options.data}, validation rows first")
             return rows

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from thimble.config.merge import MergeConfig
 from thimble.core.adapter import Adapter, add_up, conflicts, sum_problems
-from thimble.data.model import base_with_adapters
+from thimble.data.model import base_with_adapters, log_base
 from thimble.errors import ConfigError, Problems, listing
 from thimble.events import EventLog, OnEvent, ShouldStop, ignore, never
 from thimble.models import merged
@@ -115,6 +115,8 @@ def _prepare(config: MergeConfig, log: EventLog) -> tuple[dict[str, Adapter], Ba
     else:
         problems.add("no out is given: name the folder to write, such as --out merged")
     problems.required()
+    if base:
+        log_base(base, log)
     names = {base_name(adapter) for adapter in adapters.values()}
     if len({adapter.notes.get(FINGERPRINT, base_name(adapter)) for adapter in adapters.values()}) > 1:
         log.warning(f"the adapters were made for different bases, {listing(sorted(names))}: their sum may do neither")

@@ -134,7 +134,7 @@ def _loop_plan(run_plan: RunPlan, initialization: Initialization) -> LoopPlan:
     config, base = run_plan.config, run_plan.model.base
     notes = {"thimble_version": __version__, "init": config.init, **base_notes(base, run_plan.origin["base"])}
     return LoopPlan(
-        adapter=replace(initialization.adapter, base=peft_name(base), notes=notes),
+        adapter=replace(initialization.adapter, base=peft_name(base), notes=notes, prefix=base.prefix),
         method=Method(
             config.weight_decay, config.lora_plus, config.dropout, config.freeze_a, config.max_grad_norm, config.seed
         ),

@@ -20,12 +20,15 @@ class Adapter:
         base: Name or path of the base it was trained on, for people; may be empty.
         notes: Text kept in the header of the tensor file, such as the fingerprint of the base.
         origin: What is taken off the updates of layers that are trained in delta form, scale · (B A − B₀ A₀).
+        prefix: What stands in front of `layers.0...` in the names of the modules that PEFT adapts, `model.` for a plain
+            text model; layer paths here always begin with `model.`.
     """
 
     layers: Mapping[str, Factors]
     base: str = ""
     notes: Mapping[str, str] = field(default_factory=dict)
     origin: Mapping[str, Factors] = field(default_factory=dict)
+    prefix: str = "model."
 
     @property
     def num_parameters(self) -> int:

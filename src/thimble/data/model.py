@@ -1,19 +1,23 @@
 """A base with what turns text into its tokens: opened by path or hub name, with tokenizer and chat template."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from thimble.core.adapter import Adapter
 from thimble.data.template import ChatTemplate
 from thimble.data.tokenizer import Tokenizer, tokenizer_from_folder, tokenizer_from_gguf
-from thimble.errors import BaseModelError, MissingPackageError, Problems, install_line
+from thimble.errors import BaseModelError, MissingPackageError, Problems, install_line, listing
 from thimble.events import EventLog
+from thimble.files.peft import find_adapter
 from thimble.models.adapter_base import base_of
 from thimble.models.adapters import check_all_fit, load_adapters
 from thimble.models.base import Base, open_base
 from thimble.models.gguf_adapter import is_gguf
-from thimble.models.hub_cache import hub_name_of
+
+_FETCHED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt"]
+# Further copies of the weights in other layouts, which would be as large again and are never read.
+_NOT_FETCHED = ["consolidated*", "original/*", "onnx/*", "openvino/*", "*.fp16.safetensors", "adapter_*", "optimizer*"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,14 @@ def model_of(base: Base) -> Model:
             f"the tokenizer of {base.name} has tokens up to number {tokenizer.last_id:,}, but the base knows "
             f"{base.spec.vocab_size:,}: it belongs to another base; copy the right one"
         )
+    beyond = [index for index in (tokenizer.bos_id, tokenizer.eos_id) if (index or 0) >= base.spec.vocab_size]
+    if beyond:
+        named = listing(f"{tokenizer.piece(index)!r} as number {index:,}" for index in beyond)
+        raise BaseModelError(
+            f"the tokenizer of {base.name} begins or ends texts with {named}, but the base knows "
+            f"{base.spec.vocab_size:,}: name tokens in tokenizer_config.json that it was trained with, or copy the "
+            "right files"
+        )
     return Model(base, tokenizer, template_of(tokenizer))
 
 
@@ -53,9 +65,7 @@ def template_of(tokenizer: Tokenizer) -> ChatTemplate | None:
 
 def find_base(name: str | None) -> Base:
     """Open a base by path or hub name; None is the default base. Raises a BaseModelError as `open_base` does."""
-    base = open_base(_from_hub(name) if name and is_hub_name(name) else name)
-    hub_name = hub_name_of(base.path)
-    return replace(base, name=hub_name) if hub_name else base
+    return open_base(_from_hub(name) if name and is_hub_name(name) else name)
 
 
 def base_with_adapters(
@@ -97,6 +107,42 @@ def model_with_adapters(
     return problems.attempt(model_of, base) if base else None, adapters
 
 
+def log_base(base: Base, log: EventLog, tokenizer: Tokenizer | None = None, adapters: Iterable[str] = ()) -> None:
+    """Tell which of several files a base was read from, and what in them, or beside adapters, contradicts it."""
+    for note in base.notes:
+        log.note(note)
+    for warning in (*base.warnings, *(tokenizer.warnings if tokenizer else ())):
+        log.warning(warning)
+    for path in adapters if tokenizer else ():
+        for warning in _own_tokenizer(path, tokenizer):
+            log.warning(warning)
+
+
+def _own_tokenizer(path: str, tokenizer: Tokenizer) -> list[str]:
+    """What differs in the tokenizer that an adapter folder brings, as trainers save one, and which is not used."""
+    if is_gguf(path):
+        return []
+    folder = find_adapter(path)
+    if not (folder / "tokenizer.json").is_file():
+        return []
+    try:
+        own = tokenizer_from_folder(folder)
+    except BaseModelError as error:
+        return [f"adapter {path} brings a tokenizer of its own, which cannot be read and is not used ({error})"]
+    unknown = own.unknown_to(tokenizer)
+    found = (
+        [f"tokens that the base does not have under these ids ({listing(map(repr, unknown), 4)})"] if unknown else []
+    )
+    if own.chat_template and own.chat_template != tokenizer.chat_template:
+        found.append("another chat template")
+    if not found:
+        return []
+    return [
+        f"adapter {path} brings a tokenizer of its own with {' and '.join(found)}: the base's is used; copy its "
+        "tokenizer files into the folder of the base if the adapter was trained with them"
+    ]
+
+
 def is_hub_name(name: str) -> bool:
     """Whether a name is `owner/name` and nothing here is called that."""
     parts = name.split("/")
@@ -104,6 +150,11 @@ def is_hub_name(name: str) -> bool:
 
 
 def _from_hub(name: str) -> Path:
+    if name.lower().endswith("-gguf"):
+        raise BaseModelError(
+            f"base {name} is a repository of GGUF files, of which you need one: fetch it with hf download {name} "
+            "FILE.gguf, and name the path that it prints with --base"
+        )
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
@@ -111,7 +162,7 @@ def _from_hub(name: str) -> Path:
             f"base {name} is not a file or folder here; to fetch it as a hub name run: {install_line('hub')}"
         ) from None
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]))
+        return Path(snapshot_download(name, allow_patterns=_FETCHED, ignore_patterns=_NOT_FETCHED))
     except Exception as error:  # the hub client raises many kinds, all of which mean the same here
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BaseModelError(

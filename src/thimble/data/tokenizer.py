@@ -5,23 +5,23 @@ conversation to text first (`template.py`).
 """
 
 import functools
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from thimble.data import gguf_vocab
+from thimble.data.added_tokens import join_added_tokens, read_settings, settings_of
+from thimble.data.folder_template import checked_template, folder_template
+from thimble.data.folder_vocab import ADVICE, prefix_contradictions, read_inner
 from thimble.data.gguf_vocab import rust_faults
 from thimble.errors import BaseModelError
-from thimble.files.untrusted import is_inside, read_bytes, read_json_object, shown
+from thimble.files.untrusted import shown
 
 if TYPE_CHECKING:
     import tokenizers
 
 
-MOST_TOKENIZER_BYTES, MOST_SETTINGS_BYTES, MOST_TEMPLATE_BYTES = 128_000_000, 8_000_000, 1_000_000
 NAMED_TOKENS = ("unk_token", "sep_token", "pad_token", "cls_token", "mask_token")  # beside bos and eos
-_ADVICE = "Copy the file again, or update the package tokenizers."
 
 
 class Tokenizer:
@@ -37,11 +37,13 @@ class Tokenizer:
         add_bos: bool = False,
         chat_template: str | None = None,
         named_tokens: Mapping[str, str] | None = None,
+        warnings: Sequence[str] = (),
     ) -> None:
         """Wrap a tokenizer of the `tokenizers` package, whose post-processor is ignored.
 
         `stop_ids` are further ids that end an answer; `add_bos` tells that the model expects every text to begin with
-        bos; `named_tokens` are texts of special tokens by the names that chat templates know them by.
+        bos; `named_tokens` are texts of special tokens by the names that chat templates know them by; `warnings` are
+        what in its files contradicts itself.
         """
         inner.no_truncation()
         inner.no_padding()
@@ -60,6 +62,7 @@ class Tokenizer:
         self.add_bos = add_bos and bos_id is not None
         self.chat_template = chat_template
         self.named_tokens = dict(named_tokens or {})
+        self.warnings = tuple(warnings)
 
     def _stops(self, given: Sequence[int]) -> frozenset[int]:
         named = {index for index in self.special_ids if self._added.get(index) in gguf_vocab.END_TOKENS}
@@ -70,7 +73,7 @@ class Tokenizer:
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Turn a text into ids; bos and eos are never added, marks like `<|im_end|>` become tokens if `special`."""
-        with rust_faults("the tokenizer of the base cannot encode a text", _ADVICE):
+        with rust_faults("the tokenizer of the base cannot encode a text", ADVICE):
             inner = self._inner if special else self._plain
             return inner.encode(text, add_special_tokens=False).ids
 
@@ -96,8 +99,13 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
         """Turn ids into text; bytes that form no character become U+FFFD."""
-        with rust_faults("the tokenizer of the base cannot decode its tokens", _ADVICE):
+        with rust_faults("the tokenizer of the base cannot decode its tokens", ADVICE):
             return self._inner.decode([int(index) for index in ids], skip_special_tokens=skip_special)
+
+    def unknown_to(self, other: "Tokenizer") -> dict[str, int]:
+        """Added tokens that another tokenizer lacks, or has under other ids, with their ids here."""
+        pairs = sorted(self._added.items())
+        return {text: index for index, text in pairs if other._inner.token_to_id(text) != index}
 
     def piece(self, index: int) -> str:
         """The text of one token as it stands inside a sentence, with its leading space."""
@@ -147,17 +155,18 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], source: str = "the GGUF fil
         eos_id=vocab.ids.get("eos"),
         stop_ids=[vocab.ids[name] for name in ("eot", "eom") if name in vocab.ids],
         add_bos=vocab.adds_bos,
-        chat_template=_template(metadata.get("tokenizer.chat_template"), source),
+        chat_template=checked_template(metadata.get("tokenizer.chat_template"), source),
     )
 
 
 def tokenizer_from_folder(folder: Path) -> Tokenizer:
     """Build the tokenizer of a Hugging Face folder, with its chat template; a BaseModelError if it is damaged."""
     folder = Path(folder)
-    inner = _read_inner(folder)
-    config = {**_settings(folder / "special_tokens_map.json"), **_settings(folder / "tokenizer_config.json")}
-    further = _further_ids(folder / "generation_config.json")
-    with rust_faults(f"{folder / 'tokenizer.json'} cannot be used as a tokenizer", _ADVICE):
+    config = settings_of(folder)
+    inner = read_inner(folder, config)
+    further = _further_ids(folder)
+    with rust_faults(f"{folder / 'tokenizer.json'} cannot be used as a tokenizer", ADVICE):
+        warnings = [*join_added_tokens(inner, folder, config), *prefix_contradictions(inner, folder, config)]
         bos_id, eos_id = (_token_id(inner, config.get(name)) for name in ("bos_token", "eos_token"))
         if eos_id is None:
             eos_id = next((index for index in further if inner.id_to_token(index) is not None), None)
@@ -169,47 +178,25 @@ def tokenizer_from_folder(folder: Path) -> Tokenizer:
             eos_id=eos_id,
             stop_ids=further,
             add_bos=begins_with_bos if adds_bos is None else bool(adds_bos),
-            chat_template=_folder_template(folder, config),
+            chat_template=folder_template(folder, config),
             named_tokens={name: text for name in NAMED_TOKENS if (text := _token_text(config.get(name)))},
+            warnings=warnings,
         )
 
 
-def _further_ids(path: Path) -> list[int]:
-    """Ids that end an answer by generation_config.json: a number, a list, or nothing."""
-    found = _settings(path).get("eos_token_id")
+def _further_ids(folder: Path) -> list[int]:
+    """Ids that end an answer: of generation_config.json, else of config.json; a number, a list, or nothing."""
+    path = folder / "generation_config.json"
+    found = read_settings(path).get("eos_token_id")
+    if found is None:
+        path = folder / "config.json"
+        settings = read_settings(path)
+        inner = settings.get("text_config")
+        found = settings.get("eos_token_id", inner.get("eos_token_id") if isinstance(inner, dict) else None)
     further = found if isinstance(found, list) else [] if found is None else [found]
     if not all(type(index) is int and 0 <= index < 1 << 31 for index in further):
         raise BaseModelError(f"{path} has the eos_token_id {shown(found)}: expected an id, or a list of them")
     return further
-
-
-def _read_inner(folder: Path) -> "tokenizers.Tokenizer":
-    from tokenizers import Tokenizer as Inner
-
-    path = folder / "tokenizer.json"
-    if not os.path.lexists(path):
-        if (folder / "tokenizer.model").is_file():
-            raise BaseModelError(
-                f"{folder} has only tokenizer.model, expected tokenizer.json. Write it once with transformers: "
-                f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
-            )
-        raise BaseModelError(
-            f"{folder} has no tokenizer: expected tokenizer.json beside the weights. Copy it from where the model "
-            "came from."
-        )
-    content = read_bytes(path, MOST_TOKENIZER_BYTES, BaseModelError)
-    with rust_faults(f"{path} cannot be read as a tokenizer", _ADVICE):
-        inner = Inner.from_buffer(content)
-        if getattr(inner.model, "dropout", None):
-            raise BaseModelError(
-                f"{path} leaves out merges at random (dropout): expected the same ids for the same text"
-            )
-        return inner
-
-
-def _settings(path: Path) -> dict[str, Any]:
-    """The content of a JSON file of settings, or nothing if there is none."""
-    return read_json_object(path, MOST_SETTINGS_BYTES, BaseModelError) if os.path.lexists(path) else {}
 
 
 def _token_id(inner: "tokenizers.Tokenizer", token: Any) -> int | None:
@@ -221,38 +208,3 @@ def _token_text(token: Any) -> str | None:
     if isinstance(token, dict):  # older folders store the token with its stripping rules
         token = token.get("content")
     return token if isinstance(token, str) else None
-
-
-def _folder_template(folder: Path, config: Mapping[str, Any]) -> str | None:
-    path = folder / "chat_template.jinja"
-    if os.path.lexists(path):
-        return _template(_read_text(path), str(path))
-    template = _settings(folder / "chat_template.json").get("chat_template") or config.get("chat_template")
-    if isinstance(template, list):  # several templates by name
-        entries = [entry for entry in template if isinstance(entry, dict) and isinstance(entry.get("name"), str)]
-        named = {entry["name"]: entry.get("template") for entry in entries}
-        template = named.get("default") or next(iter(named.values()), None)
-    return _template(template, str(folder))
-
-
-def _read_text(path: Path) -> str:
-    """A text file of a folder; any text will do for it, so a link must not bring in one from elsewhere."""
-    if not is_inside(path, path.parent):
-        raise BaseModelError(
-            f"{path} links to {shown(str(path.resolve()))}: expected a file of the same folder; copy it there"
-        )
-    try:
-        return read_bytes(path, MOST_TEMPLATE_BYTES, BaseModelError).decode()
-    except UnicodeDecodeError as error:
-        raise BaseModelError(f"{path} is not UTF-8 at byte {error.start:,}: copy the file again") from None
-
-
-def _template(template: Any, source: str) -> str | None:
-    """Return a chat template; refuse what is no text, or too much of it."""
-    if template is None or (isinstance(template, str) and len(template) <= MOST_TEMPLATE_BYTES):
-        return template
-    what = f"of {len(template):,} characters" if isinstance(template, str) else shown(template)
-    raise BaseModelError(
-        f"{source} has a chat template {what}: expected text of at most {MOST_TEMPLATE_BYTES:,} characters. "
-        "Copy the file again."
-    )

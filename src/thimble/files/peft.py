@@ -25,6 +25,13 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 KEY = re.compile(
     r"^base_model\.model\.(?P<path>[A-Za-z0-9_.\-]{1,512})\.lora_(?P<side>A\.weight|B\.weight|magnitude_vector)$"
 )
+# What classes of transformers, by their versions, put in front of the layers of a text model: alone, without its head,
+# or inside of a model of text and images (`model.language_model.` since 4.52, the other way round before).
+PREFIXES = (
+    "model.", "", "model.language_model.", "language_model.model.", "language_model.", "model.text_model.",
+    "text_model.model.", "text_model.", "model.language_model.model.",
+)  # fmt: skip
+PLAIN = PREFIXES[0]
 A, B, MAGNITUDE = "A.weight", "B.weight", "magnitude_vector"  # sides of a layer, as its tensors are called
 MOST_TRIES = 20  # to read an adapter that is being replaced
 MOST_HEADER_BYTES, MOST_TENSORS = 8_000_000, 20_000
@@ -65,7 +72,7 @@ def save_adapter(adapter: Adapter, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     adapter = adapter.plain()
     tensors: dict[str, Any] = {}
-    for path, factors in adapter.layers.items():
+    for path, factors in _named_for_peft(adapter).items():
         sides = {A: factors.A, B: factors.B} | ({} if factors.magnitude is None else {MAGNITUDE: factors.magnitude})
         tensors |= {f"base_model.model.{path}.lora_{side}": values for side, values in sides.items()}
     write_safetensors(folder / WEIGHTS_FILE, tensors, {**adapter.notes, "format": "pt"})
@@ -75,19 +82,41 @@ def save_adapter(adapter: Adapter, folder: Path) -> None:
 
 def _config_fields(adapter: Adapter) -> dict[str, Any]:
     """PEFT's fields: the commonest rank and alpha, and patterns for the layers that differ."""
-    ranks = {path: factors.rank for path, factors in adapter.layers.items()}
-    alphas = {path: factors.scale * factors.rank for path, factors in adapter.layers.items()}
+    layers = _named_for_peft(adapter)
+    ranks = {path: factors.rank for path, factors in layers.items()}
+    alphas = {path: factors.scale * factors.rank for path, factors in layers.items()}
     rank, alpha = _commonest(ranks.values()), _commonest(alphas.values())
     return {
         **PEFT_FIELDS,
         "base_model_name_or_path": adapter.base or None,
         "r": rank,
         "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
-        "target_modules": _shortest_targets(adapter.layers),
+        # A short name would adapt the layers of the vision part too, which are called the same.
+        "target_modules": _shortest_targets(layers) if adapter.prefix in PREFIXES[:2] else sorted(layers),
         "use_dora": any(factors.magnitude is not None for factors in adapter.layers.values()),
         "rank_pattern": {path: value for path, value in ranks.items() if value != rank},
         "alpha_pattern": {path: value for path, value in alphas.items() if value != alpha},
     }
+
+
+def _named_for_peft(adapter: Adapter) -> dict[str, Factors]:
+    """Layers by the paths of the modules that PEFT adapts."""
+    return {
+        adapter.prefix + path.removeprefix(PLAIN) if path.startswith(PLAIN + "layers.") else path: factors
+        for path, factors in adapter.layers.items()
+    }
+
+
+def layer_of(name: str) -> str | None:
+    """The path of the layer that a tensor of an adapter belongs to, as in a plain text model; None if to none."""
+    match = KEY.match(name)
+    return _plain_path(match["path"])[0] if match else None
+
+
+def _plain_path(path: str) -> tuple[str, str | None]:
+    """The path of a layer in a plain text model, and the prefix it had; other modules keep theirs, and have none."""
+    prefix, _, rest = path.partition("layers.")
+    return (f"{PLAIN}layers.{rest}", prefix) if rest and prefix in PREFIXES else (path, None)
 
 
 def _commonest(values: Any) -> Any:
@@ -175,15 +204,19 @@ def _load(folder: Path) -> Adapter:
         raise AdapterError(f"{file.path} is a {file.format} file: expected the safetensors that PEFT writes")
     sides = _pair_tensors(folder, file, config.use_dora)
     _refuse(folder, _check_sizes(config, file, sides))
+    prefixes = {prefix for layer in sides if (prefix := _plain_path(layer)[1]) is not None}
+    if len(prefixes) > 1:
+        found = listing(f"{prefix}layers" for prefix in PREFIXES if prefix in prefixes)
+        _refuse(folder, [f"its layers lie in {found}: expected one of these; save it again from one model"])
     layers = {}
     for layer, names in sides.items():
         number = config.scale(layer, file.tensors[names[A]].shape[0])
         magnitude = file.read(names[MAGNITUDE]) if MAGNITUDE in names else None
-        layers[layer] = Factors(file.read(names[A]), file.read(names[B]), number, magnitude)
+        layers[_plain_path(layer)[0]] = Factors(file.read(names[A]), file.read(names[B]), number, magnitude)
     broken = [layer for layer, factors in layers.items() if not is_finite(factors)]
     _refuse(folder, [f"{layer} holds numbers that are NaN or Inf: train it again" for layer in broken])
     notes = {name: text for name, text in file.metadata.items() if name != "format"}
-    return Adapter(layers, config.base, notes)
+    return Adapter(layers, config.base, notes, prefix=next(iter(prefixes), PLAIN))
 
 
 def _refuse(folder: Path, problems: Iterable[str]) -> None:

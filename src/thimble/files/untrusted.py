@@ -17,6 +17,7 @@ from typing import Any, BinaryIO, NoReturn
 from thimble.errors import InputError, plural
 
 MOST_VALUES = 500_000  # in one JSON file: a few tens of megabytes once it is read
+LFS_POINTER = b"version https://git-lfs"  # how a file begins that stands for another one in a repository
 MOST_DEPTH, MOST_DIGITS = 64, 100
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _KINDS = ((stat.S_ISDIR, "a directory"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"),
@@ -89,6 +90,8 @@ def read_bytes(path: Path, most_bytes: int, error: type[InputError]) -> bytes:
             f"{printable(str(path))} is larger than {most_bytes:,} bytes, which no honest file of its kind is: "
             "copy it again from where it came from"
         )
+    if content.startswith(LFS_POINTER):
+        raise error(f"{printable(str(path))} is a Git LFS pointer, not the file itself: run `git lfs pull`")
     return content
 
 

@@ -3,11 +3,17 @@
 from collections.abc import Callable, Mapping, Sequence
 
 from thimble.core.adapter import Adapter
-from thimble.errors import AdapterError, Problems, listing
+from thimble.errors import AdapterError, Problems, listing, plural
 from thimble.files.peft import load_adapter
 from thimble.models.adapter_base import base_name, difference
 from thimble.models.base import Base
 from thimble.models.gguf_adapter import is_gguf, load_gguf_adapter
+
+# Parts of models of text and images, or of sound, that are not their text model.
+NOT_TEXT = (
+    "vision_tower", "vision_model", "image_tower", "video_tower", "visual.", "audio_tower", "multi_modal_projector",
+    "connector", "vision_embed", "mm_projector", "vision_projection", "embed_vision",
+)  # fmt: skip
 
 
 def load_adapters(paths: Sequence[str], problems: Problems, base: Base | None = None) -> dict[str, Adapter]:
@@ -38,6 +44,13 @@ def check_fits(path: str, adapter: Adapter, base: Base) -> None:
         for layer, factors in adapter.layers.items()
         if layer in shapes and (factors.B.shape[0], factors.A.shape[1]) != shapes[layer]
     ]
+    seeing = [layer for layer in unknown if any(part in layer for part in NOT_TEXT)]
+    if seeing:
+        raise AdapterError(
+            f"adapter {path} adapts {plural(len(seeing), 'layer')} outside of the text model, such as {seeing[0]}, "
+            "which Thimble does not run: train it again on the text model alone, with PEFT's "
+            r'target_modules=r".*(language_model|text_model).*\.(q|k|v|o|gate|up|down)_proj"'
+        )
     if unknown or wrong:
         name = base_name(adapter)
         made_for = f"; it was made for {name}: name that with --base" if name else ""

@@ -8,8 +8,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from thimble.models.base import GGUF_TOP, Base, block_names, row_order
+from thimble.models.gguf_base import GGUF_TOP, block_names, row_order
 from thimble.models.spec import DecoderSpec
+from thimble.models.weights import Base
 
 ARCHITECTURES = {"mistral": "llama"}  # families that llama.cpp calls otherwise
 

@@ -14,12 +14,13 @@ from thimble.core.adapter import Adapter, cut
 from thimble.core.lowrank import Factors, merge
 from thimble.errors import BaseModelError, RunError, listing, plural
 from thimble.files.blocks import dequantize, quantize
-from thimble.files.peft import KEY, WEIGHTS_FILE, find_adapter, save_adapter
+from thimble.files.peft import WEIGHTS_FILE, find_adapter, layer_of, save_adapter
 from thimble.files.peft_config import MAX_RANK
 from thimble.files.tensors import open_tensors, rewrite_safetensors
 from thimble.files.untrusted import is_inside
 from thimble.models.adapter_base import FINGERPRINT, NAME
-from thimble.models.base import Base, Weight, weight_files
+from thimble.models.base import Base, Weight
+from thimble.models.weight_files import weight_files
 
 ROUNDING_LIMIT = 0.1  # share of an update that rounding may change before a warning
 WINDOW_VALUES = 4_000_000  # numbers of a weight that are merged at a time
@@ -123,8 +124,8 @@ def stored_bytes(paths: Iterable[str]) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for path in paths:
         for name, info in open_tensors(find_adapter(path) / WEIGHTS_FILE).tensors.items():
-            if match := KEY.match(name):
-                sizes[match["path"]] = sizes.get(match["path"], 0) + info.nbytes
+            if layer := layer_of(name):
+                sizes[layer] = sizes.get(layer, 0) + info.nbytes
     return sizes
 
 

@@ -275,17 +275,19 @@ _quoted = partial(json.dumps, ensure_ascii=False)
 
 
 def _python_lines(report: Report) -> str:
-    base = report["config"].get("base") or ""
-    imports = ["from peft import PeftModel", "from transformers import AutoModelForCausalLM"]
+    base, loader = report["config"].get("base") or "", report.get("loader") or "AutoModelForCausalLM"
+    imports = ["from peft import PeftModel", f"from transformers import {loader}"]
     lines, where = [], _quoted(base)
     if not base:
         imports.insert(0, "from importlib.util import find_spec")
         lines = [f'folder = find_spec("{DEFAULT_PACKAGE}").submodule_search_locations[0]']
         where = f"folder, gguf_file={_quoted(report['base'])}"
-    elif base.lower().endswith(".gguf"):
-        where = f"{_quoted(str(PurePath(base).parent))}, gguf_file={_quoted(PurePath(base).name)}"
+    elif "/" in report["base"]:  # a hub name, which leads to the right folder of its cache
+        where = _quoted(report["base"])
+    elif (place := PurePath(report.get("base_path") or base)).suffix.lower() == ".gguf":
+        where = f"{_quoted(str(place.parent))}, gguf_file={_quoted(place.name)}"
     adapter = _quoted(report["adapter"] or str(PurePath(report["out"]) / "adapter"))
-    base_line = f"base = AutoModelForCausalLM.from_pretrained({where})"
+    base_line = f"base = {loader}.from_pretrained({where})"
     return "\n".join([*imports, "", *lines, base_line, f"model = PeftModel.from_pretrained(base, {adapter})"])
 
 

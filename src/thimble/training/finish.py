@@ -14,7 +14,8 @@ def make_report(run_plan: RunPlan, result: TrainResult, log: EventLog, total_sec
     """What a run did, as plain data; the place of the adapter is added when that is published."""
     base, progress, before, after = run_plan.model.base, result.progress, result.before, result.after
     report = TrainReport(
-        status=result.status, out=str(run_plan.folder), base=base.name, steps=progress.steps, tokens=progress.tokens,
+        status=result.status, out=str(run_plan.folder), base=base.name, base_path=str(base.path), loader=base.loader,
+        steps=progress.steps, tokens=progress.tokens,
         target_tokens=progress.target_tokens, seconds=progress.seconds, total_seconds=total_seconds,
         tokens_per_second=progress.tokens / progress.seconds if progress.seconds else 0.0,
         peak_memory_bytes=peak_memory_bytes(), loss_base=before.base.loss, loss_before=before.loss,

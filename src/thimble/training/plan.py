@@ -10,7 +10,7 @@ from thimble.core.metrics import Metric
 from thimble.core.targets import Size, select_layers
 from thimble.data.encode import Row
 from thimble.data.examples import Examples, general_rows, log_examples, open_data, split_and_encode
-from thimble.data.model import Model, open_model
+from thimble.data.model import Model, log_base, open_model
 from thimble.errors import Problems, plural
 from thimble.events import EventLog
 from thimble.files.peft import load_adapter
@@ -75,6 +75,7 @@ def plan_run(config: TrainConfig, log: EventLog, needs_folder: bool = True) -> R
     log.note(f"base: {describe_base(model)}")
     for note in model.base.spec.notes:
         log.note(note)
+    log_base(model.base, log, model.tokenizer)
     init = parse_init(config.init)
     if init.needs == "adapter" and not config.resume:
         if told := difference(init.path, load_adapter(init.path), model.base):

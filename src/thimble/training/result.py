@@ -18,6 +18,8 @@ class TrainReport:
         out: The run folder.
         adapter: The adapter folder.
         base: Name of the base.
+        base_path: The file or folder it was read from, where what the user named only leads to it.
+        loader: The class of transformers that opens the base for PEFT.
         steps: Optimiser steps taken.
         tokens: Tokens read in training, prompts included.
         target_tokens: Of these, the tokens the loss was taken over.
@@ -51,6 +53,8 @@ class TrainReport:
     out: str = ""
     adapter: str = ""
     base: str = ""
+    base_path: str = ""
+    loader: str = "AutoModelForCausalLM"
     steps: int = 0
     tokens: int = 0
     target_tokens: int = 0

@@ -5,11 +5,12 @@ from pathlib import Path
 
 from thimble.config.inspect_ import InspectConfig
 from thimble.core.adapter import Adapter, conflicts
-from thimble.data.model import base_with_adapters, is_hub_name
+from thimble.data.model import base_with_adapters, is_hub_name, log_base
 from thimble.errors import AdapterError, BaseModelError, ConfigError, Problems, listing, plural
 from thimble.events import EventLog, ShouldStop
 from thimble.files.peft import CONFIG_FILE, WEIGHTS_FILE
 from thimble.models.adapters import load_adapters
+from thimble.models.places import find_place
 from thimble.models.survey import Row, Subject, choose_blocks
 
 
@@ -25,6 +26,8 @@ def open_subject(config: InspectConfig, problems: Problems, log: EventLog) -> Su
         opened = load_adapters(adapters, problems)
     elif named_base is not None or None not in kinds:
         base, opened = base_with_adapters(named_base, adapters, problems, log)
+    if base:
+        log_base(base, log)
     kind = "two adapters" if len(adapters) == 2 else "adapter" if adapters else "base"
     if len(opened) == 2:
         problems.attempt(_check_alike, opened)
@@ -45,7 +48,7 @@ def _kind_of(name: str) -> str:
     place = Path(name)
     if any((folder / CONFIG_FILE).is_file() for folder in (place, place / "adapter")):
         return "adapter"
-    if (place / "config.json").is_file() or _is_gguf(place) or is_hub_name(name):
+    if _is_base(place) or is_hub_name(name):
         return "base"
     found = listing(sorted(inner.name for inner in place.iterdir())) or "nothing" if place.is_dir() else ""
     state = f"it holds {found}" if found else "it is another file" if place.exists() else "it does not exist"
@@ -55,10 +58,17 @@ def _kind_of(name: str) -> str:
     )
 
 
-def _is_gguf(place: Path) -> bool:
-    if not place.is_file():
+def _is_base(place: Path) -> bool:
+    """Whether a base lies there, or something of one that only its opening can tell what is wrong with."""
+    if not place.exists():
         return False
-    with place.open("rb") as stream:
+    try:
+        found = find_place(place).path
+    except BaseModelError:
+        return True
+    if found.is_dir():
+        return (found / "config.json").is_file()
+    with found.open("rb") as stream:
         return stream.read(4) == b"GGUF"
 
 

@@ -5,7 +5,7 @@ all magnitudes, so that each kind can have a learning rate of its own.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -79,7 +79,7 @@ class ActiveAdapter:
         self._shapes = {
             path: _Shape(f.A.shape, f.B.shape, f.scale, f.magnitude is not None) for path, f in adapter.layers.items()
         }
-        self._like = Adapter({}, adapter.base, adapter.notes, dict(adapter.origin))
+        self._like = replace(adapter, layers={}, origin=dict(adapter.origin))
         every = adapter.layers.values()
         kinds = ([f.A for f in every], [f.B for f in every], [f.magnitude for f in every if f.magnitude is not None])
         ends = np.cumsum([0, *(sum(array.size for array in arrays) for arrays in kinds)])
@@ -116,7 +116,7 @@ class ActiveAdapter:
         """The current values as an adapter, float32."""
         views: Mapping[str, Parameters] = self.views(self.flat)
         layers = {path: _copied(parameters, self._shapes[path].scale) for path, parameters in views.items()}
-        return Adapter(layers, self._like.base, self._like.notes, self._like.origin)
+        return replace(self._like, layers=layers)
 
 
 def _copied(parameters: Parameters, scale: float) -> Factors:

@@ -1,0 +1,178 @@
+"""The weights of an opened base by one set of names, and the check that none is missing.
+
+Weights are named as transformers names them (`model.layers.0.self_attn.q_proj.weight`), whatever the file calls them.
+Nothing is read here but headers: a weight is a view of the memory-mapped file.
+"""
+
+import contextlib
+import hashlib
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from thimble.errors import BaseModelError, listing, plural
+from thimble.files.blocks import BLOCKS
+from thimble.files.tensor_info import TensorInfo
+from thimble.files.tensors import TensorFile
+from thimble.models.spec import DecoderSpec
+
+SAMPLES, SAMPLE_BYTES = 256, 4096  # of each file, for a quick fingerprint
+FLOATS = (*BLOCKS, "F64")  # types of weights; how each may be used is for those to say who use them
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+FINAL_NORM = "model.norm.weight"
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One tensor of a base."""
+
+    file: TensorFile  # the file that holds it
+    info: TensorInfo  # its name, type, shape and place there
+    # row i of the file is row order[i] of the weight, int64 (rows,); None if they agree
+    order: NDArray[np.int64] | None = None
+    offset: float = 0.0  # added to what the file holds (1 for Gemma's norms in a folder)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(out, in) of a matrix, (size,) of a vector."""
+        return self.info.shape
+
+    @property
+    def dtype(self) -> str:
+        """Type of the file's numbers, such as `BF16` or `Q4_0`."""
+        return self.info.dtype
+
+    def raw(self) -> NDArray[np.uint8]:
+        """The file's own bytes, uint8 (rows, bytes per row) of a matrix; a view, nothing is copied."""
+        return self.file.raw(self.info.name).reshape(self.shape[0], -1)
+
+    def will_need(self) -> None:
+        """Have the file read ahead."""
+        self.file.will_need(self.info.name)
+
+    def release(self, rows: slice) -> None:
+        """Let go of the memory of some rows, which the file can fill again."""
+        size = self.info.nbytes // self.shape[0]
+        self.file.release(self.info.name, rows.start * size, rows.stop * size)
+
+    def read(self) -> NDArray[np.float32]:
+        """The numbers, float32, in the order of transformers."""
+        values = self.file.read(self.info.name)
+        if self.order is not None:
+            ordered = np.empty_like(values)
+            ordered[self.order] = values
+            values = ordered
+        return values + np.float32(self.offset) if self.offset else values
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model that has been opened and found complete."""
+
+    name: str  # what the user called it, or the file's name
+    path: Path  # the GGUF file or the folder
+    spec: DecoderSpec  # its description
+    weights: Mapping[str, Weight]  # tensors by their transformers name
+    metadata: Mapping[str, Any] | None  # GGUF key-value pairs, or None for a folder
+    # what PEFT puts in front of `layers.0...` in the names of its modules; another for text models inside of a wrapper
+    prefix: str = "model."
+    loader: str = "AutoModelForCausalLM"  # the class of transformers that opens it with these names
+    notes: tuple[str, ...] = ()  # which of several files were read, and the like
+    warnings: tuple[str, ...] = ()  # what may not be as its owner thinks
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that hold the weights."""
+        return tuple(dict.fromkeys(weight.file.path for weight in self.weights.values()))
+
+    def cut_file(self) -> Path | None:
+        """A weight file that has become shorter since it was opened: to read its lost end would end the process."""
+        sizes = {weight.file.path: len(weight.file.data) for weight in self.weights.values()}
+        for path, size in sizes.items():
+            with contextlib.suppress(OSError):  # one that was deleted can still be read
+                if path.stat().st_size < size:
+                    return path
+        return None
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of all weights in their files."""
+        return sum(weight.info.nbytes for weight in self.weights.values())
+
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers the base holds; a tied head counts once."""
+        return sum(int(np.prod(weight.shape)) for weight in self.weights.values())
+
+    def dtypes(self) -> dict[str, int]:
+        """Parameters by type of number, most first."""
+        counts: Counter[str] = Counter()
+        for weight in self.weights.values():
+            counts[weight.dtype] += int(np.prod(weight.shape))
+        return dict(counts.most_common())
+
+    def quick_fingerprint(self) -> str:
+        """SHA-256 of the size of each weight file and of samples spread over it, hexadecimal; takes milliseconds."""
+        total = hashlib.sha256()
+        for path in self.files:
+            size = path.stat().st_size
+            total.update(size.to_bytes(8, "little"))
+            with path.open("rb") as stream:
+                for number in range(SAMPLES):
+                    stream.seek(max(0, size - SAMPLE_BYTES) * number // (SAMPLES - 1))
+                    total.update(stream.read(SAMPLE_BYTES))
+        return total.hexdigest()
+
+    def fingerprint(self) -> str:
+        """SHA-256 of all weight files, hexadecimal; takes about a second per gigabyte."""
+        total = hashlib.sha256()
+        for path in self.files:
+            with path.open("rb") as stream:
+                total.update(hashlib.file_digest(stream, "sha256").digest())
+        return total.hexdigest()
+
+
+def check_complete(path: Path, spec: DecoderSpec, weights: dict[str, Weight]) -> dict[str, Weight]:
+    """Refuse a base that lacks a tensor or has one of another shape; drop what the decoder does not use."""
+    expected = expected_shapes(spec)
+    optional = {f"{name}.bias": (shape[0],) for name, shape in spec.linear_shapes().items()}
+    missing = [name for name in expected if name not in weights]
+    found = [(name, weights[name], shape) for name, shape in {**expected, **optional}.items() if name in weights]
+    wrong = [f"{name} is {has.shape}, expected {shape}" for name, has, shape in found if tuple(has.shape) != shape]
+    unread = [f"{name} is {has.dtype}" for name, has, _ in found if has.dtype not in FLOATS]
+    if unread:
+        wrong.append(
+            f"{unread[0]}, expected one of {listing(FLOATS, 20)}: take the same model in one of these types "
+            f"({plural(len(unread), 'tensor')} of this one cannot be read)"
+        )
+    problems = [f"base {path} lacks {listing(missing, 3)}: it is not complete"] if missing else []
+    if missing == [HEAD]:
+        problems[0] += ", or config.json should say that the head is the embedding (tie_word_embeddings is not true)"
+    problems += [f"base {path}: {what}" for what in wrong[:5]]
+    problems += [f"base {path} {what}" for what in spec.bias_problems(weights)]
+    if problems:
+        raise BaseModelError(*problems)
+    return {name: weight for name, weight in weights.items() if name in expected or name in optional}
+
+
+def expected_shapes(spec: DecoderSpec) -> dict[str, tuple[int, ...]]:
+    """All tensors that a decoder needs, and their shapes."""
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (spec.vocab_size, spec.hidden_size)}
+    shapes |= {f"{name}.weight": shape for name, shape in spec.linear_shapes().items()}
+    norms = ["input_layernorm", "post_attention_layernorm"]
+    if spec.has_post_norms:
+        norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
+    for i in range(spec.num_layers):
+        shapes |= {f"model.layers.{i}.{norm}.weight": (spec.hidden_size,) for norm in norms}
+        if spec.has_qk_norm:
+            shapes |= {f"model.layers.{i}.self_attn.{x}_norm.weight": (spec.head_dim,) for x in "qk"}
+    shapes[FINAL_NORM] = (spec.hidden_size,)
+    if not spec.is_tied:
+        shapes[HEAD] = (spec.vocab_size, spec.hidden_size)
+    return shapes
