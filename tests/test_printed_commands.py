@@ -152,14 +152,16 @@ def test_the_base_that_is_not_there_is_asked_for(outputs, folder, run_in):
     (folder / "gone.gguf").write_bytes(TINY.read_bytes()[:-1] + b"\1")
     data = "it's mine.jsonl"
     assert run_in("train", data, "--base", "gone.gguf", *QUICK, "--out", "lost")[0] == 0
-    (folder / "gone.gguf").rename(folder / "renamed.gguf")
+    (folder / "elsewhere").mkdir()
+    (folder / "gone.gguf").rename(folder / "elsewhere" / "renamed.gguf")
+    (folder / "another.gguf").write_bytes(TINY.read_bytes()[:-1] + b"\2")  # no base that anybody named
     for words in (("chat",), ("evaluate", data), ("inspect",), ("merge", "--out", "x")):
         flag = () if words[0] in ("inspect", "merge") else ("--adapter",)
         code, text = run_in(*words, *flag, "lost")
         assert code == 2, text
         assert "the base of adapter lost, gone.gguf, is not found (it was " in text
         assert "--base gone.gguf" in text
-    code, text = run_in("chat", "--adapter", "lost", "--base", "renamed.gguf")
+    code, text = run_in("chat", "--adapter", "lost", "--base", "elsewhere/renamed.gguf")
     assert (code, "warning" in text) == (0, False), "by its hash it is the one"
 
 

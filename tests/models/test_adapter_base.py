@@ -118,6 +118,16 @@ def test_the_one_with_the_right_hash_goes_before_a_changed_one(tmp_path, gguf):
     assert found(run) == there
 
 
+def test_the_only_other_gguf_in_a_folder_is_not_taken_for_the_one_that_is_gone(tmp_path, gguf):
+    run = make_run(tmp_path / "runs" / "1", gguf)
+    changed_copy(gguf, gguf.with_name("other.gguf"))
+    gguf.rename(gguf.with_name("renamed.gguf"))
+    with pytest.raises(AdapterError, match="is not found"):
+        found(run)
+    (gguf.with_name("other.gguf")).unlink()
+    assert found(run) == gguf.with_name("renamed.gguf"), "by its hash, wherever it is"
+
+
 def test_an_adapter_that_left_its_run_is_led_by_peft_s_field(tmp_path, gguf):
     run = make_run(tmp_path / "runs" / "1", gguf)
     assert found(move(run / "adapter", tmp_path / "elsewhere" / "mine")) == gguf

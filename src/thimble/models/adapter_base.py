@@ -129,9 +129,9 @@ def _places(folder: Path, manifest: Mapping[str, Any], adapter: Adapter, wanted:
         yield Path(path), True
     if path := _text(manifest, "path_from_run"):
         yield Path(os.path.normpath(run / path)), True
-    for path in (adapter.base, *([os.path.join(adapter.base, name)] if adapter.base and name else [])):
-        if path:
-            yield Path(path), True
+    if adapter.base:  # a folder, also of the GGUF file by that name: another one in it is no more than a guess
+        yield Path(adapter.base), os.path.basename(name) == os.path.basename(adapter.base.rstrip("/"))
+        yield Path(adapter.base, name), True
     if (snapshot := cached_snapshot(adapter.base)) is not None:
         yield snapshot, True
     with contextlib.suppress(InputError):
