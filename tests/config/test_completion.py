@@ -32,7 +32,7 @@ def complete(folder, *words: str) -> list[str]:
         (("",), [*COMMANDS, "--help", "--version", "--completion"]),
         (("--comp",), ["--completion"]),
         (("--completion", ""), list(SHELLS)),
-        (("train", "--comp"), ["--compute"]),
+        (("train", "--compu"), ["--compute"]),
         (("train", "--compute", ""), ["auto", "fp32", "bf16", "int8"]),
         (("train", "--compute", "=", "b"), ["bf16"]),
         (("train", "--compute", "="), ["auto", "fp32", "bf16", "int8"]),
