@@ -27,12 +27,13 @@ def option(
     choices: tuple[str, ...] | None = None,  # the only values allowed
     positional: bool = False,  # given on the command line without a flag
     is_size: bool = False,  # an amount of bytes that may be written `4GB` or `500 MB` (1 GB = 1e9 bytes)
+    path: str = "",  # a pattern whose one group is the path in a value; `~` and variables in it are filled in
     metavar: str | None = None,  # placeholder shown in `--help`
 ) -> Any:
     """Declare one option; the dataclass field it returns is the only place that knows its default."""
     metadata = {
         "help": help, "check": check, "choices": choices, "positional": positional, "is_size": is_size,
-        "metavar": metavar,
+        "path": path, "metavar": metavar,
     }  # fmt: skip
     return field(default=default, metadata=metadata)
 
@@ -149,7 +150,11 @@ def convert(spec: Field, value: Any) -> Any:
         if optional:
             return None
         raise ValueError("expected a value")
-    result = parse_size(value) if spec.metadata["is_size"] else parse(kind, value)
+    result: Any
+    if spec.metadata["path"] and takes_many(spec) and isinstance(value, list):
+        result = tuple(map(str, value))  # as they are: a name may begin or end with a space
+    else:
+        result = parse_size(value) if spec.metadata["is_size"] else parse(kind, value)
     choices = spec.metadata["choices"]
     if choices and result not in choices:
         raise ValueError(one_of(choices, result))

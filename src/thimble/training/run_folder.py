@@ -123,6 +123,17 @@ def write_config(folder: Path, values: Mapping[str, Any]) -> None:
     write_text(folder / "config.yaml", head + yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True))
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """The options that `write_config` wrote, or none if they cannot be read."""
+    import yaml
+
+    try:
+        values = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
 def publish_adapter(folder: Path, adapter: Adapter, name: str = "adapter") -> Path:
     """Write an adapter beside its place in the run folder and move it there in one step, replacing an earlier one.
 
