@@ -16,7 +16,7 @@ from thimble.config.names import answer
 from thimble.config.options import Field, groups_of, option_type, options_of, takes_many
 from thimble.config.sources import build_config
 from thimble.config.values import as_typed, flag
-from thimble.errors import InputError, ThimbleError
+from thimble.errors import InputError, ThimbleError, escaped
 from thimble.report.terminal import Progress, to_json
 
 EXIT_INTERRUPTED = {signal.SIGINT: 130, signal.SIGTERM: 143}
@@ -111,7 +111,7 @@ def _run(options: argparse.Namespace, unknown: list[str]) -> int:
         callbacks |= {"on_event": pause.on_event, "should_wait": pause}
     report = command.function(config, **{name: callbacks[name] for name in command.listeners})
     progress.end()
-    print(to_json(report) if is_json else command.renderer(report))
+    print(to_json(report) if is_json else escaped(command.renderer(report), kept="\n"))
     return EXIT_INTERRUPTED[stop.signal] if stop.signal else 0
 
 
@@ -235,7 +235,7 @@ def _write(pieces: Iterable[str]) -> None:
 
 def _complain(problems: Sequence[str]) -> None:
     for problem in problems:
-        print(f"thimble: {problem}", file=sys.stderr)
+        print("thimble: " + escaped(problem, kept="\n"), file=sys.stderr)
 
 
 def run() -> NoReturn:

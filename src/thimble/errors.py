@@ -107,7 +107,7 @@ def plural(count: int, noun: str, nouns: str | None = None) -> str:
 
 def listing(items: Iterable[Any], most: int = 8) -> str:
     """Join the first `most` items with commas and say how many were left out."""
-    items = [str(item) for item in items]
+    items = [escaped(str(item)) for item in items]
     shown = ", ".join(items[:most])
     return shown + (f" and {len(items) - most} more" if len(items) > most else "")
 
@@ -117,11 +117,11 @@ _UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\
 
 
 def escaped(text: str, kept: str = "") -> str:
-    """A text that does nothing to a terminal: control characters, marks of direction and bytes that are no UTF-8 are
-    written out, but for those to be kept.
+    r"""A text with nothing that a terminal would act on: control characters but for those to be kept, marks of
+    direction, and bytes that are no UTF-8, are written out.
 
-    >>> escaped("a\x1b[2J b\udce9"), escaped("a\nb", kept="\n")
-    ('a\\\\x1b[2J b\\\\xe9', 'a\\nb')
+    >>> print(escaped("a\x1b[2J\u202eb"))
+    a\x1b[2J\u202eb
     """
     return _UNSEEN.sub(lambda match: match[0] if match[0] in kept else _written_out(match[0]), text)
 
@@ -135,17 +135,17 @@ def _written_out(char: str) -> str:
 
 
 def as_word(path: str) -> str:
-    """A path as one word of a command line, whatever it holds.
+    r"""A path as one word of a command line, whatever it holds.
 
-    >>> as_word("runs/a-1"), as_word("my data"), as_word("-x"), as_word("it's\n")
-    ('runs/a-1', "'my data'", './-x', "$'it\\\\'s\\\\n'")
+    >>> print(as_word("runs/a-1"), as_word("my data"), as_word("-x"), as_word("it's\n"))
+    runs/a-1 'my data' ./-x $'it\'s\n'
     """
     path = f"./{path}" if path.startswith("-") else path
     if re.fullmatch(r"[\w@%+=:,./-]+", path):
         return path
     if not _UNSEEN.search(path):
         return shlex.quote(path)
-    parts = re.split("(" + _UNSEEN.pattern + ")", path)
+    parts = re.split(f"({_UNSEEN.pattern})", path)
     plain = (part.replace("\\", "\\\\").replace("'", "\\'") for part in parts[::2])
     odd = [*map(_written_out, parts[1::2]), ""]
     return "$'" + "".join(text + char for text, char in zip(plain, odd, strict=True)) + "'"

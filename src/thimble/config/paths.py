@@ -4,6 +4,7 @@ A relative path counts from the working directory, wherever it was given. In the
 things were when the run began, which is a hint: what is no longer there is looked for beside the run folder.
 """
 
+import functools
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -24,14 +25,18 @@ def exists(path: str) -> bool:
         return False
 
 
-def expanded(path: str) -> str:
-    """A path with `~`, `$NAME` and `${NAME}` filled in, unless something has this very name; else a ValueError."""
+def expanded(path: str, is_new: bool = False) -> str:
+    """A path with `~`, `$NAME` and `${NAME}` filled in, unless something has this very name.
+
+    A ValueError says what is not set here; in what is to be made it may be part of the name.
+    """
     if exists(path):
         return path
     names = [match[1] or match[2] for match in _VARIABLE.finditer(path)]
-    if unset := [name for name in names if name not in os.environ]:
-        raise ValueError(f"the variable {unset[0]} is not set: set it, or write the path out")
-    filled = _VARIABLE.sub(lambda match: os.environ[match[1] or match[2]], path)
+    unset = [name for name in names if name not in os.environ]
+    if unset and not is_new:
+        raise ValueError(f"there is no such file, and the variable {unset[0]} is not set: set it, or name the file")
+    filled = _VARIABLE.sub(lambda match: os.environ.get(match[1] or match[2], match[0]), path)
     home = os.path.expanduser(filled) if path.startswith("~") else filled
     if home.split("/")[0] == "~":
         raise ValueError("~ is the home folder, and this user has none: write the path out")
@@ -60,7 +65,8 @@ def _expanded_value(spec: Field, value: Any) -> Any:
     if isinstance(value, dict | bool):
         return value  # no path: refused with the other values
     if not takes_many(spec):
-        return _replaced(spec, str(value), expanded) if not isinstance(value, list | tuple) else value
+        change = functools.partial(expanded, is_new=spec.name == "out")
+        return _replaced(spec, str(value), change) if not isinstance(value, list | tuple) else value
     if isinstance(value, list | tuple):
         return [expanded(str(path)) for path in value if str(path)]
     text = str(value)  # in a file or from Python: one path, or several with commas between them

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
+from thimble.errors import as_word, escaped
 from thimble.events import Event
 from thimble.report import formatting
 from thimble.report.formatting import NONE, clip, clock, number, small_percent, table
@@ -42,7 +43,7 @@ class Progress:
 
     def _line(self, text: str) -> None:
         self.end()
-        print(text, file=self._stream, flush=True)
+        print(escaped(text, kept="\n"), file=self._stream, flush=True)
 
     def _moving(self, text: str, is_forced: bool = False) -> None:
         wait = REFRESH_SECONDS if self._is_terminal else LOG_SECONDS
@@ -89,8 +90,10 @@ def render_train(report: Any) -> str:
     speed = f"{report.tokens_per_second:,.0f} tokens/s, {_size(report.peak_memory_bytes)}"
     state = "" if report.status == "done" else f"{report.status}: "
     took = f"{report.steps} steps in {clock(report.seconds)} ({speed}), {clock(report.total_seconds)} in all"
-    places = f"adapter  {report.adapter}\nreport   {report.out}/report.html"
-    return "\n\n".join([*parts, state + took, f"{places}\ntry it   thimble chat --adapter {report.out}"])
+    places = f"adapter  {escaped(report.adapter)}\nreport   {escaped(report.out)}/report.html"
+    base = f" --base {as_word(report.config['base'])}" if report.config.get("base") else ""
+    chat = f"thimble chat{base} --adapter {as_word(report.out)}"
+    return "\n\n".join([*parts, state + took, f"{places}\ntry it   {chat}"])
 
 
 _SAMPLE_LINES = (("asked", "asked"), ("expected", "reference"), ("before", "before"), ("after", "after"))
@@ -103,7 +106,7 @@ def _share(value: float | None, rows: int) -> str:
 def render_evaluate(report: Any) -> str:
     """All models side by side."""
     names = list(dict.fromkeys(name for result in report.results for name in result.scores))
-    rows: list[tuple[str, ...]] = [("", *(result.name for result in report.results))]
+    rows: list[tuple[str, ...]] = [("", *(escaped(result.name) for result in report.results))]
     rows.append(("loss", *(number(result.loss) for result in report.results)))
     rows.append(("perplexity", *(number(result.perplexity, 2) for result in report.results)))
     for name in names:
@@ -112,7 +115,9 @@ def render_evaluate(report: Any) -> str:
     answers = [result.answers for result in report.results]
     for shown in zip(*answers, strict=False):
         lines = [("asked", shown[0]["asked"]), ("expected", shown[0]["reference"])]
-        lines += [(Path(each.name).name[:8], a["written"]) for each, a in zip(report.results, shown, strict=True)]
+        lines += [
+            (escaped(Path(each.name).name)[:8], a["written"]) for each, a in zip(report.results, shown, strict=True)
+        ]
         parts.append("\n".join(f"  {name:>8}: {_clip(text)}" for name, text in lines))
     return "\n\n".join(parts)
 
@@ -125,7 +130,7 @@ def render_merge(report: Any) -> str:
     rows = [_MERGE_HEADS[report.wrote], *(_kind_row(kind, is_adapter) for kind in report.kinds)]
     what, option = ("cut off in all", "--adapter") if is_adapter else ("lost by rounding in all", "--base")
     worst = f"most in {total.worst_layer}: {small_percent(total.worst_error)}"
-    use = f"{report.wrote:<8} {report.out}\ntry it   thimble chat {option} {report.out}"
+    use = f"{report.wrote:<8} {escaped(report.out)}\ntry it   thimble chat {option} {as_word(report.out)}"
     return "\n\n".join([table(rows), f"{small_percent(total.error)} of the update {what}; {worst}", use])
 
 
