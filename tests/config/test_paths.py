@@ -46,7 +46,9 @@ def test_every_path_is_filled_in_alike(command, name, way, home):
         value = [text] if is_many else text
         if way == "YAML":
             Path("options.yaml").write_text(yaml.safe_dump({name: value}))
-        config = build_config(options, {name: value} if way == "flag" else {}, "options.yaml" if way == "YAML" else None)
+        config = build_config(
+            options, {name: value} if way == "flag" else {}, "options.yaml" if way == "YAML" else None
+        )
         assert (getattr(config, name), config.problems) == ((expected,) if is_many else expected, ())
 
 
@@ -81,4 +83,7 @@ def test_adapters_in_a_file_may_stand_in_one_text_and_their_names_are_taken_as_t
     Path("one, two").mkdir()
     assert build_config(options, {"adapter": "one, two"}).adapter == ("one, two",)
     assert build_config(options, {"adapter": "one,two"}).adapter == ("one", "two")
-    assert build_config(options, {"adapter": [" one ", Path("~/two")]}).adapter == (" one ", os.path.expanduser("~/two"))
+    assert build_config(options, {"adapter": [" one ", Path("~/two")]}).adapter == (
+        " one ",
+        os.path.expanduser("~/two"),
+    )

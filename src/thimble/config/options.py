@@ -155,6 +155,8 @@ def convert(spec: Field, value: Any) -> Any:
         result = tuple(map(str, value))  # as they are: a name may begin or end with a space
     else:
         result = parse_size(value) if spec.metadata["is_size"] else parse(kind, value)
+    if isinstance(result, str) and not spec.metadata["path"] and any("\ud800" <= char <= "\udfff" for char in result):
+        raise ValueError("expected text in UTF-8")
     choices = spec.metadata["choices"]
     if choices and result not in choices:
         raise ValueError(one_of(choices, result))

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
@@ -12,21 +12,20 @@ from thimble.events import Event
 from thimble.report import formatting
 from thimble.report.formatting import NONE, clip, clock, number, small_percent, table
 from thimble.report.keys import to_json_dict
+from thimble.report.streams import FALLBACK_COLUMNS, columns, is_terminal, say
 
 REFRESH_SECONDS = 0.2  # of the moving line in a terminal
 LOG_SECONDS = 10.0  # between lines in a pipe or file
-WIDTH = 100
 MARKS = {"decision": "  ", "note": "  ", "warning": "warning: "}
 
 _size = partial(formatting.size, space=" ")
-_clip = partial(clip, width=WIDTH - 14)
 
 
 class Progress:
     """Writes events as they come: a moving line in a terminal, a line now and then elsewhere."""
 
     def __init__(self, stream: TextIO) -> None:
-        self._stream, self._is_terminal = stream, stream.isatty()
+        self._stream, self._is_terminal = stream, is_terminal(stream)
         self._last, self._has_line = 0.0, False
 
     def on_event(self, event: Event) -> None:
@@ -43,7 +42,7 @@ class Progress:
 
     def _line(self, text: str) -> None:
         self.end()
-        print(escaped(text, kept="\n"), file=self._stream, flush=True)
+        say(escaped(text, kept="\n"), self._stream)
 
     def _moving(self, text: str, is_forced: bool = False) -> None:
         wait = REFRESH_SECONDS if self._is_terminal else LOG_SECONDS
@@ -51,16 +50,25 @@ class Progress:
             return
         self._last = time.monotonic()
         if self._is_terminal:
-            print(f"\r\x1b[K{text[:WIDTH]}", end="", file=self._stream, flush=True)
+            width = columns(self._stream) or FALLBACK_COLUMNS
+            say(f"\r\x1b[K{text[: width - 1]}", self._stream, end="")
             self._has_line = True
         else:
-            print(text, file=self._stream, flush=True)
+            say(text, self._stream)
 
     def end(self) -> None:
         """Leave the moving line."""
         if self._has_line:
-            print(file=self._stream, flush=True)
+            say("", self._stream)
         self._has_line = False
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    return table(rows, columns())
+
+
+def _clip(text: str) -> str:
+    return clip(text, (columns() or FALLBACK_COLUMNS) - 14)
 
 
 def _step_line(row: Mapping[str, Any]) -> str:
@@ -84,7 +92,7 @@ def render_train(report: Any) -> str:
         rows.append((name, _share(before, report.metrics_rows), _share(after, report.metrics_rows)))
     rows.append(("validation loss", number(report.loss_before), number(report.loss_after)))
     rows.append(("general text loss (forgetting)", number(report.general_before), number(report.general_after)))
-    parts = [table(rows)]
+    parts = [_table(rows)]
     for sample in report.samples[:3]:
         parts.append("\n".join(f"  {name:>8}: {_clip(sample[key])}" for name, key in _SAMPLE_LINES))
     speed = f"{report.tokens_per_second:,.0f} tokens/s, {_size(report.peak_memory_bytes)}"
@@ -111,7 +119,7 @@ def render_evaluate(report: Any) -> str:
     rows.append(("perplexity", *(number(result.perplexity, 2) for result in report.results)))
     for name in names:
         rows.append((name, *(_share(result.scores.get(name), report.answered_rows) for result in report.results)))
-    parts = [table(rows)]
+    parts = [_table(rows)]
     answers = [result.answers for result in report.results]
     for shown in zip(*answers, strict=False):
         lines = [("asked", shown[0]["asked"]), ("expected", shown[0]["reference"])]
@@ -131,7 +139,7 @@ def render_merge(report: Any) -> str:
     what, option = ("cut off in all", "--adapter") if is_adapter else ("lost by rounding in all", "--base")
     worst = f"most in {total.worst_layer}: {small_percent(total.worst_error)}"
     use = f"{report.wrote:<8} {escaped(report.out)}\ntry it   thimble chat {option} {as_word(report.out)}"
-    return "\n\n".join([table(rows), f"{small_percent(total.error)} of the update {what}; {worst}", use])
+    return "\n\n".join([_table(rows), f"{small_percent(total.error)} of the update {what}; {worst}", use])
 
 
 def render_export(report: Any) -> str:
