@@ -75,6 +75,11 @@ def test_what_is_made_with_a_name_can_be_used(named, thimble, tmp_path):
     assert (code, UNSAFE.findall(shown + told)) == (2, [])
 
 
+def test_a_file_that_looks_like_an_option_is_answered_with_how_to_name_it(thimble):
+    Path("-o.jsonl").touch()
+    assert "-o.jsonl is taken for an option: to name the file, type ./-o.jsonl" in thimble("plan", "-o.jsonl")[2]
+
+
 @pytest.mark.parametrize("name", [*NAMES.values(), "it's", "\x1b'\\", "plain-1.x", "é/ü"])
 def test_a_word_for_a_shell_is_the_name_again(name):
     word = as_word(name)

@@ -15,7 +15,7 @@ from thimble.config.names import answer
 from thimble.config.options import Field, groups_of, option_type, options_of, takes_many
 from thimble.config.sources import build_config
 from thimble.config.values import as_typed, flag
-from thimble.errors import InputError, RunError, ThimbleError, escaped
+from thimble.errors import InputError, RunError, ThimbleError, as_word, escaped
 from thimble.report.streams import prepare_streams, say, silence, write_result
 from thimble.report.terminal import Progress, to_json
 
@@ -128,7 +128,13 @@ def _unknown_words(command: Command, unknown: list[str]) -> list[str]:
     """A problem for each argument that no option takes, with what to type instead."""
     options = options_of(command.options)
     known = (*options, "config", "json", "debug")
-    problems = [answer(word.split("=")[0], known) for word in unknown if word.startswith("-")]
+    problems = [
+        f"{word} is taken for an option: to name the file, type {as_word(word)}"
+        if os.path.lexists(word)
+        else answer(word.split("=")[0], known)
+        for word in unknown
+        if word.startswith("-")
+    ]
     if not problems:  # else a word may be the value of an unknown flag
         is_many = any(spec.metadata["positional"] and takes_many(spec) for spec in options.values())
         advice = ": name all of them before the flags" if is_many else ""
