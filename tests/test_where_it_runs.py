@@ -9,7 +9,6 @@ import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import venv
 import zipfile
@@ -36,10 +35,10 @@ class Failing(io.StringIO):
 
     def __init__(self, *errors):
         super().__init__()
-        self.errors = itertools.cycle(errors)
+        self.faults = itertools.cycle(errors)
 
     def write(self, text):
-        raise next(self.errors)
+        raise next(self.faults)
 
 
 FULL, LEFT = OSError(errno.ENOSPC, "No space left on device"), BrokenPipeError(errno.EPIPE, "Broken pipe")
@@ -264,7 +263,8 @@ def test_a_wheel_holds_all_that_a_run_needs(examples, tmp_path):
     ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
     packages = Path(subprocess.run([python, "-c", ask], check=True, capture_output=True, text=True).stdout.strip())
     zipfile.ZipFile(wheel).extractall(packages)
-    (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
+    ours = [path for path in sys.path if Path(path).name == "site-packages"]
+    (packages / "dependencies.pth").write_text("\n".join(ours) + "\n")
     (tmp_path / "elsewhere").mkdir()
     words = ["train", examples, "--base", TINY, "--out", "run", "--json", *QUICK]
     command = [python, "-I", "-m", "thimble", *map(str, words)]
