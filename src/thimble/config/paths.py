@@ -53,7 +53,6 @@ def expand_paths(options: type[Options], given: Mapping[str, Given]) -> tuple[di
             filled[name] = given[name]._replace(value=_expanded_value(spec, given[name].value))
         except ValueError as error:
             problems.append(f"{given[name].place}{typed(spec, given[name].value)}: {error}")
-            del filled[name]
     return filled, problems
 
 
