@@ -7,7 +7,7 @@
 set -eu
 cd "$(dirname "$0")/.."
 root=${ARM_ROOT:-/var/tmp/thimble-arm64}
-packages="numpy numba llvmlite tokenizers huggingface-hub jinja2 markupsafe PyYAML pytest pluggy iniconfig packaging"
+packages="numpy numba llvmlite tokenizers huggingface-hub jinja2 markupsafe PyYAML pytest pluggy iniconfig packaging pygments"
 torch=${TORCH:-}
 
 for tool in debootstrap qemu-aarch64-static update-binfmts; do
