@@ -6,8 +6,8 @@ from pathlib import Path
 from thimble.config.options import options_of
 from thimble.config.paths import exists, path_in
 from thimble.config.train import TrainConfig
+from thimble.data.examples import open_data
 from thimble.data.model import find_base
-from thimble.data.sources.find import find_files
 from thimble.errors import ConfigError, as_word, listing
 from thimble.events import EventLog
 from thimble.training.run_folder import hash_file, read_config, read_json
@@ -57,8 +57,7 @@ def check_finished(config: TrainConfig, folder: Path) -> None:
     if saved and config.base != saved.get("base") and (expected := manifest.get("base", {}).get("sha256")):
         wrong += [] if find_base(config.base).fingerprint() == expected else [f"--base {config.base}"]
     if saved and config.data != saved.get("data") and (files := manifest.get("data")):
-        paths = {file.path for files in find_files(Path(config.data)).splits.values() for file in files}
-        found = [hash_file(path) for path in paths]
+        found = [hash_file(path) for path in open_data(config).files]
         wrong += [] if sorted(found) == sorted(files.values()) else [f"DATA {config.data}"]
     if wrong:
         raise ConfigError(
