@@ -6,7 +6,6 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from thimble.exports import gguf_adapter
 
 from families import make_hf_folder
 from samples import make_adapter
@@ -15,6 +14,7 @@ from thimble.core.adapter import Adapter
 from thimble.core.lowrank import Factors, delta
 from thimble.data.encode import Row
 from thimble.errors import AdapterError, Problems
+from thimble.exports import gguf_adapter
 from thimble.exports.gguf_adapter import check_exportable, write_gguf_adapter
 from thimble.exports.proof import prove
 from thimble.models.adapters import open_adapters
