@@ -18,7 +18,7 @@ DEV := .venv/installed-dev
 # Peers of the benchmarks that Thimble's own environment does not need.
 PEERS := benchmarks/peers-env
 
-.PHONY: help setup demo test check test-all stress docs bench
+.PHONY: help setup demo test check test-all test-arm stress docs bench
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -44,6 +44,9 @@ check: $(DEV)  ## check format, lint, types, docstrings and generated docs
 
 test-all: $(DEV)  ## run every test
 	$(BIN)/python -m pytest
+
+test-arm: $(DEV)  ## run the tests of core, files and data on ARM64, emulated; as root, on Debian
+	tests/arm.sh
 
 stress: $(DEV)  ## kill runs, damage files, render hostile templates, many times over; under an hour
 	PYTHONPATH=tests $(BIN)/python -m stress

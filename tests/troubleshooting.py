@@ -99,6 +99,17 @@ def unfinished() -> None:
     Path("run/report.json").unlink()
 
 
+def move_run() -> None:
+    """The run folder and the base elsewhere; of the data only the config of the run knows."""
+    unfinished()
+    Path("moved").mkdir()
+    shutil.move("run", "moved/run")
+    shutil.move("tiny.gguf", "moved/tiny.gguf")
+    Path("mine.jsonl").unlink()
+    config = Path("moved/run/config.yaml")
+    config.write_text(config.read_text().replace(os.getcwd(), "/home/me/project"))
+
+
 def damage_checkpoint() -> None:
     unfinished()
     path = sorted(Path("run/checkpoints").glob("step-*"))[-1] / "state.safetensors"
@@ -327,6 +338,7 @@ CASES: dict[str, list[Case]] = {
         Case("It is a pickle", "", ["evaluate", "mine.jsonl", "--base", "tiny.gguf", "--adapter", "theirs"], pickled_adapter),
     ],
     "Flags": [
+        Case("A variable in a path is not set", "", ["plan", "$MY_DATA/mine.jsonl", "--base", "tiny.gguf"]),
         Case("A flag is misspelt, and another has a wrong value", "", ["plan", "mine.jsonl", "--lerning-rate", "1", "--rank", "0"]),
         Case("The folder exists", "", RUN, trained()),
     ],
@@ -339,6 +351,10 @@ CASES: dict[str, list[Case]] = {
     "Going on": [
         Case("Another run is at work in the folder", "", RUN, around=another_run),
         Case("The data have changed since the run began", "", [*RUN, "--resume"], lambda: [unfinished(), write("mine.jsonl", rows(19))]),
+        Case(
+            "The run was moved, without its data", "Base and data are known by their hashes: they may lie anywhere, under any name.",
+            ["train", "--out", "moved/run", "--resume"], move_run,
+        ),
         Case("An option differs from that of the run", "", [*RUN, "--resume", "--rank", "8"], unfinished),
         Case("A checkpoint is damaged", "", [*RUN, "--resume"], damage_checkpoint, shows="is damaged"),
     ],

@@ -2,7 +2,6 @@
 
 import argparse
 import errno
-import io
 import json
 import os
 import signal
@@ -17,7 +16,8 @@ from thimble.config.command_line import Line, read_line, switches_in
 from thimble.config.completion import SHELLS, completion_script
 from thimble.config.sources import build_config
 from thimble.config.values import one_of
-from thimble.errors import InputError, ThimbleError
+from thimble.errors import InputError, RunError, ThimbleError, escaped
+from thimble.report.streams import prepare_streams, say, silence, write_result
 from thimble.report.terminal import Progress, to_json
 
 EXIT_INTERRUPTED = {signal.SIGINT: 130, signal.SIGTERM: 143}
@@ -25,21 +25,23 @@ EXIT_INTERRUPTED = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; exit codes: 0 done, 2 refused, 3 the run failed, 130 or 143 interrupted, 1 a fault of ours."""
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a result is not lost because a terminal lacks a letter
-        sys.stdout.reconfigure(errors="backslashreplace")
+    prepare_streams()
     words = list(sys.argv[1:] if argv is None else argv)
     switches = switches_in(words)
     try:
         return _run(read_line(words, COMMANDS, __version__))
     except KeyboardInterrupt:
-        return 130
+        return EXIT_INTERRUPTED[signal.SIGINT]
+    except BrokenPipeError:  # who read the output has left: so does a chat
+        silence(sys.stdout)
+        return 0
     except Exception as error:
         if switches["debug"]:
             raise
         problems, exit_code = _explained(error)
         _complain(problems)
         if switches["json"]:
-            print(json.dumps({"error": list(problems), "exit_code": exit_code}))
+            write_result(json.dumps({"error": list(problems), "exit_code": exit_code}))
         return exit_code
 
 
@@ -52,6 +54,9 @@ def _explained(error: Exception) -> tuple[Sequence[str], int]:
         return [f"the disk is full ({error.filename or error})" if is_full else str(error)], 3
     if isinstance(error, MemoryError):
         return [f"memory ran out ({error}): free some, or take a smaller base or shorter rows"], 3
+    if isinstance(error, ImportError) and not (error.name or "").startswith("thimble"):
+        why = f"{error.name or 'a package'} cannot be loaded ({error})"
+        return [f"{why}: install it again, or, if `ulimit -v` limits the memory of a process, allow it more"], 2
     fault = f"a fault of Thimble's own: {type(error).__name__}: {error} (add --debug to see where, and report it)"
     return [fault], 1
 
@@ -76,7 +81,10 @@ def _run(line: Line) -> int:
         callbacks |= {"on_event": pause.on_event, "should_wait": pause}
     report = command.function(config, **{name: callbacks[name] for name in command.listeners})
     progress.end()
-    print(to_json(report) if is_json else command.renderer(report))
+    problem = write_result(to_json(report) if is_json else escaped(command.renderer(report), kept="\n"))
+    if problem:
+        place = f"; what was made is in {report.out}" if getattr(report, "out", None) else ""
+        raise RunError(f"the report cannot be written to standard output ({problem}){place}")
     return EXIT_INTERRUPTED[stop.signal] if stop.signal else 0
 
 
@@ -111,7 +119,7 @@ class _StopFlag:
         if self.signal:
             os._exit(EXIT_INTERRUPTED[signal.Signals(number)])
         self.signal = signal.Signals(number)
-        print(f"\nstopping after this step, {self.kept} (once more to leave at once)", file=sys.stderr)
+        say(f"\nstopping after this step, {self.kept} (once more to leave at once)", sys.stderr)
 
     def __call__(self) -> bool:
         return self.signal is not None
@@ -141,7 +149,7 @@ class _PauseFlag:
             self._stop_process()
             return
         self._is_asked = True
-        print("\npausing after this step (once more to pause at once)", file=sys.stderr)
+        say("\npausing after this step (once more to pause at once)", sys.stderr)
 
     def _stop_process(self) -> None:
         self._is_asked = self._is_announced = False
@@ -206,9 +214,14 @@ def _write(pieces: Iterable[str]) -> None:
 
 def _complain(problems: Sequence[str]) -> None:
     for problem in problems:
-        print(f"thimble: {problem}", file=sys.stderr)
+        say("thimble: " + escaped(problem, kept="\n"), sys.stderr)
 
 
 def run() -> NoReturn:
     """Entry point of the command: exits with the code of `main`."""
-    sys.exit(main())
+    try:
+        code: Any = main()
+    except SystemExit as leaving:  # of the parser, with help or a refusal
+        code = leaving.code
+    write_result("", end="")  # what is buffered must not fail later, where nobody catches it
+    sys.exit(code)

@@ -14,6 +14,7 @@ A message says what failed, the value, what was expected, where, and what to do 
 several problems, so a user mends everything in one go.
 """
 
+import re
 import shlex
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -107,7 +108,7 @@ def plural(count: int, noun: str, nouns: str | None = None) -> str:
 
 def listing(items: Iterable[Any], most: int = 8) -> str:
     """Join the first `most` items with commas and say how many were left out."""
-    items = [str(item) for item in items]
+    items = [escaped(str(item)) for item in items]
     shown = ", ".join(items[:most])
     return shown + (f" and {len(items) - most} more" if len(items) > most else "")
 
@@ -125,3 +126,42 @@ def install_line(extra: str) -> str:
         if checkout == Path.cwd()
         else f"pip install -e {shlex.quote(f'{checkout}[{extra}]')}"
     )
+
+
+# What steers a terminal or turns the order of letters, and the bytes of a name that is not UTF-8 (lone surrogates).
+_UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
+
+
+def escaped(text: str, kept: str = "") -> str:
+    r"""A text with nothing that a terminal would act on: control characters but for those to be kept, marks of
+    direction, and bytes that are no UTF-8, are written out.
+
+    >>> print(escaped("a\x1b[2J\u202eb"))
+    a\x1b[2J\u202eb
+    """
+    return _UNSEEN.sub(lambda match: match[0] if match[0] in kept else _written_out(match[0]), text)
+
+
+def _written_out(char: str) -> str:
+    code = ord(char)
+    if 0xDC80 <= code <= 0xDCFF:
+        code -= 0xDC00  # a byte of a name
+    names = {9: "t", 10: "n", 13: "r"}
+    return "\\" + (names.get(code) or (f"x{code:02x}" if code < 0x100 else f"u{code:04x}"))
+
+
+def as_word(path: str) -> str:
+    r"""A path as one word of a command line, whatever it holds.
+
+    >>> print(as_word("runs/a-1"), as_word("my data"), as_word("-x"), as_word("it's\n"))
+    runs/a-1 'my data' ./-x $'it\'s\n'
+    """
+    path = f"./{path}" if path.startswith("-") else path
+    if re.fullmatch(r"[\w@%+=:,./-]+", path):
+        return path
+    if not _UNSEEN.search(path):
+        return shlex.quote(path)
+    parts = re.split(f"({_UNSEEN.pattern})", path)
+    plain = (part.replace("\\", "\\\\").replace("'", "\\'") for part in parts[::2])
+    odd = [*map(_written_out, parts[1::2]), ""]
+    return "$'" + "".join(text + char for text, char in zip(plain, odd, strict=True)) + "'"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from thimble import __version__
 from thimble.backends.open import open_session
+from thimble.config.paths import kept_paths
 from thimble.config.train import TrainConfig
 from thimble.core.adapter import Adapter
 from thimble.core.method import Method, parse_init
@@ -24,6 +25,7 @@ from thimble.training.control import Control, ShouldWait, never_wait
 from thimble.training.finish import finish, make_report
 from thimble.training.initialise import Initialization, initialise
 from thimble.training.loop import LoopPlan, run
+from thimble.training.moved import check_finished
 from thimble.training.plan import RunPlan, plan_run
 from thimble.training.protocols import OneProcess
 from thimble.training.result import TrainReport, read_report
@@ -44,8 +46,10 @@ def train(
         is_held = out is not None and out.is_dir() and not _finished_report(out)
         if out and is_held:  # before its checkpoint is read
             held.enter_context(locked(out))
-        if finished := _finished_report(out):
-            Problems(config.problems).required()
+        if out and (finished := _finished_report(out)):
+            problems = Problems(config.problems)
+            problems.attempt(check_finished, config, out)
+            problems.required()
             return finished
         run_plan = plan_run(config, log)
         if not is_held:
@@ -100,7 +104,9 @@ def _memory_explained(folder: Path) -> Iterator[None]:
 def _finished_report(out: Path | None) -> TrainReport | None:
     """The report of a run that `--resume` finds finished."""
     value = run_folder.read_json(out / "report.json") if out else None
-    return read_report(value) if isinstance(value, dict) and value.get("status") == "done" else None
+    if out is None or not isinstance(value, dict) or value.get("status") != "done":
+        return None
+    return replace(read_report(value), out=str(out), adapter=str(out / "adapter"))  # it may have been moved
 
 
 def _saved_initialization(run_plan: RunPlan) -> Initialization | None:
@@ -120,7 +126,12 @@ def _begin(run_plan: RunPlan, initialization: Initialization, log: EventLog) -> 
     sink = RunFolderSink(folder, run_plan.origin, run_plan.examples.dataset.files)
     is_kept = parse_init(config.init).needs != "nothing" and not checkpoint
     initial = replace(initialization.adapter, origin={}) if is_kept else None
-    sink.begin(config.resolved(), skipped_rows(run_plan.examples), initial, checkpoint.step if checkpoint else 0)
+    sink.begin(
+        kept_paths(config, config.resolved()),
+        skipped_rows(run_plan.examples),
+        initial,
+        checkpoint.step if checkpoint else 0,
+    )
     if config.resume and not checkpoint:
         what = f"{folder} has no valid checkpoint: training starts from the beginning"
         if damaged := [path.name for path in checkpoint_folders(folder)]:

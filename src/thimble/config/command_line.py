@@ -15,7 +15,7 @@ from thimble.config.completion import SHELLS
 from thimble.config.names import COMMAND_SYNONYMS, answer, near_option, our_name, plain
 from thimble.config.options import Field, Options, groups_of, option_type, options_of, positional_of, takes_many
 from thimble.config.values import as_typed, flag
-from thimble.errors import ConfigError, listing
+from thimble.errors import ConfigError, as_word, listing
 
 
 class CommandLike(Protocol):
@@ -192,8 +192,13 @@ def _without_unknown(words: Sequence[str], config: type[Options], problems: list
             kept.append(word)
             kept += [rest.pop(0)] if not equals and rest and _takes_value(name, known) else []
         else:
-            problems.append(answer(name, (*known, *EVERYWHERE), positional))
-            if not equals and rest and not rest[0].startswith("-") and _is_value(name, rest[0], known):
+            is_file = os.path.lexists(word)
+            problems.append(
+                f"{word} is taken for an option: to name the file, type {as_word(word)}"
+                if is_file
+                else answer(name, (*known, *EVERYWHERE), positional)
+            )
+            if not is_file and not equals and rest and not rest[0].startswith("-") and _is_value(name, rest[0], known):
                 value = rest.pop(0)
             kept += [value] if value and near_option(name, known) in positional else []  # checked with the rest
     return kept

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from thimble.config.options import Options, option
+from thimble.config.values import WHOLE_PATH
 
 FORMATS = ("gguf", "peft")
 
@@ -15,14 +16,15 @@ class ExportConfig(Options):
     group: ClassVar[str] = "export"
 
     adapter: str = option("", "Adapter folder, the run folder that holds it, or a GGUF adapter.", positional=True,
-        metavar="ADAPTER")  # fmt: skip
+        path=WHOLE_PATH, metavar="ADAPTER")  # fmt: skip
     to: str = option("gguf", "What to write: gguf, a LoRA file for llama.cpp, Ollama and LM Studio; or peft, a folder "
         "for PEFT and vLLM.", choices=FORMATS)  # fmt: skip
-    out: str = option("", "File (gguf) or folder (peft) to write; it must not exist yet.", metavar="PATH")
+    out: str = option("", "File (gguf) or folder (peft) to write; it must not exist yet.", path=WHOLE_PATH,
+        metavar="PATH")  # fmt: skip
     base: str | None = option(None, "The base that the adapter was made for: a GGUF file, a Hugging Face folder or a "
-        "hub name; default: the one that the adapter names.", metavar="BASE")  # fmt: skip
+        "hub name; default: the one that the adapter names.", path=WHOLE_PATH, metavar="BASE")  # fmt: skip
     data: str = option("", "Examples that the result is proved on, in llama.cpp against Thimble; default: the "
-        "validation rows of the run, or general text.", metavar="DATA")  # fmt: skip
+        "validation rows of the run, or general text.", path=WHOLE_PATH, metavar="DATA")  # fmt: skip
     proof: str = option("auto", "Compare the result in llama.cpp with the original: auto does where the package "
         "xllamacpp is installed, always refuses without it.", choices=("auto", "always", "never"))  # fmt: skip
     verify_only: bool = option(False, "Prove the file in --out once more, and write nothing but proof.json.")

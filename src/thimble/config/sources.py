@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from thimble.config.groups import RunOptions
 from thimble.config.options import Given, Options
+from thimble.config.paths import expand_paths, expanded, relocated
 from thimble.config.train import TrainConfig, layered, take_up
 from thimble.config.values import parse_bool
 from thimble.errors import ConfigError
@@ -25,12 +26,31 @@ def build_config(
     What is wrong is in its `problems`, after those given here; a YAML file that cannot be read is a ConfigError.
     """
     given, unknown = options.sort(values)
-    filed, unknown_there = options.sort(_read_yaml(Path(config_file)), config_file) if config_file else ({}, [])
-    given, found = layered(filed, given), [*problems, *unknown_there, *unknown]
+    try:
+        config_file = expanded(str(config_file)) if config_file else None
+    except ValueError as error:
+        raise ConfigError(f"config file {config_file}: {error}") from None
+    filed, unknown_there = _filed(options, config_file) if config_file else ({}, [])
+    given, lost = expand_paths(options, given)
+    given, found = layered(filed, given), [*problems, *unknown_there, *unknown, *lost]
     if issubclass(options, RunOptions) and _is_true(given.get("resume")):
         given, differing = _resumed(given, config_file)
         found += differing
     return options.make(given, found)
+
+
+def _filed(options: type[Options], config_file: str) -> tuple[dict[str, Given], list[str]]:
+    """The options in a YAML file, or in that of a run folder, whose base and data may lie elsewhere now."""
+    path = Path(config_file)
+    given, unknown = options.sort(_read_yaml(path), config_file)
+    if _is_of_run(path):
+        return relocated(options, given, path.parent, by_name=False), unknown
+    given, lost = expand_paths(options, given)
+    return given, [*unknown, *lost]
+
+
+def _is_of_run(path: Path) -> bool:
+    return path.name == CONFIG_FILE and any((path.parent / sign).exists() for sign in RUN_SIGNS)
 
 
 def _is_true(given: Given | None) -> bool:
@@ -50,7 +70,8 @@ def _resumed(given: Mapping[str, Given], config_file: str | None) -> tuple[dict[
     if not path.exists():
         return given, []
     saved, unknown = TrainConfig.sort(_read_yaml(path), str(path))
-    joined, differing = take_up(saved, given)
+    given = {name: value for name, value in given.items() if not value.file or Path(value.file) != path}
+    joined, differing = take_up(relocated(TrainConfig, saved, folder, by_name=True), given)
     return joined, [*unknown, *differing]
 
 
@@ -62,7 +83,7 @@ def _run_folder(given: Mapping[str, Given], config_file: str | None) -> Path | N
     out = given.get("out")
     if config_file and (out is None or out.file):
         path = Path(config_file)
-        if path.name == CONFIG_FILE and any((path.parent / sign).exists() for sign in RUN_SIGNS):
+        if _is_of_run(path):
             return path.parent
     return Path(str(out.value)) if out and out.value else None
 

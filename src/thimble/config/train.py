@@ -38,9 +38,10 @@ class PlanConfig(TrainConfig):
         check=values.machine, metavar="cores=N,memory=SIZE")  # fmt: skip
 
 
-# Options that make a run what it is: a run that is resumed keeps them as it began.
+# Options that make a run what it is: a run that is resumed keeps them as it began. (Base and data are known by their
+# hashes, so that they may lie elsewhere.)
 FIXED = (
-    "base", "data", *COLUMNS, "loss_on", "seq_len", "batch_tokens", "seed", "targets", "rank", "rank_pattern", "alpha",
+    *COLUMNS, "loss_on", "seq_len", "batch_tokens", "seed", "targets", "rank", "rank_pattern", "alpha",
     "alpha_pattern", "use_rslora", "use_dora", "init", "freeze_a", "dropout", "keep_general", "valid_split",
 )  # fmt: skip
 

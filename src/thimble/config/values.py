@@ -4,12 +4,12 @@ import contextlib
 import difflib
 import math
 import re
-import shlex
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from thimble.core.method import MOST_SCALE, parse_init
+from thimble.errors import as_word
 
 AUTO = "auto"
 MOST_CORES = 1024  # of a machine
@@ -18,6 +18,10 @@ NO_AUTO_INIT = (
     "one trains better (measured in benchmarks/initialisation.md); leave it out for --init kaiming, or see what each "
     "init captures with: thimble inspect --data DATA"
 )
+
+# Where the path stands in a value that names one.
+WHOLE_PATH, INIT_PATH, METRIC_PATH = r"(?s)(.+)", r"(?s)adapter:(.+)", r"(?s)(.+\.py):[^:]*"
+_FOR_SHELLS = re.compile(r"""[\s"'$`\\()<>|&;#!]""")  # what a shell would take for something else
 
 Check = Callable[[Any], str | None]  # what is wrong with a value, such as "expected at least 1", or None
 
@@ -220,4 +224,4 @@ def as_typed(value: object) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-    return shlex.quote(text) if not text or re.search(r"\s", text) else text
+    return as_word(text) if not text or _FOR_SHELLS.search(text) else text

@@ -20,7 +20,7 @@ from thimble.data.sources.raw import RawRow, Source, Told
 from thimble.data.sources.read import read_rows
 from thimble.data.spool import Chosen, Items, Spool
 from thimble.data.unused import Unused
-from thimble.errors import DataError, Problems, listing, plural
+from thimble.errors import DataError, Problems, escaped, listing, plural
 
 MOST_TOLD = 20  # problems of rows in one message
 MOST_KEPT = 10_000  # problems of rows that are remembered; the others are counted
@@ -174,7 +174,7 @@ def _parsed_rows(
 ) -> Iterator[Parsed]:
     """The rows of some files, checked; what is wrong with a file or a row is noted, and the others are read."""
     before, count = len(problems.found) + skipped.count, 0
-    for file in files:
+    for file in (each._replace(name=escaped(each.name)) for each in files):  # a name may hold anything
         had = count
         try:
             for raw in read_rows(file, told):

@@ -4,8 +4,11 @@ Reads like a list. The system removes the file when the process ends, however it
 owner's business: it hands in how to write one and how to read it back.
 """
 
+import contextlib
+import io
 import tempfile
 import threading
+import weakref
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import IO, Generic, TypeVar
@@ -27,6 +30,7 @@ class Spool(Generic[T]):
     def __init__(self, pack: Callable[[T], bytes], unpack: Callable[[bytes], T]) -> None:
         self._pack, self._unpack = pack, unpack
         self._file = _nameless_file()
+        weakref.finalize(self, self._file.close)  # else Python warns of it
         self._ends = array("q", [0])
         self._lock = threading.Lock()  # a file has one position
 
@@ -81,8 +85,9 @@ Items = Spool[T] | Chosen[T] | Sequence[T]
 def _nameless_file() -> IO[bytes]:
     """A temporary file beside the measurements of this machine: the system's own place for them may be memory."""
     folder = cache_folder()
-    try:
+    with contextlib.suppress(OSError):  # a home that cannot be written
         folder.mkdir(parents=True, exist_ok=True)
         return tempfile.TemporaryFile(dir=folder)
-    except OSError:  # a home that cannot be written
+    with contextlib.suppress(OSError):  # no place can be
         return tempfile.TemporaryFile()
+    return io.BytesIO()

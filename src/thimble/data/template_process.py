@@ -119,6 +119,8 @@ def _write(process: Any, payloads: "queue.SimpleQueue[Any]") -> None:
             process.stdin.write(payload)
             if payloads.empty():
                 process.stdin.flush()
+    with contextlib.suppress(OSError):  # who should have read it has ended
+        process.stdin.close()
 
 
 def _read(process: Any, counts: "queue.SimpleQueue[Any]", read: "queue.SimpleQueue[Any]") -> None:
@@ -133,6 +135,7 @@ def _read(process: Any, counts: "queue.SimpleQueue[Any]", read: "queue.SimpleQue
                     break
                 replies.append((kind, content.decode("utf-8", "surrogatepass")))
         read.put(replies)
+    process.stdout.close()
 
 
 def _end(process: Any, owner: int, *queues: "queue.SimpleQueue[Any]") -> None:

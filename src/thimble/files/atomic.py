@@ -1,9 +1,13 @@
 """Files that are whole or not there, also after a power cut."""
 
+import errno
 import os
 import secrets
 from collections.abc import Iterable
 from pathlib import Path
+
+# What file systems say that cannot sync, or cannot rename over a file: some of networks and some in user space.
+NOT_OFFERED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 
 
 def write_atomic(path: Path, parts: Iterable[bytes | memoryview]) -> None:
@@ -16,8 +20,8 @@ def write_atomic(path: Path, parts: Iterable[bytes | memoryview]) -> None:
         with temporary.open("xb") as file:
             file.writelines(parts)
             file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+            _sync_handle(file.fileno())
+        _replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -30,6 +34,25 @@ def sync(path: Path) -> None:
         return
     handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        _sync_handle(handle)
     finally:
         os.close(handle)
+
+
+def _sync_handle(handle: int) -> None:
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in NOT_OFFERED:
+            raise
+
+
+def _replace(source: Path, target: Path) -> None:
+    """Give a file the name of another one; where the system has no such step, the other one goes first."""
+    try:
+        os.replace(source, target)
+    except OSError as error:
+        if error.errno not in (*NOT_OFFERED, errno.EEXIST) or not target.exists():
+            raise
+        target.unlink()
+        os.rename(source, target)

@@ -10,11 +10,12 @@ import os
 import re
 import reprlib
 import stat
+import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
-from thimble.errors import InputError, plural
+from thimble.errors import InputError, escaped, plural
 
 MOST_VALUES = 500_000  # in one JSON file: a few tens of megabytes once it is read
 LFS_POINTER = b"version https://git-lfs"  # how a file begins that stands for another one in a repository
@@ -34,8 +35,8 @@ def shown(value: Any) -> str:
 
 
 def printable(text: str, most: int = 300) -> str:
-    """A text as it may stand in a message: no control characters for the terminal, and not without end."""
-    return "".join(char if char.isprintable() else "?" for char in text[:most])
+    """A text as it may stand in a message: nothing that a terminal would act on, and not without end."""
+    return escaped("".join("?" if unicodedata.category(char) == "Cc" else char for char in text[:most]))
 
 
 def names_in(folder: Path) -> list[str]:

@@ -9,13 +9,12 @@ one that the user names, and nothing is fetched.
 import contextlib
 import json
 import os
-import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from thimble.core.adapter import Adapter
-from thimble.errors import AdapterError, InputError, listing
+from thimble.errors import AdapterError, InputError, as_word, listing
 from thimble.files.peft import find_adapter
 from thimble.files.peft_config import MOST_PATH_CHARACTERS
 from thimble.files.untrusted import printable, read_bytes
@@ -85,7 +84,7 @@ def base_of(adapters: Mapping[str, Adapter]) -> Base:
     """
     found = {path: _find(path, adapter) for path, adapter in adapters.items()}
     if len({base.quick_fingerprint() for base in found.values()}) > 1:
-        told = listing(f"{shlex.quote(path)} on {shlex.quote(str(base.path))}" for path, base in found.items())
+        told = listing(f"{as_word(path)} on {as_word(str(base.path))}" for path, base in found.items())
         raise AdapterError(
             f"the adapters were trained on different bases, {told}: use those of one base, or name with --base the one "
             "to use for all"
@@ -115,7 +114,7 @@ def _find(path: str, adapter: Adapter) -> Base:
         )
     was = _text(manifest, "path") or (adapter.base if os.path.isabs(adapter.base) else "")
     told = f" (it was {printable(was)})" if was else ""
-    typed = shlex.quote(adapter.base if is_hub_form(adapter.base) else name)
+    typed = as_word(adapter.base if is_hub_form(adapter.base) else name)
     raise AdapterError(
         f"the base of adapter {path}, {printable(name)}, is not found{told}: {NAME_IT}, where it lies now, as in "
         f"--base {printable(typed)}"

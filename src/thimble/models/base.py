@@ -4,7 +4,7 @@ import importlib.util
 from dataclasses import replace
 from pathlib import Path
 
-from thimble.errors import BaseModelError
+from thimble.errors import BaseModelError, escaped
 from thimble.files.tensors import open_tensors
 from thimble.models.folder_base import open_folder
 from thimble.models.gguf_base import open_gguf
@@ -54,4 +54,4 @@ def open_base(path: str | Path | None) -> Base:
                 f"base {place.path} is a single safetensors file: name the folder that also holds config.json"
             )
         base = open_gguf(place.path, file)
-    return replace(base, notes=(*place.notes, *base.notes))
+    return replace(base, name=escaped(base.name), notes=(*place.notes, *base.notes))

@@ -8,6 +8,7 @@ import functools
 import json
 import math
 import os
+import stat
 import sys
 import tempfile
 import time
@@ -15,7 +16,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
+from thimble.files.atomic import write_atomic
+
 CGROUP = Path("/sys/fs/cgroup")
+CPUS = Path("/sys/devices/system/cpu")
+# Of control groups, with what is used of them: v2, at which a process is ended or slowed down, and v1.
+MEMORY_LIMITS = (
+    ("memory.max", "memory.current"), ("memory.high", "memory.current"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+)  # fmt: skip
 STALE_AFTER_SECONDS = 7 * 24 * 3600
 LOADED = 0.15  # share of the cores that others took: what was measured beside them is too low
 STALE_AFTER_SECONDS_LOADED = 60  # so that it is not measured again within one command
@@ -64,11 +73,20 @@ def processor() -> tuple[str, frozenset[str]]:
 
 
 def cache_folder() -> Path:
-    """Where measurements are kept between runs."""
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    if home.startswith("~"):  # a user without a home
-        home = tempfile.gettempdir()
-    return Path(home) / "thimble"
+    """Where measurements are kept between runs; there may be no such place."""
+    home = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(home):  # as the XDG specification has it
+        home = os.path.join(os.path.expanduser("~"), ".cache")
+    if not home.startswith("~"):
+        return Path(home) / "thimble"
+    # A user without a home. Anybody may have made a folder of a name that is known in a place for all.
+    with contextlib.suppress(OSError):
+        folder = Path(tempfile.gettempdir()) / f"thimble-{os.getuid() if hasattr(os, 'getuid') else 'cache'}"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+        if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022:
+            return folder
+    return Path(os.devnull) / "thimble"
 
 
 def remembered(key: str, measure: Callable[[], Machine], is_fresh: bool = False) -> Machine:
@@ -104,9 +122,8 @@ def _read(path: Path) -> dict[str, Machine]:
 def _write(path: Path, machines: Mapping[str, Machine]) -> None:
     with contextlib.suppress(OSError):  # a home that cannot be written: measured again next time
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}")
-        part.write_text(json.dumps({"machines": {key: asdict(machine) for key, machine in machines.items()}}))
-        part.replace(path)
+        kept = {key: asdict(machine) for key, machine in machines.items()}
+        write_atomic(path, [json.dumps({"machines": kept}).encode()])
 
 
 def core_set() -> str:
@@ -171,7 +188,7 @@ def available_bytes() -> int:
     """Memory this process may still take: what the system has free, or less if a control group limits it."""
     free = _unlimited_bytes()
     for folder in _control_groups("memory"):
-        for limit, used in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
+        for limit, used in MEMORY_LIMITS:
             try:
                 allowed = int((folder / limit).read_text()) - int((folder / used).read_text()) + _cached_bytes(folder)
             except (OSError, ValueError):  # no such group, or its limit is "max"
@@ -200,6 +217,22 @@ def peak_memory_bytes() -> int:
         return 0
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+@functools.cache
+def usable_cores() -> int:
+    """Cores this process may use: those that it may run on, each once whatever threads it has, and as many whole ones
+    of them as a quota of time allows; at least one.
+    """
+    if not hasattr(os, "sched_getaffinity"):
+        return max(1, int(min(os.cpu_count() or 1, quota_cores())))
+    cores = set()
+    for cpu in os.sched_getaffinity(0):
+        try:
+            cores.add((CPUS / f"cpu{cpu}" / "topology" / "thread_siblings_list").read_text().strip())
+        except OSError:  # not told
+            cores.add(str(cpu))
+    return max(1, int(min(len(cores), quota_cores())))
 
 
 @functools.cache

@@ -1,7 +1,6 @@
 """A base with updates added to its weights, row by row, and what rounding to the dtype of the file costs them."""
 
 import math
-import shlex
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +11,7 @@ import numpy as np
 
 from thimble.core.adapter import Adapter, cut
 from thimble.core.lowrank import Factors, merge
-from thimble.errors import BaseModelError, RunError, listing, plural
+from thimble.errors import BaseModelError, RunError, as_word, listing, plural
 from thimble.files.blocks import dequantize, quantize
 from thimble.files.peft import WEIGHTS_FILE, find_adapter, layer_of, save_adapter
 from thimble.files.peft_config import MAX_RANK
@@ -176,7 +175,7 @@ def check_mergeable(base: Base, layers: Sequence[str], adapter: str = "DIR") -> 
         raise BaseModelError(
             f"base {base.path} is a GGUF file, whose blocks would have to be rounded again, which costs more than a "
             "small update is worth: keep the adapter beside it, as in `thimble chat --adapter "
-            f"{shlex.quote(adapter)}`, or merge into a folder of float weights"
+            f"{as_word(adapter)}`, or merge into a folder of float weights"
         )
     weights = {layer: base.weights[f"{layer}.weight"] for layer in layers if f"{layer}.weight" in base.weights}
     wrong = [f"{layer} is {weight.dtype}" for layer, weight in weights.items() if weight.dtype not in FLOAT_DTYPES]

@@ -30,11 +30,15 @@ class Subject:
     adapters: list[Adapter] = field(default_factory=list)  # none, one or two
     blocks: list[int] = field(default_factory=list)  # numbers of the blocks whose weights are decomposed
 
+    def _opened(self) -> Base:
+        if self.base is None:
+            raise ValueError("two adapters are compared without a base")
+        return self.base
+
     def layers(self) -> list[str]:
         """Paths of the layers to measure, in the order of the model."""
         if self.kind == "base":
-            assert self.base
-            return [layer for layer in self.base.spec.linear_shapes() if find_block(layer) in self.blocks]
+            return [layer for layer in self._opened().spec.linear_shapes() if find_block(layer) in self.blocks]
         first, *others = (adapter.layers for adapter in self.adapters)
         return in_order(layer for layer in first if all(layer in other for other in others))
 
@@ -43,8 +47,7 @@ class Subject:
         if self.kind == "two adapters":
             first, second = (adapter.layers[layer] for adapter in self.adapters)
             return inspection.overlap_of(layer, first, second), ""
-        assert self.base
-        weight = self.base.weights[f"{layer}.weight"]
+        weight = self._opened().weights[f"{layer}.weight"]
         matrix, fault = _read(weight)
         if self.kind == "base":
             return (None if matrix is None else inspection.spectrum_of(layer, matrix, weight)), fault

@@ -73,8 +73,30 @@ def clock(seconds: float) -> str:
     return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
 
 
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells as aligned text: the first column to the left, the others to the right."""
+def table(rows: Sequence[Sequence[str]], width: int | None = None) -> str:
+    """Rows of cells as aligned text: the first column to the left, the others to the right.
+
+    In a width, names are shortened and columns that find no room stand below, beside the first one again.
+    """
+    if width is None:
+        return _aligned(rows)
+    most = max(8, (width - 4) // 2)
+    rows = [[shortened(cell, most) for cell in row] for row in rows]
+    widths = [2 + max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    parts: list[list[int]] = [[]]
+    for column in range(1, len(widths)):
+        if parts[-1] and widths[0] + sum(widths[each] for each in (*parts[-1], column)) > width:
+            parts.append([])
+        parts[-1].append(column)
+    return "\n\n".join(_aligned([[row[0], *(row[each] for each in part)] for row in rows]) for part in parts)
+
+
+def shortened(text: str, most: int) -> str:
+    """A name in a width, without its middle."""
+    return text if len(text) <= most else f"{text[: (most - 1) // 2]}…{text[len(text) - most // 2 :]}"
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = []
     for first, *rest in rows:

@@ -5,6 +5,7 @@ from typing import Any
 
 from thimble.errors import listing, plural
 from thimble.report.formatting import NONE, number, table
+from thimble.report.streams import columns
 
 BARS = "▁▂▃▄▅▆▇█"
 NAMED_LAYERS = 3  # shown of a list of layers
@@ -41,7 +42,7 @@ def _base_parts(report: Any) -> list[str]:
         "  50 % to 99 %: rank that holds this share of the energy of W; in top 16: energy of its 16 largest\n"
         "  directions; below noise: directions no larger than the rounding of the file's numbers makes."
     )
-    return [head, table(rows), legend, NO_RANK_FROM_W]
+    return [head, table(rows, columns()), legend, NO_RANK_FROM_W]
 
 
 def _blocks_of(report: Any) -> str:
@@ -64,7 +65,7 @@ def _adapter_parts(report: Any) -> list[str]:
         "  lie along the largest and the smallest of W, as a multiple of chance. intruders: of the 10 largest\n"
         f"  directions of W + ΔW, those like none of W. Beside W: {_blocks_of(report)}."
     )
-    return [head, table(rows), legend, _moves(report)]
+    return [head, table(rows, columns()), legend, _moves(report)]
 
 
 def _means(report: Any) -> dict[str, Mapping[str, float]]:
@@ -121,7 +122,12 @@ def _pair_parts(report: Any) -> list[str]:
         "  Runs of one seed and rank begin with the same A, and so read alike whatever they learn."
     )
     others = ((at, layers) for at, layers in enumerate(report.only_in.values(), 1) if layers)
-    return [head, table(rows), legend, *(f"only in {at}   {_few(map(_short, layers))}" for at, layers in others)]
+    return [
+        head,
+        table(rows, columns()),
+        legend,
+        *(f"only in {at}   {_few(map(_short, layers))}" for at, layers in others),
+    ]
 
 
 def _init_parts(report: Any) -> list[str]:
@@ -131,7 +137,7 @@ def _init_parts(report: Any) -> list[str]:
         shares = [f"{mean[init]:.1%}" for init in ("kaiming", "eva", "gradient")]
         rows.append((kind, f"{mean['layers']:.0f}", f"{mean['rank']:.0f}", *shares))
     legend = "  Share of the gradient of W (squared norm) that lies in the rows of A, on rows that A was not made from."
-    return [head, table(rows), legend, report.remark]
+    return [head, table(rows, columns()), legend, report.remark]
 
 
 _PARTS = {"base": _base_parts, "adapter": _adapter_parts, "two adapters": _pair_parts, "inits": _init_parts}

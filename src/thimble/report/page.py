@@ -9,16 +9,14 @@ import json
 import math
 import os
 import re
-import shlex
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path, PurePath
 from typing import Any
 
 from thimble.config.options import options_of
 from thimble.config.train import TrainConfig
 from thimble.core.metrics import tool_calls, valid_json
-from thimble.errors import plural
+from thimble.errors import as_word, escaped, plural
 from thimble.report.charts import draw_charts
 from thimble.report.formatting import ARROW, NONE, amount, duration, is_number, number, percent, size
 from thimble.report.verdict import Report, Steps, forgetting, interval, is_count, judge, loss_before, perplexity, score
@@ -84,6 +82,7 @@ def _headline(report: Report) -> tuple[str, str, str, str]:
     """Base, verb, data, and how long it took, to be set as one sentence."""
     base, path = report["base"] or "The base", PurePath(report["config"].get("data") or "the examples")
     data = path.name if path.suffix else str(PurePath(*path.parts[-2:]))  # of a folder also where it is: `demo/data`
+    data = escaped(data)
     steps, spent = report["steps"], f"{plural(report['steps'], 'step')}, {duration(report['seconds'])} on a CPU"
     if not steps:
         return base, "was to be fine-tuned on", data, "but the run ended before the first step."
@@ -257,9 +256,9 @@ def _memory_note(peak: int, planned: int | None) -> str:
 def _commands(report: Report, has_checkpoint: bool) -> list[dict[str, str]]:
     """What to type next; every line can be pasted as it is."""
     config, out = report["config"], report["out"]
-    base = f" --base {shlex.quote(config['base'])}" if config.get("base") else ""
-    adapter = f"{base} --adapter {shlex.quote(out)}"
-    config_file = shlex.quote(str(PurePath(out) / "config.yaml"))
+    base = f" --base {as_word(config['base'])}" if config.get("base") else ""
+    adapter = f"{base} --adapter {as_word(out)}"
+    config_file = as_word(str(PurePath(out) / "config.yaml"))
     commands = [
         ("Talk to it", f"thimble chat{adapter}"),
         ("Measure it on rows it has not seen", f"thimble evaluate DATA.jsonl{adapter}"),
@@ -271,7 +270,10 @@ def _commands(report: Report, has_checkpoint: bool) -> list[dict[str, str]]:
     return [{"title": title, "text": text} for title, text in commands]
 
 
-_quoted = partial(json.dumps, ensure_ascii=False)
+def _quoted(text: str) -> str:
+    """A text as Python takes it."""
+    plain = json.dumps(text, ensure_ascii=False)
+    return plain if plain == escaped(plain) else json.dumps(text)
 
 
 def _python_lines(report: Report) -> str:
@@ -298,7 +300,7 @@ def _options(config: Mapping[str, Any]) -> list[dict[str, str]]:
     for name, value in config.items():
         metadata = known[name].metadata if name in known else {}
         typed = name.upper() if metadata.get("positional") else "--" + name.replace("_", "-")
-        shown = size(value) if metadata.get("is_size") and is_number(value) else _setting(value)
+        shown = size(value) if metadata.get("is_size") and is_number(value) else escaped(_setting(value))
         rows.append({"name": typed, "value": shown, "help": metadata.get("help", "")})
     return rows
 

@@ -1,32 +1,31 @@
 """Progress and reports as text in a terminal, and reports as JSON for programs; decides nothing."""
 
 import json
-import shlex
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
+from thimble.errors import as_word, escaped
 from thimble.events import Event
 from thimble.report import formatting
 from thimble.report.formatting import NONE, clip, clock, number, small_percent, table
 from thimble.report.keys import to_json_dict
+from thimble.report.streams import FALLBACK_COLUMNS, columns, is_terminal, say
 
 REFRESH_SECONDS = 0.2  # of the moving line in a terminal
 LOG_SECONDS = 10.0  # between lines in a pipe or file
-WIDTH = 100
 MARKS = {"decision": "  ", "note": "  ", "warning": "warning: "}
 
 _size = partial(formatting.size, space=" ")
-_clip = partial(clip, width=WIDTH - 14)
 
 
 class Progress:
     """Writes events as they come: a moving line in a terminal, a line now and then elsewhere."""
 
     def __init__(self, stream: TextIO) -> None:
-        self._stream, self._is_terminal = stream, stream.isatty()
+        self._stream, self._is_terminal = stream, is_terminal(stream)
         self._last, self._has_line = 0.0, False
 
     def on_event(self, event: Event) -> None:
@@ -43,7 +42,7 @@ class Progress:
 
     def _line(self, text: str) -> None:
         self.end()
-        print(text, file=self._stream, flush=True)
+        say(escaped(text, kept="\n"), self._stream)
 
     def _moving(self, text: str, is_forced: bool = False) -> None:
         wait = REFRESH_SECONDS if self._is_terminal else LOG_SECONDS
@@ -51,16 +50,25 @@ class Progress:
             return
         self._last = time.monotonic()
         if self._is_terminal:
-            print(f"\r\x1b[K{text[:WIDTH]}", end="", file=self._stream, flush=True)
+            width = columns(self._stream) or FALLBACK_COLUMNS
+            say(f"\r\x1b[K{text[: width - 1]}", self._stream, end="")
             self._has_line = True
         else:
-            print(text, file=self._stream, flush=True)
+            say(text, self._stream)
 
     def end(self) -> None:
         """Leave the moving line."""
         if self._has_line:
-            print(file=self._stream, flush=True)
+            say("", self._stream)
         self._has_line = False
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    return table(rows, columns())
+
+
+def _clip(text: str) -> str:
+    return clip(text, (columns() or FALLBACK_COLUMNS) - 14)
 
 
 def _step_line(row: Mapping[str, Any]) -> str:
@@ -84,14 +92,14 @@ def render_train(report: Any) -> str:
         rows.append((name, _share(before, report.metrics_rows), _share(after, report.metrics_rows)))
     rows.append(("validation loss", number(report.loss_before), number(report.loss_after)))
     rows.append(("general text loss (forgetting)", number(report.general_before), number(report.general_after)))
-    parts = [table(rows)]
+    parts = [_table(rows)]
     for sample in report.samples[:3]:
         parts.append("\n".join(f"  {name:>8}: {_clip(sample[key])}" for name, key in _SAMPLE_LINES))
     speed = f"{report.tokens_per_second:,.0f} tokens/s, {_size(report.peak_memory_bytes)}"
     state = "" if report.status == "done" else f"{report.status}: "
     took = f"{report.steps} steps in {clock(report.seconds)} ({speed}), {clock(report.total_seconds)} in all"
-    places = f"adapter  {report.adapter}\nreport   {report.out}/report.html"
-    out = shlex.quote(report.out)
+    places = f"adapter  {escaped(report.adapter)}\nreport   {escaped(report.out)}/report.html"
+    out = as_word(report.out)
     resume = f"go on    thimble train --out {out} --resume\n" if report.status == "interrupted" else ""
     return "\n\n".join([*parts, state + took, f"{places}\n{resume}try it   thimble chat --adapter {out}"])
 
@@ -106,16 +114,18 @@ def _share(value: float | None, rows: int) -> str:
 def render_evaluate(report: Any) -> str:
     """All models side by side."""
     names = list(dict.fromkeys(name for result in report.results for name in result.scores))
-    rows: list[tuple[str, ...]] = [("", *(result.name for result in report.results))]
+    rows: list[tuple[str, ...]] = [("", *(escaped(result.name) for result in report.results))]
     rows.append(("loss", *(number(result.loss) for result in report.results)))
     rows.append(("perplexity", *(number(result.perplexity, 2) for result in report.results)))
     for name in names:
         rows.append((name, *(_share(result.scores.get(name), report.answered_rows) for result in report.results)))
-    parts = [table(rows)]
+    parts = [_table(rows)]
     answers = [result.answers for result in report.results]
     for shown in zip(*answers, strict=False):
         lines = [("asked", shown[0]["asked"]), ("expected", shown[0]["reference"])]
-        lines += [(Path(each.name).name[:8], a["written"]) for each, a in zip(report.results, shown, strict=True)]
+        lines += [
+            (escaped(Path(each.name).name)[:8], a["written"]) for each, a in zip(report.results, shown, strict=True)
+        ]
         parts.append("\n".join(f"  {name:>8}: {_clip(text)}" for name, text in lines))
     return "\n\n".join(parts)
 
@@ -128,9 +138,9 @@ def render_merge(report: Any) -> str:
     rows = [_MERGE_HEADS[report.wrote], *(_kind_row(kind, is_adapter) for kind in report.kinds)]
     what, option = ("cut off in all", "--adapter") if is_adapter else ("lost by rounding in all", "--base")
     worst = f"most in {total.worst_layer}: {small_percent(total.worst_error)}"
-    base = f"--base {shlex.quote(report.needs_base)} " if report.needs_base else ""
-    use = f"{report.wrote:<8} {report.out}\ntry it   thimble chat {base}{option} {shlex.quote(report.out)}"
-    return "\n\n".join([table(rows), f"{small_percent(total.error)} of the update {what}; {worst}", use])
+    base = f"--base {as_word(report.needs_base)} " if report.needs_base else ""
+    use = f"{report.wrote:<8} {escaped(report.out)}\ntry it   thimble chat {base}{option} {as_word(report.out)}"
+    return "\n\n".join([_table(rows), f"{small_percent(total.error)} of the update {what}; {worst}", use])
 
 
 def render_export(report: Any) -> str:

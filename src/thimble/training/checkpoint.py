@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from thimble.data.encode import Row
-from thimble.errors import ConfigError
+from thimble.errors import ConfigError, listing
 from thimble.events import EventLog
 from thimble.files.atomic import sync
 from thimble.files.tensors import open_tensors, write_safetensors
@@ -34,6 +34,7 @@ KEPT = 2
 NAMED = "step-" + "[0-9]" * 8
 UNFINISHED = ".*.tmp"
 HASHED = ("base", "data")
+BEFORE = "before.json"  # of the run folder
 # Since the release before, in what a run continues with; beside the keys that reports have too.
 RENAMED = {"way": "execution", "recomputed_blocks": "checkpointed_blocks"}
 REWORDED = {"side by side": "in parallel", "blocks computed again": "blocks checkpointed"}
@@ -193,19 +194,28 @@ def origin_of(base: Base, rows: Iterable[Row], **runs_on: str) -> dict[str, str]
     return {"base": base.quick_fingerprint(), "data": data.hexdigest(), **runs_on}
 
 
-def check_origin(checkpoint: Checkpoint, origin: Mapping[str, str], accepts_changes: bool, log: EventLog) -> None:
-    """Refuse to go on with another base or other data; say what may make the last digits differ."""
-    for name in checkpoint.damaged:
-        log.warning(f"checkpoint {name} is damaged and is left out: the run goes on from step {checkpoint.step}")
-    changed = [name for name, value in checkpoint.origin.items() if origin.get(name) != value]
+def saved_origin(folder: Path) -> dict[str, str] | None:
+    """Base and data, by hash, that a run was measured on before its first step; None if that is not known."""
+    origin = (read_json(folder / BEFORE) or {}).get("origin")
+    return origin if isinstance(origin, dict) and set(HASHED) <= origin.keys() else None
+
+
+def check_origin(
+    began: Mapping[str, str], origin: Mapping[str, str], places: Mapping[str, str], accepts_changes: bool, log: EventLog
+) -> None:
+    """Refuse to go on with another base or other data than the run began with; say what may make the last digits
+    differ. `places` says where base and data lie now.
+    """
+    changed = [name for name, value in began.items() if origin.get(name) != value]
     what = " and ".join(f"the {name}" for name in HASHED if name in changed)
     if what and not accepts_changes:
+        found = listing(f"{places[name]} differs from the {name} it began with" for name in HASHED if name in changed)
         raise ConfigError(
-            f"{what} changed since the run to resume began, so it cannot end as it would have: begin another run with "
-            "another --out, or add --accept-changes"
+            f"{what} changed since the run to resume began, so it cannot end as it would have: {found}; name what it "
+            "began with, wherever that lies now, begin another run with another --out, or add --accept-changes"
         )
     if what:
         log.warning(f"{what} changed since the run began: it goes on with what is there now")
-    others = [f"{name} was {checkpoint.origin[name]}, is {origin.get(name)}" for name in changed if name not in HASHED]
+    others = [f"{name} was {began[name]}, is {origin.get(name)}" for name in changed if name not in HASHED]
     if others:
         log.warning(f"the last digits may differ from those of an uninterrupted run: {'; '.join(others)}")

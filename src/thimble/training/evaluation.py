@@ -164,8 +164,8 @@ def _user_metric(wanted: str) -> Metric:
     if not Path(path).is_file():
         raise ConfigError(f"metric is {wanted!r}: there is no file {path}; {expected}")
     spec = importlib.util.spec_from_file_location("user_metric", path)
-    assert spec is not None, path
-    assert spec.loader is not None, path
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"metric is {wanted!r}: {path} cannot be read as Python; {expected}")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)

@@ -19,10 +19,11 @@ from thimble.models.cost import MemoryPlan, StepWork, adapter_parameters, cache_
 from thimble.models.execution import ExecutionPlan
 from thimble.training import run_folder
 from thimble.training.calibration import CalibrationData
-from thimble.training.checkpoint import Checkpoint, check_origin, latest_checkpoint, origin_of
+from thimble.training.checkpoint import Checkpoint, check_origin, latest_checkpoint, origin_of, saved_origin
 from thimble.training.evaluation import Question, ValidationSet, choose_metric, make_questions
 from thimble.training.initialise import check_init
 from thimble.training.memory_plan import RunCost, plan_cost
+from thimble.training.moved import log_new_places, missing_parts
 from thimble.training.step_schedule import StepSchedule
 
 RUN_FOLDER_BYTES = 20_000_000  # report, logs and room to spare, beside adapter and checkpoints
@@ -91,8 +92,12 @@ def plan_run(config: TrainConfig, log: EventLog, needs_folder: bool = True) -> R
         stops = f"; {config.patience} clearly above the lowest in a row end the run" if config.patience else ""
         log.decision(f"validation loss: on {plural(len(watched), 'row')} every {plural(every, 'step')}{stops}")
     origin = _origin(model, examples, cost)
-    if checkpoint:
-        check_origin(checkpoint, origin, config.accept_changes, log)
+    for name in checkpoint.damaged if checkpoint else ():
+        log.warning(f"checkpoint {name} is damaged and is left out: the run goes on from step {checkpoint.step}")
+    began = checkpoint.origin if checkpoint else (saved_origin(folder) or {}) if config.resume else {}
+    places = {"base": str(model.base.path), "data": config.data}
+    check_origin(began, origin, places, config.accept_changes, log)
+    log_new_places(config, log)
     return RunPlan(
         config=_resolved(config, cost, folder), model=model, examples=examples, general=general_rows(model, config),
         sizes=sizes, watched=watched, eval_every_steps=every, step_schedule=cost.step_schedule,
@@ -107,8 +112,10 @@ def _check(
 ) -> tuple[Model, dict[str, Size], Examples, list[Question], tuple[str, Metric | None], Path]:
     """Read everything, and refuse the run with every problem found."""
     problems = Problems(config.problems)
-    model = problems.attempt(open_model, config.base)
-    dataset = problems.attempt(open_data, config)
+    missing = missing_parts(config)
+    problems.add(*set(missing.values()))
+    model = None if "base" in missing else problems.attempt(open_model, config.base)
+    dataset = None if "data" in missing else problems.attempt(open_data, config)
     folder = run_folder.choose_folder(config.out, config.data)
     sizes = problems.attempt(plan_sizes, config, model, folder) if model else None
     if needs_folder:
@@ -117,7 +124,7 @@ def _check(
         problems.attempt(run_folder.check_folder, folder, config.resume, needed)
     examples = problems.attempt(split_and_encode, dataset, model, config, log) if model and dataset else None
     questions = make_questions(examples.valid_records, examples.encoder, config.eval_rows) if examples else []
-    metric = problems.attempt(choose_metric, config.metric, questions)
+    metric = None if "metric" in missing else problems.attempt(choose_metric, config.metric, questions)
     model, sizes, examples, metric = problems.required(model, sizes, examples, metric)
     return model, sizes, examples, questions, metric, folder
 

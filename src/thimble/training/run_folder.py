@@ -20,26 +20,34 @@ from pathlib import Path
 from typing import Any
 
 from thimble.core.adapter import Adapter
-from thimble.errors import ConfigError, DoesNotFitError
+from thimble.errors import ConfigError, DoesNotFitError, escaped
 from thimble.files.atomic import sync, write_atomic
 from thimble.files.peft import save_adapter
 
 START, STEPS = "start", "metrics.jsonl"
+MOST_NAME_BYTES = 200  # of a folder that is named after data: systems allow 255
 
 
 def choose_folder(out: str | None, data: str) -> Path:
     """The run folder: `out`, or the first free `runs/<data name>-<number>`."""
     if out:
         return Path(out)
-    stem = Path(data).name.split(".")[0] or "data"
+    stem = _plain_name(Path(data).name.lstrip(".").split(".")[0]) or "data"
     number = 1
     while (folder := Path("runs") / f"{stem}-{number}").exists():
         number += 1
     return folder
 
 
+def _plain_name(name: str) -> str:
+    """A name without what cannot be seen or is no text, that leaves room for more."""
+    seen = "".join(char if escaped(char) == char else "_" for char in name)
+    return seen.encode()[:MOST_NAME_BYTES].decode(errors="ignore")
+
+
 def check_folder(folder: Path, is_resumed: bool, needed_bytes: int) -> None:
     """Refuse a run folder that would be overwritten (unless it is resumed), cannot be written, or has no room."""
+    _check_name(folder)
     if not is_resumed and _is_filled(folder):
         raise ConfigError(f"--out is {folder}, which exists: name another folder, or add --resume to continue that run")
     check_room(folder, needed_bytes)
@@ -47,9 +55,21 @@ def check_folder(folder: Path, is_resumed: bool, needed_bytes: int) -> None:
 
 def check_new_folder(folder: Path, needed_bytes: int) -> None:
     """Refuse a folder that holds anything, cannot be written, or has no room."""
+    _check_name(folder)
     if _is_filled(folder):
         raise ConfigError(f"--out is {folder}, which exists and is not empty: name another folder")
     check_room(folder, needed_bytes)
+
+
+def _check_name(folder: Path) -> None:
+    """Refuse what no folder can be called."""
+    try:
+        os.lstat(folder)
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        why = getattr(error, "strerror", None) or error
+        raise ConfigError(f"--out is {folder}, which cannot be a folder ({why}): name another folder") from None
 
 
 def _is_filled(folder: Path) -> bool:
@@ -73,7 +93,7 @@ def check_room(folder: Path, needed_bytes: int) -> None:
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """Fill a folder beside its place, which is empty or free, and move it there in one step, or leave nothing."""
     folder = folder.resolve()
-    temporary = folder.with_name(f".{folder.name}.tmp")
+    temporary = folder.with_name(f".{folder.name[: MOST_NAME_BYTES // 4]}.tmp")  # a name may take all the room there is
     shutil.rmtree(temporary, ignore_errors=True)
     make_folder(temporary)
     try:
@@ -99,7 +119,8 @@ def make_folder(folder: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically, in a folder that is made if it is not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, [text.encode()])
+    # A name that is not UTF-8 stands in JSON and YAML as they escape such things.
+    write_atomic(path, [text.encode(errors="backslashreplace")])
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -121,6 +142,17 @@ def write_config(folder: Path, values: Mapping[str, Any]) -> None:
 
     head = "# The run, repeated by: thimble train --config config.yaml --out another/folder\n"
     write_text(folder / "config.yaml", head + yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The options that `write_config` wrote, or none if they cannot be read."""
+    import yaml
+
+    try:
+        values = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return values if isinstance(values, dict) else {}
 
 
 def publish_adapter(folder: Path, adapter: Adapter, name: str = "adapter") -> Path:

@@ -17,12 +17,17 @@ from thimble.models.base import Base
 from thimble.report.keys import to_json_dict
 from thimble.report.page import write_report
 from thimble.training import run_folder
-from thimble.training.checkpoint import clear_checkpoints, clear_unfinished, save_checkpoint
+from thimble.training.checkpoint import (
+    BEFORE,
+    HASHED,
+    clear_checkpoints,
+    clear_unfinished,
+    save_checkpoint,
+    saved_origin,
+)
 from thimble.training.evaluation import Answer
 from thimble.training.protocols import Before, Scores
 from thimble.training.result import TrainReport
-
-BEFORE = "before.json"
 
 
 class RunFolderSink:
@@ -38,6 +43,8 @@ class RunFolderSink:
         self, config: Mapping[str, Any], skipped: Sequence[Mapping[str, str]], initial: Adapter | None, done_steps: int
     ) -> None:
         """Write what is known before the first step, with the initial adapter if its seed alone cannot redo it."""
+        if not done_steps and self._is_of_another_base():
+            (self._folder / BEFORE).unlink()  # with what is accepted now, it is measured again
         run_folder.write_config(self._folder, config)
         if skipped:
             lines = "".join(json.dumps(row) + "\n" for row in skipped)
@@ -54,12 +61,17 @@ class RunFolderSink:
         answers = [Answer(**answer) for answer in saved["answers"]]
         return Before(Scores(saved["loss_base"], saved["general_before"], answers), saved["loss_before"])
 
+    def _is_of_another_base(self) -> bool:
+        began = saved_origin(self._folder)
+        return began is not None and any(began[name] != self._origin[name] for name in HASHED)
+
     def write_before(self, before: Before) -> None:
         """Keep what was measured before the first step."""
         base, answers = before.base, [asdict(answer) for answer in before.base.answers]
         values = {
             "loss_base": base.loss, "loss_before": before.loss, "general_before": base.general_loss,
             "metrics_before": base.metrics, "metrics_rows": len(answers), "answers": answers,
+            "origin": {name: self._origin[name] for name in HASHED},
         }  # fmt: skip
         run_folder.write_json(self._folder / BEFORE, values)
 

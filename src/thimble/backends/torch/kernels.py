@@ -197,10 +197,14 @@ def decode_rows(raw: NDArray[np.uint8], dtype: str, out: Array, index: NDArray[n
     """
     rows, columns = out.shape
     index = np.arange(rows) if index is None else index
-    assert raw.shape[1] == row_bytes(columns, dtype), f"{raw.shape} bytes of {dtype} do not make {out.shape}"
-    assert out.flags.c_contiguous, f"out of shape {out.shape} is not contiguous"
-    assert index.shape == (rows,), f"an index of {index.shape} does not fit {out.shape}"
-    assert rows == 0 or 0 <= index.min() <= index.max() < len(raw), f"the index leaves the {len(raw)} rows of the file"
+    if not (raw.shape[1] == row_bytes(columns, dtype)):
+        raise AssertionError(f"{raw.shape} bytes of {dtype} do not make {out.shape}")
+    if not (out.flags.c_contiguous):
+        raise AssertionError(f"out of shape {out.shape} is not contiguous")
+    if not (index.shape == (rows,)):
+        raise AssertionError(f"an index of {index.shape} does not fit {out.shape}")
+    if not (rows == 0 or 0 <= index.min() <= index.max() < len(raw)):
+        raise AssertionError(f"the index leaves the {len(raw)} rows of the file")
     lanes = _PLAIN_LANES if block_of(dtype)[0] == 1 and columns % _PLAIN_LANES == 0 else 1
     parallel_for(rows, columns, _decode_kernel(dtype, lanes), _read_only(raw), index, out)
 
@@ -249,7 +253,8 @@ def quantize_rows_into(
     x (rows, n) is float32 or uint16 (bfloat16); each column is multiplied by its own factor first. A NaN or infinity
     makes the scale of its row one too.
     """
-    assert (*scale.shape, x.shape[1]) == x.shape == q.shape, f"{x.shape}, {q.shape} and {scale.shape} do not agree"
+    if not ((*scale.shape, x.shape[1]) == x.shape == q.shape):
+        raise AssertionError(f"{x.shape}, {q.shape} and {scale.shape} do not agree")
     factor = np.ones(x.shape[1], np.float32) if factor is None else factor
     parallel_for(*x.shape, _quantize, _read_only(x), _read_only(factor), q, scale)
 
@@ -270,13 +275,17 @@ def rescale_into(
 
     They are sums[i, j] · row_scale[i] · column_scale[j].
     """
-    assert (*row_scale.shape, *column_scale.shape) == sums.shape, f"the scales do not fit {sums.shape}"
-    assert len(out) == len(sums), f"{out.shape} has not the rows of {sums.shape}"
-    assert 0 <= first_column <= out.shape[1] - sums.shape[1], f"{sums.shape} leaves {out.shape} at {first_column}"
+    if not ((*row_scale.shape, *column_scale.shape) == sums.shape):
+        raise AssertionError(f"the scales do not fit {sums.shape}")
+    if not (len(out) == len(sums)):
+        raise AssertionError(f"{out.shape} has not the rows of {sums.shape}")
+    if not (0 <= first_column <= out.shape[1] - sums.shape[1]):
+        raise AssertionError(f"{sums.shape} leaves {out.shape} at {first_column}")
     parallel_for(*sums.shape, _rescale, sums, row_scale, _read_only(column_scale), out, first_column)
 
 
 def dequantize_rows_into(q: NDArray[np.int8], scale: NDArray[np.float32], out: Array) -> None:
     """Write q · scale, the inverse of `quantize_rows_into`, as float32 or uint16 (bfloat16)."""
-    assert (*scale.shape, q.shape[1]) == q.shape == out.shape, f"{q.shape}, {scale.shape} and {out.shape} do not agree"
+    if not ((*scale.shape, q.shape[1]) == q.shape == out.shape):
+        raise AssertionError(f"{q.shape}, {scale.shape} and {out.shape} do not agree")
     parallel_for(*q.shape, _dequantize, _read_only(q), _read_only(scale), out)

@@ -92,7 +92,8 @@ class TorchSession:
     ) -> None:
         self.decoder = Decoder(base, "file" if compute == "int8" else store, DTYPES[compute])
         if compute == "int8":
-            assert sample is not None, "compute int8 needs a sample of text"
+            if sample is None:
+                raise ValueError("compute int8 needs a sample of text")
             self.decoder.quantize(sample)
         self._base = base
         if is_streamed:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from thimble.models.machine import quota_cores
+from thimble.models.machine import usable_cores
 
 T = TypeVar("T")
 
@@ -32,9 +32,8 @@ _here = _Here()
 
 
 def num_cores() -> int:
-    """Cores this process may use: of those it sees, as many whole ones as a quota of time allows, and at least one."""
-    seen = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, int(min(seen, quota_cores())))
+    """Cores this process may use."""
+    return usable_cores()
 
 
 if torch.get_num_threads() > num_cores():  # torch counts the cores it sees: its threads would wait for throttled ones

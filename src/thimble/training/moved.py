@@ -1,0 +1,67 @@
+"""A run folder that was moved: what it was made of and is not found any more, and whether a finished run is of that."""
+
+import os
+from pathlib import Path
+
+from thimble.config.options import options_of
+from thimble.config.paths import exists, path_in
+from thimble.config.train import TrainConfig
+from thimble.data.examples import open_data
+from thimble.data.model import find_base
+from thimble.errors import ConfigError, as_word, listing
+from thimble.events import EventLog
+from thimble.training.run_folder import hash_file, read_config, read_json
+
+PARTS = ("data", "base", "metric")  # what a run that goes on reads, beside its folder
+
+
+def missing_parts(config: TrainConfig) -> dict[str, str]:
+    """What a run to be resumed was made of and is not found, by option, with what to type then."""
+    saved, specs = read_config(Path(config.out)) if config.resume and config.out else {}, options_of(TrainConfig)
+    lost = {}
+    for name in PARTS:
+        value = getattr(config, name)
+        path = path_in(specs[name], value)
+        if path and saved.get(name) == value and not exists(path) and (name != "base" or _is_path(path)):
+            lost[name] = path
+    words = []
+    for name in lost:
+        word = as_word("PATH/TO/" + Path(str(getattr(config, name))).name)
+        words.append(word if name == "data" else f"--{name} {word}")
+    what = " and ".join(f"the {name} {path}" for name, path in lost.items())
+    problem = (
+        f"the run in {config.out} began with {what}: not there now, nor beside the run folder. It may lie anywhere: "
+        f"thimble train {' '.join(words)} --out {as_word(str(config.out))} --resume"
+    )
+    return dict.fromkeys(lost, problem)
+
+
+def log_new_places(config: TrainConfig, log: EventLog) -> None:
+    """Say where the base and the data of a run that goes on lie now; that they are the same is known by then."""
+    saved = read_config(Path(config.out)) if config.resume and config.out else {}
+    for name in PARTS:
+        was, now = saved.get(name), getattr(config, name)
+        if was and now and os.path.abspath(was) != os.path.abspath(now):
+            log.note(f"{name}: {was} when the run began, {now} now")
+
+
+def _is_path(base: str) -> bool:
+    """Whether a base that is not there was a path, and not the name of a hub model."""
+    return os.path.isabs(base) or base.endswith(".gguf") or len(base.split("/")) != 2
+
+
+def check_finished(config: TrainConfig, folder: Path) -> None:
+    """Refuse another base or other data, named to resume a run that has ended."""
+    saved, manifest = read_config(folder), read_json(folder / "manifest.json") or {}
+    wrong = []
+    if saved and config.base != saved.get("base") and (expected := manifest.get("base", {}).get("sha256")):
+        wrong += [] if find_base(config.base).fingerprint() == expected else [f"--base {config.base}"]
+    if saved and config.data != saved.get("data") and (files := manifest.get("data")):
+        found = [hash_file(path) for path in open_data(config).files]
+        wrong += [] if sorted(found) == sorted(files.values()) else [f"DATA {config.data}"]
+    if wrong:
+        raise ConfigError(
+            f"{listing(wrong)}: the run in {folder}, which has ended, was made with others, "
+            f"{saved.get('data')} and {saved.get('base') or 'the default base'}; leave it out, or begin another run "
+            "with another --out"
+        )
