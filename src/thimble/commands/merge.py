@@ -10,7 +10,7 @@ from thimble.data.model import base_with_adapters, log_base
 from thimble.errors import ConfigError, Problems, listing
 from thimble.events import EventLog, OnEvent, ShouldStop, ignore, never
 from thimble.models import merged
-from thimble.models.adapter_base import FINGERPRINT, base_name, base_of
+from thimble.models.adapter_base import FINGERPRINT, base_of
 from thimble.models.adapters import load_adapters
 from thimble.models.base import Base
 from thimble.training.run_folder import atomic_folder, check_new_folder
@@ -117,8 +117,8 @@ def _prepare(config: MergeConfig, log: EventLog) -> tuple[dict[str, Adapter], Ba
     problems.required()
     if base:
         log_base(base, log)
-    names = {base_name(adapter) for adapter in adapters.values()}
-    if len({adapter.notes.get(FINGERPRINT, base_name(adapter)) for adapter in adapters.values()}) > 1:
+    names = {adapter.base for adapter in adapters.values()}
+    if len({adapter.notes.get(FINGERPRINT, adapter.base) for adapter in adapters.values()}) > 1:
         log.warning(f"the adapters were made for different bases, {listing(sorted(names))}: their sum may do neither")
     if any(adapter.has_magnitudes for adapter in adapters.values()):
         log.note("DoRA: the lengths of the rows are kept as they are; ranks and errors are those of B A")

@@ -143,7 +143,7 @@ def _begin(run_plan: RunPlan, initialization: Initialization, log: EventLog) -> 
 
 def _loop_plan(run_plan: RunPlan, initialization: Initialization) -> LoopPlan:
     config, base = run_plan.config, run_plan.model.base
-    notes = {"thimble_version": __version__, "init": config.init, **base_notes(base, run_plan.origin["base"])}
+    notes = {"thimble_version": __version__, "init": config.init, **base_notes(run_plan.origin["base"])}
     return LoopPlan(
         adapter=replace(initialization.adapter, base=peft_name(base), notes=notes, prefix=base.prefix),
         method=Method(

@@ -1,9 +1,9 @@
 """Which base an adapter was trained on: what is written down of it, and how it is found again.
 
-An adapter carries the name and the quick fingerprint of its base in the header of its tensors, and in its config what
-PEFT opens (`base_model_name_or_path`); no other path, since adapters are passed on. The run folder around it knows
-where the base was, in manifest.json. All of this is text from anybody: a base that it names is opened as carefully as
-one that the user names, and nothing is fetched.
+An adapter carries the quick fingerprint of its base in the header of its tensors, so that its bytes do not depend on
+what the base is called, and in its config what PEFT opens (`base_model_name_or_path`); no other path, since adapters
+are passed on. The run folder around it knows the base's name and where it was, in manifest.json. All of this is text
+from anybody: a base that it names is opened as carefully as one that the user names, and nothing is fetched.
 """
 
 import contextlib
@@ -21,7 +21,8 @@ from thimble.files.untrusted import printable, read_bytes
 from thimble.models.base import Base, default_base, open_base
 from thimble.models.hub_cache import cached_snapshot, hub_name_of, is_hub_form
 
-NAME, FINGERPRINT = "base_name", "base_fingerprint"  # notes of an adapter
+FINGERPRINT = "base_fingerprint"  # note of an adapter
+MOST_TRIED = 16  # GGUF files of a folder whose hashes are looked at
 DEFAULT_HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"  # what the default base was made from
 # Metadata of a GGUF that name the model it was converted from. `general.base_model` is no such: it is what that model
 # was fine-tuned from, with other weights.
@@ -32,9 +33,9 @@ _MOST_MANIFEST_BYTES = 8_000_000
 _MOST_SHOWN = 12  # characters of a fingerprint
 
 
-def base_notes(base: Base, fingerprint: str) -> dict[str, str]:
-    """What the notes of an adapter say of its base: its name and quick fingerprint, and not where it lies."""
-    return {NAME: printable(base.name), FINGERPRINT: fingerprint}
+def base_notes(fingerprint: str) -> dict[str, str]:
+    """What the notes of an adapter say of its base: its quick fingerprint, and neither its name nor where it lies."""
+    return {FINGERPRINT: fingerprint}
 
 
 def peft_name(base: Base) -> str:
@@ -106,7 +107,7 @@ def _find(path: str, adapter: Adapter) -> Base:
             return found
     if changed:
         return changed
-    name = base_name(adapter) or _text(manifest, "name")
+    name = _text(manifest, "name") or adapter.base
     if not name:
         raise AdapterError(
             f"adapter {path} does not say which base it belongs to: {NAME_IT}, a GGUF file, a Hugging Face folder or a "
@@ -123,22 +124,23 @@ def _find(path: str, adapter: Adapter) -> Base:
 
 def _places(folder: Path, manifest: Mapping[str, Any], adapter: Adapter, wanted: str) -> Iterator[tuple[Path, bool]]:
     """Where the base may lie, and whether that place is named; what is only guessed has to have the right hash."""
-    run, name = folder.parent, base_name(adapter) or _text(manifest, "name")
+    run, name = folder.parent, _text(manifest, "name")
     if path := _text(manifest, "path"):
         yield Path(path), True
     if path := _text(manifest, "path_from_run"):
         yield Path(os.path.normpath(run / path)), True
-    if adapter.base:  # a folder, also of the GGUF file by that name: another one in it is no more than a guess
-        yield Path(adapter.base), os.path.basename(name) == os.path.basename(adapter.base.rstrip("/"))
-        yield Path(adapter.base, name), True
+    if adapter.base:  # of a GGUF file it is the folder, in which another one is no more than a guess
+        place = Path(adapter.base)
+        yield place, not place.is_dir() or (place / "config.json").is_file()
     if (snapshot := cached_snapshot(adapter.base)) is not None:
         yield snapshot, True
     with contextlib.suppress(InputError):
         default = default_base()
-        yield default, adapter.base in (DEFAULT_HUB_NAME, default.name) and name in ("", default.name, adapter.base)
-    if name and os.path.basename(name) == name:
-        for beside in (folder, run, run.parent, run.parent.parent, Path()):
+        yield default, adapter.base in (DEFAULT_HUB_NAME, default.name)
+    for beside in (*([Path(adapter.base)] if adapter.base else []), folder, run, run.parent, run.parent.parent, Path()):
+        if name and os.path.basename(name) == name:
             yield beside / name, False
+        yield from ((file, False) for file in (sorted(beside.glob("*.gguf"))[:MOST_TRIED] if wanted else ()))
 
 
 def _opened(place: Path) -> Base | None:
@@ -163,17 +165,12 @@ def _text(values: Mapping[str, Any], name: str) -> str:
     return value if isinstance(value, str) else ""
 
 
-def base_name(adapter: Adapter) -> str:
-    """What the base of an adapter is called, for people; may be empty."""
-    return adapter.notes.get(NAME) or adapter.base
-
-
 # ---- compared -------------------------------------------------------------------------------------------------------
 
 
 def difference(path: str, adapter: Adapter, base: Base) -> str | None:
     """Why a base may not be the one that an adapter of its shape was trained on, in a sentence; None if it is."""
-    wanted, name = adapter.notes.get(FINGERPRINT, ""), base_name(adapter)
+    wanted, name = adapter.notes.get(FINGERPRINT, ""), _known_name(path, adapter)
     if wanted:
         has = base.quick_fingerprint()
         if has == wanted:
@@ -188,6 +185,14 @@ def difference(path: str, adapter: Adapter, base: Base) -> str | None:
         f"adapter {path} was trained on {called}{hashes}, and {base.name} is used: an update does well on the same "
         "model in another precision, and harm on any other"
     )
+
+
+def _known_name(path: str, adapter: Adapter) -> str:
+    """What the base of an adapter is called, by the run folder around it or by PEFT's field."""
+    with contextlib.suppress(InputError, OSError):
+        if name := _text(_manifest_base(find_adapter(path).parent), "name"):
+            return name
+    return adapter.base
 
 
 def _same_name(name: str, base: Base) -> bool:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from thimble.core.adapter import Adapter
 from thimble.errors import AdapterError, Problems, listing, plural
 from thimble.files.peft import load_adapter
-from thimble.models.adapter_base import base_name, difference
+from thimble.models.adapter_base import difference
 from thimble.models.base import Base
 from thimble.models.gguf_adapter import is_gguf, load_gguf_adapter
 
@@ -52,8 +52,7 @@ def check_fits(path: str, adapter: Adapter, base: Base) -> None:
             r'target_modules=r".*(language_model|text_model).*\.(q|k|v|o|gate|up|down)_proj"'
         )
     if unknown or wrong:
-        name = base_name(adapter)
-        made_for = f"; it was made for {name}: name that with --base" if name else ""
+        made_for = f"; it was made for {adapter.base}: name that with --base" if adapter.base else ""
         what = [f"it adapts {listing(unknown, 2)}, which the base lacks"] if unknown else []
         what += [listing(wrong, 2)] if wrong else []
         raise AdapterError(f"adapter {path} does not belong to {base.name}: {' and '.join(what)}{made_for}")

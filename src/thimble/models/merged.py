@@ -17,7 +17,7 @@ from thimble.files.peft import WEIGHTS_FILE, find_adapter, layer_of, save_adapte
 from thimble.files.peft_config import MAX_RANK
 from thimble.files.tensors import open_tensors, rewrite_safetensors
 from thimble.files.untrusted import is_inside
-from thimble.models.adapter_base import FINGERPRINT, NAME
+from thimble.models.adapter_base import FINGERPRINT
 from thimble.models.base import Base, Weight
 from thimble.models.weight_files import weight_files
 
@@ -163,7 +163,7 @@ def write_truncated(
         on_layer(MergedLayer(path, "F32", factors.rank, small.rank, before, after, 0, 4 * after, norm, error))
     base, notes = adapters[0].base, adapters[0].notes
     if len({(adapter.base, adapter.notes.get(FINGERPRINT)) for adapter in adapters}) > 1:  # it is of none of them
-        base, notes = "", {name: text for name, text in notes.items() if name not in (NAME, FINGERPRINT)}
+        base, notes = "", {name: text for name, text in notes.items() if name != FINGERPRINT}
     save_adapter(replace(adapters[0], layers=kept, base=base, notes=notes, origin={}), folder)
 
 
