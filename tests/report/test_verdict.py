@@ -1,10 +1,15 @@
 """What is claimed of a run: never more than was measured."""
 
+import math
+from dataclasses import asdict
 from typing import Any
 
 import pytest
 
 from run_reports import STATES, full_report, steps
+from thimble.core.labels import score_labels
+from thimble.core.significance import compare, sign_test
+from thimble.report.formatting import percent
 from thimble.report.verdict import forgetting, interval, judge
 
 
@@ -79,3 +84,97 @@ def test_the_interval_is_wilsons() -> None:
         "41–54\u202f%",
         "72–100\u202f%",
     ]
+
+
+# ---- what few rows can carry ----------------------------------------------------------------------------------------
+
+
+def compared(better: int, worse: int, rows: int) -> dict[str, Any]:
+    """Answers of which so many rose and fell."""
+    found = {"rows_before": rows, "rows_after": rows, "rows": rows, "better": better, "worse": worse}
+    return found | {"chance": sign_test(better, worse), "chance_worse": sign_test(worse, better)}
+
+
+def by_loss(**changes: Any) -> dict[str, Any]:
+    """A run without a metric, whose loss fell on all of 30 rows."""
+    values = {
+        "metrics_before": {},
+        "metrics_after": {},
+        "metrics_rows": 0,
+        "loss_comparison": asdict(compare([0.5] * 30)),
+    }
+    return full_report(**values | changes)
+
+
+@pytest.mark.parametrize(
+    ("rows", "better", "worse", "tone", "word"),
+    [
+        (3, 3, 0, "unknown", "Too few rows to tell"),
+        (7, 7, 0, "unknown", "Too few rows to tell"),
+        (8, 8, 0, "good", "Yes"),
+        (30, 6, 0, "mixed", "Partly"),
+        (30, 5, 0, "mixed", "Unclear"),
+        (30, 9, 4, "mixed", "Unclear"),
+        (30, 0, 6, "bad", "No"),
+    ],
+)
+def test_answers_are_compared_row_by_row(rows: int, better: int, worse: int, tone: str, word: str) -> None:
+    before = 0.0 if not worse else worse / rows
+    report = task(before, before + (better - worse) / rows, rows)
+    report["metric_comparisons"] = {"exact match": compared(better, worse, rows)}
+    said = judge(report, steps(20))
+    assert (said.tone, said.word) == (tone, word)
+
+
+def test_a_result_chosen_among_many_steps_needs_a_clearer_gain() -> None:
+    report = task(0.0, 6 / 30, 30, metric_comparisons={"exact match": compared(6, 0, 30)}, steps=20)
+    watched = [{**row, "held_out_loss": 1.0} for row in steps(20)]
+    assert judge(report | {"best_step": 20}, watched).word == "Partly"
+    assert judge(report | {"best_step": 10}, watched).word == "Unclear"
+
+
+def test_without_rows_to_compare_nothing_is_claimed_by_the_loss() -> None:
+    assert judge(by_loss(), steps(20)).tone == "good"
+    for rows in (0, 1, 7):
+        said = judge(by_loss(loss_comparison=asdict(compare([0.5] * rows))), steps(20))
+        assert (said.tone, said.word) == ("unknown", "Too few rows to tell")
+
+
+@pytest.mark.parametrize("is_metric", [True, False])
+@pytest.mark.parametrize(("rise", "is_in_word"), [(0.05, False), (0.5, False), (17.63, True)])
+def test_what_was_forgotten_stands_with_the_verdict(is_metric: bool, rise: float, is_in_word: bool) -> None:
+    general = {"general_before": 3.0, "general_after": 3.0 + math.log(1 + rise)}
+    report = task(0.1, 1.0, **general) if is_metric else by_loss(**general)
+    said = judge(report, steps(20))
+    assert said.tone == ("good" if rise < 0.1 else "mixed")
+    assert ("forgot much" in said.word) == is_in_word
+    assert any(f"perplexity on a small general sample rose by {percent(rise)}" in text for text in said.cautions)
+
+
+def test_a_lower_loss_in_a_language_that_the_base_hardly_knows_is_not_shown_in_green() -> None:
+    said = judge(by_loss(token_ratio=1.79), steps(20))
+    assert said.tone == "mixed"
+    assert any("1.8 times the tokens of English" in text for text in said.cautions)
+    assert judge(by_loss(token_ratio=1.3), steps(20)).cautions == ()
+    right = judge(task(0.1, 1.0, token_ratio=1.79), steps(20))
+    assert (right.tone, len(right.cautions)) == ("good", 1), "answers that are right are right"
+
+
+@pytest.mark.parametrize(
+    ("train_after", "valid_after", "is_recall"),
+    [(0.1, 2.0, True), (0.1, 2.2, True), (1.5, 1.6, False), (2.05, 2.09, False)],
+)
+def test_recall_of_training_rows_is_told_from_learning(train_after: float, valid_after: float, is_recall: bool) -> None:
+    report = by_loss(loss_train_before=2.1, loss_train_after=train_after, loss_after=valid_after)
+    assert any("learned the training rows by heart" in text for text in judge(report, steps(20)).cautions) == is_recall
+
+
+def test_always_writing_the_most_frequent_label_is_no_success() -> None:
+    scores = asdict(score_labels([("a", "a")] * 18 + [("b", "a")] * 2, {"a": 90, "b": 10}))
+    report = full_report(
+        metrics_before={"accuracy": 0.0}, metrics_after={"accuracy": 0.9}, metrics_rows=20,
+        metric_comparisons={"accuracy": compared(18, 0, 20)}, labels={"after": scores, "training_rows": {"a": 90}},
+    )  # fmt: skip
+    said = judge(report, steps(20))
+    assert (said.tone, said.word) == ("mixed", "Partly")
+    assert any("Always writing “a” would be right in 90" in text for text in said.cautions)

@@ -172,6 +172,9 @@ class MemorySink:
     def end_steps(self):
         self.is_ended = True
 
+    def write_adapter(self, adapter):
+        self.adapter = adapter
+
 
 def initial(values):
     return Adapter({"layer": Factors(np.array(values, np.float64)[None], np.ones((1, 1)), 1.0)})

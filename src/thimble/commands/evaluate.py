@@ -1,23 +1,31 @@
 """`thimble evaluate`: a base against adapters on the same rows."""
 
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from thimble.backends.open import choose_store, open_session
 from thimble.config.evaluate import EvaluateConfig
 from thimble.core.adapter import Adapter
-from thimble.core.metrics import Metric, average
+from thimble.core.labels import AnswerCounts
+from thimble.core.metrics import LossSum, average
 from thimble.data.examples import Examples, encode_examples, log_read, open_data
 from thimble.data.given_rows import FOLDER
 from thimble.data.model import Model, log_base, model_with_adapters
-from thimble.errors import Problems, plural
+from thimble.errors import Problems, RunError, plural
 from thimble.events import EventLog, OnEvent, ShouldStop, ignore, never
 from thimble.models.cost import cache_token_bytes
 from thimble.models.execution import ExecutionPlan
+from thimble.training import run_folder
+from thimble.training.answers import Answer, Question, of_every_label, write_answers
+from thimble.training.comparison import compare_losses, compare_metrics, label_report
 from thimble.training.control import Control
-from thimble.training.evaluation import Question, ValidationSet, choose_metric, make_questions, measure
+from thimble.training.evaluation import ValidationSet, losses_alone, measure, rows_alone
+from thimble.training.evidence import log_labels, log_language, log_recall
+from thimble.training.metric import ChosenMetric, choose_questions, score_answers
 
-SHOWN_ANSWERS = 3
+SHOWN_ANSWERS, MOST_SHOWN = 3, 12
 PASS_TOKENS = 1024  # of a batch, which one worker runs
 CACHE_BYTES = 750_000_000  # for keys and values while answering
 
@@ -31,8 +39,13 @@ class Result:
         loss: Nats per target token.
         perplexity: exp of the loss.
         target_tokens: Tokens the loss was taken over.
-        scores: Metrics, 0 to 1.
-        answers: Some rows as asked, reference, written.
+        scores: Metrics, each the mean over the answers that have it.
+        counts: How many those are.
+        answers: Some rows as asked, reference, written; with labels one of every label.
+        labels: If answers are labels: accuracy, majority baseline, precision, recall, F1 and confusion.
+        loss_comparison: Against the base, on rows measured one by one: `rows` compared, those that are `better` and
+            `worse`, and `chance`, that random signs alone would give as large a gain.
+        metric_comparisons: Likewise by metric (McNemar's exact test), with the answers that have it.
     """
 
     name: str
@@ -40,7 +53,11 @@ class Result:
     perplexity: float
     target_tokens: int
     scores: dict[str, float]
+    counts: dict[str, int] = field(default_factory=dict)
     answers: list[dict[str, Any]] = field(default_factory=list)
+    labels: dict[str, Any] = field(default_factory=dict)
+    loss_comparison: dict[str, Any] = field(default_factory=dict)
+    metric_comparisons: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 @dataclass
@@ -66,10 +83,18 @@ class EvaluateReport:
     messages: dict[str, list[str]]
 
 
+class Measured(NamedTuple):
+    """What was measured of one model."""
+
+    total: LossSum  # over all rows
+    alone: dict[int, LossSum]  # of some rows, by their numbers
+    answers: list[Answer]
+
+
 def evaluate(config: EvaluateConfig, on_event: OnEvent = ignore, should_stop: ShouldStop = never) -> EvaluateReport:
     """Measure the bare base and each adapter on the same rows; those measured before a stop are reported."""
     log = EventLog(on_event)
-    model, examples, adapters, questions, (metric_name, metric) = _prepare(config, log)  # before torch is loaded
+    model, examples, adapters, questions, metric = _prepare(config, log)  # before torch is loaded
     from thimble.backends.torch.compute import choose_compute
     from thimble.backends.torch.threads import num_cores
 
@@ -79,38 +104,81 @@ def evaluate(config: EvaluateConfig, on_event: OnEvent = ignore, should_stop: Sh
     log.decision(why_store)
     session, execution = open_session(model, compute, stores[0]), ExecutionPlan(stores[0], num_cores(), PASS_TOKENS)
     validation = ValidationSet(
-        examples.valid, questions if metric else questions[:SHOWN_ANSWERS], metric, model.tokenizer,
-        config.max_new_tokens, cache_tokens=CACHE_BYTES // cache_token_bytes(model.base.spec, compute),
-        planned_tokens=PASS_TOKENS * execution.num_shares,
+        examples.valid, questions, model.tokenizer, config.max_new_tokens,
+        cache_tokens=CACHE_BYTES // cache_token_bytes(model.base.spec, compute),
+        planned_tokens=PASS_TOKENS * execution.num_shares, alone=rows_alone(examples.unseen) if adapters else (),
     )  # fmt: skip
-    results: list[Result] = []
+    measured: dict[str, Measured] = {}
     for name, adapter in {"base": None, **adapters}.items():
         if should_stop():
             break
         log.stage(f"measuring {name}")
-        loss, answers = measure(session, session.load(adapter), validation, execution, Control(log, should_stop))
-        shown, scores = [asdict(answer) for answer in answers[:SHOWN_ANSWERS]], average(a.scores for a in answers)
-        results.append(Result(name, loss.mean, loss.perplexity, loss.tokens, scores, shown))
-    answered, named = len(questions) if metric else 0, FOLDER if config.has_given_rows else config.data
-    return EvaluateReport(named, model.base.name, len(examples.valid), answered, metric_name, results, log.messages)
+        control, active = Control(log, should_stop), session.load(adapter)
+        alone = losses_alone(session, active, validation, execution, control)
+        total, answers = measure(session, active, validation, execution, control, alone)
+        measured[name] = Measured(total, alone, score_answers(answers, metric, log))
+    results = _results(measured, metric, {examples.valid[number].source for number in examples.unseen})
+    rows = ({"model": name, **asdict(answer)} for name, found in measured.items() for answer in found.answers)
+    write_answers(config.answers, rows, log)
+    _require_scores(results, measured, metric, log)
+    answered = len(questions) if metric.function else 0
+    named = FOLDER if config.has_given_rows else config.data
+    return EvaluateReport(named, model.base.name, len(examples.valid), answered, metric.name, results, log.messages)
+
+
+def _results(measured: Mapping[str, Measured], metric: ChosenMetric, unseen: Collection[str]) -> list[Result]:
+    """How each model did, and how it compares with the first, the base."""
+    results: list[Result] = []
+    for name, (total, alone, answers) in measured.items():
+        chosen = of_every_label(answers, SHOWN_ANSWERS, MOST_SHOWN) if metric.has_labels else range(len(answers))
+        shown = [
+            asdict(answers[number]) for number in list(chosen)[: MOST_SHOWN if metric.has_labels else SHOWN_ANSWERS]
+        ]
+        scores = average(answer.scores for answer in answers)
+        counts = Counter(figure for answer in answers for figure in answer.scores)
+        result = Result(name, total.mean, total.perplexity, total.tokens, scores, dict(counts), shown)
+        if metric.has_labels and answers:
+            result.labels = label_report(answers, AnswerCounts())
+        base = next(iter(measured.values()))
+        if results:
+            result.loss_comparison = compare_losses(base.alone, alone)
+        if results and len(answers) == len(base.answers):
+            result.metric_comparisons = compare_metrics(base.answers, answers, unseen)
+        results.append(result)
+    return results
+
+
+def _require_scores(
+    results: Sequence[Result], measured: Mapping[str, Measured], metric: ChosenMetric, log: EventLog
+) -> None:
+    """Fail honestly if the metric scored nothing at all, with what was measured beside it."""
+    answers = sum(len(found.answers) for found in measured.values())
+    if metric.function and answers and not any(result.scores for result in results):
+        fault = [text for text in log.messages["warning"] if text.startswith("the metric ")][-1]
+        losses = ", ".join(f"{result.name} {result.loss:.3f}" for result in results)
+        raise RunError(f"{fault}. Mend it and run the command again; the losses do not depend on it: {losses}")
 
 
 def _prepare(
     config: EvaluateConfig, log: EventLog
-) -> tuple[Model, Examples, dict[str, Adapter], list[Question], tuple[str, Metric | None]]:
+) -> tuple[Model, Examples, dict[str, Adapter], list[Question], ChosenMetric]:
     """Check everything that can be wrong."""
     problems = Problems(config.problems)
     log.stage("reading the base and the examples")
     model, adapters = model_with_adapters(config.base, config.adapter, problems, log)
     dataset = problems.attempt(open_data, config)
-    examples = None
+    problems.attempt(run_folder.check_new_file, config.answers, "--answers")
+    examples = chosen = None
     if model and dataset:
         rows = dataset.test or dataset.valid or dataset.train  # of a folder the test file, else its valid file
         examples = problems.attempt(encode_examples, dataset, (), rows, model, config, log)
-    questions = make_questions(examples.valid_records, examples.encoder, config.eval_rows) if examples else []
-    chosen = problems.attempt(choose_metric, config.metric, questions)
+    if examples:
+        chosen = problems.attempt(choose_questions, examples, config, bool(config.answers))
     model, examples, chosen = problems.required(model, examples, chosen)
     log_base(model.base, log, model.tokenizer, config.adapter)
     log.note(f"data: {plural(len(examples.valid), 'row')} of {examples.dataset.format}")
     log_read(examples, log)
-    return model, examples, adapters, questions, chosen
+    log_labels(examples, log)
+    log_language(examples, model.tokenizer, log)
+    log_recall(adapters, examples.dataset, log)
+    return model, examples, adapters, *chosen

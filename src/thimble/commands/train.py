@@ -150,7 +150,8 @@ def _loop_plan(run_plan: RunPlan, initialization: Initialization) -> LoopPlan:
             config.weight_decay, config.lora_plus, config.dropout, config.freeze_a, config.max_grad_norm, config.seed
         ),
         step_schedule=run_plan.step_schedule, execution=run_plan.execution, eval_every_steps=run_plan.eval_every_steps,
-        patience=config.patience, checkpoint_every_steps=config.checkpoint_every_steps,
+        patience=run_plan.patience, keeps_best=run_plan.keeps_best,
+        checkpoint_every_steps=config.checkpoint_every_steps,
         checkpoint_every_minutes=config.checkpoint_every_minutes, checkpoint=run_plan.checkpoint,
         initialization=initialization.measured,
     )  # fmt: skip

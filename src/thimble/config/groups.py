@@ -138,10 +138,13 @@ class EvaluationOptions(Options):
 
     group: ClassVar[str] = "evaluation"
 
-    metric: str = option("auto", "Metrics beside the loss: auto, none, exact, json, tools, or your own function as "
+    metric: str = option("auto", "Metrics beside the loss: exact (the same text), labels (accuracy, precision, recall, "
+        "F1), json (fields), tools (calls), none, auto (the one that suits the answers), or your own function as "
         "file.py:name.", path=METRIC_PATH, metavar="METRIC")  # fmt: skip
     eval_rows: int = option(100, "Most validation rows to answer for the metrics.", check=at_least(0))
     max_new_tokens: int = option(128, "Longest generated answer, in tokens.", check=at_least(1))
+    answers: str | None = option(None, "File to write every answer to, as JSON lines, with its scores.",
+        metavar="FILE.jsonl")  # fmt: skip
 
 
 @dataclass(frozen=True)

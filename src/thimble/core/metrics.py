@@ -3,11 +3,18 @@
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from thimble.core.labels import label_of
+
 Metric = Callable[[str, str], Mapping[str, float]]
+
+# More tokens for the words of a text than for those of English: the base has read little of that language. Measured on
+# the tokenizer of SmolLM2, made for English: English 0.8 to 1.1, the words in programs, SQL and JSON 1.0 to 1.3; French
+# 1.7, German 1.8, Dutch 2.0, Turkish 2.3, Polish 2.8, Chinese 3.1, Russian 3.8, Korean 4.3, Arabic 4.8, Thai 9.5.
+WEAK_RATIO = 1.5
 
 
 @dataclass(frozen=True)
@@ -34,6 +41,11 @@ class LossSum:
 def exact(answer: str, reference: str) -> dict[str, float]:
     """Whether the answer equals the reference, but for white space at its ends."""
     return {"exact match": float(answer.strip() == reference.strip())}
+
+
+def accuracy(answer: str, reference: str) -> dict[str, float]:
+    """Whether the answer is the right label, but for white space at its ends and the order of keys in JSON."""
+    return {"accuracy": float(label_of(answer) == label_of(reference))}
 
 
 def valid_json(answer: str, reference: str) -> dict[str, float]:
@@ -92,10 +104,12 @@ def parse_tool_calls(text: str) -> list[dict[str, Any]] | None:
 
 
 def average(scores: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    """Mean of each figure over rows."""
-    rows = list(scores)
-    names: Sequence[str] = list(rows[0]) if rows else []
-    return {name: sum(row[name] for row in rows) / len(rows) for name in names}
+    """Mean of each figure over the rows that have it, in the order in which figures are first met."""
+    values: dict[str, list[float]] = {}
+    for row in scores:
+        for name, value in row.items():
+            values.setdefault(name, []).append(value)
+    return {name: sum(found) / len(found) for name, found in values.items()}
 
 
 def _load(text: Any) -> Any:
@@ -121,4 +135,4 @@ def _same(given: Any, expected: Any) -> bool:
     return bool(given == expected)
 
 
-METRICS: dict[str, Metric] = {"exact": exact, "json": valid_json, "tools": tool_calls}
+METRICS: dict[str, Metric] = {"exact": exact, "labels": accuracy, "json": valid_json, "tools": tool_calls}

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from thimble.core.labels import AnswerCounts
 from thimble.data.encode import Encoder, Row
 from thimble.data.records import Skipped
 from thimble.data.rows import Record
@@ -27,6 +28,7 @@ class EncodeReport:
     truncated_tokens: int = 0
     rows_without_labels: list[str] = field(default_factory=list)  # sources; these are left out
     lengths: Sequence[int] = field(default_factory=lambda: array("q"))  # in tokens, after truncation
+    answers: AnswerCounts = field(default_factory=AnswerCounts)  # the last answer of each row
 
     @property
     def tokens(self) -> int:
@@ -70,6 +72,8 @@ def encode_all(
             for row in encoder.encode(record, written):
                 if report.count(row):
                     rows.append(row)
+            if (answer := last_answer(record)) is not None:
+                report.answers.add(answer)
         except DataError as error:
             skipped.add(record.source, *error.problems)
     skipped.check()
@@ -82,6 +86,14 @@ def encode_all(
             "For plain text set loss_on to auto or all."
         )
     return rows, report
+
+
+def last_answer(record: Record) -> str | None:
+    """The last answer of a record that ends in one, as it was given; None for plain text."""
+    if record.messages is None:
+        return record.completion
+    last = record.messages[-1] if record.messages else {"role": ""}
+    return (last.get("content") or "") if last["role"] == "assistant" else None
 
 
 def _asked_ahead(records: Items[Record], encoder: Encoder) -> Iterator[tuple[Record, Renderings | None]]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from thimble.config.groups import DataOptions
 from thimble.config.train import TrainConfig
+from thimble.core.labels import AnswerCounts
 from thimble.data.columns import NamedColumns
 from thimble.data.encode import Encoder, Row
 from thimble.data.encode_all import EncodeReport, encode_all
@@ -34,6 +35,24 @@ class Examples:
         """How many rows cannot be used, or have nothing to learn."""
         reports = (self.train_report, self.valid_report)
         return self.dataset.skipped.count + sum(len(report.rows_without_labels) for report in reports)
+
+    @property
+    def answers(self) -> AnswerCounts:
+        """How often rows have the same answer, validation rows included."""
+        return self.train_report.answers + self.valid_report.answers
+
+    @functools.cached_property
+    def known(self) -> frozenset[int]:
+        """Numbers of the validation rows that are also among the training rows, token by token."""
+        held = {row.ids.tobytes() for row in self.valid}
+        learned = {ids for row in self.train if (ids := row.ids.tobytes()) in held} if held else ()
+        return frozenset(number for number, row in enumerate(self.valid) if row.ids.tobytes() in learned)
+
+    @functools.cached_property
+    def unseen(self) -> tuple[int, ...]:
+        """Numbers of the validation rows that say something new: not trained on, and each content once."""
+        first = {row.ids.tobytes(): number for number, row in reversed(list(enumerate(self.valid)))}
+        return tuple(sorted(set(first.values()) - self.known))
 
 
 def make_encoder(model: Model, config: DataOptions) -> Encoder:
@@ -88,12 +107,10 @@ def log_examples(examples: Examples, log: EventLog) -> None:
     held = plural(len(examples.valid), "row")
     log.note(f"data: {plural(len(examples.train), 'row')} of {dataset.format} to learn from, {held} held out")
     log_read(examples, log)
-    held_ids = {row.ids.tobytes(): row.source for row in examples.valid}
-    known = {held_ids[ids] for row in examples.train if (ids := row.ids.tobytes()) in held_ids} if held_ids else ()
-    if known:
+    if known := [examples.valid[number].source for number in sorted(examples.known)]:
         log.warning(
-            f"also among the training rows: {plural(len(known), 'validation row')} ({listing(sorted(known), 3)}), "
-            "where memory is enough to do well"
+            f"also among the training rows: {plural(len(known), 'validation row')} ({listing(known, 3)}), where memory "
+            "is enough to do well"
         )
     for name, report in (("training", examples.train_report), ("validation", examples.valid_report)):
         _log_lengths(name, report, log)

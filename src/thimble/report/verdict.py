@@ -5,18 +5,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from thimble.core.metrics import WEAK_RATIO
+from thimble.core.significance import CHANCE, LEAST_ROWS, LOSS_CHANCE, Paired, fisher, is_clear, wilson
 from thimble.errors import plural
 from thimble.report.formatting import THIN, is_number, number, percent
 
 Report = Mapping[str, Any]
 Steps = Sequence[Mapping[str, Any]]
 
-STRICTEST = ("all arguments right", "all fields right", "exact match")  # the metric that decides, if there is one
+# The metric that decides, if there is one.
+STRICTEST = ("all arguments right", "all fields right", "accuracy", "exact match")
 SHARES = ("fields right",)  # means of shares, not of right-or-wrong: never shown as a count of rows
-CHANCE = 0.025  # a change of counts is called clear if chance alone would bring it less often than this
 GOOD_SHARE, HALF_SHARE = 0.9, 0.5  # of rows right after training: "yes", "mostly", below that "partly"
 LOSS_MARGIN_NATS = 0.01  # a smaller change of the validation loss is called none
-FORGOT_LITTLE, FORGOT_SOME = 0.02, 0.10  # rise of perplexity on general text
+FORGOT_LITTLE, FORGOT_SOME, FORGOT_MOST = 0.02, 0.10, 1.0  # rise of perplexity on general text
+RECALL_SHARE = 0.25  # of the fall on training rows: less on validation rows is rather recall than learning
 MOST_NATS = 700.0  # exp of more overflows
 
 
@@ -24,9 +27,10 @@ MOST_NATS = 700.0  # exp of more overflows
 class Verdict:
     """The answer to "did it work?"."""
 
-    tone: str  # `good`, `mixed`, `bad` or `unknown`
+    tone: str  # `good`, `mixed`, `bad`, or `unknown`, which is shown without a colour
     word: str  # one or two words
     text: str  # a few sentences
+    cautions: tuple[str, ...] = ()  # what the words above do not cover, a sentence or two each
 
 
 def judge(report: Report, steps: Steps) -> Verdict:
@@ -37,13 +41,94 @@ def judge(report: Report, steps: Steps) -> Verdict:
         return Verdict("unknown", "Nothing was trained", "No step was taken, so the adapter changes nothing.")
     key = _key_metric(report)
     if not key and not is_number(report["loss_after"]):
-        return Verdict("unknown", "Not measured", _why_unmeasured(report, steps))
-    verdict = _by_metric(report, key) if key else _by_loss(report)
+        return Verdict("unknown", "Not measured", _why_unmeasured(report, steps), _cautions(report))
+    tries = _tries(report, steps, not key)
+    verdict = _by_metric(report, key, tries) if key else _by_loss(report, tries)
+    tone, word, text = verdict.tone, verdict.word, verdict.text
     forgotten = forgetting(report)[0]
-    if forgotten not in ("some", "much"):
-        return verdict
-    tone = "mixed" if forgotten == "much" and verdict.tone == "good" else verdict.tone
-    return Verdict(tone, verdict.word, f"{verdict.text} It forgot {forgotten} of its general knowledge.")
+    if forgotten in ("some", "much"):
+        tone = "mixed" if forgotten == "much" and tone == "good" else tone
+        word = f"{word}, but it forgot much" if _general_rise(report) >= FORGOT_MOST and tone == "mixed" else word
+        text = f"{text} It forgot {forgotten} of its general knowledge."
+    if not key and _is_weak(report) and tone == "good":
+        tone = "mixed"  # what is predicted better may still be gibberish
+    return Verdict(tone, word, text, _cautions(report))
+
+
+def _tries(report: Report, steps: Steps, is_by_loss: bool) -> int:
+    """Among how many states of the adapter the result was chosen by validation rows: each is a chance of its own.
+
+    Levels of chance are divided by it (Bonferroni). The loss on these rows chooses even where the last step is kept,
+    for then it was not clearly worse; answers only come into it where an earlier step is.
+    """
+    if not is_by_loss and report.get("best_step") in (None, 0, report["steps"]):
+        return 1
+    return 1 + sum("held_out_loss" in row for row in steps)
+
+
+# ---- cautions -----------------------------------------------------------------------------------------------------
+
+
+def _cautions(report: Report) -> tuple[str, ...]:
+    """What a reader of the verdict must know with it."""
+    found = [_forgot_much(report), _weak_language(report), _known(report), _recall(report), _no_better_than_one(report)]
+    return tuple(text for text in found if text)
+
+
+def _forgot_much(report: Report) -> str:
+    word, sentence = forgetting(report)
+    return sentence if word in ("some", "much") else ""
+
+
+def _is_weak(report: Report) -> bool:
+    return bool(report.get("token_ratio", 0.0) >= WEAK_RATIO)
+
+
+def _weak_language(report: Report) -> str:
+    if not _is_weak(report):
+        return ""
+    return (
+        f"The base hardly knows this language: its words take {number(report['token_ratio'], 1)} times the tokens of "
+        "English ones. A lower loss does not make its sentences right: read some answers, or take a base made for the "
+        "language."
+    )
+
+
+def _known(report: Report) -> str:
+    known, rows = report.get("known_rows", 0), report.get("validation_rows", 0)
+    if not known:
+        return ""
+    return (
+        f"{known:,} of {plural(rows, 'validation row')} {'is' if known == 1 else 'are'} also among the training rows: "
+        "doing well there shows memory, and nothing is concluded from them."
+    )
+
+
+def _recall(report: Report) -> str:
+    """Whether the training rows were learned by heart rather than what they have in common with others."""
+    before, after = report.get("loss_train_before"), report.get("loss_train_after")
+    values = (before, after, loss_before(report), report["loss_after"])
+    if not all(map(is_number, values)):
+        return ""
+    train, valid = before - after, loss_before(report) - report["loss_after"]
+    if train < 10 * LOSS_MARGIN_NATS or valid > RECALL_SHARE * train:
+        return ""
+    change = f"went from {number(values[2])} to {number(values[3])}"
+    return (
+        f"It mostly learned the training rows by heart: there the loss fell from {number(before)} to {number(after)}; "
+        f"on validation rows it {change}."
+    )
+
+
+def _no_better_than_one(report: Report) -> str:
+    """Whether labels are found no better than by always writing the most frequent one."""
+    scores = (report.get("labels") or {}).get("after") or {}
+    if not scores or scores["baseline_chance"] <= CHANCE:
+        return ""
+    return (
+        f"Always writing “{scores['majority']}” would be right in {percent(scores['baseline'])} of these rows; the "
+        f"accuracy of {percent(scores['accuracy'])} is not clearly above that."
+    )
 
 
 def _why_diverged(report: Report, steps: Steps) -> str:
@@ -86,91 +171,115 @@ def _key_metric(report: Report) -> str:
     return known[0] if known else ""
 
 
-def _by_metric(report: Report, key: str) -> Verdict:
-    rows, before, after = report["metrics_rows"], report["metrics_before"][key], report["metrics_after"][key]
-    old, new = round(before * rows), round(after * rows)
-    on, loss = f"On {plural(rows, 'validation row')}", _loss_sentence(report)
+def _by_metric(report: Report, key: str, tries: int) -> Verdict:
+    before, after = report["metrics_before"][key], report["metrics_after"][key]
+    on, loss = f"On {plural(rows_of(report, key), 'validation row')}", _loss_sentence(report)
     change = f"“{key}” went from {score(report, key, before)} to {score(report, key, after)}"
-    if _is_clear_rise(new, old, rows):
+    compared = (report.get("metric_comparisons") or {}).get(key, {}).get("rows", report["metrics_rows"])
+    if compared < LEAST_ROWS:
+        return _too_few(compared, f"{on}, {change}. {loss}")
+    if _is_clear(report, key, "chance_worse", tries):
         return Verdict("bad", "No", f"It got worse. {on}, {change}. {loss}")
-    if _is_clear_rise(old, new, rows):
+    if _is_clear(report, key, "chance", tries):
         word = "Yes" if after >= GOOD_SHARE else "Mostly" if after >= HALF_SHARE else "Partly"
+        word = "Partly" if key == "accuracy" and _no_better_than_one(report) else word
         return Verdict("mixed" if word == "Partly" else "good", word, f"{on}, {change}{_left(report, key)}. {loss}")
     if before >= GOOD_SHARE:
         text = f"The base was good at it: {on.lower()}, {change}. {loss}"
         return Verdict("unknown", "There was little to learn", text)
-    risen = [f"“{name}”" for name in report["metrics_before"] if _has_clearly_risen(report, name)]
+    others = [name for name in report["metrics_before"] if name != key]
+    risen = [f"“{name}”" for name in others if _is_clear(report, name, "chance", tries * len(others))]
     if risen:
         return Verdict("mixed", "Partly", f"{on}, {' and '.join(risen)} clearly rose, but {change}. {loss}")
-    if new > old:
+    if after > before:
         return Verdict("mixed", "Unclear", f"{on}, {change}. A difference this small may be chance. {loss}")
     return Verdict("bad", "No", f"The answers are no better. {on}, {change}. {loss}")
 
 
 def _left(report: Report, key: str) -> str:
     """How many rows are still wrong, if the metric counts rows."""
-    wrong = report["metrics_rows"] - round(report["metrics_after"][key] * report["metrics_rows"])
+    rows = rows_of(report, key)
+    wrong = rows - round(report["metrics_after"][key] * rows)
     return f"; {wrong:,} {'is' if wrong == 1 else 'are'} still not right" if wrong and is_count(report, key) else ""
 
 
 def score(report: Report, name: str, share: float) -> str:
-    """A metric as a count of rows if it is one, else as percent."""
-    return f"{round(share * report['metrics_rows']):,}" if is_count(report, name) else percent(share)
+    """A metric as a count of rows if it is one, else as percent; what is no share as it is."""
+    if is_count(report, name):
+        return f"{round(share * rows_of(report, name)):,}"
+    return percent(share) if 0 <= share <= 1 else number(share)
+
+
+def rows_of(report: Report, name: str) -> int:
+    """Answers that have a metric: all, unless a metric of the user's own left some out."""
+    found = (report.get("metric_comparisons") or {}).get(name, {})
+    return int(found.get("rows_after") or report["metrics_rows"])
 
 
 def is_count(report: Report, name: str) -> bool:
     """Whether a metric is the mean of right-or-wrong, so that it can be shown as so many of so many rows."""
-    rows = report["metrics_rows"]
+    rows, compared = rows_of(report, name), (report.get("metric_comparisons") or {}).get(name, {})
+    if compared.get("rows_before", rows) != rows:
+        return False
     shares = [metrics[name] for metrics in (report["metrics_before"], report["metrics_after"]) if name in metrics]
     counts = [share * rows if is_number(share) else math.nan for share in shares]
     return name not in SHARES and all(0 <= count <= rows and abs(count - round(count)) < 1e-6 for count in counts)
 
 
-def _has_clearly_risen(report: Report, name: str) -> bool:
-    rows, before, after = report["metrics_rows"], report["metrics_before"][name], report["metrics_after"].get(name)
-    return is_number(before) and is_number(after) and _is_clear_rise(round(before * rows), round(after * rows), rows)
+def _is_clear(report: Report, name: str, side: str, tries: int) -> bool:
+    """Whether chance alone would hardly bring this rise (`chance`) or fall (`chance_worse`), row by row.
 
-
-def _is_clear_rise(before: int, after: int, rows: int) -> bool:
-    """Fisher's exact test, one-sided: would chance alone put this many of all right answers on the second side?
-
-    For means of shares the counts are rounded, which errs on the careful side: they vary less than right-or-wrong does.
+    A report of an older release does not know which rows rose: there the counts are compared.
     """
-    total = before + after
-    if not 0 <= before < after <= rows:
+    compared = (report.get("metric_comparisons") or {}).get(name)
+    before, after = report["metrics_before"][name], report["metrics_after"].get(name)
+    if not is_number(before) or not is_number(after) or (after > before) != (side == "chance"):
         return False
-    tail = range(after, min(rows, total) + 1)
-    chance = (_log_choose(rows, k) + _log_choose(rows, total - k) - _log_choose(2 * rows, total) for k in tail)
-    return sum(map(math.exp, chance)) < CHANCE
+    if compared:
+        return bool(compared["rows"] >= LEAST_ROWS and compared[side] <= CHANCE / tries)
+    rows = report["metrics_rows"]
+    low, high = sorted((round(before * rows), round(after * rows)))
+    return fisher(low, high, rows) < CHANCE / tries
 
 
-def _log_choose(of: int, some: int) -> float:
-    return math.lgamma(of + 1) - math.lgamma(some + 1) - math.lgamma(of - some + 1)
+def _too_few(rows: int, sentence: str) -> Verdict:
+    text = f"{plural(rows, 'new validation row')} cannot tell a gain from chance; {LEAST_ROWS} are the least."
+    return Verdict("unknown", "Too few rows to tell", f"{text} {sentence}")
 
 
 def interval(share: float, rows: int) -> str:
     """Wilson's 95 % interval: between which values the metric would lie on very many rows of the same kind."""
-    z = 1.96
-    middle = (share + z * z / (2 * rows)) / (1 + z * z / rows)
-    half = z / (1 + z * z / rows) * math.sqrt(share * (1 - share) / rows + z * z / (4 * rows * rows))
-    return f"{max(middle - half, 0) * 100:.0f}–{min(middle + half, 1) * 100:.0f}{THIN}%"
+    low, high = wilson(share, rows)
+    return f"{low * 100:.0f}–{high * 100:.0f}{THIN}%"
 
 
 # ---- by loss ------------------------------------------------------------------------------------------------------
 
 
-def _by_loss(report: Report) -> Verdict:
+def _by_loss(report: Report, tries: int) -> Verdict:
     change, sentence = report["loss_after"] - loss_before(report), _loss_sentence(report)
     if not is_number(change):
         return Verdict(
             "unknown", "Unclear", "The validation loss was only measured after training: nothing to compare."
         )
+    if compared := report.get("loss_comparison"):  # reports of an older release have none
+        paired = Paired(**compared)
+        if paired.rows < LEAST_ROWS:
+            return _too_few(paired.rows, sentence)
+        is_up = change > 0
+        tested = Paired(paired.rows, paired.worse, paired.better, -paired.t, paired.chance_worse, paired.chance)
+        if abs(change) > LOSS_MARGIN_NATS and not is_clear(tested if is_up else paired, LOSS_CHANCE / tries):
+            return Verdict("mixed", "Unclear", f"{sentence} {_rows_apart(paired)}: a change like this may be chance.")
     if change < -LOSS_MARGIN_NATS:
         text = "It predicts unseen rows better than the base did; whether it answers better, only its answers can show."
         return Verdict("good", "Yes, by the loss", f"{sentence} {text}")
     if change > LOSS_MARGIN_NATS:
         return Verdict("bad", "No", f"{sentence} It fits the training rows and does not generalise.")
     return Verdict("mixed", "No change", sentence)
+
+
+def _rows_apart(paired: Paired) -> str:
+    return f"Of {plural(paired.rows, 'row')} compared one by one, {paired.better:,} fell and {paired.worse:,} rose"
 
 
 def _loss_sentence(report: Report) -> str:
@@ -197,7 +306,7 @@ def forgetting(report: Report) -> tuple[str, str]:
     before, after = report["general_before"], report["general_after"]
     if not (is_number(before) and is_number(after)):
         return "", "Not measured."
-    rise = math.exp(min(after - before, MOST_NATS)) - 1
+    rise = _general_rise(report)
     change = f"perplexity on a small general sample {'rose' if rise >= 0 else 'fell'} by {percent(abs(rise))}"
     if rise < -FORGOT_LITTLE:
         return "nothing", f"Forgot nothing: {change}."
@@ -206,3 +315,9 @@ def forgetting(report: Report) -> tuple[str, str]:
     if rise < FORGOT_SOME:
         return "some", f"Forgot some: {change}. Fewer steps or a lower learning rate forget less."
     return "much", f"Forgot much: {change}. Fewer steps, a lower learning rate or a smaller rank forget less."
+
+
+def _general_rise(report: Report) -> float:
+    """The rise of perplexity on general text, as a share; NaN if it was not measured."""
+    before, after = report["general_before"], report["general_after"]
+    return math.exp(min(after - before, MOST_NATS)) - 1 if is_number(before) and is_number(after) else math.nan

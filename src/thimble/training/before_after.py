@@ -2,15 +2,16 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from thimble.backends.session import Session, TrainState
 from thimble.errors import listing, plural
 from thimble.models.execution import ExecutionPlan
+from thimble.training.answers import Answer, of_every_label
 from thimble.training.control import Control
-from thimble.training.evaluation import Answer
 from thimble.training.protocols import Before, Scores, Task
 
-SHOWN_SAMPLES = 6
+SHOWN_SAMPLES, MOST_SAMPLES = 6, 12
 INITIAL_NATS = 0.5  # that an initial adapter may be worse than the base
 
 
@@ -50,13 +51,33 @@ def measure_after(
     return after
 
 
-def compare_answers(before: Sequence[Answer], after: Sequence[Answer]) -> list[dict[str, str]]:
-    """A few validation rows side by side, those that changed for the better first."""
-    pairs = sorted(
-        zip(before, after, strict=True), key=lambda pair: sum(pair[0].scores.values()) - sum(pair[1].scores.values())
-    )
-    few = pairs[: SHOWN_SAMPLES // 2] + pairs[-(SHOWN_SAMPLES - SHOWN_SAMPLES // 2) :]
+def compare_answers(
+    before: Sequence[Answer], after: Sequence[Answer], has_labels: bool = False
+) -> list[dict[str, str]]:
+    """A few validation rows side by side, those that changed for the better first; with labels some of every label."""
+    pairs = list(zip(before, after, strict=True))
+    if has_labels:
+        few = [pairs[number] for number in of_every_label(after, SHOWN_SAMPLES, MOST_SAMPLES)]
+    else:
+        pairs.sort(key=lambda pair: sum(pair[0].scores.values()) - sum(pair[1].scores.values()))
+        few = pairs[: SHOWN_SAMPLES // 2] + pairs[-(SHOWN_SAMPLES - SHOWN_SAMPLES // 2) :]
+        few = few if len(pairs) > SHOWN_SAMPLES else pairs
     return [
         {"asked": old.asked, "reference": old.reference, "before": old.written, "after": new.written}
-        for old, new in (few if len(pairs) > SHOWN_SAMPLES else pairs)
+        for old, new in few
     ]
+
+
+def all_answers(before: Sequence[Answer], after: Sequence[Answer]) -> list[dict[str, Any]]:
+    """Every validation row that was answered, with answers and scores; of a run cut short only those from before."""
+    rows = [
+        {
+            "source": old.source, "asked": old.asked, "reference": old.reference, "before": old.written,
+            "scores_before": dict(old.scores),
+        }
+        for old in before
+    ]  # fmt: skip
+    if len(after) != len(before):
+        return rows
+    ends = ({"after": new.written, "scores_after": dict(new.scores)} for new in after)
+    return [row | end for row, end in zip(rows, ends, strict=True)]

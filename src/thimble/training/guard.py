@@ -20,6 +20,8 @@ IN_A_ROW = 2  # steps that no model makes, until the run rolls back
 SPIKES_IN_A_ROW = 4  # spikes, likewise
 MAX_ROLLBACKS = 3  # before it is given up
 CLEAR_ERRORS = 2.0  # standard errors, over rows, above the best measurement: a clear rise
+# Rows to stop by: of runs whose loss only shakes, patience 3 ends 11 % with 3 rows, 6 % with 8 and under 5 % with 10.
+LEAST_TO_STOP = 10
 SLOWER = 0.5  # what the learning rate is multiplied by at each rollback
 
 

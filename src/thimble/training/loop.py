@@ -41,6 +41,7 @@ class LoopPlan:
     execution: ExecutionPlan  # how a step is run
     eval_every_steps: int = 0  # how often validation rows are measured during training; 0 is never
     patience: int = 0  # clear rises of their loss in a row that end the run; 0 is never
+    keeps_best: bool = True  # whether validation rows are enough to return to the step that did best on them
     checkpoint_every_steps: int | None = None  # how often a checkpoint is saved; None is never
     checkpoint_every_minutes: float = 0.0  # likewise, by the clock; 0 is never
     checkpoint: Checkpoint | None = None  # where the run is resumed, or None
@@ -86,6 +87,7 @@ def run(
     loop = _Loop(plan, task, session, collective, sink, control)
     before = loop.measure_before()
     loop.train()
+    loop.write_adapter()
     after = loop.measure_after(before)
     session.release()
     return TrainResult(
@@ -145,6 +147,13 @@ class _Loop:
                 f"memory ran out while the result was measured ({error}): --adapter of evaluate can do that"
             )
             return None
+
+    def write_adapter(self) -> None:
+        """Keep what was learned before it is measured, so that nothing that goes wrong there can cost it."""
+        try:
+            self.sink.write_adapter(self.session.adapter(self.state))
+        except OSError as error:
+            self.log.warning(f"the adapter cannot be written ({error.strerror or error}); it is tried again at the end")
 
     # ---- steps ----------------------------------------------------------------------------------------------------
 
@@ -267,7 +276,8 @@ class _Loop:
         """The mean loss of the watched rows; the best adapter is remembered."""
         began = time.perf_counter()
         rows = self.task.watch(self.session, self.state.active, self.progress.execution)
-        if self.progress.plateau.add(self.progress.steps, [row.mean for row in rows]):
+        is_best = self.progress.plateau.add(self.progress.steps, [row.mean for row in rows])
+        if is_best and self.plan.keeps_best:
             self.best = self.session.snapshot(self.state)["adapter"]
         self.idle_seconds += time.perf_counter() - began
         return sum(rows, LossSum()).mean

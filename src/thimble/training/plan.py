@@ -6,7 +6,6 @@ from pathlib import Path
 
 from thimble.config.train import TrainConfig
 from thimble.core.method import parse_init
-from thimble.core.metrics import Metric
 from thimble.core.targets import Size, select_layers
 from thimble.data.encode import Row
 from thimble.data.examples import Examples, general_rows, log_examples, open_data, split_and_encode
@@ -18,11 +17,15 @@ from thimble.models.adapter_base import difference
 from thimble.models.cost import MemoryPlan, StepWork, adapter_parameters, cache_token_bytes
 from thimble.models.execution import ExecutionPlan
 from thimble.training import run_folder
+from thimble.training.answers import Question
 from thimble.training.calibration import CalibrationData
 from thimble.training.checkpoint import Checkpoint, check_origin, latest_checkpoint, origin_of, saved_origin
-from thimble.training.evaluation import Question, ValidationSet, choose_metric, make_questions
+from thimble.training.evaluation import ValidationSet, rows_alone
+from thimble.training.evidence import log_evidence, log_watched
+from thimble.training.guard import LEAST_TO_STOP
 from thimble.training.initialise import check_init
 from thimble.training.memory_plan import RunCost, plan_cost
+from thimble.training.metric import ChosenMetric, choose_questions
 from thimble.training.moved import log_new_places, missing_parts
 from thimble.training.step_schedule import StepSchedule
 
@@ -34,7 +37,6 @@ WATCHED_SHARE = 0.05  # of a run's time, spent on validation rows during trainin
 TRAINED_TOKEN_COST = 2.5  # of a token that is trained on, in tokens that are only measured
 MOST_WATCHES, LEAST_WATCHES = 9, 3  # measurements during training
 LEAST_WATCHED = 16  # rows: fewer say too little to stop by
-SHOWN_WITHOUT_METRIC = 3  # validation rows that are answered only to be shown
 
 
 @dataclass(frozen=True)
@@ -55,10 +57,22 @@ class RunPlan:
     seconds_per_step: float  # expected
     execution: ExecutionPlan  # how a step is run
     validation: ValidationSet  # what the base and the result are measured on
-    metric_name: str  # what the metric is called
+    metric: ChosenMetric  # what answers are scored with
+    token_ratio: float  # tokens for the words of the data, in those for English ones; 0 if there are too few
     origin: dict[str, str]  # what the run is made of, by hash, and what its sums depend on
     checkpoint: Checkpoint | None  # where it is resumed, or None
     folder: Path  # the run folder, not made yet
+    answers_path: str | None  # a file for all answers, if the user wants one; no part of what repeats the run
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the watched rows are enough to stop by, and to return to the step that did best on them."""
+        return len(self.watched) >= LEAST_TO_STOP
+
+    @property
+    def patience(self) -> int:
+        """Clear rises in a row that end the run; 0 is never."""
+        return self.config.patience if self.keeps_best else 0
 
     def calibration_data(self) -> CalibrationData:
         """The rows that initializations and ranks are found on: those of the first steps."""
@@ -72,7 +86,7 @@ class RunPlan:
 def plan_run(config: TrainConfig, log: EventLog, needs_folder: bool = True) -> RunPlan:
     """Check everything that can be wrong, decide what was left open; raises InputError with every problem."""
     log.stage("reading the base and the examples")
-    model, sizes, examples, questions, (metric_name, metric), folder = _check(config, needs_folder, log)
+    model, sizes, examples, questions, metric, folder = _check(config, needs_folder, log)
     log.note(f"base: {describe_base(model)}")
     for note in model.base.spec.notes:
         log.note(note)
@@ -82,15 +96,14 @@ def plan_run(config: TrainConfig, log: EventLog, needs_folder: bool = True) -> R
         if told := difference(init.path, load_adapter(init.path), model.base):
             log.warning(told)
     log_examples(examples, log)
+    ratio = log_evidence(examples, model.tokenizer, config.valid_split, log)
     checkpoint = latest_checkpoint(folder) if config.resume else None
     kept = checkpoint.progress.get("execution") if checkpoint else None  # sums in another order end in other digits
     cost = plan_cost(config, model.base, examples, sizes, (ExecutionPlan(**kept),) if kept else ())
     _log_cost(cost, len(examples.train), model.base.spec.num_layers, log)
     steps = cost.step_schedule.total_steps or (cost.step_schedule.minutes or 0.0) * 60 / cost.seconds_per_step
     watched, every = _choose_watched(config, examples, steps)
-    if every:
-        stops = f"; {config.patience} clearly above the lowest in a row end the run" if config.patience else ""
-        log.decision(f"validation loss: on {plural(len(watched), 'row')} every {plural(every, 'step')}{stops}")
+    log_watched(watched, every, config.patience, log)
     origin = _origin(model, examples, cost)
     for name in checkpoint.damaged if checkpoint else ():
         log.warning(f"checkpoint {name} is damaged and is left out: the run goes on from step {checkpoint.step}")
@@ -102,14 +115,15 @@ def plan_run(config: TrainConfig, log: EventLog, needs_folder: bool = True) -> R
         config=_resolved(config, cost, folder), model=model, examples=examples, general=general_rows(model, config),
         sizes=sizes, watched=watched, eval_every_steps=every, step_schedule=cost.step_schedule,
         memory=cost.memory, allowed_bytes=cost.allowed_bytes, work=cost.work, seconds_per_step=cost.seconds_per_step,
-        execution=cost.execution, validation=_validation_set(config, model, examples, questions, metric, cost),
-        metric_name=metric_name, origin=origin, checkpoint=checkpoint, folder=folder,
+        execution=cost.execution, validation=_validation_set(config, model, examples, questions, cost), metric=metric,
+        token_ratio=ratio, origin=origin, checkpoint=checkpoint, folder=folder,
+        answers_path=config.answers,
     )  # fmt: skip
 
 
 def _check(
     config: TrainConfig, needs_folder: bool, log: EventLog
-) -> tuple[Model, dict[str, Size], Examples, list[Question], tuple[str, Metric | None], Path]:
+) -> tuple[Model, dict[str, Size], Examples, list[Question], ChosenMetric, Path]:
     """Read everything, and refuse the run with every problem found."""
     problems = Problems(config.problems)
     missing = missing_parts(config)
@@ -123,8 +137,11 @@ def _check(
         needed = RUN_FOLDER_BYTES + trained * 4 * ADAPTER_FILES
         problems.attempt(run_folder.check_folder, folder, config.resume, needed)
     examples = problems.attempt(split_and_encode, dataset, model, config, log) if model and dataset else None
-    questions = make_questions(examples.valid_records, examples.encoder, config.eval_rows) if examples else []
-    metric = None if "metric" in missing else problems.attempt(choose_metric, config.metric, questions)
+    questions: list[Question] = []
+    metric = None
+    problems.attempt(run_folder.check_new_file, config.answers, "--answers")
+    if examples and "metric" not in missing:
+        questions, metric = problems.attempt(choose_questions, examples, config, bool(config.answers)) or ([], None)
     model, sizes, examples, metric = problems.required(model, sizes, examples, metric)
     return model, sizes, examples, questions, metric, folder
 
@@ -151,7 +168,7 @@ def _resolved(config: TrainConfig, cost: RunCost, folder: Path) -> TrainConfig:
     length = {} if config.epochs or schedule.minutes else {"max_steps": schedule.total_steps}
     return config.replace(
         out=str(folder), compute=cost.compute, store=cost.execution.store, learning_rate=schedule.rate,
-        warmup_steps=schedule.warmup_steps, remeasure=False, **length,
+        warmup_steps=schedule.warmup_steps, remeasure=False, answers=None, **length,
     )  # fmt: skip
 
 
@@ -160,15 +177,14 @@ def _validation_set(
     model: Model,
     examples: Examples,
     questions: list[Question],
-    metric: Metric | None,
     cost: RunCost,
 ) -> ValidationSet:
     """What is measured; the cache of an answer may take what training takes for activations, so that is the peak."""
-    asked = questions if metric else questions[:SHOWN_WITHOUT_METRIC]
     cache_tokens = cost.memory.activations // cache_token_bytes(model.base.spec, cost.compute)
     planned_tokens = cost.execution.micro_tokens * cost.execution.num_shares
     most_new = config.max_new_tokens
-    return ValidationSet(examples.valid, asked, metric, model.tokenizer, most_new, cache_tokens, planned_tokens)
+    alone = rows_alone(examples.unseen)
+    return ValidationSet(examples.valid, questions, model.tokenizer, most_new, cache_tokens, planned_tokens, alone)
 
 
 def _choose_watched(config: TrainConfig, examples: Examples, steps: float) -> tuple[list[Row], int]:
@@ -177,8 +193,8 @@ def _choose_watched(config: TrainConfig, examples: Examples, steps: float) -> tu
     All of it takes at most a small share of the run: as many rows as that allows, and at least LEAST_WATCHED, for which
     a short run is measured less often, or not at all.
     """
-    rows = list(examples.valid)
-    if not rows or config.eval_every_steps == 0:
+    rows = [examples.valid[number] for number in examples.unseen]
+    if not rows or config.eval_every_steps == 0 or (len(rows) < LEAST_TO_STOP and not config.eval_every_steps):
         return [], 0
     tokens = sum(len(row.ids) for row in rows) / len(rows)
     step_tokens = min(config.batch_tokens, examples.train_report.tokens)

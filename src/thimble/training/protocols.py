@@ -1,17 +1,19 @@
 """The seams of the training loop: what it trains on, who adds up its gradients, and who writes its files."""
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from thimble.backends.session import ActiveAdapter, Gradient, Objective, Session, Work
+from thimble.core.adapter import Adapter
 from thimble.core.metrics import LossSum, average
 from thimble.models.execution import ExecutionPlan
+from thimble.training.answers import Answer
 from thimble.training.control import Control
-from thimble.training.evaluation import Answer
 
 
 @dataclass(frozen=True)
@@ -21,10 +23,12 @@ class Scores:
     loss: float  # nats per target token; NaN if nothing was held out, or the user wants to leave
     general_loss: float  # the same on general text, which training is not to spoil
     answers: Sequence[Answer] = ()  # what the model wrote, with the metrics of each answer
+    row_losses: Mapping[int, LossSum] = field(default_factory=dict)  # of some validation rows, by their numbers
+    train_loss: float = math.nan  # nats per target token of some training rows
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Mean of each metric over the answers."""
+        """Mean of each metric over the answers that have it."""
         return average(answer.scores for answer in self.answers)
 
 
@@ -98,3 +102,6 @@ class Sink(Protocol):
 
     def end_steps(self) -> None:
         """No further step follows."""
+
+    def write_adapter(self, adapter: Adapter) -> None:
+        """Keep the result, before it is measured; raises OSError if there is no room."""

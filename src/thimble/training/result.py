@@ -30,12 +30,24 @@ class TrainReport:
         loss_base: Validation loss of the bare base, nats per target token; NaN without validation rows.
         loss_before: The same with the adapter attached, before step 1.
         loss_after: The same after training.
+        loss_train_before: Loss of the base on some training rows, nats per target token.
+        loss_train_after: The same after training: how well those rows are remembered.
+        loss_comparison: Validation rows measured one by one before and after: `rows` compared, `better` and `worse`,
+            and `chance`, that random signs alone would give as large a gain.
+        validation_rows: Rows held out.
+        known_rows: Of these, rows that are also training rows; they are left out of comparisons.
+        token_ratio: Tokens for the words of the data, over those for English ones; 0 if there are too few words.
         general_before: Loss of the base on general text, nats per token.
         general_after: The same after training; the rise is what was forgotten.
         metric: Name of the metric.
         metrics_before: Metrics of the base over validation rows, 0 to 1.
         metrics_after: The same after training.
         metrics_rows: Validation rows answered.
+        metric_comparisons: By metric: answers that have it (`rows_before`, `rows_after`), and of `rows` compared those
+            that rose (`better`) and fell (`worse`), with the `chance` of so many rises (McNemar's exact test).
+        labels: If answers are labels: `training_rows` of each, and accuracy, majority baseline, precision, recall, F1
+            and confusion, `before` and `after`.
+        verdict: Whether it worked: `tone`, `word`, `text` and `cautions`.
         samples: Validation rows as asked, reference, and the answers before and after.
         skipped_rows: Rows left out, which skipped.jsonl lists with the reasons.
         adapter_parameters: Parameters of the adapter.
@@ -65,12 +77,21 @@ class TrainReport:
     loss_base: float = math.nan
     loss_before: float = math.nan
     loss_after: float = math.nan
+    loss_train_before: float = math.nan
+    loss_train_after: float = math.nan
+    loss_comparison: dict[str, Any] = field(default_factory=dict)
+    validation_rows: int = 0
+    known_rows: int = 0
+    token_ratio: float = 0.0
     general_before: float = math.nan
     general_after: float = math.nan
     metric: str = "none"
     metrics_before: Mapping[str, float] = field(default_factory=dict)
     metrics_after: Mapping[str, float] = field(default_factory=dict)
     metrics_rows: int = 0
+    metric_comparisons: dict[str, dict[str, Any]] = field(default_factory=dict)
+    labels: dict[str, Any] = field(default_factory=dict)
+    verdict: dict[str, Any] = field(default_factory=dict)
     samples: list[dict[str, str]] = field(default_factory=list)
     skipped_rows: int = 0
     adapter_parameters: int = 0

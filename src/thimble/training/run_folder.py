@@ -5,7 +5,7 @@ metrics.jsonl         one object a step
 start/                the initial A and B, where they cannot be drawn again from the seed alone
 before.json           the evaluation before training, saved so that a resumed run need not repeat it
 checkpoints/step-N/   state.safetensors and manifest.json (hashes); a folder counts only if they match
-adapter/              the result, in PEFT's layout
+adapter/              the result, in PEFT's layout; here before it is measured
 report.json           the report as data, and report.html for people
 manifest.json         hashes of base, data and result
 """
@@ -76,11 +76,19 @@ def _is_filled(folder: Path) -> bool:
     return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
 
 
-def check_room(folder: Path, needed_bytes: int) -> None:
-    """Refuse a folder, there or not, that cannot be written, or whose disk has no room."""
+def check_new_file(path: str | None, option: str) -> None:
+    """Refuse a file to write, if one is named, that exists or whose place cannot be written."""
+    if path and Path(path).exists():
+        raise ConfigError(f"{option} is {path}, which exists: name another file")
+    if path:
+        check_room(Path(path), 0, option)
+
+
+def check_room(folder: Path, needed_bytes: int, option: str = "--out") -> None:
+    """Refuse a folder or file, there or not, that cannot be written, or whose disk has no room."""
     parent = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ConfigError(f"--out is {folder}, but {parent} cannot be written to: name another folder")
+        raise ConfigError(f"{option} is {folder}, but {parent} cannot be written to: name another place")
     free = shutil.disk_usage(parent).free
     if free < needed_bytes:
         raise DoesNotFitError(

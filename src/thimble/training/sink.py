@@ -1,6 +1,7 @@
 """What a run writes: the sink of the training loop that fills a run folder."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,12 +12,15 @@ from numpy.typing import NDArray
 
 from thimble import __version__
 from thimble.core.adapter import Adapter
+from thimble.core.metrics import LossSum
 from thimble.events import EventLog
 from thimble.models.adapter_base import manifest_entry
 from thimble.models.base import Base
 from thimble.report.keys import to_json_dict
 from thimble.report.page import write_report
+from thimble.report.verdict import judge
 from thimble.training import run_folder
+from thimble.training.answers import Answer
 from thimble.training.checkpoint import (
     BEFORE,
     HASHED,
@@ -25,7 +29,6 @@ from thimble.training.checkpoint import (
     save_checkpoint,
     saved_origin,
 )
-from thimble.training.evaluation import Answer
 from thimble.training.protocols import Before, Scores
 from thimble.training.result import TrainReport
 
@@ -37,6 +40,7 @@ class RunFolderSink:
         self._folder, self._origin = folder, origin
         self._data = {str(path): run_folder.hash_file(path) for path in data}
         self._steps: run_folder.StepLog  # from the beginning of the run on
+        self._adapter: Path | None = None  # where the result is, once it is written
         clear_unfinished(folder)
 
     def begin(
@@ -59,7 +63,12 @@ class RunFolderSink:
         if not saved:
             return None
         answers = [Answer(**answer) for answer in saved["answers"]]
-        return Before(Scores(saved["loss_base"], saved["general_before"], answers), saved["loss_before"])
+        losses = {row: LossSum(nats, tokens) for row, nats, tokens in saved.get("row_losses", ())}
+        train_loss = saved.get("train_loss")
+        base = Scores(
+            saved["loss_base"], saved["general_before"], answers, losses, math.nan if train_loss is None else train_loss
+        )
+        return Before(base, saved["loss_before"])
 
     def _is_of_another_base(self) -> bool:
         began = saved_origin(self._folder)
@@ -72,6 +81,8 @@ class RunFolderSink:
             "loss_base": base.loss, "loss_before": before.loss, "general_before": base.general_loss,
             "metrics_before": base.metrics, "metrics_rows": len(answers), "answers": answers,
             "origin": {name: self._origin[name] for name in HASHED},
+            "row_losses": [(row, loss.nats, loss.tokens) for row, loss in base.row_losses.items()],
+            "train_loss": None if math.isnan(base.train_loss) else base.train_loss,
         }  # fmt: skip
         run_folder.write_json(self._folder / BEFORE, values)
 
@@ -90,14 +101,22 @@ class RunFolderSink:
         """Close metrics.jsonl."""
         self._steps.close()
 
+    def write_adapter(self, adapter: Adapter) -> None:
+        """Publish the adapter; raises OSError if there is no room."""
+        self._adapter = run_folder.publish_adapter(self._folder, adapter)
+
     def publish(self, adapter: Adapter, report: TrainReport, base: Base, log: EventLog) -> None:
-        """Write the adapter, the manifest and the reports; checkpoints that are needed no more go."""
+        """Write the adapter if it is not yet, the manifest and the reports; checkpoints that are needed no more go."""
         folder = self._folder
-        report.adapter = str(run_folder.publish_adapter(folder, adapter))
+        if self._adapter is None:
+            self.write_adapter(adapter)
+        report.adapter = str(self._adapter)
         place = manifest_entry(base, folder, self._origin["base"])
         about = {"name": base.name, "sha256": _fingerprint(base, log), **place}
         run_folder.write_manifest(folder, about, self._data, __version__)
-        write_report(folder / "report.html", asdict(report), run_folder.read_steps(folder / run_folder.STEPS))
+        steps = run_folder.read_steps(folder / run_folder.STEPS)
+        report.verdict = asdict(judge(asdict(report), steps))
+        write_report(folder / "report.html", asdict(report), steps)
         run_folder.write_json(folder / "report.json", to_json_dict(report))  # last: with it the run is done
         if report.status == "done" and not report.config.get("checkpoint_every_steps"):
             clear_checkpoints(folder)

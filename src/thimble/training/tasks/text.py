@@ -15,7 +15,8 @@ from thimble.errors import RunError, listing
 from thimble.models.base import Base
 from thimble.models.execution import ExecutionPlan
 from thimble.training.control import Control
-from thimble.training.evaluation import ValidationSet, measure, validation_loss
+from thimble.training.evaluation import ROWS_ALONE, ValidationSet, losses_alone, measure, validation_loss
+from thimble.training.metric import ChosenMetric, score_answers
 from thimble.training.plan import RunPlan
 from thimble.training.protocols import Scores
 
@@ -31,6 +32,8 @@ class TextTask:
     costs: Sequence[int]  # tokens of each
     watched: Sequence[Row]  # validation rows that are measured during training
     validation: ValidationSet  # what base and result are measured on
+    metric: ChosenMetric  # scores answers
+    train_sample: Sequence[Row]  # training rows that are measured too, to tell recall from generalisation
     general: Sequence[Row]  # rows of general text, for the forgetting check
     kl_rows: Sequence[Row]  # other rows of general text, on which the answers of the base are to be kept
     kl_weight: float  # of keeping them, from 0 up to 1
@@ -56,10 +59,14 @@ class TextTask:
         return list(session.losses(adapter, [pack([row]) for row in self.watched], execution))
 
     def evaluate(self, session: Session, adapter: ActiveAdapter, execution: ExecutionPlan, control: Control) -> Scores:
-        """Loss and answers of the validation rows, and the loss on general text."""
-        total, answers = measure(session, adapter, self.validation, execution, control)
+        """Loss and answers of the validation rows, and the loss on general text and some training rows."""
+        alone = losses_alone(session, adapter, self.validation, execution, control)
+        total, answers = measure(session, adapter, self.validation, execution, control, alone)
         loss = math.nan if control.should_stop() else total.mean
-        return Scores(loss, _loss(session, adapter, self.general, execution, control, "general text"), answers)
+        answers = score_answers(answers, self.metric, control.log)
+        general = _loss(session, adapter, self.general, execution, control, "general text")
+        train = _loss(session, adapter, self.train_sample, execution, control, "training rows")
+        return Scores(loss, general, answers, alone, train)
 
     def initial_loss(
         self, session: Session, adapter: ActiveAdapter, base: Scores, execution: ExecutionPlan, control: Control
@@ -111,8 +118,12 @@ def text_task(run_plan: RunPlan) -> TextTask:
     """The task of a run; where the answers of the base are kept, half of the general text is, and half is measured."""
     general, weight = run_plan.general, run_plan.config.keep_general
     kept, measured = (tuple(row for number, row in enumerate(general) if number % 4 // 2 == half) for half in (0, 1))
+    train, config = run_plan.examples.train, run_plan.config
+    count = min(ROWS_ALONE, len(train)) if run_plan.validation.rows else 0
+    sample = [train[int((place + 0.5) * len(train) / count)] for place in range(count)]
     return TextTask(
-        rows=run_plan.examples.train, costs=run_plan.examples.train_report.lengths, watched=run_plan.watched,
-        validation=run_plan.validation, general=measured if weight else general, kl_rows=kept if weight else (),
-        kl_weight=weight, base=run_plan.model.base, compute=run_plan.config.compute,
+        rows=train, costs=run_plan.examples.train_report.lengths, watched=run_plan.watched,
+        validation=run_plan.validation, metric=run_plan.metric, train_sample=sample,
+        general=measured if weight else general, kl_rows=kept if weight else (), kl_weight=weight,
+        base=run_plan.model.base, compute=config.compute,
     )  # fmt: skip

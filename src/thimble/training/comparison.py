@@ -1,0 +1,59 @@
+"""What changed between base and result, row by row: what the verdict rests on."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from thimble.core.labels import AnswerCounts, score_labels
+from thimble.core.metrics import LossSum
+from thimble.core.significance import compare, sign_test
+from thimble.training.answers import Answer
+
+
+def compare_losses(before: Mapping[int, LossSum], after: Mapping[int, LossSum]) -> dict[str, Any]:
+    """Rows whose losses are known before and after, and whether they fell by more than chance.
+
+    A row counts with its nats over the mean tokens of a row, so that the mean of all is the change of the loss.
+    """
+    both = [(before[row], after[row]) for row in before if row in after and before[row].tokens]
+    mean_tokens = sum(old.tokens for old, _ in both) / max(len(both), 1)
+    return asdict(compare([(old.nats - new.nats) / mean_tokens for old, new in both]))
+
+
+def compare_metrics(
+    before: Sequence[Answer], after: Sequence[Answer], unseen: Collection[str]
+) -> dict[str, dict[str, Any]]:
+    """For each figure: the answers that have it, and how many of those to rows never trained on rose or fell."""
+    names = dict.fromkeys(name for answer in (*before, *after) for name in answer.scores)
+    return {name: _compare_metric(name, before, after, unseen) for name in names}
+
+
+def _compare_metric(
+    name: str, before: Sequence[Answer], after: Sequence[Answer], unseen: Collection[str]
+) -> dict[str, Any]:
+    both = [
+        new.scores[name] - old.scores[name]
+        for old, new in zip(before, after, strict=True)
+        if name in old.scores and name in new.scores and (not new.source or new.source in unseen)
+    ]
+    better, worse = sum(change > 0 for change in both), sum(change < 0 for change in both)
+    return {
+        "rows_before": sum(name in answer.scores for answer in before),
+        "rows_after": sum(name in answer.scores for answer in after),
+        "rows": len(both), "better": better, "worse": worse,
+        "chance": sign_test(better, worse), "chance_worse": sign_test(worse, better),
+    }  # fmt: skip
+
+
+def label_report(answers: Sequence[Answer], learned: AnswerCounts) -> dict[str, Any]:
+    """How well labels are found, as plain data; `learned` counts the labels of the training rows, or is empty."""
+    pairs = ((answer.reference, answer.written) for answer in answers)
+    return asdict(score_labels(pairs, learned.found))
+
+
+def both_label_reports(before: Sequence[Answer], after: Sequence[Answer], learned: AnswerCounts) -> dict[str, Any]:
+    """Labels before and after training, with how many training rows each label has."""
+    return {
+        "training_rows": dict(learned.found.most_common()),
+        "before": label_report(before, learned), "after": label_report(after, learned) if after else {},
+    }  # fmt: skip
