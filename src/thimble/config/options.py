@@ -7,6 +7,7 @@ is typed: `--rank 0: expected at least 1`.
 """
 
 import dataclasses
+import shlex
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -164,3 +165,22 @@ def convert(spec: Field, value: Any) -> Any:
     if check and (wrong := check(result)):
         raise ValueError(wrong)
     return result
+
+
+def as_command(name: str, config: Options) -> str:
+    """The command line that gives these options: what has its default is left out, and all is quoted for a shell."""
+    words = ["thimble", name]
+    for spec in options_of(type(config)).values():
+        value = getattr(config, spec.name)
+        if value == spec.default:
+            continue
+        values = value if isinstance(value, tuple) else (value,)
+        if spec.metadata["positional"]:
+            words += map(str, values)
+        elif value is True:
+            words.append(flag(spec.name))
+        elif spec.name == "adapter":  # given once for each, since a path may hold a comma
+            words += [word for one in values for word in (flag(spec.name), str(one))]
+        else:
+            words += [flag(spec.name), ",".join(map(str, values))]
+    return shlex.join(words)

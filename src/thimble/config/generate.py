@@ -1,0 +1,34 @@
+"""The options of `thimble generate`."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from thimble.config.groups import AnswerOptions
+from thimble.config.options import option
+
+
+@dataclass(frozen=True)
+class GenerateConfig(AnswerOptions):
+    """The options of `thimble generate`."""
+
+    group: ClassVar[str] = "prompts"
+
+    data: str = option("", "Prompts: a .jsonl, .json, .csv or .parquet file of rows with prompt, question, "
+        "instruction, messages or text, with or without answers, or a .txt file with a prompt on each line (each may "
+        "be gzipped); or a folder of such files.", positional=True, metavar="DATA")  # fmt: skip
+    out: str | None = option(None, "File for the answers: .jsonl, or .csv with the columns of the prompts beside them.",
+        metavar="FILE")  # fmt: skip
+    strict: bool = option(False, "Refuse the data if a single row cannot be answered, instead of leaving a few without "
+        "an answer.")  # fmt: skip
+    resume: bool = option(False, "Go on with the answers in --out that an interrupted run left.")
+    overwrite: bool = option(False, "Replace the file in --out, or what an interrupted run left of it.")
+
+    @classmethod
+    def _conflicts(cls, given: Mapping[str, Any]) -> list[str]:
+        problems = super()._conflicts(given)
+        if given.get("resume") and given.get("overwrite"):
+            problems.append("--resume --overwrite: give one of them, to go on or to begin again")
+        if len(adapters := given.get("adapter", ())) > 1:
+            problems.append(f"--adapter {' --adapter '.join(adapters)}: give one; each answers into a file of its own")
+        return problems
