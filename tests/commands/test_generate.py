@@ -369,3 +369,18 @@ def test_a_table_of_pandas_is_answered_row_by_row(options):
 
     answers = thimble.generate(Table(), **options)
     assert [answer.reference for answer in answers] == [None, "So."]
+
+
+def test_columns_are_named_as_for_training_and_the_answer_need_not_be_there(options):
+    rows = [{"ticket": "Hello", "queue": "north"}, {"ticket": "Hello", "queue": ""}]
+    plain = thimble.generate(["Hello"], **options)[0]
+    for names in ({"prompt_column": "ticket"}, {"prompt_template": "{ticket}"}):
+        assert [answer.text for answer in thimble.generate(rows, **names, **options)] == [plain.text] * 2
+    named = thimble.generate(rows, prompt_column="ticket", completion_column="queue", **options)
+    assert [answer.reference for answer in named] == ["north", None]
+    continued = thimble.generate(rows, text_column="ticket", **options)[0]
+    assert continued.prompt_tokens < plain.prompt_tokens
+    with pytest.raises(InputError, match="--prompt-column names tikcet, and no row has such a column"):
+        thimble.generate(rows, prompt_column="tikcet", **options)
+    with pytest.raises(InputError, match="named with --prompt-column"):
+        thimble.generate([{"ticket": "Hello"}], **options)

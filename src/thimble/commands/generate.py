@@ -17,7 +17,7 @@ from thimble.data.context import Context
 from thimble.data.encode import Encoder
 from thimble.data.encode_prompts import Encoded, EncodedPrompts, encode_prompts
 from thimble.data.model import Model, open_model
-from thimble.data.prompts import Prompt, given_rows, keep_prompts, read_prompts
+from thimble.data.prompts import Prompt, PromptReader, given_rows, keep_prompts, read_prompts
 from thimble.data.records import Skipped
 from thimble.data.spool import Spool
 from thimble.errors import ConfigError, DataError, Problems, listing, plural
@@ -176,13 +176,14 @@ def _prepare(
 
 
 def _read(config: GenerateConfig, skipped: Skipped, rows: Iterable[Any] | None) -> Spool[Prompt]:
+    reader = PromptReader.of(config)
     if rows is not None:
-        return keep_prompts(given_rows(rows), skipped, "the list of rows")
+        return keep_prompts(given_rows(rows), skipped, "the list of rows", reader)
     if not config.data:
         raise ConfigError(
             "no prompts are given: name a file of them, as in: thimble generate prompts.jsonl --out answers.jsonl"
         )
-    return read_prompts(config.data, skipped)
+    return read_prompts(config.data, skipped, reader)
 
 
 def _check_file(file: AnswerFile, config: GenerateConfig) -> dict[str, str] | None:

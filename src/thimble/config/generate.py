@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from thimble.config.groups import AnswerOptions
+from thimble.config.groups import AnswerOptions, ColumnOptions
 from thimble.config.options import option
 
 
 @dataclass(frozen=True)
-class GenerateConfig(AnswerOptions):
+class GenerateConfig(AnswerOptions, ColumnOptions):
     """The options of `thimble generate`."""
 
     group: ClassVar[str] = "prompts"
@@ -26,7 +26,9 @@ class GenerateConfig(AnswerOptions):
 
     @classmethod
     def _conflicts(cls, given: Mapping[str, Any]) -> list[str]:
-        problems = super()._conflicts(given)
+        is_named = given.get("prompt_column") or given.get("prompt_template")
+        unanswered = {"completion_column": "the answer"} if is_named and not given.get("completion_column") else {}
+        problems = super()._conflicts({**given, **unanswered})  # a prompt needs no answer here
         if given.get("resume") and given.get("overwrite"):
             problems.append("--resume --overwrite: give one of them, to go on or to begin again")
         if len(adapters := given.get("adapter", ())) > 1:

@@ -10,15 +10,18 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+from thimble.config.groups import ColumnOptions
+from thimble.data.columns import Fields, NamedColumns
 from thimble.data.records import Skipped
-from thimble.data.rows import Record, parse_row
+from thimble.data.rows import Record, RowReader, parse_row
 from thimble.data.sources import RawRow, find_files, kind_of, read_rows
 from thimble.data.spool import Spool
 from thimble.errors import DataError, listing
 
 PENDING_TEXT = "pending"  # stands for the answer while a row is read
+PENDING_COLUMN = "the answer that is still to be written"
 PENDING = {"role": "assistant", "content": PENDING_TEXT}
 CHATS = ("messages", "conversations")
 PLACES = ("output", "completion", "response", "answer")  # one of them makes an example of a row without an answer
@@ -56,7 +59,40 @@ class Prompt:
         return {"prompt": messages[0]["content"]} if is_bare else {"messages": list(messages)}
 
 
-def read_prompts(path: str | Path, skipped: Skipped) -> Spool[Prompt]:
+class PromptReader:
+    """Reads rows one by one, by the columns that the user named or else by those that are known."""
+
+    def __init__(self, named: NamedColumns | None = None) -> None:
+        self._named = NamedColumns() if named is None else named  # without an answer they count as none
+        asked = replace(self._named, completion=PENDING_COLUMN) if self._named.prompt or self._named.template else None
+        self._is_named = bool(asked or self._named.text)
+        self._reader = RowReader(asked or self._named)
+
+    @classmethod
+    def of(cls, config: ColumnOptions) -> Self:
+        """A reader of the columns that the options name."""
+        names = config.prompt_column, config.completion_column, config.prompt_template, config.text_column
+        return cls(NamedColumns(*names))
+
+    def parse(self, row: Any, source: str) -> tuple[Record, str | None]:
+        """A row as a record that ends before its answer, and the answer it has; a DataError says what is wrong."""
+        if not self._is_named or not isinstance(row, Mapping):
+            return parse_prompt(row, source)
+        if self._named.text:
+            return self._reader.parse(row, source).record, None
+        record = self._reader.parse({**row, PENDING_COLUMN: PENDING_TEXT}, source).record
+        if not _is_asked(record):
+            raise DataError("the prompt is empty: expected what is asked")
+        answer = Fields(row).cell(self._named.completion) if self._named.completion else None
+        reference = None if _is_missing(answer) or answer == "" else _reference(answer)
+        return replace(record, messages=(record.messages or ())[:-1], completion=None), reference
+
+    def check(self) -> None:
+        """Raise a DataError if a column that the user named is in none of the rows read so far."""
+        self._reader.check()
+
+
+def read_prompts(path: str | Path, skipped: Skipped, reader: PromptReader | None = None) -> Spool[Prompt]:
     """Read all rows of a file, or of a folder its test file, else its valid file, else all there is.
 
     A row of a .txt file is a line, of an .md file the whole. What cannot be read is kept with its problem and noted in
@@ -65,14 +101,18 @@ def read_prompts(path: str | Path, skipped: Skipped) -> Spool[Prompt]:
     path = Path(path).expanduser()
     found = find_files(path).files
     files = found.get("test") or found.get("valid") or found["train"]
-    return keep_prompts(_raw_rows(files, path), skipped, listing(file.name for file in files))
+    return keep_prompts(_raw_rows(files, path), skipped, listing(file.name for file in files), reader)
 
 
-def keep_prompts(rows: Iterable[RawRow], skipped: Skipped, name: str) -> Spool[Prompt]:
+def keep_prompts(
+    rows: Iterable[RawRow], skipped: Skipped, name: str, reader: PromptReader | None = None
+) -> Spool[Prompt]:
     """Check rows and keep them in a temporary file; a DataError if there is none."""
     prompts: Spool[Prompt] = Spool(_packed, _unpacked)
+    reader = reader or PromptReader()
     for number, raw in enumerate(rows, start=1):
-        prompts.append(_prompt(raw, number, skipped))
+        prompts.append(_prompt(raw, number, skipped, reader))
+    reader.check()
     if not len(prompts):
         raise DataError(f"{name} holds no prompts: expected one on each line.")
     return prompts
@@ -86,8 +126,13 @@ def given_rows(rows: Any) -> Iterator[RawRow]:
     return (RawRow(row, f"row {number}") for number, row in enumerate(rows, start=1))
 
 
+def _is_asked(record: Record) -> bool:
+    turns = (turn for turn in (record.messages or ())[:-1] if turn["role"] != "system")
+    return any(str(turn.get("content") or "").strip() for turn in turns)
+
+
 def parse_prompt(row: Any, source: str) -> tuple[Record, str | None]:
-    """A row as a record that ends before its answer, and the answer if it has one; a DataError says what is wrong."""
+    """The same by known columns: a record that ends before its answer, and the answer; a DataError if it is neither."""
     row = {"prompt": row} if isinstance(row, str) else row
     if not isinstance(row, Mapping):
         raise DataError(f"the row is {str(row)[:40]}: expected a text, or an object with {EXPECTED}")
@@ -100,7 +145,10 @@ def parse_prompt(row: Any, source: str) -> tuple[Record, str | None]:
     references = [_reference(row[name]) for name in found if row[name] not in ("", [])]
     record = _asked(row, [*found, *PLACES], source)
     if record is None:
-        raise DataError(f"the columns are {listing(row) or 'none'}: expected {EXPECTED}")
+        raise DataError(
+            f"the columns are {listing(row) or 'none'}: expected {EXPECTED}, or the column "
+            "that holds the prompt, named with --prompt-column"
+        )
     return record, next(iter(references), None)
 
 
@@ -118,7 +166,7 @@ def _asked(row: Mapping[str, Any], answers: Iterable[str], source: str) -> Recor
         messages = record.messages or ()
         if not messages or messages[-1].get("content") != PENDING_TEXT:
             continue
-        if not any(str(turn.get("content") or "").strip() for turn in messages[:-1] if turn["role"] != "system"):
+        if not _is_asked(record):
             raise DataError("the prompt is empty: expected what is asked")
         return replace(record, messages=messages[:-1], completion=None)
     for error in faults:
@@ -192,13 +240,13 @@ def _raw_rows(files: Iterable[Path], root: Path) -> Iterator[RawRow]:
                 yield RawRow(raw.value["text"], raw.source) if kind == ".md" else raw
 
 
-def _prompt(raw: RawRow, number: int, skipped: Skipped) -> Prompt:
+def _prompt(raw: RawRow, number: int, skipped: Skipped, reader: PromptReader) -> Prompt:
     skipped.rows += 1
     columns = dict(raw.value) if isinstance(raw.value, Mapping) else {"prompt": raw.value}
     problems = (raw.problem,) if raw.problem else ()
     try:
         if not problems:
-            record, reference = parse_prompt(raw.value, raw.source)
+            record, reference = reader.parse(raw.value, raw.source)
             return Prompt(number, raw.source, record, reference, columns)
     except DataError as error:
         problems = error.problems
