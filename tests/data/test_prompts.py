@@ -110,7 +110,7 @@ def test_rows_keep_their_number_their_place_and_their_columns(tmp_path):
     path = tmp_path / "tickets.csv"
     path.write_text("id,prompt,answer,queue\n7,Why?,So.,north\n8,,,\n9,How?,,south\n")
     skipped = Skipped()
-    prompts = read_prompts(path, skipped)
+    prompts, _ = read_prompts(path, skipped)
     assert [prompt.row for prompt in prompts] == [1, 2, 3]
     assert [prompt.source for prompt in prompts] == [f"tickets.csv line {n}" for n in (2, 3, 4)]
     assert [prompt.reference for prompt in prompts] == ["So.", None, None]
@@ -122,21 +122,21 @@ def test_rows_keep_their_number_their_place_and_their_columns(tmp_path):
 
 def test_a_text_file_holds_a_prompt_on_each_line_and_other_kinds_are_read_as_for_training(tmp_path):
     (tmp_path / "some.txt.gz").write_bytes(gzip.compress("\ufeffWhy?\r\n\n  How? \n".encode()))
-    lines = list(read_prompts(tmp_path / "some.txt.gz", Skipped()))
+    lines = list(read_prompts(tmp_path / "some.txt.gz", Skipped())[0])
     assert [prompt.asked for prompt in lines] == [{"prompt": "Why?"}, {"prompt": "  How? "}]
     assert [prompt.source for prompt in lines] == ["some.txt.gz line 1", "some.txt.gz line 3"]
     (tmp_path / "one.md").write_text("# Why?\n\nTell me.")
-    assert [prompt.asked for prompt in read_prompts(tmp_path / "one.md", Skipped())] == [
+    assert [prompt.asked for prompt in read_prompts(tmp_path / "one.md", Skipped())[0]] == [
         {"prompt": "# Why?\n\nTell me."}
     ]
     (tmp_path / "rows.json").write_text('["Why?", {"question": "How?"}]')
-    assert len(read_prompts(tmp_path / "rows.json", Skipped())) == 2
+    assert len(read_prompts(tmp_path / "rows.json", Skipped())[0]) == 2
 
 
 def test_of_a_folder_the_test_file_is_answered(tmp_path):
     for name in ("train", "test"):
         (tmp_path / f"{name}.jsonl").write_text(json.dumps({"prompt": name}) + "\n")
-    assert [prompt.asked for prompt in read_prompts(tmp_path, Skipped())] == [{"prompt": "test"}]
+    assert [prompt.asked for prompt in read_prompts(tmp_path, Skipped())[0]] == [{"prompt": "test"}]
 
 
 @pytest.mark.parametrize("content", ["", "\n\n"])

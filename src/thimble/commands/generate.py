@@ -155,7 +155,7 @@ def _prepare(
     log.stage("reading the base and the prompts")
     model = problems.attempt(open_model, config.base)
     adapters = open_adapters(config.adapter, model.base if model else None, problems)
-    prompts = problems.attempt(_read, config, skipped, rows)
+    prompts = problems.attempt(_read, config, skipped, rows, log)
     recorded = problems.attempt(_check_file, file, config) if file else None
     if model and model.template is None and config.system:
         problems.add(f"--system: {model.base.name} has no chat template, so there is no place for it; leave it out")
@@ -175,7 +175,7 @@ def _prepare(
     return _Work(config, model, adapters, prompts, encoded, compute, store, log)
 
 
-def _read(config: GenerateConfig, skipped: Skipped, rows: Iterable[Any] | None) -> Spool[Prompt]:
+def _read(config: GenerateConfig, skipped: Skipped, rows: Iterable[Any] | None, log: EventLog) -> Spool[Prompt]:
     reader = PromptReader.of(config)
     if rows is not None:
         return keep_prompts(given_rows(rows), skipped, "the list of rows", reader)
@@ -183,7 +183,12 @@ def _read(config: GenerateConfig, skipped: Skipped, rows: Iterable[Any] | None) 
         raise ConfigError(
             "no prompts are given: name a file of them, as in: thimble generate prompts.jsonl --out answers.jsonl"
         )
-    return read_prompts(config.data, skipped, reader)
+    prompts, told = read_prompts(config.data, skipped, reader)
+    for note in told.notes:
+        log.note(note)
+    for warning in told.warnings:
+        log.warning(warning)
+    return prompts
 
 
 def _check_file(file: AnswerFile, config: GenerateConfig) -> dict[str, str] | None:

@@ -16,7 +16,10 @@ from thimble.config.groups import ColumnOptions
 from thimble.data.columns import Fields, NamedColumns
 from thimble.data.records import Skipped
 from thimble.data.rows import Record, RowReader, parse_row
-from thimble.data.sources import RawRow, find_files, kind_of, read_rows
+from thimble.data.sources.find import find_files
+from thimble.data.sources.kinds import TEXT
+from thimble.data.sources.raw import RawRow, Source, Told
+from thimble.data.sources.read import read_rows
 from thimble.data.spool import Spool
 from thimble.errors import DataError, listing
 
@@ -92,16 +95,16 @@ class PromptReader:
         self._reader.check()
 
 
-def read_prompts(path: str | Path, skipped: Skipped, reader: PromptReader | None = None) -> Spool[Prompt]:
+def read_prompts(path: str | Path, skipped: Skipped, reader: PromptReader | None = None) -> tuple[Spool[Prompt], Told]:
     """Read all rows of a file, or of a folder its test file, else its valid file, else all there is.
 
     A row of a .txt file is a line, of an .md file the whole. What cannot be read is kept with its problem and noted in
-    `skipped`; a DataError if a file cannot be read at all, or there is nothing in it.
+    `skipped`; a DataError if a file cannot be read at all, or there is nothing in it. Returned with what is worth
+    telling about the files.
     """
-    path = Path(path).expanduser()
-    found = find_files(path).files
-    files = found.get("test") or found.get("valid") or found["train"]
-    return keep_prompts(_raw_rows(files, path), skipped, listing(file.name for file in files), reader)
+    splits, told = find_files(Path(path).expanduser())
+    files = splits.get("test") or splits.get("valid") or splits["train"]
+    return keep_prompts(_raw_rows(files, told), skipped, listing(file.name for file in files), reader), told
 
 
 def keep_prompts(
@@ -228,16 +231,16 @@ def _loaded(value: Any) -> Any:
     return value
 
 
-def _raw_rows(files: Iterable[Path], root: Path) -> Iterator[RawRow]:
+def _raw_rows(files: Iterable[Source], told: Told) -> Iterator[RawRow]:
     for file in files:
-        name = str(file.relative_to(root)) if root.is_dir() else file.name
-        for raw in read_rows(file, name):
-            kind = kind_of(file)
-            if kind == ".txt":
-                lines = enumerate(raw.value["text"].split("\n"), start=1)
-                yield from (RawRow(line, f"{name} line {number}") for number, line in lines if line.strip())
+        for raw in read_rows(file, told):
+            if file.kind != TEXT:
+                yield raw
+            elif ".md" in Path(file.name.lower()).suffixes:
+                yield RawRow(raw.value["text"], raw.source)
             else:
-                yield RawRow(raw.value["text"], raw.source) if kind == ".md" else raw
+                lines = enumerate(raw.value["text"].split("\n"), start=1)
+                yield from (RawRow(line, f"{file.name} line {number}") for number, line in lines if line.strip())
 
 
 def _prompt(raw: RawRow, number: int, skipped: Skipped, reader: PromptReader) -> Prompt:
