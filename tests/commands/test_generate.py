@@ -147,7 +147,7 @@ def test_rows_without_an_answer_say_why_and_the_others_are_answered(thimble, tin
     assert "40 of 43 rows answered, 3 cannot be" in out
 
 
-def test_strict_refuses_them_and_many_are_refused_anyway(thimble, tiny_base, tmp_path):
+def test_strict_refuses_them_and_rows_that_are_all_of_another_form_are_refused_anyway(thimble, tiny_base, tmp_path):
     bad_rows(tmp_path / "mine.jsonl")
     code, out, err = thimble("generate", "mine.jsonl", "--base", tiny_base, "--out", "a.jsonl", "--strict", *FLAGS)
     assert (code, out) == (2, "")
@@ -347,9 +347,9 @@ def test_a_list_without_prompts_is_refused(options):
         thimble.generate([], **options)
 
 
-def test_many_prompts_may_be_too_long_but_not_all(options):
-    answers = thimble.generate([LONG, "Hello", LONG], **options)
-    assert [answer.finish_reason for answer in answers] == ["error", "length", "error"]
+def test_many_prompts_may_be_empty_or_too_long_but_not_all(options):
+    answers = thimble.generate([LONG, "Hello", LONG, "", {"prompt": ""}], **options)
+    assert [answer.finish_reason for answer in answers] == ["error", "length", "error", "error", "error"]
     with pytest.raises(InputError, match=r"row 1: the prompt has .*likewise 1 more row, up to row 2"):
         thimble.generate([LONG, LONG], **options)
 

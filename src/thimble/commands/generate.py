@@ -203,13 +203,11 @@ def _check_file(file: AnswerFile, config: GenerateConfig) -> dict[str, str] | No
 def _encode(
     prompts: Spool[Prompt], model: Model, config: GenerateConfig, skipped: Skipped, log: EventLog
 ) -> EncodedPrompts:
-    """Encode all prompts; a DataError if there are none that can be answered, or too many that are no prompts."""
+    """Encode all prompts; a DataError if none can be answered, or if strict one cannot: else each has its own line."""
     spec = model.base.spec
     encoder = Encoder(model.tokenizer, model.template, spec.max_positions, vocab_size=spec.vocab_size)
     context = Context(spec.max_positions, config.max_new_tokens)
     on_row = partial(log.progress, "prompts encoded,")
-    if not config.strict:
-        skipped.check()  # rows of a wrong form; those that are too long may be many
     encoded = encode_prompts(prompts, encoder, context, config.system, skipped, on_row)
     if config.strict:
         skipped.check()
