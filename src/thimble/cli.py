@@ -212,7 +212,11 @@ def _chat(command: Command, config: Any, is_json: bool) -> int:
         chat_loop.talk_in_terminal(talk, _complain, chat_loop.history_file())
         return 0
     if is_talk:
-        return chat_loop.talk_in_pipe(talk, sys.stdin, _complain)
+        try:
+            return chat_loop.talk_in_pipe(talk, sys.stdin, _complain)
+        except BrokenPipeError:  # the reader has had enough
+            silence(sys.stdout)
+            return 0
     if is_json:
         answer = talk.ask(config.prompt)
         print(json.dumps({"answer": answer, "adapter": talk.active}))

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from thimble.config.groups import AnswerOptions, ColumnOptions
 from thimble.config.options import option
+from thimble.config.values import WHOLE_PATH
 
 
 @dataclass(frozen=True)
@@ -16,13 +17,14 @@ class GenerateConfig(AnswerOptions, ColumnOptions):
 
     data: str = option("", "Prompts: a .jsonl, .json, .csv, .tsv, .parquet or .arrow file of rows with prompt, "
         "question, instruction, messages or text, with or without answers, or a .txt file with a prompt on each line "
-        "(each may be packed, as .gz); or a folder of such files.", positional=True, metavar="DATA")  # fmt: skip
+        "(each may be packed, as .gz); or a folder of such files.", positional=True, path=WHOLE_PATH,
+        metavar="DATA")  # fmt: skip
     prompt_column: str = option("", "Column that holds the prompt, if its name is not a known one.", metavar="NAME")
     completion_column: str = option("", "Column that holds the right answer, if there is one, to stand beside what is "
         "written.", metavar="NAME")  # fmt: skip
     text_column: str = option("", "Column that holds plain text to continue, instead of a prompt.", metavar="NAME")
     out: str | None = option(None, "File for the answers: .jsonl, or .csv with the columns of the prompts beside them.",
-        metavar="FILE")  # fmt: skip
+        path=WHOLE_PATH, metavar="FILE")  # fmt: skip
     strict: bool = option(False, "Refuse the data if a single row cannot be answered, instead of leaving a few without "
         "an answer.")  # fmt: skip
     resume: bool = option(False, "Go on with the answers in --out that an interrupted run left.")
