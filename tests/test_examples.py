@@ -10,9 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from samples import make_adapter
+from thimble.files.peft import save_adapter
+from thimble.models.base import open_base
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 MOST_LINES = 60
-RUN_HERE = {"01_tool_calling.py", "02_decompositions.py"}
+RUN_HERE = {"01_tool_calling.py", "02_decompositions.py", "03_tickets.py"}
 needs_bfcl = pytest.mark.skipif(
     importlib.util.find_spec("bfcl_eval") is None, reason="needs the data: pip install --no-deps bfcl-eval"
 )
@@ -105,3 +109,16 @@ def test_lora_in_the_example_learns_and_leaves_w_alone(decompositions):
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < losses[0] / 1000
     assert "changed: {'W': False, 'A': True, 'B': True}" in decompositions
+
+
+def test_tickets_are_answered_beside_their_own_columns_and_counted(tmp_path):
+    base = Path(__file__).parent / "fixtures" / "gguf" / "smollm2.gguf"
+    save_adapter(make_adapter(open_base(base)), tmp_path / "adapter")
+    tickets = tmp_path / "tickets.csv"
+    tickets.write_text("queue,prompt\n" + "".join(f"north,ticket {number % 3}\n" for number in range(6)))
+    words = [str(tickets), str(tmp_path / "answers.csv"), "--adapter", str(tmp_path / "adapter"), "--base", str(base)]
+    for _ in range(2):  # the second time there is nothing left to do
+        out = run_example("03_tickets.py", *words)
+        assert "6 of 6 tickets answered" in out
+        assert sum(int(line.split()[-2]) for line in out.splitlines()[3:]) == 6
+    assert (tmp_path / "answers.csv").read_text(encoding="utf-8-sig").splitlines()[1].startswith("north,ticket 0,")

@@ -55,7 +55,8 @@ RULES = {
         "backends/torch", packages="numpy",
     ),
     "api": Part("config commands", "data"),
-    "cli": Part("errors config commands report __init__"),
+    "chat_loop": Part("errors"),
+    "cli": Part("errors config commands report __init__", "chat_loop"),
     "__init__": Part("commands", "api core files models"),
     "__main__": Part("cli"),
 }  # fmt: skip

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from thimble.api import chat as chat
     from thimble.api import evaluate as evaluate
     from thimble.api import export as export
+    from thimble.api import generate as generate
     from thimble.api import inspect as inspect
     from thimble.api import merge as merge
     from thimble.api import plan as plan

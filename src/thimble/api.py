@@ -7,7 +7,8 @@ as callbacks. What is refused raises an InputError that holds every problem foun
 import contextlib
 import functools
 import os
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -91,9 +92,58 @@ def evaluate(data: Any = None, **options: Any) -> Any:
     return call("evaluate", data, **options)
 
 
+def generate(data: str | Path | Iterable[Any] | None = None, out: str | Path | None = None, **options: Any) -> Any:
+    """Answer many prompts that have nothing to do with one another; see `thimble generate --help` for the options.
+
+    >>> [answer.text for answer in generate(["Hello", {"prompt": "Bye"}], max_new_tokens=5)]  # doctest: +SKIP
+    ["Hello! How can I", "Goodbye! It was nice"]
+
+    Args:
+        data: A file of prompts; or rows, each a text or a mapping with prompt, question, instruction, messages or text.
+        out: File for the answers. Without it nothing is written.
+        **options: `adapter`, `base`, `system`, `temperature`, `max_new_tokens` and so on.
+
+    Returns:
+        A list of thimble.data.answers.Answer, one a row and in their order, each with `text`, `finish_reason`,
+        `prompt_tokens`, `completion_tokens` and `reference`; with `out` a thimble.commands.generate.GenerateReport.
+
+    Raises:
+        InputError: If it is refused.
+    """
+    from thimble.commands.generate import answer_rows, write_answers
+
+    entry, rows, config_file = COMMANDS["generate"], None, options.pop("config", None)
+    callbacks = {name: options.pop(name) for name in entry.listeners if name in options}
+    if isinstance(data, str | os.PathLike):
+        options["data"] = str(data)
+    else:
+        rows = data
+    if out is not None:
+        options["out"] = str(out)
+    config: Any = build_config(entry.options, options, config_file)
+    return (write_answers if config.out else answer_rows)(rows, config, **callbacks)
+
+
 def chat(**options: Any) -> Any:
-    """Open a thimble.commands.chat.Conversation: `chat(adapter=["runs/mine-1"]).ask("Hello")`."""
-    return call("chat", **options)
+    """Open a conversation: `talk = chat(adapter=["runs/mine-1"])`, then `talk.ask("Hello")`, `talk.ask("And then?")`.
+
+    Each answer depends on the turns before. For many questions that have nothing to do with one another, such as a list
+    of tickets, use `generate`, which is faster too, or `talk.ask(text, keep=False)`. When a conversation outgrows the
+    context of the base, its oldest turns are left out; that is a warning of Python, unless `on_event` is given.
+
+    Args:
+        **options: `adapter`, `base`, `system`, `temperature` and so on; see `thimble chat --help`.
+
+    Returns:
+        A thimble.inference.conversation.Conversation.
+    """
+    return call("chat", **{"on_event": _warn, **options})
+
+
+def _warn(event: Any) -> None:
+    """Make Python's own warnings of what may spoil a result, where nobody listens to events."""
+    if event.kind == "warning":
+        warnings.warn(event.text, stacklevel=2)
 
 
 def inspect(path: str | Path | None = None, other: str | Path | None = None, **options: Any) -> Any:

@@ -6,12 +6,15 @@ from typing import Any, Literal, Protocol
 
 from thimble.commands.evaluate import EvaluateReport
 from thimble.commands.export import ExportReport
+from thimble.commands.generate import GenerateReport
 from thimble.commands.inspect_ import InspectReport
 from thimble.commands.merge import MergeReport
 from thimble.commands.plan import PlanReport
+from thimble.data.answers import Answer
 from thimble.events import Event
 from thimble.inference.conversation import Conversation
 from thimble.training.result import TrainReport
+from typing import overload
 
 class Table(Protocol):
     """A table of pandas, polars or pyarrow."""
@@ -181,15 +184,77 @@ def chat(
     remeasure: bool = False,
     adapter: str | Path | Sequence[str | Path] = ...,
     system: str | None = None,
-    prompt: str | None = None,
     temperature: float = 0.7,
     top_p: float = 0.95,
+    top_k: int = 0,
+    min_p: float = 0.0,
     max_new_tokens: int = 512,
+    prompt: str | None = None,
     seed: int = 0,
     config: str | Path | None = None,
     on_event: Callable[[Event], None] = ...,
 ) -> Conversation:
-    """Open a thimble.commands.chat.Conversation: `chat(adapter=["runs/mine-1"]).ask("Hello")`."""
+    """Open a conversation: `talk = chat(adapter=["runs/mine-1"])`, then `talk.ask("Hello")`, `talk.ask("And then?")`."""
+
+@overload
+def generate(
+    data: Prompts | None = None,
+    *,
+    prompt_column: str = "",
+    completion_column: str = "",
+    prompt_template: str = "",
+    text_column: str = "",
+    base: str | Path | None = None,
+    compute: Literal["auto", "fp32", "bf16", "int8"] = "auto",
+    store: Literal["auto", "dense", "int8", "file"] = "auto",
+    remeasure: bool = False,
+    adapter: str | Path | Sequence[str | Path] = ...,
+    system: str | None = None,
+    temperature: float = 0.0,
+    top_p: float = 0.95,
+    top_k: int = 0,
+    min_p: float = 0.0,
+    max_new_tokens: int = 512,
+    out: None = None,
+    strict: bool = False,
+    resume: bool = False,
+    overwrite: bool = False,
+    seed: int = 0,
+    config: str | Path | None = None,
+    on_event: Callable[[Event], None] = ...,
+    should_stop: Callable[[], bool] = ...,
+) -> list[Answer]:
+    """Answer many prompts that have nothing to do with one another; see `thimble generate --help` for the options."""
+
+@overload
+def generate(
+    data: Prompts | None = None,
+    *,
+    prompt_column: str = "",
+    completion_column: str = "",
+    prompt_template: str = "",
+    text_column: str = "",
+    base: str | Path | None = None,
+    compute: Literal["auto", "fp32", "bf16", "int8"] = "auto",
+    store: Literal["auto", "dense", "int8", "file"] = "auto",
+    remeasure: bool = False,
+    adapter: str | Path | Sequence[str | Path] = ...,
+    system: str | None = None,
+    temperature: float = 0.0,
+    top_p: float = 0.95,
+    top_k: int = 0,
+    min_p: float = 0.0,
+    max_new_tokens: int = 512,
+    out: str | Path,
+    strict: bool = False,
+    resume: bool = False,
+    overwrite: bool = False,
+    seed: int = 0,
+    config: str | Path | None = None,
+    on_event: Callable[[Event], None] = ...,
+    should_stop: Callable[[], bool] = ...,
+) -> GenerateReport:
+    """Answer many prompts that have nothing to do with one another; see `thimble generate --help` for the options."""
 
 def inspect(
     path: str | Path | None = None,

@@ -163,56 +163,33 @@ class _PauseFlag:
 
 
 def _chat(command: Command, config: Any, is_json: bool) -> int:
-    progress = Progress(sys.stderr)
-    talk = command.function(config, progress.on_event) if config.prompt is None else command.function(config)
-    progress.end()
-    if config.prompt is not None:
-        if is_json:
-            answer = talk.ask(config.prompt)
-            print(json.dumps({"answer": answer, "adapter": talk.active}))
-        else:
-            _write(talk.stream(config.prompt))
-        return 0
-    if is_json:
+    from thimble import chat_loop
+
+    is_talk = config.prompt is None
+    if is_talk and is_json:
         raise InputError("chat with --json needs --prompt: it answers once")
-    print(f"Talking to {talk.active}. /use NAME switches ({', '.join(talk.names)}), /reset forgets, /quit leaves.")
-    while True:
+    progress = Progress(sys.stderr)
+    is_in_terminal = is_talk and sys.stdin.isatty()
+    talk = command.function(config, progress.on_event if is_in_terminal else progress.on_warning)
+    progress.end()
+    if is_in_terminal:
+        chat_loop.talk_in_terminal(talk, _complain, chat_loop.history_file())
+        return 0
+    if is_talk:
         try:
-            line = input(f"\n{talk.active} > ").strip()
-        except (EOFError, KeyboardInterrupt):
-            print()
+            return chat_loop.talk_in_pipe(talk, sys.stdin, _complain)
+        except BrokenPipeError:  # the reader has had enough
+            silence(sys.stdout)
             return 0
-        if line in ("/quit", "/exit"):
-            return 0
-        _answer(talk, line)
+    if is_json:
+        answer = talk.ask(config.prompt)
+        print(json.dumps({"answer": answer, "adapter": talk.active}))
+    else:
+        chat_loop.write(talk.stream(config.prompt))
+    return 0
 
 
-def _answer(talk: Any, line: str) -> None:
-    """One turn: a command or something to answer; Ctrl-C stops the answer, not the chat."""
-    try:
-        if line == "/reset":
-            talk.reset()
-            print("forgotten")
-        elif line.startswith("/use"):
-            talk.use(line.removeprefix("/use").strip())
-        elif line.startswith("/"):
-            print("commands: /use NAME, /reset, /quit")
-        elif line:
-            _write(talk.stream(line))
-    except KeyboardInterrupt:
-        print(" [stopped]")
-    except InputError as error:
-        _complain(error.problems)
-
-
-def _write(pieces: Iterable[str]) -> None:
-    """Print an answer as it comes."""
-    for piece in pieces:
-        print(piece, end="", flush=True)
-    print()
-
-
-def _complain(problems: Sequence[str]) -> None:
+def _complain(problems: Iterable[str]) -> None:
     for problem in problems:
         say("thimble: " + escaped(problem, kept="\n"), sys.stderr)
 

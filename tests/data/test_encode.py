@@ -489,3 +489,52 @@ def test_the_general_records_are_a_few_thousand_tokens(encoder):
     _, report = encode_all(general_records(), encoder)
     assert 2_000 <= report.tokens <= 2_500
     assert report.longest < 128
+
+
+# --- questions longer than the context
+
+
+def test_a_question_longer_than_the_context_is_asked_without_its_oldest_turns(smollm, smollm_template):
+    encoder = Encoder(smollm, smollm_template, 1024, context_tokens=128)
+    system, turns = {"role": "system", "content": "Be kind."}, [user("Is it on the list?"), answer("It is, I think.")]
+    long, short = (chat(system, *turns * count, user("And?"), answer("So.")) for count in (20, 1))
+    assert len(Encoder(smollm, smollm_template, 1024).question(long).ids) > 128
+    question = encoder.question(long)
+    assert len(question.ids) <= 96
+    assert (question.reference, smollm.decode(question.ids).count("Is it on the list?")) == ("So.", 3)
+    assert np.array_equal(encoder.question(short).ids, Encoder(smollm, smollm_template, 1024).question(short).ids)
+    assert encoder.context_warnings == [
+        "1 conversation longer than the context of the base (128 tokens): asked without the oldest turns"
+    ]
+
+
+def test_a_question_that_is_too_long_alone_is_not_asked(smollm, smollm_template):
+    encoder = Encoder(smollm, smollm_template, 1024, context_tokens=128)
+    assert encoder.question(chat(user("Is it on the list? " * 40), answer("So."))) is None
+    assert encoder.context_warnings == ["1 question longer than the context of the base (128 tokens): not answered"]
+
+
+def test_a_prompt_is_encoded_as_the_training_row_begins(encoder, smollm):
+    record = chat(user(), answer(), user("And?"), answer("So."))
+    (row,) = encoder.encode(record)
+    asked = encoder.opening(chat(*record.messages[:-1]))
+    assert np.array_equal(asked, row.ids[: len(asked)])
+    bare = Encoder(smollm, None, 1024)
+    assert smollm.decode(bare.opening(Record(prompt="2+2="))) == "2+2="
+    for each in (encoder, bare):
+        assert smollm.decode(each.opening(Record(text="Once upon"))) == "Once upon"
+    with pytest.raises(BaseModelError, match="no chat template"):
+        bare.opening(chat(user()))
+
+
+def test_rows_beyond_the_context_are_told(smollm, smollm_template):
+    encoder = Encoder(smollm, smollm_template, 1024, context_tokens=128)
+    encoder.encode(chat(user("Is it on the list? " * 40), answer("So.")))
+    encoder.encode(Record(text="Once upon a time. " * 100))
+    encoder.encode(chat(user(), answer()))
+    [warning] = encoder.context_warnings
+    assert "2 rows longer than the context of the base (128 tokens)" in warning
+    assert "--seq-len 128 cuts them there" in warning
+    encoder = Encoder(smollm, smollm_template, 128, context_tokens=128)
+    encoder.encode(Record(text="Once upon a time. " * 100))
+    assert encoder.context_warnings == []

@@ -13,6 +13,8 @@ from thimble.backends.torch.session import TorchSession
 from thimble.core.metrics import LossSum
 from thimble.data.batches import pack
 from thimble.data.encode import Row
+from thimble.errors import DataError
+from thimble.inference.batch import Request, answer_all
 from thimble.inference.engine import Engine
 from thimble.inference.sampling import SamplingOptions
 from thimble.models.base import open_base
@@ -188,3 +190,33 @@ def test_a_cache_that_grows_keeps_what_it_holds(session, adapters):
     np.testing.assert_array_equal(cache.keys[:, 0, :, :9], before)
     assert cache.slots == 16
     assert cache.capacity >= 200
+
+
+def test_no_request_leaves_the_context(session, adapters):
+    engine = Engine(session)
+    with pytest.raises(DataError, match="the prompt has 128 tokens: the context of the base is 128"):
+        engine.add(np.resize(IDS, 128), NINE, adapters[0])
+    assert engine.is_idle
+    numbers = [engine.add(np.resize(IDS, tokens), NINE, adapters[0]) for tokens in (127, 120, 119)]
+    ends = {}
+    answers: dict[int, list[int]] = {}
+    while not engine.is_idle:
+        for token in engine.step():
+            answers.setdefault(token.request, []).append(token.id)
+            ends |= {token.request: token.finish} if token.finish else {}
+    assert [len(answers[number]) for number in numbers] == [1, 8, 9]
+    assert set(ends.values()) == {"length"}
+
+
+def test_a_batch_is_fed_as_slots_fall_free_and_gives_every_request_its_own_answer(session, adapters, monkeypatch):
+    monkeypatch.setattr("thimble.inference.batch.MOST_KNOWN", 3)
+    prompts = [IDS[: 3 + number % 5] for number in range(12)]
+    requests = (Request(100 + n, prompt, SamplingOptions(2 + n % 4)) for n, prompt in enumerate(prompts))
+    engine, most, written = Engine(session, is_interactive=False, is_growing=True), 0, {}
+    for ended in answer_all(engine, requests, adapters[1]):
+        most = max(most, len(engine._waiting) + len(engine._reading) + len(engine._writing) + len(ended))
+        written |= {key: ids for key, ids, _ in ended}
+    assert most == 3
+    assert sorted(written) == list(range(100, 112))
+    for number, prompt in enumerate(prompts):
+        assert written[100 + number] == alone(session, prompt, adapters[1], SamplingOptions(2 + number % 4))

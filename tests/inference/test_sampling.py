@@ -42,3 +42,32 @@ def test_a_flat_distribution_is_looked_at_as_far_as_top_p_needs():
 def test_a_seed_gives_the_same_tokens_again_and_another_seed_others():
     assert (draw(50, temperature=1.0, seed=7) == draw(50, temperature=1.0, seed=7)).all()
     assert (draw(50, temperature=1.0, seed=7) != draw(50, temperature=1.0, seed=8)).any()
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {"top_k": 5}, {"top_k": 1}, {"top_k": 2000}, {"min_p": 0.2}, {"top_k": 40, "top_p": 0.7},
+        {"top_p": 0.9, "min_p": 0.05}, {"top_k": 20, "top_p": 0.9, "min_p": 0.1}, {"top_k": 300, "top_p": 0.999},
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("temperature", [0.5, 1.5])
+def test_limits_leave_what_transformers_leaves(limits, temperature):
+    import torch
+    from transformers import (
+        LogitsProcessorList,
+        MinPLogitsWarper,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
+
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
+    kinds = {"top_k": TopKLogitsWarper, "top_p": TopPLogitsWarper, "min_p": MinPLogitsWarper}
+    for name, kind in kinds.items():
+        warpers += [kind(limits[name])] if name in limits else []
+    shares = warpers(torch.zeros(1, 1, dtype=torch.long), torch.tensor(LOGITS)[None]).softmax(-1)[0].numpy()
+    found = np.bincount(draw(temperature=temperature, **limits), minlength=len(LOGITS)) / 4000
+    assert (found[shares == 0] == 0).all()
+    np.testing.assert_allclose(found[shares > 0.01], shares[shares > 0.01], atol=0.03)

@@ -101,6 +101,10 @@ class ReferenceSession:
         shapes = self._spec.linear_shapes()
         return [LayerInfo(path, shape, int(path.split(".")[2])) for path, shape in shapes.items()]
 
+    @property
+    def max_positions(self) -> int:
+        return self._spec.max_positions
+
     # ---- adapters -------------------------------------------------------------------------------------------------
 
     def load(self, adapter: Adapter | None) -> Updates:

@@ -150,6 +150,10 @@ class Session(Protocol):
         """The layers that can be adapted, in the order they run."""
 
     @property
+    def max_positions(self) -> int:
+        """The context of the base: most tokens of a prompt and its answer together."""
+
+    @property
     def capabilities(self) -> frozenset[str]:
         """Options this backend honours beyond plain LoRA; any other is refused by name."""
 

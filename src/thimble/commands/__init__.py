@@ -72,6 +72,11 @@ _LIST = (
         "config.chat:ChatConfig", "commands.chat:open_conversation",
     ),
     Command(
+        "generate", "Answer a whole file of prompts with a base or an adapter.",
+        "config.generate:GenerateConfig", "commands.generate:generate", "report.terminal:render_generate",
+        "keeping the answers so far",
+    ),
+    Command(
         "inspect", "Look into the weights of a base, into an adapter, or compare two adapters.",
         "config.inspect_:InspectConfig", "commands.inspect_:inspect", "report.inspect_text:render_inspect",
     ),

@@ -25,5 +25,10 @@ def open_conversation(config: ChatConfig, on_event: OnEvent = ignore) -> Convers
     spec, tokenizer = model.base.spec, model.tokenizer
     encoder = Encoder(tokenizer, model.template, spec.max_positions, vocab_size=spec.vocab_size)
     active = {name: session.load(adapter) for name, adapter in adapters.items()}
-    options = SamplingOptions(config.max_new_tokens, tokenizer.stop_ids, config.temperature, config.top_p, config.seed)
-    return Conversation(session, tokenizer, encoder, active, options, config.system)
+    if config.max_new_tokens >= spec.max_positions:
+        log.note(f"the context of the base is {spec.max_positions:,} tokens: answers end with it")
+    options = SamplingOptions(
+        config.max_new_tokens, tokenizer.stop_ids, config.temperature, config.top_p, config.top_k, config.min_p,
+        config.seed,
+    )  # fmt: skip
+    return Conversation(session, tokenizer, encoder, active, options, config.system, log.warning)

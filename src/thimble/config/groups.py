@@ -69,6 +69,23 @@ class AdapterListOptions(ComputeOptions):
 
 
 @dataclass(frozen=True)
+class AnswerOptions(AdapterListOptions):
+    """How a base or an adapter answers."""
+
+    group: ClassVar[str] = "answers"
+
+    system: str | None = option(None, "System prompt; default: the template's own.", metavar="TEXT")
+    temperature: float = option(0.0, "Sampling temperature; 0, the default, always takes the likeliest token.",
+        check=at_least(0))  # fmt: skip
+    top_p: float = option(0.95, "Sample from the likeliest tokens that make up this share.", check=share)
+    top_k: int = option(0, "Sample from this many of the likeliest tokens at most; 0: no limit.", check=at_least(0))
+    min_p: float = option(0.0, "Sample from tokens at least this likely, as a share of the likeliest one; 0: no limit.",
+        check=fraction)  # fmt: skip
+    max_new_tokens: int = option(512, "Longest answer, in tokens; it ends with the context of the base at the latest.",
+        check=at_least(1))  # fmt: skip
+
+
+@dataclass(frozen=True)
 class ColumnOptions(Options):
     """Columns that rows are read from, where their names are not among those that are known."""
 

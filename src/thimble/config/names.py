@@ -12,7 +12,8 @@ from thimble.config.values import flag
 # Our option and what other tools call it.
 _ALSO = {
     "base": "model model_name model_name_or_path base_model pretrained_model_name_or_path",
-    "data": "dataset datasets dataset_path train_file", "out": "output output_dir save_path",
+    "data": "dataset datasets dataset_path train_file input_file prompts",
+    "out": "output output_dir save_path output_file",
     "adapter": "adapter_path adapter_name_or_path lora_model_dir lora lora_path adapters", "rank": "r lora_r lora_rank",
     "alpha": "lora_alpha", "use_rslora": "rslora peft_use_rslora", "use_dora": "dora peft_use_dora",
     "targets": "lora_target target_modules lora_target_modules", "dropout": "lora_dropout",

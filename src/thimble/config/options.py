@@ -7,6 +7,7 @@ is typed: `--rank 0: expected at least 1`.
 """
 
 import dataclasses
+import shlex
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -15,6 +16,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 
 from thimble.config.names import answer, our_name, plain
 from thimble.config.values import AUTO, Check, as_typed, at_least, flag, one_of, parse, parse_size
+from thimble.errors import as_word
 
 Field = dataclasses.Field[Any]
 
@@ -174,3 +176,22 @@ def convert(spec: Field, value: Any) -> Any:
     if check and (wrong := check(result)):
         raise ValueError(wrong)
     return result
+
+
+def as_command(name: str, config: Options) -> str:
+    """The command line that gives these options: what has its default is left out, and all is quoted for a shell."""
+    words = ["thimble", name]
+    for spec in options_of(type(config)).values():
+        value, quoted = getattr(config, spec.name), as_word if spec.metadata["path"] else shlex.quote
+        if value == spec.default:
+            continue
+        values = value if isinstance(value, tuple) else (value,)
+        if spec.metadata["positional"]:
+            words += [quoted(str(one)) for one in values]
+        elif value is True:
+            words.append(flag(spec.name))
+        elif spec.name == "adapter":  # given once for each, since a path may hold a comma
+            words += [word for one in values for word in (flag(spec.name), quoted(str(one)))]
+        else:
+            words.append(f"{flag(spec.name)}={quoted(','.join(map(str, values)))}")  # it may begin with a hyphen
+    return " ".join(words)

@@ -5,12 +5,13 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from thimble.data.context import Context, fit
 from thimble.data.messages import answers, has_tools
 from thimble.data.rows import Record
 from thimble.data.template import ChatTemplate, Message, Renderings
@@ -62,6 +63,7 @@ class Encoder:
         seq_len: int,
         loss_on: str = "auto",
         vocab_size: int | None = None,
+        context_tokens: int | None = None,
     ) -> None:
         """Prepare to encode.
 
@@ -71,12 +73,14 @@ class Encoder:
             seq_len: Longest row, in tokens.
             loss_on: "completions" (all assistant turns), "all", or "auto": all for plain text, else completions.
             vocab_size: Tokens the base knows: some tokenizers have marks beyond, such as those for pictures.
+            context_tokens: Most tokens of a question and its answer; None sets no limit.
         """
         self._tokenizer = tokenizer
         self._template = template
         self._seq_len = seq_len
         self._loss_on = loss_on
         self._vocab_size = math.inf if vocab_size is None else vocab_size
+        self._context = None if context_tokens is None else Context(context_tokens, context_tokens)
         self._seen: Counter[str] = Counter()
         self._first_mark = ""
         stops = [text for text, index in tokenizer.special_tokens.items() if index in tokenizer.stop_ids]
@@ -96,8 +100,11 @@ class Encoder:
         A record is one row; a text longer than `seq_len` is as many as it takes, each beginning with the last token of
         the one before, so that every token is learned once.
         """
-        if record.text is not None:
-            return self._text_rows(record)
+        rows = self._text_rows(record) if record.text is not None else [self._chat_row(record, written)]
+        self._seen["beyond"] += sum(self._context is not None and len(row.ids) > self._context.tokens for row in rows)
+        return rows
+
+    def _chat_row(self, record: Record, written: Renderings | None) -> Row:
         pieces, has_all = self._pieces(record, written)
         self._count(record, has_all)
         self._count_unwritten(record, has_all, "".join(piece.text for piece in pieces))
@@ -106,12 +113,41 @@ class Encoder:
             self._seen["overruled"] += any(turn.get("weight") == 0 for turn in record.messages or ())
             learned = [True] * len(ids)
         self._check(record, ids, learned)
-        return [self._fit(ids, learned, record.source)]
+        return self._fit(ids, learned, record.source)
 
     def question(self, record: Record) -> Question | None:
-        """The question whose answer is the last assistant turn, as the training row begins; None for plain text."""
-        if record.text is not None:
+        """The question whose answer is the last assistant turn, as the training row begins.
+
+        Without its oldest turns if it is longer than the context; None if it is still, and for plain text.
+        """
+        question = None if record.text is not None else self._question(record)
+        if question is None or self._context is None or len(question.ids) <= self._context.prompt_tokens:
+            return question
+        try:
+            return self._question(self._fitted(record, self._context))
+        except DataError:
+            self._seen["unanswerable"] += 1
             return None
+
+    def _fitted(self, record: Record, context: Context) -> Record:
+        """A record without the oldest turns of its question; a DataError if that is too long even so."""
+        messages = record.messages or ()
+        last = max(
+            index for index, turn in enumerate(messages) if turn["role"] == "assistant" and turn.get("weight", 1)
+        )
+
+        def shortened(kept: Sequence[Message]) -> Record:
+            return replace(record, messages=(*map(dict, kept), *messages[last:]))
+
+        def count(kept: Sequence[Message]) -> int:
+            question = self._question(shortened(kept))
+            return len(question.ids) if question else 0
+
+        kept, left_out = fit(messages[:last], context, count)
+        self._seen["shortened"] += bool(left_out)
+        return shortened(kept)
+
+    def _question(self, record: Record) -> Question | None:
         pieces, _ = self._pieces(record)
         last = max((index for index, piece in enumerate(pieces) if piece.is_learned), default=0)
         while last and pieces[last - 1].is_learned:
@@ -125,6 +161,13 @@ class Encoder:
     def prompt(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> Ids:
         """Encode a conversation that waits for an answer, exactly as the training rows begin: int32 (T,)."""
         ids, _ = self._tokens(self._require_turns().prompt(messages, tools))
+        return np.asarray(ids, np.int32)
+
+    def opening(self, record: Record) -> Ids:
+        """Encode a record that waits for its answer: int32 (T,). What is to be continued as plain text stays bare."""
+        if record.text is None and (self._template is not None or record.prompt is None):
+            return self.prompt(record.messages or (), record.tools)
+        ids, _ = self._tokens([Piece(record.prompt or "" if record.text is None else record.text, False)])
         return np.asarray(ids, np.int32)
 
     @property
@@ -188,6 +231,29 @@ class Encoder:
             warnings.append(
                 f"the last answer of {plural(seen['open'], 'row')} ends with no token that ends an answer: what is "
                 "learned there does not say when to stop"
+            )
+        return warnings
+
+    @property
+    def context_warnings(self) -> list[str]:
+        """What became of rows and questions that are longer than the context."""
+        if self._context is None:
+            return []
+        seen, warnings, context = self._seen, [], f"{self._context.tokens:,} tokens"
+        if seen["beyond"]:
+            warnings.append(
+                f"{plural(seen['beyond'], 'row')} longer than the context of the base ({context}), for which it was "
+                f"not made: --seq-len {self._context.tokens} cuts them there"
+            )
+        if seen["shortened"]:
+            warnings.append(
+                f"{plural(seen['shortened'], 'conversation')} longer than the context of the base ({context}): asked "
+                "without the oldest turns"
+            )
+        if seen["unanswerable"]:
+            warnings.append(
+                f"{plural(seen['unanswerable'], 'question')} longer than the context of the base ({context}): not "
+                "answered"
             )
         return warnings
 

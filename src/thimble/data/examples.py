@@ -57,8 +57,10 @@ class Examples:
 
 def make_encoder(model: Model, config: DataOptions) -> Encoder:
     """The encoder for a base, by the options of the data."""
-    vocab_size = model.base.spec.vocab_size
-    return Encoder(model.tokenizer, model.template, config.seq_len, config.loss_on, vocab_size)
+    spec = model.base.spec
+    return Encoder(
+        model.tokenizer, model.template, config.seq_len, config.loss_on, spec.vocab_size, spec.max_positions
+    )  # fmt: skip
 
 
 def encode_examples(
@@ -121,7 +123,7 @@ def log_read(examples: Examples, log: EventLog) -> None:
     skipped = examples.dataset.skipped
     for note in (*examples.dataset.notes, *examples.encoder.notes):
         log.note(note)
-    for warning in (*examples.dataset.warnings, *examples.encoder.warnings):
+    for warning in (*examples.dataset.warnings, *examples.encoder.warnings, *examples.encoder.context_warnings):
         log.warning(warning)
     if skipped.count:
         problems = (problem for row in skipped.found[:SHOWN_SKIPPED] for problem in row.problems[:1])

@@ -1,13 +1,14 @@
 """A conversation with a base or an adapter, which can be switched while talking."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 from thimble.backends.session import ActiveAdapter, Session
+from thimble.data.context import Context, fit
 from thimble.data.encode import Encoder
 from thimble.data.tokenizer import Tokenizer
-from thimble.errors import AdapterError, listing
+from thimble.errors import AdapterError, listing, plural
 from thimble.inference.engine import Engine
 from thimble.inference.sampling import SamplingOptions
 from thimble.inference.text_stream import TextStream
@@ -16,7 +17,10 @@ BASE_NAME = "base"
 
 
 class Conversation:
-    """A model one can talk to; holds the turns so far. Any number of them share a session.
+    """A model one can talk to; holds the turns so far, so that each answer depends on those before.
+
+    To answer many questions that have nothing to do with one another use `thimble.generate`, or ask each with
+    `keep=False`. Any number of conversations share a session.
 
     Args:
         session: The base in memory.
@@ -25,6 +29,7 @@ class Conversation:
         adapters: By name, from `Session.load`; `base` is always there and means none. The last one is used.
         options: How answers are written; each turn has a seed of its own.
         system: System prompt, or None for the template's own.
+        warn: Told when the conversation outgrows the context of the base and loses its oldest turns.
     """
 
     def __init__(
@@ -35,9 +40,11 @@ class Conversation:
         adapters: Mapping[str, ActiveAdapter],
         options: SamplingOptions,
         system: str | None = None,
+        warn: Callable[[str], None] = lambda text: None,
     ) -> None:
         self._engine = Engine(session, max_slots=1)
         self._tokenizer, self._encoder, self._options, self._system = tokenizer, encoder, options, system
+        self._context, self._warn = Context(session.max_positions, options.max_new_tokens), warn
         self._adapters = {BASE_NAME: session.load(None), **adapters}
         self._turns_taken = 0
         self.active = next(reversed(self._adapters))
@@ -66,23 +73,40 @@ class Conversation:
             raise AdapterError(f"there is no adapter {name!r} here: choose from {listing(self.names)}")
         self.active = name
 
-    def ask(self, text: str) -> str:
-        """Say something, and wait for the whole answer."""
-        return "".join(self.stream(text))
+    def ask(self, text: str, keep: bool = True) -> str:
+        """Say something, and wait for the whole answer.
 
-    def stream(self, text: str) -> Iterator[str]:
+        Args:
+            text: The user's turn.
+            keep: Whether this turn and its answer become part of the conversation. With False the next question is
+                asked as if this one had not been, and the same question gets the same answer.
+
+        Returns:
+            The answer.
+
+        Raises:
+            DataError: If the turn alone is longer than the context of the base.
+        """
+        return "".join(self.stream(text, keep))
+
+    def stream(self, text: str, keep: bool = True) -> Iterator[str]:
         """Say something and hear the answer piece by piece; what was heard is kept if it is left early.
 
         Args:
             text: The user's turn.
+            keep: As in `ask`.
 
         Yields:
             str: Pieces of the answer, as they are written.
+
+        Raises:
+            DataError: If the turn alone is longer than the context of the base.
         """
-        self.messages.append({"role": "user", "content": text})
-        options = replace(self._options, seed=self._options.seed + self._turns_taken)
-        self._turns_taken += 1
-        request = self._engine.add(self._encoder.prompt(self.messages), options, self._adapters[self.active])
+        messages = self._fitted([*self.messages, {"role": "user", "content": text}])
+        options = replace(self._options, seed=self._options.seed + self._turns_taken * keep)
+        request = self._engine.add(self._encoder.prompt(messages), options, self._adapters[self.active])
+        if keep:
+            self.messages, self._turns_taken = messages, self._turns_taken + 1
         heard, pieces = [], TextStream(self._tokenizer)
         try:
             while not self._engine.is_idle:
@@ -94,4 +118,15 @@ class Conversation:
                         yield piece
         finally:
             self._engine.cancel(request)
-            self.messages.append({"role": "assistant", "content": "".join(heard)})
+            if keep:
+                messages.append({"role": "assistant", "content": "".join(heard)})
+
+    def _fitted(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The conversation without its oldest turns if it is longer than the context; they do not come back."""
+        fitted = fit(messages, self._context, lambda kept: len(self._encoder.prompt(kept)))
+        if fitted.left_out:
+            self._warn(
+                f"the conversation has outgrown the context of the base ({self._context.tokens:,} tokens): the oldest "
+                f"{plural(fitted.left_out, 'message')} can no longer be part of it"
+            )
+        return [dict(message) for message in fitted.messages]

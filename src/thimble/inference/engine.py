@@ -8,7 +8,7 @@ runs; a session runs it. Knows nothing of text.
 import itertools
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from thimble.backends.session import ActiveAdapter, ForwardRow, Prompt, Session
 from thimble.core.metrics import LossSum
+from thimble.data.context import check_length
 from thimble.inference.sampling import Sampler, SamplingOptions
 
 PREFILL_TOKENS = 1024  # read in one pass on a worker
@@ -96,8 +97,10 @@ class Engine:
         max_slots: Most answers written in parallel.
         cache_tokens: Most tokens that all slots hold; a single request is run whatever it needs.
         prefill_tokens: Most tokens of prompts read in a pass on a worker; a longer prompt is read in parts.
-        is_interactive: Whether answers go on while prompts are read, and slots grow as answers do: nobody waits long.
-            Otherwise prompts come first, which makes the most tokens a second.
+        is_interactive: Whether answers go on while prompts are read, so that nobody waits long. Otherwise prompts come
+            first, which makes the most tokens a second.
+        is_growing: Whether slots grow as answers do, as is right where answers may end long before their longest; for a
+            moment a cache that grows takes up to twice its memory. Default: if it is interactive.
     """
 
     def __init__(
@@ -108,9 +111,12 @@ class Engine:
         cache_tokens: int | None = None,
         prefill_tokens: int = PREFILL_TOKENS,
         is_interactive: bool = True,
+        is_growing: bool | None = None,
     ) -> None:
         self._session, self._num_workers, self._max_slots = session, num_workers, max_slots
         self._cache_tokens, self._prefill_tokens, self._is_interactive = cache_tokens, prefill_tokens, is_interactive
+        self._is_growing = is_interactive if is_growing is None else is_growing
+        self._context = session.max_positions
         self._cache = session.new_cache()
         self._waiting: deque[_Request] = deque()
         self._reading: list[_Request] = []
@@ -127,16 +133,22 @@ class Engine:
         """Take a request.
 
         Args:
-            prompt: int32 (tokens,), at least one.
-            options: How the answer is written.
+            prompt: int32 (tokens,), at least one, and fewer than the context of the base has.
+            options: How the answer is written; it ends with the context at the latest.
             adapter: From `Session.load`.
             scored: ids and labels, int32 (T,) each, of a row that begins with the prompt: its loss is measured in the
                 same reading.
 
         Returns:
             The number of the request, by which its tokens are told apart.
+
+        Raises:
+            DataError: If the context leaves no room for an answer.
         """
         ids, labels = scored or (prompt, None)
+        check_length(len(prompt), self._context)
+        room = self._context - len(prompt)
+        options = options if options.max_new_tokens <= room else replace(options, max_new_tokens=room)
         self._count += 1
         self._waiting.append(
             _Request(self._count, ids, len(prompt), labels, options, adapter, Sampler(options))
@@ -184,7 +196,7 @@ class Engine:
         """Have room in the cache for all slots, and in those of some requests for so many tokens more."""
         slots = 1 + max(request.slot for request in (*self._reading, *self._writing))
         ends = [request.end for request in requests]
-        if self._is_interactive:  # at least what is needed now, growing in few steps
+        if self._is_growing:  # at least what is needed now, growing in few steps
             needed = [max(request.read, request.position + 1) + tokens for request in requests]
             ends = [min(end, -(-size // GROWTH_TOKENS) * GROWTH_TOKENS) for end, size in zip(ends, needed, strict=True)]
         self._cache.reserve(slots, max(ends))

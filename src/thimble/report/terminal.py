@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from thimble.core.significance import LEAST_ROWS
-from thimble.errors import as_word, escaped
+from thimble.errors import as_word, escaped, plural
 from thimble.events import Event
 from thimble.report import formatting
 from thimble.report.formatting import NONE, THIN, clip, clock, number, small_percent, table
@@ -44,6 +44,11 @@ class Progress:
             self._moving(f"  {event.text} {event.data['done']} of {event.data['total']}")
         elif event.kind == "step":
             self._moving(_step_line(event.data), is_forced=event.data["step"] in (1, event.data["total"]))
+
+    def on_warning(self, event: Event) -> None:
+        """Write warnings alone."""
+        if event.kind == "warning":
+            self.on_event(event)
 
     def _line(self, text: str) -> None:
         self.end()
@@ -185,6 +190,24 @@ def _by_chance(found: Mapping[str, Any]) -> str:
     chance = min(found["chance"], found["chance_worse"])
     often = "less than 0.1%" if chance < 0.001 else f"{chance:.1%}"
     return f"chance alone would do this in {often} of cases" if chance < 0.5 else "no difference"
+
+
+def render_generate(report: Any) -> str:
+    """How many rows were answered, the first of them, and where they are."""
+    parts = []
+    for sample in report.samples:
+        asked = sample.get("prompt") or sample.get("text") or sample["messages"][-1]["content"]
+        lines = [("asked", asked), ("expected", sample.get("reference")), ("answer", sample["answer"])]
+        parts.append("\n".join(f"  {name:>8}: {_clip(text)}" for name, text in lines if text is not None))
+    counts = [f"{report.answered:,} of {report.rows:,} rows answered"]
+    counts += [f"{report.answered_before:,} of them before"] * bool(report.answered_before)
+    counts += [f"{report.unanswered:,} cannot be"] * bool(report.unanswered)
+    counts += [f"{plural(report.length_limited, 'answer')} cut off by the length"] * bool(report.length_limited)
+    speed = f"{report.completion_tokens:,} tokens in {clock(report.seconds)}, {report.tokens_per_second:,.0f} tokens/s"
+    state = ", ".join(counts) + (f" ({speed})" if report.seconds else "")
+    places = [f"answers  {report.out}", *([f"go on    {report.go_on}"] if report.go_on else [])]
+    state = state if report.status == "done" else f"{report.status}: {state}"
+    return "\n\n".join([*parts, state, "\n".join(places)])
 
 
 def render_merge(report: Any) -> str:

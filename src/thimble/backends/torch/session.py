@@ -105,6 +105,10 @@ class TorchSession:
         shapes = self._base.spec.linear_shapes()
         return tuple(LayerInfo(path, shape, block_of(path)) for path, shape in shapes.items())
 
+    @property
+    def max_positions(self) -> int:
+        return self._base.spec.max_positions
+
     # ---- adapters -------------------------------------------------------------------------------------------------
 
     @out_of_memory
