@@ -109,7 +109,7 @@ def model_with_adapters(
 
 def log_base(base: Base, log: EventLog, tokenizer: Tokenizer | None = None, adapters: Iterable[str] = ()) -> None:
     """Tell which of several files a base was read from, and what in them, or beside adapters, contradicts it."""
-    for note in base.notes:
+    for note in (*base.notes, *base.spec.notes):
         log.note(note)
     for warning in (*base.warnings, *(tokenizer.warnings if tokenizer else ())):
         log.warning(warning)

@@ -88,8 +88,6 @@ def plan_run(config: TrainConfig, log: EventLog, needs_folder: bool = True) -> R
     log.stage("reading the base and the examples")
     model, sizes, examples, questions, metric, folder = _check(config, needs_folder, log)
     log.note(f"base: {describe_base(model)}")
-    for note in model.base.spec.notes:
-        log.note(note)
     log_base(model.base, log, model.tokenizer)
     init = parse_init(config.init)
     if init.needs == "adapter" and not config.resume:
