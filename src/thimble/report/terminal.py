@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
-from thimble.core.significance import LEAST_ROWS
 from thimble.errors import as_word, escaped, plural
 from thimble.events import Event
 from thimble.report import formatting
@@ -185,6 +184,8 @@ def _against_base(result: Any) -> str:
 
 def _by_chance(found: Mapping[str, Any]) -> str:
     """How often chance alone would bring a difference like this."""
+    from thimble.core.significance import LEAST_ROWS  # brings numpy, which --help does without
+
     if found["rows"] < LEAST_ROWS:
         return f"too few to tell (at least {LEAST_ROWS})"
     chance = min(found["chance"], found["chance_worse"])
