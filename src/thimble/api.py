@@ -125,7 +125,7 @@ def generate(data: str | Path | Iterable[Any] | None = None, out: str | Path | N
 
 
 def chat(**options: Any) -> Any:
-    """Open a conversation: `talk = chat(adapter=["runs/mine-1"])`, then `talk.ask("Hello")`, `talk.ask("And then?")`.
+    """Open a conversation: `talk = chat(adapter=["runs/mine-1"])`, then `talk.ask("Hello")`, `talk.ask("And?")`.
 
     Each answer depends on the turns before. For many questions that have nothing to do with one another, such as a list
     of tickets, use `generate`, which is faster too, or `talk.ask(text, keep=False)`. When a conversation outgrows the

@@ -194,7 +194,7 @@ def chat(
     config: str | Path | None = None,
     on_event: Callable[[Event], None] = ...,
 ) -> Conversation:
-    """Open a conversation: `talk = chat(adapter=["runs/mine-1"])`, then `talk.ask("Hello")`, `talk.ask("And then?")`."""
+    """Open a conversation: `talk = chat(adapter=["runs/mine-1"])`, then `talk.ask("Hello")`, `talk.ask("And?")`."""
 
 @overload
 def generate(

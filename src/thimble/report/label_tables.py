@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-from thimble.core.labels import OTHER
 from thimble.report.formatting import clip, percent
 
 Rows = list[tuple[str, ...]]
@@ -41,6 +40,8 @@ def confusion_rows(scores: Scores, most: int) -> Rows:
     names, cells = [score["label"] for score in scores["labels"]], scores["confusion"]
     if len(names) > most:
         return _frequent(cells, most)
+    from thimble.core.labels import OTHER  # brings numpy, which --help does without
+
     columns = [*names, OTHER] if any(OTHER in row for row in cells.values()) else names
     rows: Rows = [("expected \\ written", *map(_name, columns))]
     for name in names:
