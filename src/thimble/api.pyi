@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, overload
 
 from thimble.commands.evaluate import EvaluateReport
 from thimble.commands.export import ExportReport
@@ -14,7 +14,6 @@ from thimble.data.answers import Answer
 from thimble.events import Event
 from thimble.inference.conversation import Conversation
 from thimble.training.result import TrainReport
-from typing import overload
 
 class Table(Protocol):
     """A table of pandas, polars or pyarrow."""
