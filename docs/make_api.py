@@ -27,7 +27,7 @@ HEAD = '''\
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, overload
 
 {imports}
 
@@ -60,7 +60,7 @@ def _function(command: Command, imports: set[str]) -> str:
     if command.name not in WITHOUT_OUT:
         return _signature(command, report.__name__)
     module, name, result = WITHOUT_OUT[command.name]
-    imports |= {f"from {module} import {name}", "from typing import overload"}
+    imports.add(f"from {module} import {name}")
     both = (_signature(command, result, "None = None"), _signature(command, report.__name__, "str | Path"))
     return "\n".join(f"@overload\n{text}" for text in both)
 
