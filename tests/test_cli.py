@@ -64,7 +64,7 @@ def test_faults_of_base_data_and_options_are_named_together(refused, tmp_path):
     [
         (b"", "empty"),
         (b'{"question_text": "a", "reply": "b"}\n', "reply"),
-        (b'{"messages": [{"role": "bot", "content": "hi"}]}\n', 'role is "bot"'),
+        (b'{"messages": [{"role": "alien", "content": "hi"}]}\n', 'role is "alien"'),
         (b'{"messages": [{"role": "user", "content": "hi"}]}\n', "assistant"),
         (b'{"prompt": "a", "completion": ""}\n', "completion"),
         (b'{"prompt": "a", "completion": "caf\xe9"}\n', "not UTF-8"),

@@ -133,7 +133,11 @@ def fault_of(line: str) -> str:
     check = {"thimble": _thimble_fault, "make": _make_fault, "python": _python_fault, "pip": _pip_fault}.get(words[0])
     if check:
         return check(words[1:])
-    return "" if words[0] in ("git", "cd", ".") else f"{words[0]} is no command a reader of these pages needs"
+    return (
+        ""
+        if words[0] in ("git", "cd", ".", "llama-server")
+        else f"{words[0]} is no command a reader of these pages needs"
+    )
 
 
 def _thimble_fault(words: list[str]) -> str:

@@ -107,7 +107,7 @@ def move_run() -> None:
     shutil.move("tiny.gguf", "moved/tiny.gguf")
     Path("mine.jsonl").unlink()
     config = Path("moved/run/config.yaml")
-    config.write_text(config.read_text().replace(os.getcwd(), "/home/me/project"))
+    config.write_text(config.read_text().replace(os.getcwd(), "/project"))
 
 
 def damage_checkpoint() -> None:

@@ -13,23 +13,24 @@ from thimble.backends.torch.session import TorchSession
 from thimble.core.adapter import Adapter
 from thimble.core.lowrank import Factors, delta
 from thimble.data.encode import Row
+from thimble.data.model import base_with_adapters
 from thimble.errors import AdapterError, Problems
+from thimble.events import EventLog, ignore
 from thimble.exports import gguf_adapter
 from thimble.exports.gguf_adapter import check_exportable, write_gguf_adapter
 from thimble.exports.proof import prove
-from thimble.models.adapters import open_adapters
 from thimble.models.base import open_base
 from thimble.models.gguf_adapter import load_gguf_adapter
 from thimble.models.gguf_names import architecture, gguf_name
 
 GGUF = Path(__file__).parents[1] / "fixtures" / "gguf"
 FAMILIES = ["llama", "mistral", "smollm3", "qwen2", "qwen3", "gemma2", "gemma3", "phi3"]
-RANDOM = np.random.default_rng(0)
 
 
 def rows():
     """Two rows of tokens of any kind, all of them targets."""
-    ids = [RANDOM.integers(3, 300, 24).astype(np.int32) for _ in range(2)]
+    random = np.random.default_rng(0)
+    ids = [random.integers(3, 300, 24).astype(np.int32) for _ in range(2)]
     return [Row(some, np.append(some[1:], -100).astype(np.int32), "x") for some in ids]
 
 
@@ -79,7 +80,8 @@ def test_llama_cpp_computes_what_we_do(family, tmp_path):
         assert proof.holds, (name, proof)
         assert proof.adapter_difference <= 2 * max(proof.base_difference, 1e-6), (name, proof)
         assert proof.effect > 100 * proof.adapter_difference, (name, proof)
-        assert proof.effect_there == pytest.approx(1, abs=1e-3)
+        # llama.cpp takes Gemma's GELU from a table of half floats.
+        assert proof.effect_there == pytest.approx(1, abs=5e-3 if family.startswith("gemma") else 1e-3)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -155,7 +157,8 @@ def foreign(path, base, types=None, alpha=16.0, kind="lora", arch="llama", drop=
 def test_an_adapter_of_llama_cpps_converter_is_read(dtype, tmp_path):
     base = open_base(GGUF / "llama.gguf")
     foreign(tmp_path / "x.gguf", base, dtype)
-    (found,) = open_adapters([str(tmp_path / "x.gguf")], base, Problems()).values()
+    given = str(GGUF / "llama.gguf"), [str(tmp_path / "x.gguf")]
+    (found,) = base_with_adapters(*given, Problems(), EventLog(ignore))[1].values()
     assert [factors.scale for factors in found.layers.values()] == [4.0, 4.0]
     foreign(tmp_path / "folded.gguf", base, dtype, alpha=0.0)
     assert {factors.scale for factors in load_gguf_adapter(tmp_path / "folded.gguf", base).layers.values()} == {1.0}

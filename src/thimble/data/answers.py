@@ -144,19 +144,21 @@ class AnswerFile:
                 raise ConfigError(f"--out {self.path}: another process is writing it; wait for it, or end it") from None
         return self._stream
 
+    def _opened(self) -> IO[bytes]:
+        if self._stream is None:
+            raise ValueError(f"{self.path} is not open: call begin or go_on first")
+        return self._stream
+
     def add(self, line: Mapping[str, Any]) -> None:
         """Keep an answer; when this returns, the end of the process does not lose it."""
-        assert self._stream is not None
-        begin = self._stream.seek(0, os.SEEK_END)
-        self._stream.write(
-            json.dumps(line, ensure_ascii=False, default=str).encode("utf-8", "backslashreplace") + b"\n"
-        )
-        self._stream.flush()
+        stream = self._opened()
+        begin = stream.seek(0, os.SEEK_END)
+        stream.write(json.dumps(line, ensure_ascii=False, default=str).encode("utf-8", "backslashreplace") + b"\n")
+        stream.flush()
         self._places[line["row"]] = begin
 
     def finish(self, prompts: Iterable[Prompt]) -> None:
         """Write the file, now that every prompt has its line, and remove what it was made from."""
-        assert self._stream is not None
         lines = ((prompt, self.line(prompt.row)) for prompt in prompts)
         parts = _csv(lines) if self.path.suffix.lower() == ".csv" else (line for _, line in lines)
         write_atomic(self.path, parts)
@@ -166,9 +168,9 @@ class AnswerFile:
 
     def line(self, row: int) -> bytes:
         """The line of a row."""
-        assert self._stream is not None
-        self._stream.seek(self._places[row])
-        return self._stream.readline()
+        stream = self._opened()
+        stream.seek(self._places[row])
+        return stream.readline()
 
     def close(self) -> None:
         """Leave the file as it is; a power cut does not take what is in it."""
