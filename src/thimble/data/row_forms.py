@@ -27,6 +27,7 @@ CONTEXTS = ("input", "context", "contexts", "document", "documents", "passage", 
 SYSTEMS = ("system", "systemprompt", "systemmessage")
 HISTORIES = ("history", "chathistory", "conversationhistory")
 OPTIONAL = (*CONTEXTS, *SYSTEMS, *HISTORIES, "tools", "functions")  # columns that may be empty
+JUDGEMENTS = ("label", "ktotag")  # whether an answer is good
 REJECTED = ("rejected", "rejectedresponse", "rejectedmessages")
 FORMS = (
     "messages", "conversations", *(f"{prompt} and {completion}" for prompt, completion in KNOWN_PAIRS[1:]),
@@ -269,9 +270,11 @@ def _cell(fields: Fields, name: str) -> Any:
 def _refuse_other_uses(fields: Fields) -> None:
     """Refuse rows that are made for something else, and would teach what nobody means."""
     refuse_media(fields, "the row")
-    if "label" in fields and yes_or_no(fields.peek("label")) is not None:
+    for label in fields.among(JUDGEMENTS):
+        if yes_or_no(fields.peek(label)) is None:
+            continue
         raise DataError(
-            f"{fields.shown('label')} is {fields.peek('label')!r} beside an answer: Thimble learns from answers, not "
+            f"{fields.shown(label)} is {fields.peek(label)!r} beside an answer: Thimble learns from answers, not "
             "from preferences or judgements (KTO, classification of pairs); keep the rows whose answers are good, and "
             "take the column out"
         )
