@@ -202,6 +202,7 @@ def test_names_without_end_are_counted_together(read):
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "Thimble learns from answers, not from preferences"),
         ({"messages": "hello"}, 'messages is "hello": expected a list of messages'),
         ({"messages": []}, "messages is empty: expected messages"),
+        ({"messages": "[{'role': 'user', 'content': 'a'}]"}, "a list as Python prints it, which is no JSON: write the"),
         ({"messages": None}, "messages is missing: expected a list of messages"),
         ({"messages": ["hi"]}, 'messages 1 is "hi": expected an object with role and content'),
         (

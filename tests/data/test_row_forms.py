@@ -124,6 +124,8 @@ def test_what_a_base_without_template_cannot_be_told_is_not_dropped(extra):
         ({"prompt": "a", "completion": "b", "label": True}, "label is True beside an answer: Thimble learns"),
         ({"question": "a", "answer": "b", "Label": "0"}, "Label is '0' beside an answer"),
         ({"messages": [ASK, ANSWER], "label": False}, "label is False beside an answer"),
+        ({"query": "a", "answers": '[{"name": "f", "arguments": {}}]'}, "stands from columns that are named: add"),
+        ({"messages": [ASK, ANSWER], "kto_tag": False}, "kto_tag is False beside an answer"),
         ({"text": "a", "label": 1}, "add --prompt-column text --completion-column label; to learn the text alone, add "
          "--text-column text"),
         ({"Text": "a", "label": 1, "label text": "good"}, "--prompt-column Text --completion-column 'label text'"),

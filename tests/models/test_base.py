@@ -40,6 +40,25 @@ def test_a_quick_fingerprint_notices_another_file_and_is_the_same_for_the_same(t
     assert one.quick_fingerprint() == one.quick_fingerprint() != two.quick_fingerprint()
 
 
+@pytest.mark.parametrize(
+    ("name", "warned"),
+    [
+        ("model.layers.2.input_layernorm.weight", True),  # of a layer beyond num_hidden_layers
+        ("model.layers.0.self_attn.q_norm.weight", True),  # as Qwen 3 has it
+        ("model.layers.0.mlp.up_proj.weight_scale", True),
+        ("model.layers.0.self_attn.rotary_emb.inv_freq", False),  # left by older versions of transformers
+        ("vision_tower.layers.0.weight", False),
+    ],
+)
+def test_tensors_of_layers_that_the_config_does_not_read_are_told(name, warned, tmp_path):
+    folder = make_hf_folder("llama", tmp_path)
+    file = open_tensors(folder / "model.safetensors")
+    tensors = {given: file.read(given).copy() for given in file.tensors}
+    write_safetensors(folder / "model.safetensors", {**tensors, name: np.ones(8, "f4")}, {"format": "pt"})
+    warnings = open_base(folder).warnings
+    assert any(f"holds {name}, which a llama of this config.json does not read" in text for text in warnings) == warned
+
+
 # --- bases from untrusted sources
 
 INDEX, SHARD = "model.safetensors.index.json", "model-00001-of-00002.safetensors"

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 from thimble.config.values import read_template
-from thimble.data.columns import LABELS, MOST_LISTED, Fields, Left, NamedColumns, suggestion, typed_option
+from thimble.data.columns import LABELS, MOST_LISTED, Fields, Left, NamedColumns, folded, suggestion, typed_option
 from thimble.data.messages import answers
 from thimble.data.row_messages import Message, is_message, read_messages, refuse_media, roles_of
 from thimble.data.row_values import cell_text, describe, is_filled, loaded, shown, text_of, yes_or_no
@@ -27,6 +27,7 @@ CONTEXTS = ("input", "context", "contexts", "document", "documents", "passage", 
 SYSTEMS = ("system", "systemprompt", "systemmessage")
 HISTORIES = ("history", "chathistory", "conversationhistory")
 OPTIONAL = (*CONTEXTS, *SYSTEMS, *HISTORIES, "tools", "functions")  # columns that may be empty
+JUDGEMENTS = ("label", "ktotag")  # whether an answer is good
 REJECTED = ("rejected", "rejectedresponse", "rejectedmessages")
 FORMS = (
     "messages", "conversations", *(f"{prompt} and {completion}" for prompt, completion in KNOWN_PAIRS[1:]),
@@ -147,7 +148,7 @@ def _asked(fields: Fields, left: Left, prompt: tuple[Any, str], completion: tupl
     if isinstance(completion[0], list | tuple):
         replies = read_messages(*completion, left)
     else:
-        text = text_of(*completion) if isinstance(completion[0], str) else _no_text(prompt[1], *completion)
+        text = text_of(*completion) if isinstance(completion[0], str) else _no_text(fields, prompt[1], *completion)
         if not text.strip():
             raise DataError(f"{completion[1]} is empty: expected the text to learn")
         replies = [{"role": "assistant", "content": text}]
@@ -167,11 +168,13 @@ def _asked(fields: Fields, left: Left, prompt: tuple[Any, str], completion: tupl
     return {"messages": messages} | ({"prompt": prompt[0] or "", "completion": completion[0]} if is_bare else {})
 
 
-def _no_text(prompt: str, value: Any, completion: str) -> NoReturn:
+def _no_text(fields: Fields, prompt: str, value: Any, completion: str) -> NoReturn:
     how = ""
-    if isinstance(value, int | float):
+    is_json = isinstance(fields.peek(folded(completion)), str)  # as in sets of calls, whose answers are written JSON
+    if is_json or isinstance(value, int | float):
         options = typed_option("prompt_column", prompt), typed_option("completion_column", completion)
-        how = f"; numbers are read as text from columns that are named: add {' '.join(options)}"
+        what = "JSON in a text is learned as it stands" if is_json else "numbers are read as text"
+        how = f"; {what} from columns that are named: add {' '.join(options)}"
     raise DataError(f"{completion} is {describe(value)}: expected text{how}")
 
 
@@ -269,9 +272,11 @@ def _cell(fields: Fields, name: str) -> Any:
 def _refuse_other_uses(fields: Fields) -> None:
     """Refuse rows that are made for something else, and would teach what nobody means."""
     refuse_media(fields, "the row")
-    if "label" in fields and yes_or_no(fields.peek("label")) is not None:
+    for label in fields.among(JUDGEMENTS):
+        if yes_or_no(fields.peek(label)) is None:
+            continue
         raise DataError(
-            f"{fields.shown('label')} is {fields.peek('label')!r} beside an answer: Thimble learns from answers, not "
+            f"{fields.shown(label)} is {fields.peek(label)!r} beside an answer: Thimble learns from answers, not "
             "from preferences or judgements (KTO, classification of pairs); keep the rows whose answers are good, and "
             "take the column out"
         )

@@ -42,7 +42,9 @@ def read_messages(turns: Any, key: str, left: Left) -> list[Message]:
     """Check the messages that stand in the column `key`; keys that nobody reads are noted in `left`."""
     turns = loaded(turns)
     if not isinstance(turns, list | tuple):
-        raise DataError(f"{key} is {describe(turns)}: expected a list of messages, each with role and content")
+        is_printed = isinstance(turns, str) and turns.lstrip()[:3] in ("[{'", "['{")
+        how = " (a list as Python prints it, which is no JSON: write the column with json.dumps)" if is_printed else ""
+        raise DataError(f"{key} is {describe(turns)}{how}: expected a list of messages, each with role and content")
     if not turns:
         raise DataError(f"{key} is empty: expected messages, each with role and content")
     problems, checked = Problems(), []

@@ -12,7 +12,7 @@ from thimble.files.untrusted import names_in, printable, read_json_object
 from thimble.models.quantized import check_not_quantized
 from thimble.models.spec import DecoderSpec, spec_from_config
 from thimble.models.weight_files import MOST_CONFIG_BYTES, choose_files
-from thimble.models.weights import EMBEDDING, HEAD, Base, Weight, check_complete
+from thimble.models.weights import EMBEDDING, HEAD, Base, Weight, check_complete, unread_layers
 from thimble.models.wrappers import TEXT, plain_name, unwrap
 
 _PIECE_BYTES = 1 << 22
@@ -35,7 +35,7 @@ def open_folder(folder: Path, name: str) -> Base:
     prefix, loader = (wrapper.prefix, wrapper.loader) if wrapper else ("model.", TEXT)
     return Base(
         name, folder, spec, check_complete(folder, spec, weights), None, prefix, loader, chosen.notes,
-        (*chosen.warnings, *warnings, *told),
+        (*chosen.warnings, *warnings, *told, *unread_layers(name, spec, weights)),
     )  # fmt: skip
 
 

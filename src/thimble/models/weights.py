@@ -7,7 +7,7 @@ Nothing is read here but headers: a weight is a view of the memory-mapped file.
 import contextlib
 import hashlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from thimble.errors import BaseModelError, listing, plural
 from thimble.files.blocks import BLOCKS
 from thimble.files.tensor_info import TensorInfo
 from thimble.files.tensors import TensorFile
+from thimble.files.untrusted import printable
 from thimble.models.spec import DecoderSpec
 
 SAMPLES, SAMPLE_BYTES = 256, 4096  # of each file, for a quick fingerprint
@@ -159,6 +160,20 @@ def check_complete(path: Path, spec: DecoderSpec, weights: dict[str, Weight]) ->
     if problems:
         raise BaseModelError(*problems)
     return {name: weight for name, weight in weights.items() if name in expected or name in optional}
+
+
+def unread_layers(name: str, spec: DecoderSpec, given: Collection[str]) -> tuple[str, ...]:
+    """A warning of tensors in the layers of a base that its decoder does not read: it may be another model."""
+    expected = expected_shapes(spec)
+    known = {*expected, *(f"{path}.bias" for path in spec.linear_shapes())}
+    unread = [tensor for tensor in given if tensor.startswith("model.layers.") and tensor not in known]
+    unread = [printable(tensor) for tensor in unread if not tensor.endswith(".rotary_emb.inv_freq")]
+    if not unread:
+        return ()
+    return (
+        f"{name} holds {listing(unread, 3)}, which a {spec.family} of this config.json does not read: they are left "
+        "out, as transformers leaves them out; if they belong to the model, its config.json is that of another",
+    )
 
 
 def expected_shapes(spec: DecoderSpec) -> dict[str, tuple[int, ...]]:
