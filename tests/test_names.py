@@ -60,7 +60,8 @@ def test_what_is_made_with_a_name_can_be_used(named, thimble, tmp_path):
     assert report["metrics_after"] == {"right": 1.0}
     page = (tmp_path / out / "report.html").read_bytes().decode()
     assert UNSAFE.findall(page) == []
-    assert load_adapter(tmp_path / out).base == escaped(f"{named}.gguf")
+    assert load_adapter(tmp_path / out).base == str(tmp_path)  # the folder in which PEFT opens the GGUF
+    assert json.loads((tmp_path / out / "manifest.json").read_text())["base"]["name"] == escaped(f"{named}.gguf")
     saved = yaml.safe_load((tmp_path / out / "config.yaml").read_text())
     places = {"data": ".jsonl", "base": ".gguf", "metric": ".py:right", "out": " run"}
     assert {key: saved[key] for key in places} == {key: str(tmp_path / (named + end)) for key, end in places.items()}

@@ -140,3 +140,11 @@ def test_a_null_that_the_user_wrote_into_arguments_stays(tmp_path):
     row = {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "", "tool_calls": [call]}]}
     message = read(tmp_path, json.dumps(row), "a.jsonl").train[0].messages[1]
     assert message["tool_calls"][0]["function"]["arguments"] == {"left": None, "right": 1}
+
+
+@pytest.mark.parametrize("content", ['{"completion": "x", "completion": "y"}\n', '[{"a": {"b": 1, "b": 2}}]'])
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+def test_a_key_that_stands_twice_is_named(suffix, content, tmp_path):
+    (tmp_path / f"x.{suffix}").write_text(content)
+    with pytest.raises(DataError, match="stands twice in one object: leave one of them out"):
+        read_dataset(tmp_path / f"x.{suffix}")

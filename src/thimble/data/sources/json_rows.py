@@ -16,6 +16,19 @@ _BETWEEN = re.compile(r"[\s,]*")  # values
 Lines = Iterator[tuple[int, str]]
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object; a key that stands there twice would otherwise lose its first value without a word."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = listing(sorted({repr(name) for name in names if names.count(name) > 1}), 3)
+        raise ValueError(f"{twice} stands twice in one object: leave one of them out")
+    return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_once)
+
+
 def read_json_lines(open_file: Open, name: str, told: Told) -> Iterator[RawRow]:
     """The rows of a file with one object a line; if objects take several lines, the file is read as a whole."""
     if _spans_lines(_lines(open_file, name)):
@@ -70,7 +83,7 @@ def _line_row(line: str, source: str) -> RawRow:
     if len(line) > MOST_VALUES and sum(map(line.count, "[{,")) > MOST_VALUES:
         return RawRow(None, source, f"{source} holds more than {MOST_VALUES:,} values: expected one example a line.")
     try:
-        return _row(json.loads(checked(line, source)), source, _has_nan(line))
+        return _row(_DECODER.decode(checked(line, source)), source, _has_nan(line))
     except DataError as error:
         return RawRow(None, source, error.problems[0])
     except (ValueError, RecursionError) as error:
@@ -92,7 +105,7 @@ def _first_value(text: str, name: str) -> tuple[Any, int]:
     if begin == len(text):
         return [], begin
     try:
-        return json.JSONDecoder().raw_decode(text, begin)
+        return _DECODER.raw_decode(text, begin)
     except (ValueError, RecursionError) as error:
         raise _invalid(error, text, name) from None
 
@@ -104,10 +117,10 @@ def _several_values(text: str, name: str) -> Iterator[RawRow]:
         for number, line in filled:
             yield _line_row(line, f"{name} line {number}")
         return
-    decoder, place, number, has_nan = json.JSONDecoder(), 0, 0, _has_nan(text)
+    place, number, has_nan = 0, 0, _has_nan(text)
     while (place := _BETWEEN.match(text, place).end()) < len(text):  # type: ignore[union-attr]
         try:
-            value, place = decoder.raw_decode(text, place)
+            value, place = _DECODER.raw_decode(text, place)
         except (ValueError, RecursionError) as error:
             raise _invalid(error, text, name) from None
         for row in value if isinstance(value, list) else [value]:
