@@ -95,6 +95,19 @@ def test_an_adapter_and_a_system_prompt_change_the_answers(options, tiny_base, t
     assert guided[0].text != guided[1].text  # a row's own system text comes first
 
 
+def test_a_table_has_the_separators_of_the_file_of_prompts_so_its_spreadsheet_opens_it(thimble, tiny_base, tmp_path):
+    flags = ("--base", tiny_base, *FLAGS)
+    for mark, name in ((";", "in.csv"), ("\t", "in.tsv"), (",", "other.csv")):
+        (tmp_path / name).write_text(f'prompt{mark}topic\n"Why{mark} or, not?"{mark}a\nHello{mark}b\n')
+        assert thimble("generate", name, "--out", f"{name}.out.csv", *flags)[0] == 0
+        wanted = ";" if mark == ";" else ","  # a .csv with tabs is none
+        lines = (tmp_path / f"{name}.out.csv").read_text("utf-8-sig").splitlines()
+        assert lines[0] == wanted.join(
+            ["prompt", "topic", "answer", *"finish_reason prompt_tokens completion_tokens".split()]
+        )
+        assert next(csv.reader(lines[1:], delimiter=wanted))[:2] == [f"Why{mark} or, not?", "a"]
+
+
 def test_a_table_keeps_the_columns_of_the_user_with_the_answer_beside_them(thimble, tiny_base, tmp_path):
     (tmp_path / "in.csv").write_text('queue,prompt,answer\n"a,b",Why?,So.\n,"two\nlines",\n')
     code, _, _ = thimble("generate", "in.csv", "--base", tiny_base, "--out", "out.csv", *FLAGS)
