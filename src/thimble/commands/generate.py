@@ -170,7 +170,7 @@ def _prepare(
 
     wanted = (recorded or {}).get("--compute", "auto") if config.compute == "auto" else config.compute
     compute, why = choose_compute(wanted, config.remeasure)
-    log.decision(f"compute: {why}")
+    log.decision(f"compute: {why if wanted == config.compute else f'{compute}, as in the answers there are'}")
     store = choose_store(config.store, model.base, compute)[0][0]
     return _Work(config, model, adapters, prompts, delimiter, encoded, compute, store, log)
 
@@ -216,9 +216,19 @@ def _encode(
         skipped.check()
     if not len(encoded.items):
         raise DataError(*skipped.told())
+    if model.template is not None and not config.text_column and (count := _plain_rows(prompts)):
+        log.warning(
+            f"{plural(count, 'row')} of plain text: it is continued as it stands, not answered; to ask it, as "
+            "a chat does, add --prompt-column text, to continue it, --text-column text"
+        )
     for warning in encoded.warnings(context):
         log.warning(warning)
     return encoded
+
+
+def _plain_rows(prompts: Spool[Prompt]) -> int:
+    """How many rows are plain text, and no conversation."""
+    return sum(prompt.record is not None and prompt.record.text is not None for prompt in prompts)
 
 
 def _take_up(work: _Work, file: AnswerFile) -> set[int]:

@@ -8,7 +8,7 @@ import argparse
 import difflib
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn, Protocol
 
 from thimble.config.completion import SHELLS
@@ -204,7 +204,7 @@ def _without_unknown(words: Sequence[str], config: type[Options], problems: list
     return kept
 
 
-def _still_meant(ours: str | None, value: str, positional: Sequence[str]) -> list[str]:
+def _still_meant(ours: str | None, value: str, positional: Collection[str]) -> list[str]:
     """The words for the files that an unknown flag names: they are checked with the rest, and not told as missing."""
     named = [value] if ours in positional else [flag("out"), value] if ours == "out" else []
     return named if value else []
