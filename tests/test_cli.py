@@ -265,6 +265,20 @@ def test_what_is_no_option_is_answered_with_what_to_type(refused, examples, tiny
     assert said in refused("train", examples, "--base", tiny_base, *words)
 
 
+def test_a_name_with_spaces_that_was_not_quoted_is_answered_with_the_quotes(refused, examples, tiny_base):
+    examples.rename(examples.with_name("my new rows.jsonl"))
+    text = refused("train", "my", "new", "rows.jsonl", "--base", tiny_base)
+    assert "'my new rows.jsonl' is taken for 3 files: put its name in quotes: thimble train 'my new rows.jsonl'" in text
+    assert "too many" not in text
+
+
+def test_a_file_for_answers_under_another_flag_is_not_told_as_missing(refused, examples, tiny_base):
+    text = refused("generate", examples, "--base", tiny_base, "--output", "a.csv")
+    assert "--output is not an option of this command: use --out" in text
+    assert "is not given" not in text
+    assert "--out a.doc: expected a name that ends with" in refused("generate", examples, "--output=a.doc")
+
+
 def test_a_run_is_resumed_as_it_began_by_its_config_file_too(refused, thimble, examples, tiny_base, tmp_path):
     quick = ("--rank", "4", "--seq-len", "64", "--max-steps", "1", "--eval-rows", "0", "--compute", "fp32")
     assert thimble("train", examples, "--base", tiny_base, "--out", "run", *quick)[0] == 0

@@ -1,6 +1,7 @@
 """`thimble evaluate` on a tiny base."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -34,6 +35,17 @@ def test_base_and_adapters_are_measured_on_the_same_rows(examples, tiny_base, ad
     assert base.loss != other.loss
     assert base.perplexity == pytest.approx(np.exp(base.loss))
     assert set(base.scores) == {"exact match"}
+
+
+def test_answers_side_by_side_name_adapters_that_are_called_alike(thimble, examples, tiny_base, adapter, tmp_path):
+    names = ["tickets-1", "tickets-2", "a/adapter", "b/adapter"]
+    for name in names:
+        shutil.copytree(adapter, tmp_path / name)
+    flags = [word for name in names for word in ("--adapter", name)]
+    code, out, _ = thimble("evaluate", examples, "--base", tiny_base, *flags, "--max-new-tokens", "2")
+    assert code == 0
+    shown = out[out.index("asked:") :].splitlines()[2:7]
+    assert [line.split(":")[0].strip() for line in shown] == ["base", *names]
 
 
 def test_evaluating_as_json_gives_one_object(thimble, examples, tiny_base):

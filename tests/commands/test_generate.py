@@ -95,6 +95,29 @@ def test_an_adapter_and_a_system_prompt_change_the_answers(options, tiny_base, t
     assert guided[0].text != guided[1].text  # a row's own system text comes first
 
 
+def test_a_table_has_the_separators_of_the_file_of_prompts_so_its_spreadsheet_opens_it(thimble, tiny_base, tmp_path):
+    flags = ("--base", tiny_base, *FLAGS)
+    for mark, name in ((";", "in.csv"), ("\t", "in.tsv"), (",", "other.csv")):
+        (tmp_path / name).write_text(f'prompt{mark}topic\n"Why{mark} or, not?"{mark}a\nHello{mark}b\n')
+        assert thimble("generate", name, "--out", f"{name}.out.csv", *flags)[0] == 0
+        wanted = ";" if mark == ";" else ","  # a .csv with tabs is none
+        lines = (tmp_path / f"{name}.out.csv").read_text("utf-8-sig").splitlines()
+        assert lines[0] == wanted.join(
+            ["prompt", "topic", "answer", *"finish_reason prompt_tokens completion_tokens".split()]
+        )
+        assert next(csv.reader(lines[1:], delimiter=wanted))[:2] == [f"Why{mark} or, not?", "a"]
+
+
+def test_text_that_is_continued_and_not_asked_is_told_unless_it_was_named_so(thimble, tiny_base, tmp_path):
+    (tmp_path / "in.csv").write_text("id,text\n1,My card was charged twice.\n")
+    flags = ("--base", tiny_base, "--overwrite", "--out", "a.csv", *FLAGS)
+    _, _, err = thimble("generate", "in.csv", *flags)
+    assert "1 row of plain text: it is continued as it stands, not answered" in err
+    assert "--prompt-column text" in err
+    for named in ("--prompt-column", "--text-column"):
+        assert "plain text" not in thimble("generate", "in.csv", named, "text", *flags)[2]
+
+
 def test_a_table_keeps_the_columns_of_the_user_with_the_answer_beside_them(thimble, tiny_base, tmp_path):
     (tmp_path / "in.csv").write_text('queue,prompt,answer\n"a,b",Why?,So.\n,"two\nlines",\n')
     code, _, _ = thimble("generate", "in.csv", "--base", tiny_base, "--out", "out.csv", *FLAGS)
@@ -306,6 +329,14 @@ def test_answers_are_not_continued_by_another_run(prompts, options, tmp_path, mo
         with pytest.raises(InputError, match=f"made otherwise .*{message}"):
             thimble.generate(out=out, resume=True, **{**given, **change})
         assert (tmp_path / "a.jsonl.partial").read_bytes() == before
+
+
+def test_a_resumed_run_does_not_say_that_the_user_asked_for_a_dtype(thimble, prompts, tiny_base, tmp_path):
+    flags = ("generate", prompts, "--base", tiny_base, "--out", "a.jsonl", "--max-new-tokens", "2")
+    assert thimble(*flags)[0] == 0
+    said = thimble(*flags, "--resume")[2]
+    assert ", as in the answers there are" in said
+    assert "was asked for" not in said
 
 
 def test_a_resumed_run_that_never_began_begins_and_says_so(thimble, prompts, tiny_base):

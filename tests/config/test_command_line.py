@@ -124,3 +124,8 @@ def test_a_unknown_switch_does_not_take_the_data_along(tmp_path, monkeypatch):
 def test_names_of_commands_elsewhere_are_none_of_ours():
     assert not set(COMMAND_SYNONYMS) & set(COMMANDS)
     assert {name for names in COMMAND_SYNONYMS.values() for name in names.split()} - {"generate"} <= set(COMMANDS)
+
+
+@pytest.mark.parametrize("line", ["generate x --lr 3", "evaluate x --lr 3"])
+def test_another_name_for_an_option_of_other_commands_is_not_guessed_to_be_one_of_these(line):
+    assert said(line) == "--lr is not an option of this command: see the list under --help"

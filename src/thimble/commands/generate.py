@@ -86,6 +86,7 @@ class _Work:
     model: Model
     adapters: dict[str, Adapter]  # at most one
     prompts: Spool[Prompt]
+    delimiter: str  # between the cells of a table of answers
     encoded: EncodedPrompts
     compute: str
     store: str
@@ -125,7 +126,7 @@ def write_answers(
             file.add(line)
             report.samples += [line] * (len(report.samples) < SHOWN_ANSWERS)
         if report.answered + report.unanswered == report.rows:
-            file.finish(work.prompts)
+            file.finish(work.prompts, work.delimiter)
         else:
             report.status, report.out = "interrupted", str(file.partial)
             resumed = config.replace(resume=True, overwrite=False)
@@ -153,7 +154,7 @@ def _prepare(
     problems, skipped = Problems(config.problems), Skipped(config.strict)
     log.stage("reading the base and the prompts")
     model, adapters = model_with_adapters(config.base, config.adapter, problems, log)
-    prompts = problems.attempt(_read, config, skipped, rows, log)
+    prompts, delimiter = problems.attempt(_read, config, skipped, rows, log) or (None, ",")
     recorded = problems.attempt(_check_file, file, config) if file else None
     if model and model.template is None and config.system:
         problems.add(f"--system: {model.base.name} has no chat template, so there is no place for it; leave it out")
@@ -169,15 +170,18 @@ def _prepare(
 
     wanted = (recorded or {}).get("--compute", "auto") if config.compute == "auto" else config.compute
     compute, why = choose_compute(wanted, config.remeasure)
-    log.decision(f"compute: {why}")
+    log.decision(f"compute: {why if wanted == config.compute else f'{compute}, as in the answers there are'}")
     store = choose_store(config.store, model.base, compute)[0][0]
-    return _Work(config, model, adapters, prompts, encoded, compute, store, log)
+    return _Work(config, model, adapters, prompts, delimiter, encoded, compute, store, log)
 
 
-def _read(config: GenerateConfig, skipped: Skipped, rows: Iterable[Any] | None, log: EventLog) -> Spool[Prompt]:
+def _read(
+    config: GenerateConfig, skipped: Skipped, rows: Iterable[Any] | None, log: EventLog
+) -> tuple[Spool[Prompt], str]:
+    """All prompts, and what stands between cells: semicolons where the file has them, as its spreadsheet expects."""
     reader = PromptReader.of(config)
     if rows is not None:
-        return keep_prompts(given_rows(rows), skipped, "the list of rows", reader)
+        return keep_prompts(given_rows(rows), skipped, "the list of rows", reader), ","
     if not config.data:
         raise ConfigError(
             "no prompts are given: name a file of them, as in: thimble generate prompts.jsonl --out answers.jsonl"
@@ -187,7 +191,7 @@ def _read(config: GenerateConfig, skipped: Skipped, rows: Iterable[Any] | None, 
         log.note(note)
     for warning in told.warnings:
         log.warning(warning)
-    return prompts
+    return prompts, ";" if set(told.delimiters) == {";"} else ","
 
 
 def _check_file(file: AnswerFile, config: GenerateConfig) -> dict[str, str] | None:
@@ -212,9 +216,19 @@ def _encode(
         skipped.check()
     if not len(encoded.items):
         raise DataError(*skipped.told())
+    if model.template is not None and not config.text_column and (count := _plain_rows(prompts)):
+        log.warning(
+            f"{plural(count, 'row')} of plain text: it is continued as it stands, not answered; to ask it, as "
+            "a chat does, add --prompt-column text, to continue it, --text-column text"
+        )
     for warning in encoded.warnings(context):
         log.warning(warning)
     return encoded
+
+
+def _plain_rows(prompts: Spool[Prompt]) -> int:
+    """How many rows are plain text, and no conversation."""
+    return sum(prompt.record is not None and prompt.record.text is not None for prompt in prompts)
 
 
 def _take_up(work: _Work, file: AnswerFile) -> set[int]:

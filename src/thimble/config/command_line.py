@@ -8,7 +8,7 @@ import argparse
 import difflib
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn, Protocol
 
 from thimble.config.completion import SHELLS
@@ -135,7 +135,7 @@ def read_line(words: Sequence[str], commands: Commands, version: str) -> Line:
     for switch in ("command", *SWITCHES):
         values.pop(switch)
     config_file = values.pop("config")
-    problems += [] if problems else _too_many(name, rest, known)
+    problems += [] if problems else _too_many(name, rest, values, known)
     return Line(name, values, config_file, switches, problems)
 
 
@@ -200,8 +200,14 @@ def _without_unknown(words: Sequence[str], config: type[Options], problems: list
             )
             if not is_file and not equals and rest and not rest[0].startswith("-") and _is_value(name, rest[0], known):
                 value = rest.pop(0)
-            kept += [value] if value and near_option(name, known) in positional else []  # checked with the rest
+            kept += _still_meant(near_option(name, known), value, positional)
     return kept
+
+
+def _still_meant(ours: str | None, value: str, positional: Collection[str]) -> list[str]:
+    """The words for the files that an unknown flag names: they are checked with the rest, and not told as missing."""
+    named = [value] if ours in positional else [flag("out"), value] if ours == "out" else []
+    return named if value else []
 
 
 def _takes_value(name: str, known: Mapping[str, Field]) -> bool:
@@ -216,8 +222,13 @@ def _is_value(name: str, word: str, known: Mapping[str, Field]) -> bool:
     return option_type(known[ours])[0] is not bool if ours else not os.path.exists(word)
 
 
-def _too_many(command: str, words: Sequence[str], known: Mapping[str, Field]) -> list[str]:
-    """A problem for each argument that no option takes."""
+def _too_many(command: str, words: Sequence[str], values: Mapping[str, Any], known: Mapping[str, Field]) -> list[str]:
+    """A problem for each argument that no option takes, or one if they are the words of one file's name."""
+    firsts = [values[name] for name, spec in known.items() if spec.metadata["positional"] and name in values]
+    whole = " ".join([*firsts, *words]) if len(firsts) == 1 and isinstance(firsts[0], str) else ""
+    if words and os.path.exists(whole):
+        count = len(words) + 1
+        return [f"{whole!r} is taken for {count} files: put its name in quotes: thimble {command} {as_word(whole)}"]
     is_many = any(spec.metadata["positional"] and takes_many(spec) for spec in known.values())
     advice = ": name all of them before the flags" if is_many else ""
     return [f"{word!r} is one argument too many for thimble {command}{advice}" for word in words]

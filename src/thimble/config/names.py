@@ -108,6 +108,8 @@ def near_option(given: str, known: Collection[str]) -> str | None:
     if ours := our_name(given, known):
         return ours
     name = plain(given).lower()
+    if name in SYNONYMS:  # of an option that only other commands have
+        return None
     near = difflib.get_close_matches(name, [*known, *(other for other, ours in SYNONYMS.items() if ours in known)], n=1)
     return our_name(near[0], known) if near else None
 

@@ -157,10 +157,13 @@ class AnswerFile:
         stream.flush()
         self._places[line["row"]] = begin
 
-    def finish(self, prompts: Iterable[Prompt]) -> None:
-        """Write the file, now that every prompt has its line, and remove what it was made from."""
+    def finish(self, prompts: Iterable[Prompt], delimiter: str = ",") -> None:
+        """Write the file, now that every prompt has its line, and remove what it was made from.
+
+        A table has `delimiter` between its cells.
+        """
         lines = ((prompt, self.line(prompt.row)) for prompt in prompts)
-        parts = _csv(lines) if self.path.suffix.lower() == ".csv" else (line for _, line in lines)
+        parts = _csv(lines, delimiter) if self.path.suffix.lower() == ".csv" else (line for _, line in lines)
         write_atomic(self.path, parts)
         self.partial.unlink()
         sync(self.path.parent)
@@ -187,7 +190,7 @@ def _row_of(line: bytes) -> int | None:
     return None
 
 
-def _csv(lines: Iterable[tuple[Prompt, bytes]]) -> Iterator[bytes]:
+def _csv(lines: Iterable[tuple[Prompt, bytes]], delimiter: str) -> Iterator[bytes]:
     """A table of the columns that the prompts have, in their order, and of the answers behind them."""
     kept = list(lines)  # a spreadsheet fits into memory
     columns = _columns(prompt for prompt, _ in kept)
@@ -195,11 +198,11 @@ def _csv(lines: Iterable[tuple[Prompt, bytes]]) -> Iterator[bytes]:
     own += ["error"] * any(json.loads(line).get("error") for _, line in kept)
     header = [*columns, *(f"model_{name}" if name in columns else name for name in own)]
     yield "\ufeff".encode()  # without it spreadsheets take UTF-8 for something else
-    yield _csv_line(header)
+    yield _csv_line(header, delimiter)
     for prompt, line in kept:
         written = json.loads(line)
         cells = [prompt.columns.get(name) for name in columns] + [written.get(name) for name in own]
-        yield _csv_line([_cell(value) for value in cells])
+        yield _csv_line([_cell(value) for value in cells], delimiter)
 
 
 def _columns(prompts: Iterable[Prompt]) -> list[str]:
@@ -220,9 +223,9 @@ def _cell(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, default=str)
 
 
-def _csv_line(cells: Iterable[str]) -> bytes:
+def _csv_line(cells: Iterable[str], delimiter: str) -> bytes:
     text = io.StringIO()
-    csv.writer(text).writerow(cells)
+    csv.writer(text, delimiter=delimiter).writerow(cells)
     return text.getvalue().encode("utf-8", "backslashreplace")
 
 

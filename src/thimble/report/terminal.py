@@ -76,8 +76,8 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
     return table(rows, columns())
 
 
-def _clip(text: str) -> str:
-    return clip(text, (columns() or FALLBACK_COLUMNS) - 14)
+def _clip(text: str, name_width: int = 8) -> str:
+    return clip(text, max(20, (columns() or FALLBACK_COLUMNS) - name_width - 6))
 
 
 def _step_line(row: Mapping[str, Any]) -> str:
@@ -164,13 +164,19 @@ def render_evaluate(report: Any) -> str:
             parts.append("\n\n".join([escaped(result.name), *_label_parts(result.labels, {})]))
     parts += [_against_base(result) for result in report.results if result.loss_comparison]
     answers = [result.answers for result in report.results]
+    models = _short_names([result.name for result in report.results])
+    width = max(8, *map(len, models))
     for shown in zip(*answers, strict=False):
         lines = [("asked", shown[0]["asked"]), ("expected", shown[0]["reference"])]
-        lines += [
-            (escaped(Path(each.name).name)[:8], a["written"]) for each, a in zip(report.results, shown, strict=True)
-        ]
-        parts.append("\n".join(f"  {name:>8}: {_clip(text)}" for name, text in lines))
+        lines += [(name, answer["written"]) for name, answer in zip(models, shown, strict=True)]
+        parts.append("\n".join(f"  {name:>{width}}: {_clip(text, width)}" for name, text in lines))
     return "\n\n".join(parts)
+
+
+def _short_names(names: Sequence[str]) -> list[str]:
+    """Names by their last part, where that tells them apart."""
+    ends = [Path(name).name for name in names]
+    return [escaped(end if ends.count(end) == 1 else name) for end, name in zip(ends, names, strict=True)]
 
 
 def _against_base(result: Any) -> str:

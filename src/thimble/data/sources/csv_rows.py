@@ -57,6 +57,7 @@ def _large_cells() -> Iterator[None]:
 
 
 def _tell(dialect: Dialect, name: str, told: Told) -> None:
+    told.delimiters.append(dialect.delimiter)
     ways = [f"with {_NAMES.get(dialect.delimiter, repr(dialect.delimiter))} between cells"]
     ways = [] if dialect.delimiter == "," else ways
     ways += ['with quotes in cells written \\"'] if dialect.has_escapes else []

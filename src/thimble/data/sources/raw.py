@@ -28,6 +28,7 @@ class Told:
 
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    delimiters: list[str] = field(default_factory=list)  # between the cells of each CSV file
 
     def note(self, text: str) -> None:
         """Tell what was done."""
