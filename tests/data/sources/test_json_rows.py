@@ -140,3 +140,17 @@ def test_a_null_that_the_user_wrote_into_arguments_stays(tmp_path):
     row = {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "", "tool_calls": [call]}]}
     message = read(tmp_path, json.dumps(row), "a.jsonl").train[0].messages[1]
     assert message["tool_calls"][0]["function"]["arguments"] == {"left": None, "right": 1}
+
+
+@pytest.mark.parametrize("names", [5, [["a"]], ["a"]])
+def test_what_only_looks_like_a_table_of_pandas_is_refused(tmp_path, names):
+    with pytest.raises(DataError):
+        read(tmp_path, json.dumps({"columns": names, "index": [0], "data": [1]}), "a.json")
+
+
+def test_a_command_for_an_array_of_any_name_can_be_typed(tmp_path):
+    with pytest.raises(DataError) as caught:
+        read(tmp_path, json.dumps({"it's one/two": ROWS, "other": ROWS}), "my rows.json")
+    assert caught.value.problems[0].endswith(
+        """jq -c '.["it'"'"'s one/two"][]' 'my rows.json' > 'it'"'"'s one-two.jsonl'"""
+    )
