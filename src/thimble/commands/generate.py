@@ -16,8 +16,9 @@ from thimble.data.answers import Answer, AnswerFile, differing, unanswered
 from thimble.data.context import Context
 from thimble.data.encode import Encoder
 from thimble.data.encode_prompts import Encoded, EncodedPrompts, encode_prompts
+from thimble.data.given_rows import raw_rows
 from thimble.data.model import Model, log_base, model_with_adapters
-from thimble.data.prompts import Prompt, PromptReader, given_rows, keep_prompts, read_prompts
+from thimble.data.prompts import Prompt, PromptReader, keep_prompts, read_prompts
 from thimble.data.records import Skipped
 from thimble.data.spool import Spool
 from thimble.errors import ConfigError, DataError, Problems, listing, plural
@@ -177,7 +178,7 @@ def _prepare(
 def _read(config: GenerateConfig, skipped: Skipped, rows: Iterable[Any] | None, log: EventLog) -> Spool[Prompt]:
     reader = PromptReader.of(config)
     if rows is not None:
-        return keep_prompts(given_rows(rows), skipped, "the list of rows", reader)
+        return keep_prompts(raw_rows(rows), skipped, "the list of rows", reader)
     if not config.data:
         raise ConfigError(
             "no prompts are given: name a file of them, as in: thimble generate prompts.jsonl --out answers.jsonl"
