@@ -1,5 +1,7 @@
-"""Rows that are given in Python instead of a file: written as one, and so checked, hashed and split like any other; or
-taken as they are, where they are only read once."""
+"""Rows that are given in Python instead of a file: written as one, and so checked, hashed and split like any other.
+
+Prompts, which are read once and not kept, are taken as they are.
+"""
 
 import contextlib
 import filecmp
