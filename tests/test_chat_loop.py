@@ -132,3 +132,13 @@ def test_bytes_that_are_no_text_do_not_end_a_pipe(capsys):
 def test_the_history_is_in_the_folder_for_state(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     assert chat_loop.history_file() == tmp_path / "thimble" / "chat_history"
+
+
+def test_a_user_without_a_home_leaves_no_history_behind(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    for state in ("", "relative"):
+        monkeypatch.setenv("XDG_STATE_HOME", state)
+        with chat_loop._line_editing(chat_loop.history_file()):
+            pass
+    assert list(tmp_path.iterdir()) == []

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from thimble import cli
+from thimble.data.answers import AnswerFile
 from thimble.data.spool import Spool
 from thimble.files import atomic
 from thimble.files.atomic import sync, write_atomic
@@ -225,6 +226,10 @@ def test_a_file_system_without_locks_holds_runs(error, tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", failing(error))
     with locked(tmp_path / "run"):
         assert (tmp_path / "run").is_dir()
+    answers = AnswerFile(str(tmp_path / "answers.jsonl"))
+    answers.begin({})
+    answers.close()
+    assert answers.resumable() == {}
 
 
 # ---- interpreters and installs -------------------------------------------------------------------------------------

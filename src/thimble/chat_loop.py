@@ -51,9 +51,11 @@ def talk_in_pipe(talk: Any, lines: Iterable[str], complain: Complain) -> int:
 
 
 def history_file() -> Path:
-    """Where lines are kept between chats."""
-    home = os.environ.get("XDG_STATE_HOME") or os.path.join(os.path.expanduser("~"), ".local", "state")
-    return Path(home) / "thimble" / "chat_history"
+    """Where lines are kept between chats; of a user without a home they are not."""
+    home = os.environ.get("XDG_STATE_HOME", "")
+    if not os.path.isabs(home):  # as the XDG specification has it
+        home = os.path.join(os.path.expanduser("~"), ".local", "state")
+    return Path(os.devnull if home.startswith("~") else home) / "thimble" / "chat_history"
 
 
 def write(pieces: Iterable[str]) -> None:

@@ -113,7 +113,8 @@ def listing(items: Iterable[Any], most: int = 8) -> str:
     return shown + (f" and {len(items) - most} more" if len(items) > most else "")
 
 
-EXTRAS = {"hub": "huggingface_hub", "parquet": "pyarrow"}  # the package that each extra of ours brings
+# The package that each extra of ours brings.
+EXTRAS = {"hub": "huggingface_hub", "parquet": "pyarrow", "llamacpp": "xllamacpp"}
 
 
 def install_line(extra: str) -> str:

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 import thimble
+from fixtures.tiny_tokenizers import write_tokenizer
 from samples import make_adapter
+from stress.foreign_files import CONFIGS, write_base
 from thimble.commands import export as command
 from thimble.errors import InputError, RunError
 from thimble.files.peft import load_adapter, save_adapter
@@ -87,6 +89,8 @@ def test_without_the_runtime_the_file_is_written_and_the_way_told(adapter, tmp_p
         ({"out": "."}, "exists: name another file"),
         ({"out": "nowhere/x.gguf"}, "there is no folder"),
         ({"verify_only": True}, "is no file: with --verify-only name"),
+        ({"to": "peft", "verify_only": True}, "--to peft has no proof, .* leave out --verify-only"),
+        ({"to": "peft", "proof": "always"}, "--to peft has no proof, .* leave out --proof always"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
@@ -96,3 +100,15 @@ def test_what_cannot_be_is_refused(options, said, adapter, tmp_path):
         given["out"] = str(tmp_path / given["out"])
     with pytest.raises(InputError, match=said):
         thimble.export(**given)
+
+
+def test_a_proof_that_is_asked_for_is_not_left_out_for_want_of_a_gguf_file(tmp_path):
+    write_tokenizer("llama-bpe", write_base(tmp_path / "base", CONFIGS[0]))
+    base = open_base(tmp_path / "base")
+    save_adapter(make_adapter(base), tmp_path / "mine")
+    given = {"adapter": str(tmp_path / "mine"), "base": str(base.path)}
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    for options in ({"proof": "always", "out": "y.gguf"}, {"verify_only": True, "out": "x.gguf"}):
+        with pytest.raises(InputError, match="is a folder, and llama.cpp reads GGUF files: name one"):
+            thimble.export(**given, **{**options, "out": str(tmp_path / options["out"])})
+    assert not (tmp_path / "y.gguf").exists()

@@ -415,3 +415,27 @@ def test_columns_are_named_as_for_training_and_the_answer_need_not_be_there(opti
         thimble.generate(rows, prompt_column="tikcet", **options)
     with pytest.raises(InputError, match="named with --prompt-column"):
         thimble.generate([{"ticket": "Hello"}], **options)
+
+
+def test_rows_are_asked_as_the_run_that_trained_the_adapter_asked_them(tmp_path, tiny_base):
+    save_adapter(make_adapter(open_base(tiny_base)), tmp_path / "run" / "adapter")
+    template = "{Frage} ({Thema})"
+    (tmp_path / "run" / "config.yaml").write_text(
+        json.dumps({"data": "mine.csv", "prompt_template": template, "completion_column": "Antwort"})
+    )
+    (tmp_path / "new.csv").write_text("Frage;Thema\nWas ist das?;Tiere\nUnd das?;Pflanzen\n")
+    given = {"base": tiny_base, "adapter": [str(tmp_path / "run")], **QUICK}
+    report = thimble.generate(str(tmp_path / "new.csv"), out=str(tmp_path / "a.jsonl"), **given)
+    assert [line["prompt"] for line in read_lines(tmp_path / "a.jsonl")] == [
+        "Was ist das? (Tiere)",
+        "Und das? (Pflanzen)",
+    ]
+    assert any(f"--prompt-template '{template}'" in text for text in report.messages["decision"])
+    other = write_rows(tmp_path / "other.jsonl", [{"prompt": "Why?"}])
+    report = thimble.generate(str(other), out=str(tmp_path / "b.jsonl"), **given)
+    assert [line["prompt"] for line in read_lines(tmp_path / "b.jsonl")] == ["Why?"]
+    assert any(
+        "1 row without the columns that the adapter was trained on" in text for text in report.messages["warning"]
+    )
+    report = thimble.generate(str(tmp_path / "new.csv"), out=str(tmp_path / "c.jsonl"), prompt_column="Frage", **given)
+    assert [line["prompt"] for line in read_lines(tmp_path / "c.jsonl")] == ["Was ist das?", "Und das?"]

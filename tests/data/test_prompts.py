@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from thimble.data.prompts import given_rows, keep_prompts, parse_prompt, read_prompts
+from thimble.data.given_rows import raw_rows
+from thimble.data.prompts import keep_prompts, parse_prompt, read_prompts
 from thimble.data.records import Skipped
 from thimble.data.rows import parse_row
 from thimble.errors import DataError
@@ -148,8 +149,71 @@ def test_a_file_without_prompts_is_refused(tmp_path, content):
 
 def test_a_prompt_shows_what_is_asked_under_the_name_of_its_form():
     rows = ["Why?", {"messages": [SYSTEM, USER, REPLY]}, {"text": "Once"}, {"instruction": "Why?", "input": "Here."}, 5]
-    asked = [prompt.asked for prompt in keep_prompts(given_rows(rows), Skipped(), "rows")]
+    asked = [prompt.asked for prompt in keep_prompts(raw_rows(rows), Skipped(), "rows")]
     assert asked == [
         {"prompt": "Why?"}, {"messages": [SYSTEM, USER]}, {"text": "Once"}, {"prompt": "Why?\n\nHere."},
         {"prompt": None},
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"dialog": [USER, REPLY]}, {"conversation": [USER, REPLY]}, {"Turns": json.dumps([USER, REPLY])},
+        {"user": "Why?", "assistant": "So."}, {"human": "Why?", "gpt": "So."}, {"question": "Why?", "answers": ["So."]},
+        {"question": "Why?", "answers": {"text": ["So.", "So."], "answer_start": [1, 2]}},
+        {"prompt": "Why?", "completion": [USER, REPLY]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_every_row_that_trains_can_be_asked_and_its_reference_is_what_was_learned(row):
+    learned = parse_row(row, "here").record.messages
+    record, reference = parse_prompt(row, "here")
+    assert (*record.messages, {"role": "assistant", "content": reference}) == learned
+
+
+def test_who_wrote_a_text_is_not_what_is_asked():
+    row = {"text": "Once upon", "user": "bob"}
+    assert parse_prompt(row, "here")[0].text == "Once upon"
+    prompt = next(iter(keep_prompts(raw_rows([{"prompt": "Why?", "user": "bob"}]), Skipped(), "rows")))
+    assert (prompt.asked, prompt.unread) == ({"prompt": "Why?"}, {"user": "bob"})
+
+
+class NAType:
+    """As that of pandas: nothing can be said of it, not even whether it is something else."""
+
+    __hash__ = None
+
+    def __eq__(self, other):
+        return self
+
+    def __bool__(self):
+        raise TypeError("boolean value of NA is ambiguous")
+
+
+def test_a_cell_in_which_a_table_has_nothing_is_no_answer():
+    for missing in (NAType(), float("nan"), None):
+        record, reference = parse_prompt({"prompt": "Why?", "answer": missing}, "here")
+        assert (list(record.messages), reference) == ([USER], None)
+
+
+class Frame:
+    """As those of polars: what is iterated over are columns."""
+
+    columns = ("prompt",)
+
+    def to_dicts(self):
+        return [{"prompt": "Why?"}]
+
+    def __iter__(self):
+        return iter([["Why?"]])
+
+
+def test_prompts_may_be_any_table_that_training_takes():
+    assert [row.value for row in raw_rows(Frame())] == [{"prompt": "Why?"}]
+    with pytest.raises(DataError, match="of type int"):
+        raw_rows(7)
+
+
+def test_an_answer_that_is_a_number_is_a_reference_too():
+    assert [parse_prompt({"prompt": "2 - 2?", "answer": answer}, "here")[1] for answer in (0, 1.5)] == ["0", "1.5"]

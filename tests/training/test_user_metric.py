@@ -161,3 +161,22 @@ def test_auto_takes_what_suits_the_references(references, name):
     for reference in references:
         counts.add(reference)
     assert choose_metric("auto", references, counts).name == name
+
+
+def test_the_module_of_a_metric_can_be_found_by_its_name(metric):
+    text = """from __future__ import annotations
+import dataclasses
+
+@dataclasses.dataclass
+class Seen:
+    length: int
+
+def score(answer, reference):
+    return Seen(len(answer)).length
+"""
+    assert score(metric(text), "ok")[0] == [{"score": 2.0}]
+
+
+def test_a_metric_may_change_where_python_looks_for_modules(metric):
+    text = "import sys\nsys.path.pop(0)\ndef score(answer, reference):\n    return 1\n"
+    assert score(metric(text), "ok")[0] == [{"score": 1.0}]

@@ -15,7 +15,7 @@ from thimble.core.adapter import Adapter
 from thimble.data.encode import Row
 from thimble.data.examples import encode_examples, general_rows, open_data, split_and_encode
 from thimble.data.model import Model, model_with_adapters
-from thimble.errors import ConfigError, InputError, Problems, RunError, plural
+from thimble.errors import ConfigError, InputError, Problems, RunError, install_line, plural
 from thimble.events import EventLog, OnEvent, ignore
 from thimble.exports.gguf_adapter import check_exportable, write_gguf_adapter
 from thimble.exports.llamacpp import is_installed
@@ -26,7 +26,6 @@ from thimble.training.run_folder import atomic_folder, check_new_folder
 
 FEW_ROWS = 5  # if fewer are held out, training rows serve too: whether it is the same is asked, not how good it is
 PROOF = ".proof.json"  # behind the name of the file
-INSTALL = 'pip install -e ".[llamacpp]"'
 
 
 @dataclass
@@ -111,15 +110,15 @@ def _is_proved(config: ExportConfig, model: Model, log: EventLog) -> bool:
     if config.to != "gguf" or (config.proof == "never" and not config.verify_only):
         return False
     if model.base.metadata is None:
-        log.warning(f"not proved in llama.cpp: {model.base.name} is a folder, and llama.cpp reads GGUF files")
-        return False
-    if not is_installed():
-        how = f"not proved in llama.cpp, which is not installed: {INSTALL}, then run this again with --verify-only"
-        if config.proof == "always" or config.verify_only:
-            raise ConfigError(how)
-        log.warning(how)
-        return False
-    return True
+        why = f": {model.base.name} is a folder, and llama.cpp reads GGUF files: name one of the same model with --base"
+    elif not is_installed():
+        why = f", which is not installed: {install_line('llamacpp')}, then run this again with --verify-only"
+    else:
+        return True
+    if config.proof == "always" or config.verify_only:
+        raise ConfigError(f"not proved in llama.cpp{why}")
+    log.warning(f"not proved in llama.cpp{why}")
+    return False
 
 
 def _rows(config: ExportConfig, model: Model, log: EventLog) -> list[Row]:

@@ -5,19 +5,24 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from thimble.backends.open import choose_store, open_session
 from thimble.backends.session import Session
 from thimble.config.generate import GenerateConfig
 from thimble.config.options import as_command
+from thimble.config.sources import CONFIG_FILE, build_config
+from thimble.config.train import TrainConfig
 from thimble.core.adapter import Adapter
 from thimble.data.answers import Answer, AnswerFile, differing, unanswered
+from thimble.data.columns import typed_option
 from thimble.data.context import Context
 from thimble.data.encode import Encoder
 from thimble.data.encode_prompts import Encoded, EncodedPrompts, encode_prompts
+from thimble.data.given_rows import raw_rows
 from thimble.data.model import Model, log_base, model_with_adapters
-from thimble.data.prompts import Prompt, PromptReader, given_rows, keep_prompts, read_prompts
+from thimble.data.prompts import Prompt, PromptReader, keep_prompts, read_prompts
 from thimble.data.records import Skipped
 from thimble.data.spool import Spool
 from thimble.errors import ConfigError, DataError, Problems, listing, plural
@@ -32,6 +37,7 @@ from thimble.training.run_folder import check_room
 SHOWN_ANSWERS = 3
 MEMORY_SHARE = 3  # of the free memory, one part in so many is for keys and values: a cache that grows is there twice
 OUT_BYTES = 1_000_000  # that there is room for at least
+COLUMN_OPTIONS = ("prompt_column", "prompt_template", "completion_column", "text_column")
 ANSWER_SETTINGS = ("system", "temperature", "top_p", "top_k", "min_p", "max_new_tokens", "seed")
 
 
@@ -179,9 +185,12 @@ def _read(
     config: GenerateConfig, skipped: Skipped, rows: Iterable[Any] | None, log: EventLog
 ) -> tuple[Spool[Prompt], str]:
     """All prompts, and what stands between cells: semicolons where the file has them, as its spreadsheet expects."""
-    reader = PromptReader.of(config)
+    run = _columns_of_run(config)
+    reader = PromptReader.of(config, run)
     if rows is not None:
-        return keep_prompts(given_rows(rows), skipped, "the list of rows", reader), ","
+        prompts = keep_prompts(raw_rows(rows), skipped, "the list of rows", reader)
+        _tell_columns(reader, run, log)
+        return prompts, ","
     if not config.data:
         raise ConfigError(
             "no prompts are given: name a file of them, as in: thimble generate prompts.jsonl --out answers.jsonl"
@@ -191,7 +200,32 @@ def _read(
         log.note(note)
     for warning in told.warnings:
         log.warning(warning)
+    _tell_columns(reader, run, log)
     return prompts, ";" if set(told.delimiters) == {";"} else ","
+
+
+def _columns_of_run(config: GenerateConfig) -> TrainConfig | None:
+    """The options of the run that trained the adapter, if columns were named there and are not named here."""
+    if not config.adapter or any(getattr(config, name) for name in COLUMN_OPTIONS):
+        return None
+    place = Path(config.adapter[-1])
+    run = next((folder for folder in (place, place.parent) if (folder / CONFIG_FILE).is_file()), None)
+    found = build_config(TrainConfig, {}, str(run / CONFIG_FILE)) if run else None
+    return found if found and any(getattr(found, name) for name in COLUMN_OPTIONS) else None
+
+
+def _tell_columns(reader: PromptReader, run: TrainConfig | None, log: EventLog) -> None:
+    """Whether rows are asked as the run that trained the adapter asked them."""
+    if run is None:
+        return
+    options = " ".join(typed_option(name, getattr(run, name)) for name in COLUMN_OPTIONS if getattr(run, name))
+    if reader.as_in_run:
+        log.decision(f"columns as in the run that trained the adapter: {options}")
+    if reader.otherwise:
+        log.warning(
+            f"{plural(reader.otherwise, 'row')} without the columns that the adapter was trained on ({options}): they "
+            "are asked otherwise than it has learned; name the columns here"
+        )
 
 
 def _check_file(file: AnswerFile, config: GenerateConfig) -> dict[str, str] | None:

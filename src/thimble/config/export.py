@@ -1,7 +1,8 @@
 """The options of `thimble export`."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from thimble.config.options import Options, option
 from thimble.config.values import WHOLE_PATH
@@ -28,3 +29,12 @@ class ExportConfig(Options):
     proof: str = option("auto", "Compare the result in llama.cpp with the original: auto does where the package "
         "xllamacpp is installed, always refuses without it.", choices=("auto", "always", "never"))  # fmt: skip
     verify_only: bool = option(False, "Prove the file in --out once more, and write nothing but proof.json.")
+
+    @classmethod
+    def _conflicts(cls, given: Mapping[str, Any]) -> list[str]:
+        problems = super()._conflicts(given)
+        asked = {"--verify-only": given.get("verify_only"), "--proof always": given.get("proof") == "always"}
+        if given.get("to") == "peft" and any(asked.values()):
+            what = " and ".join(option for option, is_given in asked.items() if is_given)
+            problems.append(f"--to peft has no proof, which is made in llama.cpp of GGUF adapters: leave out {what}")
+        return problems

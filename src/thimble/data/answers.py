@@ -135,12 +135,12 @@ class AnswerFile:
 
     def _open(self) -> IO[bytes]:
         self._stream = self.partial.open("a+b")
-        with contextlib.suppress(ImportError):  # systems without such locks are trusted
+        with contextlib.suppress(ImportError, OSError):  # systems and file systems without such locks are trusted
             import fcntl
 
             try:
                 fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            except BlockingIOError:
                 raise ConfigError(f"--out {self.path}: another process is writing it; wait for it, or end it") from None
         return self._stream
 

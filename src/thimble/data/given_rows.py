@@ -1,4 +1,7 @@
-"""Rows that are given in Python instead of a file: written as one, and so checked, hashed and split like any other."""
+"""Rows that are given in Python instead of a file: written as one, and so checked, hashed and split like any other.
+
+Prompts, which are read once and not kept, are taken as they are.
+"""
 
 import contextlib
 import filecmp
@@ -9,6 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from thimble.data.row_values import is_missing
+from thimble.data.sources.raw import RawRow
 from thimble.data.sources.splits import SPLITS
 from thimble.errors import DataError, listing
 
@@ -54,6 +59,13 @@ def are_kept(written: Path, kept: Path) -> bool:
     return True
 
 
+def raw_rows(data: Any) -> Iterator[RawRow]:
+    """The rows of whatever holds some, each a text or a mapping; a DataError if they are one mapping, or no rows."""
+    if isinstance(data, Mapping):
+        raise DataError(f"the rows are one object with {listing(data)}: expected a list of rows, such as [{{...}}]")
+    return (RawRow(row, f"row {number}") for number, row in enumerate(_rows_of(data), start=1))
+
+
 def _by_split(data: Any) -> dict[str, Iterable[Any]]:
     if not isinstance(data, Mapping):
         return {"train": _rows_of(data)}
@@ -75,7 +87,8 @@ def _rows_of(data: Any) -> Iterable[Any]:
         if callable(getattr(data, method, None)):
             rows: Iterable[Any] = getattr(data, method)()
             return rows
-    if hasattr(data, "columns") and callable(getattr(data, "to_dict", None)):  # pandas
+    is_table = hasattr(data, "columns") or hasattr(data, "itertuples")
+    if is_table and callable(getattr(data, "to_dict", None)):  # pandas
         table: Iterable[Any] = data.to_dict("records")
         return table
     if not isinstance(data, Iterable) or isinstance(data, str | bytes):
@@ -87,16 +100,11 @@ def _lines(rows: Iterable[Any]) -> Iterator[str]:
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, Mapping):
             raise DataError(f"row {number} is of type {type(row).__name__}: {EXPECTED}")
-        cells = {str(name): cell for name, cell in row.items() if not _is_missing(cell)}
+        cells = {str(name): cell for name, cell in row.items() if cell is None or not is_missing(cell)}
         try:
             yield json.dumps(cells, default=_plain, allow_nan=False)
         except (ValueError, TypeError, RecursionError) as error:
             raise DataError(f"row {number} cannot be written as JSON: {error}") from None
-
-
-def _is_missing(cell: Any) -> bool:
-    """Whether a table has nothing in this cell: NaN, or what pandas has for it."""
-    return (isinstance(cell, float) and cell != cell) or type(cell).__name__ in ("NAType", "NaTType")
 
 
 def _plain(value: Any) -> Any:

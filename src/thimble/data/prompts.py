@@ -6,15 +6,16 @@ are written exactly as training rows begin.
 
 import contextlib
 import json
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
 from thimble.config.groups import ColumnOptions
-from thimble.data.columns import Fields, NamedColumns
+from thimble.data.columns import Fields, NamedColumns, folded
 from thimble.data.records import Skipped
+from thimble.data.row_forms import ALSO_CHATS, CHATS, COMPLETIONS, HISTORIES, PROMPTS, SYSTEMS
+from thimble.data.row_values import is_filled, is_missing
 from thimble.data.rows import Record, RowReader, parse_row
 from thimble.data.sources.find import find_files
 from thimble.data.sources.kinds import TEXT
@@ -26,11 +27,9 @@ from thimble.errors import DataError, listing
 PENDING_TEXT = "pending"  # stands for the answer while a row is read
 PENDING_COLUMN = "the answer that is still to be written"
 PENDING = {"role": "assistant", "content": PENDING_TEXT}
-CHATS = ("messages", "conversations")
 PLACES = ("output", "completion", "response", "answer")  # one of them makes an example of a row without an answer
-ANSWERS = (*PLACES, "answers", "target", "targets")
-PROMPTS = ("prompt", "question", "query", "instruction", "input", "inputs")
-READ = {*CHATS, *ANSWERS, *PROMPTS, "text", "history", "system", "tools", "functions"}
+WRITERS = {"user", "human"}  # beside a text, and beside what is asked, rather who wrote it
+READ = {*CHATS, *COMPLETIONS, *PROMPTS, *SYSTEMS, *HISTORIES, "text", "tools", "functions"} - WRITERS
 EXPECTED = "messages, prompt, question, instruction (and input), or text"
 
 
@@ -48,7 +47,7 @@ class Prompt:
     @property
     def unread(self) -> dict[str, Any]:
         """The columns that have nothing to do with asking and answering."""
-        return {name: value for name, value in self.columns.items() if _plain(name) not in READ}
+        return {name: value for name, value in self.columns.items() if folded(name) not in READ}
 
     @property
     def asked(self) -> dict[str, Any]:
@@ -65,20 +64,27 @@ class Prompt:
 class PromptReader:
     """Reads rows one by one, by the columns that the user named or else by those that are known."""
 
-    def __init__(self, named: NamedColumns | None = None) -> None:
+    def __init__(self, named: NamedColumns | None = None, of_run: NamedColumns | None = None) -> None:
+        """Read by `named`; without it, rows that have the columns `of_run` by those, as the adapter was trained."""
         self._named = NamedColumns() if named is None else named  # without an answer they count as none
+        self._of_run = PromptReader(of_run) if of_run else None
+        self.as_in_run = self.otherwise = 0  # rows that have the columns of the run, and rows that do not
         asked = replace(self._named, completion=PENDING_COLUMN) if self._named.prompt or self._named.template else None
         self._is_named = bool(asked or self._named.text)
         self._reader = RowReader(asked or self._named)
 
     @classmethod
-    def of(cls, config: ColumnOptions) -> Self:
-        """A reader of the columns that the options name."""
-        names = config.prompt_column, config.completion_column, config.prompt_template, config.text_column
-        return cls(NamedColumns(*names))
+    def of(cls, config: ColumnOptions, run: ColumnOptions | None = None) -> Self:
+        """A reader of the columns that the options name, or else those of the run that trained the adapter."""
+        return cls(_columns_of(config), _columns_of(run) if run else None)
 
     def parse(self, row: Any, source: str) -> tuple[Record, str | None]:
         """A row as a record that ends before its answer, and the answer it has; a DataError says what is wrong."""
+        if not self._is_named and self._of_run and isinstance(row, Mapping):
+            if self._of_run.fits(row):
+                self.as_in_run += 1
+                return self._of_run.parse(row, source)
+            self.otherwise += 1
         if not self._is_named or not isinstance(row, Mapping):
             return parse_prompt(row, source)
         if self._named.text:
@@ -87,12 +93,21 @@ class PromptReader:
         if not _is_asked(record):
             raise DataError("the prompt is empty: expected what is asked")
         answer = Fields(row).cell(self._named.completion) if self._named.completion else None
-        reference = None if _is_missing(answer) or answer == "" else _reference(answer)
+        reference = None if is_missing(answer) or answer == "" else _reference(answer)
         return replace(record, messages=(record.messages or ())[:-1], completion=None), reference
+
+    def fits(self, row: Mapping[str, Any]) -> bool:
+        """Whether a row has all columns that make the prompt."""
+        fields = Fields(row)
+        return all(fields.has(name) for name in replace(self._named, completion="").used())
 
     def check(self) -> None:
         """Raise a DataError if a column that the user named is in none of the rows read so far."""
         self._reader.check()
+
+
+def _columns_of(config: ColumnOptions) -> NamedColumns:
+    return NamedColumns(config.prompt_column, config.completion_column, config.prompt_template, config.text_column)
 
 
 def read_prompts(path: str | Path, skipped: Skipped, reader: PromptReader | None = None) -> tuple[Spool[Prompt], Told]:
@@ -121,14 +136,6 @@ def keep_prompts(
     return prompts
 
 
-def given_rows(rows: Any) -> Iterator[RawRow]:
-    """Rows from Python, each a text or a mapping; or a table of pandas."""
-    if isinstance(rows, Mapping):
-        raise DataError(f"the rows are one object with {listing(rows)}: expected a list of rows, such as [{{...}}]")
-    rows = rows.to_dict("records") if hasattr(rows, "itertuples") else rows
-    return (RawRow(row, f"row {number}") for number, row in enumerate(rows, start=1))
-
-
 def _is_asked(record: Record) -> bool:
     turns = (turn for turn in (record.messages or ())[:-1] if turn["role"] != "system")
     return any(str(turn.get("content") or "").strip() for turn in turns)
@@ -139,26 +146,44 @@ def parse_prompt(row: Any, source: str) -> tuple[Record, str | None]:
     row = {"prompt": row} if isinstance(row, str) else row
     if not isinstance(row, Mapping):
         raise DataError(f"the row is {str(row)[:40]}: expected a text, or an object with {EXPECTED}")
-    row = {str(name): value for name, value in row.items() if not _is_missing(value)}
-    if key := next((name for name in row if _plain(name) in CHATS), None):
+    row = {str(name): value for name, value in row.items() if not is_missing(value)}
+    if key := next((name for name in row if folded(name) in CHATS or _is_other_chat(name, row[name])), None):
         return _chat(row, key, source)
-    if "text" in row and not any(_plain(name) in PROMPTS for name in row):
+    if "text" in row and not any(folded(name) in PROMPTS and folded(name) not in WRITERS for name in row):
         return parse_row(row, source).record, None
-    found = [name for name in row if _plain(name) in ANSWERS]
-    references = [_reference(row[name]) for name in found if row[name] not in ("", [])]
+    found = [name for name in row if folded(name) in COMPLETIONS]
     record = _asked(row, [*found, *PLACES], source)
     if record is None:
         raise DataError(
             f"the columns are {listing(row) or 'none'}: expected {EXPECTED}, or the column "
             "that holds the prompt, named with --prompt-column"
         )
-    return record, next(iter(references), None)
+    return record, _learned(row, source) or next(
+        (_reference(row[name]) for name in found if is_filled(row[name])), None
+    )
+
+
+def _is_other_chat(name: str, value: Any) -> bool:
+    return folded(name) in ALSO_CHATS and _are_turns(_loaded(value))
+
+
+def _learned(row: Mapping[str, Any], source: str) -> str | None:
+    """What training would learn from a row that has its answer; None if it has none."""
+    try:
+        turns = parse_row(row, source).record.messages or ()
+    except DataError:
+        return None
+    return _said(turns[-1]) if turns and turns[-1]["role"] == "assistant" else None
+
+
+def _said(turn: Mapping[str, Any]) -> str:
+    return str(turn.get("content") or json.dumps(turn.get("tool_calls"), ensure_ascii=False))
 
 
 def _asked(row: Mapping[str, Any], answers: Iterable[str], source: str) -> Record | None:
     """The prompt of a row, if it becomes an example by an answer in one of these columns."""
     faults = []
-    loaded = {name: _loaded(value) for name, value in row.items() if _plain(name) in PROMPTS}
+    loaded = {name: _loaded(value) for name, value in row.items() if folded(name) in PROMPTS}
     turns = {name: value for name, value in loaded.items() if _are_turns(value)}
     for name in answers:
         try:
@@ -191,19 +216,10 @@ def _chat(row: Mapping[str, Any], key: str, source: str) -> tuple[Record, str | 
     reference = None
     while messages and messages[-1]["role"] == "assistant":
         last = messages.pop()
-        reference = reference or last.get("content") or json.dumps(last.get("tool_calls"), ensure_ascii=False)
+        reference = reference or _said(last)
     if not any(message["role"] in ("user", "tool") for message in messages):
         raise DataError(f"{key} has nothing to answer: expected a message of the role user")
     return replace(record, messages=tuple(messages)), reference
-
-
-def _is_missing(value: Any) -> bool:
-    """Whether there is nothing in a cell; of tables from Python that may be NaN."""
-    return value is None or (isinstance(value, float) and math.isnan(value))
-
-
-def _plain(name: str) -> str:
-    return "".join(filter(str.isalnum, name)).lower()
 
 
 def _are_turns(value: Any) -> bool:

@@ -32,6 +32,11 @@ def shown(name: Any) -> str:
     return (f"{name[:SHOWN]}..." if len(name) > SHOWN else name) or "''"
 
 
+def is_missing(value: Any) -> bool:
+    """Whether a table has nothing in a cell: null, NaN, or what pandas has for them."""
+    return value is None or _is_nan(value) or type(value).__name__ in ("NAType", "NaTType")
+
+
 def is_filled(value: Any) -> bool:
     """Whether a value says anything: no null, NaN or white space, and no list or object that holds nothing else."""
     if isinstance(value, str):

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from thimble.errors import MissingPackageError
+from thimble.errors import MissingPackageError, install_line
 
 FORCING = 10_000.0  # added to the logit of the next token, so that it is the one that is written
 
@@ -30,7 +30,7 @@ class LlamaCpp:
             import xllamacpp
         except ImportError:
             raise MissingPackageError(
-                'a proof in llama.cpp needs the package xllamacpp: pip install -e ".[llamacpp]"'
+                f"a proof in llama.cpp needs the package xllamacpp: {install_line('llamacpp')}"
             ) from None
         params = xllamacpp.CommonParams()
         params.model.path, params.n_ctx, params.n_parallel = str(base), context, 1

@@ -43,7 +43,7 @@ def peft_name(base: Base) -> str:
 
     A GGUF file of which no hub name is known is opened by the folder that holds it, with `gguf_file=<its name>`.
     """
-    if hub_name := hub_name_of(base.path):
+    if (hub_name := hub_name_of(base.path)) and is_hub_form(hub_name):  # one without an owner is not found again
         return hub_name
     path = os.path.abspath(base.path if base.metadata is None else base.path.parent)
     is_readable = len(path) <= MOST_PATH_CHARACTERS and (path + " ").isprintable()  # by whoever reads adapters

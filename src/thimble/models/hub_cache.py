@@ -19,11 +19,16 @@ def cache_folder() -> Path:
     return Path(os.path.expanduser(named))
 
 
+def cached_name(folder: str) -> str | None:
+    """The hub name that a folder of such a cache is called after, `models--owner--name`; None of any other folder."""
+    kind, *parts = folder.split("--", 2)
+    return "/".join(parts) if kind == "models" and parts and all(parts) else None
+
+
 def hub_name_of(folder: Path) -> str | None:
-    """The hub name of a folder inside such a cache, `models--owner--name/snapshots/<commit>`; None of any other."""
+    """The hub name of a snapshot inside such a cache, `models--owner--name/snapshots/<commit>`; None of any other."""
     parent = folder.absolute().parent
-    kind, *parts = parent.parent.name.split("--")
-    return "/".join(parts) if parent.name == "snapshots" and kind == "models" and len(parts) == 2 else None
+    return cached_name(parent.parent.name) if parent.name == "snapshots" else None
 
 
 def cached_snapshot(name: str) -> Path | None:

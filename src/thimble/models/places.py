@@ -9,11 +9,11 @@ from pathlib import Path
 from thimble.errors import BaseModelError, listing
 from thimble.files.untrusted import names_in, parse_json_object, printable, read_bytes
 from thimble.models.gguf_base import PART
+from thimble.models.hub_cache import cached_name, hub_name_of
 from thimble.models.weight_files import UNFINISHED
 
 MOST_MANIFEST_BYTES, MOST_REF_BYTES = 1 << 20, 1 << 10
 MOST_SHOWN = 12  # pieces of a file in a command
-_CACHE = re.compile(r"models--(?P<owner>[^-].*?)--(?P<name>.+)|models--(?P<alone>.+)")
 _OLLAMA_MODEL = "application/vnd.ollama.image.model"
 _NO_MODELS = re.compile(r".*(mmproj|imatrix).*|ggml-vocab.*", re.IGNORECASE)  # GGUF files beside those of models
 # A file cut into pieces of bytes, by how its pieces are called.
@@ -45,10 +45,10 @@ def find_place(path: Path) -> Place:
 def _in_folder(folder: Path) -> Place:
     """The base that a folder holds, which it says by its files."""
     names = set(names_in(folder))
-    snapshots = folder / "snapshots" if _CACHE.fullmatch(folder.name) else folder
-    if snapshots.name == "snapshots" and _CACHE.fullmatch(snapshots.parent.name) and snapshots.is_dir():
+    snapshots = folder / "snapshots" if cached_name(folder.name) else folder
+    if snapshots.name == "snapshots" and cached_name(snapshots.parent.name) and snapshots.is_dir():
         return _snapshot(snapshots)
-    models = [name for name in names if _CACHE.fullmatch(name)]
+    models = [name for name in names if cached_name(name)]
     if models and "config.json" not in names:
         raise BaseModelError(
             f"base {folder} is a cache of the hub's client and holds {listing(sorted(models), 6)}: name one of these "
@@ -65,10 +65,7 @@ def _in_folder(folder: Path) -> Place:
 
 def _name_of(folder: Path) -> str:
     """The name of a folder; in the hub's cache owner/name, not the hash of the commit."""
-    match = _CACHE.fullmatch(folder.parent.parent.name) if folder.parent.name == "snapshots" else None
-    if not match:
-        return folder.name or folder.resolve().name
-    return match["alone"] or f"{match['owner']}/{match['name']}"
+    return hub_name_of(folder) or folder.name or folder.resolve().name
 
 
 def _snapshot(snapshots: Path) -> Place:

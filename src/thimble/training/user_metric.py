@@ -1,5 +1,6 @@
 """A metric of the user's own: a function in a file, loaded, checked and called with care, for it may fail."""
 
+import contextlib
 import importlib.util
 import inspect
 import math
@@ -49,6 +50,7 @@ def _load(path: Path, wanted: str) -> Any:
     module = importlib.util.module_from_spec(spec)
     folder = str(path.absolute().parent)  # where a program finds the files beside it
     sys.path.insert(0, folder)
+    sys.modules[spec.name] = module  # where dataclasses and pickle look for it
     try:
         spec.loader.exec_module(module)
     except SyntaxError as error:
@@ -57,7 +59,8 @@ def _load(path: Path, wanted: str) -> Any:
     except (Exception, SystemExit) as error:
         raise ConfigError(f"--metric {wanted}: {path} does not run: {_place(error, str(path))}") from None
     finally:
-        sys.path.remove(folder)
+        with contextlib.suppress(ValueError):  # it may have taken it out itself
+            sys.path.remove(folder)
     return module
 
 

@@ -13,6 +13,8 @@ from stress.data import TEMPLATE
 from thimble.data.encode import Encoder
 from thimble.data.model import open_model
 from thimble.data.records import read_dataset
+from thimble.data.sources.arrow import read_arrow
+from thimble.data.sources.raw import Source, Told
 from thimble.data.template import ChatTemplate
 from thimble.errors import DataError, MissingPackageError
 
@@ -94,9 +96,6 @@ def one_row(folder, array, **more):
     function = pyarrow.StructArray.from_arrays([pyarrow.array(["f"] * len(array)), arguments], ["name", "arguments"])
     path = folder / "a.arrow"
     write_stream(path, pyarrow.table({"prompt": ["x"] * len(array), "call": function}))
-    from thimble.data.sources.arrow import read_arrow
-    from thimble.data.sources.raw import Source, Told
-
     rows = list(read_arrow(Source(path, "a.arrow", ".arrow"), Told()))
     return [row.value["call"]["arguments"] for row in rows]
 
@@ -208,3 +207,16 @@ def test_arrow_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(MissingPackageError, match=r"a\.arrow is an Arrow file.*pip install -e .*\[parquet\]"):
         read_dataset(tmp_path / "a.arrow")
+
+
+@pytest.mark.parametrize("is_stream", [True, False])
+def test_rows_that_take_no_bytes_are_refused(tmp_path, is_stream):
+    empty = pyarrow.nulls(100_000)
+    runs = pyarrow.RunEndEncodedArray.from_arrays(pyarrow.array([100_000], pyarrow.int32()), pyarrow.array(["x"]))
+    for array in (empty, runs):
+        table = pyarrow.table({"prompt": array})
+        new = pyarrow.ipc.new_stream if is_stream else pyarrow.ipc.new_file
+        with pyarrow.OSFile(str(tmp_path / "a.arrow"), "wb") as sink, new(sink, table.schema) as out:
+            out.write_table(table)
+        with pytest.raises(DataError, match=r"100,000 rows in \d+ bytes"):
+            read_dataset(tmp_path / "a.arrow")

@@ -329,3 +329,47 @@ def test_a_folder_of_very_many_files_is_no_data_set(tmp_path, monkeypatch):
     monkeypatch.setattr(layout, "MOST_FILES", 10)
     write(tmp_path, {f"{number}.txt": "x" for number in range(11)})
     assert "holds more than 10 files: name the folder of the data itself" in refusal(tmp_path)
+
+
+TWICE = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 30))
+
+
+@pytest.mark.parametrize(
+    "configs",
+    [
+        "- config_name: *a29\n  data_files: a.jsonl\n",
+        "- data_files:\n  - split: *a29\n    path: a.jsonl\n",
+        "- &me [*me]\n",
+    ],
+)
+def test_a_card_of_aliases_takes_no_memory(tmp_path, configs):
+    write(tmp_path, {"README.md": f"---\n{TWICE}configs:\n{configs}---\n", "a.jsonl": LINES})
+    assert "README.md begins with front matter that is not YAML" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("value", ['!!int ""', "!!bool x", "!!timestamp x", "2020-99-99", "!!python/name:os.system x"])
+def test_values_of_a_card_that_are_not_asked_for_may_be_anything(tmp_path, value):
+    front = f"---\nx: {value}\nconfigs:\n- data_files: a.jsonl\n---\n"
+    write(tmp_path, {"README.md": front, "a.jsonl": LINES, "b.jsonl": LINES})
+    assert counts(tmp_path) == (6, 0, 0)
+
+
+def test_a_saved_folder_of_no_splits_is_damaged(tmp_path):
+    write(tmp_path, {"dataset_dict.json": '{"splits": []}'})
+    assert "is damaged: expected the names of splits" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("bound", ["skip", "take"])
+@pytest.mark.parametrize("value", ["a", -1, [1], True])
+def test_what_a_saved_folder_takes_of_a_file_is_a_number_of_rows(tmp_path, bound, value):
+    write_arrow(tmp_path / "data.arrow", [{"prompt": "a", "completion": "b"}] * 3)
+    state = {"_data_files": [{"filename": "data.arrow", bound: value}]}
+    write(tmp_path, {"state.json": json.dumps(state)})
+    assert f"is damaged: {value!r} is no number of rows" in refusal(tmp_path)
+
+
+def test_a_folder_with_a_space_in_its_name_can_be_typed_as_told(tmp_path):
+    folder, files = tmp_path / "my data", ("en.jsonl", "fr.jsonl")
+    configs = "".join(f"- config_name: {name}\n  data_files: {name}\n" for name in files)
+    write(folder, {"README.md": card(configs), **dict.fromkeys(files, LINES)})
+    assert f"thimble train '{folder}/en.jsonl'" in refusal(folder)

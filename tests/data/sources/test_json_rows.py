@@ -148,3 +148,17 @@ def test_a_key_that_stands_twice_is_named(suffix, content, tmp_path):
     (tmp_path / f"x.{suffix}").write_text(content)
     with pytest.raises(DataError, match="stands twice in one object: leave one of them out"):
         read_dataset(tmp_path / f"x.{suffix}")
+
+
+@pytest.mark.parametrize("names", [5, [["a"]], ["a"]])
+def test_what_only_looks_like_a_table_of_pandas_is_refused(tmp_path, names):
+    with pytest.raises(DataError):
+        read(tmp_path, json.dumps({"columns": names, "index": [0], "data": [1]}), "a.json")
+
+
+def test_a_command_for_an_array_of_any_name_can_be_typed(tmp_path):
+    with pytest.raises(DataError) as caught:
+        read(tmp_path, json.dumps({"it's one/two": ROWS, "other": ROWS}), "my rows.json")
+    assert caught.value.problems[0].endswith(
+        """jq -c '.["it'"'"'s one/two"][]' 'my rows.json' > 'it'"'"'s one-two.jsonl'"""
+    )

@@ -76,7 +76,14 @@ def _file_batches(file: IO[bytes], kind: str) -> Iterator[Any]:
     else:
         batches = pyarrow.ipc.open_stream(file)
     for batch in batches:
+        _check_size(batch)
         yield from (batch.slice(begin, ROWS_AT_A_TIME) for begin in range(0, batch.num_rows, ROWS_AT_A_TIME))
+
+
+def _check_size(batch: Any) -> None:
+    """Refuse a batch of more rows than its bytes can hold: a column of nulls takes none, however long it is."""
+    if batch.num_rows > ROWS_AT_A_TIME + 8 * batch.nbytes:  # a row of the smallest column takes a bit
+        raise OverflowError(f"it has {batch.num_rows:,} rows in {batch.nbytes:,} bytes")
 
 
 def _saved_batches(source: Source) -> Iterator[Any]:
@@ -88,7 +95,8 @@ def _saved_batches(source: Source) -> Iterator[Any]:
     if not indices_of(state):
         yield from table.to_batches(ROWS_AT_A_TIME)
     for file in indices_of(state):
-        for chosen in _mapped(folder, file).column(0).chunks:
+        numbers = _mapped(folder, file)
+        for chosen in numbers.column(0).chunks if numbers.num_columns else ():
             for begin in range(0, len(chosen), ROWS_AT_A_TIME):
                 yield from table.take(chosen.slice(begin, ROWS_AT_A_TIME)).to_batches()
 
@@ -99,6 +107,7 @@ def _mapped(folder: Path, file: Mapping[str, Any]) -> Any:
     path = folder / Path(file["filename"]).name
     table = pyarrow.ipc.open_stream(pyarrow.memory_map(str(path))).read_all()
     table.validate(full=True)
+    _check_size(table)
     return table.slice(file.get("skip") or 0, file.get("take"))
 
 

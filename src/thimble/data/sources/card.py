@@ -7,11 +7,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from thimble.data.sources.raw import Told
-from thimble.errors import DataError, listing
+from thimble.errors import DataError, as_word, listing
 
 CARD = "README.md"
 WHOLE = ""  # in place of a split: all files of a folder, whose names say the splits
 MOST_CARD_BYTES = 1 << 22
+MOST_VALUES = 100_000  # in the configs of a card
+_YES = ("true", "True", "TRUE", "yes", "on")
 _FRONT = re.compile(r"\ufeff?---[ \t]*\n(.*?\n)---[ \t]*(\n|$)", re.DOTALL)
 
 
@@ -41,7 +43,7 @@ def files_by_card(folder: Path, told: Told) -> dict[str, list[Path]] | None:
         ways = (f"{one.name} ({_way(folder, one, configs)})" for one in configs)
         raise DataError(
             f"{folder / CARD} describes several data sets: {listing(ways, 12)}. Name the folder or file of one, as in: "
-            f"thimble train {_way(folder, configs[0], configs)}"
+            f"thimble train {as_word(str(_way(folder, configs[0], configs)))}"
         )
     others = [one.name for one in configs if one is not config]
     if others:
@@ -73,13 +75,14 @@ def _configs(front: str, folder: Path) -> Iterator[Config]:
     import yaml
 
     try:
-        read = yaml.safe_load(front)
+        root = yaml.compose(front, yaml.SafeLoader)
+        pairs = root.value if isinstance(root, yaml.MappingNode) else ()
+        configs = next((_content(value, [MOST_VALUES]) for key, value in pairs if key.value == "configs"), None)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise DataError(
             f"{folder / CARD} begins with front matter that is not YAML ({' '.join(str(error).split())[:200]}), so it "
             "cannot say which files are the data: name the file or folder to read instead."
         ) from None
-    configs = read.get("configs") if isinstance(read, dict) else None
     for config in configs if isinstance(configs, list) else ():
         if not isinstance(config, dict):
             continue
@@ -88,7 +91,25 @@ def _configs(front: str, folder: Path) -> Iterator[Config]:
         if not patterns and isinstance(root, str):
             patterns = {WHOLE: [f"{root}/**/*"]}
         if patterns:
-            yield Config(name, patterns, name == "default" or config.get("default") is True)
+            yield Config(name, patterns, name == "default" or config.get("default") in _YES)
+
+
+def _content(node: Any, left: list[int]) -> Any:
+    """What a node of YAML holds: lists, objects, texts and None, which is all that a card needs.
+
+    PyYAML's own constructors would do whatever tags and aliases say, and a few lines of aliases may stand for more than
+    any memory holds. `left` counts down how many values may still come; a ValueError if there are more.
+    """
+    import yaml
+
+    left[0] -= 1
+    if left[0] < 0:
+        raise ValueError(f"configs holds more than {MOST_VALUES:,} values")
+    if isinstance(node, yaml.SequenceNode):
+        return [_content(inner, left) for inner in node.value]
+    if isinstance(node, yaml.MappingNode):
+        return {key.value: _content(inner, left) for key, inner in node.value if isinstance(key, yaml.ScalarNode)}
+    return None if node.tag == "tag:yaml.org,2002:null" else node.value
 
 
 def _patterns(files: Any, root: str) -> dict[str, list[str]]:

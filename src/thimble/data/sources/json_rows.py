@@ -2,12 +2,13 @@
 
 import json
 import re
+import shlex
 from collections.abc import Iterator
 from typing import Any
 
 from thimble.data.sources.raw import RawRow, Told
 from thimble.data.sources.text import Open, checked, numbered_lines, unicode_of, whole_text
-from thimble.errors import DataError, listing
+from thimble.errors import DataError, as_word, listing
 
 MOST_VALUES = 20_000_000  # of a line, about: parsed, each takes far more memory than its text
 CONVERSATIONS = {"messages", "conversations"}  # arrays of objects that are one row
@@ -155,8 +156,14 @@ def _rows_of(value: Any, name: str) -> list[Any]:
         return list(value[arrays[0]])
     raise DataError(
         f"{name} is an object with the arrays {listing(arrays)}: expected an array of objects, or an object with one "
-        f"such array inside. Keep one of them, as in: jq -c '.{arrays[0]}[]' {name} > {arrays[0]}.jsonl"
+        f"such array inside. Keep one of them, as in: {_jq(arrays[0], name)}"
     )
+
+
+def _jq(key: str, name: str) -> str:
+    """The command that writes one array of a file as lines."""
+    path = f".{key}[]" if re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", key) else f".[{json.dumps(key)}][]"
+    return f"jq -c {shlex.quote(path)} {as_word(name)} > {as_word(f'{key}.jsonl'.replace('/', '-'))}"
 
 
 def _is_server_answer(value: dict[str, Any]) -> bool:
@@ -168,7 +175,7 @@ def _is_server_answer(value: dict[str, Any]) -> bool:
 def _columns(value: dict[str, Any]) -> list[dict[str, Any]]:
     """Rows of a table that was written column by column, as pandas and datasets do; none if it is no such table."""
     columns = list(value.values())
-    if len(columns) == 3 and set(value) == {"columns", "index", "data"}:  # pandas, orient="split"
+    if set(value) == {"columns", "index", "data"} and _is_split_table(value["columns"], value["data"]):
         return [dict(zip(value["columns"], cells, strict=False)) for cells in value["data"]]
     if columns and all(
         isinstance(column, dict) and column and column.keys() == columns[0].keys() for column in columns
@@ -180,6 +187,13 @@ def _columns(value: dict[str, Any]) -> list[dict[str, Any]]:
     if not is_table or len({len(column) for column in columns}) != 1:
         return []
     return [dict(zip(value, cells, strict=True)) for cells in zip(*columns, strict=True)]
+
+
+def _is_split_table(names: Any, rows: Any) -> bool:
+    """Whether these are the columns and the data of a table as pandas writes it with orient="split"."""
+    if not isinstance(names, list) or not all(isinstance(name, str | int) for name in names):
+        return False
+    return isinstance(rows, list) and all(isinstance(cells, list) for cells in rows)
 
 
 def _has_nan(text: str) -> bool:

@@ -10,7 +10,7 @@ from thimble.data.sources.card import is_card
 from thimble.data.sources.kinds import EXPECTED, TABLES, TEXT, kind_of, plain_name, refused_kind
 from thimble.data.sources.raw import Source, Told
 from thimble.data.sources.splits import SPLITS, label_of, meaning_of, place, warn_of_missing_parts
-from thimble.errors import DataError, listing
+from thimble.errors import DataError, as_word, listing
 
 MOST_FILES = 100_000  # below a folder: more are no data set but, say, a home folder
 _ABOUT = re.compile(
@@ -96,7 +96,7 @@ def _once(tables: list[Found], folder: Path, told: Told) -> list[Found]:
     if len(folders) > 1 and (is_by_format or any(file.label for file in tables)):
         raise DataError(
             f"{folder} holds several data sets, in {listing(one.as_posix() for one in folders)}: name one of them, as "
-            f"in: thimble train {folder / folders[0]}"
+            f"in: thimble train {as_word(str(folder / folders[0]))}"
         )
     best: dict[tuple[PurePath, str], str] = {}
     for file in tables:

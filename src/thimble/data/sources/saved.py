@@ -7,7 +7,7 @@ from typing import Any
 
 from thimble.data.sources.kinds import SAVED
 from thimble.data.sources.raw import Source
-from thimble.errors import DataError, listing
+from thimble.errors import DataError, as_word, listing
 
 STATE, SPLITS = "state.json", "dataset_dict.json"
 MOST_JSON_BYTES = 1 << 24
@@ -22,15 +22,18 @@ def saved_splits(folder: Path, name: Name) -> dict[str, list[Source]] | None:
     if not (folder / SPLITS).is_file():
         return None
     splits = read_json(folder / SPLITS).get("splits")
-    if not isinstance(splits, list) or not all(
-        isinstance(split, str) and split == Path(split).name for split in splits
+    if (
+        not isinstance(splits, list)
+        or not splits
+        or not all(isinstance(split, str) and split == Path(split).name for split in splits)
     ):
         raise DataError(f"{folder / SPLITS} is damaged: expected the names of splits; copy the folder again.")
     missing = [split for split in splits if not (folder / split / STATE).is_file()]
     if missing:
         raise DataError(
             f"{folder / SPLITS} lists the splits {listing(splits)}, and {listing(missing)} is not there, with its "
-            f"{STATE}: copy the whole folder again, or name a split, as in: thimble train {folder / splits[0]}"
+            f"{STATE}: copy the whole folder again, or name a split, as in: thimble train "
+            + as_word(str(folder / splits[0]))
         )
     return {split: _saved_files(folder / split, name) for split in splits}
 
@@ -38,6 +41,9 @@ def saved_splits(folder: Path, name: Name) -> dict[str, list[Source]] | None:
 def _saved_files(folder: Path, name: Name) -> list[Source]:
     state = read_json(folder / STATE)
     listed = [*_files(state.get("_data_files"), folder), *indices_of(state)]
+    for bound in (file.get(name) for file in listed for name in ("skip", "take")):
+        if bound is not None and (type(bound) is not int or bound < 0):
+            raise DataError(f"{folder / STATE} is damaged: {bound!r} is no number of rows; save the data set again.")
     missing = [file["filename"] for file in listed if not (folder / Path(file["filename"]).name).is_file()]
     if missing:
         raise DataError(f"{folder / STATE} lists {listing(missing)}, not found there: copy the whole folder again.")
@@ -57,6 +63,7 @@ def _files(listed: Any, folder: Path) -> list[dict[str, Any]]:
 def indices_of(state: dict[str, Any]) -> list[dict[str, Any]]:
     """The files that number the rows to take, which versions of datasets before 2.9 wrote for a selection."""
     listed = state.get("_indices_data_files") or state.get("_indices_files") or []
+    listed = listed if isinstance(listed, list) else []
     return [file for file in listed if isinstance(file, dict) and isinstance(file.get("filename"), str)]
 
 

@@ -6,7 +6,7 @@ from pathlib import Path, PurePath
 from typing import TypeVar
 
 from thimble.data.sources.raw import Told
-from thimble.errors import DataError, listing
+from thimble.errors import DataError, as_word, listing
 
 T = TypeVar("T")
 
@@ -57,7 +57,8 @@ def place(labelled: Mapping[str, list[T]], root: Path, ways: Mapping[str, Path],
         why = f"and {listing(sorted(of_train))} may be for training" if of_train else "and none is called train"
         one = sorted(of_train or labelled)[0]
         raise DataError(
-            f"{root} has the splits {names}, {why}: name what to learn from, as in: thimble train {ways.get(one, root)}"
+            f"{root} has the splits {names}, {why}: name what to learn from, as in: thimble train "
+            + as_word(str(ways.get(one, root)))
         )
     result = {
         split: [file for label in sorted(placed[split]) for file in labelled[label]]

@@ -7,7 +7,6 @@ spreadsheets save it: `thimble.data.sources.codepages` judges that.
 import codecs
 import io
 import re
-import shlex
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import PurePath
@@ -17,7 +16,7 @@ from thimble.data.sources.codepages import is_mixed, is_western, readings, words
 from thimble.data.sources.kinds import PACKINGS
 from thimble.data.sources.packed import HEAD_BYTES
 from thimble.data.sources.raw import Told
-from thimble.errors import DataError, listing
+from thimble.errors import DataError, as_word, listing
 
 Open = Callable[[], AbstractContextManager[IO[bytes]]]
 
@@ -156,4 +155,4 @@ def _command(encoding: str, name: str) -> str:
     path = PurePath(name)
     path = path.with_suffix("") if path.suffix.lower() in PACKINGS else path
     converted = path.with_name(f"{path.stem}-utf8{path.suffix}")
-    return f"iconv -f {encoding} -t UTF-8 {shlex.quote(str(path))} > {shlex.quote(str(converted))}"
+    return f"iconv -f {encoding} -t UTF-8 {as_word(str(path))} > {as_word(str(converted))}"
