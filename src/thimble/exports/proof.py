@@ -128,6 +128,8 @@ def _here(session: Session, adapter: ActiveAdapter, rows: Iterable[tuple[list[in
 
 def _compare(rows: int, here: Sequence[Floats], there: Sequence[Floats]) -> Proof:
     told = np.isfinite(there[0]) & np.isfinite(there[1])  # of tokens that are no whole character nothing is told
+    if not told.any():
+        raise RuntimeError("it tells the probability of none of the tokens; name other examples with --data")
     (base, tuned), (base_there, tuned_there) = ([side[told] for side in both] for both in (here, there))
     noise, difference = float(np.abs(base - base_there).mean()), float(np.abs(tuned - tuned_there).mean())
     effect = tuned - base

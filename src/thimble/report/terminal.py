@@ -194,7 +194,7 @@ def _by_chance(found: Mapping[str, Any]) -> str:
 
     if found["rows"] < LEAST_ROWS:
         return f"too few to tell (at least {LEAST_ROWS})"
-    chance = min(found["chance"], found["chance_worse"])
+    chance = 2 * min(found["chance"], found["chance_worse"])  # of a difference as large to either side
     often = "less than 0.1%" if chance < 0.001 else f"{chance:.1%}"
     return f"chance alone would do this in {often} of cases" if chance < 0.5 else "no difference"
 
