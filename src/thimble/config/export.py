@@ -28,7 +28,9 @@ class ExportConfig(Options):
         "validation rows of the run, or general text.", path=WHOLE_PATH, metavar="DATA")  # fmt: skip
     proof: str = option("auto", "Compare the result in llama.cpp with the original: auto does where the package "
         "xllamacpp is installed, always refuses without it.", choices=("auto", "always", "never"))  # fmt: skip
-    verify_only: bool = option(False, "Prove the file in --out once more, and write nothing but what was found, beside it.")
+    verify_only: bool = option(
+        False, "Prove the file in --out once more, and write nothing but what was found, beside it."
+    )
 
     @classmethod
     def _conflicts(cls, given: Mapping[str, Any]) -> list[str]:
