@@ -231,7 +231,7 @@ def test_an_answer_file_that_exists_is_refused_with_what_to_type(thimble, prompt
         (("mine.jsonl", "--out", "a.jsonl", "--adapter", "x", "--adapter", "y"), "give one; each answers into a file"),
         (("--out", "a.jsonl"), "no prompts are given: name a file of them, as in: thimble generate prompts.jsonl"),
         (("absent.jsonl", "--out", "a.jsonl"), "absent.jsonl does not exist"),
-        (("empty.txt", "--out", "a.jsonl"), "empty.txt holds no prompts: expected one on each line"),
+        (("empty.txt", "--out", "a.jsonl"), "empty.txt holds no prompts: expected at least one"),
         (("mine.jsonl", "--out", "a.jsonl", "--top-p", "0"), "--top-p 0: expected a share above 0"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",

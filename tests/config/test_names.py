@@ -64,3 +64,8 @@ def test_every_synonym_is_of_an_option_and_is_none_itself():
     assert set(SYNONYMS.values()) <= ALL
     assert set(SYNONYMS) & ALL == set()
     assert {SYNONYMS[name] for name in set(SYNONYMS) & set(ELSEWHERE)} == {"adapter"}  # which train has not
+
+
+def test_what_only_another_command_has_is_not_advised():
+    assert "--batch-tokens" in answer("--batch-size", ["batch_tokens"])
+    assert answer("--batch-size", ["max_new_tokens"]).endswith("see the list under --help")

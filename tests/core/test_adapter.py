@@ -431,3 +431,12 @@ def test_links_into_the_cache_of_the_hub_client_are_followed_and_others_refused_
         (blobs / name).symlink_to("/etc/passwd")
         with pytest.raises(AdapterError):
             load_adapter(snapshot)
+
+
+def test_a_folder_of_runs_is_answered_with_one_of_them(tmp_path):
+    save_adapter(
+        Adapter({"model.layers.0.mlp.up_proj": Factors(np.ones((1, 2)), np.ones((3, 1)), 1.0)}),
+        tmp_path / "runs" / "my run-1" / "adapter",
+    )
+    with pytest.raises(AdapterError, match=r"name one of its run folders, such as '.*/runs/my run-1'"):
+        load_adapter(tmp_path / "runs")

@@ -99,7 +99,7 @@ def test_every_assistant_turn_is_learned(encoder, smollm):
 def test_a_turn_of_weight_zero_is_not_learned(encoder, smollm):
     (row,) = encoder.encode(chat(user(), answer(weight=0), user("And?"), answer("So.")))
     assert learned(smollm, row) == "So.<|im_end|>"
-    assert encoder.notes[0] == "learned: all assistant turns but those that are marked as not learned"
+    assert encoder.notes[0] == "target tokens: all assistant turns but those that are marked as not learned"
 
 
 def test_what_follows_the_last_answer_is_left_out(encoder, smollm):
@@ -305,7 +305,7 @@ def test_a_base_without_template_joins_prompt_and_completion_as_they_stand(smoll
     question = encoder.question(record)
     assert (question.reference, smollm.decode(question.ids)) == ("4", "2+2=")
     assert encoder.notes == [
-        "learned: completions",
+        "target tokens: completions",
         "the base has no chat template: prompt and completion are joined as they stand",
     ]
 
@@ -460,7 +460,7 @@ def test_notes_say_what_the_template_adds(encoder, smollm):
     encoder.encode(chat(user(), answer()))
     encoder.encode(Record(text="Once."))
     assert encoder.notes == [
-        "learned: all assistant turns and every token of plain text",
+        "target tokens: all assistant turns and every token of plain text",
         'the chat template adds a system prompt where there is none: "You are a helpful AI assistant named SmolLM, '
         'trained by Hugging Face". Give a system message to replace it.',
     ]
@@ -469,10 +469,10 @@ def test_notes_say_what_the_template_adds(encoder, smollm):
 def test_nothing_is_noted_of_what_did_not_happen(encoder, smollm, smollm_template):
     assert encoder.notes == []
     encoder.encode(chat({"role": "system", "content": "Be kind."}, user(), answer()))
-    assert encoder.notes == ["learned: all assistant turns"]
+    assert encoder.notes == ["target tokens: all assistant turns"]
     everything = Encoder(smollm, smollm_template, 64, loss_on="all")
     everything.encode(Record(text="Once."))
-    assert everything.notes == ["learned: every token"]
+    assert everything.notes == ["target tokens: every token"]
 
 
 def test_notes_tell_of_a_template_without_system_role_and_with_a_date(encoder_of):

@@ -4,6 +4,7 @@ The names are those of PEFT and TRL, Unsloth, Axolotl, LLaMA-Factory, mlx-lm, to
 """
 
 import difflib
+import re
 from collections.abc import Collection, Mapping
 from types import MappingProxyType
 
@@ -122,8 +123,10 @@ def answer(given: str, known: Collection[str], positional: Mapping[str, str] = M
     name = plain(given)
     typed = given if given.startswith("-") else flag(name)
     ours, near = our_name(name, known), near_option(name, known)
-    if ours is None and name.lower() in ELSEWHERE:
-        advice = ELSEWHERE[name.lower()]
+    instead = ELSEWHERE.get(name.lower(), "")
+    named = {plain(option) for option in re.findall(r"--[a-z][a-z-]+", instead)}
+    if ours is None and instead and (not named or named & set(known)):  # other commands may have what it advises
+        advice = instead
     elif near is not None and near in positional:
         advice = f"give {positional[near]} without a flag"
     elif ours and flag(ours) != typed:

@@ -174,7 +174,7 @@ class Encoder:
     def notes(self) -> list[str]:
         """What the user should know about how the records encoded so far were written."""
         seen, template = self._seen, self._template
-        notes = ["learned: every token" if self._loss_on == "all" else _learned(seen)] if seen else []
+        notes = ["target tokens: every token" if self._loss_on == "all" else _learned(seen)] if seen else []
         if seen["raw"]:
             notes.append("the base has no chat template: prompt and completion are joined as they stand")
         if template is None:
@@ -367,7 +367,7 @@ class Encoder:
 def _learned(seen: Counter[str]) -> str:
     turns = "all assistant turns" + " but those that are marked as not learned" * bool(seen["with marks"])
     parts = [turns] * bool(seen["chat"]) + ["completions"] * bool(seen["raw"])
-    return "learned: " + " and ".join(parts + ["every token of plain text"] * bool(seen["text"]))
+    return "target tokens: " + " and ".join(parts + ["every token of plain text"] * bool(seen["text"]))
 
 
 def _row(ids: list[int], learned: list[bool], source: str, truncated_tokens: int) -> Row:

@@ -132,7 +132,7 @@ def keep_prompts(
         prompts.append(_prompt(raw, number, skipped, reader))
     reader.check()
     if not len(prompts):
-        raise DataError(f"{name} holds no prompts: expected one on each line.")
+        raise DataError(f"{name} holds no prompts: expected at least one.")
     return prompts
 
 

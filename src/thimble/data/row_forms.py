@@ -71,7 +71,8 @@ def _named(fields: Fields, named: NamedColumns, left: Left) -> Form:
         answer = _cell(fields, named.completion)
         return _asked(fields, left, (prompt, shown(named.prompt)), (answer, shown(named.completion)))
 
-    return Form(f"{shown(named.prompt or 'template')} and {shown(named.completion)}", read)
+    asked = [named.prompt] if named.prompt else [name for _, name in read_template(named.template) if name]
+    return Form(f"{', '.join(map(shown, asked)) or 'a fixed prompt'} and {shown(named.completion)}", read)
 
 
 def _chat(fields: Fields, left: Left, is_there: Callable[[str], bool]) -> Form | None:

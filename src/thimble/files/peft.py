@@ -15,13 +15,14 @@ from typing import Any
 from thimble.core.adapter import Adapter, is_finite
 from thimble.core.lowrank import Factors
 from thimble.core.method import MOST_SCALE
-from thimble.errors import AdapterError, BaseModelError, InputError, listing
+from thimble.errors import AdapterError, BaseModelError, InputError, as_word, listing
 from thimble.files.peft_config import MAX_RANK, AdapterConfig, read_adapter_config
 from thimble.files.tensors import TensorFile, open_tensors, write_safetensors
 from thimble.files.untrusted import names_in, printable, some
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+_PARTS = (CONFIG_FILE, WEIGHTS_FILE)
 KEY = re.compile(
     r"^base_model\.model\.(?P<path>[A-Za-z0-9_.\-]{1,512})\.lora_(?P<side>A\.weight|B\.weight|magnitude_vector)$"
 )
@@ -143,7 +144,7 @@ def find_adapter(path: str | Path) -> Path:
     """The adapter folder for a path that names it or the run folder around it."""
     path = Path(path)
     for folder in (path, path / "adapter"):
-        if all(os.path.lexists(folder / name) for name in (CONFIG_FILE, WEIGHTS_FILE)):
+        if all(os.path.lexists(folder / name) for name in _PARTS):
             return folder  # whether these are files is seen when they are opened
     try:
         found = names_in(path)
@@ -152,7 +153,9 @@ def find_adapter(path: str | Path) -> Path:
         found, state = [], f"cannot be opened ({getattr(error, 'strerror', None) or error})"
         state = "does not exist" if isinstance(error, FileNotFoundError) else state
         state = "is not a folder" if isinstance(error, NotADirectoryError) else state
-    hint = f"; {PICKLE} is a pickle, which can run code when read: {TO_SAFETENSORS}" if PICKLE in found else ""
+    runs = [name for name in found if all(os.path.lexists(path / name / "adapter" / part) for part in _PARTS)]
+    hint = f"; name one of its run folders, such as {as_word(str(path / runs[0]))}" if runs else ""
+    hint += f"; {PICKLE} is a pickle, which can run code when read: {TO_SAFETENSORS}" if PICKLE in found else ""
     raise AdapterError(
         f"adapter {printable(str(path))} {state}: expected a folder with {CONFIG_FILE} and {WEIGHTS_FILE}, or the run "
         f"folder around it{hint}"
