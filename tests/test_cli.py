@@ -42,6 +42,7 @@ def test_help_names_every_command(thimble):
 
 def test_missing_data_says_what_to_name(refused, tiny_base):
     assert "no data is given: name a file or folder of examples" in refused("train", "--base", tiny_base)
+    assert "there is no run in runs/typo: name the folder" in refused("train", "--resume", "--out", "runs/typo")
 
 
 def test_two_faults_at_once_are_both_named(refused, tiny_base):

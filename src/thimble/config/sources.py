@@ -10,7 +10,7 @@ from thimble.config.options import Given, Options
 from thimble.config.paths import expand_paths, expanded, relocated
 from thimble.config.train import TrainConfig, layered, take_up
 from thimble.config.values import parse_bool
-from thimble.errors import ConfigError
+from thimble.errors import ConfigError, escaped
 
 CONFIG_FILE = "config.yaml"  # of a run folder
 RUN_SIGNS = ("checkpoints", "metrics.jsonl")  # what a folder holds beside it, if it is a run folder
@@ -68,7 +68,8 @@ def _resumed(given: Mapping[str, Given], config_file: str | None) -> tuple[dict[
     given = {**given, "out": Given(str(folder), "out")}
     path = folder / CONFIG_FILE
     if not path.exists():
-        return given, []
+        near = f"--resume: there is no run in {escaped(str(folder))}: name the folder of the run to continue with --out"
+        return given, [] if "data" in given else [near]
     saved, unknown = TrainConfig.sort(_read_yaml(path), str(path))
     given = {name: value for name, value in given.items() if not value.file or Path(value.file) != path}
     joined, differing = take_up(relocated(TrainConfig, saved, folder, by_name=True), given)
