@@ -82,7 +82,7 @@ def test_zstandard_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
         ("a.arrow", b"version https://git-lfs.github.com/spec/v1\n", "run `git lfs pull` in its folder"),
         (
             "a.jsonl.gz",
-            gzip.compress(b"\0" * 257 + b"ustar" + b"\0" * 500),
+            gzip.compress(b"\0" * 257 + b"ustar" + b"\0" * 500, mtime=0),
             "a.jsonl.gz is an archive: unpack it first",
         ),
     ],
