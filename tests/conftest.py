@@ -12,9 +12,12 @@ TINY = Path(__file__).parent / "fixtures" / "gguf" / "smollm2.gguf"
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_of_its_own(tmp_path_factory):
-    """Keep measurements of this machine out of the user's own cache; processes that tests start inherit it."""
+    """Keep measurements out of the user's cache, and the terminal out of the tests; processes they start inherit it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.delenv(
+            "COLUMNS", raising=False
+        )  # of the terminal the tests were started in: tables are as wide as they are
         yield
 
 

@@ -25,7 +25,6 @@ def typed(thimble):
     return run
 
 
-
 def test_a_teacher_with_a_spreadsheet_gets_answers_back_as_one(thimble, typed, tiny_base, tmp_path):
     rows = [
         ("Frage", "Antwort", "Thema"),

@@ -193,7 +193,8 @@ def test_memory_that_runs_out_while_the_result_is_measured_does_not_cost_the_ada
     result, _, messages = train(Scarce())
     assert (result.status, result.after) == ("done", None)
     assert (
-        "memory ran out while the result was measured (of 5 GB): `thimble evaluate` can do that" in messages["warning"]
+        "memory ran out while the result was measured (of 5 GB): evaluate with --adapter can do that"
+        in messages["warning"]
     )
     assert values(result).any()
 

@@ -144,7 +144,7 @@ class _Loop:
             return measure_after(self.task, self.session, self.state, before, self.progress.execution, self.control)
         except MemoryError as error:
             self.log.warning(
-                f"memory ran out while the result was measured ({error}): --adapter of evaluate can do that"
+                f"memory ran out while the result was measured ({error}): evaluate with --adapter can do that"
             )
             return None
 

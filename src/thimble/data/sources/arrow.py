@@ -76,6 +76,7 @@ def _file_batches(file: IO[bytes], kind: str) -> Iterator[Any]:
     else:
         batches = pyarrow.ipc.open_stream(file)
     for batch in batches:
+        batch.validate(full=True)  # pyarrow would follow offsets to anywhere, to count its bytes too
         _check_size(batch)
         yield from (batch.slice(begin, ROWS_AT_A_TIME) for begin in range(0, batch.num_rows, ROWS_AT_A_TIME))
 
