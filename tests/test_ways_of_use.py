@@ -73,12 +73,10 @@ def test_a_student_looks_at_the_spectra_of_an_update(typed, examples, tiny_base,
 def test_a_container_without_a_home_makes_the_same_adapter_twice(examples, tiny_base, tmp_path):
     words = ["train", str(examples), "--base", tiny_base, "--eval-rows", "0", "--json", *QUICK]
     made = []
-    for number in range(3):
+    for number in range(2):
         place = tmp_path / str(number)
         place.mkdir()
-        # The cache of compiled loops is the tests' own, and filled: only what a run computes is compared.
-        kept = {name: os.environ[name] for name in ("PATH", "XDG_CACHE_HOME")}
-        environment = {**kept, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+        environment = {"PATH": os.environ["PATH"], "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
         done = subprocess.run(
             [sys.executable, "-m", "thimble", *words, "--out", str(place / "run")], cwd=place, env=environment,
             capture_output=True, text=True, check=False,
@@ -86,4 +84,4 @@ def test_a_container_without_a_home_makes_the_same_adapter_twice(examples, tiny_
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["status"] == "done"
         made.append((place / "run" / "adapter" / "adapter_model.safetensors").read_bytes())
-    assert made[1] == made[2]
+    assert made[0] == made[1]
