@@ -62,3 +62,44 @@ def test_in_python_turns_that_are_left_out_are_a_warning_and_a_long_one_is_an_er
         list(map(talk.ask, ["the others are on the list and in it"] * 8))
     with pytest.raises(DataError, match="the context of the base is 128"):
         talk.ask(LONG)
+
+
+@pytest.fixture
+def trained(tiny_base, tmp_path):
+    """Train an adapter for a moment with options that say how its prompts are made."""
+
+    def run(**options):
+        rows = [{"head": f"ticket {n}", "body": f"it broke {n} times", "label": "account"} for n in range(12)]
+        thimble.train(
+            rows, base=tiny_base, out=str(tmp_path / "run"), compute="fp32", rank=2, max_steps=1, eval_rows=0,
+            seq_len=128, **options,
+        )  # fmt: skip
+        return str(tmp_path / "run")
+
+    return run
+
+
+def test_a_turn_is_written_into_the_prompt_template_of_the_run(trained, tiny_base):
+    run, told = trained(prompt_template="Ticket: {body}!", completion_column="label"), []
+    talk = thimble.chat(base=tiny_base, adapter=[run], on_event=told.append, max_new_tokens=2, compute="fp32")
+    talk.ask("it is late")
+    assert talk.messages[0]["content"] == "Ticket: it is late!"
+    assert any("--prompt-template 'Ticket: {body}!'" in event.text for event in told if event.kind == "decision")
+    talk.reset()
+    talk.use("base")
+    talk.ask("it is late")
+    assert talk.messages[0]["content"] == "it is late"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"prompt_template": "{head}: {body}", "completion_column": "label"}, "prompts made of several columns"),
+        ({"text_column": "body"}, "was trained on plain text, which it continues"),
+    ],
+)
+def test_a_chat_that_cannot_ask_as_the_run_did_says_so(trained, tiny_base, options, said):
+    with pytest.warns(UserWarning, match=said):
+        talk = thimble.chat(base=tiny_base, adapter=[trained(**options)], max_new_tokens=2, compute="fp32")
+    talk.ask("it is late")
+    assert talk.messages[0]["content"] == "it is late"

@@ -7,13 +7,16 @@ from typing import Any, NamedTuple
 
 from thimble.backends.open import choose_store, open_session
 from thimble.config.evaluate import EvaluateConfig
+from thimble.config.groups import COLUMNS
 from thimble.core.adapter import Adapter
 from thimble.core.labels import AnswerCounts
 from thimble.core.metrics import LossSum, average
 from thimble.data.examples import Examples, encode_examples, log_read, open_data
 from thimble.data.given_rows import FOLDER
 from thimble.data.model import Model, log_base, model_with_adapters
-from thimble.errors import Problems, RunError, plural
+from thimble.data.records import Dataset
+from thimble.data.run_columns import columns_of_run, typed_columns
+from thimble.errors import DataError, Problems, RunError, plural
 from thimble.events import EventLog, OnEvent, ShouldStop, ignore, never
 from thimble.models.cost import cache_token_bytes
 from thimble.models.execution import ExecutionPlan
@@ -159,6 +162,24 @@ def _require_scores(
         raise RunError(f"{fault}. Mend it and run the command again; the losses do not depend on it: {losses}")
 
 
+def _open(config: EvaluateConfig, log: EventLog) -> Dataset:
+    """The rows, by the columns of the run that trained the adapter if none are named and the rows have them."""
+    run = columns_of_run(config, config.adapter)
+    if run is None:
+        return open_data(config)
+    try:
+        dataset = open_data(config.replace(**{name: getattr(run, name) for name in COLUMNS}))
+    except DataError:
+        dataset = open_data(config)
+        log.warning(
+            f"the adapter was trained on other columns than these rows have ({typed_columns(run)}): they are asked "
+            "otherwise than it has learned; name the columns here"
+        )
+    else:
+        log.decision(f"columns as in the run that trained the adapter: {typed_columns(run)}")
+    return dataset
+
+
 def _prepare(
     config: EvaluateConfig, log: EventLog
 ) -> tuple[Model, Examples, dict[str, Adapter], list[Question], ChosenMetric]:
@@ -166,7 +187,7 @@ def _prepare(
     problems = Problems(config.problems)
     log.stage("reading the base and the examples")
     model, adapters = model_with_adapters(config.base, config.adapter, problems, log)
-    dataset = problems.attempt(open_data, config)
+    dataset = problems.attempt(_open, config, log)
     problems.attempt(run_folder.check_new_file, config.answers, "--answers")
     examples = chosen = None
     if model and dataset:

@@ -5,18 +5,15 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from thimble.backends.open import choose_store, open_session
 from thimble.backends.session import Session
 from thimble.config.generate import GenerateConfig
 from thimble.config.options import as_command
-from thimble.config.sources import CONFIG_FILE, build_config
 from thimble.config.train import TrainConfig
 from thimble.core.adapter import Adapter
 from thimble.data.answers import Answer, AnswerFile, differing, unanswered
-from thimble.data.columns import typed_option
 from thimble.data.context import Context
 from thimble.data.encode import Encoder
 from thimble.data.encode_prompts import Encoded, EncodedPrompts, encode_prompts
@@ -24,6 +21,7 @@ from thimble.data.given_rows import raw_rows
 from thimble.data.model import Model, log_base, model_with_adapters
 from thimble.data.prompts import Prompt, PromptReader, keep_prompts, read_prompts
 from thimble.data.records import Skipped
+from thimble.data.run_columns import columns_of_run, typed_columns
 from thimble.data.spool import Spool
 from thimble.errors import ConfigError, DataError, Problems, listing, plural
 from thimble.events import EventLog, OnEvent, ShouldStop, ignore, never
@@ -37,7 +35,6 @@ from thimble.training.run_folder import check_room
 SHOWN_ANSWERS = 3
 MEMORY_SHARE = 3  # of the free memory, one part in so many is for keys and values: a cache that grows is there twice
 OUT_BYTES = 1_000_000  # that there is room for at least
-COLUMN_OPTIONS = ("prompt_column", "prompt_template", "completion_column", "text_column")
 ANSWER_SETTINGS = ("system", "temperature", "top_p", "top_k", "min_p", "max_new_tokens", "seed")
 
 
@@ -185,7 +182,7 @@ def _read(
     config: GenerateConfig, skipped: Skipped, rows: Iterable[Any] | None, log: EventLog
 ) -> tuple[Spool[Prompt], str]:
     """All prompts, and what stands between cells: semicolons where the file has them, as its spreadsheet expects."""
-    run = _columns_of_run(config)
+    run = columns_of_run(config, config.adapter)
     reader = PromptReader.of(config, run)
     if rows is not None:
         prompts = keep_prompts(raw_rows(rows), skipped, "the list of rows", reader)
@@ -204,21 +201,11 @@ def _read(
     return prompts, ";" if set(told.delimiters) == {";"} else ","
 
 
-def _columns_of_run(config: GenerateConfig) -> TrainConfig | None:
-    """The options of the run that trained the adapter, if columns were named there and are not named here."""
-    if not config.adapter or any(getattr(config, name) for name in COLUMN_OPTIONS):
-        return None
-    place = Path(config.adapter[-1])
-    run = next((folder for folder in (place, place.parent) if (folder / CONFIG_FILE).is_file()), None)
-    found = build_config(TrainConfig, {}, str(run / CONFIG_FILE)) if run else None
-    return found if found and any(getattr(found, name) for name in COLUMN_OPTIONS) else None
-
-
 def _tell_columns(reader: PromptReader, run: TrainConfig | None, log: EventLog) -> None:
     """Whether rows are asked as the run that trained the adapter asked them."""
     if run is None:
         return
-    options = " ".join(typed_option(name, getattr(run, name)) for name in COLUMN_OPTIONS if getattr(run, name))
+    options = typed_columns(run)
     if reader.as_in_run:
         log.decision(f"columns as in the run that trained the adapter: {options}")
     if reader.otherwise:

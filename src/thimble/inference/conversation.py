@@ -30,6 +30,7 @@ class Conversation:
         options: How answers are written; each turn has a seed of its own.
         system: System prompt, or None for the template's own.
         warn: Told when the conversation outgrows the context of the base and loses its oldest turns.
+        forms: By name of an adapter, what writes a turn into the prompt that it was trained on.
     """
 
     def __init__(
@@ -41,11 +42,13 @@ class Conversation:
         options: SamplingOptions,
         system: str | None = None,
         warn: Callable[[str], None] = lambda text: None,
+        forms: Mapping[str, Callable[[str], str]] | None = None,
     ) -> None:
         self._engine = Engine(session, max_slots=1)
         self._tokenizer, self._encoder, self._options, self._system = tokenizer, encoder, options, system
         self._context, self._warn = Context(session.max_positions, options.max_new_tokens), warn
         self._adapters = {BASE_NAME: session.load(None), **adapters}
+        self._forms = forms or {}
         self._turns_taken = 0
         self.active = next(reversed(self._adapters))
         self.messages: list[dict[str, Any]] = []
@@ -102,7 +105,8 @@ class Conversation:
         Raises:
             DataError: If the turn alone is longer than the context of the base.
         """
-        messages = self._fitted([*self.messages, {"role": "user", "content": text}])
+        asked = self._forms[self.active](text) if self.active in self._forms else text
+        messages = self._fitted([*self.messages, {"role": "user", "content": asked}])
         options = replace(self._options, seed=self._options.seed + self._turns_taken * keep)
         request = self._engine.add(self._encoder.prompt(messages), options, self._adapters[self.active])
         if keep:
