@@ -7,6 +7,7 @@ from thimble.core.metrics import average
 from thimble.errors import ConfigError
 from thimble.events import EventLog, ignore
 from thimble.training.answers import Answer
+from thimble.training.before_after import all_answers
 from thimble.training.metric import choose_metric, score_answers
 
 
@@ -70,6 +71,17 @@ def test_a_metric_that_fails_on_an_answer_is_named_with_line_and_row(metric, bod
     assert "on the answer to mine.jsonl line 1" in warning
     for word in words:
         assert word in warning
+
+
+def test_a_line_of_the_answer_file_says_why_the_metric_has_no_figure(metric):
+    text = "def score(answer, reference):\n    return 1 / (answer != 'x')\n"
+    answers = [Answer("q", "ref", "x", {}), Answer("q", "ref", "y", {})]
+    failed, scored = score_answers(answers, metric(text), EventLog(ignore))
+    assert "line 2 (return 1 / (answer != 'x')): ZeroDivisionError" in failed.described()["problem"]
+    assert "problem" not in scored.described()
+    (line, other) = all_answers([failed, scored], [scored, failed])
+    assert line["problem_before"] == other["problem_after"] == failed.problem
+    assert "problem_after" not in line
 
 
 def test_the_line_named_is_the_users_own_though_another_file_raised(metric, tmp_path):

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from thimble.backends.open import choose_store, open_session
@@ -121,7 +121,7 @@ def evaluate(config: EvaluateConfig, on_event: OnEvent = ignore, should_stop: Sh
         total, answers = measure(session, active, validation, execution, control, alone)
         measured[name] = Measured(total, alone, score_answers(answers, metric, log))
     results = _results(measured, metric, {examples.valid[number].source for number in examples.unseen})
-    rows = ({"model": name, **asdict(answer)} for name, found in measured.items() for answer in found.answers)
+    rows = ({"model": name, **answer.described()} for name, found in measured.items() for answer in found.answers)
     write_answers(config.answers, rows, log)
     _require_scores(results, measured, metric, log)
     answered = len(questions) if metric.function else 0
@@ -135,7 +135,7 @@ def _results(measured: Mapping[str, Measured], metric: ChosenMetric, unseen: Col
     for name, (total, alone, answers) in measured.items():
         chosen = of_every_label(answers, SHOWN_ANSWERS, MOST_SHOWN) if metric.has_labels else range(len(answers))
         shown = [
-            asdict(answers[number]) for number in list(chosen)[: MOST_SHOWN if metric.has_labels else SHOWN_ANSWERS]
+            answers[number].described() for number in list(chosen)[: MOST_SHOWN if metric.has_labels else SHOWN_ANSWERS]
         ]
         scores = average(answer.scores for answer in answers)
         counts = Counter(figure for answer in answers for figure in answer.scores)

@@ -3,7 +3,7 @@
 import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,12 @@ class Answer:
     written: str
     scores: Mapping[str, float]
     source: str = ""  # where the row came from; not known of runs of an older release
+    problem: str = ""  # why the metric has no figure for it
+
+    def described(self) -> dict[str, Any]:
+        """It as plain data, for a line of a file."""
+        values = asdict(self)
+        return values if self.problem else {name: value for name, value in values.items() if name != "problem"}
 
 
 def make_questions(records: Sequence[Record], encoder: Encoder, most: int, has_labels: bool = False) -> list[Question]:

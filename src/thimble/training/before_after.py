@@ -73,11 +73,17 @@ def all_answers(before: Sequence[Answer], after: Sequence[Answer]) -> list[dict[
     rows = [
         {
             "source": old.source, "asked": old.asked, "reference": old.reference, "before": old.written,
-            "scores_before": dict(old.scores),
+            "scores_before": dict(old.scores), **({"problem_before": old.problem} if old.problem else {}),
         }
         for old in before
     ]  # fmt: skip
     if len(after) != len(before):
         return rows
-    ends = ({"after": new.written, "scores_after": dict(new.scores)} for new in after)
+    ends = (
+        {
+            "after": new.written, "scores_after": dict(new.scores),
+            **({"problem_after": new.problem} if new.problem else {}),
+        }
+        for new in after
+    )  # fmt: skip
     return [row | end for row, end in zip(rows, ends, strict=True)]

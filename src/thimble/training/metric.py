@@ -55,11 +55,11 @@ def score_answers(answers: Iterable[Answer], metric: ChosenMetric, log: EventLog
     scored, faults = [], []
     for answer in answers:
         try:
-            scores = metric.function(answer.written, answer.reference) if metric.function else {}
+            scores, problem = metric.function(answer.written, answer.reference) if metric.function else {}, ""
         except MetricFault as fault:
             faults.append(f"{fault}, on the answer to {answer.source or 'a row'}")
-            scores = {}
-        scored.append(replace(answer, scores=scores))
+            scores, problem = {}, str(fault)
+        scored.append(replace(answer, scores=scores, problem=problem))
     if faults:
         of = f"{len(faults)} of {plural(len(scored), 'answer')}"
         log.warning(f"the metric failed on {of}, which are left out of its figures; first: {faults[0]}")

@@ -76,7 +76,7 @@ class RunFolderSink:
 
     def write_before(self, before: Before) -> None:
         """Keep what was measured before the first step."""
-        base, answers = before.base, [asdict(answer) for answer in before.base.answers]
+        base, answers = before.base, [answer.described() for answer in before.base.answers]
         values = {
             "loss_base": base.loss, "loss_before": before.loss, "general_before": base.general_loss,
             "metrics_before": base.metrics, "metrics_rows": len(answers), "answers": answers,
