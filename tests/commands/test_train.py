@@ -228,7 +228,9 @@ def test_a_run_on_named_columns_is_resumed_and_measured_with_the_same(tmp_path, 
     assert thimble.train(data, base=tiny_base, out=out, resume=True).loss_after == first.loss_after
     report = thimble.evaluate(data, base=tiny_base, adapter=[out], max_new_tokens=1, compute="fp32", **named)
     assert report.results[0].answers[0]["reference"].endswith("it is")
+    by_run = thimble.evaluate(data, base=tiny_base, adapter=[out], max_new_tokens=1, compute="fp32")
+    assert [result.loss for result in by_run.results] == [result.loss for result in report.results]
     with pytest.raises(
         InputError, match=r"the columns are Betreff, der Text, Klasse.* add --prompt-template '{Betreff}"
     ):
-        thimble.evaluate(data, base=tiny_base, adapter=[out])
+        thimble.evaluate(data, base=tiny_base)

@@ -54,7 +54,7 @@ def _forms(adapters: Iterable[str], log: EventLog) -> dict[str, Callable[[str], 
             )
         elif run and run.text_column:
             log.warning(
-                f"{name} was trained on plain text, which it continues; a chat asks it in the chat template instead. To "
-                f"continue texts, answer a file with thimble generate {typed_columns(run)}"
+                f"{name} was trained on plain text, which it continues; a chat asks it in the chat template instead. "
+                f"To continue texts, answer a file with thimble generate {typed_columns(run)}"
             )
     return forms
