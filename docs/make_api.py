@@ -14,7 +14,7 @@ from typing import Any
 import thimble
 from thimble import api
 from thimble.commands import COMMANDS, Command
-from thimble.config.options import Field, is_path, option_type, options_of, positional_of, takes_many
+from thimble.config.options import Field, is_path, is_repeated, option_type, options_of, positional_of, takes_many
 
 STUB = Path(thimble.__file__).with_name("api.pyi")
 # What a command gives instead of its report when no `out` is named, by module and name.
@@ -96,6 +96,7 @@ def _type(spec: Field) -> str:
         name = "Literal[" + ", ".join(f'"{choice}"' for choice in choices) + "]"
     elif takes_many(spec):
         name = "str | Path | Sequence[str | Path]" if is_path(spec) else "Names"
+        name = "float | Sequence[float]" if is_repeated(spec) and not is_path(spec) else name
     elif kind is str:
         name = "str | Path" if is_path(spec) else "str"
     else:

@@ -11,12 +11,15 @@ import transformers
 
 import thimble
 from families import make_hf_folder, sample_tokens
+from thimble.cli import main
 from thimble.core.adapter import Adapter
 from thimble.core.lowrank import Factors, delta
 from thimble.errors import InputError, RunError
+from thimble.exports.gguf_adapter import write_gguf_adapter
 from thimble.files.peft import CONFIG_FILE, WEIGHTS_FILE, load_adapter, save_adapter
 from thimble.files.tensors import open_tensors
 from thimble.models import merged
+from thimble.models.adapter_base import base_notes
 from thimble.models.base import open_base
 
 LAYERS = {"model.layers.0.self_attn.q_proj": (12, 10), "model.layers.0.mlp.up_proj": (9, 10)}
@@ -410,3 +413,166 @@ def test_the_folder_one_stands_in_is_filled(tmp_path, monkeypatch):
     thimble.merge(write_adapter(tmp_path / "a"), truncate=1, out=".")
     assert load_adapter(tmp_path / "out").layers
     assert names_in(tmp_path / "out") == {CONFIG_FILE, WEIGHTS_FILE}
+
+
+# ---- weights, and ways to combine -----------------------------------------------------------------------------------
+
+
+def test_each_adapter_counts_with_its_weight(tmp_path):
+    write_adapter(tmp_path / "one", rank=2)
+    write_adapter(tmp_path / "two", rank=3, seed=7)
+    report = thimble.merge(
+        tmp_path / "one", tmp_path / "two", weight=[0.7, -0.4], truncate=1, out=str(tmp_path / "sum")
+    )
+    one, two, both = (load_adapter(tmp_path / name) for name in ("one", "two", "sum"))
+    for path in LAYERS:
+        wanted = 0.7 * delta(one.layers[path]) - 0.4 * delta(two.layers[path])
+        np.testing.assert_allclose(delta(both.layers[path]), wanted, atol=1e-5)
+    assert (report.weights, report.combination_type) == ([0.7, -0.4], "cat")
+
+
+def test_adapters_merged_with_weights_answer_as_peft_combines_them(tmp_path):
+    base = make_hf_folder("llama", tmp_path / "base")
+    shapes = open_base(base).spec.linear_shapes()
+    paths = [write_adapter(tmp_path / f"{i}", shapes, scale=0.05, seed=10 * i) for i in (0, 1)]
+    model = peft.PeftModel.from_pretrained(load_hf(base), paths[0], adapter_name="0").eval()
+    model.load_adapter(paths[1], "1")
+    for kind, more in (("cat", {}), ("ties", {"density": 0.5, "majority_sign_method": "frequency"}), ("svd", {})):
+        out = str(tmp_path / kind)
+        thimble.merge(*paths, base=str(base), out=out, weight=[0.6, 0.9], combination_type=kind, **more)
+        model.add_weighted_adapter(["0", "1"], [0.6, 0.9], kind, kind, **more)
+        model.set_adapter(kind)
+        assert (logits_of(load_hf(out)) - logits_of(model)).abs().max() < 1e-4
+
+
+def test_the_command_line_takes_a_weight_for_each_adapter(tmp_path, capsys):
+    paths = write_adapter(tmp_path / "one"), write_adapter(tmp_path / "two", seed=3)
+    out = tmp_path / "out"
+    words = ["merge", *paths, "--weight", "0.5", "--weight", "-0.25", "--truncate", "1", "--out", str(out), "--json"]
+    assert main(words) == 0
+    assert json.loads(capsys.readouterr().out)["weights"] == [0.5, -0.25]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"weight": [1.0]}, "--weight is given 1 time for 2 adapters: give one for each"),
+        ({"weight": [1.0, 0.0]}, "--weight 1.0,0.0: expected a number for each adapter, from -100 to 100 and not 0"),
+        ({"weight": [1.0, float("nan")]}, "expected a number for each adapter"),
+        ({"weight": ["much", 1]}, "--weight much,1: expected a number"),
+        ({"combination_type": "tise"}, "did you mean ties?"),
+        ({"combination_type": "ties"}, "say which, as in --density 0.5"),
+        ({"combination_type": "dare_ties", "density": 0}, "--density 0: expected a share above 0"),
+        ({"density": 0.5}, "--density is what ties, dare and magnitude_prune keep"),
+        ({"combination_type": "svd", "majority_sign_method": "total"}, "--majority-sign-method is for ties"),
+        ({"unmerge": True}, "--unmerge takes adapters off a base, and --truncate writes one"),
+        ({"combination_type": "linear"}, "need one rank, and model.layers.0.mlp.up_proj has rank 4 in"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_combined_is_refused(refuse, tmp_path, options, said):
+    paths = write_adapter(tmp_path / "one"), write_adapter(tmp_path / "two", rank=2)
+    assert said in refuse(*paths, truncate=1, **options)
+
+
+def test_one_adapter_is_not_combined_and_dora_has_no_half(refuse, tmp_path):
+    path = write_adapter(tmp_path / "dora", magnitude=True)
+    assert "makes one adapter of several, and one is given" in refuse(path, combination_type="svd", truncate=1)
+    assert "is DoRA, which sets the lengths" in refuse(path, weight=0.5, truncate=1)
+
+
+def test_who_stops_while_adapters_are_combined_finds_nothing_written(tmp_path):
+    paths = write_adapter(tmp_path / "one"), write_adapter(tmp_path / "two", seed=3)
+    before, asked = names_in(tmp_path), []
+    report = thimble.merge(
+        *paths, rank=1, combination_type="ties_svd", density=0.5, out=str(tmp_path / "out"),
+        should_stop=lambda: asked.append(1) or True,
+    )  # fmt: skip
+    assert (report.status, len(asked)) == ("interrupted", 1)
+    assert names_in(tmp_path) == before
+
+
+# ---- unmerging ------------------------------------------------------------------------------------------------------
+
+
+def merged_folder(tmp_path, dtype=torch.bfloat16, named=True, **how):
+    """A base, an adapter that knows it and the folder they were merged into."""
+    base = shard_folder("llama", tmp_path / "base", dtype)
+    opened = open_base(base)
+    layers = {path: make_factors(shape, scale=0.02, **how) for path, shape in opened.spec.linear_shapes().items()}
+    notes = base_notes(opened.quick_fingerprint()) if named else {}
+    save_adapter(Adapter(layers, str(base) if named else "", notes), tmp_path / "adapter")
+    thimble.merge(tmp_path / "adapter", base=str(base), out=str(tmp_path / "merged"))
+    return base, str(tmp_path / "adapter"), str(tmp_path / "merged")
+
+
+@pytest.mark.parametrize("magnitude", [False, True], ids=["lora", "dora"])
+def test_unmerging_gives_the_bytes_of_the_base_that_the_adapter_knows(tmp_path, magnitude):
+    base, adapter, full = merged_folder(tmp_path, magnitude=magnitude)
+    report = thimble.merge(adapter, base=full, unmerge=True, out=str(tmp_path / "again"))
+    assert report.original == str(base)
+    assert not report.messages["warning"]
+    assert names_in(tmp_path / "again") == names_in(base)
+    for path in base.iterdir():
+        assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-5), (torch.bfloat16, 0.2)])
+def test_without_the_base_it_is_given_back_within_rounding_and_that_is_told(tmp_path, dtype, most):
+    base, adapter, full = merged_folder(tmp_path, dtype, named=False)
+    report = thimble.merge(adapter, base=full, unmerge=True, out=str(tmp_path / "again"))
+    assert report.original == ""
+    assert "the original base is not found: the updates are subtracted" in report.messages["warning"][0]
+    before, after, update = open_base(base), open_base(tmp_path / "again"), load_adapter(adapter)
+    told = {layer.name: layer.error for layer in report.layers}
+    for path, factors in update.layers.items():
+        away = after.weights[f"{path}.weight"].read() - before.weights[f"{path}.weight"].read()
+        share = np.linalg.norm(away) / np.linalg.norm(delta(factors))
+        assert share < most
+        assert share < 3 * told[path], "merging rounded once, and unmerging once more"
+
+
+def test_a_folder_that_is_not_that_base_with_that_adapter_is_told_as_such(tmp_path):
+    base, adapter, full = merged_folder(tmp_path)
+    thimble.merge(adapter, base=full, out=str(tmp_path / "twice"))
+    report = thimble.merge(adapter, base=str(tmp_path / "twice"), unmerge=True, out=str(tmp_path / "again"))
+    assert report.original == ""
+    assert f"{base} with the adapters is not what it holds" in report.messages["warning"][0]
+
+
+def test_several_adapters_come_off_with_the_weights_they_went_on_with(tmp_path):
+    base, adapter, _ = merged_folder(tmp_path)
+    other = load_adapter(adapter)
+    layers = {path: make_factors(factors.shape, scale=0.03, seed=9) for path, factors in other.layers.items()}
+    save_adapter(Adapter(layers, other.base, other.notes), tmp_path / "other")
+    how = {"weight": [0.5, -0.8]}
+    thimble.merge(adapter, tmp_path / "other", base=str(base), out=str(tmp_path / "both"), **how)
+    given = {"base": str(tmp_path / "both"), "unmerge": True}
+    assert thimble.merge(adapter, tmp_path / "other", out=str(tmp_path / "x"), **given, **how).original == str(base)
+    assert thimble.merge(adapter, tmp_path / "other", out=str(tmp_path / "y"), **given).original == ""
+
+
+def test_dora_without_its_base_cannot_come_off(refuse, tmp_path):
+    _, adapter, full = merged_folder(tmp_path, named=False, magnitude=True)
+    assert "what those were only the original base knows, which is not found" in refuse(
+        adapter, base=full, unmerge=True
+    )
+    assert "name with --base the folder that the adapters were merged into" in refuse(adapter, unmerge=True)
+
+
+# ---- adapters in GGUF files -----------------------------------------------------------------------------------------
+
+
+def test_a_gguf_adapter_is_merged_as_the_folder_it_was_made_of(tmp_path):
+    base = make_hf_folder("llama", tmp_path / "base")
+    opened = open_base(base)
+    folder = write_adapter(tmp_path / "a", opened.spec.linear_shapes(), scale=0.05)
+    write_gguf_adapter(load_adapter(folder), opened, tmp_path / "a.gguf")
+    for name in ("a", "a.gguf"):
+        report = thimble.merge(tmp_path / name, base=str(base), out=str(tmp_path / f"{name} merged"))
+        small = thimble.merge(tmp_path / name, base=str(base), out=str(tmp_path / f"{name} small"), rank=2)
+        assert small.kinds[-1].bytes_before == 4 * small.kinds[-1].parameters_before
+        assert report.kinds[-1].bytes_before == small.kinds[-1].bytes_before
+    for kind, file in (("merged", "model.safetensors"), ("small", WEIGHTS_FILE)):
+        one, other = (open_tensors(tmp_path / f"{name} {kind}" / file) for name in ("a", "a.gguf"))
+        for name in one.tensors:
+            np.testing.assert_allclose(one.read(name), other.read(name), atol=1e-6)

@@ -81,7 +81,7 @@ _LIST = (
         "config.inspect_:InspectConfig", "commands.inspect_:inspect", "report.inspect_text:render_inspect",
     ),
     Command(
-        "merge", "Make an adapter smaller, or merge it into a base of float weights.",
+        "merge", "Combine adapters, make one smaller, or merge into a base of float weights and out of it.",
         "config.merge:MergeConfig", "commands.merge:merge", "report.terminal:render_merge", "writing nothing",
     ),
     Command(

@@ -13,7 +13,16 @@ from typing import Any, NamedTuple, NoReturn, Protocol
 
 from thimble.config.completion import SHELLS
 from thimble.config.names import COMMAND_SYNONYMS, answer, near_option, our_name, plain
-from thimble.config.options import Field, Options, groups_of, option_type, options_of, positional_of, takes_many
+from thimble.config.options import (
+    Field,
+    Options,
+    groups_of,
+    is_repeated,
+    option_type,
+    options_of,
+    positional_of,
+    takes_many,
+)
 from thimble.config.values import as_typed, flag
 from thimble.errors import ConfigError, as_word, listing
 
@@ -101,7 +110,7 @@ def _add_option(group: argparse._ArgumentGroup, spec: Field) -> None:
         group.add_argument(flag(name), action="store_true", **options)
     else:
         choices = "{" + ",".join(meta["choices"]) + "}" if meta["choices"] else None
-        action = "append" if name == "adapter" else "store"
+        action = "append" if is_repeated(spec) else "store"
         group.add_argument(flag(name), metavar=meta["metavar"] or choices or "N", action=action, **options)
 
 

@@ -149,6 +149,11 @@ def takes_many(spec: Field) -> bool:
     return typing.get_origin(option_type(spec)[0]) is tuple
 
 
+def is_repeated(spec: Field) -> bool:
+    """Whether a flag is given once for each value: paths may hold commas, and numbers go with something else each."""
+    return takes_many(spec) and (is_path(spec) or typing.get_args(option_type(spec)[0])[0] is float)
+
+
 def typed(spec: Field, value: object) -> str:
     """An option and a value as they are typed: `--rank 8`; a positional one with its placeholder, `DATA mine.jsonl`."""
     name = spec.metadata["metavar"] if spec.metadata["positional"] else flag(spec.name)
@@ -190,8 +195,8 @@ def as_command(name: str, config: Options) -> str:
             words += [quoted(str(one)) for one in values]
         elif value is True:
             words.append(flag(spec.name))
-        elif spec.name == "adapter":  # given once for each, since a path may hold a comma
-            words += [word for one in values for word in (flag(spec.name), quoted(str(one)))]
+        elif is_repeated(spec):
+            words += [f"{flag(spec.name)}={quoted(str(one))}" for one in values]
         else:
             words.append(f"{flag(spec.name)}={quoted(','.join(map(str, values)))}")  # it may begin with a hyphen
     return " ".join(words)

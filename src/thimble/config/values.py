@@ -189,8 +189,8 @@ def parse_number(kind: type, value: Any) -> int | float:
 
 
 def parse(kind: Any, value: Any) -> Any:
-    """Read text, or what YAML or Python gave, as int, float, bool, str or `tuple[str, ...]`; a ValueError says what was
-    expected. A tuple is read from a list, from text with commas, or from a mapping of targets to numbers.
+    """Read text, or what YAML or Python gave, as int, float, bool, str or a tuple of str or float; a ValueError says
+    what was expected. A tuple is read from a list, from text with commas, or from a mapping of targets to numbers.
     """
     if kind is bool:
         return parse_bool(value)
@@ -200,7 +200,8 @@ def parse(kind: Any, value: Any) -> Any:
         if isinstance(value, Mapping):
             value = [f"{name}={number}" for name, number in value.items()]
         parts = value if isinstance(value, list | tuple) else str(value).split(",")
-        return tuple(str(part).strip() for part in parts if str(part).strip())
+        texts = tuple(str(part).strip() for part in parts if str(part).strip())
+        return tuple(parse_number(float, text) for text in texts) if typing.get_args(kind)[0] is float else texts
     if isinstance(value, dict | list | bool):
         raise ValueError("expected text")
     return str(value)

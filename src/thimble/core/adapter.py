@@ -1,12 +1,12 @@
 """The adapter as a value: low-rank updates by layer path. Knows no files, no framework and no base."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from thimble.core.inits import BUILDERS, LayerData
-from thimble.core.lowrank import Factors, difference, rank_for, svd_of_update, total, truncate
+from thimble.core.lowrank import Factors, difference, rank_for, svd_of_update, truncate
 from thimble.core.targets import Size
 from thimble.errors import listing
 
@@ -65,15 +65,6 @@ def fresh_adapter(shapes: Mapping[str, tuple[int, int]], init: str, sizes: Mappi
     return Adapter({path: build(LayerData(path, shapes[path], *size, seed)) for path, size in sizes.items()})
 
 
-def add_up(adapters: Iterable[Adapter]) -> dict[str, Factors]:
-    """The sum of adapters without `conflicts` and `sum_problems`, layer by layer, exactly: ranks add up."""
-    parts: dict[str, list[Factors]] = {}
-    for adapter in adapters:
-        for path, factors in adapter.layers.items():
-            parts.setdefault(path, []).append(factors)
-    return {path: total(updates) for path, updates in parts.items()}
-
-
 def conflicts(adapters: Mapping[str, Adapter]) -> list[str]:
     """Why adapters, by the names that the user knows them by, cannot be of one base; no sentence if they can."""
     wrong = []
@@ -84,17 +75,6 @@ def conflicts(adapters: Mapping[str, Adapter]) -> list[str]:
             if known != factors.shape:
                 wrong.append(f"{path} is (out, in) {factors.shape} in {name} but {known} in {first}")
     return [f"the adapters do not belong to the same base: {listing(wrong, 2)}"] if wrong else []
-
-
-def sum_problems(adapters: Mapping[str, Adapter]) -> list[str]:
-    """Why adapters of one base cannot be added up; see `conflicts`."""
-    names = [name for name, adapter in adapters.items() if adapter.has_magnitudes]
-    if len(adapters) < 2 or not names:
-        return []
-    return [
-        f"adapter {listing(names)} is DoRA: it sets the lengths of the rows of W + scale B A, and lengths do not add "
-        "up; merge one at a time"
-    ]
 
 
 def cut(factors: Factors, energy: float, most: int) -> tuple[Factors, float, float]:

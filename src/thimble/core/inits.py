@@ -123,15 +123,15 @@ def orthogonal(layer: LayerData) -> Factors:
 
 
 def _random(layer: LayerData) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(key=[layer.seed, _stream(layer.path)]))
+    return random_stream(layer.seed, layer.path)
 
 
-def _stream(name: str) -> int:
-    """A stable 64-bit number for a name (FNV-1a), to key random streams."""
+def random_stream(seed: int, name: str) -> np.random.Generator:
+    """Random numbers that depend on a seed and a name alone (its FNV-1a hash keys them)."""
     value = 0xCBF29CE484222325
     for byte in name.encode():
         value = ((value ^ byte) * 0x100000001B3) & 0xFFFFFFFFFFFFFFFF
-    return value
+    return np.random.Generator(np.random.Philox(key=[seed, value]))
 
 
 # ---- from the weight: B₀ A₀ is along a piece of W ------------------------------------------------------------------

@@ -1,13 +1,14 @@
 """Finished adapters, read and checked against the base they are to run on."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from thimble.core.adapter import Adapter
 from thimble.errors import AdapterError, Problems, listing, plural
-from thimble.files.peft import load_adapter
+from thimble.files.peft import WEIGHTS_FILE, find_adapter, layer_of, load_adapter
+from thimble.files.tensors import open_tensors
 from thimble.models.adapter_base import difference
 from thimble.models.base import Base
-from thimble.models.gguf_adapter import is_gguf, load_gguf_adapter
+from thimble.models.gguf_adapter import gguf_sizes, is_gguf, load_gguf_adapter
 
 # Parts of models of text and images, or of sound, that are not their text model.
 NOT_TEXT = (
@@ -29,6 +30,20 @@ def check_all_fit(adapters: Mapping[str, Adapter], base: Base, problems: Problem
         problems.attempt(check_fits, path, adapter, base)
         if len(problems.found) == before and (told := difference(path, adapter, base)):
             warn(told)
+
+
+def stored_bytes(paths: Iterable[str], base: Base | None) -> dict[str, int]:
+    """Bytes that each layer takes in the files of adapters, by layer path; those in GGUF files need their base."""
+    sizes: dict[str, int] = {}
+    for path in paths:
+        if base and is_gguf(path):
+            found = gguf_sizes(path, base)
+        else:
+            tensors = open_tensors(find_adapter(path) / WEIGHTS_FILE).tensors
+            found = [(layer, info.nbytes) for name, info in tensors.items() if (layer := layer_of(name))]
+        for layer, size in found:
+            sizes[layer] = sizes.get(layer, 0) + size
+    return sizes
 
 
 def _read(path: str, base: Base | None) -> Adapter:

@@ -65,6 +65,12 @@ def load_gguf_adapter(path: str | Path, base: Base | None) -> Adapter:
     return Adapter(layers, str(file.metadata.get("general.base_model.0.name", "")), _notes(file))
 
 
+def gguf_sizes(path: str | Path, base: Base) -> list[tuple[str, int]]:
+    """The layers of a GGUF adapter that can be loaded, with the bytes that they take in the file."""
+    file = open_tensors(path)
+    return [(layer, file.tensors[a].nbytes + file.tensors[b].nbytes) for layer, (a, b, _) in _pairs(file, base).items()]
+
+
 def _check_kind(file: TensorFile, base: Base) -> float:
     """Refuse what is no LoRA adapter of this architecture; return alpha."""
     kinds = [file.metadata.get(key) for key in ("general.type", "adapter.type")]

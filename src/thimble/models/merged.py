@@ -1,4 +1,4 @@
-"""A base with updates added to its weights, row by row, and what rounding to the dtype of the file costs them."""
+"""A base with updates added to its weights or taken off, row by row, and what rounding to the dtype of a file costs."""
 
 import math
 import shutil
@@ -8,12 +8,13 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from thimble.core.adapter import Adapter, cut
-from thimble.core.lowrank import Factors, merge
+from thimble.core.lowrank import Factors, merge, svd_of_update
 from thimble.errors import BaseModelError, RunError, as_word, listing, plural
 from thimble.files.blocks import dequantize, quantize
-from thimble.files.peft import WEIGHTS_FILE, find_adapter, layer_of, save_adapter
+from thimble.files.peft import save_adapter
 from thimble.files.peft_config import MAX_RANK
 from thimble.files.tensors import open_tensors, rewrite_safetensors
 from thimble.files.untrusted import is_inside
@@ -97,6 +98,10 @@ class MergedKind:
     worst_layer: str
 
 
+OnLayer = Callable[[MergedLayer], None]
+Rows = Callable[[], Iterator[memoryview]]  # the bytes of a weight, some rows at a time
+
+
 def by_kind(layers: Sequence[MergedLayer]) -> list[MergedKind]:
     """Sums and errors by kind of layer, in the order the kinds come, and last over all layers."""
     kinds: dict[str, list[MergedLayer]] = {}
@@ -116,16 +121,6 @@ def _summary(kind: str, layers: Sequence[MergedLayer]) -> MergedKind:
     return MergedKind(
         kind, len(layers), [min(before), max(before)], [min(after), max(after)], *sums, error, worst.error, worst.name
     )
-
-
-def stored_bytes(paths: Iterable[str]) -> dict[str, int]:
-    """Bytes that each layer takes in the files of adapters, by layer path."""
-    sizes: dict[str, int] = {}
-    for path in paths:
-        for name, info in open_tensors(find_adapter(path) / WEIGHTS_FILE).tensors.items():
-            if layer := layer_of(name):
-                sizes[layer] = sizes.get(layer, 0) + info.nbytes
-    return sizes
 
 
 def worst_by_dtype(layers: Iterable[MergedLayer]) -> dict[str, float]:
@@ -149,7 +144,7 @@ def write_truncated(
     energy: float | None,
     most: int | None,
     folder: Path,
-    on_layer: Callable[[MergedLayer], None],
+    on_layer: OnLayer,
 ) -> None:
     """Truncate summed updates to a share of their energy (None: all) and a highest rank, and write them as one adapter.
 
@@ -185,23 +180,84 @@ def check_mergeable(base: Base, layers: Sequence[str], adapter: str = "DIR") -> 
     return sum(path.stat().st_size for path in (*weight_files(base.path), *other_files(base.path)))
 
 
-def write_merged(
-    base: Base, updates: Mapping[str, Factors], folder: Path, on_layer: Callable[[MergedLayer], None]
-) -> None:
+def write_merged(base: Base, updates: Mapping[str, Factors], folder: Path, on_layer: OnLayer) -> None:
     """Copy a Hugging Face folder with updates added to its weights; holds a few rows of one weight at a time.
 
     What `on_layer` raises ends the work; it gets each layer as it is done, without its sizes in files.
     """
+    rows = {
+        layer: partial(merged_rows, layer, base.weights[f"{layer}.weight"], factors, on_layer)
+        for layer, factors in updates.items()
+    }
+    _write_changed(base, rows, folder)
+
+
+def write_unmerged(
+    base: Base, original: Base | None, updates: Mapping[str, Factors], folder: Path, on_layer: OnLayer
+) -> None:
+    """Copy a Hugging Face folder with updates taken off its weights; `on_layer` is told as by `write_merged`.
+
+    Args:
+        base: What the updates were merged into.
+        original: What it was before, if that is known (`is_merge_of`): its weights are taken, bit for bit.
+        updates: What was merged, without magnitudes unless the original is known.
+        folder: Where to.
+        on_layer: Told of each layer.
+    """
+    rows = {}
+    for layer, factors in updates.items():
+        name = f"{layer}.weight"
+        negative = Factors(factors.A, -factors.B, factors.scale)
+        rows[layer] = (
+            partial(_original_rows, layer, original.weights[name], factors, on_layer)
+            if original
+            else partial(merged_rows, layer, base.weights[name], negative, on_layer)
+        )
+    _write_changed(base, rows, folder)
+
+
+def is_merge_of(base: Base, original: Base, updates: Mapping[str, Factors]) -> bool:
+    """Whether a base is, bit for bit, what merging updates into another one gives."""
+    if base.weights.keys() != original.weights.keys():
+        return False
+    for name, weight in base.weights.items():
+        before, factors = original.weights[name], updates.get(name.removesuffix(".weight"))
+        if (before.dtype, before.shape) != (weight.dtype, weight.shape):
+            return False
+        pieces = (
+            merged_rows(name, before, factors, lambda _: None) if factors else iter([before.raw().reshape(-1).data])
+        )
+        if not _is_same(weight.raw().reshape(-1), pieces):
+            return False
+    return True
+
+
+def _is_same(numbers: NDArray[np.uint8], pieces: Iterable[memoryview]) -> bool:
+    begin = 0
+    for piece in pieces:
+        part = np.frombuffer(piece, np.uint8)
+        if not np.array_equal(numbers[begin : begin + len(part)], part):
+            return False
+        begin += len(part)
+    return begin == len(numbers)
+
+
+def _original_rows(layer: str, weight: Weight, factors: Factors, on_layer: OnLayer) -> Iterator[memoryview]:
+    """The bytes of a weight as they are; nothing is lost."""
+    yield weight.raw().reshape(-1).data
+    norm = float(np.linalg.norm(svd_of_update(factors).values))
+    on_layer(MergedLayer(layer, weight.dtype, factors.rank, 0, factors.num_parameters, 0, 0, 0, norm, 0.0))
+
+
+def _write_changed(base: Base, rows: Mapping[str, Rows], folder: Path) -> None:
+    """Copy a Hugging Face folder with other rows of some layers."""
     for path in other_files(base.path):
         place = folder / path.relative_to(base.path)
         place.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, place)
     for shard in weight_files(base.path):
-        changed: dict[str, Callable[[], Iterator[memoryview]]] = {}
-        for layer, factors in updates.items():
-            weight = base.weights[f"{layer}.weight"]
-            if weight.file.path == shard:
-                changed[weight.info.name] = partial(merged_rows, layer, weight, factors, on_layer)
+        weights = {layer: base.weights[f"{layer}.weight"] for layer in rows}
+        changed = {weights[layer].info.name: rows[layer] for layer in rows if weights[layer].file.path == shard}
         rewrite_safetensors(open_tensors(shard), folder / shard.name, changed)
 
 
@@ -221,9 +277,7 @@ def other_files(folder: Path) -> list[Path]:
     return files
 
 
-def merged_rows(
-    layer: str, weight: Weight, factors: Factors, on_layer: Callable[[MergedLayer], None]
-) -> Iterator[memoryview]:
+def merged_rows(layer: str, weight: Weight, factors: Factors, on_layer: OnLayer) -> Iterator[memoryview]:
     """The bytes of a merged weight in its dtype, some rows at a time; then `on_layer` learns what rounding cost.
 
     A RunError if a sum does not fit the dtype, or W holds NaN or Inf.

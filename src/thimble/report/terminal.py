@@ -225,9 +225,12 @@ def render_merge(report: Any) -> str:
     rows = [_MERGE_HEADS[report.wrote], *(_kind_row(kind, is_adapter) for kind in report.kinds)]
     what, option = ("cut off in all", "--adapter") if is_adapter else ("lost by rounding in all", "--base")
     worst = f"most in {total.worst_layer}: {small_percent(total.worst_error)}"
+    cost = f"{small_percent(total.error)} of the update {what}; {worst}"
+    if report.original:
+        cost = f"the weights of {escaped(report.original)} again, bit for bit"
     base = f"--base {as_word(report.needs_base)} " if report.needs_base else ""
     use = f"{report.wrote:<8} {escaped(report.out)}\ntry it   thimble chat {base}{option} {as_word(report.out)}"
-    return "\n\n".join([_table(rows), f"{small_percent(total.error)} of the update {what}; {worst}", use])
+    return "\n\n".join([_table(rows), cost, use])
 
 
 def render_export(report: Any) -> str:
