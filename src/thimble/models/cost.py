@@ -139,10 +139,10 @@ def _scratch_bytes(base: Base, compute: str, longest: int, execution: ExecutionP
     largest = max(hidden, inner, spec.q_size)
     numbers = tokens * (2 * largest + 2 * inner + heads)  # input, input_grad, gated_grad, qkv_grad
     numbers += tokens * (2 * inner + heads + spec.q_size)  # outputs without a backward pass
-    numbers += (tokens + TILE) * (2 * heads + spec.q_size)  # heads, their gradients, mixed_grad
     numbers += tokens * hidden * 4  # the stream and its gradient
     keys = -(-longest // PADDED_KEYS) * PADDED_KEYS
-    numbers += 2 * spec.num_heads * min(TILE, keys) * keys  # scores, slopes
+    attention = (tokens + TILE) * (2 * heads + spec.q_size)  # heads, their gradients, mixed_grad
+    attention += 2 * spec.num_heads * min(TILE, keys) * keys  # scores, slopes
     chunk = logit_chunk(tokens, width * spec.vocab_size)
     numbers += chunk * spec.vocab_size + 3 * tokens * hidden  # logits, hidden states with a label
     if execution.store != "dense":
@@ -152,7 +152,7 @@ def _scratch_bytes(base: Base, compute: str, longest: int, execution: ExecutionP
     total = max(tokens * inner, chunk * hidden) * (4 + width)  # gradients summed over windows
     if compute == "int8":  # rows as int8, sums as int32, and the library's own copies of a weight
         total += tokens * (2 * inner + 4 * max(WINDOW_ROWS, inner)) + INT8_COPIES * 2 * inner * hidden
-    return numbers * width + total
+    return numbers * width + 4 * attention + total
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ def estimate_seconds(base: Base, compute: str, work: StepWork, execution: Execut
     seconds += 2 * (passes + 1) * work.trained * work.tokens / (rate * REACHED_LOW_RANK)
     seen = work.row_tokens / 2 + TILE / 2
     attention = 2 * spec.q_size * spec.num_layers * seen * work.tokens * (2 * passes + 3)
-    seconds += attention / (rate * REACHED_ATTENTION)
+    seconds += attention / (machine.flops.get("fp32", rate) * REACHED_ATTENTION)  # float32 in every compute type
     block = 2 * (spec.hidden_size + spec.q_size + spec.kv_size + spec.intermediate_size)
     moved = work.tokens * spec.num_layers * passes * width * (block + spec.num_heads * seen)
     seconds += moved * MOVES / machine.copy_bytes

@@ -46,9 +46,10 @@ import hashlib
 import numpy as np
 from thimble.backends.torch import fused
 random = np.random.default_rng(0)
-qkv, cos, sin = (random.standard_normal(shape).astype(np.float32) for shape in ((64, 15, 64), (64, 32), (64, 32)))
+shapes = ((64, 15, 64), (15, 64), (64, 32), (64, 32))
+qkv, bias, cos, sin = (random.standard_normal(shape).astype(np.float32) for shape in shapes)
 q, k, v = np.zeros((3, 64, 3, 64), np.float32), np.zeros((3, 64, 64), np.float32), np.zeros((3, 64, 64), np.float32)
-fused.split_heads(0, 64, qkv, cos, sin, np.float32(0.125), q, k, v)
+fused.split_heads(0, 64, qkv, bias, cos, sin, np.float32(0.125), q, k, v)
 fused.join_heads(0, 64, q, k, v, cos, sin, np.float32(0.125), qkv)
 print(hashlib.sha256(q.tobytes() + qkv.tobytes()).hexdigest())
 """

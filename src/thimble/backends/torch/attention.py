@@ -3,6 +3,10 @@
 Query heads that share a key head are batched as further rows of one product (grouped-query attention), and the
 probabilities are recomputed in the backward pass from their log-sum (Dao et al., arXiv:2205.14135). Handles sliding
 windows, soft-capped scores and per-head normalisation of q and k.
+
+All of it is float32, whatever the compute type: a score of 100 rounded to bfloat16 is off by up to a quarter, which
+changes its weight by as much, and Qwen2's biases make keys that large. So biases are added here too and not to the
+product before it, which is rounded.
 """
 
 import math
@@ -45,6 +49,7 @@ class AttentionSpec:
     softcap: float | None = None  # scores become cap · tanh(scores / cap), or None
     q_norm: RmsNorm | None = None  # normalisation of each query head, or None
     k_norm: RmsNorm | None = None  # the same for keys
+    bias: Tensor | None = None  # float32 (heads + 2 kv_heads, head_dim), added to q, k and v, or None
 
     @property
     def group(self) -> int:
@@ -55,16 +60,18 @@ class AttentionSpec:
 def split_heads(
     qkv: Tensor, spec: AttentionSpec, angles: Angles | None, memory: Memory
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Cut, normalise, rotate and scale (tokens, (heads + 2 kv_heads) · head_dim) into q, k and v.
+    """Cut, add the bias, normalise, rotate and scale (tokens, (heads + 2 kv_heads) · head_dim) into q, k and v.
 
     q (kv_heads, tokens + TILE, group, head_dim) is already scaled; k and v are (kv_heads, tokens + TILE, head_dim). All
-    are contiguous, in scratch, and zero behind the tokens. A layer without positions has no angles.
+    are float32, contiguous, in scratch, and zero behind the tokens. A layer without positions has no angles.
     """
-    heads = _normalised(qkv.view(qkv.shape[0], -1, spec.head_dim), spec)
-    tokens = len(heads)
+    heads, bias = qkv.view(qkv.shape[0], -1, spec.head_dim), spec.bias
+    if spec.q_norm and spec.k_norm:
+        heads, bias = _normalised(heads, spec), None
+    tokens, bias = len(heads), torch.zeros(heads.shape[1:]) if bias is None else bias
     q, k, v = _room_for_heads(memory, "", spec, tokens)
     cos, sin = _arrays(angles, tokens)
-    arrays = (as_numpy(heads), cos, sin, np.float32(spec.scale), as_numpy(q), as_numpy(k), as_numpy(v))
+    arrays = (as_numpy(heads), bias.numpy(), cos, sin, np.float32(spec.scale), as_numpy(q), as_numpy(k), as_numpy(v))
     parallel_for(tokens, qkv.shape[1], fused.split_heads, *arrays)
     return q, k, v
 
@@ -79,8 +86,9 @@ def _room_for_heads(memory: Memory, what: str, spec: AttentionSpec, tokens: int)
 
 
 def _room(memory: Memory, purpose: str, tokens: int, heads: int, *size: int) -> Tensor:
-    """Scratch (heads, tokens + TILE, *size), zero behind the tokens."""
-    room = memory.scratch(purpose, tokens + TILE, heads * math.prod(size)).view(heads, tokens + TILE, *size)
+    """Scratch, float32 (heads, tokens + TILE, *size), zero behind the tokens."""
+    rows = memory.scratch(purpose, tokens + TILE, heads * math.prod(size), torch.float32)
+    room = rows.view(heads, tokens + TILE, *size)
     room[:, tokens:] = 0
     return room
 
@@ -93,12 +101,17 @@ def _arrays(angles: Angles | None, tokens: int) -> tuple[np.ndarray, np.ndarray]
     return angles.cos.numpy(), angles.sin.numpy()
 
 
+def _biased(heads: Tensor, spec: AttentionSpec) -> tuple[Tensor, ...]:
+    """q, k and v of heads (tokens, all heads, head_dim) with their bias, where there is one."""
+    heads = heads if spec.bias is None else heads + spec.bias
+    return heads.split((spec.num_heads, spec.num_kv_heads, spec.num_kv_heads), 1)
+
+
 def _normalised(heads: Tensor, spec: AttentionSpec) -> Tensor:
-    """Heads (tokens, all heads, head_dim) with q and k normalised, where the family does that."""
-    if spec.q_norm is None or spec.k_norm is None:
-        return heads
-    q, k, v = heads.split((spec.num_heads, spec.num_kv_heads, spec.num_kv_heads), 1)
-    return torch.cat([spec.q_norm.forward(q), spec.k_norm.forward(k), v], 1)
+    """Heads (tokens, all heads, head_dim) with their bias and with q and k normalised, float32."""
+    q, k, v = _biased(heads, spec)
+    wide = (norm.forward(x, torch.empty(x.shape)) for norm, x in ((spec.q_norm, q), (spec.k_norm, k)) if norm)
+    return torch.cat([*wide, v.float()], 1)
 
 
 def _join_gradients(
@@ -110,11 +123,10 @@ def _join_gradients(
     arrays = (*(as_numpy(grad) for grad in grads), cos, sin, np.float32(spec.scale), as_numpy(out))
     parallel_for(len(out), qkv.shape[1], fused.join_heads, *arrays)
     if spec.q_norm and spec.k_norm:
-        sizes = (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads)
-        q, k, _ = qkv.view(out.shape).split(sizes, 1)
-        dq, dk, dv = out.split(sizes, 1)
+        q, k, _ = _biased(qkv.view(out.shape), spec)
+        dq, dk, dv = out.split((spec.num_heads, spec.num_kv_heads, spec.num_kv_heads), 1)
         out = torch.cat([spec.q_norm.backward(q, dq), spec.k_norm.backward(k, dk), dv], 1)
-    return out.view(qkv.shape)
+    return out.view(qkv.shape).to(qkv.dtype)
 
 
 def attend(qkv: Tensor, spec: AttentionSpec, angles: Angles | None, starts: list[int], memory: Memory) -> Tensor:
@@ -148,9 +160,9 @@ def _tiles(starts: list[int], window: int | None) -> Iterator[_Tile]:
 
 
 def _dot(a: Tensor, b: Tensor, memory: Memory, purpose: str) -> tuple[Tensor, np.ndarray]:
-    """a bᵀ of a tile, (kv_heads, queries · group, keys), in scratch; as tensor and as flat rows."""
+    """a bᵀ of a tile, float32 (kv_heads, queries · group, keys), in scratch; as tensor and as flat rows."""
     heads, rows, keys = a.shape[0], a.shape[1], b.shape[1]
-    flat = memory.scratch(purpose, heads * rows, keys)
+    flat = memory.scratch(purpose, heads * rows, keys, torch.float32)
     return torch.bmm(a, b.transpose(1, 2), out=flat.view(heads, rows, keys)), as_numpy(flat)
 
 
@@ -213,7 +225,7 @@ def _put(heads: Tensor, tile: _Tile, values: Tensor) -> None:
 
 
 def _by_head(grad: Tensor, mixed: Tensor, spec: AttentionSpec, memory: Memory) -> tuple[Tensor, Tensor]:
-    """The gradient, shaped as q, and its dot products with the result, (kv_heads, tokens + TILE, group)."""
+    """The gradient, shaped as q, and its dot products with the result, float32 (kv_heads, tokens + TILE, group)."""
     shape = (len(mixed), spec.num_kv_heads, spec.group, spec.head_dim)
     out = _room(memory, "mixed_grad", len(mixed), spec.num_kv_heads, spec.group, spec.head_dim)
     dots = torch.zeros(out.shape[:3])

@@ -82,51 +82,54 @@ class Decoder:
 
     # ---- building -------------------------------------------------------------------------------------------------
 
-    def _linear(self, names: list[str]) -> FrozenLinear:
+    def _linear(self, names: list[str], has_bias: bool = True) -> FrozenLinear:
         matrices: list[Matrix] = [load_matrix(self._base.weights[name], self._store, self.compute) for name in names]
-        biases = [self._base.weights.get(name.removesuffix("weight") + "bias") for name in names]
-        bias = None
-        if any(biases):
-            parts = [b.read() if b else np.zeros(m.rows, np.float32) for b, m in zip(biases, matrices, strict=True)]
-            bias = torch.from_numpy(np.concatenate(parts)).to(self.compute)
-        return FrozenLinear(matrices, bias, self.memory)
+        bias = self._bias(names) if has_bias else None
+        return FrozenLinear(matrices, None if bias is None else bias.to(self.compute), self.memory)
 
-    def _projection(self, number: int, *kinds: str) -> Projection:
-        paths = [f"model.layers.{number}.{kind}" for kind in kinds]
+    def _bias(self, names: Sequence[str]) -> Tensor | None:
+        """The biases of some weights end to end, float32; None if none has any."""
+        biases = [self._base.weights.get(name.removesuffix("weight") + "bias") for name in names]
+        rows = [self._base.weights[name].shape[0] for name in names]
+        parts = [bias.read() if bias else np.zeros(count, np.float32) for bias, count in zip(biases, rows, strict=True)]
+        return torch.from_numpy(np.concatenate(parts)) if any(biases) else None
+
+    def _projection(self, paths: Sequence[str], has_bias: bool = True) -> Projection:
         shapes, columns, start = self.spec.linear_shapes(), {}, 0
         for path in paths:
             columns[path] = slice(start, start + shapes[path][0])
             start = columns[path].stop
-        return Projection(self._linear([f"{path}.weight" for path in paths]), columns)
+        return Projection(self._linear([f"{path}.weight" for path in paths], has_bias), columns)
 
     def _norm(self, path: str) -> RmsNorm:
         return RmsNorm(torch.from_numpy(self._base.weights[f"{path}.weight"].read()), self.spec.norm_eps)
 
     def _block(self, number: int) -> Block:
         spec, path = self.spec, f"model.layers.{number}"
-        qkv = ("self_attn.qkv_proj",) if spec.is_fused else ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-        gate_up = ("mlp.gate_up_proj",) if spec.is_fused else ("mlp.gate_proj", "mlp.up_proj")
+        qkv = [f"{path}.self_attn.{kind}_proj" for kind in (("qkv",) if spec.is_fused else "qkv")]
+        gate_up = [f"{path}.mlp.{kind}_proj" for kind in (("gate_up",) if spec.is_fused else ("gate", "up"))]
         post, rope = spec.has_post_norms, spec.ropes[number]
         return Block(
             number=number,
-            attention=self._attention(number),
+            attention=self._attention(number, qkv),
             rope=None if rope is None else next(i for i, known in enumerate(self.ropes) if known is rope),
-            qkv=self._projection(number, *qkv),
-            out=self._projection(number, "self_attn.o_proj"),
-            gate_up=self._projection(number, *gate_up),
-            down=self._projection(number, "mlp.down_proj"),
+            qkv=self._projection(qkv, has_bias=False),  # attention adds it
+            out=self._projection([f"{path}.self_attn.o_proj"]),
+            gate_up=self._projection(gate_up),
+            down=self._projection([f"{path}.mlp.down_proj"]),
             attn_norm=self._norm(f"{path}.input_layernorm"),
             mlp_norm=self._norm(f"{path}.{'pre_feedforward_layernorm' if post else 'post_attention_layernorm'}"),
             attn_out_norm=self._norm(f"{path}.post_attention_layernorm") if post else None,
             mlp_out_norm=self._norm(f"{path}.post_feedforward_layernorm") if post else None,
         )
 
-    def _attention(self, number: int) -> AttentionSpec:
+    def _attention(self, number: int, qkv: Sequence[str]) -> AttentionSpec:
         spec, path = self.spec, f"model.layers.{number}.self_attn"
         q_norm, k_norm = (self._norm(f"{path}.{x}_norm") if spec.has_qk_norm else None for x in "qk")
+        bias = self._bias([f"{name}.weight" for name in qkv])
         return AttentionSpec(
             spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.attention_scale, spec.windows[number],
-            spec.attention_softcap, q_norm, k_norm,
+            spec.attention_softcap, q_norm, k_norm, None if bias is None else bias.view(-1, spec.head_dim),
         )  # fmt: skip
 
     def quantize(self, sample: NDArray[np.int32]) -> None:
@@ -224,10 +227,14 @@ class Decoder:
             return project(update, projection, lora, prologue, residual=x)
         return x + _Normalise.apply(project(update, projection, lora, prologue), norm)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Final norm, head and soft-cap: (n, hidden) to float32 (n, vocabulary)."""
-        logits = torch.empty(len(hidden), self.head.rows, dtype=self.compute)
-        logits = self.head.forward(self.norm.forward(hidden), logits).float()
+    def logits(self, hidden: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Final norm, head and soft-cap: (n, hidden) to float32 (n, vocabulary).
+
+        They are computed in a type of their own if one is given, and in the compute type otherwise.
+        """
+        dtype = dtype or self.compute
+        x = self.norm.forward(hidden, torch.empty(hidden.shape, dtype=dtype))
+        logits = self.head.forward(x, torch.empty(len(hidden), self.head.rows, dtype=dtype)).float()
         cap = self.spec.final_softcap
         return torch.tanh(logits / cap) * cap if cap else logits
 

@@ -147,10 +147,10 @@ class FrozenLinear:
         return out if self.bias is None else out.add_(self.bias)
 
     def matmul(self, x: Tensor, out: Tensor) -> Tensor:
-        """Write x Wᵀ to `out`: (tokens, in) to (tokens, out)."""
-        is_whole = self.dense is not None and not self.neighbours
+        """Write x Wᵀ to `out`: (tokens, in) to (tokens, out), both of the compute type or of a wider one."""
+        is_whole = self.dense is not None and not self.neighbours and x.dtype == self.memory.compute
         for rows in [slice(0, self.rows)] if is_whole else self._windows(self.neighbours and self.neighbours.later):
-            torch.mm(x, self.decoded(rows).t(), out=out[:, rows])
+            torch.mm(x, self.decoded(rows).to(x.dtype).t(), out=out[:, rows])
         return out
 
     def row_squares(self) -> Tensor:

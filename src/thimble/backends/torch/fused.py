@@ -158,41 +158,48 @@ def drop(begin, end, x, tokens, rows, layer, seed, step, threshold, factor, out,
 
 
 @register_jitable
-def _turn(source, cos, sin, sign, scale, out):
-    """Rotate one head by its position's angles and scale it; what lies beyond the angles is only scaled."""
+def _turn(source, bias, cos, sin, sign, scale, out):
+    """Add a bias to one head, rotate it by its position's angles and scale it; beyond the angles it is only scaled."""
     half = cos.shape[0]
     for j in range(half):
-        first, second = loaded(source[j]), loaded(source[half + j])
+        first, second = loaded(source[j]) + bias[j], loaded(source[half + j]) + bias[half + j]
         # Fused here and not by the compiler, which does it in other places in the process that compiles than in those
         # that load what it cached.
         out[j] = stored(multiply_add(first, cos[j], -(sign * second * sin[j])) * scale, out)
         out[half + j] = stored(multiply_add(second, cos[j], sign * first * sin[j]) * scale, out)
     for j in range(2 * half, source.shape[0]):
-        out[j] = stored(loaded(source[j]) * scale, out)
+        out[j] = stored((loaded(source[j]) + bias[j]) * scale, out)
 
 
 @compiled(**LOOP)
-def split_heads(begin, end, qkv, cos, sin, scale, q, k, v):
-    """Cut, rotate and scale: qkv (tokens, heads, dim) to q (kv, tokens, group, dim), k and v (kv, tokens, dim)."""
+def split_heads(begin, end, qkv, bias, cos, sin, scale, q, k, v):
+    """Cut, rotate and scale: qkv (tokens, heads, dim) to float32 q (kv, tokens, group, dim), k and v (kv, tokens, dim).
+
+    The bias is float32 (heads, dim).
+    """
     kv, group = q.shape[0], q.shape[2]
     for t in range(begin, end):
         for h in range(kv):
             for g in range(group):
-                _turn(qkv[t, h * group + g], cos[t], sin[t], ONE, scale, q[h, t, g])
-            _turn(qkv[t, kv * group + h], cos[t], sin[t], ONE, ONE, k[h, t])
+                place = h * group + g
+                _turn(qkv[t, place], bias[place], cos[t], sin[t], ONE, scale, q[h, t, g])
+            place = kv * group + h
+            _turn(qkv[t, place], bias[place], cos[t], sin[t], ONE, ONE, k[h, t])
+            place += kv
             for j in range(v.shape[2]):
-                v[h, t, j] = qkv[t, kv * group + kv + h, j]
+                v[h, t, j] = loaded(qkv[t, place, j]) + bias[place, j]
 
 
 @compiled(**LOOP)
 def join_heads(begin, end, dq, dk, dv, cos, sin, scale, out):
     """Undo `split_heads` for gradients: the shapes are its own."""
     kv, group = dq.shape[0], dq.shape[2]
+    none = np.zeros(dq.shape[3], np.float32)
     for t in range(begin, end):
         for h in range(kv):
             for g in range(group):
-                _turn(dq[h, t, g], cos[t], sin[t], -ONE, scale, out[t, h * group + g])
-            _turn(dk[h, t], cos[t], sin[t], -ONE, ONE, out[t, kv * group + h])
+                _turn(dq[h, t, g], none, cos[t], sin[t], -ONE, scale, out[t, h * group + g])
+            _turn(dk[h, t], none, cos[t], sin[t], -ONE, ONE, out[t, kv * group + h])
             for j in range(dv.shape[2]):
                 out[t, kv * group + kv + h, j] = stored(loaded(dv[h, t, j]), out)
 
@@ -201,7 +208,7 @@ def join_heads(begin, end, dq, dk, dv, cos, sin, scale, out):
 def by_head(begin, end, grad, mixed, out, dots):
     """Sort a gradient by key head, and take its dot products with what it is the gradient of.
 
-    grad, mixed (tokens, kv, group, dim) to out (kv, tokens, group, dim) and dots, float32 (kv, tokens, group).
+    grad, mixed (tokens, kv, group, dim) to float32 out (kv, tokens, group, dim) and dots (kv, tokens, group).
     """
     for t in range(begin, end):
         for h in range(grad.shape[1]):
@@ -209,7 +216,7 @@ def by_head(begin, end, grad, mixed, out, dots):
                 source, other, to = grad[t, h, g], mixed[t, h, g], out[h, t, g]
                 total = np.float32(0)
                 for j in range(source.shape[0]):
-                    to[j] = source[j]
+                    to[j] = loaded(source[j])
                     total += loaded(source[j]) * loaded(other[j])
                 dots[h, t, g] = total
 
@@ -227,9 +234,9 @@ def bend(begin, end, x, cap):
 
 
 # ---- softmax of one attention tile ---------------------------------------------------------------------------------
-# scores (kv · queries · group, keys), already bent; row r of a key head is query first + r // group, column c is key
-# low + c. A query sees the keys up to itself, at most `window` of them; the others are given weight 0. Queries from
-# `last` on are padding and see none. Slices rather than offsets: an index that might be negative keeps a loop from
+# scores, float32 (kv · queries · group, keys), already bent; row r of a key head is query first + r // group, column c
+# is key low + c. A query sees the keys up to itself, at most `window` of them; the others are given weight 0. Queries
+# from `last` on are padding and see none. Slices rather than offsets: an index that might be negative keeps a loop from
 # being vectorised.
 
 

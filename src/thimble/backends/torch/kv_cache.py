@@ -67,7 +67,8 @@ def attend_cached(
 
     Rows are prompts that begin, one prompt that goes on, or a next token for each of slots 0, 1, 2 ...
     """
-    q, k, v = split_heads(qkv, spec, angles, memory)  # (kv_heads, tokens + TILE, group, dim), k and v without group
+    # (kv_heads, tokens + TILE, group, dim), k and v without group
+    q, k, v = (heads.to(cache.keys.dtype) for heads in split_heads(qkv, spec, angles, memory))
     if all(row.tokens == 1 for row in rows) and [row.slot for row in rows] == list(range(len(rows))):
         q, k, v = (heads[:, : len(qkv)] for heads in (q, k, v))
         return _attend_next(q, k, v, spec, rows, cache, layer)
