@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from thimble.data.batches import epoch_steps, micro_batches, pack, shares
+from thimble.data.batches import epoch_steps, lay_out, micro_batches, pack, shares
 from thimble.data.encode import IGNORED, Row
 
 LENGTHS = [int(length) for length in np.random.default_rng(0).integers(1, 50, 200)]
@@ -113,3 +113,59 @@ def test_two_shares_are_as_even_as_they_can_be():
     assert [sum(batch.tokens for batch in share) for share in found] == [150, 150]
     pairs = [shares([of_length(length) for length in pair], 2, 1000) for pair in ([1, 400], [7, 7])]
     assert all(len(share) == 1 for pair in pairs for share in pair)
+
+
+# ---- shared prefixes ------------------------------------------------------------------------------------------------
+
+
+def of_group(group, prefix, own, learned=1):
+    """A row that begins as the others of its group do, and goes on as no other."""
+    first = 100_000 * (group + 1)
+    return row(*range(first, first + prefix), *range(next_own := 10_000 * own[0], next_own + own[1]), learned=learned)
+
+
+GROUPED = [of_group(number % 2, 300, (number, 150)) for number in range(8)]  # two groups of four rows
+
+
+def computed_tokens(batch):
+    return len(lay_out(batch, shares_prefixes=True).ids)
+
+
+def test_rows_that_begin_alike_come_together():
+    batches = micro_batches(GROUPED, 900, shares_prefixes=True)
+    assert [computed_tokens(batch) for batch in batches] == [900, 900]
+    assert sorted(number for batch in batches for number in batch.numbers) == list(range(8))
+    assert len(micro_batches(GROUPED, 900)) == 4
+
+
+def test_shares_take_a_group_each_where_that_is_less_work():
+    first, second = shares(GROUPED, 2, 1024, shares_prefixes=True)
+    assert [computed_tokens(*share) for share in (first, second)] == [900, 900]
+
+
+def test_rows_that_share_nothing_are_split_as_ever():
+    rows = [of_group(number, 20, (number, length)) for number, length in enumerate(LENGTHS[:40])]
+    plain = [[batch.numbers.tolist() for batch in share] for share in shares(rows, 2, 200)]
+    assert [[b.numbers.tolist() for b in share] for share in shares(rows, 2, 200, shares_prefixes=True)] == plain
+
+
+def test_no_batch_computes_more_tokens_than_it_may():
+    random = np.random.default_rng(0)
+    rows = [of_group(random.integers(4), random.integers(10, 60), (n, random.integers(1, 40))) for n in range(100)]
+    batches = micro_batches(rows, 200, shares_prefixes=True)
+    assert max(map(computed_tokens, batches)) <= 200
+    assert sorted(number for batch in batches for number in batch.numbers) == list(range(100))
+
+
+def test_a_prefix_ends_before_the_first_label_of_any_row():
+    rows = [of_group(0, 100, (number, 20), learned) for number, learned in enumerate((1, 60))]
+    layout = lay_out(pack(rows), shares_prefixes=True)
+    assert [tuple(segment) for segment in layout.segments] == [(0, 59, 0, 0), (59, 120, 0, 59), (120, 181, 0, 59)]
+    assert np.count_nonzero(layout.labels != IGNORED) == 61
+    assert lay_out(pack(rows), shares_prefixes=False).ids.tolist() == pack(rows).ids.tolist()
+
+
+def test_the_same_row_twice_keeps_a_token_of_its_own():
+    twice = row(*range(40), learned=0)
+    layout = lay_out(pack([twice, twice]), shares_prefixes=True)
+    assert [tuple(segment) for segment in layout.segments] == [(0, 39, 0, 0), (39, 40, 0, 39), (40, 41, 0, 39)]

@@ -105,6 +105,10 @@ class ReferenceSession:
     def max_positions(self) -> int:
         return self._spec.max_positions
 
+    @property
+    def shares_prefixes(self) -> bool:
+        return False
+
     # ---- adapters -------------------------------------------------------------------------------------------------
 
     def load(self, adapter: Adapter | None) -> Updates:

@@ -154,6 +154,10 @@ class Session(Protocol):
         """The context of the base: most tokens of a prompt and its answer together."""
 
     @property
+    def shares_prefixes(self) -> bool:
+        """Whether what rows of a batch have in common at their beginning is computed once."""
+
+    @property
     def capabilities(self) -> frozenset[str]:
         """Options this backend honours beyond plain LoRA; any other is refused by name."""
 

@@ -7,6 +7,9 @@ WINDOW, WINDOW_ROWS, WINDOW_STEP = 8 << 20, 4096, 256
 # The libraries keep a compiled product for every new size, a megabyte each: so tokens come in multiples of this.
 PADDED_TOKENS = 64
 
+# Tokens with a label, which alone run through the end of the last block, come in multiples of this.
+PADDED_LABELS = 256
+
 # Queries in one product of attention, and what queries and keys are padded to.
 TILE, PADDED_QUERIES, PADDED_KEYS = 256, 64, 128
 

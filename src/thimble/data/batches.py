@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from thimble.data.encode import IGNORED, Row
+from thimble.data.prefixes import Groups, Segment, find_groups, whole_rows
 
 
 @dataclass(frozen=True)
@@ -72,27 +73,88 @@ def pack(rows: Sequence[Row], numbers: Sequence[int] | None = None) -> Batch:
     )
 
 
-def shares(rows: Sequence[Row], count: int, max_tokens: int) -> list[list[Batch]]:
-    """Split the rows of a step into at most `count` shares of about the same size, one a core, in micro-batches."""
-    groups = _balance([len(row.ids) for row in rows], range(len(rows)), min(count, len(rows)))
-    return [micro_batches(rows, max_tokens, sorted(group)) for group in groups]
+@dataclass(frozen=True)
+class Layout:
+    """The tokens of a batch as a forward pass computes them."""
+
+    ids: NDArray[np.int32]  # int32 (T,)
+    labels: NDArray[np.int32]  # int32 (T,), as in a Batch
+    segments: list[Segment]  # one after the other, a prefix before those that see it
 
 
-def micro_batches(rows: Sequence[Row], max_tokens: int, chosen: Sequence[int] | None = None) -> list[Batch]:
+def lay_out(batch: Batch, shares_prefixes: bool) -> Layout:
+    """Lay the tokens of a batch out, what rows have in common once if that is wanted."""
+    spans = [slice(*span) for span in zip(batch.starts, batch.starts[1:], strict=False)]
+    whole = Layout(batch.ids, batch.labels, whole_rows(batch.starts))
+    if not shares_prefixes or len(spans) < 2:
+        return whole
+    groups = find_groups([batch.ids[span] for span in spans], [batch.labels[span] for span in spans])
+    if not groups.are_shared:
+        return whole
+    pieces: list[slice] = []
+    segments: list[Segment] = []
+    place, last, shared = 0, -1, (0, 0)
+    for row in groups.order:
+        begin, prefix = int(spans[row].start), groups.prefixes[groups.group[row]]
+        if groups.group[row] != last:
+            last, shared = groups.group[row], (place, place + prefix)
+            if prefix:
+                pieces.append(slice(begin, begin + prefix))
+                segments.append(Segment(place, place + prefix))
+                place += prefix
+        pieces.append(slice(begin + prefix, int(spans[row].stop)))
+        segments.append(Segment(place, place + groups.own[row], *(shared if prefix else (0, 0))))
+        place += groups.own[row]
+    ids, labels = (np.concatenate([array[piece] for piece in pieces]) for array in (batch.ids, batch.labels))
+    return Layout(ids, labels, segments)
+
+
+def shares(rows: Sequence[Row], count: int, max_tokens: int, shares_prefixes: bool = False) -> list[list[Batch]]:
+    """Split the rows of a step into at most `count` shares of about the same size, one a core, in micro-batches.
+
+    What rows of a micro-batch have in common counts once if it is computed once.
+    """
+    parts = _balance([len(row.ids) for row in rows], range(len(rows)), min(count, len(rows)))
+    groups = _groups(rows) if shares_prefixes else None
+    if groups is None or not groups.are_shared:
+        return [micro_batches(rows, max_tokens, sorted(part)) for part in parts]
+    together = groups.cut_evenly(groups.order, count)
+    parts = min(together, parts, key=lambda parts: max(map(groups.tokens, parts)))
+    return [_grouped_batches(rows, groups, max_tokens, part) for part in parts]
+
+
+def micro_batches(
+    rows: Sequence[Row], max_tokens: int, chosen: Sequence[int] | None = None, shares_prefixes: bool = False
+) -> list[Batch]:
     """Split rows, or the chosen ones of them, into as few batches of about the same size as hold them.
 
-    A row of more than `max_tokens` makes a batch of its own, since rows are never split; such batches come first.
+    A row of more than `max_tokens` makes a batch of its own, since rows are never split; such batches come first. What
+    rows of a batch have in common counts once if it is computed once.
     """
+    if shares_prefixes and (groups := _groups(rows)).are_shared:
+        return _grouped_batches(rows, groups, max_tokens, range(len(rows)) if chosen is None else chosen)
     lengths = [len(row.ids) for row in rows]
     chosen = range(len(rows)) if chosen is None else chosen
     alone = [[index] for index in chosen if lengths[index] >= max_tokens]
     others = [index for index in chosen if lengths[index] < max_tokens]
     count = math.ceil(sum(lengths[index] for index in others) / max_tokens)
-    groups = _balance(lengths, others, count)
-    while any(sum(lengths[index] for index in group) > max_tokens for group in groups):
+    even = _balance(lengths, others, count)
+    while any(sum(lengths[index] for index in group) > max_tokens for group in even):
         count += 1
-        groups = _balance(lengths, others, count)
-    return [pack([rows[index] for index in sorted(group)], sorted(group)) for group in [*alone, *groups]]
+        even = _balance(lengths, others, count)
+    return [pack([rows[index] for index in sorted(group)], sorted(group)) for group in [*alone, *even]]
+
+
+def _groups(rows: Sequence[Row]) -> Groups:
+    return find_groups([row.ids for row in rows], [row.labels for row in rows])
+
+
+def _grouped_batches(rows: Sequence[Row], groups: Groups, max_tokens: int, chosen: Iterable[int]) -> list[Batch]:
+    """Batches of the chosen rows, those with one prefix together."""
+    wanted = set(chosen)
+    order = [row for row in groups.order if row in wanted]
+    pieces = groups.cut_evenly(order, len(groups.cut(order, max_tokens)))
+    return [pack([rows[index] for index in sorted(piece)], sorted(piece)) for piece in pieces]
 
 
 def _balance(lengths: Sequence[int], indices: Iterable[int], count: int) -> list[list[int]]:

@@ -60,6 +60,11 @@ class DecoderSpec:
         """Width of all key heads (and of all value heads)."""
         return self.num_kv_heads * self.head_dim
 
+    @property
+    def angles_depend_on_length(self) -> bool:
+        """Whether a token is turned otherwise in a long row than in a short one."""
+        return any(rope is not None and rope.long_inv_freq is not None for rope in self.ropes)
+
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         """Path of every linear layer of the blocks and its (out, in), in the order they run."""
         h, m, q, kv = self.hidden_size, self.intermediate_size, self.q_size, self.kv_size

@@ -109,7 +109,8 @@ def validation_loss(
     session: Session, adapter: ActiveAdapter, rows: Sequence[Row], execution: ExecutionPlan, control: Control, what: str
 ) -> LossSum:
     """Summed loss over rows, in micro-batches of the execution plan; `what` is reported with the progress."""
-    total, batches = LossSum(), micro_batches(rows, execution.micro_tokens)
+    total = LossSum()
+    batches = micro_batches(rows, execution.micro_tokens, shares_prefixes=session.shares_prefixes)
     for number, loss in enumerate(session.losses(adapter, batches, execution)):
         total += loss
         control.log.progress(f"reading {what}, batch", number + 1, len(batches))

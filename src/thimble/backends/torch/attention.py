@@ -1,5 +1,8 @@
 """Causal attention over packed rows, in tiles of batched products that skip the masked half.
 
+A row may begin with a prefix that other rows begin with too: it lies in the pack once, and a tile then sees two ranges
+of keys, which are copied next to each other.
+
 Query heads that share a key head are batched as further rows of one product (grouped-query attention), and the
 probabilities are recomputed in the backward pass from their log-sum (Dao et al., arXiv:2205.14135). Handles sliding
 windows, soft-capped scores and per-head normalisation of q and k.
@@ -10,12 +13,13 @@ product before it, which is rounded.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from thimble.backends.torch import fused
@@ -24,6 +28,7 @@ from thimble.backends.torch.frozen import as_numpy
 from thimble.backends.torch.memory import Memory
 from thimble.backends.torch.threads import parallel_for
 from thimble.core.sizes import PADDED_KEYS, PADDED_QUERIES, TILE
+from thimble.data.prefixes import Segment
 
 NO_WINDOW = 1 << 40  # a window longer than any row
 SOFTMAX_COST = 2  # of a score, against a plain load and store
@@ -129,34 +134,87 @@ def _join_gradients(
     return out.view(qkv.shape).to(qkv.dtype)
 
 
-def attend(qkv: Tensor, spec: AttentionSpec, angles: Angles | None, starts: list[int], memory: Memory) -> Tensor:
-    """Attention of each row to itself, row s being tokens starts[s] to starts[s + 1].
+class Asked(NamedTuple):
+    """The tokens whose attention is asked for."""
+
+    places: NDArray[np.int64]  # in the pack, ascending
+    size: int  # how many with padding
+
+
+def attend(
+    qkv: Tensor, spec: AttentionSpec, angles: Angles | None, segments: Sequence[Segment], memory: Memory,
+    asked: Asked | None = None,
+) -> Tensor:  # fmt: skip
+    """Attention of segments of a pack to their prefixes and themselves.
 
     qkv (tokens, (heads + 2 kv_heads) · head_dim), compute type, before rotation, becomes (tokens, heads · head_dim), in
-    scratch unless a backward pass follows.
+    scratch unless a backward pass follows; of tokens that are asked for, (their size, heads · head_dim).
     """
     is_kept = torch.is_grad_enabled() and qkv.requires_grad
-    return _Attend.apply(qkv, spec, angles, starts, memory, is_kept)  # type: ignore[no-any-return]
+    return _Attend.apply(qkv, spec, angles, segments, memory, asked, is_kept)  # type: ignore[no-any-return]
 
 
 class _Tile(NamedTuple):
-    """Queries of one row and the keys that they may see."""
+    """Queries of one segment and the keys that they may see."""
 
     first: int
     last: int  # behind the last query
-    low: int  # first key
-    queries: slice  # all queries with padding
-    keys: slice  # all keys with padding
+    positions: NDArray[np.int64]  # of each query in its row; -1 for padding
+    low: int  # position of the first key
+    prefix: slice  # keys that lie in the prefix
+    own: slice  # the others
+    padded_keys: int  # how many there are, with padding
+
+    @property
+    def queries(self) -> slice:
+        """All queries with padding."""
+        return slice(self.first, self.first + len(self.positions))
 
 
-def _tiles(starts: list[int], window: int | None) -> Iterator[_Tile]:
-    """Tiles that cover the causal half of every row."""
-    for start, end in zip(starts, starts[1:], strict=False):
-        for first in range(start, end, TILE):
-            last, low = min(first + TILE, end), start if window is None else max(start, first - window + 1)
-            queries = slice(first, first + -(-(last - first) // PADDED_QUERIES) * PADDED_QUERIES)
-            keys = slice(low, low + -(-(last - low) // PADDED_KEYS) * PADDED_KEYS)
-            yield _Tile(first, last, low, queries, keys)
+def _tiles(segments: Sequence[Segment], places: NDArray[np.int64], window: int | None) -> Iterator[_Tile]:
+    """Tiles that cover the causal half of every segment, for queries at some places."""
+    for segment in segments:
+        begin, end = np.searchsorted(places, (segment.start, segment.end)).tolist()
+        for first in range(begin, end, TILE):
+            last = min(first + TILE, end)
+            positions = places[first:last] - segment.start + segment.position
+            low = 0 if window is None else max(0, int(positions[0]) - window + 1)
+            in_prefix = max(0, segment.position - low)
+            own = slice(segment.start + max(0, low - segment.position), int(places[last - 1]) + 1)
+            keys = -(-(in_prefix + own.stop - own.start) // PADDED_KEYS) * PADDED_KEYS
+            padding = -(last - first) % PADDED_QUERIES
+            positions = np.pad(positions, (0, padding), constant_values=-1)
+            prefix = slice(segment.prefix_end - in_prefix, segment.prefix_end)
+            yield _Tile(first, last, positions, low, prefix, own, keys)
+
+
+def _seen(room: Tensor, tile: _Tile, memory: Memory, purpose: str) -> Tensor:
+    """The keys or values of a tile, float32 (kv_heads, keys with padding, head_dim); finite behind the last."""
+    if tile.prefix.start == tile.prefix.stop:
+        return room[:, tile.own.start : tile.own.start + tile.padded_keys]
+    heads, _, dim = room.shape
+    out = memory.scratch(purpose, heads * tile.padded_keys, dim, torch.float32).view(heads, -1, dim)
+    count = tile.prefix.stop - tile.prefix.start
+    out[:, :count] = room[:, tile.prefix]
+    out[:, count:] = room[:, tile.own.start : tile.own.start + tile.padded_keys - count]
+    return out
+
+
+def _add_seen(room: Tensor, tile: _Tile, values: Tensor) -> None:
+    """Add to the keys or values that `_seen` gives; nothing is added behind the last."""
+    count = tile.prefix.stop - tile.prefix.start
+    room[:, tile.prefix] += values[:, :count]
+    room[:, tile.own.start : tile.own.start + tile.padded_keys - count] += values[:, count:]
+
+
+def _queries(q: Tensor, asked: Asked | None, memory: Memory) -> Tensor:
+    """The queries that are asked for, (kv_heads, size + TILE, group, head_dim), zero behind them."""
+    if asked is None:
+        return q
+    out = _room(memory, "q asked", asked.size, len(q), *q.shape[2:])
+    out[:, len(asked.places) :] = 0
+    out[:, : len(asked.places)] = q[:, torch.from_numpy(asked.places)]
+    return out
 
 
 def _dot(a: Tensor, b: Tensor, memory: Memory, purpose: str) -> tuple[Tensor, np.ndarray]:
@@ -177,51 +235,61 @@ def _scores(q: Tensor, k: Tensor, spec: AttentionSpec, memory: Memory) -> tuple[
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, qkv: Tensor, spec: AttentionSpec, angles: Angles | None, starts: list[int], memory: Memory,
-        is_kept: bool,
+        ctx: Any, qkv: Tensor, spec: AttentionSpec, angles: Angles | None, segments: Sequence[Segment], memory: Memory,
+        asked: Asked | None, is_kept: bool,
     ) -> Tensor:  # fmt: skip
         q, k, v = split_heads(qkv, spec, angles, memory)
-        size = (len(qkv), spec.num_heads * spec.head_dim)
+        q = _queries(q, asked, memory)
+        places, tokens = asked or Asked(np.arange(segments[-1].end), len(qkv))
+        size = (tokens, spec.num_heads * spec.head_dim)
         mixed = memory.keep(*size) if is_kept else memory.scratch("mixed", *size)
-        mixed[starts[-1] :] = 0
-        out = mixed.view(len(qkv), spec.num_kv_heads, spec.group, spec.head_dim).transpose(0, 1)
-        log_sums = []
-        for tile in _tiles(starts, spec.window):
-            weights, flat = _scores(q[:, tile.queries].flatten(1, 2), k[:, tile.keys], spec, memory)
+        mixed[len(places) :] = 0
+        out = mixed.view(tokens, spec.num_kv_heads, spec.group, spec.head_dim).transpose(0, 1)
+        log_sums, tiles = [], list(_tiles(segments, places, spec.window))
+        for tile in tiles:
+            rows, keys = q[:, tile.queries].flatten(1, 2), _seen(k, tile, memory, "keys")
+            weights, flat = _scores(rows, keys, spec, memory)
             log_sums.append(np.empty(len(flat), np.float32))
-            seen = (weights.shape[1], spec.group, tile.first, tile.last, tile.low, spec.window or NO_WINDOW)
+            seen = (rows.shape[1], spec.group, tile.positions, tile.low, spec.window or NO_WINDOW)
             parallel_for(len(flat), SOFTMAX_COST * flat.shape[1], fused.softmax_forward, flat, *seen, log_sums[-1])
-            _put(out, tile, torch.bmm(weights, v[:, tile.keys]))
+            _put(out, tile, torch.bmm(weights, _seen(v, tile, memory, "values")))
         ctx.save_for_backward(qkv, mixed)
-        ctx.call, ctx.log_sums = (spec, angles, starts, memory), log_sums
+        ctx.call, ctx.tiles = (spec, angles, memory, asked), list(zip(tiles, log_sums, strict=True))
         return mixed
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         qkv, mixed = ctx.saved_tensors
-        spec, angles, starts, memory = ctx.call
+        spec, angles, memory, asked = ctx.call
         q, k, v = split_heads(qkv, spec, angles, memory)
+        q = _queries(q, asked, memory)
         grad, drift = _by_head(grads[0], mixed, spec, memory)
         dq, dk, dv = (room.zero_() for room in _room_for_heads(memory, "_grad", spec, len(qkv)))
         per_cap = np.float32(1 / spec.softcap if spec.softcap else 0.0)
-        for tile, log_sum in zip(_tiles(starts, spec.window), ctx.log_sums, strict=True):
+        for tile, log_sum in ctx.tiles:
             rows, g_rows = q[:, tile.queries].flatten(1, 2), grad[:, tile.queries].flatten(1, 2)
-            keys, values = k[:, tile.keys], v[:, tile.keys]
+            keys = _seen(k, tile, memory, "keys")
             weights, flat = _scores(rows, keys, spec, memory)
-            slopes, flat_slopes = _dot(g_rows, values, memory, "slopes")
-            seen = (rows.shape[1], spec.group, tile.first, tile.last, tile.low, spec.window or NO_WINDOW)
+            slopes, flat_slopes = _dot(g_rows, _seen(v, tile, memory, "values"), memory, "slopes")
+            seen = (rows.shape[1], spec.group, tile.positions, tile.low, spec.window or NO_WINDOW)
             arrays = (flat, flat_slopes, *seen, per_cap, log_sum, drift[:, tile.queries].flatten().numpy())
             parallel_for(len(flat), SOFTMAX_COST * flat.shape[1], fused.softmax_backward, *arrays)
-            dv[:, tile.keys] += torch.bmm(weights.transpose(1, 2), g_rows)
-            dk[:, tile.keys] += torch.bmm(slopes.transpose(1, 2), rows)
-            _put(dq, tile, torch.bmm(slopes, keys))
-        return _join_gradients(qkv, spec, angles, (dq, dk, dv), memory), None, None, None, None, None
+            _add_seen(dv, tile, torch.bmm(weights.transpose(1, 2), g_rows))
+            _add_seen(dk, tile, torch.bmm(slopes.transpose(1, 2), rows))
+            _put(dq, tile, torch.bmm(slopes, keys), asked)
+        return _join_gradients(qkv, spec, angles, (dq, dk, dv), memory), *[None] * 6
 
 
-def _put(heads: Tensor, tile: _Tile, values: Tensor) -> None:
-    """Write what was computed for the queries of a tile to their place, (kv_heads, tokens, group, head_dim)."""
-    count = tile.last - tile.first
-    heads[:, tile.first : tile.last] = values.view(len(heads), -1, *heads.shape[2:])[:, :count]
+def _put(heads: Tensor, tile: _Tile, values: Tensor, asked: Asked | None = None) -> None:
+    """Write what was computed for the queries of a tile to their place, (kv_heads, tokens, group, head_dim).
+
+    That is the place among all tokens of the pack if `asked` is given.
+    """
+    values = values.view(len(heads), -1, *heads.shape[2:])[:, : tile.last - tile.first]
+    if asked is None:
+        heads[:, tile.first : tile.last] = values
+    else:
+        heads[:, torch.from_numpy(asked.places[tile.first : tile.last])] = values
 
 
 def _by_head(grad: Tensor, mixed: Tensor, spec: AttentionSpec, memory: Memory) -> tuple[Tensor, Tensor]:

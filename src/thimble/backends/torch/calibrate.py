@@ -21,6 +21,7 @@ from thimble.backends.torch.loss import label_loss
 from thimble.core.inits import Moments, Sketch
 from thimble.core.lowrank import thin_svd
 from thimble.data.batches import Batch
+from thimble.data.prefixes import whole_rows
 
 SPARE = 8  # directions a sketch carries beside those wanted
 
@@ -44,12 +45,12 @@ class _Sums:
 @torch.no_grad()
 def input_moments(decoder: Decoder, batches: Sequence[Batch]) -> Iterator[tuple[list[str], Moments]]:
     """Second moments of the inputs of every layer, a block at a time, with the paths of the layers that share each."""
-    passes = [decoder.pack(batch.starts) for batch in batches]
+    passes = [decoder.pack(whole_rows(batch.starts)) for batch in batches]
     streams = [decoder.embed(batch.ids, one) for batch, one in zip(batches, passes, strict=True)]
     for block in decoder.blocks:
         sums = {projection.number: _Sums(projection.frozen.cols) for projection in block.projections}
         for number, one in enumerate(passes):
-            real = one.starts[-1]
+            real = one.segments[-1].end
 
             def add(projection: Projection, h: Tensor, sums: dict[int, _Sums] = sums, real: int = real) -> None:
                 sums[projection.number].add(h[:real])
@@ -146,8 +147,8 @@ def watch_gradients(
         def watch(projection: Projection, h: Tensor, grad: Tensor, real: int = real) -> None:
             visit(projection, h[:real], grad[:real])
 
-        hidden = decoder.hidden(batch.ids, decoder.pack(batch.starts, Lora(on_gradient=watch), checkpointed_blocks))
-        label_loss(decoder, hidden, batch.labels).backward()
+        forward = decoder.pack(whole_rows(batch.starts), Lora(on_gradient=watch), checkpointed_blocks)
+        label_loss(decoder, decoder.hidden(batch.ids, forward), batch.labels).backward()
 
 
 def _spread(layer: _Watched, x: Tensor, grad: Tensor) -> None:

@@ -14,14 +14,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from thimble.backends.session import ForwardRow
-from thimble.backends.torch.attention import Angles, AttentionSpec, attend
+from thimble.backends.torch.attention import Angles, Asked, AttentionSpec, attend
 from thimble.backends.torch.elementwise import Gated, Prologue, RmsNorm
 from thimble.backends.torch.frozen import FrozenLinear, Matrix, Neighbours, load_matrix
 from thimble.backends.torch.int8 import Int8Linear, Watched
 from thimble.backends.torch.kv_cache import KvCache, attend_cached
 from thimble.backends.torch.lora import BARE, Layers, Lora, Projection, project
 from thimble.backends.torch.memory import Memory
-from thimble.core.sizes import padded
+from thimble.core.sizes import PADDED_LABELS, padded
+from thimble.data.prefixes import Segment, whole_rows
 from thimble.models.base import EMBEDDING, FINAL_NORM, HEAD, Base
 from thimble.models.spec import Rope
 
@@ -30,13 +31,14 @@ from thimble.models.spec import Rope
 class ForwardPass:
     """What one forward pass is given beside its tokens."""
 
-    starts: list[int]  # row s is tokens starts[s] to starts[s + 1]
+    segments: Sequence[Segment]  # the rows, and prefixes that some of them share
     size: int  # tokens with padding, which belongs to no row
     angles: dict[int, Angles]  # by number of the rotary embedding in `Decoder.ropes`
     lora: Lora = BARE  # the adapters of the rows
     # so many, from the lowest, keep only their input for the backward pass and are run again in it (activation
     # checkpointing)
     checkpointed_blocks: int = 0
+    asked: Asked | None = None  # tokens whose last hidden states are wanted; all if None
     rows: Sequence[ForwardRow] = ()  # where each row stands in the cache; unused without one
     cache: KvCache | None = None  # keys and values to read and extend, or None
 
@@ -142,7 +144,7 @@ class Decoder:
         for projection, layer in zip(self.projections, watched, strict=True):
             projection.frozen = layer
         with torch.no_grad():
-            self.hidden(sample, self.pack([0, len(sample)]))
+            self.hidden(sample, self.pack([Segment(0, len(sample))]))
         for projection, layer in zip(self.projections, watched, strict=True):
             projection.frozen = Int8Linear(layer)
         self.memory.release()
@@ -165,15 +167,22 @@ class Decoder:
 
     # ---- running --------------------------------------------------------------------------------------------------
 
-    def pack(self, starts: Sequence[int], lora: Lora = BARE, checkpointed_blocks: int = 0) -> ForwardPass:
-        """Prepare a pass over whole rows that see nothing but themselves: row s begins at token starts[s]."""
-        lengths = np.diff(starts)
-        positions = np.concatenate([np.arange(length) for length in lengths])
+    def pack(
+        self, segments: Sequence[Segment], lora: Lora = BARE, checkpointed_blocks: int = 0,
+        wanted: NDArray[np.int64] | None = None,
+    ) -> ForwardPass:  # fmt: skip
+        """Prepare a pass over segments, which see nothing but their prefixes and themselves.
+
+        Of tokens that are wanted alone, ascending, the pass returns nothing else where that saves something.
+        """
+        positions = np.concatenate([np.arange(one.position, one.length) for one in segments])
+        ends = np.repeat([one.length for one in segments], [one.end - one.start for one in segments])
         size = padded(len(positions))
-        angles = self._angles(positions, np.repeat(lengths, lengths), size)
-        return ForwardPass(
-            [int(start) for start in starts], size, angles, lora, min(checkpointed_blocks, len(self.blocks))
-        )
+        asked = None if wanted is None else Asked(wanted, -(-len(wanted) // PADDED_LABELS) * PADDED_LABELS)
+        if asked and not 0 < asked.size < size:
+            asked = None
+        checkpointed_blocks = min(checkpointed_blocks, len(self.blocks))
+        return ForwardPass(segments, size, self._angles(positions, ends, size), lora, checkpointed_blocks, asked)
 
     def pack_rows(self, rows: Sequence[ForwardRow], cache: KvCache, lora: Lora = BARE) -> ForwardPass:
         """Prepare a pass over rows that stand in a cache: prompts, parts of prompts, or one next token each."""
@@ -182,8 +191,8 @@ class Decoder:
         ends = np.repeat([row.end for row in rows], lengths)
         is_decoding = len(positions) == len(rows)
         size = cache.padded_rows(len(rows)) if is_decoding else padded(len(positions))
-        starts = [0, *np.cumsum(lengths).tolist()]
-        return ForwardPass(starts, size, self._angles(positions, ends, size), lora, 0, rows, cache)
+        segments = whole_rows([0, *np.cumsum(lengths)])
+        return ForwardPass(segments, size, self._angles(positions, ends, size), lora, rows=rows, cache=cache)
 
     def _angles(self, positions: NDArray[np.int64], ends: NDArray[np.int64], size: int) -> dict[int, Angles]:
         """Rotations of tokens at some positions, of rows that end at `ends`, padded to `size` tokens."""
@@ -198,7 +207,10 @@ class Decoder:
         return x
 
     def hidden(self, ids: NDArray[np.int32], forward: ForwardPass) -> Tensor:
-        """Run all blocks over packed rows: int32 (tokens,) to (tokens with padding, hidden), before the final norm."""
+        """Run all blocks over packed rows: int32 (tokens,) to (tokens with padding, hidden), before the final norm.
+
+        Where some tokens are asked for, they are all that is returned, (their size, hidden).
+        """
         x = self.embed(ids, forward)
         self.memory.begin()
         for block in self.blocks:
@@ -207,16 +219,23 @@ class Decoder:
         return x
 
     def block(self, block: Block, x: Tensor, forward: ForwardPass) -> Tensor:
-        """One transformer block: attention and a gated MLP, each added to the stream x, (tokens, hidden)."""
-        angles = None if block.rope is None else forward.angles[block.rope]
-        qkv = project(x, block.qkv, forward.lora, block.attn_norm)
+        """One transformer block: attention and a gated MLP, each added to the stream x, (tokens, hidden).
+
+        In the last one, tokens that are not asked for are but keys and values.
+        """
+        angles, lora = None if block.rope is None else forward.angles[block.rope], forward.lora
+        asked = forward.asked if block.number == len(self.blocks) - 1 else None
+        qkv = project(x, block.qkv, lora, block.attn_norm)
         if forward.cache is None:
-            mixed = attend(qkv, block.attention, angles, forward.starts, self.memory)
+            mixed = attend(qkv, block.attention, angles, forward.segments, self.memory, asked)
         else:
             mixed = attend_cached(qkv, block.attention, angles, forward.rows, forward.cache, block.number, self.memory)
-        x = self._added(x, mixed, block.out, forward.lora, None, block.attn_out_norm)
-        gate_up = project(x, block.gate_up, forward.lora, block.mlp_norm)
-        return self._added(x, gate_up, block.down, forward.lora, self.gate, block.mlp_out_norm)
+        if asked:
+            places = np.pad(asked.places, (0, asked.size - len(asked.places)))
+            x, lora = x.index_select(0, torch.from_numpy(places)), lora.at(places)
+        x = self._added(x, mixed, block.out, lora, None, block.attn_out_norm)
+        gate_up = project(x, block.gate_up, lora, block.mlp_norm)
+        return self._added(x, gate_up, block.down, lora, self.gate, block.mlp_out_norm)
 
     def _added(
         self, x: Tensor, update: Tensor, projection: Projection, lora: Lora, prologue: Prologue | None,
@@ -267,7 +286,8 @@ class _Checkpoint(torch.autograd.Function):
     def forward(ctx, x: Tensor, start: Tensor, decoder: Decoder, block: Block, forward: ForwardPass) -> Tensor:
         ctx.save_for_backward(x)
         ctx.call = (decoder, block, forward)
-        return decoder.memory.keep(*x.shape).copy_(decoder.block(block, x, forward))
+        y = decoder.block(block, x, forward)
+        return decoder.memory.keep(*y.shape).copy_(y)
 
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, None, None, None, None]:

@@ -234,16 +234,15 @@ def bend(begin, end, x, cap):
 
 
 # ---- softmax of one attention tile ---------------------------------------------------------------------------------
-# scores, float32 (kv · queries · group, keys), already bent; row r of a key head is query first + r // group, column c
-# is key low + c. A query sees the keys up to itself, at most `window` of them; the others are given weight 0. Queries
-# from `last` on are padding and see none. Slices rather than offsets: an index that might be negative keeps a loop from
-# being vectorised.
+# scores, float32 (kv · queries · group, keys), already bent; row r of a key head is the query at positions[r // group],
+# column c is the key at position low + c. A query sees the keys up to itself, at most `window` of them; the others are
+# given weight 0. A query at -1 is padding and sees none. Slices rather than offsets: an index that might be negative
+# keeps a loop from being vectorised.
 
 
 @register_jitable
-def _seen(row, group, first, last, low, window, keys):
-    query = first + row // group
-    if query >= last:
+def _seen(query, low, window, keys):
+    if query < 0:
         return 0, 0
     return max(0, query - window + 1 - low), min(keys, query + 1 - low)
 
@@ -274,13 +273,13 @@ def _clear(row, array):
 
 
 @compiled(**LOOP)
-def softmax_forward(begin, end, scores, rows, group, first, last, low, window, log_sums):
+def softmax_forward(begin, end, scores, rows, group, positions, low, window, log_sums):
     """Turn scores into weights in place, and keep their log-sums, float32 (kv · queries · group,).
 
-    `rows` are those of one key head.
+    `rows` are those of one key head; positions int64 (queries,).
     """
     for i in range(begin, end):
-        start, stop = _seen(i % rows, group, first, last, low, window, scores.shape[1])
+        start, stop = _seen(positions[i % rows // group], low, window, scores.shape[1])
         seen = scores[i, start:stop]
         log_sum = log_sums[i] = _log_sum(seen) if stop > start else np.float32(0)
         for j in range(seen.shape[0]):
@@ -290,14 +289,14 @@ def softmax_forward(begin, end, scores, rows, group, first, last, low, window, l
 
 
 @compiled(**LOOP)
-def softmax_backward(begin, end, scores, grads, rows, group, first, last, low, window, per_cap, log_sums, drift):
+def softmax_backward(begin, end, scores, grads, rows, group, positions, low, window, per_cap, log_sums, drift):
     """Turn scores into weights and the weights' gradients into the scores', both in place.
 
     With w = softmax(s) and d = Σ w · ∂L/∂w (drift, float32 (kv · queries · group,)): ∂L/∂s = w (∂L/∂w − d), times the
     slope of the soft-cap (`per_cap` is its inverse, 0 for none).
     """
     for i in range(begin, end):
-        start, stop = _seen(i % rows, group, first, last, low, window, scores.shape[1])
+        start, stop = _seen(positions[i % rows // group], low, window, scores.shape[1])
         seen, grad, log_sum, shift = scores[i, start:stop], grads[i, start:stop], log_sums[i], drift[i]
         for j in range(seen.shape[0]):
             value = loaded(seen[j])

@@ -9,6 +9,7 @@ from torch import Tensor
 from thimble.backends.session import ForwardRow
 from thimble.backends.torch.attention import Angles, AttentionSpec, attend, split_heads
 from thimble.backends.torch.memory import Memory
+from thimble.data.prefixes import whole_rows
 
 SLOT_STEP = 8  # more rows than this are padded to a multiple: each number of rows is a new set of compiled products
 CAPACITY_STEP = 64  # tokens
@@ -78,7 +79,7 @@ def attend_cached(
         cache.keys[layer, row.slot, :, places] = k[:, start : start + row.tokens]
         cache.values[layer, row.slot, :, places] = v[:, start : start + row.tokens]
     if all(row.position == 0 for row in rows):  # they see nothing but themselves
-        return attend(qkv, spec, angles, starts, memory)
+        return attend(qkv, spec, angles, whole_rows(starts), memory)
     (row,) = rows
     mixed = torch.zeros(len(qkv), spec.num_heads * spec.head_dim, dtype=qkv.dtype)
     mixed[: row.tokens] = _attend_on(q[:, : row.tokens], spec, row, cache, layer)

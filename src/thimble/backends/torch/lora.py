@@ -12,11 +12,12 @@ of the above, and ∂L/∂m = Σ g · (y before it) / n.
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from thimble.backends.torch import fused
@@ -61,6 +62,13 @@ class Lora:
     # called in the backward pass with what the weights were multiplied with, (tokens, in), and the gradient of the
     # result, (tokens, sum of outs)
     on_gradient: "Callable[[Projection, Tensor, Tensor], None] | None" = None
+
+    def at(self, places: NDArray[np.int64]) -> "Lora":
+        """The same for a pass over some tokens of one in which all have the same adapter."""
+        if self.dropout is None:
+            return self
+        rows, tokens = self.dropout.rows[places], self.dropout.tokens[places]
+        return replace(self, dropout=replace(self.dropout, rows=rows, tokens=tokens))
 
 
 BARE = Lora()

@@ -31,8 +31,9 @@ from thimble.core.method import Method
 from thimble.core.metrics import LossSum
 from thimble.core.sizes import padded
 from thimble.core.targets import block_of
-from thimble.data.batches import Batch
+from thimble.data.batches import Batch, lay_out
 from thimble.data.encode import IGNORED
+from thimble.data.prefixes import Segment, whole_rows
 from thimble.models.base import Base
 from thimble.models.execution import ExecutionPlan
 
@@ -108,6 +109,10 @@ class TorchSession:
     @property
     def max_positions(self) -> int:
         return self._base.spec.max_positions
+
+    @property
+    def shares_prefixes(self) -> bool:
+        return not self._base.spec.angles_depend_on_length
 
     # ---- adapters -------------------------------------------------------------------------------------------------
 
@@ -206,10 +211,15 @@ class TorchSession:
         return state
 
     def _hidden(self, batch: Batch, lora: Lora, checkpointed_blocks: int = 0) -> torch.Tensor:
-        return self.decoder.hidden(batch.ids, self.decoder.pack(batch.starts, lora, checkpointed_blocks))
+        return self.decoder.hidden(batch.ids, self.decoder.pack(whole_rows(batch.starts), lora, checkpointed_blocks))
 
     def _label_loss(self, batch: Batch, lora: Lora, execution: ExecutionPlan) -> torch.Tensor:
-        return label_loss(self.decoder, self._hidden(batch, lora, execution.checkpointed_blocks), batch.labels)
+        """Summed loss of a batch; what its rows have in common is computed once, but for dropout, drawn by row."""
+        layout = lay_out(batch, self.shares_prefixes and lora.dropout is None)
+        wanted = np.flatnonzero(layout.labels != IGNORED)
+        forward = self.decoder.pack(layout.segments, lora, execution.checkpointed_blocks, wanted)
+        hidden = self.decoder.hidden(layout.ids, forward)
+        return label_loss(self.decoder, hidden, layout.labels[wanted] if forward.asked else layout.labels)
 
     # ---- measuring ------------------------------------------------------------------------------------------------
 
@@ -227,7 +237,7 @@ class TorchSession:
     def logits(self, ids: NDArray[np.int32], adapter: ActiveAdapter | None = None) -> NDArray[np.float32]:
         """Logits after every token of one row: int32 (tokens,) to float32 (tokens, vocabulary)."""
         lora = Lora(ranges=_one(adapter)) if adapter else BARE
-        hidden = self.decoder.hidden(ids, self.decoder.pack([0, len(ids)], lora))
+        hidden = self.decoder.hidden(ids, self.decoder.pack([Segment(0, len(ids))], lora))
         return self.decoder.logits(hidden[: len(ids)]).numpy()
 
     def release(self) -> None:

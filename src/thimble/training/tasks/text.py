@@ -39,11 +39,12 @@ class TextTask:
     kl_weight: float  # of keeping them, from 0 up to 1
     base: Base  # the base, for what is odd about it
     compute: str  # the compute type, likewise
+    shares_prefixes: bool = False  # whether what training rows of a batch have in common is computed once
 
     def work(self, rows: Sequence[int], execution: ExecutionPlan) -> Work:
         """The batches of one step, from the numbers of its rows."""
         chosen = [self.rows[number] for number in rows]
-        batches = shares(chosen, execution.num_shares, execution.micro_tokens)
+        batches = shares(chosen, execution.num_shares, execution.micro_tokens, self.shares_prefixes)
         return Work(batches, sum(row.target_tokens for row in chosen))
 
     def objectives(self, session: Session) -> list[Objective]:
@@ -126,4 +127,6 @@ def text_task(run_plan: RunPlan) -> TextTask:
         validation=run_plan.validation, metric=run_plan.metric, train_sample=sample,
         general=measured if weight else general, kl_rows=kept if weight else (), kl_weight=weight,
         base=run_plan.model.base, compute=config.compute,
+        # What dropout leaves out differs from row to row, in a prefix that they share too.
+        shares_prefixes=not config.dropout and not run_plan.model.base.spec.angles_depend_on_length,
     )  # fmt: skip
