@@ -43,8 +43,9 @@ class ToyState:
 
 
 class ToySession:
-    shares_prefixes = False
     """y = w · x, its squared error taken for nats; calls are kept, and may be spoilt by the step they belong to."""
+
+    shares_prefixes = False
 
     def __init__(self, loss_at=lambda step, loss: loss, most_tokens=math.inf, spoil=lambda step, values: values):
         self.loss_at, self.most_tokens, self.spoil = loss_at, most_tokens, spoil

@@ -52,7 +52,9 @@ def check_gradients(base, work, method, monkeypatch):
     """Compare the gradient of a step with that of the reference, and with the engine's own without any saving."""
     adapter = make_adapter(base)
     session, reference = TorchSession(base, "fp32", "dense"), ReferenceSession(base)
-    found, exact = (one.gradient(one.start(adapter, method), work, LEARN, EXECUTION, KEY) for one in (session, reference))
+    found, exact = (
+        one.gradient(one.start(adapter, method), work, LEARN, EXECUTION, KEY) for one in (session, reference)
+    )
     assert_same(found, exact, 3e-5)
     pack_all = Decoder.pack
     monkeypatch.setattr(TorchSession, "shares_prefixes", False)
