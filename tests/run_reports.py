@@ -67,7 +67,7 @@ def full_report(**changes: Any) -> dict[str, Any]:
             "decision": ["compute: bf16, 4.3 times as fast as fp32 here",
                          "store file: the blocks of the GGUF are used as they are, memory-mapped",
                          "length: 130 steps, 3.0 passes over 1,800 rows",
-                         "learning rate: 0.00047, from the width of the base and the rows in a step"],
+                         "learning rate: 0.00047, from the width of the base and 317 target tokens a step"],
             "note": ["base: SmolLM2-135M-Instruct.Q4_1.gguf (llama, 135M parameters, 98 MB of Q4_1 and Q8_0)",
                      "data: 1,800 rows of chat to learn from, 200 rows held out"],
             "warning": [],

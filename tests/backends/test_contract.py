@@ -439,6 +439,14 @@ def test_a_gradient_is_scaled_down_to_the_largest_norm(session):
         assert_near(mean, 0.1 * gradient.flat * min(1, most / gradient.norm), 1e-5)
 
 
+def test_squared_gradients_are_forgotten_as_fast_as_the_method_says(session):
+    for beta2 in (0.95, 0.999):
+        state = session.start(make_adapter(), Method(max_grad_norm=1e9, beta2=beta2))
+        gradient = session.gradient(state, make_work(), LEARN, EXECUTION, KEY)
+        squares = session.snapshot(session.apply(state, gradient, RATE))["exp_avg_sq"]
+        assert_near(squares, (1 - beta2) * gradient.flat**2, 1e-5)
+
+
 @pytest.mark.parametrize(
     ("kind", "method"),
     [

@@ -4,13 +4,17 @@ import json
 import math
 import shutil
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import yaml
 
 import thimble
 from thimble.backends.torch.session import TorchSession
+from thimble.config.sources import build_config
+from thimble.config.train import TrainConfig
 from thimble.core.metrics import LossSum
 from thimble.errors import InputError, RunError
 from thimble.files.peft import load_adapter
@@ -153,6 +157,49 @@ def test_a_resumed_run_ends_with_the_same_adapter_and_log(train, tmp_path):
     assert report.status == "done"
     assert bytes_of(tmp_path / "whole") == bytes_of(tmp_path / "broken")
     assert steps(tmp_path / "whole") == steps(tmp_path / "broken")
+
+
+def test_few_rows_that_are_known_by_heart_end_the_run_where_a_resumed_one_ends_too(train, tmp_path):
+    options = {"max_steps": 150, "batch_tokens": 512}
+    whole = train("whole", **options)
+    losses = {row["step"]: row["loss"] for row in steps(tmp_path / "whole")}
+    assert max(losses[whole.steps], losses[whole.steps - 1]) < 0.05 < losses[1]
+    assert whole.steps < 150
+    assert any("the training loss of 2 epochs in a row is below 0.05" in text for text in whole.messages["decision"])
+    assert any(f"ended: after step {whole.steps} of 150" in text for text in whole.messages["decision"])
+    taken = []
+    train(
+        "broken", **options, on_event=lambda e: taken.append(e) if e.kind == "step" else None,
+        should_stop=lambda: len(taken) >= whole.steps - 1,
+    )  # fmt: skip
+    report = thimble.train(out=str(tmp_path / "broken"), resume=True)
+    assert (report.status, report.steps) == ("done", whole.steps)
+    assert bytes_of(tmp_path / "whole") == bytes_of(tmp_path / "broken")
+    assert train("patient", **{**options, "patience": 0, "max_steps": whole.steps + 3}).steps == whole.steps + 3
+
+
+@pytest.mark.parametrize(
+    ("length", "beta2"),
+    [
+        ({"max_steps": 6}, 0.95),
+        ({"max_steps": 5000}, 0.999),
+        ({"max_steps": 6, "adam_beta2": 0.98}, 0.98),
+        ({"max_steps": None, "max_minutes": 1e-4}, 0.95),
+        ({"max_steps": None, "max_minutes": 1e4}, 0.999),
+    ],
+)
+def test_the_optimiser_follows_the_steps_that_are_planned_and_is_kept(train, tmp_path, length, beta2):
+    train("run", **length, should_stop=lambda: True)
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert config["adam_beta2"] == beta2
+    longer = build_config(TrainConfig, {"out": str(tmp_path / "run"), "resume": True, "max_steps": 9000})
+    assert longer.adam_beta2 == beta2
+
+
+def test_the_beta2_that_is_kept_is_the_one_trained_with(train, tmp_path):
+    slow, quick = (train(name, adam_beta2=beta2).adapter for name, beta2 in (("slow", 0.999), ("quick", 0.95)))
+    assert bytes_of(Path(slow).parent) != bytes_of(Path(quick).parent)
+    assert bytes_of(Path(train("default").adapter).parent) == bytes_of(Path(quick).parent)
 
 
 def test_resuming_a_finished_run_returns_its_report(train):

@@ -78,6 +78,17 @@ def test_the_config_of_an_earlier_release_is_read(run):
     assert resumed.replace(resume=False) == config
 
 
+def test_a_run_of_an_earlier_release_goes_on_with_the_optimiser_it_began_with(run):
+    """Its config.yaml knows no beta2: it was 0.999 for all, whatever is the default now."""
+    assert "adam_beta2" not in yaml.safe_load((run / "config.yaml").read_text())
+    assert TrainConfig().adam_beta2 is None
+    resumed = build_config(TrainConfig, {"out": str(run), "resume": True})
+    repeated = build_config(TrainConfig, {"out": "runs/again"}, str(run / "config.yaml"))
+    asked = build_config(TrainConfig, {"out": "runs/again", "beta2": 0.9}, str(run / "config.yaml"))
+    assert (resumed.adam_beta2, repeated.adam_beta2, asked.adam_beta2) == (0.999, 0.999, 0.9)
+    assert build_config(TrainConfig, {}, write("rank: 4\n")).adam_beta2 is None
+
+
 @pytest.mark.parametrize("values", [{"rank": "8"}, {"lora_r": 8}, {"lora-rank": 8}])
 @pytest.mark.parametrize(
     ("named", "file"), [({"out": "runs/mine-1"}, None), ({}, "runs/mine-1/config.yaml"), ({}, "options.yaml")]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from thimble.core.schedule import default_rate, learning_rate
+from thimble.core.schedule import default_beta2, default_rate, learning_rate
 
 
 def test_the_rate_rises_then_falls_to_a_tenth():
@@ -18,6 +18,21 @@ def test_a_constant_rate_stays():
     assert learning_rate(1.0, 0.99, 0.1, "constant") == 1.0
 
 
-def test_wide_bases_and_small_batches_get_smaller_rates():
-    assert default_rate("llama", 2048, 16) < default_rate("llama", 576, 16) < default_rate("llama", 576, 64)
-    assert default_rate("llama", 576, 16) == pytest.approx(2 * 4.7e-4, rel=0.02)  # twice the published one
+DEMO_TARGET_TOKENS = 317  # of a step: 417 rows in 58 steps, of 44 target tokens each
+
+
+def test_wide_bases_and_steps_of_few_target_tokens_get_smaller_rates():
+    assert default_rate("llama", 2048, 300) < default_rate("llama", 576, 300) < default_rate("llama", 576, 1200)
+    assert default_rate("llama", 576, 1200) == pytest.approx(2 * default_rate("llama", 576, 300), rel=0.03)
+
+
+def test_steps_of_a_few_labels_have_no_lower_rate_than_those_of_short_answers():
+    assert default_rate("llama", 576, 2) == default_rate("llama", 576, 100) < default_rate("llama", 576, 150)
+
+
+def test_the_rate_of_the_demo_is_what_it_was_when_rows_were_counted():
+    assert default_rate("llama", 576, DEMO_TARGET_TOKENS) == pytest.approx(6.3e-4, rel=0.02)
+
+
+def test_short_runs_forget_squared_gradients_sooner():
+    assert (default_beta2(30), default_beta2(999), default_beta2(1000)) == (0.95, 0.95, 0.999)

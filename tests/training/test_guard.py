@@ -6,7 +6,8 @@ import math
 import numpy as np
 import pytest
 
-from thimble.training.guard import IN_A_ROW, MAX_ROLLBACKS, SPIKES_IN_A_ROW, Guard, Plateau, Verdict
+from thimble.core.metrics import LossSum
+from thimble.training.guard import IN_A_ROW, MAX_ROLLBACKS, SPIKES_IN_A_ROW, Guard, Memorisation, Plateau, Verdict
 
 
 def steady(guard, count=40, low=2.0):
@@ -120,3 +121,51 @@ def test_a_measurement_that_is_not_finite_is_passed_over():
     for bad in ([math.nan, 1.0], [math.inf, 1.0], [math.nan, math.nan]):
         assert not plateau.add(2, bad)
     assert (plateau.best, plateau.since, plateau.is_over) == (1.5, 0, False)
+
+
+# ---- rows that are known by heart -----------------------------------------------------------------------------------
+
+
+def passes(memorisation, *losses, tokens=10):
+    """Passes over the data in two steps each, with these mean losses; whether the run is over after each."""
+    for loss in losses:
+        memorisation.add(LossSum(1.5 * loss * tokens, tokens), ends_epoch=False)
+        memorisation.add(LossSum(0.5 * loss * tokens, tokens), ends_epoch=True)
+        yield memorisation.is_over
+
+
+def test_two_passes_in_a_row_below_the_limit_end_the_run():
+    assert list(passes(Memorisation(0.05), 1.0, 0.04, 0.2, 0.04, 0.03)) == [False, False, False, False, True]
+
+
+def test_a_pass_is_judged_when_it_ends_and_as_a_whole():
+    memorisation = Memorisation(0.05)
+    list(passes(memorisation, 0.01))
+    memorisation.add(LossSum(0.0, 10), ends_epoch=False)
+    assert not memorisation.is_over
+    memorisation.add(LossSum(2.0, 10), ends_epoch=True)
+    assert not memorisation.is_over
+    assert list(passes(memorisation, 0.01, 0.01)) == [False, True]
+
+
+def test_without_a_limit_and_without_a_valid_loss_nothing_is_known_by_heart():
+    assert not any(passes(Memorisation(), 0.0, 0.0, 0.0))
+    assert not any(passes(Memorisation(0.05), math.nan, math.nan, math.nan))
+
+
+def test_a_pass_that_is_interrupted_goes_on():
+    whole, first, second = Memorisation(0.05), Memorisation(0.05), Memorisation(0.05)
+    for memorisation in (whole, first):
+        list(passes(memorisation, 0.04))
+        memorisation.add(LossSum(0.9, 10), ends_epoch=False)
+    second.restore(json.loads(json.dumps(first.state(), allow_nan=False)))
+    for memorisation in (whole, second):
+        memorisation.add(LossSum(0.0, 10), ends_epoch=True)
+    assert second == whole
+    assert second.is_over
+
+
+def test_a_run_of_an_earlier_release_does_not_end_by_a_rule_it_did_not_have():
+    memorisation = Memorisation(0.05)
+    memorisation.restore({})
+    assert not any(passes(memorisation, 0.0, 0.0, 0.0))

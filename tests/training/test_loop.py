@@ -1,6 +1,7 @@
 """The training loop, by whole runs of a toy model: every way a run can go, in milliseconds."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -142,6 +143,39 @@ def test_patience_ends_the_run_and_the_best_adapter_is_kept():
     assert result.after.loss == pytest.approx(measured[result.best_step])
     assert session.calls[-3:][0] == ("restore", ("adapter",))  # the optimiser is left as it is
     assert any(f"kept: the adapter of step {result.best_step}" in text for text in messages["decision"])
+
+
+def test_a_run_whose_rows_are_known_by_heart_ends_and_says_where_and_why():
+    """Of 32 rows in steps of 8: the mean loss of an epoch, before its updates, falls below a hundredth."""
+    whole, _, _ = train(steps=200)
+    result, sink, messages = train(steps=200, plan={"memorised_nats": 0.01})
+    epochs = [np.mean([row["loss"] for row in sink.steps[at : at + 4]]) for at in range(0, len(sink.steps), 4)]
+    assert len(sink.steps) % 4 == 0
+    assert [loss < 0.01 for loss in epochs] == [False] * (len(epochs) - 2) + [True] * 2
+    assert (result.status, result.progress.steps, result.best_step) == ("done", len(sink.steps), len(sink.steps))
+    (why,) = (text for text in messages["decision"] if text.startswith("ended"))
+    assert f"after step {len(sink.steps)} of 200; the training loss of 2 epochs in a row was below 0.01" in why
+    assert whole.progress.steps == 200
+
+
+def test_a_run_that_is_interrupted_in_an_epoch_ends_by_heart_where_it_would_have():
+    plan = {"memorised_nats": 0.01, "checkpoint_every_steps": 1}
+    whole, whole_sink, _ = train(steps=200, plan=plan)
+    for cut in (whole.progress.steps - 6, whole.progress.steps - 2, whole.progress.steps):
+        checkpoint = whole_sink.checkpoints[cut]
+        found, sink, messages = train(steps=200, plan={**plan, "checkpoint": checkpoint}, sink=MemorySink())
+        assert found.progress.steps == whole.progress.steps
+        np.testing.assert_array_equal(values(found), values(whole))
+        assert any(text.startswith("ended") for text in messages["decision"])
+
+
+def test_a_run_of_an_earlier_release_goes_on_to_its_last_step():
+    plan = {"memorised_nats": 0.01, "checkpoint_every_steps": 1}
+    _, sink, _ = train(steps=200, plan=plan)
+    checkpoint = sink.checkpoints[4]
+    older = {name: value for name, value in checkpoint.progress.items() if name != "memorisation"}
+    found, _, _ = train(steps=60, plan={**plan, "checkpoint": replace(checkpoint, progress=older)})
+    assert found.progress.steps == 60
 
 
 def test_a_last_step_that_was_not_measured_is_before_the_best_is_kept():

@@ -194,7 +194,7 @@ def train(session=None, task=None, sink=None, steps=12, plan=None, options=None,
     length = {} if options and "max_minutes" in options else {"max_steps": steps}
     given = {"batch_tokens": 64, "learning_rate": 0.05, "schedule": "constant", "warmup_steps": 0, **length}
     config = TrainConfig.build({**given, **(options or {})})
-    schedule = StepSchedule(config, task.costs, "llama", 64, [(1, SIZE)])
+    schedule = StepSchedule(config, task.costs, sum(task.costs), "llama", 64, [(1, SIZE)])
     made = LoopPlan(initial(np.zeros(SIZE)), Method(seed=5), schedule, WIDE, **(plan or {}))
     log = control.pop("log", None) or EventLog(control.pop("on_event", lambda event: None))
     result = run(made, task, session, control.pop("collective", OneProcess()), sink, Control(log, **control))

@@ -31,7 +31,7 @@ from thimble.models.forward import Drop, Update
 
 Array = NDArray[np.float64]
 CAPABILITIES = frozenset(options.OPTIONS) - {"calibration"}
-BETAS, EPSILON = (0.9, 0.999), 1e-8  # of AdamW
+BETA1, EPSILON = 0.9, 1e-8  # of AdamW
 KINDS = ("A", "B", "magnitude")
 Updates = Mapping[str, Update]  # an adapter in float64, by layer path; none is the bare base
 
@@ -148,7 +148,8 @@ class ReferenceSession:
     @np.errstate(all="ignore")
     def apply(self, state: ReferenceState, gradient: Gradient, rate: float) -> ReferenceState:
         """See Session: AdamW (arXiv:1711.05101), decaying to where the run began; the state it is given stays valid."""
-        slope, (first, second), step = gradient.flat.astype(np.float64), BETAS, state.step + 1
+        slope, step = gradient.flat.astype(np.float64), state.step + 1
+        first, second = BETA1, state.method.beta2
         if gradient.norm > state.method.max_grad_norm:
             slope *= state.method.max_grad_norm / gradient.norm
         rates = rate * _rate_factors(state)  # (n,)

@@ -143,14 +143,16 @@ def _begin(run_plan: RunPlan, initialization: Initialization, log: EventLog) -> 
 
 def _loop_plan(run_plan: RunPlan, initialization: Initialization) -> LoopPlan:
     config, base = run_plan.config, run_plan.model.base
+    assert config.adam_beta2 is not None  # resolved
     notes = {"thimble_version": __version__, "init": config.init, **base_notes(run_plan.origin["base"])}
     return LoopPlan(
         adapter=replace(initialization.adapter, base=peft_name(base), notes=notes, prefix=base.prefix),
         method=Method(
-            config.weight_decay, config.lora_plus, config.dropout, config.freeze_a, config.max_grad_norm, config.seed
+            config.weight_decay, config.lora_plus, config.dropout, config.freeze_a, config.max_grad_norm, config.seed,
+            config.adam_beta2,
         ),
         step_schedule=run_plan.step_schedule, execution=run_plan.execution, eval_every_steps=run_plan.eval_every_steps,
-        patience=run_plan.patience, keeps_best=run_plan.keeps_best,
+        patience=run_plan.patience, memorised_nats=run_plan.memorised_nats, keeps_best=run_plan.keeps_best,
         checkpoint_every_steps=config.checkpoint_every_steps,
         checkpoint_every_minutes=config.checkpoint_every_minutes, checkpoint=run_plan.checkpoint,
         initialization=initialization.measured,

@@ -171,7 +171,8 @@ class ValidationOptions(EvaluationOptions):
     eval_every_steps: int | None = option(None, "Measure validation rows every N steps of training; default: ten times "
         "a run; 0: never.", check=at_least(0))  # fmt: skip
     patience: int = option(3, "Stop after this many measurements in a row with a validation loss clearly above the "
-        "lowest; 0: never.", check=at_least(0))  # fmt: skip
+        "lowest; with few rows and too few for that, when the training rows are known by heart. 0: never.",
+        check=at_least(0))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -236,7 +237,7 @@ class OptimiserOptions(Options):
     group: ClassVar[str] = "optimiser"
 
     learning_rate: float | None = option(None, "Peak learning rate; default: derived from the width of the base and "
-        "the batch.", check=above(0))  # fmt: skip
+        "the target tokens in a step.", check=above(0))  # fmt: skip
     schedule: str = option("cosine", "Learning rate after warm-up: falling to a tenth, or constant.",
         choices=("cosine", "constant"))  # fmt: skip
     warmup_steps: int | None = option(None, "Steps in which the rate rises to its peak; default: 3 % of the run, 10 at "
@@ -247,6 +248,8 @@ class OptimiserOptions(Options):
     max_minutes: float | None = option(None, "Stop training after this many minutes.", check=above(0))
     weight_decay: float = option(0.0, "AdamW weight decay of the adapter; it pulls towards the init, not towards zero.",
         check=at_least(0))  # fmt: skip
+    adam_beta2: float | None = option(None, "What AdamW's mean of squared gradients keeps at each step; default: 0.95 "
+        "in runs below 1,000 steps, else 0.999.", check=fraction)  # fmt: skip
     lora_plus: float = option(1.0, "Learning rate of B over that of A (LoRA+; 16 in its paper).", check=above(0))
     max_grad_norm: float = option(1.0, "Gradients are scaled down to this global norm.", check=above(0))
     keep_general: float = option(0.0, "Weight, from 0 up to 1, of answering general text as the base does (KL "

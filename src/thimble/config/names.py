@@ -21,7 +21,7 @@ _ALSO = {
     "init": "init_lora_weights peft_init_lora_weights", "learning_rate": "lr",
     "schedule": "lr_scheduler lr_scheduler_type lr_schedule", "epochs": "num_epochs num_train_epochs",
     "max_steps": "iters steps num_steps", "lora_plus": "loraplus_lr_ratio",
-    "max_grad_norm": "gradient_clipping clip_grad_norm",
+    "max_grad_norm": "gradient_clipping clip_grad_norm", "adam_beta2": "beta2",
     "seq_len": "max_seq_length max_length cutoff_len sequence_len sequence_length max_seq_len",
     "valid_split": "val_set_size val_size validation_split", "eval_every_steps": "eval_steps steps_per_eval",
     "patience": "early_stopping_patience", "checkpoint_every_steps": "save_steps save_every",

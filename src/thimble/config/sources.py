@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from thimble.config.groups import RunOptions
 from thimble.config.options import Given, Options
 from thimble.config.paths import expand_paths, expanded, relocated
-from thimble.config.train import TrainConfig, layered, take_up
+from thimble.config.train import TrainConfig, layered, of_run, take_up
 from thimble.config.values import parse_bool
 from thimble.errors import ConfigError, escaped
 
@@ -44,6 +44,7 @@ def _filed(options: type[Options], config_file: str) -> tuple[dict[str, Given], 
     path = Path(config_file)
     given, unknown = options.sort(_read_yaml(path), config_file)
     if _is_of_run(path):
+        given = of_run(given) if issubclass(options, TrainConfig) else given
         return relocated(options, given, path.parent, by_name=False), unknown
     given, lost = expand_paths(options, given)
     return given, [*unknown, *lost]
@@ -72,7 +73,7 @@ def _resumed(given: Mapping[str, Given], config_file: str | None) -> tuple[dict[
         return given, [] if "data" in given else [near]
     saved, unknown = TrainConfig.sort(_read_yaml(path), str(path))
     given = {name: value for name, value in given.items() if not value.file or Path(value.file) != path}
-    joined, differing = take_up(relocated(TrainConfig, saved, folder, by_name=True), given)
+    joined, differing = take_up(relocated(TrainConfig, of_run(saved), folder, by_name=True), given)
     return joined, [*unknown, *differing]
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from thimble.config import values
 from thimble.config.groups import (
@@ -44,6 +44,14 @@ FIXED = (
     *COLUMNS, "loss_on", "seq_len", "batch_tokens", "seed", "targets", "rank", "rank_pattern", "alpha",
     "alpha_pattern", "use_rslora", "use_dora", "init", "freeze_a", "dropout", "keep_general", "valid_split",
 )  # fmt: skip
+
+# What runs did before there was an option for it: a config.yaml without it is of such a run.
+BEFORE: Mapping[str, Any] = {"adam_beta2": 0.999}
+
+
+def of_run(saved: Mapping[str, Given]) -> dict[str, Given]:
+    """The options in a run's config.yaml, complete: a run of an earlier release goes on as it began."""
+    return {**{name: Given(value, name) for name, value in BEFORE.items()}, **saved}
 
 
 def layered(below: Mapping[str, Given], above: Mapping[str, Given]) -> dict[str, Given]:

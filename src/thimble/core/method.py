@@ -134,3 +134,4 @@ class Method:
     freezes_a: bool = False  # train B alone (Zhang et al., LoRA-FA, arXiv:2308.03303, without its correction)
     max_grad_norm: float = 1.0  # gradients are scaled down to this global norm
     seed: int = 0  # of dropout
+    beta2: float = 0.999  # of AdamW: what its mean of squared gradients keeps at each step

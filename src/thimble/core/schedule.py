@@ -1,25 +1,38 @@
-"""Learning rate as a pure function of the step; knows no optimiser."""
+"""Learning rate as a pure function of the step, and the defaults that follow from the length of a run."""
 
 import math
 
-# Peak rate for adapters on all linear layers with alpha 32, at width 2000 and 128 rows a step for Llama-like bases,
-# growing with the root of the batch. The form is that of published sweeps, which found 5e-4 (Schulman et al., LoRA
-# Without Regret, 2025, and the sweeps behind it); for the short runs that one machine makes, twice as much did better
-# (benchmarks/RESULTS.md and LOG.md, 2026-11-26).
+# Peak rate for adapters on all linear layers with alpha 32, at width 2000 for Llama-like bases and for so many target
+# tokens a step, growing with their root: the noise of a gradient is that of the tokens it is taken over. The dependence
+# on width is that of published sweeps (Schulman et al., LoRA Without Regret, 2025, and the sweeps behind it), which found
+# half as much for longer runs; the value is that of our own on tool calls (LOG.md, 2026-11-26).
 REFERENCE_RATE = 1e-3
 REFERENCE_WIDTH = 2000
-REFERENCE_ROWS = 128
+REFERENCE_TARGET_TOKENS = 5600
+LEAST_TARGET_TOKENS = 100  # fewer do not lower the rate: what short answers teach first, their form, is no noise
 WIDTH_EXPONENT = {"llama": 0.78, "qwen2": 0.08, "qwen3": 0.08}
 UNKNOWN_EXPONENT = 0.4
 FINAL_SHARE = 0.1
+SHORT_RUN_STEPS, SHORT_RUN_BETA2, BETA2 = 1000, 0.95, 0.999
 
 
-def default_rate(family: str, hidden_size: int, rows_per_step: float, factor: float = 1.0) -> float:
-    """Peak learning rate when the user names none, rounded to two digits; for `factor` see `method_rates`."""
+def default_rate(family: str, hidden_size: int, target_tokens: float, factor: float = 1.0) -> float:
+    """Peak learning rate when the user names none, rounded to two digits.
+
+    `target_tokens` are those of a step, as the mean of the run; for `factor` see `method_rates`.
+    """
     exponent = WIDTH_EXPONENT.get(family, UNKNOWN_EXPONENT)
-    rows = min(max(rows_per_step, 1.0), REFERENCE_ROWS)
-    rate = factor * REFERENCE_RATE * (REFERENCE_WIDTH / hidden_size) ** exponent * math.sqrt(rows / REFERENCE_ROWS)
+    share = min(max(target_tokens, LEAST_TARGET_TOKENS) / REFERENCE_TARGET_TOKENS, 1.0)
+    rate = factor * REFERENCE_RATE * (REFERENCE_WIDTH / hidden_size) ** exponent * math.sqrt(share)
     return float(f"{rate:.1e}")
+
+
+def default_beta2(steps: float) -> float:
+    """AdamW's β₂ for a run of so many steps: 0.999 remembers about 1,000 squared gradients, more than a short run has.
+
+    The published rates that `default_rate` builds on were found with 0.95.
+    """
+    return SHORT_RUN_BETA2 if steps < SHORT_RUN_STEPS else BETA2
 
 
 def learning_rate(peak: float, done: float, warmup: float, kind: str = "cosine") -> float:

@@ -1,6 +1,6 @@
-"""What keeps a run valid: it rolls back when the loss leaves its road, and ends when validation rows gain no more.
+"""What keeps a run valid: it rolls back when the loss leaves its road, and ends when there is nothing more to gain.
 
-Both are functions of the losses alone, and their state is plain data that a checkpoint keeps.
+All are functions of the losses alone, and their state is plain data that a checkpoint keeps.
 """
 
 import math
@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import Enum
 from typing import Any
+
+from thimble.core.metrics import LossSum
 
 DIVERGED_FACTOR = 2.0  # a loss above this many times the first one, plus the margin, is no longer a model's
 DIVERGED_MARGIN_NATS = 4.0
@@ -22,6 +24,8 @@ MAX_ROLLBACKS = 3  # before it is given up
 CLEAR_ERRORS = 2.0  # standard errors, over rows, above the best measurement: a clear rise
 # Rows to stop by: of runs whose loss only shakes, patience 3 ends 11 % with 3 rows, 6 % with 8 and under 5 % with 10.
 LEAST_TO_STOP = 10
+MEMORISED_NATS = 0.05  # mean loss of an epoch, in nats per target token: its rows are known by heart
+EPOCHS_IN_A_ROW = 2  # below it, until the run ends
 SLOWER = 0.5  # what the learning rate is multiplied by at each rollback
 
 
@@ -137,3 +141,40 @@ class Plateau:
         """Go on from what `state` returned."""
         for name, value in state.items():
             setattr(self, name, math.inf if value is None else value)
+
+
+@dataclass
+class Memorisation:
+    """Follows the loss of training rows, and ends the run when they are known by heart.
+
+    A few rows in many epochs come to that long before the last step, and every step after it only costs what the base
+    knew: the loss is nearly zero, but AdamW goes on at its full rate.
+    """
+
+    most_nats: float = 0.0  # mean loss of an epoch that counts as known; 0: never. Of the run, not kept with the rest
+    nats: float = 0.0  # of the epoch so far, summed
+    tokens: int = 0  # it was summed over
+    epochs: int | None = 0  # below the limit in a row; None in a run that began without this rule
+
+    def add(self, loss: LossSum, ends_epoch: bool) -> None:
+        """Note the loss of a step that was taken, and whether an epoch ends with it."""
+        self.nats, self.tokens = self.nats + loss.nats, self.tokens + loss.tokens
+        if ends_epoch and self.epochs is not None:
+            is_known = LossSum(self.nats, self.tokens).mean < self.most_nats
+            self.epochs = self.epochs + 1 if is_known else 0
+        if ends_epoch:
+            self.nats, self.tokens = 0.0, 0
+
+    @property
+    def is_over(self) -> bool:
+        """Whether enough epochs in a row were known by heart."""
+        return self.epochs is not None and self.epochs >= EPOCHS_IN_A_ROW
+
+    def state(self) -> dict[str, Any]:
+        """Plain data for a checkpoint."""
+        return {name: value for name, value in asdict(self).items() if name != "most_nats"}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state` returned; a run of an earlier release kept nothing, and goes on without an end."""
+        for name, value in {"epochs": None, **state}.items():
+            setattr(self, name, value)

@@ -18,7 +18,7 @@ from thimble.models.machine import peak_memory_bytes
 from thimble.training.before_after import measure_after, measure_before
 from thimble.training.checkpoint import Checkpoint
 from thimble.training.control import Control
-from thimble.training.guard import Guard, Plateau, Verdict
+from thimble.training.guard import EPOCHS_IN_A_ROW, Guard, Memorisation, Plateau, Verdict
 from thimble.training.progress import Progress
 from thimble.training.protocols import Before, Collective, Scores, Sink, Task
 from thimble.training.step_schedule import StepSchedule
@@ -41,6 +41,7 @@ class LoopPlan:
     execution: ExecutionPlan  # how a step is run
     eval_every_steps: int = 0  # how often validation rows are measured during training; 0 is never
     patience: int = 0  # clear rises of their loss in a row that end the run; 0 is never
+    memorised_nats: float = 0.0  # mean loss of an epoch that ends the run when it is below it twice; 0 is never
     keeps_best: bool = True  # whether validation rows are enough to return to the step that did best on them
     checkpoint_every_steps: int | None = None  # how often a checkpoint is saved; None is never
     checkpoint_every_minutes: float = 0.0  # likewise, by the clock; 0 is never
@@ -105,7 +106,8 @@ class _Loop:
         self.plan, self.task, self.session, self.collective = plan, task, session, collective
         self.sink, self.control, self.log = sink, control, control.log
         plateau, measured = Plateau(plan.patience), dict(plan.initialization)
-        self.progress = Progress(plan.execution, Guard(), plateau, initialization=measured)
+        memorisation = Memorisation(plan.memorised_nats)
+        self.progress = Progress(plan.execution, Guard(), plateau, memorisation, initialization=measured)
         self.state: TrainState = session.start(plan.adapter, plan.method)
         self.best: NDArray[np.float32] | None = None  # flat adapter that did best on validation rows
         self.valid: Arrays = {}  # the last state known to be valid
@@ -169,6 +171,7 @@ class _Loop:
             self._step(objectives[self.progress.steps % len(objectives)])
             if not self.diverged:
                 self._between_steps()
+        self._log_early_end()
         if not self.session.is_finite(self.state):
             self.diverged = self.diverged or "parameters of the adapter or moments of its optimiser are NaN or Inf"
             self.state = self.session.restore(self.state, self.valid)
@@ -182,10 +185,21 @@ class _Loop:
         """Whether no further step is to be taken."""
         progress = self.progress
         is_done = self.plan.step_schedule.is_done(progress.steps, progress.seconds)
-        if is_done or progress.plateau.is_over or self.control.should_stop():
+        if is_done or progress.plateau.is_over or progress.memorisation.is_over or self.control.should_stop():
             return True
         self.cut_file = self.control.cut_file()
         return self.cut_file is not None
+
+    def _log_early_end(self) -> None:
+        """Say why a run ends whose training rows are known by heart."""
+        progress, most = self.progress, self.plan.memorised_nats
+        if progress.memorisation.is_over:
+            total = self.plan.step_schedule.total_steps
+            self.log.decision(
+                f"ended: after step {progress.steps}{f' of {total}' if total else ''}; the training loss of "
+                f"{EPOCHS_IN_A_ROW} epochs in a row was below {most:g}, so the rows are known by heart and further "
+                "steps would only forget more; --patience 0 takes them all the same"
+            )
 
     def _step(self, objective: Objective) -> None:
         """Take one optimiser step, if its loss and gradient are valid, and log it."""
@@ -199,6 +213,7 @@ class _Loop:
             if progress.steps % SNAPSHOT_EVERY_STEPS == 1:  # before the step: this is the state that was just judged
                 self._remember()
             self.state = self.session.apply(self.state, gradient, rate)
+            progress.memorisation.add(gradient.loss, schedule.ends_epoch(progress.steps - 1))
             validation = self._watch()
         else:
             self._rollback(verdict)

@@ -72,9 +72,9 @@ def plan_cost(
     compute, why_compute = choose_compute(config.compute, config.remeasure)
     target = target_machine(config)
     stores, why_store = choose_store(config.store, base, compute)
-    lengths = examples.train_report.lengths
+    lengths, target_tokens = examples.train_report.lengths, examples.train_report.target_tokens
     layers = rate_layers(config, sizes, spec)
-    step_schedule = StepSchedule(config, lengths, spec.family, spec.hidden_size, layers)
+    step_schedule = StepSchedule(config, lengths, target_tokens, spec.family, spec.hidden_size, layers)
     inputs = memory_inputs(config, compute, base, examples, sizes)
     num_sizes = min(MOST_SIZES, len({padded(length) for length in lengths}))
     step_tokens = min(config.batch_tokens, examples.train_report.tokens)

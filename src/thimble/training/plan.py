@@ -6,6 +6,7 @@ from pathlib import Path
 
 from thimble.config.train import TrainConfig
 from thimble.core.method import parse_init
+from thimble.core.schedule import SHORT_RUN_STEPS, default_beta2
 from thimble.core.targets import Size, select_layers
 from thimble.data.encode import Row
 from thimble.data.examples import Examples, general_rows, log_examples, open_data, split_and_encode
@@ -22,7 +23,7 @@ from thimble.training.calibration import CalibrationData
 from thimble.training.checkpoint import Checkpoint, check_origin, latest_checkpoint, origin_of, saved_origin
 from thimble.training.evaluation import ValidationSet, rows_alone
 from thimble.training.evidence import log_evidence, log_watched
-from thimble.training.guard import LEAST_TO_STOP
+from thimble.training.guard import EPOCHS_IN_A_ROW, LEAST_TO_STOP, MEMORISED_NATS
 from thimble.training.initialise import check_init
 from thimble.training.memory_plan import RunCost, plan_cost
 from thimble.training.metric import ChosenMetric, choose_questions
@@ -36,6 +37,7 @@ WARNED_RATE = 0.02  # of learning: far above what works for adapters
 WATCHED_SHARE = 0.05  # of a run's time, spent on validation rows during training
 TRAINED_TOKEN_COST = 2.5  # of a token that is trained on, in tokens that are only measured
 MOST_WATCHES, LEAST_WATCHES = 9, 3  # measurements during training
+FEW_ROWS = 100  # to train on: a run that has more, and none to stop by, does not end because its loss is low
 LEAST_WATCHED = 16  # rows: fewer say too little to stop by
 
 
@@ -74,6 +76,11 @@ class RunPlan:
         """Clear rises in a row that end the run; 0 is never."""
         return self.config.patience if self.keeps_best else 0
 
+    @property
+    def memorised_nats(self) -> float:
+        """Training loss of an epoch that ends the run when it is below it twice; 0 is never."""
+        return _memorised_nats(self.config, len(self.examples.train), self.keeps_best)
+
     def calibration_data(self) -> CalibrationData:
         """The rows that initializations and ranks are found on: those of the first steps."""
         shapes = self.model.base.spec.linear_shapes()
@@ -100,8 +107,11 @@ def plan_run(config: TrainConfig, log: EventLog, needs_folder: bool = True) -> R
     cost = plan_cost(config, model.base, examples, sizes, (ExecutionPlan(**kept),) if kept else ())
     _log_cost(cost, len(examples.train), model.base.spec.num_layers, log)
     steps = cost.step_schedule.total_steps or (cost.step_schedule.minutes or 0.0) * 60 / cost.seconds_per_step
+    config = config.replace(adam_beta2=_choose_beta2(config, steps, log))
     watched, every = _choose_watched(config, examples, steps)
     log_watched(watched, every, config.patience, log)
+    if most := _memorised_nats(config, len(examples.train), len(watched) >= LEAST_TO_STOP):
+        log.decision(f"early end: if the training loss of {EPOCHS_IN_A_ROW} epochs in a row is below {most:g}")
     origin = _origin(model, examples, cost)
     for name in checkpoint.damaged if checkpoint else ():
         log.warning(f"checkpoint {name} is damaged and is left out: the run goes on from step {checkpoint.step}")
@@ -185,6 +195,21 @@ def _validation_set(
     return ValidationSet(examples.valid, questions, model.tokenizer, most_new, cache_tokens, planned_tokens, alone)
 
 
+def _choose_beta2(config: TrainConfig, steps: float, log: EventLog) -> float:
+    """AdamW's β₂, as given or by the steps that are planned."""
+    if config.adam_beta2 is not None:
+        return config.adam_beta2
+    length = "below" if steps < SHORT_RUN_STEPS else "of at least"
+    beta2 = default_beta2(steps)
+    log.decision(f"AdamW: beta2 {beta2:g}, for a run {length} {SHORT_RUN_STEPS:,} steps")
+    return beta2
+
+
+def _memorised_nats(config: TrainConfig, rows: int, keeps_best: bool) -> float:
+    """Training loss at which a run on so many rows ends: where they are few, and validation rows too few to stop by."""
+    return MEMORISED_NATS if config.patience and rows < FEW_ROWS and not keeps_best else 0.0
+
+
 def _choose_watched(config: TrainConfig, examples: Examples, steps: float) -> tuple[list[Row], int]:
     """Validation rows to measure during training, and every how many steps.
 
@@ -241,7 +266,8 @@ def _log_step_schedule(schedule: StepSchedule, rows: int, log: EventLog) -> None
         passes = f"{schedule.epochs:.1f} passes over {plural(rows, 'row')}"
         log.decision(f"length: {plural(schedule.total_steps or 0, 'step')}, {passes}")
     if schedule.is_default_rate:
+        derived = f"from the width of the base and {schedule.target_tokens:.0f} target tokens a step"
         times = "".join(f", times {factor:.2g} for {name}" for name, factor in schedule.rate_factors.items())
-        log.decision(f"learning rate: {schedule.rate:g}, from the width of the base and the rows in a step{times}")
+        log.decision(f"learning rate: {schedule.rate:g}, {derived}{times}")
     elif schedule.rate > WARNED_RATE:
         log.warning(f"--learning-rate is {schedule.rate:g}: far above what works for adapters (about 0.0001 to 0.002)")

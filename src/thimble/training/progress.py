@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from thimble.models.execution import ExecutionPlan
-from thimble.training.guard import Guard, Plateau
+from thimble.training.guard import Guard, Memorisation, Plateau
 
 COUNTED = ("tokens", "target_tokens", "seconds", "initialization")
 
@@ -17,6 +17,7 @@ class Progress:
     execution: ExecutionPlan  # how a step is run: the only copy, which becomes smaller when memory runs out
     guard: Guard = field(default_factory=Guard)  # judges every step
     plateau: Plateau = field(default_factory=Plateau)  # follows the loss of validation rows
+    memorisation: Memorisation = field(default_factory=Memorisation)  # follows the loss of training rows
     steps: int = 0  # optimiser steps done
     tokens: int = 0  # tokens of all rows trained on, prompts included
     target_tokens: int = 0  # of these, the target tokens
@@ -27,7 +28,8 @@ class Progress:
         """Plain data for a checkpoint, which keeps the number of steps itself."""
         return {
             **{name: getattr(self, name) for name in COUNTED}, "rollbacks": self.guard.rollbacks,
-            "guard": self.guard.state(), "plateau": self.plateau.state(), "execution": asdict(self.execution),
+            "guard": self.guard.state(), "plateau": self.plateau.state(), "memorisation": self.memorisation.state(),
+            "execution": asdict(self.execution),
         }  # fmt: skip
 
     def restore(self, steps: int, state: Mapping[str, Any]) -> None:
@@ -37,3 +39,4 @@ class Progress:
             setattr(self, name, state[name])
         self.guard = Guard.restored(state.get("guard", {}))
         self.plateau.restore(state.get("plateau", {}))
+        self.memorisation.restore(state.get("memorisation", {}))

@@ -22,13 +22,14 @@ MOST_WARMUP_STEPS = 10
 class StepSchedule:
     """Steps in order, for rows of the given lengths in tokens and a base.
 
-    `layers` are (rank, in) of those that are adapted.
+    `target_tokens` are those of all rows together, `layers` (rank, in) of those that are adapted.
     """
 
     def __init__(
         self,
         config: TrainConfig,
         lengths: Sequence[int],
+        target_tokens: int,
         family: str,
         hidden_size: int,
         layers: Sequence[tuple[int, int]],
@@ -39,11 +40,11 @@ class StepSchedule:
         self._epoch = functools.lru_cache(maxsize=2)(rows_of)  # rows of each step of an epoch, by its number
         self.minutes = config.max_minutes
         self.total_steps = None if self.minutes else self._count_steps()
-        rows_per_step = len(lengths) / len(self._epoch(0))
+        self.target_tokens = target_tokens / self.steps_per_epoch  # of a step, on average
         init = parse_init(config.init)
         self.rate_factors = method_rates(init, config.use_dora, config.lora_plus, layers, config.use_rslora)
         factor = math.prod(self.rate_factors.values())
-        usual = default_rate(family, hidden_size, rows_per_step, factor)
+        usual = default_rate(family, hidden_size, self.target_tokens, factor)
         self.rate = config.learning_rate or usual
         self.safer_rate = min(self.rate / 10, usual)
         self.is_default_rate = config.learning_rate is None
@@ -70,6 +71,11 @@ class StepSchedule:
         """Numbers of the rows that step `step` (from 0) learns from."""
         number, place = self._epoch_of(step)
         return self._epoch(number)[place]
+
+    def ends_epoch(self, step: int) -> bool:
+        """Whether every row has been seen as often as any other after step `step` (from 0)."""
+        number, place = self._epoch_of(step)
+        return place == len(self._epoch(number)) - 1
 
     def is_done(self, step: int, seconds: float) -> bool:
         """Whether the run ends before step `step`, `seconds` after training began."""

@@ -1,6 +1,7 @@
 """Our AdamW against torch's."""
 
 import numpy as np
+import pytest
 import torch
 
 from thimble.backends.torch.adamw import AdamW
@@ -11,9 +12,11 @@ def gradients():
     return [torch.randn(500, generator=random) * 10.0**power for power in (0, -3, 1, -8, 0) * 6]
 
 
-def test_it_takes_the_steps_of_torch():
+@pytest.mark.parametrize("beta2", [0.999, 0.95])
+def test_it_takes_the_steps_of_torch(beta2):
     ours, theirs = torch.ones(500), torch.nn.Parameter(torch.ones(500))
-    mine, other = AdamW(ours, 0.1), torch.optim.AdamW([theirs], lr=0.0, weight_decay=0.1)
+    mine = AdamW(ours, 0.1, beta2=beta2)
+    other = torch.optim.AdamW([theirs], lr=0.0, weight_decay=0.1, betas=(0.9, beta2))
     for number, gradient in enumerate(gradients()):
         rate = 1e-2 / (1 + number)
         mine.step(gradient, rate)

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-BETAS = (0.9, 0.999)
+BETA1 = 0.9
 EPSILON = 1e-8
 PIECE = 1 << 20  # parameters handled at a time, so that temporaries stay small
 
@@ -21,7 +21,7 @@ class AdamW:
     """AdamW (Loshchilov and Hutter, arXiv:1711.05101), as in torch.optim.AdamW, on float32 (n,) that change in place.
 
     Weight decay pulls to `goal`, or to zero as in the paper; `rates` are factors of the learning rate of spans of
-    parameters, 0 leaving them alone and None meaning 1 for all.
+    parameters, 0 leaving them alone and None meaning 1 for all; `beta2` is what the mean of squared gradients keeps.
     """
 
     def __init__(
@@ -30,8 +30,10 @@ class AdamW:
         weight_decay: float,
         goal: Tensor | None = None,
         rates: Sequence[tuple[slice, float]] | None = None,
+        beta2: float = 0.999,
     ) -> None:
         self._parameters, self._weight_decay, self._goal = parameters, weight_decay, goal
+        self._beta2 = beta2
         self._rates = [(slice(0, len(parameters)), 1.0)] if rates is None else rates
         self._mean, self._square = torch.zeros_like(parameters), torch.zeros_like(parameters)
         self._steps = 0
@@ -46,7 +48,7 @@ class AdamW:
                 self._move(piece, slope, learning_rate * factor)
 
     def _move(self, span: slice, slope: Tensor, learning_rate: float) -> None:
-        first, second = BETAS
+        first, second = BETA1, self._beta2
         parameters, mean, square = (x[span] for x in (self._parameters, self._mean, self._square))
         decay = learning_rate * self._weight_decay
         if decay and self._goal is None:

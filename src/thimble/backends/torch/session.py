@@ -126,7 +126,7 @@ class TorchSession:
         active = self.load(adapter)
         spans, goal = active.spans, active.flat.clone() if method.weight_decay else None
         rates = [(spans.A, 0.0 if method.freezes_a else 1.0), (spans.B, method.lora_plus), (spans.magnitude, 1.0)]
-        return TrainState(active, method, AdamW(active.flat, method.weight_decay, goal, rates))
+        return TrainState(active, method, AdamW(active.flat, method.weight_decay, goal, rates, method.beta2))
 
     @out_of_memory
     @torch.no_grad()
