@@ -4,8 +4,8 @@ import math
 
 # Peak rate for adapters on all linear layers with alpha 32, at width 2000 for Llama-like bases and for so many target
 # tokens a step, growing with their root: the noise of a gradient is that of the tokens it is taken over. The dependence
-# on width is that of published sweeps (Schulman et al., LoRA Without Regret, 2025, and the sweeps behind it), which found
-# half as much for longer runs; the value is that of our own on tool calls (LOG.md, 2026-11-26).
+# on width is that of published sweeps (Schulman et al., LoRA Without Regret, 2025, and the sweeps behind it), which
+# found half as much for longer runs; the value is that of our own on tool calls (LOG.md, 2026-11-26).
 REFERENCE_RATE = 1e-3
 REFERENCE_WIDTH = 2000
 REFERENCE_TARGET_TOKENS = 5600
