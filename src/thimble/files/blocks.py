@@ -49,7 +49,7 @@ BLOCKS: dict[str, tuple[int, int]] = {name: (_VALUES.get(name, 32), one.itemsize
 TINY = np.float32(1e-36)
 
 # Values decoded or encoded at a time: bounds the temporary arrays to a few megabytes, whatever the size of the tensor.
-_CHUNK_VALUES = 1 << 18
+CHUNK_VALUES = 1 << 18
 
 
 def block_of(dtype: str) -> tuple[int, int]:
@@ -122,30 +122,11 @@ def dequantize(raw: Bytes, dtype: str, shape: Sequence[int]) -> Floats:
     values, size = BLOCKS[dtype]
     blocks = np.ascontiguousarray(raw).reshape(-1).view(LAYOUTS[dtype])
     out = np.empty((raw.size // size, values), np.float32)
-    step = _CHUNK_VALUES // values
+    step = CHUNK_VALUES // values
     with np.errstate(over="ignore", invalid="ignore"):
         for start in range(0, len(blocks), step):
             out[start : start + step] = _DECODERS[dtype](blocks[start : start + step]).reshape(-1, values)
     return out.reshape(shape)
-
-
-def quantize(array: Floats, dtype: str) -> Bytes:
-    """Encode a finite float32 (out, in) as F32, F16, BF16, Q8_0, Q4_0 or Q4_1, to uint8 (out, bytes per row); the bytes
-    are those of `gguf.quants.quantize`. A BaseModelError if the type cannot be written, or a number does not fit it.
-
-    >>> quantize(np.ones((2, 32), np.float32), "Q8_0").shape
-    (2, 34)
-    """
-    if dtype not in _ENCODERS:
-        raise BaseModelError(f"weights cannot be written as {dtype}: expected one of {listing(_ENCODERS)}")
-    out = np.empty((len(array), row_bytes(array.shape[1], dtype)), np.uint8)
-    values, size = BLOCKS[dtype]
-    blocks, raw = np.ascontiguousarray(array, np.float32).reshape(-1, values), out.reshape(-1, size)
-    step = _CHUNK_VALUES // values
-    for start in range(0, len(blocks), step):
-        encoded = _ENCODERS[dtype](blocks[start : start + step])
-        raw[start : start + step] = encoded.view(np.uint8).reshape(-1, size)
-    return out
 
 
 # Decoders: structured blocks (n,) -> float32 (n, values). Each product and sum is rounded to float32 on its own, in
@@ -217,75 +198,6 @@ _DECODERS: dict[str, Callable[[Blocks], Floats]] = {
     "Q5_0": lambda blocks: _half(blocks["scale"]) * (_five_bits(blocks) - 16),
     "Q5_1": lambda blocks: _half(blocks["scale"]) * _five_bits(blocks) + _half(blocks["low"]),
     "Q4_K": _decode_q4_k, "Q5_K": _decode_q5_k, "Q6_K": _decode_q6_k,
-}  # fmt: skip
-
-
-# Encoders: float32 (n, values) -> any array whose bytes are the n blocks.
-
-
-def _to_half(values: Floats) -> NDArray[np.float16]:
-    """Round to float16; a BaseModelError if a number is NaN or Inf there, which would ruin its whole block."""
-    with np.errstate(over="ignore"):
-        half = values.astype(np.float16)
-    if not np.isfinite(half).all():
-        worst = values[~np.isfinite(half)].flat[0]
-        raise BaseModelError(
-            f"a weight or block scale of {worst:g} does not fit float16: expected finite numbers up to 65504; "
-            "write the tensor as BF16 or F32"
-        )
-    return half
-
-
-def _reciprocal(scale: Floats) -> Floats:
-    """1 / scale, and 0 where that would not be finite."""
-    return np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=np.abs(scale) > TINY)
-
-
-def _pack(dtype: str, **fields: Any) -> Blocks:
-    """Make structured blocks of one type from arrays of its fields."""
-    blocks = np.empty(len(fields["quants"]), LAYOUTS[dtype])
-    for name, values in fields.items():
-        blocks[name] = values.view(np.uint16)[:, 0] if values.dtype == np.float16 else values
-    return blocks
-
-
-def _pack_nibbles(quants: Floats) -> Bytes:
-    """Pack whole numbers (n, 32), cut off at 15, to (n, 16) bytes: value j and value j + 16 share a byte."""
-    whole: Bytes = quants.astype(np.uint8).clip(0, 15)
-    return whole[:, :16] | (whole[:, 16:] << np.uint8(4))
-
-
-def _encode_q8_0(blocks: Floats) -> Blocks:
-    """scale = max|w| / 127, q = w / scale rounded half away from zero."""
-    scale = np.abs(blocks).max(axis=1, keepdims=True) / np.float32(127)
-    half = _to_half(scale)
-    scaled = blocks * _reciprocal(scale)
-    size = np.abs(scaled)
-    whole = np.floor(size)
-    rounded = np.copysign(whole + np.floor(2 * (size - whole)), scaled)
-    return _pack("Q8_0", scale=half, quants=rounded.astype(np.int8))
-
-
-def _encode_q4_0(blocks: Floats) -> Blocks:
-    """scale = (the w of largest size) / -8, q = floor(w / scale + 8.5), at most 15."""
-    extreme = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=1, keepdims=True), axis=1)
-    scale = extreme / np.float32(-8)
-    half = _to_half(scale)
-    return _pack("Q4_0", scale=half, quants=_pack_nibbles(blocks * _reciprocal(scale) + np.float32(8.5)))
-
-
-def _encode_q4_1(blocks: Floats) -> Blocks:
-    """low = min w, scale = (max w - min w) / 15, q = floor((w - low) / scale + 0.5), at most 15."""
-    low = blocks.min(axis=1, keepdims=True)
-    scale = (blocks.max(axis=1, keepdims=True) - low) / np.float32(15)
-    half, low_half = _to_half(scale), _to_half(low)
-    quants = _pack_nibbles((blocks - low) * _reciprocal(scale) + np.float32(0.5))
-    return _pack("Q4_1", scale=half, low=low_half, quants=quants)
-
-
-_ENCODERS: dict[str, Callable[[Floats], Any]] = {
-    "F32": lambda blocks: blocks, "F16": _to_half, "BF16": to_bfloat16,
-    "Q8_0": _encode_q8_0, "Q4_0": _encode_q4_0, "Q4_1": _encode_q4_1,
 }  # fmt: skip
 
 

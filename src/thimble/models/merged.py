@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from thimble.core.adapter import Adapter, cut
 from thimble.core.lowrank import Factors, merge, svd_of_update
 from thimble.errors import BaseModelError, RunError, as_word, listing, plural
-from thimble.files.blocks import dequantize, quantize
+from thimble.files.block_encoders import quantize
+from thimble.files.blocks import dequantize
 from thimble.files.peft import save_adapter
 from thimble.files.peft_config import MAX_RANK
 from thimble.files.tensors import open_tensors, rewrite_safetensors
