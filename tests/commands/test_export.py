@@ -1,17 +1,24 @@
 """`thimble export`: the file, its proof, and what is refused."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import peft
 import pytest
+import transformers
+from huggingface_hub import ModelCard
 
 import thimble
+from families import make_hf_folder
 from fixtures.tiny_tokenizers import write_tokenizer
 from samples import make_adapter
 from stress.foreign_files import CONFIGS, write_base
 from thimble.commands import export as command
+from thimble.core.adapter import Adapter
 from thimble.errors import InputError, RunError
-from thimble.files.peft import load_adapter, save_adapter
+from thimble.files.peft import CONFIG_FILE, WEIGHTS_FILE, load_adapter, save_adapter
 from thimble.models.base import open_base
 
 GGUF = Path(__file__).parents[1] / "fixtures" / "gguf" / "smollm2.gguf"
@@ -46,6 +53,33 @@ def test_an_adapter_is_written_proved_and_can_be_used(adapter, data, tmp_path):
     assert (back.proof, back.layers) == (None, 14)
     for path, factors in load_adapter(adapter).layers.items():
         assert (load_adapter(tmp_path / "back").layers[path].B == factors.B).all()
+    card = ModelCard((tmp_path / "back" / "README.md").read_text())
+    assert (card.data.library_name, "my adapter.gguf" in card.text) == ("peft", True)
+
+
+def test_there_and_back_as_a_folder_for_peft_no_tensor_changes(adapter, tmp_path):
+    for source, name in ((adapter, "one"), (str(tmp_path / "one"), "two")):
+        thimble.export(adapter=source, base=str(GGUF), to="peft", out=str(tmp_path / name))
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        assert (tmp_path / "two" / name).read_bytes() == Path(adapter, name).read_bytes()
+    save_as_peft(adapter, tmp_path / "three")
+    ours, theirs = load_adapter(adapter), load_adapter(tmp_path / "three")
+    for path, factors in ours.layers.items():
+        assert (theirs.layers[path].A == factors.A).all()
+        assert (theirs.layers[path].B == factors.B).all()
+        assert theirs.layers[path].scale == factors.scale
+
+
+def save_as_peft(adapter, folder):
+    """Load an adapter into PEFT and have it saved from there."""
+    config = transformers.AutoConfig.from_pretrained(make_hf_folder("llama", folder.parent / "hf"))
+    spec = open_base(GGUF).spec
+    for name, value in (("num_hidden_layers", spec.num_layers), ("hidden_size", spec.hidden_size),
+                        ("intermediate_size", spec.intermediate_size), ("num_attention_heads", spec.num_heads),
+                        ("num_key_value_heads", spec.num_kv_heads), ("head_dim", spec.head_dim)):  # fmt: skip
+        setattr(config, name, value)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    peft.PeftModel.from_pretrained(model, adapter).save_pretrained(folder)
 
 
 def test_what_is_not_the_same_gets_no_name(adapter, data, tmp_path, monkeypatch):
@@ -79,6 +113,60 @@ def test_without_the_runtime_the_file_is_written_and_the_way_told(adapter, tmp_p
         with pytest.raises(InputError, match="not proved in llama.cpp"):
             thimble.export(adapter=adapter, base=str(GGUF), **{**options, "out": str(tmp_path / options["out"])})
     assert not (tmp_path / "y.gguf").exists()
+
+
+def test_every_command_takes_the_gguf_adapter_and_does_what_it_does_with_the_folder(adapter, data, tmp_path):
+    file = str(tmp_path / "x.gguf")
+    thimble.export(adapter=adapter, base=str(GGUF), data=data, out=file, proof="never")
+    looked = [thimble.inspect(path, base=str(GGUF)) for path in (adapter, file)]
+    assert [report.subject for report in looked] == ["adapter", "adapter"]
+    assert looked[0].overall == looked[1].overall
+    assert thimble.inspect(adapter, file, base=str(GGUF)).overall["cosine"] == pytest.approx(1)
+    answers = []
+    for number, path in enumerate((adapter, file)):
+        out = tmp_path / f"answers {number}.jsonl"
+        how = {"temperature": 0, "max_new_tokens": 8, "compute": "fp32"}
+        thimble.generate(data=data, base=str(GGUF), adapter=path, out=str(out), **how)
+        answers.append(out.read_text())
+        talk = thimble.chat(base=str(GGUF), adapter=path, **how)
+        answers[-1] += talk.ask("Number 3?")
+    assert answers[0] == answers[1]
+    small = thimble.merge(file, base=str(GGUF), rank=1, out=str(tmp_path / "small"))
+    assert small.kinds[-1].rank_after == [1, 1]
+    for wrong in ({"base": file}, {"base": str(GGUF), "adapter": [str(GGUF)]}):
+        with pytest.raises(InputError, match="is an adapter, not a base|is a base .*expected a GGUF adapter"):
+            thimble.chat(**wrong)
+    for command_ in (thimble.chat, thimble.generate):
+        with pytest.raises(InputError, match="only makes sense beside its base: name it with --base"):
+            command_(**({"data": data, "out": "x.jsonl"} if command_ is thimble.generate else {}), adapter=file)
+    with pytest.raises(InputError, match="only makes sense beside its base"):
+        thimble.inspect(file)
+
+
+def test_dora_is_refused_or_approximated_with_what_that_costs(tmp_path, data):
+    base = open_base(GGUF)
+    layers = {}
+    for path, factors in make_adapter(base).layers.items():
+        lengths = 1.1 * np.linalg.norm(base.weights[f"{path}.weight"].read(), axis=1)
+        layers[path] = replace(factors, magnitude=lengths.astype("f4"))
+    save_adapter(Adapter(layers), tmp_path / "dora")
+    given = {"adapter": str(tmp_path / "dora"), "base": str(GGUF), "data": data}
+    with pytest.raises(InputError, match="is DoRA .* or approximate it by a plain adapter with --approximate-rank"):
+        thimble.export(**given, out=str(tmp_path / "x.gguf"))
+    report = thimble.export(**given, out=str(tmp_path / "x.gguf"), approximate_rank=8)
+    assert report.proof["holds"]
+    assert "DoRA: approximated by plain LoRA of rank 8, which leaves out" in report.messages["warning"][0]
+    thimble.export(**given, out=str(tmp_path / "plain"), approximate_rank=1000, to="peft")
+    found = thimble.evaluate(data=data, base=str(GGUF), adapter=[given["adapter"], str(tmp_path / "plain")],
+                             compute="fp32", metric="none")  # fmt: skip
+    base_loss, dora, plain = (result.loss for result in found.results)
+    assert plain == pytest.approx(dora, abs=1e-4)
+    assert abs(dora - base_loss) > 1e-3
+
+
+def test_plain_lora_is_not_approximated(adapter, tmp_path):
+    with pytest.raises(InputError, match="--approximate-rank is for DoRA, and .* is plain LoRA"):
+        thimble.export(adapter=adapter, base=str(GGUF), out=str(tmp_path / "x.gguf"), approximate_rank=4)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """Merging: the same function in fewer numbers, or in the base; refused whole, written whole."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,7 @@ from thimble.core.lowrank import Factors, delta
 from thimble.errors import InputError, RunError
 from thimble.exports.gguf_adapter import write_gguf_adapter
 from thimble.files.peft import CONFIG_FILE, WEIGHTS_FILE, load_adapter, save_adapter
-from thimble.files.tensors import open_tensors
+from thimble.files.tensors import open_tensors, rewrite_safetensors
 from thimble.models import merged
 from thimble.models.adapter_base import base_notes
 from thimble.models.base import open_base
@@ -412,7 +414,7 @@ def test_the_folder_one_stands_in_is_filled(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "out")
     thimble.merge(write_adapter(tmp_path / "a"), truncate=1, out=".")
     assert load_adapter(tmp_path / "out").layers
-    assert names_in(tmp_path / "out") == {CONFIG_FILE, WEIGHTS_FILE}
+    assert names_in(tmp_path / "out") == {CONFIG_FILE, WEIGHTS_FILE, "README.md"}
 
 
 # ---- weights, and ways to combine -----------------------------------------------------------------------------------
@@ -576,3 +578,50 @@ def test_a_gguf_adapter_is_merged_as_the_folder_it_was_made_of(tmp_path):
         one, other = (open_tensors(tmp_path / f"{name} {kind}" / file) for name in ("a", "a.gguf"))
         for name in one.tensors:
             np.testing.assert_allclose(one.read(name), other.read(name), atol=1e-6)
+
+
+# ---- what goes wrong on the way -------------------------------------------------------------------------------------
+
+
+def test_an_adapter_of_another_base_of_that_shape_is_warned_about_by_hash(tmp_path):
+    base, adapter, _ = merged_folder(tmp_path)
+    other = shard_folder("llama", tmp_path / "other", torch.float32)
+    hashes = open_base(base).quick_fingerprint()[:12], open_base(other).quick_fingerprint()[:12]
+    assert hashes[0] != hashes[1]
+    report = thimble.merge(adapter, base=str(other), out=str(tmp_path / "wrong"))
+    assert all(text in report.messages["warning"][0] for text in (*hashes, "was trained on", "harm on any other"))
+
+
+def test_a_disk_that_fills_up_on_the_way_leaves_nothing_and_is_told(tmp_path, monkeypatch, capsys):
+    base = shard_folder("llama", tmp_path / "base")
+    adapter = write_adapter(tmp_path / "a", open_base(base).spec.linear_shapes())
+    before, written = names_in(tmp_path), []
+
+    def full(file, path, changed):
+        if written:
+            raise OSError(28, "No space left on device", str(path))
+        written.append(path)
+        rewrite_safetensors(file, path, changed)
+
+    monkeypatch.setattr(merged, "rewrite_safetensors", full)
+    assert main(["merge", adapter, "--base", str(base), "--out", str(tmp_path / "out")]) == 3
+    assert "the disk is full" in capsys.readouterr().err
+    assert written
+    assert names_in(tmp_path) == before
+
+
+def test_a_killed_merge_leaves_nothing_under_the_final_name_and_can_be_run_again(tmp_path):
+    base = shard_folder("llama", tmp_path / "base")
+    adapter = write_adapter(tmp_path / "a", open_base(base).spec.linear_shapes())
+    code = (
+        "import os, sys, thimble\n"
+        "from thimble.models import merged\n"
+        "merged.rewrite_safetensors = lambda *_: os.kill(os.getpid(), 9)\n"
+        "thimble.merge(sys.argv[1], base=sys.argv[2], out=sys.argv[3])\n"
+    )
+    words = [sys.executable, "-c", code, adapter, str(base), str(tmp_path / "out")]
+    assert subprocess.run(words, check=False).returncode == -9
+    assert not (tmp_path / "out").exists()
+    thimble.merge(adapter, base=str(base), out=str(tmp_path / "out"))
+    assert names_in(tmp_path / "out") == names_in(base)
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]

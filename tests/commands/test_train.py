@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 
 import thimble
 from thimble.backends.torch.session import TorchSession
@@ -70,6 +71,23 @@ def test_a_run_learns_and_leaves_everything_behind(train, tmp_path):
     assert len(manifest["base"]["sha256"]) == 64
     assert manifest["data"]
     assert set(manifest["result"]) == {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"}
+
+
+def test_the_adapter_comes_with_a_card_that_stays_as_its_owner_changes_it(train, tmp_path):
+    for name in ("one", "two"):
+        train(name, max_steps=4)
+    one, two = ((tmp_path / name / "adapter" / "README.md").read_text() for name in ("one", "two"))
+    assert one == two, "it says nothing of the time, the place or the speed"
+    assert str(tmp_path) not in one
+    card = ModelCard(one)
+    report = json.loads((tmp_path / "one" / "report.json").read_text())
+    manifest = json.loads((tmp_path / "one" / "manifest.json").read_text())
+    assert f"| {report['loss_base']:.3f} | {report['loss_after']:.3f} |" in card.text
+    assert f"{report['training_rows']} rows to learn from, {report['validation_rows']} held out" in card.text
+    assert all(digest in card.text for digest in manifest["data"].values())
+    (tmp_path / "one" / "adapter" / "README.md").write_text("Mine.\n")
+    train("one", resume=True)
+    assert (tmp_path / "one" / "adapter" / "README.md").read_text() == "Mine.\n"
 
 
 def test_the_same_seed_gives_the_same_adapter_and_another_seed_another(train, tmp_path):

@@ -130,12 +130,27 @@ def test_there_and_back(family, variant, tmp_path):
         assert (tmp_path / "again.gguf").read_bytes() == (tmp_path / "x.gguf").read_bytes()
 
 
-def foreign(path, base, types=None, alpha=16.0, kind="lora", arch="llama", drop=(), more=(), keys=()):
+def foreign(
+    path,
+    base,
+    types=None,
+    alpha: float | None = 16.0,
+    raw=None,
+    about=(),
+    kind="lora",
+    arch="llama",
+    drop=(),
+    more=(),
+    keys=(),
+):
     """An adapter as llama.cpp's converter writes it, by the reference package."""
     writer = gguf.GGUFWriter(path, arch)
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, kind)
-    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+    if alpha is not None:
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+    for key, text in about:
+        writer.add_string(key, text)
     for key, values in keys:
         writer.add_array(key, values)
     for name, values in more:
@@ -146,7 +161,8 @@ def foreign(path, base, types=None, alpha=16.0, kind="lora", arch="llama", drop=
         sides = {"lora_a": np.ones((4, fan_in), np.float32), "lora_b": np.ones((fan_out, 4), np.float32)}
         for side, values in sides.items():
             if f"{name}.{side}" not in drop:
-                writer.add_tensor(f"{name}.{side}", values.astype(types or np.float32))
+                stored = gguf.quants.quantize(values, raw) if raw else values.astype(types or np.float32)
+                writer.add_tensor(f"{name}.{side}", stored, raw_dtype=raw)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -162,6 +178,62 @@ def test_an_adapter_of_llama_cpps_converter_is_read(dtype, tmp_path):
     assert [factors.scale for factors in found.layers.values()] == [4.0, 4.0]
     foreign(tmp_path / "folded.gguf", base, dtype, alpha=0.0)
     assert {factors.scale for factors in load_gguf_adapter(tmp_path / "folded.gguf", base).layers.values()} == {1.0}
+
+
+@pytest.mark.parametrize("kind", ["BF16", "Q8_0", "F16"])
+def test_each_type_that_the_converter_writes_is_read(kind, tmp_path):
+    """Its outtype; Q8_0 only where rows are whole blocks, else it writes F16."""
+    base = open_base(GGUF / "llama.gguf")
+    raw = getattr(gguf.GGMLQuantizationType, kind)
+    if kind == "Q8_0":
+        writer_rank = 32
+        name = gguf_name(base, "model.layers.0.mlp.up_proj.weight").name
+        fan_out, fan_in = base.spec.linear_shapes()["model.layers.0.mlp.up_proj"]
+        more = [(f"{name}.lora_a", (writer_rank, fan_in)), (f"{name}.lora_b", (fan_out, writer_rank))]
+        writer = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")
+        writer.add_type(gguf.GGUFType.ADAPTER)
+        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, 64.0)
+        for tensor, shape in more:
+            writer.add_tensor(tensor, gguf.quants.quantize(np.ones(shape, np.float32), raw), raw_dtype=raw)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        expected = 64.0
+    else:
+        foreign(tmp_path / "x.gguf", base, raw=raw)
+        expected = 16.0
+    for factors in load_gguf_adapter(tmp_path / "x.gguf", base).layers.values():
+        np.testing.assert_allclose(delta(factors), np.full(factors.shape, expected), rtol=1e-2)
+
+
+def test_without_an_alpha_the_product_counts_as_it_is(tmp_path):
+    base = open_base(GGUF / "llama.gguf")
+    foreign(tmp_path / "x.gguf", base, alpha=None)
+    assert {factors.scale for factors in load_gguf_adapter(tmp_path / "x.gguf", base).layers.values()} == {1.0}
+
+
+def test_the_name_of_the_base_as_the_converter_writes_it_is_no_reason_for_a_warning(tmp_path):
+    base = open_base(GGUF / "llama.gguf")
+    called = str(base.metadata.get("general.name", "llama.gguf"))
+    for about in (
+        [("general.base_model.0.name", called.replace("-", " ").title())],
+        [
+            ("general.base_model.0.name", "x"),
+            ("general.base_model.0.repo_url", f"https://huggingface.co/some/{called}"),
+        ],
+    ):
+        foreign(tmp_path / "x.gguf", base, about=about)
+        log = EventLog(ignore)
+        found = base_with_adapters(str(base.path), [str(tmp_path / "x.gguf")], Problems(), log)[1]
+        assert found
+        assert not log.messages["warning"], about
+        (tmp_path / "x.gguf").unlink()
+    foreign(tmp_path / "x.gguf", base, about=[("general.base_model.0.name", "Another Model")])
+    log = EventLog(ignore)
+    base_with_adapters(str(base.path), [str(tmp_path / "x.gguf")], Problems(), log)
+    assert "was trained on Another Model" in log.messages["warning"][0]
 
 
 NAN = np.full((4, 32), np.nan, np.float32)

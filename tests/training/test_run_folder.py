@@ -9,12 +9,18 @@ import pytest
 
 from stress.crash import World
 from stress.disk import Operation, Record
+from thimble.config.merge import MergeConfig
 from thimble.core.adapter import Adapter
 from thimble.core.lowrank import Factors
 from thimble.files.peft import load_adapter
+from thimble.report.card import About, derived_card
 from thimble.training import run_folder
 from thimble.training.checkpoint import clear_unfinished
 from thimble.training.run_folder import atomic_folder, make_folder, publish_adapter, read_steps, write_text
+
+CARD_OF_OURS = derived_card(
+    About("a", "", "", "", "AutoModelForCausalLM", [2], [1.0], 32, use_dora=False), "merge", MergeConfig(), []
+)
 
 
 def made(number):
@@ -181,3 +187,13 @@ def _publish_and_fail(folder):
             raise ValueError("not a number")
 
     publish_adapter(folder, Unwritable(made(2).layers))
+
+
+def test_a_card_that_somebody_changed_goes_along_when_the_adapter_is_replaced(tmp_path):
+    folder = publish_adapter(tmp_path, made(1))
+    (folder / "README.md").write_text("My own words.\n")
+    publish_adapter(tmp_path, made(2))
+    assert (number_of(folder), (folder / "README.md").read_text()) == (2, "My own words.\n")
+    (folder / "README.md").write_text(CARD_OF_OURS)
+    publish_adapter(tmp_path, made(3))
+    assert not (folder / "README.md").exists(), "its figures are of another adapter"

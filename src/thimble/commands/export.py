@@ -22,6 +22,9 @@ from thimble.exports.llamacpp import is_installed
 from thimble.exports.proof import MOST_ROWS, Proof, prove
 from thimble.files.atomic import sync, write_atomic
 from thimble.files.peft import save_adapter
+from thimble.models.dora import without_magnitudes
+from thimble.report.card import derived_card
+from thimble.training.card import about_adapter, write_card
 from thimble.training.run_folder import atomic_folder, check_new_folder
 
 FEW_ROWS = 5  # if fewer are held out, training rows serve too: whether it is the same is asked, not how good it is
@@ -62,6 +65,8 @@ def export(config: ExportConfig, on_event: OnEvent = ignore) -> ExportReport:
     if config.to == "peft":
         with atomic_folder(out) as folder:
             save_adapter(adapter, folder)
+            facts = [("made from", f"{Path(config.adapter).name}, {len(adapter.layers)} layers")]
+            write_card(folder, derived_card(about_adapter(adapter, model.base), "export", config, facts))
     elif config.verify_only:
         proof = _proved(config, model, adapter, rows, out, log)
     else:
@@ -82,11 +87,30 @@ def _prepare(config: ExportConfig, log: EventLog) -> tuple[Model, Adapter]:
     paths = [config.adapter] if config.adapter else []
     model, adapters = model_with_adapters(config.base, paths, problems, log)
     for name, adapter in adapters.items():
-        if config.to == "gguf":
+        if config.approximate_rank and not adapter.has_magnitudes:
+            problems.add(f"--approximate-rank is for DoRA, and {name} is plain LoRA: leave it out")
+        if config.to == "gguf" and not config.approximate_rank:
             problems.attempt(check_exportable, name, adapter)
     problems.attempt(_check_out, config)
     (model,) = problems.required(model)
-    return model, adapters[config.adapter]
+    adapter = adapters[config.adapter]
+    return model, _without_magnitudes(
+        adapter, model, config.approximate_rank, log
+    ) if config.approximate_rank else adapter
+
+
+def _without_magnitudes(adapter: Adapter, model: Model, rank: int, log: EventLog) -> Adapter:
+    """A plain adapter in the place of a DoRA one, with what that costs told."""
+    log.stage("approximating DoRA by plain LoRA")
+    number = len(adapter.layers)
+    plain, errors = without_magnitudes(adapter, model.base, rank, lambda done: log.progress("layers", done, number))
+    worst = max(errors, key=lambda layer: errors[layer])
+    middle = sorted(errors.values())[len(errors) // 2]
+    log.warning(
+        f"DoRA: approximated by plain LoRA of rank {rank}, which leaves out {middle:.1%} of what the adapter changes "
+        f"in the middle layer, and {errors[worst]:.1%} in {worst}; measure it with thimble evaluate before you use it"
+    )
+    return plain
 
 
 def _check_out(config: ExportConfig) -> None:

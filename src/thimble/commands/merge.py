@@ -15,6 +15,8 @@ from thimble.models import merged
 from thimble.models.adapter_base import FINGERPRINT, base_of
 from thimble.models.adapters import check_all_fit, load_adapters, stored_bytes
 from thimble.models.base import Base
+from thimble.report.card import derived_card
+from thimble.training.card import about_adapter, write_card
 from thimble.training.run_folder import atomic_folder, check_new_folder
 
 
@@ -69,7 +71,10 @@ def merge(config: MergeConfig, on_event: OnEvent = ignore, should_stop: ShouldSt
             on_layer = _layer_counter(layers, stored_bytes(config.adapter, base), len(updates), log, should_stop)
             if config.writes_adapter or base is None:
                 log.stage("truncating the updates")
-                merged.write_truncated(list(adapters.values()), updates, config.truncate, config.rank, folder, on_layer)
+                written = merged.write_truncated(
+                    list(adapters.values()), updates, config.truncate, config.rank, folder, on_layer
+                )
+                write_card(folder, derived_card(about_adapter(written, base), "merge", config, _facts(config, layers)))
             elif config.unmerge:
                 original = _original(adapters, base, updates, log)
                 log.stage(f"unmerging from {base.name}")
@@ -106,6 +111,16 @@ def _combined(
         if should_stop():
             raise _StoppedError
     return updates
+
+
+def _facts(config: MergeConfig, layers: Sequence[merged.MergedLayer]) -> list[tuple[str, str]]:
+    """What the card of a new adapter says of what it was made from."""
+    names = [
+        Path(path).name + f" x {weight:g}" * (weight != 1)
+        for path, weight in zip(config.adapter, config.weights, strict=True)
+    ]
+    kept = f"{1 - merged.by_kind(layers)[-1].error ** 2:.2%} of the energy of their updates"
+    return [("made from", listing(names)), ("combined as", config.combination_type), ("keeps", kept)]
 
 
 def _layer_counter(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from thimble.config.options import Options, option
-from thimble.config.values import WHOLE_PATH
+from thimble.config.values import WHOLE_PATH, at_least
 
 FORMATS = ("gguf", "peft")
 
@@ -24,6 +24,8 @@ class ExportConfig(Options):
         metavar="PATH")  # fmt: skip
     base: str | None = option(None, "The base that the adapter was made for: a GGUF file, a Hugging Face folder or a "
         "hub name; default: the one that the adapter names.", path=WHOLE_PATH, metavar="BASE")  # fmt: skip
+    approximate_rank: int | None = option(None, "Of a DoRA adapter, which few programs but PEFT run, write a plain "
+        "one of this rank that is as near as can be; how near is told.", check=at_least(1))  # fmt: skip
     data: str = option("", "Examples that the result is proved on, in llama.cpp against Thimble; default: the "
         "validation rows of the run, or general text.", path=WHOLE_PATH, metavar="DATA")  # fmt: skip
     proof: str = option("auto", "Compare the result in llama.cpp with the original: auto does where the package "

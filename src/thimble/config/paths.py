@@ -9,10 +9,11 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from thimble.config.options import Field, Given, Options, options_of, takes_many, typed
 
+OptionsT = TypeVar("OptionsT", bound=Options)
 _VARIABLE = re.compile(r"\$(?:([A-Za-z_][A-Za-z0-9_]*)|\{([A-Za-z_][A-Za-z0-9_]*)\})")
 MOST_ENDS = 4  # parts of a lost path, by the last of which it is looked for
 
@@ -95,6 +96,26 @@ def kept_paths(options: Options, values: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(kept.get(name), str) and kept[name]:
             kept[name] = _replaced(spec, kept[name], _absolute if name != "base" else _absolute_base)
     return kept
+
+
+def without_folders(options: OptionsT) -> OptionsT:
+    """The same options with the names of files and folders alone, for a command that others may read."""
+    changes: dict[str, Any] = {}
+    for name, spec in _path_options(type(options)):
+        value = getattr(options, name)
+        if isinstance(value, tuple):
+            changes[name] = tuple(map(_last_part, value))
+        elif value:
+            changes[name] = _replaced(spec, value, _last_part if name != "base" else _last_part_of_base)
+    return options.replace(**changes)
+
+
+def _last_part(path: str) -> str:
+    return os.path.basename(path.rstrip("/")) or path
+
+
+def _last_part_of_base(path: str) -> str:
+    return _last_part(path) if os.path.isabs(path) or exists(path) else path  # else a name of the hub
 
 
 def _absolute(path: str) -> str:

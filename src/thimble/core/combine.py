@@ -13,7 +13,7 @@ import numpy as np
 
 from thimble.core.adapter import Adapter
 from thimble.core.inits import random_stream
-from thimble.core.lowrank import Array, Factors, delta, svd, total, truncate
+from thimble.core.lowrank import Array, Factors, as_update, delta, svd, total, truncate
 from thimble.errors import listing
 
 
@@ -70,7 +70,7 @@ def combination_problems(adapters: Mapping[str, Adapter], kind: str) -> list[str
     if len(adapters) > 1 and names:
         problems.append(
             f"adapter {listing(names)} is DoRA: it sets the lengths of the rows of W + scale B A, and lengths do not "
-            "add up; merge one at a time"
+            "add up; merge one at a time, or make it plain first with thimble export --to peft --approximate-rank 64"
         )
     ranks: dict[str, dict[str, int]] = {}
     for name, adapter in adapters.items():
@@ -94,7 +94,8 @@ def _combined(path: str, updates: Mapping[int, Factors], how: Combination) -> Fa
         return truncate(summed, how.rank or 1)[0] if how.is_svd else summed
     if how.is_svd:
         dense = [_Part(delta(f), how.weights[number], f"{path}:{number}") for number, f in updates.items()]
-        return _decomposed(_merged(dense, how), how.rank or 1)
+        merged = _merged(dense, how)
+        return as_update(svd(merged, min(how.rank or 1, *merged.shape)))
     sides = []
     for side in ("A", "B"):
         parts = []
@@ -110,13 +111,6 @@ def _weighted(factors: Factors, weight: float) -> Factors:
     """An update times a weight; its scale stays positive, as readers of adapters expect."""
     b = -factors.B if weight < 0 else factors.B
     return factors if weight == 1 else replace(factors, B=b, scale=factors.scale * abs(weight))
-
-
-def _decomposed(matrix: Array, rank: int) -> Factors:
-    """The best approximation of a dense update (out, in), with singular values split evenly between A and B."""
-    found = svd(matrix, min(rank, *matrix.shape))
-    root = np.sqrt(found.values)
-    return Factors((root[:, None] * found.right).astype("f4"), (found.left * root).astype("f4"), 1.0)
 
 
 def _merged(parts: Sequence[_Part], how: Combination) -> Array:

@@ -139,7 +139,7 @@ def random_stream(seed: int, name: str) -> np.random.Generator:
 
 def pissa(layer: LayerData) -> Factors:
     """The largest singular values of W by subspace iteration (Meng et al., arXiv:2404.02948, equations 2 to 4)."""
-    return _split(_top(_given(layer.weight), layer.rank), layer.scale)
+    return _split(top(_given(layer.weight), layer.rank), layer.scale)
 
 
 def pissa_exact(layer: LayerData) -> Factors:
@@ -217,7 +217,7 @@ def corda(layer: LayerData) -> Factors:
     no damping, whatever the rank of C. Each direction is split evenly between A and B, so that the scale of C does not
     matter; with C = I this is PiSSA.
     """
-    return _answering_part(layer, _top(_answers(layer), layer.rank))
+    return _answering_part(layer, top(_answers(layer), layer.rank))
 
 
 def corda_knowledge(layer: LayerData) -> Factors:
@@ -333,7 +333,7 @@ def _factors(a: Array, b: Array, scale: float) -> Factors:
     return Factors(np.ascontiguousarray(a, np.float32), np.ascontiguousarray(b, np.float32), scale)
 
 
-def _top(matrix: Array, rank: int) -> Decomposition:
+def top(matrix: Array, rank: int) -> Decomposition:
     """Top of the spectrum: exact where that is cheap, else by subspace iteration."""
     return svd(matrix, rank) if min(matrix.shape) <= EXACT_SIDE else randomised_svd(matrix, rank)
 

@@ -196,6 +196,13 @@ class Decomposition:
         return np.asarray((self.left * self.values) @ self.right)
 
 
+def as_update(found: Decomposition) -> Factors:
+    """A decomposed update, its singular values split evenly between A and B: float32, with a scale of 1."""
+    root = np.sqrt(found.values)
+    a, b = root[:, None] * found.right, found.left * root
+    return Factors(np.ascontiguousarray(a, np.float32), np.ascontiguousarray(b, np.float32), 1.0)
+
+
 def thin_svd(matrix: Array) -> tuple[Array, Array, Array]:
     """All singular values and vectors of a small matrix, in float64.
 

@@ -29,7 +29,8 @@ def check_exportable(name: str, adapter: Adapter) -> None:
     if layers:
         raise AdapterError(
             f"adapter {name} is DoRA ({listing(layers, 2)}): a GGUF adapter holds A and B alone, and llama.cpp would "
-            "leave the lengths of the rows out; merge it into a folder of float weights with thimble merge --base"
+            "leave the lengths of the rows out; merge it into a folder of float weights with thimble merge "
+            "--base, or approximate it by a plain adapter with --approximate-rank 64"
         )
 
 

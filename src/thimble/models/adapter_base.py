@@ -9,6 +9,7 @@ from anybody: a base that it names is opened as carefully as one that the user n
 import contextlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from thimble.files.peft import find_adapter
 from thimble.files.peft_config import MOST_PATH_CHARACTERS
 from thimble.files.untrusted import printable, read_bytes
 from thimble.models.base import Base, default_base, open_base
-from thimble.models.hub_cache import cached_snapshot, hub_name_of, is_hub_form
+from thimble.models.hub_cache import HUB_ADDRESS, cached_snapshot, hub_name_of, is_hub_form
 
 FINGERPRINT = "base_fingerprint"  # note of an adapter
 MOST_TRIED = 16  # GGUF files of a folder whose hashes are looked at
@@ -27,7 +28,6 @@ DEFAULT_HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"  # what the default bas
 # Metadata of a GGUF that name the model it was converted from. `general.base_model` is no such: it is what that model
 # was fine-tuned from, with other weights.
 _CONVERTED_FROM = ("general.source.huggingface.repository", "general.source.repo_url", "general.repo_url")
-_HUB_ADDRESS = "https://huggingface.co/"
 NAME_IT = "name the one that the adapter was trained on with --base"
 _MOST_MANIFEST_BYTES = 8_000_000
 _MOST_SHOWN = 12  # characters of a fingerprint
@@ -50,11 +50,28 @@ def peft_name(base: Base) -> str:
     return _converted_from(base) or (path if is_readable else printable(base.name))
 
 
+def known_hub_name(adapter: Adapter) -> str:
+    """The hub name of the base of an adapter; empty if it names a folder, or none."""
+    return adapter.base if is_hub_form(adapter.base) and not os.path.lexists(adapter.base) else ""
+
+
+def license_of(base: Base) -> str:
+    """The license that a base says it is under, in its metadata or on the card in its folder; empty if it says none."""
+    found: object = (base.metadata or {}).get("general.license")
+    if base.metadata is None:
+        with contextlib.suppress(InputError, OSError):
+            card = read_bytes(base.path / "README.md", _MOST_MANIFEST_BYTES, AdapterError).decode(errors="replace")
+            front = re.match(r"---\r?\n(.*?)\n---", card, re.DOTALL)
+            line = re.search(r"^license: *([^\s#]+)", front[1], re.MULTILINE) if front else None
+            found = line[1].strip("\"'") if line else ""
+    return found if isinstance(found, str) and re.fullmatch(r"[a-z0-9][a-z0-9.+-]{0,40}", found) else ""
+
+
 def _converted_from(base: Base) -> str | None:
     """The hub name of the model that a GGUF file was made from, if that is known."""
     for key in _CONVERTED_FROM:
         text = (base.metadata or {}).get(key)
-        name = text.removeprefix(_HUB_ADDRESS).strip("/") if isinstance(text, str) else ""
+        name = text.removeprefix(HUB_ADDRESS).strip("/") if isinstance(text, str) else ""
         if is_hub_form(name) and not name.lower().endswith("gguf"):
             return name
     return DEFAULT_HUB_NAME if _is_default(base.path) else None
@@ -197,5 +214,10 @@ def _known_name(path: str, adapter: Adapter) -> str:
 
 def _same_name(name: str, base: Base) -> bool:
     """Whether a name without a hash may be that of a base: a path, a hub name, or the name of a file."""
-    names = {base.name, base.path.name, peft_name(base)}
-    return os.path.basename(name.rstrip("/")).lower() in {os.path.basename(each).lower() for each in names}
+    names = [base.name, base.path.name, peft_name(base), str((base.metadata or {}).get("general.name", ""))]
+    return _as_file_name(name) in map(_as_file_name, filter(None, names))
+
+
+def _as_file_name(name: str) -> str:
+    """The last part of a name, as llama.cpp's converter makes a name for people of it and back."""
+    return os.path.basename(name.rstrip("/")).lower().replace(" ", "-")

@@ -13,11 +13,12 @@ from thimble.core.adapter import Adapter, is_finite
 from thimble.core.lowrank import Factors
 from thimble.core.method import MOST_SCALE
 from thimble.errors import AdapterError, BaseModelError, listing
-from thimble.files.peft_config import MAX_RANK
+from thimble.files.peft_config import MAX_RANK, MOST_PATH_CHARACTERS
 from thimble.files.tensors import TensorFile, open_tensors
 from thimble.files.untrusted import printable, shown
 from thimble.models.base import Base
 from thimble.models.gguf_names import GgufName, architecture, gguf_name
+from thimble.models.hub_cache import HUB_ADDRESS, is_hub_form
 
 SIDES = (".lora_a", ".lora_b")
 MOST_BYTES = 1 << 32  # of the numbers of an adapter
@@ -29,6 +30,14 @@ def is_gguf(path: str | Path) -> bool:
         with Path(path).open("rb") as stream:
             return stream.read(4) == b"GGUF"
     except OSError:
+        return False
+
+
+def is_gguf_adapter(path: str | Path) -> bool:
+    """Whether a path names a GGUF file that says of itself that it is an adapter."""
+    try:
+        return is_gguf(path) and open_tensors(path).metadata.get("general.type") == "adapter"
+    except BaseModelError:
         return False
 
 
@@ -62,7 +71,15 @@ def load_gguf_adapter(path: str | Path, base: Base | None) -> Adapter:
             problems += error.problems
     if problems:
         raise AdapterError(*problems[:5])
-    return Adapter(layers, str(file.metadata.get("general.base_model.0.name", "")), _notes(file))
+    return Adapter(layers, _base_name(file), _notes(file))
+
+
+def _base_name(file: TensorFile) -> str:
+    """What the file calls its base: the hub name, which llama.cpp's converter gives as an address, or the name."""
+    address, name = (file.metadata.get(f"general.base_model.0.{key}", "") for key in ("repo_url", "name"))
+    hub_name = str(address).removeprefix(HUB_ADDRESS).strip("/")
+    text = hub_name if is_hub_form(hub_name) else str(name)
+    return text if len(text) <= MOST_PATH_CHARACTERS else ""
 
 
 def gguf_sizes(path: str | Path, base: Base) -> list[tuple[str, int]]:

@@ -4,6 +4,7 @@ import os
 import re
 from pathlib import Path
 
+HUB_ADDRESS = "https://huggingface.co/"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}")
 
 

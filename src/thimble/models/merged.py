@@ -24,7 +24,7 @@ from thimble.models.base import Base, Weight
 from thimble.models.weight_files import weight_files
 
 ROUNDING_LIMIT = 0.1  # share of an update that rounding may change before a warning
-WINDOW_VALUES = 4_000_000  # numbers of a weight that are merged at a time
+WINDOW_VALUES = 1 << 18  # numbers of a weight that are merged at a time: the dozen passes over them stay in the cache
 FLOAT_DTYPES = ("F32", "F16", "BF16")  # that a sum is rounded to number by number
 # Files that describe a model; links to them are followed wherever they lead.
 DESCRIPTIONS = {
@@ -146,8 +146,8 @@ def write_truncated(
     most: int | None,
     folder: Path,
     on_layer: OnLayer,
-) -> None:
-    """Truncate summed updates to a share of their energy (None: all) and a highest rank, and write them as one adapter.
+) -> Adapter:
+    """Truncate summed updates to a share of their energy (None: all) and a highest rank; write them as one adapter.
 
     What `on_layer` raises ends the work; it gets each layer as it is done, without its size in the files before.
     """
@@ -160,7 +160,9 @@ def write_truncated(
     base, notes = adapters[0].base, adapters[0].notes
     if len({(adapter.base, adapter.notes.get(FINGERPRINT)) for adapter in adapters}) > 1:  # it is of none of them
         base, notes = "", {name: text for name, text in notes.items() if name != FINGERPRINT}
-    save_adapter(replace(adapters[0], layers=kept, base=base, notes=notes, origin={}), folder)
+    written = replace(adapters[0], layers=kept, base=base, notes=notes, origin={})
+    save_adapter(written, folder)
+    return written
 
 
 def check_mergeable(base: Base, layers: Sequence[str], adapter: str = "DIR") -> int:
@@ -292,12 +294,12 @@ def merged_rows(layer: str, weight: Weight, factors: Factors, on_layer: OnLayer)
         rows = slice(first, min(first + step, num_rows))
         old = dequantize(weight.raw()[rows], weight.dtype, (rows.stop - rows.start, columns))  # (rows, in)
         magnitude = None if factors.magnitude is None else factors.magnitude[rows]
-        exact = merge(old.astype(wide), Factors(factors.A, factors.B[rows], factors.scale, magnitude))
+        exact = merge(old.astype(wide, copy=False), Factors(factors.A, factors.B[rows], factors.scale, magnitude))
         size += float(np.linalg.norm(exact - old)) ** 2
         if not math.isfinite(size):
             raise RunError(f"{layer} of the base holds NaN or Inf: nothing is written")
         try:
-            packed = quantize(exact.astype(np.float32), weight.dtype)
+            packed = quantize(exact.astype(np.float32, copy=False), weight.dtype)
         except BaseModelError as error:
             raise RunError(f"{layer}: {error}: nothing is written") from None
         lost += float(np.linalg.norm(dequantize(packed, weight.dtype, old.shape) - exact)) ** 2

@@ -34,6 +34,7 @@ class TrainReport:
         loss_train_after: The same after training: how well those rows are remembered.
         loss_comparison: Validation rows measured one by one before and after: `rows` compared, `better` and `worse`,
             and `chance`, that random signs alone would give as large a gain.
+        training_rows: Rows to learn from.
         validation_rows: Rows held out.
         known_rows: Of these, rows that are also training rows; they are left out of comparisons.
         token_ratio: Tokens for the words of the data, over those for English ones; 0 if there are too few words.
@@ -80,6 +81,7 @@ class TrainReport:
     loss_train_before: float = math.nan
     loss_train_after: float = math.nan
     loss_comparison: dict[str, Any] = field(default_factory=dict)
+    training_rows: int = 0
     validation_rows: int = 0
     known_rows: int = 0
     token_ratio: float = 0.0

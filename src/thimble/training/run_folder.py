@@ -5,7 +5,7 @@ metrics.jsonl         one object a step
 start/                the initial A and B, where they cannot be drawn again from the seed alone
 before.json           the evaluation before training, saved so that a resumed run need not repeat it
 checkpoints/step-N/   state.safetensors and manifest.json (hashes); a folder counts only if they match
-adapter/              the result, in PEFT's layout; here before it is measured
+adapter/              the result, in PEFT's layout, here before it is measured; and a card for the hub, README.md
 report.json           the report as data, and report.html for people
 manifest.json         hashes of base, data and result
 """
@@ -22,7 +22,8 @@ from typing import Any
 from thimble.core.adapter import Adapter
 from thimble.errors import ConfigError, DoesNotFitError, escaped
 from thimble.files.atomic import sync, write_atomic
-from thimble.files.peft import save_adapter
+from thimble.files.peft import CONFIG_FILE, WEIGHTS_FILE, save_adapter
+from thimble.report.card import CARD, is_ours
 
 START, STEPS = "start", "metrics.jsonl"
 MOST_NAME_BYTES = 200  # of a folder that is named after data: systems allow 255
@@ -176,6 +177,9 @@ def publish_adapter(folder: Path, adapter: Adapter, name: str = "adapter") -> Pa
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         save_adapter(adapter, temporary)
+        card = target / CARD
+        if card.is_file() and not is_ours(card):  # one of ours is written anew when the run is done
+            shutil.copyfile(card, temporary / CARD)
         sync_tree(temporary)
         if not target.exists():
             os.rename(temporary, target)
@@ -282,6 +286,7 @@ def sync_tree(folder: Path) -> None:
 
 def write_manifest(folder: Path, base: Mapping[str, Any], data: Mapping[str, str], version: str) -> None:
     """Write what the run was made of, with the place of its base, and what it made, by SHA-256."""
-    results = {str(path.relative_to(folder)): hash_file(path) for path in sorted((folder / "adapter").iterdir())}
+    made = [folder / "adapter" / name for name in (CONFIG_FILE, WEIGHTS_FILE)]  # its card may be changed by its owner
+    results = {str(path.relative_to(folder)): hash_file(path) for path in made}
     manifest = {"thimble": version, "base": dict(base), "data": dict(data), "result": results}
     write_json(folder / "manifest.json", manifest)

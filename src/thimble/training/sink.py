@@ -16,11 +16,13 @@ from thimble.core.metrics import LossSum
 from thimble.events import EventLog
 from thimble.models.adapter_base import manifest_entry
 from thimble.models.base import Base
+from thimble.report.card import training_card
 from thimble.report.keys import to_json_dict
 from thimble.report.page import write_report
 from thimble.report.verdict import judge
 from thimble.training import run_folder
 from thimble.training.answers import Answer
+from thimble.training.card import about_adapter, write_card
 from thimble.training.checkpoint import (
     BEFORE,
     HASHED,
@@ -117,6 +119,8 @@ class RunFolderSink:
         steps = run_folder.read_steps(folder / run_folder.STEPS)
         report.verdict = asdict(judge(asdict(report), steps))
         write_report(folder / "report.html", asdict(report), steps)
+        card = training_card(about_adapter(adapter, base), asdict(report), self._data)
+        write_card(folder / "adapter", card)
         run_folder.write_json(folder / "report.json", to_json_dict(report))  # last: with it the run is done
         if report.status == "done" and not report.config.get("checkpoint_every_steps"):
             clear_checkpoints(folder)

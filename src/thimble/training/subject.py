@@ -10,6 +10,7 @@ from thimble.errors import AdapterError, BaseModelError, ConfigError, Problems, 
 from thimble.events import EventLog, ShouldStop
 from thimble.files.peft import CONFIG_FILE, WEIGHTS_FILE
 from thimble.models.adapters import load_adapters
+from thimble.models.gguf_adapter import is_gguf_adapter
 from thimble.models.places import find_place
 from thimble.models.survey import Row, Subject, choose_blocks
 
@@ -46,7 +47,7 @@ def open_subject(config: InspectConfig, problems: Problems, log: EventLog) -> Su
 def _kind_of(name: str) -> str:
     """`adapter` or `base`, by the files that are there; a ConfigError if it is neither."""
     place = Path(name)
-    if any((folder / CONFIG_FILE).is_file() for folder in (place, place / "adapter")):
+    if any((folder / CONFIG_FILE).is_file() for folder in (place, place / "adapter")) or is_gguf_adapter(place):
         return "adapter"
     if _is_base(place) or is_hub_name(name):
         return "base"
