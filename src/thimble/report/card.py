@@ -5,6 +5,7 @@ clock. A marker holds the hash of the rest, so that a text that somebody has cha
 """
 
 import hashlib
+import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -104,16 +105,12 @@ def _hash(text: str) -> str:
 
 
 def _front_matter(about: About) -> str:
-    import yaml
-
-    tags = ["lora", "peft", "thimble"]
-    values: dict[str, Any] = {"library_name": "peft", "pipeline_tag": "text-generation"}
-    if about.hub_name:
-        values["base_model"] = about.hub_name
-        tags = [f"base_model:adapter:{about.hub_name}", *tags]
-    if about.license:
-        values["license"] = about.license
-    return yaml.safe_dump({**values, "tags": tags}, allow_unicode=True)
+    """YAML, in which texts may stand as JSON."""
+    tags = [f"base_model:adapter:{about.hub_name}"] * bool(about.hub_name) + ["lora", "peft", "thimble"]
+    lines = [f"base_model: {json.dumps(about.hub_name)}"] * bool(about.hub_name) + ["library_name: peft"]
+    lines += [f"license: {json.dumps(about.license)}"] * bool(about.license)
+    lines += ["pipeline_tag: text-generation", "tags:", *(f"- {json.dumps(tag)}" for tag in tags)]
+    return "".join(f"{line}\n" for line in lines)
 
 
 def _figures(report: Mapping[str, Any]) -> str:
