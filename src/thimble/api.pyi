@@ -312,6 +312,7 @@ def export(
     to: Literal["gguf", "peft"] = "gguf",
     out: str | Path = "",
     base: str | Path | None = None,
+    approximate_rank: int | Literal["auto"] | None = None,
     data: Data | None = "",
     proof: Literal["auto", "always", "never"] = "auto",
     verify_only: bool = False,
