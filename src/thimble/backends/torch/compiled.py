@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from numba import njit
+from numba.extending import overload
 
 
 def compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -25,6 +26,23 @@ def compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any
         return dispatcher
 
     return decorate
+
+
+def address_of(loop: Any, *arguments: Any) -> int:
+    """Compile a loop for some types of arguments, as a function of C; returns where that is, while the loop lives."""
+    loop.compile(arguments)
+    found = loop.overloads[arguments]
+    return int(found.library.get_pointer_to_function(found.fndesc.llvm_cfunc_wrapper_name))
+
+
+def specialised(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate a function that compiled loops call: compiled for each value of the constants that it is given."""
+
+    @overload(function, prefer_literal=True, strict=False, jit_options={"error_model": "numpy"})
+    def specialise(*arguments: Any) -> Callable[..., Any]:
+        return function
+
+    return function
 
 
 def _tolerate(cache: Any) -> None:

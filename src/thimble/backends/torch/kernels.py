@@ -26,7 +26,7 @@ Array = NDArray[Any]
 _PLAIN_LANES = 32
 
 
-class _Block:
+class Block:
     """One block of a file in a program being written."""
 
     def __init__(self, builder: ir.IRBuilder, start: ir.Value, layout: np.dtype[Any], lanes: int) -> None:
@@ -60,91 +60,93 @@ class _Block:
 Program = Iterator[Lanes]
 
 
-def _f32(block: _Block) -> Program:
+def _f32(block: Block) -> Program:
     yield block.plain(INT).from_bits().quiet()
 
 
-def _f16(block: _Block) -> Program:
+def _f16(block: Block) -> Program:
     yield block.plain(SHORT).from_half()
 
 
-def _bf16(block: _Block) -> Program:
+def _bf16(block: Block) -> Program:
     yield (block.plain(SHORT).widen() << 16).from_bits()
 
 
-def _q8_0(block: _Block) -> Program:
+def _q8_0(block: Block) -> Program:
     yield block.bytes("quants", 32).widen_signed().to_float() * block.half("scale")
 
 
-def _nibbles(packed: Lanes) -> tuple[Lanes, Lanes]:
+def nibbles(packed: Lanes) -> tuple[Lanes, Lanes]:
+    """The lower and the upper four bits of bytes."""
     return packed & 15, packed >> 4
 
 
-def _q4_0(block: _Block) -> Program:
+def _q4_0(block: Block) -> Program:
     scale = block.half("scale")
-    for quants in _nibbles(block.bytes("quants", 16)):
+    for quants in nibbles(block.bytes("quants", 16)):
         yield (quants.widen() - 8).to_float() * scale
 
 
-def _q4_1(block: _Block) -> Program:
+def _q4_1(block: Block) -> Program:
     scale, low = block.half("scale"), block.half("low")
-    for quants in _nibbles(block.bytes("quants", 16)):
+    for quants in nibbles(block.bytes("quants", 16)):
         yield quants.widen().to_float() * scale + low
 
 
-def _five_bits(block: _Block) -> Program:
+def _five_bits(block: Block) -> Program:
     high = block.word("high").pick([0] * 32)
     fifth = ((high >> range(32)) & 1) << 4
-    for half, quants in enumerate(_nibbles(block.bytes("quants", 16))):
+    for half, quants in enumerate(nibbles(block.bytes("quants", 16))):
         yield quants.widen() | fifth.pick(range(16 * half, 16 * half + 16))
 
 
-def _q5_0(block: _Block) -> Program:
+def _q5_0(block: Block) -> Program:
     scale = block.half("scale")
     for quants in _five_bits(block):
         yield (quants - 16).to_float() * scale
 
 
-def _q5_1(block: _Block) -> Program:
+def _q5_1(block: Block) -> Program:
     scale, low = block.half("scale"), block.half("low")
     for quants in _five_bits(block):
         yield quants.to_float() * scale + low
 
 
-def _sub_scales(block: _Block) -> tuple[Lanes, Lanes]:
+def sub_scales(block: Block) -> tuple[Lanes, Lanes]:
+    """Scales and lows of the eight runs of a K block, float32."""
     first, second, rest = (block.bytes("scales", 4, skip) for skip in (0, 4, 8))
     scales = (first & 63).join((rest & 15) | ((first >> 6) << 4))
     lows = (second & 63).join((rest >> 4) | ((second >> 6) << 4))
     return scales.widen().to_float() * block.half("scale"), lows.widen().to_float() * block.half("low")
 
 
-def _q4_k(block: _Block) -> Program:
-    scales, lows = _sub_scales(block)
+def _q4_k(block: Block) -> Program:
+    scales, lows = sub_scales(block)
     for run in range(8):
-        quants = _nibbles(block.bytes("quants", 32, run // 2 * 32))[run % 2]
+        quants = nibbles(block.bytes("quants", 32, run // 2 * 32))[run % 2]
         yield quants.widen().to_float() * scales.pick([run] * 32) - lows.pick([run] * 32)
 
 
-def _q5_k(block: _Block) -> Program:
-    scales, lows = _sub_scales(block)
+def _q5_k(block: Block) -> Program:
+    scales, lows = sub_scales(block)
     for run in range(8):
-        quants = _nibbles(block.bytes("quants", 32, run // 2 * 32))[run % 2]
+        quants = nibbles(block.bytes("quants", 32, run // 2 * 32))[run % 2]
         quants = quants | (((block.bytes("high", 32) >> run) & 1) << 4)
         yield quants.widen().to_float() * scales.pick([run] * 32) - lows.pick([run] * 32)
 
 
-def _q6_k(block: _Block) -> Program:
+def _q6_k(block: Block) -> Program:
     scales = block.bytes("scales", 16).widen_signed().to_float() * block.half("scale")
     for half in range(2):
         high = block.bytes("high", 32, 32 * half)
         for quarter in range(4):
-            quants = _nibbles(block.bytes("quants", 32, 64 * half + quarter % 2 * 32))[quarter // 2]
+            quants = nibbles(block.bytes("quants", 32, 64 * half + quarter % 2 * 32))[quarter // 2]
             quants = quants | (((high >> (2 * quarter)) & 3) << 4)
             run = 8 * half + 2 * quarter
             yield (quants.widen() - 32).to_float() * scales.pick([run] * 16 + [run + 1] * 16)
 
 
-_DECODERS: dict[str, Callable[[_Block], Program]] = {
+DECODERS: dict[str, Callable[[Block], Program]] = {
     "F32": _f32, "F16": _f16, "BF16": _bf16, "Q8_0": _q8_0, "Q4_0": _q4_0, "Q4_1": _q4_1, "Q5_0": _q5_0,
     "Q5_1": _q5_1, "Q4_K": _q4_k, "Q5_K": _q5_k, "Q6_K": _q6_k,
 }  # fmt: skip
@@ -160,8 +162,8 @@ def _decode_block(typing_context, dtype, lanes, row, at, out, to):
         target = context.make_array(signature.args[4])(context, builder, out_value).data
         target = builder.gep(target, [to_value])
         start = builder.gep(builder.bitcast(source, BYTE.as_pointer()), [at_value])
-        block = _Block(builder, start, LAYOUTS[dtype.literal_value], lanes.literal_value)
-        for values in _DECODERS[dtype.literal_value](block):
+        block = Block(builder, start, LAYOUTS[dtype.literal_value], lanes.literal_value)
+        for values in DECODERS[dtype.literal_value](block):
             _store(values if out.dtype == types.float32 else values.bfloat16(), target)
             target = builder.gep(target, [LONG(values.count)])
         return context.get_dummy_value()

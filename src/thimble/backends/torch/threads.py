@@ -36,6 +36,11 @@ def num_cores() -> int:
     return usable_cores()
 
 
+def usable_threads() -> int:
+    """Cores that the calling thread may put to work: all, or its share among tasks that run side by side."""
+    return _here.cores or num_cores()
+
+
 if torch.get_num_threads() > num_cores():  # torch counts the cores it sees: its threads would wait for throttled ones
     torch.set_num_threads(num_cores())
 
@@ -82,14 +87,14 @@ def _run(task: Callable[[], T], cores: int) -> T:
 
 
 @functools.cache
-def _helpers() -> ThreadPoolExecutor:
+def helpers() -> ThreadPoolExecutor:
     """Make the threads that help the calling one."""
     return ThreadPoolExecutor(max(1, num_cores() - 1), thread_name_prefix="thimble-loop")
 
 
 # A forked process inherits the pools, but not their threads.
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=lambda: (_helpers.cache_clear(), _workers.cache_clear()))
+    os.register_at_fork(after_in_child=lambda: (helpers.cache_clear(), _workers.cache_clear()))
 
 
 def parallel_for(rows: int, work_per_row: int, kernel: Callable[..., None], *arguments: Any) -> None:
@@ -97,7 +102,7 @@ def parallel_for(rows: int, work_per_row: int, kernel: Callable[..., None], *arg
 
     A unit of `work_per_row` is a load, a few operations and a store. The kernel is compiled with `nogil=True`.
     """
-    cores = _here.cores or num_cores()
+    cores = usable_threads()
     if cores == 1 or rows * work_per_row <= PIECE // 4:
         kernel(0, rows, *arguments)
         return
@@ -109,7 +114,7 @@ def parallel_for(rows: int, work_per_row: int, kernel: Callable[..., None], *arg
             kernel(begin, min(begin + step, rows), *arguments)
 
     num_helpers = min(cores, -(-rows // step)) - 1
-    tasks = [_helpers().submit(work) for _ in range(num_helpers)]
+    tasks = [helpers().submit(work) for _ in range(num_helpers)]
     work()
     for task in tasks:
         if not task.cancel():  # nothing is left to do for one that has not begun

@@ -7,12 +7,22 @@ instructions that LLVM fits to the processor. bfloat16 is kept as uint16, the up
 from collections.abc import Sequence
 from typing import Any, Self
 
-from llvmlite import ir
-from numba import types
+from llvmlite import binding, ir
+from numba import config, types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 BYTE, SHORT, INT, LONG = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 FLOAT = ir.FloatType()
+# What the processor has beyond its kind; nothing is known of one that numba was told to compile for instead.
+_COMPILES_FOR_HOST = config.CPU_NAME is None and config.CPU_FEATURES is None
+FEATURES = {name for name, is_here in binding.get_host_cpu_features().items() if is_here and _COMPILES_FOR_HOST}
+
+
+def call(builder: ir.IRBuilder, name: str, result: ir.Type, *arguments: ir.Value) -> ir.Value:
+    """Call a function by its name, such as an LLVM intrinsic."""
+    kind = ir.FunctionType(result, [argument.type for argument in arguments])
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), arguments)
 
 
 class Lanes:
@@ -75,6 +85,28 @@ class Lanes:
         mask = ir.Constant(ir.VectorType(INT, len(lanes)), list(lanes))
         return self._new(self.builder.shuffle_vector(source.value, source.value, mask))
 
+    def lane(self, number: int) -> Self:
+        """One of the lanes, a single number."""
+        return self._new(self.builder.extract_element(self.value, INT(number)))
+
+    def spread(self, count: int) -> Self:
+        """A single number in each of so many lanes."""
+        return self.pick([0] * count)
+
+    def fused(self, other: Self, addend: Self) -> Self:
+        """self · other + addend of float32, rounded once."""
+        kind = self.value.type
+        name = f"llvm.fma.{'f32' if self.count is None else f'v{self.count}f32'}"
+        return self._new(call(self.builder, name, kind, self.value, self._match(other), addend.value))
+
+    def total(self) -> Self:
+        """The sum of all lanes, in halves: always in the same order."""
+        lanes = self
+        while lanes.count > 1:
+            half = lanes.count // 2
+            lanes = lanes.pick(range(half)) + lanes.pick(range(half, lanes.count))
+        return lanes.lane(0)
+
     def join(self, other: Self) -> Self:
         """Set the lanes of `other` behind these."""
         mask = ir.Constant(ir.VectorType(INT, 2 * self.count), list(range(2 * self.count)))
@@ -101,7 +133,10 @@ class Lanes:
         return self._new(self.builder.bitcast(self.value, self._typed(FLOAT)))
 
     def from_half(self) -> Self:
-        """Bits of float16 -> float32, by moving bits: not every processor has an instruction for it."""
+        """Bits of float16 -> float32, by the processor's own instruction or by moving bits."""
+        if "f16c" in FEATURES:
+            half = self.builder.bitcast(self.value, self._typed(ir.HalfType()))
+            return self._new(self.builder.fpext(half, self._typed(FLOAT))).quiet()
         bits = self.widen()
         size = bits & 0x7FFF
         tiny = (size.to_float() * 2.0**-24).bits()
