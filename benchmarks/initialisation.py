@@ -8,43 +8,27 @@ RESULTS.md.
 """
 
 import argparse
-import json
 import math
-import pydoc
 import statistics
-import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from run import write_results
+from short_runs import Bench, Kept, best_power, tasks
 
-from thimble.backends.open import open_session
-from thimble.backends.torch.session import TorchSession
-from thimble.config.train import TrainConfig
 from thimble.core.method import INITS
-from thimble.core.metrics import LossSum
-from thimble.data.batches import micro_batches, shares
-from thimble.events import EventLog, ignore
-from thimble.training.initialise import Initialization, initialise
-from thimble.training.plan import RunPlan, plan_run
 
 HERE = Path(__file__).parent
-DEMO_DATA = HERE.parent / "demo" / "data"
 ARMS = ("kaiming", "pissa", "milora", "corda", "eva", "gradient", "gradient:lora-ga")
 FEWER = ("kaiming", "pissa", "gradient")  # on the second task, so that all of it takes about an hour
 STEP = 1.78  # between learning rates: five to a decade and a quarter, as in arXiv:2602.04998
 MOST_EXTRA = 3  # rates beyond the first ones
-BATCH_TOKENS, EVAL_ROWS, CALIBRATION_STEPS = 1024, 12, 4
+TASKS = ("tool calls", "documentation")
+BETA2 = 0.95  # of AdamW; results of runs with 0.999, and the default rates of then, stay in the file and are left out
+BATCH_TOKENS, EVAL_TOKENS, CALIBRATION_STEPS = 1024, 3000, 4
 PASSES = {"inputs": 0.4, "gradients": 2.0}  # cost of a calibration token, in tokens that are learned from
-# Modules of the standard library whose documentation makes a task of plain text, and those that are held out.
-MODULES = ("argparse", "asyncio", "collections", "csv", "datetime", "decimal", "email", "fractions", "ftplib", "heapq",
-           "http.client", "itertools", "json", "logging", "multiprocessing", "optparse", "pathlib", "pickle", "queue",
-           "random", "re", "shelve", "smtplib", "socket", "sqlite3", "ssl", "statistics", "subprocess", "tarfile",
-           "tempfile", "textwrap", "threading", "unittest", "urllib.request", "zipfile")  # fmt: skip
-HELD_OUT_MODULES = ("calendar", "configparser", "functools", "ipaddress", "shutil", "uuid")
 
 
 @dataclass(frozen=True)
@@ -69,124 +53,48 @@ class Size:
 REDUCED = Size(FEWER, steps=12, eval_every=4, seeds=3)
 
 
-# ---- tasks ----------------------------------------------------------------------------------------------------------
-
-
-def tasks() -> dict[str, Path]:
-    """Tool calls with the loss on the answers, and documentation as plain text."""
-    folder = HERE / "models" / "documentation"
-    for split, modules in (("train", MODULES), ("valid", HELD_OUT_MODULES)):
-        folder.mkdir(parents=True, exist_ok=True)
-        texts = (pydoc.plain(pydoc.render_doc(name)) for name in modules)
-        lines = (json.dumps({"text": text[start : start + 1500]}) for text in texts for start in range(0, 12000, 1500)
-                 if text[start : start + 1500].strip())  # fmt: skip
-        (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
-    return {"tool calls": DEMO_DATA, "documentation": folder}
-
-
-class Task:
-    """A task with the base loaded for it."""
-
-    def __init__(self, name: str, data: Path, size: Size) -> None:
-        self.name, self.data, self.size = name, data, size
-        self.arms = [arm for arm in size.arms if data == DEMO_DATA or arm in FEWER]
-        self.session: TorchSession | None = None
-        self.starts: dict[tuple[str, int], Initialization] = {}
-
-    def plan(self, arm: str, seed: int, rate: float | None = None) -> RunPlan:
-        """A run of this task."""
-        config = TrainConfig.build({
-            "data": str(self.data), "init": arm, "seed": seed, "learning_rate": rate, "max_steps": self.size.steps,
-            "batch_tokens": BATCH_TOKENS, "seq_len": 640, "eval_rows": 0, "eval_every_steps": 0,
-            "calibration_steps": CALIBRATION_STEPS,
-        })  # fmt: skip
-        return plan_run(config, EventLog(ignore), needs_folder=False)
-
-    def run(self, arm: str, power: int, seed: int) -> dict[str, Any]:
-        """Train once; what became of it."""
-        began = time.perf_counter()
-        rate = self.plan(arm, seed).step_schedule.rate * STEP**power
-        run_plan = self.plan(arm, seed, rate)
-        self.session = self.session or open_session(run_plan.model, run_plan.config.compute, run_plan.execution.store)
-        if (arm, seed) not in self.starts:
-            self.starts = {key: start for key, start in self.starts.items() if key[0] == arm}
-            self.starts[arm, seed] = initialise(
-                INITS[arm], run_plan.config, run_plan.sizes, run_plan.calibration_data(), self.session, EventLog(ignore)
-            )
-        self.session.train(self.starts[arm, seed].adapter)
-        looked = sum(
-            len(run_plan.examples.train[n].ids)
-            for s in range(CALIBRATION_STEPS)
-            for n in run_plan.step_schedule.rows(s)
-        )
-        tokens = int(looked * PASSES.get(INITS[arm].needs, 0))
-        curve = [(tokens, self._loss(run_plan, run_plan.examples.valid[:EVAL_ROWS]))]
-        for step in range(self.size.steps):
-            rows = [run_plan.examples.train[number] for number in run_plan.step_schedule.rows(step)]
-            parts = shares(rows, run_plan.execution.num_shares, run_plan.execution.micro_tokens)
-            gradients = self.session.gradients(parts, sum(row.target_tokens for row in rows))
-            self.session.apply(gradients, run_plan.step_schedule.rate_at(step, 0.0), 1.0)
-            tokens += sum(len(row.ids) for row in rows)
-            if (step + 1) % self.size.eval_every == 0:
-                curve.append((tokens, self._loss(run_plan, run_plan.examples.valid[:EVAL_ROWS])))
-        general = self._loss(run_plan, run_plan.general)
-        return {
-            "task": self.name, "arm": arm, "power": power, "seed": seed, "rate": rate, "curve": curve,
-            "final": curve[-1][1], "general": general, "steps": self.size.steps,
-            "seconds": round(time.perf_counter() - began, 1),
-        }  # fmt: skip
-
-    def _loss(self, run_plan: RunPlan, rows: Any) -> float:
-        assert self.session is not None
-        mean = sum(self.session.losses(micro_batches(rows, run_plan.execution.micro_tokens)), LossSum()).mean
-        return mean if math.isfinite(mean) else 99.0
-
-
 # ---- the protocol ---------------------------------------------------------------------------------------------------
 
 
 class Study:
-    """Runs that were done, and those that are missing."""
+    """Runs of every start: those that were done, and those that are missing."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.runs: list[dict[str, Any]] = json.loads(path.read_text())["runs"] if path.exists() else []
+    def __init__(self, kept: Kept, size: Size) -> None:
+        self.kept, self.size, self._bench = kept, size, Bench()
 
-    def result(self, task: Task, arm: str, power: int, seed: int) -> dict[str, Any]:
-        """A run, done now unless it was done before."""
-        key = {"task": task.name, "arm": arm, "power": power, "seed": seed, "steps": task.size.steps}
-        for run in self.runs:
-            if all(run[name] == value for name, value in key.items()):
-                return run
-        run = task.run(arm, power, seed)
-        print(
-            f"{task.name}, {arm}: rate {run['rate']:.2g}, seed {seed}: {run['final']:.4f}, {run['seconds']} s",
-            flush=True,
+    def result(self, task: str, arm: str, power: int, seed: int) -> dict[str, Any]:
+        """A run at the default rate times STEP^power, with what the start reads to calibrate charged to it."""
+        key = {"task": task, "arm": arm, "power": power, "seed": seed, "steps": self.size.steps, "beta2": BETA2}
+        options = {
+            "data": str(tasks()[task]), "init": arm, "seed": seed, "max_steps": self.size.steps, "seq_len": 640,
+            "batch_tokens": BATCH_TOKENS, "calibration_steps": CALIBRATION_STEPS, "adam_beta2": BETA2,
+        }  # fmt: skip
+
+        def run() -> dict[str, Any]:
+            usual = self._bench.plan(options)
+            rate = usual.step_schedule.rate * STEP**power
+            done = self._bench.train({**options, "learning_rate": rate}, EVAL_TOKENS, self.size.eval_every)
+            read = [row for step in range(CALIBRATION_STEPS) for row in usual.step_schedule.rows(step)]
+            charged = int(sum(len(usual.examples.train[row].ids) for row in read) * PASSES.get(INITS[arm].needs, 0))
+            return {**done, "curve": [(charged + tokens, loss) for tokens, loss in done["curve"]]}
+
+        return self.kept.result(key, run)
+
+    def best_power(self, task: str, arm: str) -> int:
+        """The learning rate of an arm with the lowest final loss, with one seed."""
+        return best_power(
+            lambda power: float(self.result(task, arm, power, 0)["final"]), self.size.rates, most_extra=MOST_EXTRA
         )
-        self.runs.append(run)
-        self.path.write_text(json.dumps({"runs": self.runs}, indent=1) + "\n")
-        return run
-
-    def best_power(self, task: Task, arm: str) -> int:
-        """The learning rate of an arm with the lowest final loss, looked for further out while it is at the edge."""
-        powers = list(task.size.rates)
-        for _ in range(MOST_EXTRA + 1):
-            finals = {power: self.result(task, arm, power, 0)["final"] for power in powers}
-            best = min(finals, key=lambda power: finals[power])
-            if best not in (min(powers), max(powers)):
-                break
-            powers.append(best + (1 if best == max(powers) else -1))
-        return best
 
 
-def compare(study: Study, task: Task) -> list[dict[str, Any]]:
+def compare(study: Study, task: str) -> list[dict[str, Any]]:
     """One line an arm: against Kaiming at its own best rate, seed by seed."""
-    at_best = {arm: study.best_power(task, arm) for arm in task.arms}
-    runs = {
-        arm: [study.result(task, arm, power, seed) for seed in range(task.size.seeds)] for arm, power in at_best.items()
-    }
+    size = study.size
+    arms = [arm for arm in size.arms if task == TASKS[0] or arm in FEWER]
+    at_best = {arm: study.best_power(task, arm) for arm in arms}
+    runs = {arm: [study.result(task, arm, power, seed) for seed in range(size.seeds)] for arm, power in at_best.items()}
     lines = []
-    for arm in task.arms:
+    for arm in arms:
         speed = [math.log(tokens_to(run["curve"], other["final"]) / tokens_to(other["curve"], other["final"]))
                  for run, other in zip(runs[arm], runs["kaiming"], strict=True)]  # fmt: skip
         loss, general = (
@@ -194,8 +102,8 @@ def compare(study: Study, task: Task) -> list[dict[str, Any]]:
             for name in ("final", "general")
         )
         lines.append({
-            "edge": " (edge)" if at_best[arm] == max(task.size.rates) + MOST_EXTRA else "",
-            "task": task.name, "arm": arm, "rate": runs[arm][0]["rate"], "power": at_best[arm],
+            "edge": " (edge)" if at_best[arm] == max(size.rates) + MOST_EXTRA else "",
+            "task": task, "arm": arm, "rate": runs[arm][0]["rate"], "power": at_best[arm],
             "final": statistics.mean(run["final"] for run in runs[arm]), "speed": speed, "loss": loss,
             "general": general, "p_speed": p_value(speed), "p_loss": p_value(loss),
         })  # fmt: skip
@@ -295,7 +203,9 @@ def draw(study: Study, lines: list[dict[str, Any]], size: Size) -> None:
     figure, axes = pyplot.subplots(len(names), 2, figsize=(10, 3.6 * len(names)), layout="constrained", squeeze=False)
     colours = dict(zip(ARMS, pyplot.get_cmap("tab10").colors, strict=False))
     for (curves, rates), name in zip(axes, names, strict=True):
-        own = [run for run in study.runs if run["task"] == name and run["steps"] == size.steps]
+        own = [
+            run for run in study.kept.runs if (run["task"], run["steps"], run.get("beta2")) == (name, size.steps, BETA2)
+        ]
         for line in (line for line in lines if line["task"] == name):
             arm = line["arm"]
             best = [run["curve"] for run in own if run["arm"] == arm and run["power"] == line["power"]]
@@ -318,11 +228,9 @@ def main() -> None:
     parser.add_argument("--reduced", action="store_true", help="fewer starts, rates, seeds and steps")
     options = parser.parse_args()
     size = REDUCED if options.reduced else Size()
-    if not DEMO_DATA.exists():
-        sys.exit("the data of the demo is missing: run `python examples/01_tool_calling.py demo/data` first")
-    study, lines = Study(HERE / "initialisation.json"), []
-    for name, data in tasks().items():
-        lines += compare(study, Task(name, data, size))
+    study, lines = Study(Kept(HERE / "initialisation.json"), size), []
+    for task in TASKS:
+        lines += compare(study, task)
         (HERE / "initialisation.md").write_text(as_page(lines, size))
         draw(study, lines, size)
     write_results([])

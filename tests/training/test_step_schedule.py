@@ -6,12 +6,12 @@ from thimble.config.train import TrainConfig
 from thimble.training.step_schedule import StepSchedule
 
 
-def schedule(rank=16, target_tokens=3000, **options):
+def schedule(rank=16, target_tokens=30_000, **options):
     config = TrainConfig.build({"data": "x", "rank": rank, **options})
-    return StepSchedule(config, [40] * 300, target_tokens, "llama", 576, [(rank, 576), (rank, 1536)])
+    return StepSchedule(config, [400] * 300, target_tokens, "llama", 576, [(rank, 576), (rank, 1536)])
 
 
-def default_rate(rank=16, target_tokens=3000, **options):
+def default_rate(rank=16, target_tokens=30_000, **options):
     return schedule(rank, target_tokens, **options).rate
 
 
@@ -22,15 +22,15 @@ def test_rslora_takes_the_root_of_the_rank_off_the_default_rate():
 
 
 def test_the_default_rate_grows_with_the_root_of_the_target_tokens_in_a_step_and_not_with_its_rows():
-    """Rows of 40 tokens, of which 10 or 40 are learned, in steps of 400 or 1600 tokens."""
-    plain, whole = default_rate(batch_tokens=400), default_rate(target_tokens=12000, batch_tokens=400)
-    larger = default_rate(batch_tokens=1600)
+    """Rows of 400 tokens, of which 100 or 400 are learned, in steps of 4,000 or 16,000 tokens."""
+    plain, whole = default_rate(batch_tokens=4000), default_rate(target_tokens=120_000, batch_tokens=4000)
+    larger = default_rate(batch_tokens=16_000)
     assert math.isclose(whole, 2 * plain, rel_tol=0.03)
     assert math.isclose(larger, 2 * plain, rel_tol=0.03)
 
 
 def test_an_epoch_ends_where_every_row_has_been_seen():
-    steps = schedule(batch_tokens=1000)
+    steps = schedule(batch_tokens=10_000)
     seen = 0
     for step in range(3 * steps.steps_per_epoch):
         seen += len(steps.rows(step))

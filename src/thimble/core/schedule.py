@@ -5,11 +5,11 @@ import math
 # Peak rate for adapters on all linear layers with alpha 32, at width 2000 for Llama-like bases and for so many target
 # tokens a step, growing with their root: the noise of a gradient is that of the tokens it is taken over. The dependence
 # on width is that of published sweeps (Schulman et al., LoRA Without Regret, 2025, and the sweeps behind it), which
-# found half as much for longer runs; the value is that of our own on tool calls (LOG.md, 2026-11-26).
+# found half as much for longer runs; the values are our own (docs/tuning.md).
 REFERENCE_RATE = 1e-3
 REFERENCE_WIDTH = 2000
 REFERENCE_TARGET_TOKENS = 5600
-LEAST_TARGET_TOKENS = 100  # fewer do not lower the rate: what short answers teach first, their form, is no noise
+LEAST_TARGET_TOKENS = 400  # fewer do not lower the rate: what short answers teach first, their form, is no noise
 WIDTH_EXPONENT = {"llama": 0.78, "qwen2": 0.08, "qwen3": 0.08}
 UNKNOWN_EXPONENT = 0.4
 FINAL_SHARE = 0.1
