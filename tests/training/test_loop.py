@@ -156,6 +156,8 @@ def test_a_run_whose_rows_are_known_by_heart_ends_and_says_where_and_why():
     (why,) = (text for text in messages["decision"] if text.startswith("ended"))
     assert f"after step {len(sink.steps)} of 200; the training loss of 2 epochs in a row was below 0.01" in why
     assert whole.progress.steps == 200
+    _, _, messages = train(steps=len(sink.steps), plan={"memorised_nats": 0.01})
+    assert not any(text.startswith("ended") for text in messages.get("decision", ())), "its last step was its last"
 
 
 def test_a_run_that_is_interrupted_in_an_epoch_ends_by_heart_where_it_would_have():

@@ -191,14 +191,14 @@ class _Loop:
         return self.cut_file is not None
 
     def _log_early_end(self) -> None:
-        """Say why a run ends whose training rows are known by heart."""
-        progress, most = self.progress, self.plan.memorised_nats
-        if progress.memorisation.is_over:
-            total = self.plan.step_schedule.total_steps
+        """Say why a run ends before its last step whose training rows are known by heart."""
+        progress, schedule, most = self.progress, self.plan.step_schedule, self.plan.memorised_nats
+        if progress.memorisation.is_over and not schedule.is_done(progress.steps, progress.seconds):
+            total = schedule.total_steps
             self.log.decision(
                 f"ended: after step {progress.steps}{f' of {total}' if total else ''}; the training loss of "
-                f"{EPOCHS_IN_A_ROW} epochs in a row was below {most:g}, so the rows are known by heart and further "
-                "steps would only forget more; --patience 0 takes them all the same"
+                f"{EPOCHS_IN_A_ROW} epochs in a row was below {most:g}, so the rows are known by heart, and more "
+                "steps would mostly cost what the base knew; --patience 0 takes them all the same"
             )
 
     def _step(self, objective: Objective) -> None:
