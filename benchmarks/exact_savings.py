@@ -37,7 +37,7 @@ def write_rows(case: str, path: Path, count: int) -> None:
             file.write(json.dumps({"messages": [{"role": role, "content": text} for role, text in roles]}) + "\n")
 
 
-def train(case: str, rows: int) -> None:
+def train(case: str, rows: int, epochs: float) -> None:
     """One run; prints what it took."""
     import thimble
 
@@ -54,14 +54,14 @@ def train(case: str, rows: int) -> None:
         data = Path(folder) / "rows.jsonl"
         write_rows(case, data, rows)
         report = thimble.train(
-            str(data), out=f"{folder}/run", epochs=3, valid_split=0.0, seed=1, on_event=on_event, **OPTIONS[case]
+            str(data), out=f"{folder}/run", epochs=epochs, valid_split=0.0, seed=1, on_event=on_event, **OPTIONS[case]
         )
     print(json.dumps({"seconds": last - began, "whole": time.process_time(), "tokens": report.tokens}))
 
 
-def measured(tree: Path, case: str, rows: int) -> dict[str, float]:
+def measured(tree: Path, case: str, rows: int, epochs: float) -> dict[str, float]:
     """What a run takes with the source of a tree."""
-    run = [sys.executable, __file__, case, "--rows", str(rows), "--run"]
+    run = [sys.executable, __file__, case, "--rows", str(rows), "--epochs", str(epochs), "--run"]
     environment = {**os.environ, "PYTHONPATH": str(tree / "src")}
     said = subprocess.run(run, env=environment, capture_output=True, text=True, check=True).stdout
     return json.loads(said.splitlines()[-1])
@@ -73,17 +73,18 @@ def main() -> None:
     parser.add_argument("cases", nargs="+", choices=OPTIONS)
     parser.add_argument("--before", type=Path, help="a checkout of an earlier commit")
     parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--epochs", type=float, default=3)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--run", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.run:
-        train(options.cases[0], options.rows)
+        train(options.cases[0], options.rows, options.epochs)
         return
     for case in options.cases:
         found = {"before": [], "now": []}
         for _ in range(options.rounds):
             for name, tree in (("before", options.before), ("now", HERE)):
-                found[name].append(measured(tree, case, options.rows))
+                found[name].append(measured(tree, case, options.rows, options.epochs))
         for key in ("seconds", "whole"):
             before, now = (statistics.median(run[key] for run in found[name]) for name in found)
             print(f"{case}, {key}: {before:.1f} s before, {now:.1f} s now, {before / now:.2f}x")

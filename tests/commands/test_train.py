@@ -299,3 +299,39 @@ def test_a_run_on_named_columns_is_resumed_and_measured_with_the_same(tmp_path, 
         InputError, match=r"the columns are Betreff, der Text, Klasse.* add --prompt-template '{Betreff}"
     ):
         thimble.evaluate(data, base=tiny_base)
+
+
+def test_a_run_on_the_upper_blocks_runs_the_lower_ones_once_and_is_resumed_bit_for_bit(train, tmp_path, monkeypatch):
+    from thimble.backends.torch.features import Features
+
+    kept, put = [], Features.put
+    monkeypatch.setattr(
+        Features, "put", lambda self, batch, hidden: kept.append(batch.tokens) or put(self, batch, hidden)
+    )
+    options = {
+        "epochs": 3.0,
+        "max_steps": None,
+        "batch_tokens": 64,
+        "targets": ("last-1",),
+        "checkpoint_every_steps": 1,
+    }
+    whole = train("whole", **options)
+    assert sum(kept) == whole.tokens / 3
+    assert any("run once" in text for text in whole.messages["decision"])
+    taken = []
+    train(
+        "broken", **options, on_event=lambda e: taken.append(e) if e.kind == "step" else None,
+        should_stop=lambda: len(taken) >= whole.steps // 2 + 1,
+    )  # fmt: skip
+    assert train("broken", **options, resume=True).steps == whole.steps
+    assert bytes_of(tmp_path / "whole") == bytes_of(tmp_path / "broken")
+    assert not [path for path in tmp_path.rglob("*") if path.name.startswith("tmp")]
+
+
+def test_a_disk_without_room_for_features_is_told_and_the_run_goes_on(train, monkeypatch):
+    from thimble.backends.torch import features
+
+    monkeypatch.setattr(features, "MOST_BYTES", 10)
+    report = train("run", epochs=2.0, max_steps=None, targets=("last-1",))
+    assert report.status == "done"
+    assert any("are free on the disk" in text for text in report.messages["note"])

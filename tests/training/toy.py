@@ -1,6 +1,7 @@
 """A linear model as a session, rows for it as a task, and a sink in memory: whole runs in milliseconds."""
 
 import math
+import tempfile
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -129,6 +130,9 @@ class ToyTask:
         batches = [(self.x[part], self.y[part]) for part in (rows[i : i + size] for i in range(0, len(rows), size))]
         return Work([batches], len(rows))
 
+    def features(self, session, state, execution, open_file, control):
+        return None
+
     def objectives(self, session):
         return [Objective(weight, "the reference" if weight else None) for weight in self.weights]
 
@@ -155,6 +159,9 @@ class MemorySink:
     before: object = None
     fails_at: tuple = ()
     is_ended: bool = False
+
+    def scratch_file(self):
+        return tempfile.TemporaryFile()
 
     def saved_before(self):
         return self.before

@@ -9,7 +9,7 @@ warnings: they are for `is_finite` and for the guard of a run to find.
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -144,6 +144,15 @@ class ReferenceSession:
             _, slope = _differentiated(state, functools.partial(self._summed_divergence, reference=reference))
             flat += slope * (objective.kl_weight / len(reference.logits))
         return ReferenceGradient(loss, flat)
+
+    def lowest_block(self, state: ReferenceState) -> int:
+        return 0  # nothing is kept
+
+    def new_features(self, state: ReferenceState, file: BinaryIO, tokens: int) -> None:
+        """Keep nothing."""
+
+    def add_features(self, features: None, batches: Sequence[Batch], execution: ExecutionPlan) -> Iterator[int]:
+        return iter(())
 
     @np.errstate(all="ignore")
     def apply(self, state: ReferenceState, gradient: Gradient, rate: float) -> ReferenceState:

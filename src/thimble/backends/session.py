@@ -7,7 +7,7 @@ fast one.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,10 +51,12 @@ class Work(NamedTuple):
     Attributes:
         shares: For each worker its micro-batches; workers run in parallel.
         target_tokens: Target tokens of the whole step, over all processes: the gradient is that of their mean loss.
+        features: From `Session.new_features`, or None.
     """
 
     shares: Sequence[Sequence[Batch]]
     target_tokens: int
+    features: Any = None
 
 
 @dataclass(frozen=True)
@@ -171,6 +173,15 @@ class Session(Protocol):
         self, state: TrainState, work: Work, objective: Objective, execution: ExecutionPlan, key: StepKey
     ) -> Gradient:
         """The gradient of the objective over the rows of a step; raises MemoryError if they do not fit."""
+
+    def lowest_block(self, state: TrainState) -> int:
+        """Number of the first block whose input can be kept, as `new_features` does: 0 if none or the first."""
+
+    def new_features(self, state: TrainState, file: BinaryIO, tokens: int) -> Any:
+        """Room in a file for what comes to the lowest adapted block from rows of so many tokens; OSError if none."""
+
+    def add_features(self, features: Any, batches: Sequence[Batch], execution: ExecutionPlan) -> Iterator[int]:
+        """Compute the features of the rows of each batch and keep them: their tokens; raises OSError on a full disk."""
 
     def apply(self, state: TrainState, gradient: Gradient, rate: float) -> TrainState:
         """Take one AdamW step; the gradient is scaled down to `Method.max_grad_norm` first."""

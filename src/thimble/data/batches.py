@@ -77,36 +77,38 @@ def pack(rows: Sequence[Row], numbers: Sequence[int] | None = None) -> Batch:
 class Layout:
     """The tokens of a batch as a forward pass computes them."""
 
-    ids: NDArray[np.int32]  # int32 (T,)
-    labels: NDArray[np.int32]  # int32 (T,), as in a Batch
+    places: NDArray[np.int64]  # int64 (T,), where in the batch each token stands
+    copies: NDArray[np.int64]  # int64 (tokens of the batch,), which of the T is computed for each
     segments: list[Segment]  # one after the other, a prefix before those that see it
 
 
 def lay_out(batch: Batch, shares_prefixes: bool) -> Layout:
     """Lay the tokens of a batch out, what rows have in common once if that is wanted."""
     spans = [slice(*span) for span in zip(batch.starts, batch.starts[1:], strict=False)]
-    whole = Layout(batch.ids, batch.labels, whole_rows(batch.starts))
+    every = np.arange(batch.tokens)
+    whole = Layout(every, every, whole_rows(batch.starts))
     if not shares_prefixes or len(spans) < 2:
         return whole
     groups = find_groups([batch.ids[span] for span in spans], [batch.labels[span] for span in spans])
     if not groups.are_shared:
         return whole
-    pieces: list[slice] = []
+    places: list[NDArray[np.int64]] = []
     segments: list[Segment] = []
-    place, last, shared = 0, -1, (0, 0)
+    copies = np.empty_like(every)
+    end, last, shared = 0, -1, (0, 0)
     for row in groups.order:
         begin, prefix = int(spans[row].start), groups.prefixes[groups.group[row]]
         if groups.group[row] != last:
-            last, shared = groups.group[row], (place, place + prefix)
+            last, shared = groups.group[row], (end, end + prefix) if prefix else (0, 0)
             if prefix:
-                pieces.append(slice(begin, begin + prefix))
-                segments.append(Segment(place, place + prefix))
-                place += prefix
-        pieces.append(slice(begin + prefix, int(spans[row].stop)))
-        segments.append(Segment(place, place + groups.own[row], *(shared if prefix else (0, 0))))
-        place += groups.own[row]
-    ids, labels = (np.concatenate([array[piece] for piece in pieces]) for array in (batch.ids, batch.labels))
-    return Layout(ids, labels, segments)
+                places.append(every[begin : begin + prefix])
+                segments.append(Segment(*shared))
+                end += prefix
+        places.append(every[begin + prefix : int(spans[row].stop)])
+        segments.append(Segment(end, end + groups.own[row], *shared))
+        copies[spans[row]] = [*range(*shared), *range(end, end + groups.own[row])]
+        end += groups.own[row]
+    return Layout(np.concatenate(places), copies, segments)
 
 
 def shares(rows: Sequence[Row], count: int, max_tokens: int, shares_prefixes: bool = False) -> list[list[Batch]]:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from thimble.data.encode import IGNORED
 
 LEAST_SHARED = 16  # tokens: fewer are not worth a second range of keys
-MOST_ROWS = 256  # with one prefix: more of them save next to nothing more
+MOST_ROWS = 64  # with one prefix: more of them save next to nothing more
 
 Ids = NDArray[np.int32]
 

@@ -1,10 +1,11 @@
 """The training loop: one for every backend and every task. Knows no framework and no files."""
 
+import contextlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -162,15 +163,13 @@ class _Loop:
     def train(self) -> None:
         """Take all steps, and end with the best valid adapter."""
         self.log.stage("training")
-        self.session.release()  # evaluation and training have buffers of other sizes
-        objectives = self.task.objectives(self.session)
-        if not self.valid:
-            self._remember()
-        self.began, self.idle_seconds = time.perf_counter() - self.progress.seconds, 0.0
-        while not (self.diverged or self._is_over()):
-            self._step(objectives[self.progress.steps % len(objectives)])
-            if not self.diverged:
-                self._between_steps()
+        with contextlib.ExitStack() as held:
+
+            def open_file() -> BinaryIO:
+                return held.enter_context(self.sink.scratch_file())
+
+            features = self.task.features(self.session, self.state, self.plan.execution, open_file, self.control)
+            self._take_steps(features)
         self._log_early_end()
         if not self.session.is_finite(self.state):
             self.diverged = self.diverged or "parameters of the adapter or moments of its optimiser are NaN or Inf"
@@ -180,6 +179,18 @@ class _Loop:
             self._save_checkpoint()  # what was learned is not to be learned again if measuring it is interrupted
         self._keep_best()
         self.sink.end_steps()
+
+    def _take_steps(self, features: Any) -> None:
+        """Take all steps, of rows whose features may be known."""
+        self.session.release()  # evaluation and training have buffers of other sizes
+        objectives = self.task.objectives(self.session)
+        if not self.valid:
+            self._remember()
+        self.began, self.idle_seconds = time.perf_counter() - self.progress.seconds, 0.0
+        while not (self.diverged or self._is_over()):
+            self._step(objectives[self.progress.steps % len(objectives)], features)
+            if not self.diverged:
+                self._between_steps()
 
     def _is_over(self) -> bool:
         """Whether no further step is to be taken."""
@@ -201,12 +212,12 @@ class _Loop:
                 "steps would mostly cost what the base knew; --patience 0 takes them all the same"
             )
 
-    def _step(self, objective: Objective) -> None:
+    def _step(self, objective: Objective, features: Any) -> None:
         """Take one optimiser step, if its loss and gradient are valid, and log it."""
         progress, schedule = self.progress, self.plan.step_schedule
         rows = schedule.rows(progress.steps)
         rate = schedule.rate_at(progress.steps, progress.seconds) * progress.guard.rate
-        gradient, target_tokens = self._gradient(rows, objective)
+        gradient, target_tokens = self._gradient(rows, objective, features)
         progress.steps += 1
         verdict, validation = progress.guard.judge(gradient.loss.mean, gradient.norm), {}
         if verdict is Verdict.TAKE:
@@ -229,12 +240,12 @@ class _Loop:
         self.sink.write_step(row)
         self.log.step({**row, **self._outlook()})
 
-    def _gradient(self, rows: Sequence[int], objective: Objective) -> tuple[Gradient, int]:
+    def _gradient(self, rows: Sequence[int], objective: Objective, features: Any) -> tuple[Gradient, int]:
         """The gradient of a step and its target tokens; if memory runs out, in smaller parts from there on."""
         progress = self.progress
         key = StepKey(self.plan.method.seed, progress.steps)
         while True:
-            work = self.task.work(rows, progress.execution)
+            work = self.task.work(rows, progress.execution)._replace(features=features)
             try:
                 part = self.session.gradient(self.state, work, objective, progress.execution, key)
                 return self.collective.sum(part), work.target_tokens

@@ -1,19 +1,21 @@
 """The seams of the training loop: what it trains on, who adds up its gradients, and who writes its files."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from thimble.backends.session import ActiveAdapter, Gradient, Objective, Session, Work
+from thimble.backends.session import ActiveAdapter, Gradient, Objective, Session, TrainState, Work
 from thimble.core.adapter import Adapter
 from thimble.core.metrics import LossSum, average
 from thimble.models.execution import ExecutionPlan
 from thimble.training.answers import Answer
 from thimble.training.control import Control
+
+OpenFile = Callable[[], BinaryIO]  # gives a file for the time of training; raises OSError if there is none
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,11 @@ class Task(Protocol):
 
     def work(self, rows: Sequence[int], execution: ExecutionPlan) -> Work:
         """The batches of one step, from the numbers of its rows."""
+
+    def features(
+        self, session: Session, state: TrainState, execution: ExecutionPlan, open_file: OpenFile, control: Control
+    ) -> Any:
+        """What the frozen part below the adapters makes of the rows, kept in a file; None where that saves nothing."""
 
     def objectives(self, session: Session) -> Sequence[Objective]:
         """What the steps minimise, taken in turn; at least one."""
@@ -88,6 +95,9 @@ class Sink(Protocol):
 
     def saved_before(self) -> Before | None:
         """What an interrupted run measured before its first step, if that was written down."""
+
+    def scratch_file(self) -> BinaryIO:
+        """A file without a name, gone when it is closed and when the process ends; raises OSError if there is none."""
 
     def write_before(self, before: Before) -> None:
         """Keep what was measured before the first step."""

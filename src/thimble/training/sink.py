@@ -2,10 +2,11 @@
 
 import json
 import math
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,6 +76,10 @@ class RunFolderSink:
     def _is_of_another_base(self) -> bool:
         began = saved_origin(self._folder)
         return began is not None and any(began[name] != self._origin[name] for name in HASHED)
+
+    def scratch_file(self) -> BinaryIO:
+        """See Sink; in the run folder, for the system's place for such files may be memory."""
+        return tempfile.TemporaryFile(dir=self._folder)  # type: ignore[return-value]
 
     def write_before(self, before: Before) -> None:
         """Keep what was measured before the first step."""

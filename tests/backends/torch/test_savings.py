@@ -124,3 +124,60 @@ def test_shares_of_a_step_make_the_same_gradient_however_they_are_cut():
         found.append(session.gradient(state, work, LEARN, EXECUTION, KEY))
     assert_same(found[1], found[0])
     assert_same(found[2], found[0])
+
+
+# ---- features below the lowest adapted block ------------------------------------------------------------------------
+
+
+def of_a_middle_block(base):
+    """An adapter on one block, and its number."""
+    number = base.spec.num_layers // 2
+    return make_adapter(base, only=f"layers.{number}."), number
+
+
+def add_features(session, state, rows, file):
+    features = session.new_features(state, file, sum(len(row.ids) for row in rows))
+    list(session.add_features(features, micro_batches(rows, 256, None, session.shares_prefixes), EXECUTION))
+    return features
+
+
+@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_whose_features_are_known_begin_at_the_lowest_adapter(family, compute, monkeypatch, tmp_path):
+    base, rows = open_base(GGUF / f"{family}.gguf"), make_rows()
+    adapter, lowest = of_a_middle_block(base)
+    session = TorchSession(base, compute, "dense")
+    state, work = session.start(adapter, Method()), Work([[pack(rows)]], 48)
+    expected = session.gradient(state, work, LEARN, EXECUTION, KEY)
+    with (tmp_path / "features").open("w+b") as file:
+        features, ran, block = add_features(session, state, rows, file), set(), Decoder.block
+        monkeypatch.setattr(Decoder, "block", lambda self, one, *more: ran.add(one.number) or block(self, one, *more))
+        found = session.gradient(state, work._replace(features=features), LEARN, EXECUTION, KEY)
+    assert ran == set(range(lowest, base.spec.num_layers))
+    assert_same(found, expected, 1e-5 if compute == "fp32" else 2e-2)
+
+
+@pytest.mark.parametrize("damage", ["zeros", "short", "other rows"])
+def test_features_that_are_damaged_or_of_other_rows_are_computed_again(damage, tmp_path):
+    base, rows = open_base(GGUF / "smollm2.gguf"), make_rows()
+    session = TorchSession(base, "fp32", "dense")
+    state, work = session.start(of_a_middle_block(base)[0], Method()), Work([[pack(rows)]], 48)
+    expected = session.gradient(state, work, LEARN, EXECUTION, KEY)
+    with (tmp_path / "features").open("w+b", buffering=0) as file:
+        features = add_features(session, state, make_rows(seed=1) if damage == "other rows" else rows, file)
+        size = file.seek(0, 2)
+        if damage == "zeros":
+            file.seek(size // 2)
+            file.write(bytes(100))
+        if damage == "short":
+            file.truncate(size // 2)
+        found = session.gradient(state, work._replace(features=features), LEARN, EXECUTION, KEY)
+    assert found.flat.tobytes() == expected.flat.tobytes()
+
+
+def test_features_that_the_disk_has_no_room_for_are_refused(monkeypatch, tmp_path):
+    base = open_base(GGUF / "smollm2.gguf")
+    session = TorchSession(base, "fp32", "dense")
+    state = session.start(of_a_middle_block(base)[0], Method())
+    with (tmp_path / "features").open("w+b") as file, pytest.raises(OSError, match="GB are free on the disk"):
+        session.new_features(state, file, 1 << 50)

@@ -211,9 +211,12 @@ class Decoder:
 
         Where some tokens are asked for, they are all that is returned, (their size, hidden).
         """
-        x = self.embed(ids, forward)
+        return self.through(self.blocks, self.embed(ids, forward), forward)
+
+    def through(self, blocks: Sequence[Block], x: Tensor, forward: ForwardPass) -> Tensor:
+        """Run the stream, (tokens with padding, hidden), through some blocks."""
         self.memory.begin()
-        for block in self.blocks:
+        for block in blocks:
             is_checkpointed = block.number < forward.checkpointed_blocks
             x = _checkpointed(self, block, x, forward) if is_checkpointed else self.block(block, x, forward)
         return x

@@ -7,7 +7,7 @@ import functools
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from thimble.backends.torch.adamw import AdamW, norm
 from thimble.backends.torch.adapters import ActiveAdapter
 from thimble.backends.torch.compute import DTYPES
 from thimble.backends.torch.decoder import Decoder, ForwardPass
+from thimble.backends.torch.features import Features
 from thimble.backends.torch.frozen import load_matrix
 from thimble.backends.torch.kv_cache import KvCache
 from thimble.backends.torch.lora import BARE, Dropout, Lora
@@ -35,6 +36,7 @@ from thimble.data.batches import Batch, lay_out
 from thimble.data.encode import IGNORED
 from thimble.data.prefixes import Segment, whole_rows
 from thimble.models.base import Base
+from thimble.models.cost import lowest_block
 from thimble.models.execution import ExecutionPlan
 
 CAPABILITIES = frozenset(
@@ -160,7 +162,8 @@ class TorchSession:
         """See Session; the micro-batches of a share run one by one: the result depends on no core's speed."""
         sums = [torch.zeros_like(state.active.flat) for _ in work.shares]
         shares = zip(work.shares, sums, strict=True)
-        tasks = [functools.partial(self._add_gradients, state, *share, execution, key) for share in shares]
+        add = functools.partial(self._add_gradients, state, execution=execution, key=key, features=work.features)
+        tasks = [functools.partial(add, *share) for share in shares]
         loss = sum(map_parallel(tasks, execution.num_shares), LossSum())
         flat = sums[0]
         for other in sums[1:]:
@@ -171,14 +174,15 @@ class TorchSession:
         return Gradient(loss, flat.numpy())
 
     def _add_gradients(
-        self, state: TrainState, share: Sequence[Batch], flat: torch.Tensor, execution: ExecutionPlan, key: StepKey
-    ) -> LossSum:
+        self, state: TrainState, share: Sequence[Batch], flat: torch.Tensor, execution: ExecutionPlan, key: StepKey,
+        features: Features | None,
+    ) -> LossSum:  # fmt: skip
         """Add the gradients of some micro-batches to a flat sum."""
         total, grads = LossSum(), state.active.views(flat)
         for batch in share:
             dropout = Dropout(state.method.dropout, key, *_places(batch)) if state.method.dropout else None
             lora = Lora(ranges=_one(state.active), grads=grads, freezes_a=state.method.freezes_a, dropout=dropout)
-            loss = self._label_loss(batch, lora, execution)
+            loss = self._label_loss(batch, lora, execution, features)
             loss.backward()
             total += LossSum(float(loss.detach()), batch.target_tokens)
         return total
@@ -213,13 +217,45 @@ class TorchSession:
     def _hidden(self, batch: Batch, lora: Lora, checkpointed_blocks: int = 0) -> torch.Tensor:
         return self.decoder.hidden(batch.ids, self.decoder.pack(whole_rows(batch.starts), lora, checkpointed_blocks))
 
-    def _label_loss(self, batch: Batch, lora: Lora, execution: ExecutionPlan) -> torch.Tensor:
+    def _label_loss(
+        self, batch: Batch, lora: Lora, execution: ExecutionPlan, features: Features | None = None
+    ) -> torch.Tensor:
         """Summed loss of a batch; what its rows have in common is computed once, but for dropout, drawn by row."""
         layout = lay_out(batch, self.shares_prefixes and lora.dropout is None)
-        wanted = np.flatnonzero(layout.labels != IGNORED)
+        labels = batch.labels[layout.places]
+        wanted = np.flatnonzero(labels != IGNORED)
         forward = self.decoder.pack(layout.segments, lora, execution.checkpointed_blocks, wanted)
-        hidden = self.decoder.hidden(layout.ids, forward)
-        return label_loss(self.decoder, hidden, layout.labels[wanted] if forward.asked else layout.labels)
+        known = features.get(batch) if features else None
+        if features and known is not None:
+            x = torch.zeros(forward.size, known.shape[1], dtype=known.dtype)
+            x[: len(layout.places)] = known[torch.from_numpy(layout.places)]
+            hidden = self.decoder.through(self.decoder.blocks[features.lowest :], x, forward)
+        else:
+            hidden = self.decoder.hidden(batch.ids[layout.places], forward)
+        return label_loss(self.decoder, hidden, labels[wanted] if forward.asked else labels)
+
+    # ---- features -------------------------------------------------------------------------------------------------
+
+    def lowest_block(self, state: TrainState) -> int:
+        return lowest_block(state.active.layers)
+
+    def new_features(self, state: TrainState, file: BinaryIO, tokens: int) -> Features:
+        width, compute = self._base.spec.hidden_size, self.decoder.compute
+        return Features(file, self.lowest_block(state), width, compute, tokens)
+
+    def add_features(self, features: Features, batches: Sequence[Batch], execution: ExecutionPlan) -> Iterator[int]:
+        tasks = [functools.partial(self._add_features, features, batch) for batch in batches]
+        return map_parallel(tasks, execution.num_shares)
+
+    @out_of_memory
+    @torch.no_grad()
+    def _add_features(self, features: Features, batch: Batch) -> int:
+        layout, decoder = lay_out(batch, self.shares_prefixes), self.decoder
+        forward = decoder.pack(layout.segments)
+        x = decoder.embed(batch.ids[layout.places], forward)
+        x = decoder.through(decoder.blocks[: features.lowest], x, forward)
+        features.put(batch, x[torch.from_numpy(layout.copies)])
+        return batch.tokens
 
     # ---- measuring ------------------------------------------------------------------------------------------------
 

@@ -3,10 +3,11 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from thimble.backends.session import ActiveAdapter, Objective, Session, Work
+from thimble.backends.session import ActiveAdapter, Objective, Session, TrainState, Work
 from thimble.core.metrics import LossSum
 from thimble.data.batches import micro_batches, pack, shares
 from thimble.data.encode import Row
@@ -18,9 +19,10 @@ from thimble.training.control import Control
 from thimble.training.evaluation import ROWS_ALONE, ValidationSet, losses_alone, measure, validation_loss
 from thimble.training.metric import ChosenMetric, score_answers
 from thimble.training.plan import RunPlan
-from thimble.training.protocols import Scores
+from thimble.training.protocols import OpenFile, Scores
 
 REFERENCE_TOKENS = 256  # of general text beside each step, where the base's answers to it are to be kept
+FEATURE_TOKENS = 512  # run together where what comes of them is kept
 KNOWN_NATS = 0.01  # a validation loss below it: the answers are known before anything is learned
 
 
@@ -39,6 +41,7 @@ class TextTask:
     kl_weight: float  # of keeping them, from 0 up to 1
     base: Base  # the base, for what is odd about it
     compute: str  # the compute type, likewise
+    epochs: float = 0  # how often each row is read, if that is known
     shares_prefixes: bool = False  # whether what training rows of a batch have in common is computed once
 
     def work(self, rows: Sequence[int], execution: ExecutionPlan) -> Work:
@@ -46,6 +49,31 @@ class TextTask:
         chosen = [self.rows[number] for number in rows]
         batches = shares(chosen, execution.num_shares, execution.micro_tokens, self.shares_prefixes)
         return Work(batches, sum(row.target_tokens for row in chosen))
+
+    def features(
+        self, session: Session, state: TrainState, execution: ExecutionPlan, open_file: OpenFile, control: Control
+    ) -> Any:
+        """What the blocks below the lowest adapted one make of the training rows, where they are read more than once.
+
+        Batches are always the same, whatever a step holds and wherever a run is resumed: so are all digits.
+        """
+        lowest = session.lowest_block(state)
+        if not lowest or self.epochs <= 1:
+            return None
+        what = f"blocks 0 to {lowest - 1}, which have no adapter"
+        batches = micro_batches(self.rows, max(FEATURE_TOKENS, max(self.costs)), None, session.shares_prefixes)
+        try:
+            features = session.new_features(state, open_file(), sum(self.costs))
+            for number, _ in enumerate(session.add_features(features, batches, execution)):
+                control.log.progress(f"running training rows through {what}, batch", number + 1, len(batches))
+                if control.should_stop():
+                    break
+        except (OSError, MemoryError) as error:
+            why = error.strerror or error if isinstance(error, OSError) else "memory ran out"
+            control.log.note(f"what {what}, make of the training rows is computed in every epoch, for {why}")
+            return None
+        control.log.decision(f"{what}, run once: what they make of the training rows is kept on disk meanwhile")
+        return features
 
     def objectives(self, session: Session) -> list[Objective]:
         """Cross-entropy, and where the answers of the base are to be kept a KL term on general text, in turn."""
@@ -127,6 +155,7 @@ def text_task(run_plan: RunPlan) -> TextTask:
         validation=run_plan.validation, metric=run_plan.metric, train_sample=sample,
         general=measured if weight else general, kl_rows=kept if weight else (), kl_weight=weight,
         base=run_plan.model.base, compute=config.compute,
+        epochs=run_plan.step_schedule.epochs if run_plan.step_schedule.total_steps else 0,
         # What dropout leaves out differs from row to row, in a prefix that they share too.
         shares_prefixes=not config.dropout and not run_plan.model.base.spec.angles_depend_on_length,
     )  # fmt: skip
