@@ -56,7 +56,10 @@ def test_time_grows_with_work_and_falls_with_the_rate(base):
     assert estimate_seconds(base, "bf16", replace(work, tokens=2048), execution, MACHINE) > seconds
     assert estimate_seconds(base, "bf16", replace(work, target_tokens=1024), execution, MACHINE) > seconds
     assert estimate_seconds(base, "bf16", work, replace(execution, checkpointed_blocks=layers), MACHINE) > seconds
-    assert estimate_seconds(base, "bf16", replace(work, lowest=layers - 1), execution, MACHINE) < seconds
+    upper = replace(work, lowest=layers - 1)
+    assert estimate_seconds(base, "bf16", upper, execution, MACHINE) < seconds
+    above = estimate_seconds(base, "bf16", replace(upper, epochs=3.0), execution, MACHINE)
+    assert above < estimate_seconds(base, "bf16", upper, execution, MACHINE)
 
 
 def test_the_lowest_adapted_block():

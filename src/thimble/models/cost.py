@@ -164,6 +164,7 @@ class StepWork:
     row_tokens: float  # length of a typical row, by which attention's work goes
     trained: int  # parameters of the adapter
     lowest: int = 0  # number of the lowest adapted block; nothing goes back through those below
+    epochs: float = 1.0  # how often each row is read: of the blocks below, what they make of it is kept the first time
 
 
 def estimate_seconds(base: Base, compute: str, work: StepWork, execution: ExecutionPlan, machine: Machine) -> float:
@@ -176,7 +177,8 @@ def estimate_seconds(base: Base, compute: str, work: StepWork, execution: Execut
     rate = machine.flops.get("fp32" if compute == "fp32" else "bf16") or max(machine.flops.values())
     linears = sum(rows * cols for rows, cols in spec.linear_shapes().values())
     checkpointed = max(0, execution.checkpointed_blocks - work.lowest)
-    passes = 1 + (spec.num_layers - work.lowest + checkpointed) / spec.num_layers
+    below = work.lowest / spec.num_layers
+    passes = 2 * (1 - below) + checkpointed / spec.num_layers + below / max(1.0, work.epochs)
     frozen = 2 * linears * passes * work.tokens
     seconds = frozen / (machine.flops.get(compute, rate) * (REACHED_INT8 if compute == "int8" else REACHED))
     seconds += 4 * spec.vocab_size * spec.hidden_size * work.target_tokens / (rate * REACHED)

@@ -88,7 +88,10 @@ def plan_cost(
         why_store = f"store {execution.store}: {stores[0]} does not fit the memory"
     report, steps = examples.train_report, step_schedule.steps_per_epoch
     square = sum(length * length for length in lengths) / report.tokens
-    work = cost.StepWork(report.tokens / steps, report.target_tokens / steps, square, inputs.trained, inputs.lowest)
+    epochs = step_schedule.epochs if step_schedule.total_steps else 1.0
+    work = cost.StepWork(
+        report.tokens / steps, report.target_tokens / steps, square, inputs.trained, inputs.lowest, epochs
+    )
     seconds = cost.estimate_seconds(base, compute, work, execution, target.machine)
     return RunCost(compute, (why_compute, why_store), step_schedule, execution, memory, allowed, work, seconds)
 

@@ -40,6 +40,8 @@ class Features:
         self._places: dict[bytes, _Place] = {}
         self._end = 0  # of what is written
         self._lock = threading.Lock()  # of the two before it
+        if not hasattr(os, "posix_fallocate"):
+            raise OSError(0, "this system cannot reserve room in a file")
         room, needed = os.fstatvfs(file.fileno()), tokens * width * compute.itemsize
         free = room.f_bavail * room.f_frsize
         if needed > min(MOST_BYTES, MOST_SHARE * free):
@@ -61,14 +63,19 @@ class Features:
     def get(self, batch: Batch) -> torch.Tensor | None:
         """The hidden states of a batch, (tokens, width); None if a row is not there or not as it was written."""
         out = torch.empty(batch.tokens, self.width, dtype=self.compute)
-        for row, span in _rows(batch):
-            place = self._places.get(_key(row))
-            content = memoryview(as_numpy(out[span])).cast("B")
-            if place is None or os.preadv(self.file.fileno(), [content], place.offset) != len(content):
-                return None
-            if zlib.crc32(content) != place.checksum:
-                return None
-        return out
+        return out if all(self._read(row, out[span]) for row, span in _rows(batch)) else None
+
+    def _read(self, row: NDArray[np.int32], out: torch.Tensor) -> bool:
+        """Read the features of a row, and say whether they are what was written."""
+        place, content = self._places.get(_key(row)), memoryview(as_numpy(out)).cast("B")
+        if place is None:
+            return False
+        try:
+            count = os.preadv(self.file.fileno(), [content], place.offset)
+        except OSError:
+            return False
+        return count == len(content) and zlib.crc32(content) == place.checksum
+
 
 
 def _rows(batch: Batch) -> Sequence[tuple[NDArray[np.int32], slice]]:

@@ -60,7 +60,7 @@ class TextTask:
         lowest = session.lowest_block(state)
         if not lowest or self.epochs <= 1:
             return None
-        what = f"blocks 0 to {lowest - 1}, which have no adapter"
+        what = "frozen block 0" if lowest == 1 else f"frozen blocks 0 to {lowest - 1}"
         batches = micro_batches(self.rows, max(FEATURE_TOKENS, max(self.costs)), None, session.shares_prefixes)
         try:
             features = session.new_features(state, open_file(), sum(self.costs))
@@ -70,9 +70,9 @@ class TextTask:
                     break
         except (OSError, MemoryError) as error:
             why = error.strerror or error if isinstance(error, OSError) else "memory ran out"
-            control.log.note(f"what {what}, make of the training rows is computed in every epoch, for {why}")
+            control.log.note(f"{what}: run in every epoch, for what comes of the rows cannot be kept ({why})")
             return None
-        control.log.decision(f"{what}, run once: what they make of the training rows is kept on disk meanwhile")
+        control.log.decision(f"{what}: run once over the training rows; what comes of them is kept on disk meanwhile")
         return features
 
     def objectives(self, session: Session) -> list[Objective]:
