@@ -77,7 +77,6 @@ class Features:
         return count == len(content) and zlib.crc32(content) == place.checksum
 
 
-
 def _rows(batch: Batch) -> Sequence[tuple[NDArray[np.int32], slice]]:
     spans = [slice(*span) for span in zip(batch.starts, batch.starts[1:], strict=False)]
     return [(batch.ids[span], span) for span in spans]
