@@ -112,13 +112,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--make", action="store_true", help="make base and adapter, and run nobody")
     parser.add_argument("--only", nargs="*", default=list(CONTESTANTS))
     options = parser.parse_args()
     base, adapter = options.folder / "base", options.folder / "adapter"
-    if not base.exists():
+    if options.make:
         make_base(base)
-    if not adapter.exists():
         make_adapter(base, adapter)
+        return
+    if not adapter.exists():  # in another process: the memory of this one would count as that of its children
+        subprocess.run([sys.executable, __file__, str(options.folder), "--make"], check=True)
     for turn in range(options.turns):
         for name in options.only:
             found = measure(name, base, adapter, options.folder / "out")

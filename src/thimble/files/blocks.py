@@ -77,10 +77,15 @@ def to_bfloat16(values: Floats) -> Halves:
     [16256, 16256, 49184]
     """
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
-    # Adding to a NaN could carry into its sign; it is made quiet and cut instead.
+    rounded = bits >> 16
+    rounded &= 1
+    rounded += 0x7FFF
+    rounded += bits
     is_nan = (bits & 0x7FFFFFFF) > 0x7F800000
-    bits = np.where(is_nan, (bits & 0xFFFF0000) | 0x00400000, bits + (0x7FFF + ((bits >> 16) & 1)))
-    return (bits >> 16).astype(np.uint16).reshape(values.shape)
+    if is_nan.any():  # adding to a NaN could carry into its sign; it is made quiet and cut instead
+        rounded[is_nan] = (bits[is_nan] & 0xFFFF0000) | 0x00400000
+    rounded >>= 16
+    return rounded.astype(np.uint16).reshape(values.shape)
 
 
 def from_bfloat16(bits: Halves) -> Floats:
@@ -89,7 +94,7 @@ def from_bfloat16(bits: Halves) -> Floats:
     >>> from_bfloat16(np.array([16256, 49184], np.uint16)).tolist()
     [1.0, -2.5]
     """
-    return (np.asarray(bits, np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return np.left_shift(np.asarray(bits, np.uint16), 16, dtype=np.uint32).view(np.float32)
 
 
 def quantize_rows(weight: Floats) -> tuple[NDArray[np.int8], Floats]:
