@@ -44,7 +44,7 @@ RULES = {
     "backends/torch": Part(
         "errors core files models data backends backends/torch", packages="numpy torch numba llvmlite"
     ),
-    "inference": Part("errors core data backends inference", packages="numpy"),
+    "inference": Part("errors core models data backends inference", packages="numpy"),
     "training": Part(
         "errors events core config report files models data backends inference training __init__", "backends/torch",
         packages="numpy", packages_later="yaml",

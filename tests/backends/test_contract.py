@@ -9,7 +9,7 @@ import pytest
 
 from thimble.backends import capabilities
 from thimble.backends.reference import ReferenceSession
-from thimble.backends.session import ForwardRow, Objective, Prompt, StepKey, Work
+from thimble.backends.session import ForwardRow, Objective, Pass, StepKey, Work
 from thimble.core.adapter import Adapter
 from thimble.core.inits import LayerData, kaiming
 from thimble.core.method import Method
@@ -579,19 +579,24 @@ def test_capabilities_have_known_names(session):
 
 # ---- inference ------------------------------------------------------------------------------------------------------
 
-TEXT = np.random.default_rng(4).integers(3, 290, 24).astype(np.int32)
+TEXT = np.random.default_rng(4).integers(3, 290, 96).astype(np.int32)
 
 
-def read(session, cache, ids, slot=0, position=0, adapter=None, labels=None):
+def blocks_of(cache, number=0, tokens=100):
+    """The blocks of a request among several, none of which lie side by side."""
+    return [4 * place + number for place in range(-(-tokens // cache.block_tokens))]
+
+
+def read(session, cache, ids, number=0, position=0, adapter=None, labels=None, blocks=None):
     """Logits after the last token of a prompt or of a part of one, and its loss."""
-    row = ForwardRow(len(ids), slot, position, 30, adapter or session.load(None))
-    ((logits, loss),) = session.prefill([Prompt(ids, [row], [len(ids) - 1], labels)], cache, 1)
+    row = ForwardRow(len(ids), blocks or blocks_of(cache, number), position, 110, adapter or session.load(None))
+    ((logits, loss),) = session.forward([Pass(ids, [row], [len(ids) - 1], labels)], cache, 1)
     return logits[0], loss
 
 
 def new_cache(session):
     cache = session.new_cache()
-    cache.reserve(3, 40)
+    cache.reserve(4 * len(blocks_of(cache)))
     return cache
 
 
@@ -599,38 +604,84 @@ def test_a_prompt_in_parts_and_token_by_token_has_the_logits_of_one_read_at_once
     active, precision = session.load(make_adapter()), 10 * BACKENDS[backend].precision
     expected, _ = read(session, new_cache(session), TEXT, adapter=active)
     cache = new_cache(session)
-    for part in (slice(0, 9), slice(9, 10), slice(10, 20)):
-        read(session, cache, TEXT[part], 0, part.start, active)
-    for position in range(20, 24):
-        logits = session.decode(TEXT[position : position + 1].tolist(), [ForwardRow(1, 0, position, 30, active)], cache)
-    assert_near(logits[0], expected, max(precision, 1e-6))  # logits are float32
+    for start, stop in [(0, 9), (9, 10), (10, 60), (60, 63), (63, 92), *((n, n + 1) for n in range(92, 96))]:
+        logits, _ = read(session, cache, TEXT[start:stop], 0, start, active)
+    assert_near(logits, expected, max(precision, 1e-6))  # logits are float32
 
 
-def test_rows_of_one_pass_each_have_their_adapter_slot_and_position(backend, session):
-    actives, lengths = (
-        [session.load(None), session.load(make_adapter()), session.load(make_adapter("delta"))],
-        (5, 9, 3),
+@pytest.mark.parametrize("family", ["smollm2", "gemma2", "gemma3", "qwen3", "phi3_longrope"])
+@pytest.mark.parametrize("other", OTHERS)
+def test_rows_of_all_kinds_share_a_pass(other, family):
+    """A prompt that begins, two that go on, short ones, and next tokens; each with an adapter of its own or none."""
+    session, reference = session_of(other, family), session_of("reference", family)
+    kinds = (None, "plain", "delta", "dora", None, "plain")
+    rows = [(0, 40), (33, 80), (0, 3), (64, 65), (50, 54), (31, 32)]  # read before, and read now
+    actives = [session.load(kind and make_adapter(kind, family)) for kind in kinds]
+    cache = session.new_cache()
+    cache.reserve(8 * len(blocks_of(cache)))
+    blocks = [[8 * place + number for place in range(len(blocks_of(cache)))] for number in range(len(rows))]
+    for (start, _), active, own in zip(rows, actives, blocks, strict=True):
+        if start:
+            read(session, cache, TEXT[:start], adapter=active, blocks=own)
+    whole = Pass(
+        np.concatenate([TEXT[start:stop] for start, stop in rows]),
+        [
+            ForwardRow(stop - start, own, start, 110, active)
+            for (start, stop), own, active in zip(rows, blocks, actives, strict=True)
+        ],
+        (np.cumsum([stop - start for start, stop in rows]) - 1).tolist(),
     )
-    cache, ends = new_cache(session), np.cumsum(lengths)
-    ids = np.concatenate([TEXT[:n] for n in lengths])
-    rows = [ForwardRow(n, slot, 0, 30, active) for slot, (n, active) in enumerate(zip(lengths, actives, strict=True))]
-    ((logits, _),) = session.prefill([Prompt(ids, rows, (ends - 1).tolist())], cache, 1)
-    further = [row._replace(tokens=1, position=row.tokens) for row in rows]
-    decoded = session.decode([int(TEXT[n]) for n in lengths], further, cache)
-    precision = max(10 * BACKENDS[backend].precision, 1e-6)
-    for slot, (n, active) in enumerate(zip(lengths, actives, strict=True)):
-        assert_near(logits[slot], read(session, new_cache(session), TEXT[:n], adapter=active)[0], precision)
-        assert_near(decoded[slot], read(session, new_cache(session), TEXT[: n + 1], adapter=active)[0], precision)
+    ((found, _),) = session.forward([whole], cache, 1)
+    for logits, (_, stop), kind in zip(found, rows, kinds, strict=True):
+        active = reference.load(kind and make_adapter(kind, family))
+        assert_near(logits, read(reference, new_cache(reference), TEXT[:stop], adapter=active)[0], 1e-4)
 
 
-def test_what_a_slot_holds_is_copied_to_another_and_continued_there(backend, session):
+def test_a_block_that_is_copied_is_continued_in_the_copy_alone(backend, session):
     cache = new_cache(session)
-    read(session, cache, TEXT[:9], slot=2)
-    cache.move(2, 1)
-    read(session, cache, TEXT[5:20], slot=2)
+    own, other = blocks_of(cache, 0), blocks_of(cache, 1)
+    size = cache.block_tokens
+    read(session, cache, TEXT[: size + size // 2], blocks=own)
+    cache.copy(own[1], other[1])
     expected, _ = read(session, new_cache(session), TEXT)
-    found, _ = read(session, cache, TEXT[9:], slot=1, position=9)
+    read(session, cache, TEXT[::-1][: size // 2].copy(), position=size + size // 2, blocks=own)
+    rest = TEXT[size + size // 2 :]
+    found, _ = read(session, cache, rest, position=size + size // 2, blocks=[own[0], *other[1:]])
     assert_near(found, expected, max(10 * BACKENDS[backend].precision, 1e-6))
+
+
+def test_room_for_more_blocks_keeps_what_is_there(backend, session):
+    cache = session.new_cache()
+    cache.reserve(25)
+    read(session, cache, TEXT[:50], blocks=list(range(25)))
+    cache.reserve(200)
+    found, _ = read(session, cache, TEXT[50:], position=50, blocks=[*range(25), *range(100, 130)])
+    expected, _ = read(session, new_cache(session), TEXT)
+    assert_near(found, expected, max(10 * BACKENDS[backend].precision, 1e-6))
+
+
+def test_equal_contents_have_one_identity_and_any_difference_another(session):
+    factors = make_adapter().layers
+    path, first = next(iter(factors.items()))
+    others = [
+        make_adapter("dora"), make_adapter("delta"), Adapter({}), Adapter({path: first}),
+        Adapter({**factors, path: replace(first, scale=first.scale * 2)}),
+        Adapter({**factors, path: replace(first, A=np.nextafter(first.A, np.float32(9)))}),
+    ]  # fmt: skip
+    found = [session.load(adapter).identity for adapter in (make_adapter(), *others)]
+    assert len(set(found)) == len(found)
+    copied = Adapter(
+        {path: replace(f, A=f.A.copy()) for path, f in reversed(factors.items())}, base="x", notes={"a": "b"}
+    )
+    assert session.load(copied).identity == found[0]
+    assert session.load(None).identity == session.load(Adapter({})).identity
+
+
+def test_long_rotary_embeddings_are_another_kind_of_positions(backend):
+    session = session_of(backend, "phi3_longrope")
+    kinds = [session.position_kind(end) for end in range(1, session.max_positions)]
+    assert sorted(set(kinds)) == [0, 1]
+    assert session_of(backend).position_kind(1) == session_of(backend).position_kind(100) == 0
 
 
 def test_a_prompt_that_is_read_has_the_loss_of_its_row(backend, session):

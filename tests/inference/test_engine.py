@@ -7,8 +7,7 @@ import pytest
 
 from families import make_hf_folder
 from samples import IDS, RANDOM, make_adapter
-from thimble.backends.session import ForwardRow, Prompt
-from thimble.backends.torch.kv_cache import KvCache
+from thimble.backends.torch.kv_cache import BLOCK_TOKENS, KvCache
 from thimble.backends.torch.session import TorchSession
 from thimble.core.metrics import LossSum
 from thimble.data.batches import pack
@@ -153,43 +152,25 @@ def test_rows_are_read_once_for_their_loss_and_their_answer(session, adapters, p
 def test_the_cache_holds_no_more_tokens_than_it_may(session, adapters, monkeypatch):
     asked, reserve = [], KvCache.reserve
 
-    def recorded(self, slots, capacity):
-        asked.append((slots, capacity))
-        reserve(self, slots, capacity)
+    def recorded(self, blocks):
+        asked.append(blocks)
+        reserve(self, blocks)
 
     monkeypatch.setattr(KvCache, "reserve", recorded)
-    engine = Engine(session, cache_tokens=64, is_interactive=False)
+    engine = Engine(session, cache_tokens=3 * BLOCK_TOKENS, is_interactive=False)
     for _ in range(9):
         engine.add(IDS[:11], NINE, adapters[0])
     answers = run(engine)
-    assert max(slots for slots, _ in asked) == 3  # of twenty tokens each
-    assert max(capacity for _, capacity in asked) == 20
+    assert max(asked) == 3  # of twenty tokens each
     assert len(answers) == 9
     assert all(answer == alone(session, IDS[:11], adapters[0]) for answer in answers.values())
 
 
-def test_a_prompt_in_parts_leaves_the_same_keys_as_one_read_at_once(session, adapters):
-    whole, parts = session.new_cache(), session.new_cache()
-    for cache in (whole, parts):
-        cache.reserve(1, 64)
-    session.prefill([Prompt(IDS[:30], [ForwardRow(30, 0, 0, 40, adapters[1])], [29])], whole, 1)
-    for a, b in ((0, 10), (10, 11), (11, 30)):
-        row = ForwardRow(b - a, 0, a, 40, adapters[1])
-        ((logits, _),) = session.prefill([Prompt(IDS[a:b], [row], [b - a - 1])], parts, 1)
-    expected = session.logits(IDS[:30], adapters[1])[-1]
-    np.testing.assert_allclose(logits[0], expected, atol=2e-5)
-    np.testing.assert_allclose(parts.keys[:, 0, :, :30], whole.keys[:, 0, :, :30], atol=2e-5)
-
-
-def test_a_cache_that_grows_keeps_what_it_holds(session, adapters):
-    cache = session.new_cache()
-    cache.reserve(1, 16)
-    session.prefill([Prompt(IDS[:9], [ForwardRow(9, 0, 0, 40, adapters[0])], [8])], cache, 1)
-    before = cache.keys[:, 0, :, :9].clone()
-    cache.reserve(11, 200)
-    np.testing.assert_array_equal(cache.keys[:, 0, :, :9], before)
-    assert cache.slots == 16
-    assert cache.capacity >= 200
+def test_a_single_request_is_run_whatever_it_needs(session, adapters):
+    engine = Engine(session, cache_tokens=BLOCK_TOKENS, keeps_prefixes=True)
+    for _ in range(2):
+        number = engine.add(np.resize(IDS, 70), NINE, adapters[1])
+        assert run(engine)[number] == alone(session, np.resize(IDS, 70), adapters[1])
 
 
 def test_no_request_leaves_the_context(session, adapters):
@@ -212,7 +193,7 @@ def test_a_batch_is_fed_as_slots_fall_free_and_gives_every_request_its_own_answe
     monkeypatch.setattr("thimble.inference.batch.MOST_KNOWN", 3)
     prompts = [IDS[: 3 + number % 5] for number in range(12)]
     requests = (Request(100 + n, prompt, SamplingOptions(2 + n % 4)) for n, prompt in enumerate(prompts))
-    engine, most, written = Engine(session, is_interactive=False, is_growing=True), 0, {}
+    engine, most, written = Engine(session, is_interactive=False), 0, {}
     for ended in answer_all(engine, requests, adapters[1]):
         most = max(most, len(engine._waiting) + len(engine._reading) + len(engine._writing) + len(ended))
         written |= {key: ids for key, ids, _ in ended}

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from thimble.inference.sampling import Sampler, SamplingOptions
+from thimble.inference.sampling import NothingAllowedError, Sampler, SamplingOptions
 
 LOGITS = np.random.default_rng(0).standard_normal(1000).astype(np.float32) * 3
 
@@ -71,3 +71,98 @@ def test_limits_leave_what_transformers_leaves(limits, temperature):
     found = np.bincount(draw(temperature=temperature, **limits), minlength=len(LOGITS)) / 4000
     assert (found[shares == 0] == 0).all()
     np.testing.assert_allclose(found[shares > 0.01], shares[shares > 0.01], atol=0.03)
+
+
+PROMPT, ANSWER = np.array([3, 7, 7, 20, 500], np.int32), [7, 41, 41, 999]
+
+
+def adjusted(**options):
+    """The logits that a token is chosen by after an answer has begun, as a sampler sees them."""
+    sampler = Sampler(SamplingOptions(9, **options), PROMPT)
+    for token in ANSWER:
+        forced = np.full_like(LOGITS, -1e4)
+        forced[token] = 1e4
+        assert sampler.choose(forced) == token
+    return sampler._adjusted(LOGITS)
+
+
+@pytest.mark.parametrize("penalty", [1.3, 0.7])
+def test_a_repetition_penalty_does_what_that_of_transformers_does(penalty):
+    import torch
+    from transformers import RepetitionPenaltyLogitsProcessor
+
+    ids = torch.tensor([*PROMPT.tolist(), *ANSWER])[None]
+    expected = RepetitionPenaltyLogitsProcessor(penalty)(ids, torch.tensor(LOGITS)[None])[0].numpy()
+    np.testing.assert_allclose(adjusted(repetition_penalty=penalty), expected, rtol=1e-6)
+
+
+def test_a_logit_bias_does_what_that_of_transformers_does():
+    import torch
+    from transformers import SequenceBiasLogitsProcessor
+
+    bias = {0: 2.5, 7: -100.0, 999: 1.0}
+    processor = SequenceBiasLogitsProcessor({(token,): value for token, value in bias.items()})
+    expected = processor(torch.tensor([ANSWER]), torch.tensor(LOGITS)[None])[0].numpy()
+    np.testing.assert_allclose(adjusted(logit_bias=bias), expected, rtol=1e-6)
+
+
+def test_presence_and_frequency_penalties_are_those_of_the_openai_api():
+    """mu[j] - c[j] alpha_frequency - (c[j] > 0) alpha_presence, c counting the answer and not the prompt."""
+    counts = np.bincount(ANSWER, minlength=len(LOGITS))
+    expected = LOGITS - 0.5 * counts - 1.25 * (counts > 0)
+    np.testing.assert_allclose(adjusted(presence_penalty=1.25, frequency_penalty=0.5), expected, rtol=1e-6)
+
+
+def test_without_options_logits_are_not_even_copied():
+    assert adjusted() is LOGITS
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0}, {"temperature": 3.0, "top_k": 50, "top_p": 0.9}])
+def test_only_what_a_mask_allows_is_chosen_and_it_is_told_the_answer_so_far(options):
+    told, allowed = [], np.zeros(1000, bool)
+    allowed[[5, 17, 300]] = True
+
+    def mask(ids):
+        told.append(list(ids))
+        return None if len(ids) == 2 else allowed
+
+    sampler = Sampler(SamplingOptions(9, mask=mask, **options))
+    chosen = [sampler.choose(LOGITS) for _ in range(200)]
+    assert set(chosen[:2] + chosen[3:]) <= {5, 17, 300}
+    assert told == [chosen[:place] for place in range(200)]
+    if not options:
+        assert chosen[2] == LOGITS.argmax()
+
+
+def test_a_bias_cannot_bring_back_what_a_mask_forbids():
+    allowed = np.arange(1000) == 12
+    sampler = Sampler(SamplingOptions(9, mask=lambda ids: allowed, logit_bias={11: 100.0}))
+    assert sampler.choose(LOGITS) == 12
+
+
+def test_a_mask_shorter_than_the_head_forbids_what_pads_it():
+    logits = np.where(np.arange(1000) == 999, np.float32(50), LOGITS)
+    sampler = Sampler(SamplingOptions(9, mask=lambda ids: np.ones(990, bool)))
+    assert sampler.choose(logits) == LOGITS[:990].argmax()
+
+
+def test_a_mask_that_allows_nothing_is_told():
+    sampler = Sampler(SamplingOptions(9, mask=lambda ids: np.zeros(1000, bool)))
+    with pytest.raises(NothingAllowedError):
+        sampler.choose(LOGITS)
+
+
+@pytest.mark.parametrize("count", [0, 1, 5])
+def test_log_probabilities_are_those_of_the_model_before_any_option(count):
+    import torch
+
+    expected = torch.tensor(LOGITS).double().log_softmax(-1).numpy()
+    options = SamplingOptions(9, temperature=0.3, top_k=3, logit_bias={11: 100.0}, logprobs=count)
+    found = Sampler(options).log_probs(LOGITS, 11)
+    assert found.chosen == pytest.approx(expected[11], abs=1e-5)
+    assert [token for token, _ in found.top] == np.argsort(-LOGITS)[:count].tolist()
+    np.testing.assert_allclose([value for _, value in found.top], np.sort(expected)[::-1][:count], atol=1e-5)
+
+
+def test_log_probabilities_are_told_where_they_are_asked_for_alone():
+    assert Sampler(SamplingOptions(9)).log_probs(LOGITS, 3) is None

@@ -28,6 +28,7 @@ from stress import (
     foreign_files,
     memory,
     runs,
+    schedules,
     storage,
     templates,
 )
@@ -66,6 +67,7 @@ TRIALS: dict[str, tuple[Callable[[int], Line], int]] = {
     "full": (storage.full_disks, 50),
     "flips": (damage.bit_flips, 1_000),
     "modes": (storage.modes, 1),
+    "schedules": (schedules.random_schedules, 10_000),
 }
 
 

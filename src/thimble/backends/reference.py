@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from thimble.backends import capabilities as options
-from thimble.backends.session import ForwardRow, Gradient, LayerInfo, Objective, Prompt, StepKey, Work
+from thimble.backends.session import ForwardRow, Gradient, LayerInfo, Objective, Pass, StepKey, Work
 from thimble.backends.tape import OPS, Var, gradients
 from thimble.core.adapter import Adapter
 from thimble.core.dropout import keep_factor, keep_mask
@@ -33,7 +33,22 @@ Array = NDArray[np.float64]
 CAPABILITIES = frozenset(options.OPTIONS) - {"calibration"}
 BETA1, EPSILON = 0.9, 1e-8  # of AdamW
 KINDS = ("A", "B", "magnitude")
-Updates = Mapping[str, Update]  # an adapter in float64, by layer path; none is the bare base
+
+
+class Updates(dict[str, Update]):
+    """An adapter in float64, by layer path; without any layer it is the bare base."""
+
+    @property
+    def resident_bytes(self) -> int:
+        """See thimble.backends.session.ActiveAdapter."""
+        return sum(8 * (update.A.size + update.B.size) for update in self.values())
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """See thimble.backends.session.ActiveAdapter."""
+        layers = {path: Factors(u.A, u.B, u.scale, u.magnitude) for path, u in self.items()}
+        origin = {path: Factors(*u.origin, u.scale) for path, u in self.items() if u.origin is not None}
+        return Adapter(layers, origin=origin).identity()
 
 
 @dataclass(frozen=True)
@@ -76,16 +91,19 @@ class ReferenceState:
 
 
 class TokenCache:
-    """What was read into each slot: the tokens themselves, since the reference reads them all again."""
+    """What was read into each block: the tokens themselves, since the reference reads them all again."""
+
+    block_tokens = 4
 
     def __init__(self) -> None:
-        self.slots: dict[int, NDArray[np.int32]] = {}
+        self.ids = np.zeros((0, self.block_tokens), np.int32)
 
-    def reserve(self, slots: int, capacity: int) -> None:
-        """Slots grow by themselves."""
+    def reserve(self, blocks: int) -> None:
+        missing = max(0, blocks - len(self.ids))
+        self.ids = np.concatenate([self.ids, np.zeros((missing, self.block_tokens), np.int32)])
 
-    def move(self, source: int, target: int) -> None:
-        self.slots[target] = self.slots[source]
+    def copy(self, source: int, target: int) -> None:
+        self.ids[target] = self.ids[source]
 
 
 class ReferenceSession:
@@ -112,7 +130,7 @@ class ReferenceSession:
     # ---- adapters -------------------------------------------------------------------------------------------------
 
     def load(self, adapter: Adapter | None) -> Updates:
-        return _updates(adapter, _flattened(adapter)) if adapter else {}
+        return _updates(adapter, _flattened(adapter)) if adapter else Updates()
 
     def start(self, adapter: Adapter, method: Method) -> ReferenceState:
         options.refuse_missing("reference", self.capabilities, options.required(adapter, method))
@@ -201,7 +219,7 @@ class ReferenceSession:
             yield LossSum(float(self._summed_loss(adapter, batch)), batch.target_tokens)
 
     def kl_reference(self, batch: Batch) -> KlReference:
-        return KlReference(batch, forward.logits(OPS, self._spec, self._weights, self._hidden({}, batch)))
+        return KlReference(batch, forward.logits(OPS, self._spec, self._weights, self._hidden(Updates(), batch)))
 
     def release(self) -> None:
         """See Session; nothing is kept."""
@@ -211,26 +229,30 @@ class ReferenceSession:
     def new_cache(self) -> TokenCache:
         return TokenCache()
 
-    def prefill(
-        self, prompts: Sequence[Prompt], cache: TokenCache, num_workers: int
+    def position_kind(self, end: int) -> int:
+        ropes = {id(rope): rope for rope in self._spec.ropes if rope is not None}.values()
+        return sum(rope.long_inv_freq is not None and end > rope.long_from for rope in ropes)
+
+    def forward(
+        self, passes: Sequence[Pass], cache: TokenCache, num_workers: int
     ) -> list[tuple[NDArray[np.float32], LossSum]]:
-        return [self._prefill(prompt, cache) for prompt in prompts]
+        return [self._forward(one, cache) for one in passes]
 
-    def _prefill(self, prompt: Prompt, cache: TokenCache) -> tuple[NDArray[np.float32], LossSum]:
-        parts = np.split(prompt.ids, np.cumsum([row.tokens for row in prompt.rows])[:-1])
-        x = np.concatenate([self._continued(ids, row, cache) for ids, row in zip(parts, prompt.rows, strict=True)])
-        scores = forward.logits(OPS, self._spec, self._weights, x[list(prompt.ends)]).astype(np.float32)
-        if prompt.labels is None:
+    def _forward(self, one: Pass, cache: TokenCache) -> tuple[NDArray[np.float32], LossSum]:
+        parts = np.split(one.ids, np.cumsum([row.tokens for row in one.rows])[:-1])
+        x = np.concatenate([self._continued(ids, row, cache) for ids, row in zip(parts, one.rows, strict=True)])
+        scores = forward.logits(OPS, self._spec, self._weights, x[list(one.ends)]).astype(np.float32)
+        if one.labels is None:
             return scores, LossSum()
-        tokens = int(np.count_nonzero(prompt.labels != IGNORED))
-        return scores, LossSum(float(self._cross_entropy(x, prompt.labels)), tokens)
-
-    def decode(self, tokens: Sequence[int], rows: Sequence[ForwardRow], cache: TokenCache) -> NDArray[np.float32]:
-        return self._prefill(Prompt(np.array(tokens, np.int32), rows, range(len(rows))), cache)[0]
+        tokens = int(np.count_nonzero(one.labels != IGNORED))
+        return scores, LossSum(float(self._cross_entropy(x, one.labels)), tokens)
 
     def _continued(self, ids: NDArray[np.int32], row: ForwardRow, cache: TokenCache) -> Array:
-        """(row.tokens, hidden) of further tokens of a slot; all that stands before them is read again."""
-        whole = cache.slots[row.slot] = np.concatenate([cache.slots.get(row.slot, ids)[: row.position], ids])
+        """(row.tokens, hidden) of further tokens of a request; all that stands before them is read again."""
+        held = cache.ids[list(row.blocks)].ravel()
+        held[row.position : row.position + row.tokens] = ids
+        cache.ids[list(row.blocks)] = held.reshape(-1, cache.block_tokens)
+        whole = held[: row.position + row.tokens]
         rows = forward.layout(self._spec, np.array([0, len(whole)]), np.array([row.end]))
         x: Array = forward.hidden(OPS, self._spec, self._weights, whole, rows, row.adapter)
         return x[row.position :]
@@ -283,7 +305,7 @@ def _views(adapter: Adapter, flat: Any) -> dict[str, list[Any]]:
 
 def _updates(adapter: Adapter, flat: Any) -> dict[str, Update]:
     """What the forward pass reads: the values of a flat vector with the scales and the origin of an adapter."""
-    found = {}
+    found = Updates()
     for path, (a, b, magnitude) in _views(adapter, flat).items():
         start = adapter.origin.get(path)
         origin = None if start is None else (start.A.astype(np.float64), start.B.astype(np.float64))

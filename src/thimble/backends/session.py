@@ -77,25 +77,25 @@ class ForwardRow(NamedTuple):
 
     Attributes:
         tokens: How many.
-        slot: Of the key-value cache, which the row adds them to.
-        position: Of the first of them; what the slot holds before it is seen by all of them.
+        blocks: Of the key-value cache, in the order of the request's tokens; the row adds its own to them.
+        position: Of the first of them in the request; what the blocks hold before it is seen by all of them.
         end: Tokens that the request may come to in all: some rotary embeddings depend on it.
         adapter: That these tokens have.
     """
 
     tokens: int
-    slot: int
+    blocks: Sequence[int]
     position: int
     end: int
     adapter: "ActiveAdapter"
 
 
-class Prompt(NamedTuple):
-    """Rows that are read in one pass, and what is wanted of them.
+class Pass(NamedTuple):
+    """A forward pass over rows that stand in a key-value cache, and what is wanted of them.
 
     Attributes:
         ids: int32 (T,), the tokens of all rows.
-        rows: They share one kind: all begin their requests, or a single one continues.
+        rows: Of any kinds, in any order: prompts, parts of prompts, next tokens of answers.
         ends: Places in `ids` after which next-token logits are wanted.
         labels: int32 (T,), as in a Batch, if their loss is wanted too.
     """
@@ -107,17 +107,29 @@ class Prompt(NamedTuple):
 
 
 class KeyValueCache(Protocol):
-    """Keys and values of the tokens that requests have read, a slot for each request."""
+    """Keys and values of the tokens that requests have read, in blocks that have numbers from 0."""
 
-    def reserve(self, slots: int, capacity: int) -> None:
-        """Make room for so many slots of so many tokens; what is there stays."""
+    @property
+    def block_tokens(self) -> int:
+        """Tokens that a block holds."""
 
-    def move(self, source: int, target: int) -> None:
-        """Copy a slot over another."""
+    def reserve(self, blocks: int) -> None:
+        """Make room for so many blocks; what is there stays."""
+
+    def copy(self, source: int, target: int) -> None:
+        """Copy a block over another."""
 
 
 class ActiveAdapter(Protocol):
     """An adapter in a backend's own memory and compute type; an empty one is the bare base, bit for bit."""
+
+    @property
+    def identity(self) -> str:
+        """Hash of its contents, scales among them: adapters of one identity give the same keys and values."""
+
+    @property
+    def resident_bytes(self) -> int:
+        """Memory it takes."""
 
 
 class Gradient(Protocol):
@@ -218,10 +230,10 @@ class Session(Protocol):
     def new_cache(self) -> KeyValueCache:
         """An empty key-value cache."""
 
-    def prefill(
-        self, prompts: Sequence[Prompt], cache: KeyValueCache, num_workers: int
-    ) -> list[tuple[NDArray[np.float32], LossSum]]:
-        """Read prompts into their slots, in parallel: logits float32 (ends, vocabulary) and summed loss of each."""
+    def position_kind(self, end: int) -> int:
+        """Which rotary embeddings a request has that may come to `end` tokens; keys of two kinds are not the same."""
 
-    def decode(self, tokens: Sequence[int], rows: Sequence[ForwardRow], cache: KeyValueCache) -> NDArray[np.float32]:
-        """Read one token of each row; rows stand in slots 0, 1, 2 ... Returns logits, float32 (rows, vocabulary)."""
+    def forward(
+        self, passes: Sequence[Pass], cache: KeyValueCache, num_workers: int
+    ) -> list[tuple[NDArray[np.float32], LossSum]]:
+        """Read rows into their blocks, passes in parallel: logits float32 (ends, vocabulary) and loss of each pass."""

@@ -335,5 +335,5 @@ def _engine(session: Session, work: _Work) -> Engine:
 
     most = available_bytes() // MEMORY_SHARE // cache_token_bytes(work.model.base.spec, work.compute)
     return Engine(
-        session, num_cores(), cache_tokens=most, prefill_tokens=PREFILL_TOKENS, is_interactive=False, is_growing=True
+        session, num_cores(), cache_tokens=most, prefill_tokens=PREFILL_TOKENS, is_interactive=False
     )  # fmt: skip

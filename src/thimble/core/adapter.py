@@ -1,5 +1,6 @@
 """The adapter as a value: low-rank updates by layer path. Knows no files, no framework and no base."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -47,6 +48,18 @@ class Adapter:
             for path, factors in self.layers.items()
         }
         return replace(self, layers=layers, origin={})
+
+    def identity(self) -> str:
+        """A hash of all that changes what the adapter computes, and of nothing else; the same for equal contents."""
+        found = hashlib.sha256()
+        for what, layers in (("", self.layers), ("origin ", self.origin)):
+            for path in sorted(layers):
+                factors = layers[path]
+                parts = [factors.A, factors.B] + ([] if factors.magnitude is None else [factors.magnitude])
+                found.update(f"{what}{path} {factors.scale!r} {[(p.shape, str(p.dtype)) for p in parts]}".encode())
+                for part in parts:
+                    found.update(np.ascontiguousarray(part).data)
+        return found.hexdigest()
 
     def is_finite(self) -> bool:
         """Whether no parameter is NaN or Inf; an adapter that has one must never be published."""

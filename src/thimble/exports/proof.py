@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from thimble.backends.session import ActiveAdapter, ForwardRow, Prompt, Session
+from thimble.backends.session import ActiveAdapter, ForwardRow, Pass, Session
 from thimble.core.adapter import Adapter
 from thimble.data.encode import IGNORED, Row
 from thimble.exports.llamacpp import LlamaCpp
@@ -115,10 +115,11 @@ def _here(session: Session, adapter: ActiveAdapter, rows: Iterable[tuple[list[in
     for ids, begin in rows:
         cut = ids[: begin + each]
         cache = session.new_cache()
-        cache.reserve(1, len(cut))
+        blocks = range(-(-len(cut) // cache.block_tokens))
+        cache.reserve(len(blocks))
         places = list(range(begin - 1, len(cut) - 1))
-        prompt = Prompt(np.array(cut, np.int32), [ForwardRow(len(cut), 0, 0, len(cut), adapter)], places)
-        ((logits, _),) = session.prefill([prompt], cache, 1)
+        whole = Pass(np.array(cut, np.int32), [ForwardRow(len(cut), blocks, 0, len(cut), adapter)], places)
+        ((logits, _),) = session.forward([whole], cache, 1)
         wide = logits.astype(np.float64)
         wide -= wide.max(1, keepdims=True)
         sums = np.log(np.exp(wide).sum(1))

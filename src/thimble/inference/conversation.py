@@ -44,7 +44,7 @@ class Conversation:
         warn: Callable[[str], None] = lambda text: None,
         forms: Mapping[str, Callable[[str], str]] | None = None,
     ) -> None:
-        self._engine = Engine(session, max_slots=1)
+        self._engine = Engine(session, max_slots=1, keeps_prefixes=True)
         self._tokenizer, self._encoder, self._options, self._system = tokenizer, encoder, options, system
         self._context, self._warn = Context(session.max_positions, options.max_new_tokens), warn
         self._adapters = {BASE_NAME: session.load(None), **adapters}

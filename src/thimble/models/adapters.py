@@ -1,14 +1,15 @@
 """Finished adapters, read and checked against the base they are to run on."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 
 from thimble.core.adapter import Adapter
 from thimble.errors import AdapterError, Problems, listing, plural
-from thimble.files.peft import WEIGHTS_FILE, find_adapter, layer_of, load_adapter
+from thimble.files.peft import CONFIG_FILE, WEIGHTS_FILE, find_adapter, layer_of, load_adapter
 from thimble.files.tensors import open_tensors
 from thimble.models.adapter_base import difference
 from thimble.models.base import Base
-from thimble.models.gguf_adapter import gguf_sizes, is_gguf, load_gguf_adapter
+from thimble.models.gguf_adapter import gguf_sizes, is_gguf, is_gguf_adapter, load_gguf_adapter
 
 # Parts of models of text and images, or of sound, that are not their text model.
 NOT_TEXT = (
@@ -71,3 +72,49 @@ def check_fits(path: str, adapter: Adapter, base: Base) -> None:
         what = [f"it adapts {listing(unknown, 2)}, which the base lacks"] if unknown else []
         what += [listing(wrong, 2)] if wrong else []
         raise AdapterError(f"adapter {path} does not belong to {base.name}: {' and '.join(what)}{made_for}")
+
+
+def load_fitting(path: str, base: Base) -> Adapter:
+    """Read an adapter that is to run on a base.
+
+    Args:
+        path: A PEFT folder, a run folder or a GGUF file.
+        base: That it has to fit.
+
+    Returns:
+        The adapter, float32.
+
+    Raises:
+        AdapterError: If it is damaged, or its layers are not the base's.
+    """
+    adapter = _read(path, base)
+    check_fits(path, adapter, base)
+    return adapter
+
+
+def adapters_under(folder: str | Path) -> list[Path]:
+    """What lies in a folder and looks like an adapter, unread: adapter folders, run folders and GGUF adapters.
+
+    Args:
+        folder: Any folder.
+
+    Returns:
+        Their paths, sorted.
+
+    Raises:
+        AdapterError: If it cannot be listed.
+    """
+    try:
+        inside = sorted(Path(folder).iterdir())
+    except OSError as error:
+        raise AdapterError(f"the folder of adapters {folder} cannot be read: {error.strerror}") from None
+    return [path for path in inside if _is_adapter(path)]
+
+
+def _is_adapter(path: Path) -> bool:
+    if path.is_dir():
+        return any(
+            (inside / CONFIG_FILE).is_file() and (inside / WEIGHTS_FILE).is_file()
+            for inside in (path, path / "adapter")
+        )
+    return path.suffix == ".gguf" and is_gguf_adapter(path)

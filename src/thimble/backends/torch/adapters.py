@@ -4,9 +4,10 @@ One vector makes the optimiser, the gradient norm and checkpoints single operati
 all magnitudes, so that each kind can have a learning rate of its own.
 """
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -90,6 +91,25 @@ class ActiveAdapter:
             self.flat[span] = torch.from_numpy(values.astype(np.float32))
         trained = self.views(self.flat)
         self.layers = {path: self._factors(path, trained[path], compute) for path in self._shapes}
+        self.tables: dict[int, Any] = {}  # by group of projections: what thimble.backends.torch.lora_rows looks up
+
+    @property
+    def resident_bytes(self) -> int:
+        """See thimble.backends.session.ActiveAdapter."""
+        own = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self._tensors()}
+        return sum(own.values()) + sum(factors.B.nbytes for factors in self.layers.values())  # Bᵀ in `tables`
+
+    def _tensors(self) -> Iterator[Tensor]:
+        """All tensors; some are views of one another."""
+        yield self.flat
+        for factors in self.layers.values():
+            yield from (factors.A, factors.B)
+            yield from () if factors.origin is None else (factors.origin.A, factors.origin.B)
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """See thimble.backends.session.ActiveAdapter; of one that is not trained any more."""
+        return self.export().identity()
 
     def _factors(self, path: str, trained: Parameters, compute: torch.dtype) -> LoraFactors:
         start, a, b, origin = self._like.origin.get(path), trained.A, trained.B, None

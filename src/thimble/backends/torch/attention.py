@@ -70,15 +70,21 @@ def split_heads(
     q (kv_heads, tokens + TILE, group, head_dim) is already scaled; k and v are (kv_heads, tokens + TILE, head_dim). All
     are float32, contiguous, in scratch, and zero behind the tokens. A layer without positions has no angles.
     """
-    heads, bias = qkv.view(qkv.shape[0], -1, spec.head_dim), spec.bias
-    if spec.q_norm and spec.k_norm:
-        heads, bias = _normalised(heads, spec), None
-    tokens, bias = len(heads), torch.zeros(heads.shape[1:]) if bias is None else bias
+    heads, bias = heads_and_bias(qkv, spec)
+    tokens = len(heads)
     q, k, v = _room_for_heads(memory, "", spec, tokens)
-    cos, sin = _arrays(angles, tokens)
+    cos, sin = angle_arrays(angles, tokens)
     arrays = (as_numpy(heads), bias.numpy(), cos, sin, np.float32(spec.scale), as_numpy(q), as_numpy(k), as_numpy(v))
     parallel_for(tokens, qkv.shape[1], fused.split_heads, *arrays)
     return q, k, v
+
+
+def heads_and_bias(qkv: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+    """Heads (tokens, all heads, head_dim), q and k normalised, and what is still to be added to each: its bias or 0."""
+    heads = qkv.view(qkv.shape[0], -1, spec.head_dim)
+    if spec.q_norm and spec.k_norm:
+        return _normalised(heads, spec), torch.zeros(heads.shape[1:])
+    return heads, torch.zeros(heads.shape[1:]) if spec.bias is None else spec.bias
 
 
 def _room_for_heads(memory: Memory, what: str, spec: AttentionSpec, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -98,7 +104,7 @@ def _room(memory: Memory, purpose: str, tokens: int, heads: int, *size: int) -> 
     return room
 
 
-def _arrays(angles: Angles | None, tokens: int) -> tuple[np.ndarray, np.ndarray]:
+def angle_arrays(angles: Angles | None, tokens: int) -> tuple[np.ndarray, np.ndarray]:
     """cos and sin as arrays; of no width for a layer without positions, which turns nothing."""
     if angles is None:
         nothing = np.empty((tokens, 0), np.float32)
@@ -124,7 +130,7 @@ def _join_gradients(
 ) -> Tensor:
     """Undo `split_heads` for gradients: shapes as it returns, result as qkv, in scratch."""
     out = memory.scratch("qkv_grad", *qkv.shape).view(qkv.shape[0], -1, spec.head_dim)
-    cos, sin = _arrays(angles, len(out))
+    cos, sin = angle_arrays(angles, len(out))
     arrays = (*(as_numpy(grad) for grad in grads), cos, sin, np.float32(spec.scale), as_numpy(out))
     parallel_for(len(out), qkv.shape[1], fused.join_heads, *arrays)
     if spec.q_norm and spec.k_norm:

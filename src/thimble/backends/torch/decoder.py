@@ -18,20 +18,22 @@ from thimble.backends.torch.attention import Angles, Asked, AttentionSpec, atten
 from thimble.backends.torch.elementwise import Gated, Prologue, RmsNorm
 from thimble.backends.torch.frozen import FrozenLinear, Matrix, Neighbours, load_matrix
 from thimble.backends.torch.int8 import Int8Linear, Watched
-from thimble.backends.torch.kv_cache import KvCache, attend_cached
+from thimble.backends.torch.kv_cache import KvCache, Places, attend_cached, place_rows
 from thimble.backends.torch.lora import BARE, Layers, Lora, Projection, project
 from thimble.backends.torch.memory import Memory
 from thimble.core.sizes import PADDED_LABELS, padded
-from thimble.data.prefixes import Segment, whole_rows
+from thimble.data.prefixes import Segment
 from thimble.models.base import EMBEDDING, FINAL_NORM, HEAD, Base
 from thimble.models.spec import Rope
+
+FEW_TOKENS = 8  # more than so many are padded: each number of them is a new set of compiled products
 
 
 @dataclass(frozen=True)
 class ForwardPass:
     """What one forward pass is given beside its tokens."""
 
-    segments: Sequence[Segment]  # the rows, and prefixes that some of them share
+    segments: Sequence[Segment]  # the rows, and prefixes that some of them share; none where rows have `places`
     size: int  # tokens with padding, which belongs to no row
     angles: dict[int, Angles]  # by number of the rotary embedding in `Decoder.ropes`
     lora: Lora = BARE  # the adapters of the rows
@@ -39,8 +41,7 @@ class ForwardPass:
     # checkpointing)
     checkpointed_blocks: int = 0
     asked: Asked | None = None  # tokens whose last hidden states are wanted; all if None
-    rows: Sequence[ForwardRow] = ()  # where each row stands in the cache; unused without one
-    cache: KvCache | None = None  # keys and values to read and extend, or None
+    places: Places | None = None  # where each row stands in a key-value cache that it reads and extends, or None
 
 
 @dataclass(frozen=True)
@@ -185,14 +186,12 @@ class Decoder:
         return ForwardPass(segments, size, self._angles(positions, ends, size), lora, checkpointed_blocks, asked)
 
     def pack_rows(self, rows: Sequence[ForwardRow], cache: KvCache, lora: Lora = BARE) -> ForwardPass:
-        """Prepare a pass over rows that stand in a cache: prompts, parts of prompts, or one next token each."""
-        lengths = [row.tokens for row in rows]
-        positions = np.concatenate([np.arange(row.position, row.position + row.tokens) for row in rows])
-        ends = np.repeat([row.end for row in rows], lengths)
-        is_decoding = len(positions) == len(rows)
-        size = cache.padded_rows(len(rows)) if is_decoding else padded(len(positions))
-        segments = whole_rows([0, *np.cumsum(lengths)])
-        return ForwardPass(segments, size, self._angles(positions, ends, size), lora, rows=rows, cache=cache)
+        """Prepare a pass over rows that stand in a cache: prompts, parts of prompts, next tokens."""
+        places = place_rows(rows, cache)
+        tokens = len(places.positions)
+        size = tokens if tokens <= FEW_TOKENS else padded(tokens)
+        ends = np.array([row.end for row in rows])[places.row_of]
+        return ForwardPass((), size, self._angles(places.positions, ends, size), lora, places=places)
 
     def _angles(self, positions: NDArray[np.int64], ends: NDArray[np.int64], size: int) -> dict[int, Angles]:
         """Rotations of tokens at some positions, of rows that end at `ends`, padded to `size` tokens."""
@@ -229,10 +228,10 @@ class Decoder:
         angles, lora = None if block.rope is None else forward.angles[block.rope], forward.lora
         asked = forward.asked if block.number == len(self.blocks) - 1 else None
         qkv = project(x, block.qkv, lora, block.attn_norm)
-        if forward.cache is None:
+        if forward.places is None:
             mixed = attend(qkv, block.attention, angles, forward.segments, self.memory, asked)
         else:
-            mixed = attend_cached(qkv, block.attention, angles, forward.rows, forward.cache, block.number, self.memory)
+            mixed = attend_cached(qkv, block.attention, angles, forward.places, block.number, self.memory)
         if asked:
             places = np.pad(asked.places, (0, asked.size - len(asked.places)))
             x, lora = x.index_select(0, torch.from_numpy(places)), lora.at(places)

@@ -24,6 +24,7 @@ from thimble.backends.torch import fused
 from thimble.backends.torch.adapters import LoraFactors, Parameters
 from thimble.backends.torch.elementwise import Prologue
 from thimble.backends.torch.frozen import FrozenLinear, as_numpy
+from thimble.backends.torch.lora_rows import RowUpdates
 from thimble.backends.torch.threads import parallel_for
 from thimble.core.dropout import drop_threshold, keep_factor
 
@@ -56,6 +57,7 @@ class Lora:
     # where the gradients of A, B and magnitude are added, by layer path; None if nothing is trained
     grads: Mapping[str, Parameters] | None = None
     freezes_a: bool = False  # whether A gets no gradient
+    rows: RowUpdates | None = None  # adapters of short rows, which are in no range; where no gradient is wanted
     dropout: Dropout | None = None  # of the inputs of A, or None
     # called, where no gradient is wanted, with what the weights are multiplied with, (tokens, in)
     on_input: "Callable[[Projection, Tensor], None] | None" = None
@@ -171,12 +173,14 @@ def _forward(h: Tensor, projection: Projection, lora: Lora, y: Tensor) -> list[T
     """Fill y with what the weights and the adapters make of h; return the low-rank products of each range of tokens."""
     frozen = projection.frozen
     found = [(tokens, projection.adapted(layers)) for tokens, layers in lora.ranges]
-    if not any(adapted for _, adapted in found):
+    if not any(adapted for _, adapted in found) and lora.rows is None:
         frozen.forward(h, y)
         return [None] * len(found)
     frozen.matmul(h, y)
     read = _dropped(h, projection, lora)
     lows = [_add_update(read[tokens], adapted, y[tokens]) if adapted else None for tokens, adapted in found]
+    if lora.rows is not None:
+        lora.rows.add(projection.number, projection.columns, h, y)
     if frozen.bias is not None:
         y.add_(frozen.bias)
     return lows

@@ -13,16 +13,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from thimble.backends.session import ForwardRow, LayerInfo, Objective, Prompt, StepKey, Work
+from thimble.backends.session import ForwardRow, LayerInfo, Objective, Pass, StepKey, Work
 from thimble.backends.torch import calibrate
 from thimble.backends.torch.adamw import AdamW, norm
 from thimble.backends.torch.adapters import ActiveAdapter
 from thimble.backends.torch.compute import DTYPES
-from thimble.backends.torch.decoder import Decoder, ForwardPass
+from thimble.backends.torch.decoder import Decoder
 from thimble.backends.torch.features import Features
 from thimble.backends.torch.frozen import load_matrix
 from thimble.backends.torch.kv_cache import KvCache
 from thimble.backends.torch.lora import BARE, Dropout, Lora
+from thimble.backends.torch.lora_rows import MOST_TOKENS, AdapterSpan, RowUpdates
 from thimble.backends.torch.loss import divergence, label_loss
 from thimble.backends.torch.memory import out_of_memory
 from thimble.backends.torch.threads import map_parallel
@@ -99,6 +100,7 @@ class TorchSession:
                 raise ValueError("compute int8 needs a sample of text")
             self.decoder.quantize(sample)
         self._base = base
+        self._updates = RowUpdates([])
         if is_streamed:
             self.decoder.stream()
         self.release()
@@ -211,6 +213,8 @@ class TorchSession:
         """Have the trained parameters reach the layers."""
         for factors in state.active.layers.values():
             factors.refresh()
+        state.active.tables.clear()
+        self._updates = RowUpdates([])
         self.decoder.measure(state.active.layers)
         return state
 
@@ -284,30 +288,35 @@ class TorchSession:
     def new_cache(self) -> KvCache:
         return KvCache(len(self.decoder.blocks), self.decoder.blocks[0].attention, self.decoder.compute)
 
+    def position_kind(self, end: int) -> int:
+        ropes = self.decoder.ropes
+        return sum(rope.long_inv_freq is not None and end > rope.long_from for rope in ropes)
+
     @out_of_memory
-    def prefill(
-        self, prompts: Sequence[Prompt], cache: KvCache, num_workers: int
+    def forward(
+        self, passes: Sequence[Pass], cache: KvCache, num_workers: int
     ) -> list[tuple[NDArray[np.float32], LossSum]]:
-        tasks = [functools.partial(self._prefill, prompt, cache) for prompt in prompts]
+        tasks = [functools.partial(self._forward, one, cache) for one in passes]
         return list(map_parallel(tasks, num_workers))
 
     @torch.no_grad()
-    def _prefill(self, prompt: Prompt, cache: KvCache) -> tuple[NDArray[np.float32], LossSum]:
-        hidden = self.decoder.hidden(prompt.ids, self._cached_pass(prompt.rows, cache))
+    def _forward(self, one: Pass, cache: KvCache) -> tuple[NDArray[np.float32], LossSum]:
+        hidden = self.decoder.hidden(one.ids, self.decoder.pack_rows(one.rows, cache, self._adapters(one.rows)))
         loss = LossSum()
-        if prompt.labels is not None:
-            tokens = int(np.count_nonzero(prompt.labels != IGNORED))
-            loss = LossSum(float(label_loss(self.decoder, hidden, prompt.labels)), tokens)
-        return self.decoder.logits(hidden[list(prompt.ends)]).numpy(), loss
+        if one.labels is not None:
+            tokens = int(np.count_nonzero(one.labels != IGNORED))
+            loss = LossSum(float(label_loss(self.decoder, hidden, one.labels)), tokens)
+        return self.decoder.logits(hidden[list(one.ends)]).numpy(), loss
 
-    @out_of_memory
-    @torch.no_grad()
-    def decode(self, tokens: Sequence[int], rows: Sequence[ForwardRow], cache: KvCache) -> NDArray[np.float32]:
-        hidden = self.decoder.hidden(np.array(tokens, np.int32), self._cached_pass(rows, cache))
-        return self.decoder.logits(hidden)[: len(rows)].numpy()
-
-    def _cached_pass(self, rows: Sequence[ForwardRow], cache: KvCache) -> ForwardPass:
-        return self.decoder.pack_rows(rows, cache, Lora(ranges=_ranges(rows)))
+    def _adapters(self, rows: Sequence[ForwardRow]) -> Lora:
+        """The adapters of the rows of a pass; those of few tokens in compiled loops, all at once."""
+        spans = [span for span in _spans(rows) if span.adapter.layers]
+        short = [span for span in spans if span.stop - span.start <= MOST_TOKENS]
+        updates = self._updates.moved(short)
+        if updates is None:
+            updates = self._updates = RowUpdates(short)
+        long = [(slice(span.start, span.stop), span.adapter.layers) for span in spans if span not in short]
+        return Lora(ranges=long, rows=updates if short else None)
 
     # ---- calibration ----------------------------------------------------------------------------------------------
 
@@ -363,17 +372,15 @@ def _one(adapter: ActiveAdapter) -> list[tuple[slice, Mapping]]:
     return [(slice(None), adapter.layers)] if adapter.layers else []
 
 
-def _ranges(rows: Sequence[ForwardRow]) -> list[tuple[slice, Mapping]]:
-    """Ranges of tokens whose rows have the same adapter; all tokens, padding included, if it is one."""
-    if len({id(row.adapter) for row in rows}) == 1:
-        return _one(rows[0].adapter)
-    ranges, start = [], 0
+def _spans(rows: Sequence[ForwardRow]) -> list[AdapterSpan]:
+    """Tokens whose rows follow one another and have the same adapter."""
+    spans, start = [], 0
     for _, alike in itertools.groupby(rows, lambda row: id(row.adapter)):
         first, *others = alike
         end = start + first.tokens + sum(row.tokens for row in others)
-        ranges.append((slice(start, end), first.adapter.layers))
+        spans.append(AdapterSpan(start, end, first.adapter))
         start = end
-    return ranges
+    return spans
 
 
 def _places(batch: Batch) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
