@@ -44,6 +44,15 @@ def test_a_late_customer_is_next_but_has_no_claim_to_the_past():
     assert "c0" in found[:3]
 
 
+def test_what_was_served_before_everybody_had_gone_counts_for_nothing():
+    queue = filled(a=50)
+    taken(queue, 50)
+    queue.add("a", "a50")
+    queue.add("b", "b0")
+    assert taken(queue, 2) == ["a50", "b0"]
+    assert len(queue._served) == 2
+
+
 def test_what_is_removed_does_not_come():
     queue = filled(a=3, b=1)
     queue.remove("a", "a1")

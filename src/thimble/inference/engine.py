@@ -49,7 +49,7 @@ class Load(NamedTuple):
 
 
 class Engine:
-    """Runs requests on a session.
+    """Runs requests on a session; one thread at a time calls it, any of them.
 
     Args:
         session: The base.

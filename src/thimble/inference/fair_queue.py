@@ -28,6 +28,8 @@ class FairQueue(Generic[T]):
 
     def add(self, customer: Hashable, item: T) -> None:
         """Take a request; a customer that comes back has no claim to the time when it did not wait."""
+        if not self._waiting:
+            self._served.clear()  # nobody has waited for what was served so far
         if customer not in self._waiting:
             least = min((self._served[other] for other in self._waiting), default=0)
             self._served[customer] = max(self._served.get(customer, 0), least)
