@@ -49,7 +49,10 @@ RULES = {
         "errors events core config report files models data backends inference training __init__", "backends/torch",
         packages="numpy", packages_later="yaml",
     ),
-    "exports": Part("errors core files models data backends exports", packages="numpy", packages_later="xllamacpp"),
+    "exports": Part(
+        "errors core files models data backends exports", "backends/torch", packages="numpy",
+        packages_later="xllamacpp",
+    ),
     "commands": Part(
         "errors events core config report files models data backends inference training exports commands __init__",
         "backends/torch", packages="numpy",

@@ -8,7 +8,7 @@ import pytest
 from stress import files, runs
 from stress.__main__ import TRIALS
 
-QUICK = {"safetensors": 3000, "gguf": 2000, "data": 500, "csv": 500, "arrow": 300, "columns": 500}
+QUICK = {"safetensors": 3000, "gguf": 2000, "gguf_adapters": 500, "data": 500, "csv": 500, "arrow": 300, "columns": 500}
 FOREIGN = {"adapters": 1000, "adapter_tensors": 1000, "bases": 1000, "tokenizers": 400, "gguf_metadata": 400}
 STORAGE = {"stops": 1, "cuts": 300, "full": 10, "flips": 100, "publishes": 20, "modes": 1}
 

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import peft
@@ -16,10 +17,12 @@ from fixtures.tiny_tokenizers import write_tokenizer
 from samples import make_adapter
 from stress.foreign_files import CONFIGS, write_base
 from thimble.commands import export as command
+from thimble.commands import export_model
 from thimble.core.adapter import Adapter
 from thimble.errors import InputError, RunError
 from thimble.files.peft import CONFIG_FILE, WEIGHTS_FILE, load_adapter, save_adapter
 from thimble.models.base import open_base
+from thimble.training import run_folder
 
 GGUF = Path(__file__).parents[1] / "fixtures" / "gguf" / "smollm2.gguf"
 
@@ -200,3 +203,103 @@ def test_a_proof_that_is_asked_for_is_not_left_out_for_want_of_a_gguf_file(tmp_p
         with pytest.raises(InputError, match="is a folder, and llama.cpp reads GGUF files: name one"):
             thimble.export(**given, **{**options, "out": str(tmp_path / options["out"])})
     assert not (tmp_path / "y.gguf").exists()
+
+
+# ---- whole models ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A Hugging Face folder with tokenizer and template, and an adapter for it."""
+    base = make_hf_folder("smollm2", tmp_path / "base")
+    save_adapter(make_adapter(open_base(base)), tmp_path / "of folder")
+    return {"base": str(base), "adapter": str(tmp_path / "of folder")}
+
+
+def left_of(tmp_path):
+    return [path.name for path in tmp_path.iterdir() if "x.gguf" in path.name]
+
+
+def test_a_folder_with_an_adapter_becomes_a_model_for_llama_cpp_and_back(folder, data, tmp_path):
+    out = tmp_path / "x.gguf"
+    report = thimble.export(**folder, data=data, merged=True, type="F32", out=str(out))
+    assert report.proof["holds"]
+    assert (report.type, report.layers, report.proof["rows"]) == ("F32", 14, 3)
+    assert report.weights["worst_update"] == pytest.approx(1, abs=1e-5)
+    assert report.proof["different_texts"] == []
+    text = Path(report.modelfile).read_text()
+    assert text.startswith("# Untested")
+    assert "\nFROM ./x.gguf\n" in text
+    assert 'PARAMETER stop "<|im_end|>"' in text
+    assert "<|im_start|>{{ .Role }}" in text
+    found = thimble.evaluate(data=data, base=str(out), compute="fp32", metric="none").results[0].loss
+    merged = thimble.evaluate(data=data, **{**folder, "adapter": [folder["adapter"]]}, compute="fp32", metric="none")
+    assert found == pytest.approx(merged.results[1].loss, rel=1e-5)
+    again = thimble.export(**folder, data=data, merged=True, type="F32", out=str(out), verify_only=True)
+    assert again.proof["holds"]
+    assert json.loads((tmp_path / "x.gguf.proof.json").read_text()) == again.proof
+
+
+def test_a_gguf_base_takes_a_merge_with_importance_in_another_type(adapter, data, tmp_path):
+    out = tmp_path / "x.gguf"
+    given = {"adapter": adapter, "base": str(GGUF), "data": data, "merged": True}
+    thimble.export(**given, type="Q4_0", imatrix=True, out=str(out))
+    thimble.export(**given, type="Q4_0", out=str(tmp_path / "plain.gguf"))
+    assert out.read_bytes() != (tmp_path / "plain.gguf").read_bytes()
+    found = open_base(out)
+    assert found.dtypes().keys() == {"Q4_0", "Q4_1", "F32", "F16", "Q8_0"} & found.dtypes().keys()
+    assert found.metadata["tokenizer.chat_template"] == open_base(GGUF).metadata["tokenizer.chat_template"]
+
+
+def test_a_base_without_an_adapter_is_written_too(data, tmp_path):
+    report = thimble.export(base=str(GGUF), data=data, merged=True, type="BF16", out=str(tmp_path / "x.gguf"))
+    assert (report.layers, report.proof["effect"], report.proof["holds"]) == (0, 0.0, True)
+
+
+def test_a_wrong_model_gets_no_name(folder, data, tmp_path, monkeypatch):
+    plan = export_model.plan_tensors
+
+    def wrong(base, updates, *others):
+        return plan(base, dict(list(updates.items())[1:]), *others)
+
+    monkeypatch.setattr(export_model, "plan_tensors", wrong)
+    with pytest.raises(RunError, match=r"does not hold what it should: 0.00 of the update of .*q_proj.weight is in"):
+        thimble.export(**folder, data=data, merged=True, type="Q8_0", out=str(tmp_path / "x.gguf"))
+    assert left_of(tmp_path) == []
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")], ids=["Ctrl-C", "full"])
+def test_a_model_that_is_interrupted_or_finds_no_room_leaves_nothing(error, folder, data, tmp_path, monkeypatch):
+    def stopped(done, total):
+        raise error
+
+    monkeypatch.setattr(export_model, "partial", lambda *_: stopped)
+    with pytest.raises(type(error)):
+        thimble.export(**folder, data=data, merged=True, type="Q8_0", out=str(tmp_path / "x.gguf"))
+    assert left_of(tmp_path) == []
+
+
+def test_a_disk_without_room_is_told_before_anything_is_written(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(InputError, match="has 0 MB free"):
+        thimble.export(**folder, merged=True, type="F32", out=str(tmp_path / "x.gguf"))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"merged": True}, "--merged needs a type: add --type with one of F32, F16"),
+        ({"merged": True, "type": "Q4_X"}, "type Q4_X is not known: expected one of F32, F16"),
+        ({"type": "Q4_0"}, "--type is for whole models: add --merged"),
+        ({"imatrix": True}, "--imatrix is for whole models: add --merged"),
+        ({"merged": True, "type": "F32", "to": "peft"}, "is what thimble merge writes"),
+        ({"merged": True, "type": "F32", "imatrix": True, "proof": "never"}, "--imatrix needs examples"),
+        ({"merged": True, "type": "F32", "adapter": "", "base": None}, "no adapter is given"),
+    ],
+    ids=str,
+)
+def test_what_a_whole_model_cannot_be_is_refused(options, said, adapter, tmp_path):
+    given = {"adapter": adapter, "base": str(GGUF), "out": str(tmp_path / "x.gguf"), **options}
+    with pytest.raises(InputError, match=said):
+        thimble.export(**given)
+    assert left_of(tmp_path) == []

@@ -47,6 +47,7 @@ TRIALS: dict[str, tuple[Callable[[int], Line], int]] = {
     "memory": (memory.memory_limits, 12),
     "cuts": (crash.power_cuts, 20_000),
     "safetensors": (files.fuzz_safetensors, 1_000_000),
+    "gguf_adapters": (files.fuzz_gguf_adapter, 100_000),
     "templates": (templates.hostile_templates, 1_000),
     "stopped": (runs.stop_runs, 71),
     "numbers": (runs.bad_numbers, 100),

@@ -122,3 +122,21 @@ def fuzz_gguf(count: int) -> Line:
     whole = TINY.read_bytes()
     header = len(whole) - sum(w.info.nbytes for w in open_base(TINY).weights.values())
     return fuzz_files("mutated GGUF", whole, ".gguf", header, count, lambda path: open_base(path))
+
+
+def fuzz_gguf_adapter(count: int) -> Line:
+    """A LoRA adapter as GGUF, on a base that is sound."""
+    from samples import make_adapter
+    from thimble.exports.gguf_adapter import write_gguf_adapter
+    from thimble.models.base import open_base
+    from thimble.models.gguf_adapter import load_gguf_adapter
+
+    base = open_base(TINY)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "x.gguf"
+        write_gguf_adapter(make_adapter(base), base, path)
+        whole = path.read_bytes()
+    header = whole.rindex(b".lora_b") + 64  # behind the last entry of the list of tensors
+    return fuzz_files(
+        "mutated GGUF adapters", whole, ".gguf", header, count, lambda path: load_gguf_adapter(path, base)
+    )

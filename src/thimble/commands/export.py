@@ -1,4 +1,4 @@
-"""`thimble export`: an adapter in the format of another program, and the proof that it does there what it does here."""
+"""`thimble export`: adapters and whole models for other programs, and proof that they do there what they do here."""
 
 import json
 import os
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from thimble.backends.open import open_session
+from thimble.commands.export_model import WholeModel, check_model, prove_written, write_model
 from thimble.config.export import ExportConfig
 from thimble.config.sources import CONFIG_FILE, build_config
 from thimble.config.train import TrainConfig
@@ -15,20 +16,23 @@ from thimble.core.adapter import Adapter
 from thimble.data.encode import Row
 from thimble.data.examples import encode_examples, general_rows, open_data, split_and_encode
 from thimble.data.model import Model, model_with_adapters
-from thimble.errors import ConfigError, InputError, Problems, RunError, install_line, plural
+from thimble.errors import ConfigError, InputError, Problems, RunError, install_line, listing, plural
 from thimble.events import EventLog, OnEvent, ignore
 from thimble.exports.gguf_adapter import check_exportable, write_gguf_adapter
 from thimble.exports.llamacpp import is_installed
+from thimble.exports.modelfile import modelfile
 from thimble.exports.proof import MOST_ROWS, Proof, prove
+from thimble.exports.proof_model import ModelProof, WeightsCheck
 from thimble.files.atomic import sync, write_atomic
 from thimble.files.peft import save_adapter
 from thimble.models.dora import without_magnitudes
+from thimble.models.gguf_types import FILE_TYPES, check_file_type
 from thimble.report.card import derived_card
 from thimble.training.card import about_adapter, write_card
-from thimble.training.run_folder import atomic_folder, check_new_folder
+from thimble.training.run_folder import atomic_folder, check_new_folder, check_room
 
 FEW_ROWS = 5  # if fewer are held out, training rows serve too: whether it is the same is asked, not how good it is
-PROOF = ".proof.json"  # behind the name of the file
+PROOF, MODELFILE = ".proof.json", ".Modelfile"  # behind the name of the file
 
 
 @dataclass
@@ -36,12 +40,15 @@ class ExportReport:
     """What was written, and whether it does what the adapter does.
 
     Attributes:
-        adapter: What the user named.
+        adapter: What the user named; empty for a base as it is.
         base: Name of the base.
         to: The format.
         out: What was written.
         size_bytes: Of that file or folder.
-        layers: How many layers it adapts.
+        layers: How many layers the adapter adapts.
+        type: Type of most weights of a whole model; empty for an adapter.
+        modelfile: A Modelfile for Ollama beside it; empty if none was written.
+        weights: What was found of the numbers of a whole model; None for an adapter.
         proof: What was compared in the runtime; None without a proof.
         messages: Decisions, notes and warnings, in order.
     """
@@ -52,51 +59,57 @@ class ExportReport:
     out: str
     size_bytes: int
     layers: int
+    type: str
+    modelfile: str
+    weights: dict[str, Any] | None
     proof: dict[str, Any] | None
     messages: dict[str, list[str]]
 
 
 def export(config: ExportConfig, on_event: OnEvent = ignore) -> ExportReport:
-    """Write an adapter for another program; a RunError if the proof fails, in which case nothing stays in --out."""
+    """Write an adapter or a whole model for other programs; a RunError if a proof fails, and nothing stays in --out."""
     log = EventLog(on_event)
-    model, adapter = _prepare(config, log)
-    out, proof = Path(config.out), None
-    rows = _rows(config, model, log) if _is_proved(config, model, log) else []
-    if config.to == "peft":
+    model, adapter, whole = _prepare(config, log)
+    out, weights, proof = Path(config.out), None, None
+    if config.to == "peft" and adapter:
         with atomic_folder(out) as folder:
             save_adapter(adapter, folder)
             facts = [("made from", f"{Path(config.adapter).name}, {len(adapter.layers)} layers")]
             write_card(folder, derived_card(about_adapter(adapter, model.base), "export", config, facts))
-    elif config.verify_only:
-        proof = _proved(config, model, adapter, rows, out, log)
+        modelfile = ""
     else:
-        proof = _write_gguf(config, model, adapter, rows, log)
+        rows = _rows(config, model, log) if _is_proved(config, model, log) else []
+        weights, proof = _write(config, model, adapter, whole, rows, log)
+        modelfile = _write_modelfile(config, model)
     size = sum(path.stat().st_size for path in out.rglob("*")) if out.is_dir() else out.stat().st_size
     return ExportReport(
-        config.adapter, model.base.name, config.to, config.out, size, len(adapter.layers),
+        config.adapter, model.base.name, config.to, config.out, size, len(adapter.layers) if adapter else 0,
+        whole.file_type if whole else "", modelfile, weights._asdict() if weights else None,
         asdict(proof) if proof else None, log.messages,
     )  # fmt: skip
 
 
-def _prepare(config: ExportConfig, log: EventLog) -> tuple[Model, Adapter]:
+def _prepare(config: ExportConfig, log: EventLog) -> tuple[Model, Adapter | None, WholeModel | None]:
     """Open everything and check all that can be wrong."""
     problems = Problems(config.problems)
     log.stage("reading the base and the adapter")
-    if not config.adapter:
+    if not config.adapter and not (config.merged and config.base):
         problems.add("no adapter is given: name an adapter folder or a run folder, as in: thimble export runs/mine-1")
     paths = [config.adapter] if config.adapter else []
     model, adapters = model_with_adapters(config.base, paths, problems, log)
-    for name, adapter in adapters.items():
-        if config.approximate_rank and not adapter.has_magnitudes:
-            problems.add(f"--approximate-rank is for DoRA, and {name} is plain LoRA: leave it out")
-        if config.to == "gguf" and not config.approximate_rank:
-            problems.attempt(check_exportable, name, adapter)
-    problems.attempt(_check_out, config)
+    adapter, whole = adapters.get(config.adapter), None
+    if adapter and config.approximate_rank and not adapter.has_magnitudes:
+        problems.add(f"--approximate-rank is for DoRA, and {config.adapter} is plain LoRA: leave it out")
+    if adapter and config.to == "gguf" and not config.merged and not config.approximate_rank:
+        problems.attempt(check_exportable, config.adapter, adapter)
+    file_type = problems.attempt(_file_type, config) if config.merged else None
+    if model and file_type and (adapter or not paths):
+        whole = problems.attempt(WholeModel.of, model, adapter, file_type)
+    problems.attempt(_check_out, config, whole)
     (model,) = problems.required(model)
-    adapter = adapters[config.adapter]
-    return model, _without_magnitudes(
-        adapter, model, config.approximate_rank, log
-    ) if config.approximate_rank else adapter
+    if adapter and config.approximate_rank:
+        adapter = _without_magnitudes(adapter, model, config.approximate_rank, log)
+    return model, adapter, whole
 
 
 def _without_magnitudes(adapter: Adapter, model: Model, rank: int, log: EventLog) -> Adapter:
@@ -113,27 +126,38 @@ def _without_magnitudes(adapter: Adapter, model: Model, rank: int, log: EventLog
     return plain
 
 
-def _check_out(config: ExportConfig) -> None:
+def _file_type(config: ExportConfig) -> str:
+    if not config.type:
+        raise ConfigError(f"--merged needs a type: add --type with one of {listing(FILE_TYPES, 20)}")
+    check_file_type(config.type)
+    return config.type
+
+
+def _check_out(config: ExportConfig, whole: WholeModel | None) -> None:
     suffix = ".gguf" if config.to == "gguf" else ""
     if not config.out:
-        raise ConfigError(f"no out is given: name what to write, such as --out adapter{suffix}")
+        raise ConfigError(
+            f"no out is given: name what to write, such as --out {'model' if config.merged else 'adapter'}{suffix}"
+        )
     path = Path(config.out)
     if config.to == "peft":
         check_new_folder(path, 0)
     elif config.verify_only:
         if not path.is_file():
-            raise ConfigError(f"--out {path} is no file: with --verify-only name the GGUF adapter to prove again")
+            raise ConfigError(f"--out {path} is no file: with --verify-only name the GGUF file to prove again")
     elif path.exists():
         raise ConfigError(f"--out {path} exists: name another file, or prove that one again with --verify-only")
     elif not path.parent.is_dir():
         raise ConfigError(f"--out {path}: there is no folder {path.parent}")
+    elif whole:
+        check_room(path, whole.size_bytes)
 
 
 def _is_proved(config: ExportConfig, model: Model, log: EventLog) -> bool:
     """Whether a proof is made; if it could be and is not, say how."""
     if config.to != "gguf" or (config.proof == "never" and not config.verify_only):
         return False
-    if model.base.metadata is None:
+    if model.base.metadata is None and not config.merged:
         why = f": {model.base.name} is a folder, and llama.cpp reads GGUF files: name one of the same model with --base"
     elif not is_installed():
         why = f", which is not installed: {install_line('llamacpp')}, then run this again with --verify-only"
@@ -151,38 +175,99 @@ def _rows(config: ExportConfig, model: Model, log: EventLog) -> list[Row]:
         options = TrainConfig.build({"data": config.data})
         dataset = open_data(options)
         return list(encode_examples(dataset, (), dataset.valid or dataset.train, model, options, log).valid)
-    run = Path(config.adapter)
-    if (run / CONFIG_FILE).is_file():
-        options = build_config(TrainConfig, {}, str(run / CONFIG_FILE))
-        try:
-            found = split_and_encode(open_data(options), model, options, log)
-            rows = [*found.valid, *found.train][:MOST_ROWS] if len(found.valid) < FEW_ROWS else list(found.valid)
-            log.note(f"proved on {plural(min(len(rows), MOST_ROWS), 'row')} of {options.data}, validation rows first")
-            return rows
-        except InputError as error:
-            log.note(f"the data of the run cannot be read ({error.problems[0]})")
+    found = _rows_of_run(config, model, log)
+    if found:
+        train, valid = found
+        rows = [*valid, *train][:MOST_ROWS] if len(valid) < FEW_ROWS else valid
+        log.note(f"proved on {plural(min(len(rows), MOST_ROWS), 'row')} of the run's data, validation rows first")
+        return rows
     log.note("proved on general text: name your own with --data")
     return list(general_rows(model, TrainConfig.build({})))
 
 
-def _write_gguf(config: ExportConfig, model: Model, adapter: Adapter, rows: list[Row], log: EventLog) -> Proof | None:
-    """Write the file, and give it its name only when it is proved."""
-    out = Path(config.out)
-    unproved = out.with_name(f".{out.name}.tmp")
+def _training_rows(config: ExportConfig, model: Model, log: EventLog) -> list[Row]:
+    """Rows that the user trains on: of --data, or of the run; none if neither is known."""
+    if config.data:
+        options = TrainConfig.build({"data": config.data})
+        dataset = open_data(options)
+        return list(encode_examples(dataset, (), dataset.train, model, options, log).valid)
+    found = _rows_of_run(config, model, log)
+    return found[0] if found else []
+
+
+def _rows_of_run(config: ExportConfig, model: Model, log: EventLog) -> tuple[list[Row], list[Row]] | None:
+    """Training and validation rows of the run folder that was named; None if it is none, or its data are gone."""
+    run = Path(config.adapter)
+    if not config.adapter or not (run / CONFIG_FILE).is_file():
+        return None
+    options = build_config(TrainConfig, {}, str(run / CONFIG_FILE))
     try:
-        log.stage("writing the adapter")
-        write_gguf_adapter(adapter, model.base, unproved)
-        proof = _proved(config, model, adapter, rows, unproved, log) if rows else None
+        found = split_and_encode(open_data(options), model, options, log)
+    except InputError as error:
+        log.note(f"the data of the run cannot be read ({error.problems[0]})")
+        return None
+    return list(found.train), list(found.valid)
+
+
+def _write(
+    config: ExportConfig,
+    model: Model,
+    adapter: Adapter | None,
+    whole: WholeModel | None,
+    rows: list[Row],
+    log: EventLog,
+) -> tuple[WeightsCheck | None, Proof | ModelProof | None]:
+    """Write the file and give it its name only when it is proved; with --verify-only prove the one that is there."""
+    out = Path(config.out)
+    unproved = out if config.verify_only else out.with_name(f".{out.name}.unproved")
+    weights: WeightsCheck | None = None
+    proof: Proof | ModelProof | None = None
+    try:
+        if whole:
+            if not config.verify_only:
+                write_model(whole, unproved, _calibration(config, model, log), log)
+            weights = check_model(whole, unproved, out, log)
+            proof = prove_written(whole, unproved, out, weights, rows, log) if rows else None
+        elif adapter:
+            if not config.verify_only:
+                log.stage("writing the adapter")
+                write_gguf_adapter(adapter, model.base, unproved)
+            proof = _proved(config, model, adapter, rows, unproved, log) if rows else None
         os.replace(unproved, out)
     except BaseException:
-        unproved.unlink(missing_ok=True)
+        if not config.verify_only:
+            unproved.unlink(missing_ok=True)
         raise
+    if proof:
+        write_atomic(out.with_name(out.name + PROOF), [json.dumps(asdict(proof), indent=2).encode() + b"\n"])
     sync(out.parent)
-    return proof
+    return weights, proof
+
+
+def _calibration(config: ExportConfig, model: Model, log: EventLog) -> list[Row]:
+    """Training rows on which the inputs of layers are measured; none without --imatrix."""
+    if not config.imatrix:
+        return []
+    rows = _training_rows(config, model, log)
+    if not rows:
+        raise ConfigError("--imatrix needs examples: name some with --data, or export the run folder of an adapter")
+    return rows
+
+
+def _write_modelfile(config: ExportConfig, model: Model) -> str:
+    """Write a Modelfile beside a new GGUF, if there is none and the base is a file too; its name."""
+    out = Path(config.out)
+    path = out.with_name(out.name + MODELFILE)
+    if config.verify_only or (not config.merged and model.base.metadata is None) or path.exists():
+        return ""
+    name, base = f"./{out.name}", str(model.base.path.absolute())
+    text = modelfile(model, name) if config.merged else modelfile(model, base, name)
+    write_atomic(path, [text.encode()])
+    return str(path)
 
 
 def _proved(config: ExportConfig, model: Model, adapter: Adapter, rows: list[Row], file: Path, log: EventLog) -> Proof:
-    """Compare, and keep what was found beside --out; a RunError if it does not hold."""
+    """Compare an adapter; a RunError if it does not do in the runtime what it does here."""
     from thimble.backends.torch.threads import num_cores
 
     log.stage("proving it in llama.cpp")
@@ -200,5 +285,4 @@ def _proved(config: ExportConfig, model: Model, adapter: Adapter, rows: list[Row
         )
     if not proof.is_visible:
         log.warning("the adapter moves probabilities by less than the runtime's own noise: the proof says little")
-    write_atomic(out.with_name(out.name + PROOF), [json.dumps(asdict(proof), indent=2).encode() + b"\n"])
     return proof

@@ -18,8 +18,15 @@ class ExportConfig(Options):
 
     adapter: str = option("", "Adapter folder, the run folder that holds it, or a GGUF adapter.", positional=True,
         path=WHOLE_PATH, metavar="ADAPTER")  # fmt: skip
-    to: str = option("gguf", "What to write: gguf, a LoRA file for llama.cpp, Ollama and LM Studio; or peft, a folder "
-        "for PEFT and vLLM.", choices=FORMATS)  # fmt: skip
+    to: str = option("gguf", "What to write: gguf, a file for llama.cpp, Ollama and LM Studio; or peft, a folder for "
+        "PEFT and vLLM.", choices=FORMATS)  # fmt: skip
+    merged: bool = option(False, "Write the whole model, the adapter merged into it, instead of the adapter alone; "
+        "without an adapter the base as it is.")  # fmt: skip
+    type: str = option("", "With --merged: the type of most weights, F32, F16, BF16, Q8_0, Q6_K, Q5_K_M, Q5_1, Q5_0, "
+        "Q4_K_M, Q4_1 or Q4_0; those with _M give more bits to layers that need them, as llama.cpp does.",
+        metavar="TYPE")  # fmt: skip
+    imatrix: bool = option(False, "With --merged: weigh rounding errors by how large the inputs of each column are on "
+        "your own training data (an importance matrix).")  # fmt: skip
     out: str = option("", "File (gguf) or folder (peft) to write; it must not exist yet.", path=WHOLE_PATH,
         metavar="PATH")  # fmt: skip
     base: str | None = option(None, "The base that the adapter was made for: a GGUF file, a Hugging Face folder or a "
@@ -40,5 +47,13 @@ class ExportConfig(Options):
         asked = {"--verify-only": given.get("verify_only"), "--proof always": given.get("proof") == "always"}
         if given.get("to") == "peft" and any(asked.values()):
             what = " and ".join(option for option, is_given in asked.items() if is_given)
-            problems.append(f"--to peft has no proof, which is made in llama.cpp of GGUF adapters: leave out {what}")
+            problems.append(f"--to peft has no proof, which is made in llama.cpp of GGUF files: leave out {what}")
+        if given.get("to") == "peft" and given.get("merged"):
+            problems.append("--to peft --merged: a folder with an adapter merged into it is what thimble merge writes")
+        of_merged = {"--type": given.get("type"), "--imatrix": given.get("imatrix")}
+        if given.get("merged") and given.get("approximate_rank"):
+            problems.append("--merged takes DoRA exactly: leave out --approximate-rank")
+        if not given.get("merged") and any(of_merged.values()):
+            what = " and ".join(option for option, is_given in of_merged.items() if is_given)
+            problems.append(f"{what} is for whole models: add --merged, or leave it out")
         return problems

@@ -90,7 +90,7 @@ class Tokenizer:
         return result
 
     def _encode_behind(self, before: str, text: str) -> list[int]:
-        if not self._prefixes_space:
+        if not self.prefixes_space:
             return self.encode(text)
         last = self._added.get((self.encode(before) or [-1])[-1])
         anchor = last if last and before.endswith(last) else "\n"
@@ -140,8 +140,14 @@ class Tokenizer:
     def _is_byte_level(self) -> bool:
         return "ByteLevel" in repr(self._inner.decoder)
 
+    @property
+    def inner(self) -> "tokenizers.Tokenizer":
+        """The same in the package `tokenizers`, with every added token."""
+        return self._inner
+
     @functools.cached_property
-    def _prefixes_space(self) -> bool:
+    def prefixes_space(self) -> bool:
+        """Whether a space is put before a text."""
         newline = self.encode("\n")
         return self.encode("\na") != newline + self.encode("a")
 

@@ -24,8 +24,13 @@ def is_installed() -> bool:
 class LlamaCpp:
     """One base with at most one adapter, loaded by llama.cpp."""
 
-    def __init__(self, base: Path, adapter: Path | None = None, threads: int = 1, context: int = 512) -> None:
-        """Load both; a MissingPackageError without the package, a RuntimeError if llama.cpp refuses a file."""
+    def __init__(
+        self, base: Path, adapter: Path | None = None, threads: int = 1, context: int = 512, has_template: bool = False
+    ) -> None:
+        """Load both, and the chat template if it is asked for.
+
+        A MissingPackageError without the package, a RuntimeError if llama.cpp refuses a file.
+        """
         try:
             import xllamacpp
         except ImportError:
@@ -38,7 +43,8 @@ class LlamaCpp:
         params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         params.n_gpu_layers, params.warmup, params.verbosity = 0, False, 0
-        params.swa_full, params.enable_chat_template = True, False  # a cut cache loses what a window still sees
+        params.swa_full = True  # a cut cache loses what a window still sees
+        params.enable_chat_template = params.use_jinja = has_template
         if adapter is not None:
             params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(adapter), 1.0)]
         self._server = xllamacpp.Server(params)
@@ -60,6 +66,27 @@ class LlamaCpp:
         """The greedy answer to some tokens, and whether it ended by itself."""
         choice = self._complete(ids, n_predict=most)["choices"][0]
         return choice["text"], choice["finish_reason"] == "stop"
+
+    def tokenize(self, text: str) -> list[int]:
+        """The ids of a text, with marks like `<|im_end|>` as tokens and without bos."""
+        return list(self._post("/tokenize", content=text, add_special=False, parse_special=True)["tokens"])
+
+    def apply_template(self, messages: Sequence[Any], tools: Sequence[Any] | None = None) -> str:
+        """A conversation as the chat template writes it, up to where an answer begins."""
+        return str(self._post("/apply-template", messages=messages, **({"tools": tools} if tools else {}))["prompt"])
+
+    def _post(self, path: str, **asked: Any) -> dict[str, Any]:
+        import json
+        from urllib.error import HTTPError
+        from urllib.request import Request, urlopen
+
+        body, kind = json.dumps(asked).encode(), {"Content-Type": "application/json"}
+        try:  # its server listens on this machine alone
+            with urlopen(Request(self._server.listening_address + path, body, kind)) as told:
+                answer: dict[str, Any] = json.load(told)
+                return answer
+        except HTTPError as error:
+            raise RuntimeError(f"llama.cpp answers {error.read().decode(errors='replace')[:200]}") from None
 
     def _complete(self, ids: Sequence[int], **options: Any) -> dict[str, Any]:
         told = self._server.handle_completions({"prompt": list(ids), "temperature": 0, "cache_prompt": True, **options})

@@ -85,7 +85,7 @@ def prove(
         MissingPackageError: Without the runtime.
         RuntimeError: If the runtime refuses a file.
     """
-    chosen = _chosen(rows[:MOST_ROWS])
+    chosen = choose_tokens(rows[:MOST_ROWS])
     each = max(1, MOST_POSITIONS // max(1, len(chosen)))
     there = []
     for number, lora in enumerate((None, exported)):  # one after the other: two at a time would hold the base twice
@@ -95,11 +95,11 @@ def prove(
             found += model.log_probabilities(ids[: begin + each], begin)
             on_row(number * len(chosen) + done, 2 * len(chosen))
         there.append(np.array(found))
-    here = [_here(session, session.load(which), chosen, each) for which in (None, adapter)]
+    here = [probabilities_here(session, session.load(which), chosen, each) for which in (None, adapter)]
     return _compare(len(chosen), here, there)
 
 
-def _chosen(rows: Sequence[Row]) -> list[tuple[list[int], int]]:
+def choose_tokens(rows: Sequence[Row]) -> list[tuple[list[int], int]]:
     """The tokens of each row, and the first place whose probability is asked for: a target, unless those are few."""
     is_whole = sum(row.target_tokens for row in rows) < FEW_TARGETS
     return [(row.ids[:MOST_TOKENS].tolist(), 1 if is_whole else _first_target(row)) for row in rows]
@@ -110,7 +110,10 @@ def _first_target(row: Row) -> int:
     return int(targets[0]) + 1 if len(targets) else 1
 
 
-def _here(session: Session, adapter: ActiveAdapter, rows: Iterable[tuple[list[int], int]], each: int) -> Floats:
+def probabilities_here(
+    session: Session, adapter: ActiveAdapter, rows: Iterable[tuple[list[int], int]], each: int
+) -> Floats:
+    """Natural log-probability of `each` tokens of each row from its first place on, in Thimble: float64 (tokens,)."""
     found: list[float] = []
     for ids, begin in rows:
         cut = ids[: begin + each]

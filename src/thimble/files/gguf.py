@@ -136,11 +136,15 @@ class _Array:
         return [cursor.text() for _ in range(self.count)]
 
 
-class _Metadata(Mapping[str, Any]):
+class Metadata(Mapping[str, Any]):
     """Key-value pairs of a GGUF; an array is decoded when first asked for."""
 
-    def __init__(self, values: dict[str, Any]) -> None:
-        self._values = values
+    def __init__(self, data: mmap.mmap, values: dict[str, Any], places: dict[str, slice]) -> None:
+        self._data, self._values, self._places = data, values, places
+
+    def packed(self, key: str) -> bytes:
+        """A value as it lies in the file, behind the number of its type."""
+        return self._data[self._places[key]]
 
     def __getitem__(self, key: str) -> Any:
         value = self._values[key]
@@ -158,7 +162,7 @@ class _Metadata(Mapping[str, Any]):
         return key in self._values
 
 
-def read_header(path: Path, data: mmap.mmap) -> tuple[Mapping[str, Any], dict[str, TensorInfo]]:
+def read_header(path: Path, data: mmap.mmap) -> tuple[Metadata, dict[str, TensorInfo]]:
     """Read the metadata, whose arrays are decoded when first asked for, and the tensors by name in the file's order."""
     cursor = _Cursor(path, data)
     version = cursor.number("I")
@@ -169,18 +173,21 @@ def read_header(path: Path, data: mmap.mmap) -> tuple[Mapping[str, Any], dict[st
         )
     num_tensors, num_pairs = cursor.count(MOST_TENSORS, "tensors"), cursor.count(_MOST_PAIRS, "metadata values")
     values: dict[str, Any] = {}
+    places: dict[str, slice] = {}
     for _ in range(num_pairs):
         key = cursor.key()
         if key in values:
             raise damaged(path, f"metadata key {key} occurs twice")
+        start = cursor.position
         values[key] = cursor.value(cursor.number("I"))
+        places[key] = slice(start, cursor.position)
     tensors: dict[str, TensorInfo] = {}
     for _ in range(num_tensors):
         info = _read_tensor(cursor)
         if info.name in tensors:
             raise damaged(path, f"tensor {info.name} occurs twice")
         tensors[info.name] = info
-    return _Metadata(values), _place_tensors(cursor, values.get("general.alignment", 32), tensors)
+    return Metadata(data, values, places), _place_tensors(cursor, values.get("general.alignment", 32), tensors)
 
 
 def _read_tensor(cursor: _Cursor) -> TensorInfo:

@@ -43,8 +43,8 @@ def write_gguf(path: Path, metadata: Mapping[str, Any], tensors: Sequence[NewTen
     """Write a GGUF file; it appears under its name only when it is complete and on disk.
 
     Metadata values are text, truth values, numbers of a numpy type (`np.uint32(2)`), numpy arrays, or lists of text:
-    the type is written as given, since readers ask for exactly the one they expect. A ValueError if a tensor's parts
-    are not as long as its type and shape say.
+    the type is written as given, since readers ask for exactly the one they expect. Bytes are a value of another file,
+    `Metadata.packed`. A ValueError if a tensor's parts are not as long as its type and shape say.
     """
     write_atomic(path, _file(metadata, tensors))
 
@@ -79,6 +79,8 @@ def _text(text: str) -> bytes:
 
 def _value(value: Any) -> bytes:
     """A metadata value behind the number of its type."""
+    if isinstance(value, bytes):
+        return value
     if isinstance(value, str):
         return struct.pack("<I", STRING) + _text(value)
     if isinstance(value, list):

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from thimble.errors import BaseModelError, listing, plural
-from thimble.files.blocks import BLOCKS
+from thimble.files.blocks import BLOCKS, dequantize
 from thimble.files.tensor_info import TensorInfo
 from thimble.files.tensors import TensorFile
 from thimble.files.untrusted import printable
@@ -61,6 +61,13 @@ class Weight:
         """Let go of the memory of some rows, which the file can fill again."""
         size = self.info.nbytes // self.shape[0]
         self.file.release(self.info.name, rows.start * size, rows.stop * size)
+
+    def read_rows(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Some rows of a matrix, float32 (rows, in), by their numbers in transformers."""
+        rows = rows if self.order is None else np.argsort(self.order)[rows]
+        raw, shape = np.ascontiguousarray(self.raw()[rows]), (len(rows), self.shape[1])
+        values = dequantize(raw, self.dtype, shape) if self.dtype in BLOCKS else raw.view("<f8").astype(np.float32)
+        return values + np.float32(self.offset) if self.offset else values
 
     def read(self) -> NDArray[np.float32]:
         """The numbers, float32, in the order of transformers."""

@@ -235,18 +235,37 @@ def render_merge(report: Any) -> str:
 
 def render_export(report: Any) -> str:
     """What was written, and what the proof found."""
-    lines = [f"wrote    {report.out} ({_size(report.size_bytes)}, {report.layers} layers)"]
+    what = f"{report.type}, " if report.type else ""
+    lines = [f"wrote    {report.out} ({what}{_size(report.size_bytes)}, {plural(report.layers, 'adapted layer')})"]
+    if report.weights:
+        found = report.weights
+        lines.append(
+            f"checked  {found['tensors']} tensors read again: rounding changed none by more than "
+            f"{small_percent(found['worst_rounding'])}; {found['worst_update']:.3f} of an update is there at worst"
+        )
     if report.proof:
-        found = report.proof
-        lines.append(
-            f"proved   in {found['runtime']}, on {found['positions']} tokens of {found['rows']} rows: the adapter's "
-            f"effect there is {found['effect_there']:.3f} times what it is here"
-        )
-        lines.append(
-            f"         log-probabilities differ by {found['adapter_difference']:.5f} nats with it, by "
-            f"{found['base_difference']:.5f} without (effect {found['effect']:.3f})"
-        )
+        lines += _proof_lines(report.proof, is_whole=bool(report.weights))
+    if report.modelfile:
+        lines.append(f"beside   {report.modelfile} for Ollama (untested)")
     return "\n".join(lines)
+
+
+def _proof_lines(found: Mapping[str, Any], is_whole: bool) -> list[str]:
+    """The proof in one line, and its figures in another."""
+    effect = f"the adapter's effect there is {found['effect_there']:.3f} times what it is here"
+    on = f"proved   in {found['runtime']}, on {found['positions']} tokens of {found['rows']} rows: "
+    if not is_whole:
+        return [
+            on + effect,
+            f"         log-probabilities differ by {found['adapter_difference']:.5f} nats with it, by "
+            f"{found['base_difference']:.5f} without (effect {found['effect']:.3f})",
+        ]
+    return [
+        on + (effect if found["effect"] else "it computes what is in the file"),
+        f"         log-probabilities differ by {found['runtime_difference']:.5f} nats from the same file here, by "
+        f"{found['rounding_difference']:.5f} by rounding (effect {found['effect']:.3f}); loss "
+        f"{found['loss_before_rounding']:.4f} in float, {found['loss_there']:.4f} there",
+    ]
 
 
 _MERGE_HEADS = {

@@ -9,6 +9,7 @@ of an adapter, and no float weights.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,24 +43,48 @@ class _Sums:
         self.count += len(h)
 
 
-@torch.no_grad()
+class _Squares:
+    """Of the inputs of one group of layers, each of so many columns: their squares alone."""
+
+    def __init__(self, columns: int) -> None:
+        self.total, self.count = torch.zeros(columns, dtype=torch.float64), 0
+
+    def add(self, h: Tensor) -> None:
+        self.total.add_(h.float().square().sum(0))
+        self.count += len(h)
+
+
 def input_moments(decoder: Decoder, batches: Sequence[Batch]) -> Iterator[tuple[list[str], Moments]]:
     """Second moments of the inputs of every layer, a block at a time, with the paths of the layers that share each."""
+    for paths, of in _over_inputs(decoder, batches, _Sums):
+        yield paths, Moments(of.square.numpy(), of.total.numpy(), of.count)
+
+
+def input_squares(decoder: Decoder, batches: Sequence[Batch]) -> Iterator[tuple[list[str], NDArray[np.float32]]]:
+    """Mean square of each column of the inputs of every layer, float32 (in,), with the paths that share it."""
+    for paths, of in _over_inputs(decoder, batches, _Squares):
+        yield paths, (of.total / of.count).float().numpy()
+
+
+@torch.no_grad()
+def _over_inputs(
+    decoder: Decoder, batches: Sequence[Batch], gather: Callable[[int], Any]
+) -> Iterator[tuple[list[str], Any]]:
+    """Show the inputs of every group of layers to a value that `gather` makes for its columns, a block at a time."""
     passes = [decoder.pack(whole_rows(batch.starts)) for batch in batches]
     streams = [decoder.embed(batch.ids, one) for batch, one in zip(batches, passes, strict=True)]
     for block in decoder.blocks:
-        sums = {projection.number: _Sums(projection.frozen.cols) for projection in block.projections}
+        sums = {projection.number: gather(projection.frozen.cols) for projection in block.projections}
         for number, one in enumerate(passes):
             real = one.segments[-1].end
 
-            def add(projection: Projection, h: Tensor, sums: dict[int, _Sums] = sums, real: int = real) -> None:
+            def add(projection: Projection, h: Tensor, sums: dict[int, Any] = sums, real: int = real) -> None:
                 sums[projection.number].add(h[:real])
 
             decoder.memory.begin()
             streams[number] = decoder.block(block, streams[number], replace(one, lora=Lora(on_input=add)))
         for projection in block.projections:
-            of = sums.pop(projection.number)
-            yield list(projection.columns), Moments(of.square.numpy(), of.total.numpy(), of.count)
+            yield list(projection.columns), sums.pop(projection.number)
 
 
 # ---- gradients ------------------------------------------------------------------------------------------------------
