@@ -298,4 +298,5 @@ class Engine:
             return Token(number, finish="stop", usage=request.usage)
         finish = None if len(written) < options.max_new_tokens else "length"
         logprobs = request.sampler.log_probs(logits, token)
-        return Token(number, token, finish, logprobs=logprobs, usage=request.usage if finish else None)
+        usage = request.usage if finish or len(written) == 1 else None
+        return Token(number, token, finish, logprobs=logprobs, usage=usage)

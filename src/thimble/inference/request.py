@@ -35,7 +35,7 @@ class Token(NamedTuple):
         finish: None while the answer goes on; with its end `stop` or `length`, as in the OpenAI API, or `error`.
         loss: Summed over the scored prompts of a pass, told with the first of them once they have been read.
         logprobs: What the model thought of the place, where that is asked for.
-        usage: What the request took, told with its end.
+        usage: What the request took so far, told with the first token and with the end.
         error: Why it ended in an error: what its mask raised.
     """
 
