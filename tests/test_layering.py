@@ -53,9 +53,13 @@ RULES = {
         "errors core files models data backends exports", "backends/torch", packages="numpy",
         packages_later="xllamacpp",
     ),
+    "server": Part(
+        "errors core files models data backends inference server __init__",
+        packages="numpy starlette uvicorn pydantic pydantic_core prometheus_client llguidance",
+    ),
     "commands": Part(
         "errors events core config report files models data backends inference training exports commands __init__",
-        "backends/torch", packages="numpy",
+        "backends/torch server", packages="numpy",
     ),
     "api": Part("config commands", "data"),
     "chat_loop": Part("errors"),

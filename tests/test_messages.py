@@ -53,7 +53,7 @@ def test_every_command_and_option_that_a_text_names_exists(file):
         ('x = "use thimble publish"', ["line 1: thimble publish"]),
         ('x = f"run thimble train {data} --rnak 8"', ["line 1: --rnak"]),
         ('x = f"run thimble train {data} --rank {rank}, or pip install --no-deps it"', []),
-        ('def f():\n    """See `thimble serve`."""', ["line 2: thimble serve"]),
+        ('def f():\n    """See `thimble teach`."""', ["line 2: thimble teach"]),
     ],
 )
 def test_the_check_sees_what_cannot_be_typed(source, found):

@@ -146,6 +146,21 @@ def _warn(event: Any) -> None:
         warnings.warn(event.text, stacklevel=2)
 
 
+def serve(**options: Any) -> Any:
+    """Serve a base and adapters over HTTP, until `should_stop` says so or Ctrl-C; see `thimble serve --help`.
+
+    Args:
+        **options: `base`, `adapter`, `host`, `port`, `api_key` and so on.
+
+    Returns:
+        A thimble.commands.serve.ServeReport.
+
+    Raises:
+        InputError: If it cannot be begun.
+    """
+    return call("serve", **options)
+
+
 def inspect(path: str | Path | None = None, other: str | Path | None = None, **options: Any) -> Any:
     """Look into a base, an adapter or two adapters; see `thimble inspect --help` for the options.
 

@@ -10,6 +10,7 @@ from thimble.commands.generate import GenerateReport
 from thimble.commands.inspect_ import InspectReport
 from thimble.commands.merge import MergeReport
 from thimble.commands.plan import PlanReport
+from thimble.commands.serve import ServeReport
 from thimble.data.answers import Answer
 from thimble.events import Event
 from thimble.inference.conversation import Conversation
@@ -256,6 +257,32 @@ def generate(
     should_stop: Callable[[], bool] = ...,
 ) -> GenerateReport:
     """Answer many prompts that have nothing to do with one another; see `thimble generate --help` for the options."""
+
+def serve(
+    *,
+    base: str | Path | None = None,
+    compute: Literal["auto", "fp32", "bf16", "int8"] = "auto",
+    store: Literal["auto", "dense", "int8", "file"] = "auto",
+    remeasure: bool = False,
+    adapter: str | Path | Sequence[str | Path] = ...,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    api_key: Names = ...,
+    admin_key: str | None = None,
+    allowed_host: Names = ...,
+    max_new_tokens: int | Literal["auto"] | None = None,
+    max_running: int = 64,
+    max_waiting: int = 256,
+    max_seconds: float = 600.0,
+    max_body: int | str = 4000000,
+    drain_seconds: float = 30.0,
+    log: str | Path | None = None,
+    seed: int = 0,
+    config: str | Path | None = None,
+    on_event: Callable[[Event], None] = ...,
+    should_stop: Callable[[], bool] = ...,
+) -> ServeReport:
+    """Serve a base and adapters over HTTP, until `should_stop` says so or Ctrl-C; see `thimble serve --help`."""
 
 def inspect(
     path: str | Path | None = None,

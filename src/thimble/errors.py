@@ -113,8 +113,13 @@ def listing(items: Iterable[Any], most: int = 8) -> str:
     return shown + (f" and {len(items) - most} more" if len(items) > most else "")
 
 
-# The package that each extra of ours brings.
-EXTRAS = {"hub": "huggingface_hub", "parquet": "pyarrow", "llamacpp": "xllamacpp"}
+# The packages that each extra of ours brings.
+EXTRAS = {
+    "hub": "huggingface_hub",
+    "parquet": "pyarrow",
+    "llamacpp": "xllamacpp",
+    "serve": "starlette uvicorn pydantic prometheus-client llguidance",
+}
 
 
 def install_line(extra: str) -> str:

@@ -10,7 +10,7 @@ class Event:
     """Something worth reporting."""
 
     # `decision` (what was chosen and why), `note` (what was found), `warning`, `stage` (a phase begins), `progress` (a
-    # phase moved) or `step` (an optimiser step was taken)
+    # phase moved), `step` (an optimiser step was taken) or `request` (a server answered one)
     kind: str
     text: str = ""  # one sentence for people; of `progress` what is counted
     # numbers for machines: of `progress` done and total; of `step` what stands in metrics.jsonl, and total

@@ -32,7 +32,7 @@ def home(tmp_path, monkeypatch):
 
 
 def test_every_option_that_names_a_file_or_a_folder_is_known_to():
-    assert {name for _, name in PATHS} == {"data", "base", "adapter", "out", "init", "metric", "path", "other"}
+    assert {name for _, name in PATHS} == {"data", "base", "adapter", "out", "init", "metric", "path", "other", "log"}
 
 
 @pytest.mark.parametrize("way", ["flag", "YAML"])

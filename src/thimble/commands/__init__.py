@@ -77,6 +77,11 @@ _LIST = (
         "keeping the answers so far",
     ),
     Command(
+        "serve", "Serve a base and many adapters over HTTP, as the OpenAI API has it.",
+        "config.serve:ServeConfig", "commands.serve:serve", "report.terminal:render_serve",
+        "once the answers that were begun are done",
+    ),
+    Command(
         "inspect", "Look into the weights of a base, into an adapter, or compare two adapters.",
         "config.inspect_:InspectConfig", "commands.inspect_:inspect", "report.inspect_text:render_inspect",
     ),

@@ -20,7 +20,7 @@ REFRESH_SECONDS = 0.2  # of the moving line in a terminal
 LOG_SECONDS = 10.0  # between lines in a pipe or file
 SHOWN_SAMPLES, MOST_SAMPLES = 3, 8  # more of them where there are more labels
 MOST_LABELS, MOST_CONFUSED = 12, 8
-MARKS = {"decision": "  ", "note": "  ", "warning": "warning: "}
+MARKS = {"decision": "  ", "note": "  ", "warning": "warning: ", "request": "  "}
 
 _size = partial(formatting.size, space=" ")
 
@@ -215,6 +215,13 @@ def render_generate(report: Any) -> str:
     places = [f"answers  {report.out}", *([f"go on    {report.go_on}"] if report.go_on else [])]
     state = state if report.status == "done" else f"{report.status}: {state}"
     return "\n\n".join([*parts, state, "\n".join(places)])
+
+
+def render_serve(report: Any) -> str:
+    """How many requests a server had, and what it wrote."""
+    refused = f", {report.refused:,} of them refused" if report.refused else ""
+    tokens = f"{report.prompt_tokens:,} tokens read, {report.completion_tokens:,} written"
+    return f"served {plural(report.requests, 'request')}{refused} in {clock(report.seconds)}: {tokens}"
 
 
 def render_merge(report: Any) -> str:

@@ -1,0 +1,189 @@
+"""`thimble serve`: one base and many adapters behind the HTTP interface of OpenAI."""
+
+import importlib
+import json
+import os
+import shlex
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from thimble.backends.open import choose_store, open_session
+from thimble.config.serve import ServeConfig
+from thimble.data.model import Model, base_with_adapters, log_base, model_with_adapters, open_model
+from thimble.errors import EXTRAS, MissingPackageError, Problems, install_line, listing
+from thimble.events import Event, EventLog, OnEvent, ShouldStop, ignore, never
+from thimble.inference.engine import Engine
+from thimble.models.cost import cache_token_bytes
+from thimble.models.machine import available_bytes
+
+if TYPE_CHECKING:
+    from thimble.server.service import Service
+
+MEMORY_SHARE = 3  # of the free memory, one part in so many is for keys and values
+RUNS = "runs"  # where `thimble train` puts what it makes
+LOCAL = ("127.0.0.1", "localhost", "::1")  # addresses that no other machine can reach
+
+
+@dataclass
+class ServeReport:
+    """What a server did.
+
+    Attributes:
+        address: Where it listened.
+        base: Name of the base.
+        adapters: Names of the adapters in the end.
+        requests: Requests that came.
+        refused: Those of them that were refused, or failed.
+        prompt_tokens: Tokens of their prompts.
+        completion_tokens: Tokens that were written.
+        seconds: How long it listened.
+        messages: Decisions, notes and warnings, in order.
+    """
+
+    address: str
+    base: str
+    adapters: list[str] = field(default_factory=list)
+    requests: int = 0
+    refused: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    seconds: float = 0.0
+    messages: dict[str, list[str]] = field(default_factory=dict)
+
+
+def serve(config: ServeConfig, on_event: OnEvent = ignore, should_stop: ShouldStop = never) -> ServeReport:
+    """Serve until `should_stop` says so; an InputError if that cannot be begun."""
+    check_packages()
+    from thimble.server.gate import Keys
+    from thimble.server.routes import make_app
+    from thimble.server.run import address_of, listen
+    from thimble.server.run import serve as run
+
+    log, problems = EventLog(on_event), Problems(config.problems)
+    keys, admin_keys = _keys("THIMBLE_API_KEY", config.api_key), _keys("THIMBLE_ADMIN_KEY", config.admin_key)
+    if not (keys or config.host in LOCAL):
+        problems.add(f"--host {config.host}: other machines can reach that, so it wants an --api-key")
+    opened = problems.attempt(listen, config.host, config.port)
+    model, adapters = _open(config, problems, log)
+    opened, model = problems.required(opened, model)
+    service = _make_service(config, model, adapters, log)
+    report = ServeReport(address_of(opened), service.base_name, messages=log.messages)
+    hosts = {*LOCAL, config.host, *config.allowed_host} if config.host in LOCAL else {*config.allowed_host} or None
+    began = time.perf_counter()
+    with _told(config.log, report, on_event) as on_request:
+        app = make_app(service, Keys(keys, admin_keys), hosts, on_request)
+        run(app, service, opened, should_stop, partial(_greet, service, report, bool(keys), log), config.drain_seconds)
+    report.seconds, report.adapters = time.perf_counter() - began, service.adapters.names
+    return report
+
+
+def check_packages() -> None:
+    """Say in one line what to install, if a package is missing that only serving needs."""
+    try:
+        for name in EXTRAS["serve"].replace("-", "_").split():
+            importlib.import_module(name)
+    except ImportError as error:
+        raise MissingPackageError(
+            f"thimble serve needs packages that are not installed ({error.name}): {install_line('serve')}"
+        ) from None
+
+
+def _keys(variable: str, given: str | Sequence[str] | None) -> list[str]:
+    """Keys as they were given, else as the environment has them."""
+    given = [given] if isinstance(given, str) else given
+    return list(given or filter(None, [os.environ.get(variable, "")]))
+
+
+def _open(config: ServeConfig, problems: Problems, log: EventLog) -> tuple[Model | None, dict[str, str]]:
+    """The base, and the adapters by their names; those that are found without being named may be left out."""
+    from thimble.server.adapters import find_adapters
+
+    named = find_adapters(config.adapter, problems)
+    if config.adapter:
+        model, _ = model_with_adapters(config.base, list(named.values()), problems, log)
+        return model, named
+    model = problems.attempt(open_model, config.base)
+    found = find_adapters([RUNS], Problems()) if Path(RUNS).is_dir() else {}
+    for name, path in list(found.items()) if model else ():
+        unfit = Problems()
+        base_with_adapters(config.base, [path], unfit, EventLog(ignore))
+        if unfit.found:
+            del found[name]
+            log.warning(f"not served: {unfit.found[0]}")
+    return model, found
+
+
+def _make_service(config: ServeConfig, model: Model, adapters: Mapping[str, str], log: EventLog) -> "Service":
+    from thimble.backends.torch.compute import choose_compute
+    from thimble.backends.torch.threads import num_cores
+    from thimble.server.adapters import ServedAdapters
+    from thimble.server.engine_thread import EngineThread
+    from thimble.server.service import Limits, Service
+
+    log_base(model.base, log, model.tokenizer)
+    compute, why = choose_compute(config.compute, config.remeasure)
+    log.decision(f"compute: {why}")
+    session = open_session(model, compute, choose_store(config.store, model.base, compute)[0][0])
+    served = ServedAdapters(session, model.base)
+    for name, path in adapters.items():
+        served.put(name, path)
+    most = available_bytes() // MEMORY_SHARE // cache_token_bytes(model.base.spec, compute)
+
+    def make_engine() -> Engine:
+        return Engine(session, num_cores(), config.max_running, most, keeps_prefixes=True)
+
+    limits = Limits(config.max_body, config.max_new_tokens, config.max_running + config.max_waiting, config.max_seconds)
+    return Service(model, EngineThread(make_engine, limits.requests), served, limits, config.seed)
+
+
+@contextmanager
+def _told(path: str | None, report: ServeReport, on_event: OnEvent) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """What takes each request that is over: it is counted, told as an event, and added to a file if there is one."""
+    file = open(path, "a", encoding="utf-8") if path else None  # noqa: SIM115 - closed below
+
+    def on_request(entry: dict[str, Any]) -> None:
+        report.requests += 1
+        report.refused += entry["status"] >= 400
+        report.prompt_tokens += entry.get("prompt_tokens", 0)
+        report.completion_tokens += entry.get("completion_tokens", 0)
+        on_event(Event("request", _line(entry), entry))
+        if file:
+            file.write(json.dumps(entry) + "\n")
+            file.flush()
+
+    try:
+        yield on_request
+    finally:
+        if file:
+            file.close()
+
+
+def _line(entry: Mapping[str, Any]) -> str:
+    """A request in one line for people."""
+    words = [time.strftime("%H:%M:%S"), str(entry["status"]), entry["method"], entry["path"], entry.get("model", "")]
+    if "completion_tokens" in entry:
+        words.append(f"{entry['prompt_tokens']}+{entry['completion_tokens']} tokens")
+    words += [f"{entry['seconds']:.2f} s", entry.get("error", "")]
+    return " ".join(filter(None, words))
+
+
+def _greet(service: "Service", report: ServeReport, has_keys: bool, log: EventLog) -> None:
+    """Say what is served and where, and how to ask it."""
+    names = service.adapters.names
+    log.decision(f"base: {service.base_name}; " + (f"adapters: {listing(names)}" if names else "no adapters"))
+    log.stage(f"serving at {report.address}/v1 until Ctrl-C; ask it:\n{_curl(service, report.address, has_keys)}")
+
+
+def _curl(service: "Service", address: str, has_keys: bool) -> str:
+    """A line that works as it is printed."""
+    model = next(iter(service.adapters.names), service.base_name)
+    is_chat = service.model.template is not None
+    body = {"messages": [{"role": "user", "content": "Hello"}]} if is_chat else {"prompt": "Hello"}
+    path = "chat/completions" if is_chat else "completions"
+    key = ' -H "Authorization: Bearer $THIMBLE_API_KEY"' if has_keys else ""
+    return f"curl {address}/v1/{path}{key} -d {shlex.quote(json.dumps({'model': model, **body}))}"

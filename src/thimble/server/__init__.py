@@ -1,0 +1,1 @@
+"""One base and many adapters behind the HTTP interface of OpenAI, for `thimble serve`."""

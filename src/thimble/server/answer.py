@@ -1,0 +1,114 @@
+"""One answer while it is written: from tokens to text, calls and log-probabilities, as they may go out."""
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from thimble.data.tokenizer import Tokenizer
+from thimble.inference.request import Token
+from thimble.inference.sampling import LogProbs
+from thimble.inference.text_stream import TextStream
+from thimble.server.stop_text import StopText
+from thimble.server.tool_calls import Call, CallReader
+
+
+class Place(NamedTuple):
+    """A token that is told with its log-probability."""
+
+    id: int
+    log_probs: LogProbs
+    offset: int  # of its text in the answer, in characters
+
+
+class Delta(NamedTuple):
+    """What came to an answer."""
+
+    text: str = ""
+    calls: Sequence[Call] = ()
+    places: Sequence[Place] = ()
+    finish: str | None = None  # as in the OpenAI API, with its end
+
+
+class Answer:
+    """Turns the tokens of one answer into what may go out.
+
+    Args:
+        tokenizer: Of the base.
+        stops: Texts that end it; neither they nor their beginnings go out.
+        calls: Finds calls of tools in it, if it may have any.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], calls: CallReader | None = None) -> None:
+        self._stream, self._stop, self._calls = TextStream(tokenizer), StopText(stops), calls
+        self._written = self._released = 0  # characters that the tokens made, and those of them that may go out
+        self._places: deque[Place] = deque()
+        self.tokens = 0
+        self.finish: str | None = None
+
+    def take(self, token: Token) -> Delta:
+        """Take the next token; the answer is over once `finish` is set."""
+        piece = ""
+        if token.id is not None:
+            self.tokens += 1
+            if token.logprobs is not None:
+                self._places.append(Place(token.id, token.logprobs, self._written))
+            piece = self._stream.add(token.id)
+        piece += self._stream.end() if token.finish else ""
+        self._written += len(piece)
+        text = self._stop.add(piece)
+        self.finish = "stop" if self._stop.is_stopped else token.finish
+        text += self._stop.end() if self.finish else ""
+        self._released += len(text)
+        places = self._places_out()
+        calls: list[Call] = []
+        if self._calls:
+            text, calls = self._read_calls(self._calls, text)
+        return Delta(text, calls, places, self.finish)
+
+    def _read_calls(self, reader: CallReader, text: str) -> tuple[str, list[Call]]:
+        text, calls = reader.add(text)
+        if reader.is_over:
+            self.finish = self.finish or "stop"
+        if self.finish:
+            rest, more = reader.end()
+            text, calls = text + rest, calls + more
+        if self.finish == "stop" and reader.count:
+            self.finish = "tool_calls"
+        return text, calls
+
+    def _places_out(self) -> list[Place]:
+        """Tokens whose text goes out, at least in part; at the end also those that made none."""
+        out = []
+        is_whole = self.finish is not None and self._released == self._written
+        while self._places and (is_whole or self._places[0].offset < self._released):
+            out.append(self._places.popleft())
+        return out
+
+
+def chat_log_probs(places: Sequence[Place], tokenizer: Tokenizer) -> dict[str, Any]:
+    """As chat completions tell them."""
+
+    def told(token: int, value: float) -> dict[str, Any]:
+        data = tokenizer.piece_bytes(token)
+        return {"token": data.decode(errors="replace"), "logprob": value, "bytes": list(data)}
+
+    content = [
+        {
+            **told(place.id, place.log_probs.chosen),
+            "top_logprobs": [told(token, value) for token, value in place.log_probs.top],
+        }
+        for place in places
+    ]
+    return {"content": content, "refusal": None}
+
+
+def completion_log_probs(places: Sequence[Place], tokenizer: Tokenizer) -> dict[str, Any]:
+    """As completions tell them."""
+    return {
+        "tokens": [tokenizer.piece(place.id) for place in places],
+        "token_logprobs": [place.log_probs.chosen for place in places],
+        "top_logprobs": [
+            {tokenizer.piece(token): value for token, value in place.log_probs.top} for place in places
+        ],
+        "text_offset": [place.offset for place in places],
+    }  # fmt: skip

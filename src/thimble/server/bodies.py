@@ -1,0 +1,348 @@
+"""What requests may hold: fields of OpenAI, with some of vLLM and llama.cpp. Any other is refused, none is ignored.
+
+Only `user` changes nothing: it is a name for the client's own records.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+
+MOST_CHOICES = 16
+MOST_STOPS, LONGEST_STOP = 16, 256  # strings, characters
+MOST_LOGPROBS = 20
+MOST_PROMPTS = 64
+INT64 = 2**63
+
+Token = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+def _kind_of(*kinds: tuple[str, Callable[[Any], bool]]) -> Discriminator:
+    """Tells which of several forms a value has, so that a problem is told of that form alone; else the last one."""
+    return Discriminator(lambda value: next((tag for tag, is_it in kinds[:-1] if is_it(value)), kinds[-1][0]))
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list)
+
+
+def _is_list_of(kind: type) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and bool(value) and isinstance(value[0], kind)
+
+
+class Body(BaseModel):
+    """The root of every request: unknown fields, and values that would have to be converted, are refused."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, populate_by_name=False)
+
+
+# ---- conversations ---------------------------------------------------------------------------------------------------
+
+
+class TextPart(Body):
+    """A part of a message; only text is understood."""
+
+    type: Literal["text"]
+    text: str
+
+
+Content = Annotated[
+    Annotated[list[TextPart], Tag("parts")] | Annotated[str, Tag("text")],
+    _kind_of(("parts", _is_list), ("text", bool)),
+]
+
+
+class CalledFunction(Body):
+    """A function and the arguments it was called with."""
+
+    name: str
+    arguments: str = "{}"
+
+
+class ToolCall(Body):
+    """A call that an assistant message made."""
+
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class Message(Body):
+    """One message; what an answer of the server holds can be sent back as it is."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Content | None = None
+    name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+    refusal: None = None
+    annotations: None | Annotated[list[Any], Field(max_length=0)] = None
+    audio: None = None
+    function_call: None = None
+
+    @model_validator(mode="after")
+    def _belongs_together(self) -> Self:
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError(f"tool_calls: only an assistant message has them, not one of the {self.role}")
+        if self.tool_call_id is not None and self.role != "tool":
+            raise ValueError(f"tool_call_id: only a tool message has it, not one of the {self.role}")
+        if self.content is None and not self.tool_calls:
+            raise ValueError("content: this field is required")
+        return self
+
+    @property
+    def text(self) -> str:
+        """Its content, parts joined."""
+        parts = self.content or ""
+        return parts if isinstance(parts, str) else "".join(part.text for part in parts)
+
+
+class Function(Body):
+    """A function that may be called."""
+
+    name: str = Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.-]+$")
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Body):
+    """A tool that may be called."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class FunctionName(Body):
+    """A function by its name."""
+
+    name: str
+
+
+class NamedTool(Body):
+    """The tool that has to be called."""
+
+    type: Literal["function"] = "function"
+    function: FunctionName
+
+
+ToolChoice = Annotated[
+    Annotated[NamedTool, Tag("named")] | Annotated[Literal["none", "auto", "required"], Tag("word")],
+    _kind_of(("named", lambda value: isinstance(value, dict)), ("word", bool)),
+]
+
+
+# ---- how an answer is written ----------------------------------------------------------------------------------------
+
+
+class JsonSchema(Body):
+    """A schema that the answer follows."""
+
+    name: str | None = None
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Body):
+    """The form of the answer."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _has_schema(self) -> Self:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema: expected with the type json_schema, and with no other")
+        return self
+
+
+class StructuredOutputs(Body):
+    """The form of the answer as vLLM asks for it: one of these."""
+
+    json_: dict[str, Any] | None = Field(None, alias="json")
+    regex: str | None = Field(None, max_length=10_000)
+    choice: Annotated[list[str], Field(min_length=1, max_length=1000)] | None = None
+    grammar: str | None = Field(None, max_length=100_000, description="In Lark's notation or llama.cpp's GBNF.")
+
+    @model_validator(mode="after")
+    def _is_one(self) -> Self:
+        if sum(value is not None for value in (self.json_, self.regex, self.choice, self.grammar)) != 1:
+            raise ValueError("expected one of json, regex, choice and grammar")
+        return self
+
+
+class LoraScale(Body):
+    """An adapter with its weight, as in llama.cpp; 0 leaves it out."""
+
+    id: Annotated[
+        Annotated[int, Field(ge=0), Tag("number")] | Annotated[str, Tag("name")],
+        _kind_of(("number", lambda value: isinstance(value, int)), ("name", bool)),
+    ] = Field(description="Its name, or its place in the list of adapters of /v1/models, counted from 0.")
+    scale: float = 1.0
+
+
+class StreamOptions(Body):
+    """What a stream tells beside the answer."""
+
+    include_usage: bool | None = None
+
+
+Stop = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
+
+
+class Generation(Body):
+    """What chat and completions have in common."""
+
+    model: str | None = Field(None, description="The base or an adapter, by its name; default: the base.")
+    max_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0)
+    top_p: float | None = Field(None, ge=0, le=1)
+    top_k: int | None = Field(None, ge=-1, description="0 and -1 set no limit.")
+    min_p: float | None = Field(None, ge=0, le=1)
+    n: int | None = Field(None, ge=1, le=MOST_CHOICES)
+    stop: (
+        Annotated[
+            Annotated[list[Stop], Field(max_length=MOST_STOPS), Tag("several")] | Annotated[Stop, Tag("one")],
+            _kind_of(("several", _is_list), ("one", bool)),
+        ]
+        | None
+    ) = None
+    stop_token_ids: list[Token] | None = Field(None, max_length=MOST_STOPS)
+    ignore_eos: bool | None = None
+    seed: int | None = Field(None, ge=-INT64, lt=INT64)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(None, gt=0, le=10)
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=1024)
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    lora: list[LoraScale] | None = Field(None, max_length=16)
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+
+    @field_validator("logit_bias")
+    @classmethod
+    def _are_tokens(cls, value: dict[str, float] | None) -> dict[str, float] | None:
+        for key in value or ():
+            if not (key.isascii() and key.isdigit() and len(key) <= 10):
+                raise ValueError(f"expected token ids as keys, got {key[:40]!r}")
+        return value
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.stream_options and not self.stream:
+            raise ValueError("stream_options: only with stream")
+        is_formed = self.response_format is not None and self.response_format.type != "text"
+        if is_formed and self.structured_outputs:
+            raise ValueError("structured_outputs: not with response_format")
+        return self
+
+    @property
+    def stops(self) -> list[str]:
+        """Texts that end the answer."""
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+
+class ChatBody(Generation):
+    """A request for the next message of a conversation."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
+    tools: list[Tool] | None = Field(None, max_length=128)
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+
+    @model_validator(mode="after")
+    def _is_chat(self) -> Self:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs: only with logprobs")
+        if self.tool_choice not in (None, "none") and not self.tools:
+            raise ValueError("tool_choice: only with tools")
+        if isinstance(self.tool_choice, NamedTool):
+            names = [tool.function.name for tool in self.tools or ()]
+            if self.tool_choice.function.name not in names:
+                raise ValueError(f"tool_choice: expected one of {', '.join(names)}")
+        return self
+
+
+class CompletionBody(Generation):
+    """A request for the continuation of texts."""
+
+    prompt: Annotated[
+        Annotated[
+            list[Annotated[list[Token], Field(min_length=1)]], Field(min_length=1, max_length=MOST_PROMPTS),
+            Tag("lists of tokens"),
+        ]
+        | Annotated[list[Token], Tag("tokens")]
+        | Annotated[list[str], Field(min_length=1, max_length=MOST_PROMPTS), Tag("texts")]
+        | Annotated[str, Tag("text")],
+        _kind_of(
+            ("lists of tokens", _is_list_of(list)), ("tokens", _is_list_of(int)), ("texts", _is_list), ("text", bool)
+        ),
+    ]  # fmt: skip
+    logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
+    echo: bool | None = None
+    best_of: int | None = Field(None, description="Only as large as n: nothing is thrown away.")
+    suffix: None = None
+
+    @model_validator(mode="after")
+    def _is_completion(self) -> Self:
+        if self.best_of not in (None, self.n or 1):
+            raise ValueError(f"best_of: expected {self.n or 1}, as many as n")
+        if self.echo and self.logprobs is not None:
+            raise ValueError("echo: not with logprobs, since those of the prompt are not measured")
+        return self
+
+    @property
+    def prompts(self) -> Sequence[str | list[int]]:
+        """Each prompt, as text or as tokens."""
+        prompt: Any = self.prompt
+        return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
+
+
+# ---- the other routes ------------------------------------------------------------------------------------------------
+
+
+class TokenizeBody(Body):
+    """A text or a conversation to be cut into tokens, as in vLLM."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = Field(None, min_length=1)
+    tools: list[Tool] | None = Field(None, max_length=128)
+    add_special_tokens: bool = Field(True, description="Whether a prompt begins with the token the base expects first.")
+    return_token_strs: bool | None = None
+
+    @model_validator(mode="after")
+    def _is_one(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("prompt: expected a prompt or messages")
+        if self.tools and self.messages is None:
+            raise ValueError("tools: only with messages")
+        return self
+
+
+class DetokenizeBody(Body):
+    """Tokens to be joined to a text."""
+
+    model: str | None = None
+    tokens: list[Token]
+
+
+class LoadAdapterBody(Body):
+    """An adapter to be served from now on, as in vLLM."""
+
+    lora_name: str = Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9_.@/-]+$")
+    lora_path: str = Field(max_length=4096, pattern=r"^[^\x00]+$", description="A folder or a GGUF file of the server.")
+    load_inplace: bool = Field(False, description="Whether it may take the place of the one that has its name.")
+
+
+class UnloadAdapterBody(Body):
+    """An adapter that is served no longer."""
+
+    lora_name: str

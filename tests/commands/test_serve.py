@@ -1,0 +1,141 @@
+"""`thimble serve` as a user starts it: what it says, what it refuses, and how it ends."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+
+import pytest
+
+import thimble
+from samples import make_adapter
+from thimble.files.peft import save_adapter
+from thimble.models.base import open_base
+
+
+@pytest.fixture
+def runs(tiny_base, tmp_path):
+    """A folder with runs: two finished ones, one without an adapter, and one of another base."""
+    base = open_base(tiny_base)
+    for name in ("tickets-1", "poems-1"):
+        save_adapter(make_adapter(base), tmp_path / "runs" / name / "adapter")
+    (tmp_path / "runs" / "stopped-1").mkdir()
+    other = open_base(tiny_base.replace("smollm2", "qwen3"))
+    save_adapter(make_adapter(other), tmp_path / "runs" / "other-1" / "adapter")
+    return tmp_path / "runs"
+
+
+def served(folder, *words, **environment):
+    """A server in a process of its own, once it says that it serves."""
+    line = [sys.executable, "-m", "thimble", "serve", "--port", "0", "--compute", "fp32", *words]
+    process = subprocess.Popen(
+        line, cwd=folder, env={**os.environ, **environment}, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    told = ""
+    while "curl " not in told:
+        read = process.stderr.readline()
+        assert read, told
+        told += read
+    return process, told
+
+
+def test_it_serves_what_lies_under_runs_and_prints_a_line_that_works(tiny_base, runs, tmp_path):
+    process, told = served(tmp_path, "--base", tiny_base, "--json")
+    try:
+        assert "adapters: poems-1, tickets-1" in told
+        assert re.search(r"warning: .*other-1", told)
+        assert "stopped-1" not in told
+        curl = next(line for line in told.splitlines() if line.startswith("curl "))
+        if shutil.which("curl"):
+            answer = subprocess.run(["/bin/sh", "-c", curl], capture_output=True, text=True, timeout=60)
+            assert json.loads(answer.stdout)["model"] == "poems-1"
+        address = re.search(r"http://[\d.:]+", told)[0]
+        with urllib.request.urlopen(address + "/v1/models", timeout=30) as answer:
+            names = [model["id"] for model in json.load(answer)["data"]]
+        assert names == ["smollm2", "poems-1", "tickets-1"]
+    finally:
+        process.send_signal(signal.SIGTERM)
+        out, rest = process.communicate(timeout=60)
+    assert process.returncode == 143, rest
+    report = json.loads(out)
+    assert (report["base"], report["adapters"]) == ("smollm2", ["poems-1", "tickets-1"])
+    assert report["requests"] >= 1
+
+
+def test_keys_come_from_the_environment_and_requests_are_logged(tiny_base, runs, tmp_path):
+    options = ("--base", tiny_base, "--adapter", f"mine={runs / 'tickets-1'}", "--log", "log.jsonl")
+    process, told = served(tmp_path, *options, THIMBLE_API_KEY="secret")
+    try:
+        assert "$THIMBLE_API_KEY" in told
+        assert "secret" not in told
+        address = re.search(r"http://[\d.:]+", told)[0]
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            urllib.request.urlopen(address + "/v1/models", timeout=30)
+        asked = urllib.request.Request(address + "/v1/models", headers={"Authorization": "Bearer secret"})
+        with urllib.request.urlopen(asked, timeout=30) as answer:
+            assert [model["id"] for model in json.load(answer)["data"]] == ["smollm2", "mine"]
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+    assert process.returncode == 130
+    entries = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [entry["status"] for entry in entries] == [401, 200]
+
+
+def test_without_the_extra_it_says_what_to_install(thimble, tiny_base, monkeypatch):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    code, out, err = thimble("serve", "--base", tiny_base)
+    assert (code, out) == (2, "")
+    assert re.fullmatch(r"thimble: thimble serve needs packages .*\(uvicorn\): pip install .*\n", err)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--host", "0.0.0.0"], "--host 0.0.0.0: other machines can reach that, so it wants an --api-key"),
+        (["--port", "70000"], "--port 70000: expected at most 65535"),
+        (["--adapter", "nowhere"], "adapter nowhere does not exist"),
+        (["--max-running", "0"], "--max-running 0: expected at least 1"),
+        (["--host", "no.such.host.invalid", "--api-key", "x"], "--host no.such.host.invalid --port 8000: cannot be"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_before_work(thimble, tiny_base, options, told):
+    code, out, err = thimble("serve", "--base", tiny_base, *options)
+    assert (code, out) == (2, "")
+    assert told in err
+
+
+def test_all_problems_are_told_at_once(thimble, tiny_base):
+    _, _, err = thimble("serve", "--base", "nobase", "--host", "0.0.0.0", "--max-waiting", "-1", "--adapter", "no")
+    assert all(part in err for part in ("nobase", "--host 0.0.0.0", "--max-waiting -1"))
+
+
+def test_a_port_that_is_taken_is_told_before_the_base_is_read(thimble, tiny_base):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        code, _, err = thimble("serve", "--base", tiny_base, "--port", port)
+    assert code == 2
+    assert f"--port {port}: cannot be listened at" in err
+
+
+def test_it_is_a_function_too(tiny_base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    events, stop = [], threading.Event()
+
+    def on_event(event):
+        events.append(event)
+        if "curl" in event.text:
+            stop.set()
+
+    began = time.monotonic()
+    report = thimble.serve(base=tiny_base, port=0, compute="fp32", on_event=on_event, should_stop=stop.is_set)
+    assert report.address.startswith("http://127.0.0.1:")
+    assert report.requests == 0
+    assert time.monotonic() - began < 60
