@@ -5,7 +5,7 @@ from multiprocessing import get_context
 
 import pytest
 
-from stress import files, runs
+from stress import files, runs, server
 from stress.__main__ import TRIALS
 
 QUICK = {"safetensors": 3000, "gguf": 2000, "gguf_adapters": 500, "data": 500, "csv": 500, "arrow": 300, "columns": 500}
@@ -65,3 +65,10 @@ def test_no_hostile_template_hangs_or_fills_the_memory():
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:  # whose children are those of the templates alone
         line = pool.submit(TRIALS["templates"][0], 70).result()
     assert (line.wrong, line.tried) == (0, 70)
+
+
+@pytest.mark.parametrize(("name", "count"), [("server_bodies", 2000), ("server_requests", 150)])
+def test_no_request_hurts_a_server(name, count, monkeypatch):
+    monkeypatch.setattr(server, "MOST_SECONDS", 30.0)  # of a machine that does other things too
+    line = TRIALS[name][0](count)
+    assert line.wrong == 0

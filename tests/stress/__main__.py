@@ -29,6 +29,7 @@ from stress import (
     memory,
     runs,
     schedules,
+    server,
     storage,
     templates,
 )
@@ -65,6 +66,8 @@ TRIALS: dict[str, tuple[Callable[[int], Line], int]] = {
     "arrow": (arrow_files.fuzz_arrow, 20_000),
     "csv": (csv_files.csv_dialects, 50_000),
     "canaries": (canaries.canaries, 500),
+    "server_bodies": (server.fuzz_bodies, 980_000),
+    "server_requests": (server.made_requests, 20_000),
     "full": (storage.full_disks, 50),
     "flips": (damage.bit_flips, 1_000),
     "modes": (storage.modes, 1),
