@@ -12,12 +12,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from thimble.backends.open import choose_store, open_session
 from thimble.config.serve import ServeConfig
 from thimble.data.model import Model, base_with_adapters, log_base, model_with_adapters, open_model
 from thimble.errors import EXTRAS, MissingPackageError, Problems, install_line, listing
 from thimble.events import Event, EventLog, OnEvent, ShouldStop, ignore, never
 from thimble.inference.engine import Engine
+from thimble.inference.sampling import SamplingOptions
 from thimble.models.cost import cache_token_bytes
 from thimble.models.machine import available_bytes
 
@@ -135,9 +138,16 @@ def _make_service(config: ServeConfig, model: Model, adapters: Mapping[str, str]
     most = available_bytes() // MEMORY_SHARE // cache_token_bytes(model.base.spec, compute)
 
     def make_engine() -> Engine:
-        return Engine(session, num_cores(), config.max_running, most, keeps_prefixes=True)
+        engine = Engine(session, num_cores(), config.max_running, most, keeps_prefixes=True)
+        for _ in range(2):  # two answers compile all loops there are, before anybody waits for them
+            engine.add(np.zeros(2, np.int32), SamplingOptions(2), session.load(None))
+        while not engine.is_idle:
+            engine.step()
+        return engine
 
-    limits = Limits(config.max_body, config.max_new_tokens, config.max_running + config.max_waiting, config.max_seconds)
+    limits = Limits(
+        config.max_body, config.max_new_tokens, config.max_running + config.max_waiting, config.max_seconds, most
+    )  # fmt: skip
     return Service(model, EngineThread(make_engine, limits.requests), served, limits, config.seed)
 
 
