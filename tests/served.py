@@ -18,8 +18,8 @@ from thimble.backends.torch.session import TorchSession
 from thimble.data.model import open_model
 from thimble.data.template import ChatTemplate
 from thimble.files.peft import save_adapter
+from thimble.inference.adapters import AdapterRegistry
 from thimble.inference.engine import Engine
-from thimble.server.adapters import ServedAdapters
 from thimble.server.engine_thread import EngineThread
 from thimble.server.gate import LOOPBACK, Keys
 from thimble.server.routes import make_app
@@ -107,10 +107,10 @@ def started(
     def engine():
         return Engine(session, 1, 8, cache_tokens=CACHE_TOKENS, keeps_prefixes=True)
 
-    served = ServedAdapters(session, model.base)
+    registry = AdapterRegistry(session, model.base)
     for name, folder in adapters.items():
-        served.put(name, str(folder))
-    service = Service(model, EngineThread(make_engine or engine, limits.requests), served, limits, seed=0)
+        registry.add(name, folder)
+    service = Service(model, EngineThread(make_engine or engine, limits.requests), registry, limits, seed=0)
     opened, log = listen("127.0.0.1", 0), []
     app = make_app(service, Keys(*keys), hosts, log.append)
     running, is_ready = Running(service, address_of(opened), app, log), threading.Event()

@@ -19,6 +19,7 @@ from thimble.config.serve import ServeConfig
 from thimble.data.model import Model, base_with_adapters, log_base, model_with_adapters, open_model
 from thimble.errors import EXTRAS, MissingPackageError, Problems, install_line, listing
 from thimble.events import Event, EventLog, OnEvent, ShouldStop, ignore, never
+from thimble.inference.adapters import AdapterRegistry
 from thimble.inference.engine import Engine
 from thimble.inference.sampling import SamplingOptions
 from thimble.models.cost import cache_token_bytes
@@ -124,7 +125,6 @@ def _open(config: ServeConfig, problems: Problems, log: EventLog) -> tuple[Model
 def _make_service(config: ServeConfig, model: Model, adapters: Mapping[str, str], log: EventLog) -> "Service":
     from thimble.backends.torch.compute import choose_compute
     from thimble.backends.torch.threads import num_cores
-    from thimble.server.adapters import ServedAdapters
     from thimble.server.engine_thread import EngineThread
     from thimble.server.service import Limits, Service
 
@@ -132,9 +132,9 @@ def _make_service(config: ServeConfig, model: Model, adapters: Mapping[str, str]
     compute, why = choose_compute(config.compute, config.remeasure)
     log.decision(f"compute: {why}")
     session = open_session(model, compute, choose_store(config.store, model.base, compute)[0][0])
-    served = ServedAdapters(session, model.base)
+    registry = AdapterRegistry(session, model.base)
     for name, path in adapters.items():
-        served.put(name, path)
+        registry.add(name, path)
     most = available_bytes() // MEMORY_SHARE // cache_token_bytes(model.base.spec, compute)
 
     def make_engine() -> Engine:
@@ -148,7 +148,7 @@ def _make_service(config: ServeConfig, model: Model, adapters: Mapping[str, str]
     limits = Limits(
         config.max_body, config.max_new_tokens, config.max_running + config.max_waiting, config.max_seconds, most
     )  # fmt: skip
-    return Service(model, EngineThread(make_engine, limits.requests), served, limits, config.seed)
+    return Service(model, EngineThread(make_engine, limits.requests), registry, limits, config.seed)
 
 
 @contextmanager

@@ -108,10 +108,11 @@ def adapters_under(folder: str | Path) -> list[Path]:
         inside = sorted(Path(folder).iterdir())
     except OSError as error:
         raise AdapterError(f"the folder of adapters {folder} cannot be read: {error.strerror}") from None
-    return [path for path in inside if _is_adapter(path)]
+    return [path for path in inside if is_adapter(path)]
 
 
-def _is_adapter(path: Path) -> bool:
+def is_adapter(path: Path) -> bool:
+    """Whether a path looks like an adapter folder, a run folder or a GGUF adapter; nothing is read."""
     if path.is_dir():
         return any(
             (inside / CONFIG_FILE).is_file() and (inside / WEIGHTS_FILE).is_file()

@@ -337,7 +337,7 @@ class DetokenizeBody(Body):
 class LoadAdapterBody(Body):
     """An adapter to be served from now on, as in vLLM."""
 
-    lora_name: str = Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9_.@/-]+$")
+    lora_name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")
     lora_path: str = Field(max_length=4096, pattern=r"^[^\x00]+$", description="A folder or a GGUF file of the server.")
     load_inplace: bool = Field(False, description="Whether it may take the place of the one that has its name.")
 

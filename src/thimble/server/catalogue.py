@@ -44,7 +44,7 @@ async def load_adapter(service: Service, query: Query[LoadAdapterBody]) -> Reply
     if name in service.adapters.names and not query.body.load_inplace:
         raise Refusal(409, f"lora_name: there is an adapter {name!r} already: add load_inplace to replace it",
                       "lora_name")  # fmt: skip
-    await service.load_adapter(name, path)
+    await service.prepare(service.adapters.load, name, path)
     return {"status": "ok", "lora_name": name}
 
 
@@ -54,7 +54,7 @@ async def unload_adapter(service: Service, query: Query[UnloadAdapterBody]) -> R
     query.log["adapter"] = name
     if name not in service.adapters.names:
         raise Refusal(404, f"there is no adapter {name[:128]!r}", "lora_name", "model_not_found")
-    await service.unload_adapter(name)
+    service.adapters.remove(name)
     return {"status": "ok", "lora_name": name}
 
 

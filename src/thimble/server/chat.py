@@ -19,8 +19,7 @@ async def answer_chat(service: Service, query: Query[ChatBody]) -> Reply:
     body = query.body
     parts = await service.prepare(prepare_chat, service, body)
     chosen = await service.choose(body.model, body.lora)
-    query.log["model"] = chosen.name
-    generation = Generation(service, parts, chosen.adapter, query.log)
+    generation = Generation(service, parts, chosen, query.log)
     head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": chosen.name,
             "system_fingerprint": chosen.fingerprint}  # fmt: skip
     if body.stream:

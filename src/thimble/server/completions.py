@@ -18,8 +18,7 @@ async def answer_completion(service: Service, query: Query[CompletionBody]) -> R
     body = query.body
     parts = await service.prepare(prepare_completion, service, body)
     chosen = await service.choose(body.model, body.lora)
-    query.log["model"] = chosen.name
-    generation = Generation(service, parts, chosen.adapter, query.log)
+    generation = Generation(service, parts, chosen, query.log)
     head = {"id": f"cmpl-{secrets.token_hex(12)}", "object": "text_completion", "created": int(time.time()),
             "model": chosen.name, "system_fingerprint": chosen.fingerprint}  # fmt: skip
     echoed = _echoed(service, body, parts)

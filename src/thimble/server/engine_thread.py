@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from queue import Empty, SimpleQueue
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,6 @@ from thimble.inference.request import Token
 from thimble.inference.sampling import SamplingOptions
 from thimble.server.refusal import Refusal, from_input_error
 
-T = TypeVar("T")
 MOST_BUFFERED = 2048  # tokens of one client that it has not taken yet
 STUCK_SECONDS = 300.0  # of one step, after which the engine counts as dead
 RETRY_SECONDS = 5  # that a client is asked to wait when all places are taken
@@ -89,27 +88,6 @@ class EngineThread:
         """End all answers that are under way."""
         for stream in list(self.open):
             stream.fail(error)
-
-    async def call(self, function: Callable[[], T]) -> T:
-        """Have something done between two steps: what it returns, or what it raises."""
-        assert self._loop is not None
-        loop, result = self._loop, self._loop.create_future()
-
-        def set_result(value: Any, error: BaseException | None) -> None:
-            if not result.done():
-                result.set_exception(error) if error else result.set_result(value)
-
-        def order() -> None:
-            value, error = None, None
-            try:
-                value = function()
-            except Exception as caught:
-                error = caught
-            loop.call_soon_threadsafe(set_result, value, error)
-
-        self._orders.put(order)
-        done: T = await result
-        return done
 
     # ---- in the engine's thread -------------------------------------------------------------------------------------
 

@@ -4,11 +4,10 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from thimble.backends.session import ActiveAdapter
 from thimble.server.answer import Delta
 from thimble.server.prepare import Part
 from thimble.server.refusal import Refusal
-from thimble.server.service import Service
+from thimble.server.service import Chosen, Service
 
 PING_SECONDS = 15.0  # after which a stream in which nothing came says that it lives
 
@@ -19,22 +18,24 @@ class Generation:
     Args:
         service: That answers it.
         parts: The answers that are wanted.
-        adapter: That they have.
+        chosen: The adapter that they have.
         log: Takes what may be told of the request.
 
     Raises:
         Refusal: If there is no place for it.
     """
 
-    def __init__(self, service: Service, parts: Sequence[Part], adapter: ActiveAdapter, log: dict[str, Any]) -> None:
-        self._metrics, self._parts, self._log = service.metrics, parts, log
+    def __init__(self, service: Service, parts: Sequence[Part], chosen: Chosen, log: dict[str, Any]) -> None:
+        self._service, self._metrics, self._parts, self._log = service, service.metrics, parts, log
+        self.name, self._log["model"] = chosen.name, chosen.name
         self._began = time.monotonic()
         self._last: dict[int, float] = {}  # when the latest token of an answer came
         self._cached: dict[int, int] = {}  # tokens of the prompt of an answer that an earlier request had read
         self._stream = service.engine.stream(len(parts), service.limits.seconds)
         self._is_closed = False
+        service.under_way.add(self)
         for part in parts:
-            self._stream.add(part.prompt, part.options, adapter)
+            self._stream.add(part.prompt, part.options, chosen.adapter)
 
     async def deltas(self) -> AsyncIterator[list[tuple[int, Delta]]]:
         """What comes to the answers, by their places; an empty list if nothing did for a while. A Refusal if the engine
@@ -72,11 +73,17 @@ class Generation:
             "prompt_tokens_details": {"cached_tokens": cached},
         }
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether a token came."""
+        return self._stream.has_begun
+
     def close(self) -> None:
         """End it, finished or not, and count it."""
         if self._is_closed:
             return
         self._is_closed = True
+        self._service.under_way.discard(self)
         self._stream.close()
         finishes = [part.answer.finish or "abort" for part in self._parts]
         for place, (part, finish) in enumerate(zip(self._parts, finishes, strict=True)):

@@ -7,13 +7,13 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple, ParamSpec, TypeVar
+from typing import NamedTuple, ParamSpec, Protocol, TypeVar
 
 from thimble.backends.session import ActiveAdapter
 from thimble.data.encode import Encoder
 from thimble.data.model import Model
 from thimble.errors import listing
-from thimble.server.adapters import ServedAdapters
+from thimble.inference.adapters import AdapterRegistry
 from thimble.server.bodies import LoraScale
 from thimble.server.engine_thread import EngineThread
 from thimble.server.grammar import Grammars
@@ -45,6 +45,16 @@ class Limits:
     cache_tokens: int | None = None
 
 
+class UnderWay(Protocol):
+    """A request that is answered."""
+
+    name: str  # of its adapter, or of the base
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether it has got past waiting."""
+
+
 class Chosen(NamedTuple):
     """What answers a request."""
 
@@ -64,7 +74,9 @@ class Service:
         seed: Of the seeds that requests get which name none.
     """
 
-    def __init__(self, model: Model, engine: EngineThread, adapters: ServedAdapters, limits: Limits, seed: int) -> None:
+    def __init__(
+        self, model: Model, engine: EngineThread, adapters: AdapterRegistry, limits: Limits, seed: int
+    ) -> None:
         self.model, self.engine, self.adapters, self.limits = model, engine, adapters, limits
         self.tokenizer, spec = model.tokenizer, model.base.spec
         self.base_name = model.base.name.removesuffix(".gguf")
@@ -74,6 +86,7 @@ class Service:
         self.metrics = Metrics(self.base_name, self._now)
         self.started = int(time.time())
         self.is_draining = False
+        self.under_way: set[UnderWay] = set()  # requests
         self._seeds = random.Random(seed)
         self._workers = ThreadPoolExecutor(PREPARED_TOGETHER, "prepare")
 
@@ -125,10 +138,13 @@ class Service:
             if not self.is_base(name):
                 raise bad_field("lora", "not with an adapter as the model: name the base")
             weights = [(self._adapter_name(item, place), item.scale) for place, item in enumerate(lora)]
+            names = [name for name, _ in weights]
+            if twice := next((name for name in names if names.count(name) > 1), None):
+                raise bad_field("lora", f"{twice} is there twice: give it one scale")
             weights = [(name, scale) for name, scale in weights if scale]
         elif not self.is_base(name):
             weights = [(self.own_name(name or ""), 1.0)]
-        adapter = await self.engine.call(lambda: self.adapters.use(weights))
+        adapter = await self.prepare(self.adapters.get, dict(weights))
         told = weights[0][0] if len(weights) == 1 else self.base_name
         content = f"_{adapter.identity[:12]}" if weights else ""
         return Chosen(told, adapter, f"fp_{self._fingerprint[:12]}{content}")
@@ -143,14 +159,6 @@ class Service:
             raise Refusal(404, f"{param}: there is no adapter {item.id[:128]!r}", param, "model_not_found")
         return self.own_name(item.id)
 
-    async def load_adapter(self, name: str, path: str) -> None:
-        """Serve an adapter from now on, in place of the one that has its name."""
-        await self.engine.call(lambda: self.adapters.put(name, path))
-
-    async def unload_adapter(self, name: str) -> None:
-        """Serve an adapter no longer."""
-        await self.engine.call(lambda: self.adapters.remove(name))
-
     @functools.cached_property
     def _fingerprint(self) -> str:
         return self.model.base.quick_fingerprint()
@@ -158,4 +166,8 @@ class Service:
     def _now(self) -> Now:
         load = self.engine.load
         most = self.limits.cache_tokens or max(load.used_tokens, 1)
-        return Now(load.running, load.waiting, load.used_tokens / most, (), (), len(self.adapters.names))
+        adapters = [(request.name, request.has_begun) for request in self.under_way if request.name != self.base_name]
+        running, waiting = (
+            tuple(sorted({name for name, has_begun in adapters if has_begun == is_so})) for is_so in (True, False)
+        )
+        return Now(load.running, load.waiting, load.used_tokens / most, running, waiting, self.limits.requests)
