@@ -41,7 +41,7 @@ def bare(path: Path, max_new_tokens: int) -> None:
     prompts = [encoder.prompt([{"role": "user", "content": text}]) for text in asked]
     compute, _ = choose_compute("auto")
     session = open_session(model, compute, choose_store("auto", model.base, compute)[0][0])
-    engine = Engine(session, num_cores(), is_interactive=False, is_growing=True)
+    engine = Engine(session, num_cores(), is_interactive=False)
     options = SamplingOptions(max_new_tokens, model.tokenizer.stop_ids)
     requests = (Request(key, prompt, options) for key, prompt in enumerate(prompts))
     ended = [each for step in answer_all(engine, requests, session.load(None)) for each in step]
