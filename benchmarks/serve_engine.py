@@ -58,7 +58,7 @@ def gaps(session, spec, adapter):
     engine = Engine(session, cache_tokens=32768, keeps_prefixes=True)
     for number in range(STREAMS - 1):
         engine.add(draw_prompt(spec, PROMPT, number), SamplingOptions(1000), adapter)
-    while engine.load.waiting or len(engine.step()) < STREAMS - 1:
+    while len(engine.step()) < STREAMS - 1:
         pass
     quiet = _steps(engine, 40)
     number = engine.add(draw_prompt(spec, LONG, 99), SamplingOptions(2), adapter)
