@@ -240,15 +240,16 @@ def test_a_folder_with_an_adapter_becomes_a_model_for_llama_cpp_and_back(folder,
     assert json.loads((tmp_path / "x.gguf.proof.json").read_text()) == again.proof
 
 
-def test_a_gguf_base_takes_a_merge_with_importance_in_another_type(adapter, data, tmp_path):
-    out = tmp_path / "x.gguf"
-    given = {"adapter": adapter, "base": str(GGUF), "data": data, "merged": True}
+def test_a_gguf_base_takes_a_merge_with_importance_in_another_type(data, tmp_path):
+    out, base = tmp_path / "x.gguf", GGUF.with_name("llama.gguf")  # whose rows are whole blocks
+    save_adapter(make_adapter(open_base(base)), tmp_path / "mine")
+    given = {"adapter": str(tmp_path / "mine"), "base": str(base), "data": data, "merged": True, "proof": "never"}
     thimble.export(**given, type="Q4_0", imatrix=True, out=str(out))
     thimble.export(**given, type="Q4_0", out=str(tmp_path / "plain.gguf"))
     assert out.read_bytes() != (tmp_path / "plain.gguf").read_bytes()
     found = open_base(out)
-    assert found.dtypes().keys() == {"Q4_0", "Q4_1", "F32", "F16", "Q8_0"} & found.dtypes().keys()
-    assert found.metadata["tokenizer.chat_template"] == open_base(GGUF).metadata["tokenizer.chat_template"]
+    assert set(found.dtypes()) == {"Q4_0", "Q8_0", "F32"}
+    assert found.metadata["tokenizer.chat_template"] == open_base(base).metadata["tokenizer.chat_template"]
 
 
 def test_a_base_without_an_adapter_is_written_too(data, tmp_path):
@@ -263,7 +264,7 @@ def test_a_wrong_model_gets_no_name(folder, data, tmp_path, monkeypatch):
         return plan(base, dict(list(updates.items())[1:]), *others)
 
     monkeypatch.setattr(export_model, "plan_tensors", wrong)
-    with pytest.raises(RunError, match=r"does not hold what it should: 0.00 of the update of .*q_proj.weight is in"):
+    with pytest.raises(RunError, match=r"does not hold what it should: .*0.00 of the update of .* is in the file"):
         thimble.export(**folder, data=data, merged=True, type="Q8_0", out=str(tmp_path / "x.gguf"))
     assert left_of(tmp_path) == []
 
