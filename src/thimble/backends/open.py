@@ -22,11 +22,15 @@ def choose_store(wanted: str, base: Base, compute: str) -> tuple[tuple[str, ...]
     return ("dense", "file"), "store dense: the weights of a folder are held in the compute type"
 
 
-def open_session(model: Model, compute: str, store: str, is_streamed: bool = False) -> Session:
-    """Load a base into the torch engine; `is_streamed` reads weights from the file for each product and keeps none."""
+def open_session(model: Model, compute: str, store: str, is_streamed: bool = False, decode: str = "float") -> Session:
+    """Load a base into the torch engine; `is_streamed` reads weights from the file for each product and keeps none.
+
+    `decode` is `float`, or `int8` to quantise activations where answers are written with weights in blocks.
+    """
     from thimble.backends.torch.session import TorchSession
 
-    return TorchSession(model.base, compute, store, is_streamed, _sample(model) if compute == "int8" else None)
+    sample = _sample(model) if compute == "int8" else None
+    return TorchSession(model.base, compute, store, is_streamed, sample, decode)
 
 
 def _sample(model: Model) -> NDArray[np.int32]:

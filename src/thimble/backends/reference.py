@@ -226,6 +226,8 @@ class ReferenceSession:
 
     # ---- inference ------------------------------------------------------------------------------------------------
 
+    independent_tokens = 0  # numpy sums many rows otherwise than few
+
     def new_cache(self) -> TokenCache:
         return TokenCache()
 

@@ -81,6 +81,8 @@ class ForwardRow(NamedTuple):
         position: Of the first of them in the request; what the blocks hold before it is seen by all of them.
         end: Tokens that the request may come to in all: some rotary embeddings depend on it.
         adapter: That these tokens have.
+        is_written: Whether they are of an answer. A backend may read such tokens in another way than prompts; what they
+            come to then depends on none that is read beside them.
     """
 
     tokens: int
@@ -88,6 +90,7 @@ class ForwardRow(NamedTuple):
     position: int
     end: int
     adapter: "ActiveAdapter"
+    is_written: bool = False
 
 
 class Pass(NamedTuple):
@@ -104,6 +107,14 @@ class Pass(NamedTuple):
     rows: Sequence[ForwardRow]
     ends: Sequence[int]
     labels: NDArray[np.int32] | None = None
+
+    def part(self, chosen: NDArray[np.bool_]) -> "Pass":
+        """The pass over some of its rows alone; `chosen` is bool (T,), alike for all tokens of a row."""
+        starts = np.cumsum([0, *(row.tokens for row in self.rows)])[:-1]
+        ends = np.array(self.ends, np.int64)
+        places = (np.cumsum(chosen) - 1)[ends[chosen[ends]]].tolist()
+        rows = [row for row, start in zip(self.rows, starts, strict=True) if chosen[start]]
+        return Pass(self.ids[chosen], rows, places, None if self.labels is None else self.labels[chosen])
 
 
 class KeyValueCache(Protocol):
@@ -226,6 +237,10 @@ class Session(Protocol):
 
     def release(self) -> None:
         """Give back the memory of activations and temporaries."""
+
+    @property
+    def independent_tokens(self) -> int:
+        """Most written tokens of a pass in which each comes to the same, to the bit, whatever is read beside it."""
 
     def new_cache(self) -> KeyValueCache:
         """An empty key-value cache."""

@@ -24,7 +24,8 @@ def open_conversation(config: ChatConfig, on_event: OnEvent = ignore) -> Convers
     log_base(model.base, log, model.tokenizer, config.adapter)
     compute, why = choose_compute(config.compute, config.remeasure)
     log.decision(f"compute: {why}")
-    session = open_session(model, compute, choose_store(config.store, model.base, compute)[0][0])
+    decode = "int8" if config.decode == "auto" else config.decode
+    session = open_session(model, compute, choose_store(config.store, model.base, compute)[0][0], decode=decode)
     spec, tokenizer = model.base.spec, model.tokenizer
     encoder = Encoder(tokenizer, model.template, spec.max_positions, vocab_size=spec.vocab_size)
     active = {name: session.load(adapter) for name, adapter in adapters.items()}

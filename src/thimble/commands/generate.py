@@ -35,6 +35,7 @@ from thimble.training.run_folder import check_room
 SHOWN_ANSWERS = 3
 MEMORY_SHARE = 3  # of the free memory, one part in so many is for keys and values: a cache that grows is there twice
 OUT_BYTES = 1_000_000  # that there is room for at least
+BEFORE_DECODE = "float"  # how answers were written whose file does not say it
 ANSWER_SETTINGS = ("system", "temperature", "top_p", "top_k", "min_p", "max_new_tokens", "seed")
 
 
@@ -93,6 +94,7 @@ class _Work:
     encoded: EncodedPrompts
     compute: str
     store: str
+    decode: str
     log: EventLog
 
     def report(self, out: str) -> GenerateReport:
@@ -174,8 +176,10 @@ def _prepare(
     wanted = (recorded or {}).get("--compute", "auto") if config.compute == "auto" else config.compute
     compute, why = choose_compute(wanted, config.remeasure)
     log.decision(f"compute: {why if wanted == config.compute else f'{compute}, as in the answers there are'}")
-    store = choose_store(config.store, model.base, compute)[0][0]
-    return _Work(config, model, adapters, prompts, delimiter, encoded, compute, store, log)
+    store, decode = choose_store(config.store, model.base, compute)[0][0], config.decode
+    if decode == "auto":
+        decode = recorded.get("--decode", BEFORE_DECODE) if recorded else "int8"
+    return _Work(config, model, adapters, prompts, delimiter, encoded, compute, store, decode, log)
 
 
 def _read(
@@ -261,7 +265,7 @@ def _take_up(work: _Work, file: AnswerFile) -> set[int]:
             work.log.note("there is nothing to resume: all rows are answered now")
         file.begin(settings)
         return set()
-    if others := differing(recorded, settings):
+    if others := differing({"--decode": BEFORE_DECODE, **recorded}, settings):
         raise ConfigError(
             f"--resume: the answers in --out {file.path} were made otherwise ({listing(others)}): give the same "
             "again, or add --overwrite instead of --resume to begin again"
@@ -288,6 +292,7 @@ def _made_with(work: _Work) -> dict[str, str]:
         "base": f"{work.model.base.name} ({work.model.base.quick_fingerprint()[:16]})",
         "adapter": adapter.hexdigest()[:16] if work.adapters else "none",  # paths vary
         "prompts": prompts.hexdigest()[:16], **options, "--compute": work.compute, "--store": work.store,
+        "--decode": work.decode,
     }  # fmt: skip
 
 
@@ -297,7 +302,7 @@ def _answers(work: _Work, done: set[int], report: GenerateReport, should_stop: S
     if not waiting:
         return
     work.log.stage(f"answering {plural(len(waiting), 'row')}")
-    session = open_session(work.model, work.compute, work.store)
+    session = open_session(work.model, work.compute, work.store, decode=work.decode)
     tokenizer, items = work.model.tokenizer, work.encoded.items
     adapter = session.load(next(iter(work.adapters.values()), None))
     began = time.perf_counter()

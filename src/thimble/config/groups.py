@@ -61,6 +61,15 @@ class ComputeOptions(BaseOptions):
 
 
 @dataclass(frozen=True)
+class WritingOptions(ComputeOptions):
+    """How answers are computed."""
+
+    decode: str = option("auto", "How answers are written where weights are blocks of a GGUF: int8 rounds what they "
+        "are multiplied with to 8 bits, which is several times faster; float does not. auto takes int8, or goes on as "
+        "a file of answers was begun.", choices=("auto", "int8", "float"))  # fmt: skip
+
+
+@dataclass(frozen=True)
 class AdapterListOptions(ComputeOptions):
     """Finished adapters to use with a base."""
 
@@ -69,7 +78,7 @@ class AdapterListOptions(ComputeOptions):
 
 
 @dataclass(frozen=True)
-class AnswerOptions(AdapterListOptions):
+class AnswerOptions(WritingOptions, AdapterListOptions):
     """How a base or an adapter answers."""
 
     group: ClassVar[str] = "answers"

@@ -24,6 +24,7 @@ from thimble.inference.pace import Pace
 from thimble.inference.prefixes import Prefixes
 from thimble.inference.request import ActiveRequest, Token
 from thimble.inference.sampling import NothingAllowedError, Sampler, SamplingOptions
+from thimble.inference.speculation import Speculation
 
 PREFILL_TOKENS = 1024  # read in one pass on a worker
 MAX_SLOTS = 64  # answers written in parallel: a step costs little more for many rows than for few
@@ -79,7 +80,7 @@ class Engine:
         self._cache = session.new_cache()
         self._blocks = Blocks(None if cache_tokens is None else cache_tokens // self._cache.block_tokens)
         self._prefixes = Prefixes(self._blocks, self._cache, session) if keeps_prefixes else None
-        self._pace = Pace()
+        self._pace, self._speculation = Pace(), Speculation(session.independent_tokens)
         self._waiting: FairQueue[ActiveRequest] = FairQueue()
         self._reading: list[ActiveRequest] = []
         self._writing: list[ActiveRequest] = []
@@ -148,8 +149,13 @@ class Engine:
             return []
         began, parts = time.perf_counter(), self._beside(self._pace.prompt_tokens) if self._reading else []
         self._writing.sort(key=lambda request: id(request.adapter))  # so that the rows of an adapter lie together
-        tokens = self._run([[*((request, 1) for request in self._writing), *parts]])
-        self._pace.note(time.perf_counter() - began, sum(size for _, size in parts))
+        self._speculation.guess(self._writing)
+        written = [(request, 1 + len(request.guessed)) for request in self._writing]
+        tokens = self._run([[*written, *parts]])
+        seconds = time.perf_counter() - began
+        self._pace.note(seconds, sum(size for _, size in parts))
+        if not parts:
+            self._speculation.note_pass(sum(size for _, size in written), seconds)
         return tokens
 
     # ---- room -----------------------------------------------------------------------------------------------------
@@ -242,16 +248,18 @@ class Engine:
 
     def _batch(self, parts: Sequence[Part]) -> Pass:
         """What a pass reads, and after which of its tokens logits are wanted."""
-        ids, labels, ends, start = [], [], [], 0
+        ids, labels, start = [], [], 0
+        ends: list[int] = []
         is_scored = any(request.labels is not None for request, _ in parts)
         for request, size in parts:
             place = slice(request.read, request.read + size)
             is_prompt = request.unread > 0
             ids.append(request.ids[place] if is_prompt else request.tokens(place.start, place.stop))
+            ids.append(np.array(request.guessed, np.int32))
             if is_scored:
                 labels.append(np.full(size, IGNORED, np.int32) if request.labels is None else request.labels[place])
             if (end := request.next_place(size)) is not None:
-                ends.append(start + end)
+                ends += range(start + end, start + end + 1 + len(request.guessed))
             start += size
         rows = [request.row(size) for request, size in parts]
         return Pass(np.concatenate(ids), rows, ends, np.concatenate(labels) if is_scored else None)
@@ -264,6 +272,9 @@ class Engine:
             scored.loss += loss
         for request, size in parts:
             self._waiting.charge(request.customer, size * (WRITTEN_COST if request.sampler.written else READ_COST))
+            if request.guessed:
+                tokens += self._after_guess(request, rows)
+                continue
             has_next = request.next_place(size) is not None
             request.read += size
             if self._prefixes and request.chain:
@@ -272,6 +283,21 @@ class Engine:
                 request.next = self._chosen(request, next(rows))
             if request.unread <= 0:
                 tokens += self._told(request, request is scored)
+        return tokens
+
+    def _after_guess(self, request: ActiveRequest, rows: Iterator[NDArray[np.float32]]) -> list[Token]:
+        """Choose the next tokens of a request for as long as they are those that were guessed, and one more."""
+        guessed, request.guessed = request.guessed, []
+        logits, tokens = [next(rows) for _ in range(1 + len(guessed))], []
+        for right, row in zip([*guessed, None], logits, strict=True):
+            request.read += 1
+            if self._prefixes and request.chain:
+                self._prefixes.note(request)
+            request.next = self._chosen(request, row)
+            tokens += self._told(request, is_scored=False)
+            if request.next.finish or request.next.id != right:
+                break
+        self._speculation.note(request, len(guessed), len(tokens) - 1)
         return tokens
 
     def _told(self, request: ActiveRequest, is_scored: bool) -> list[Token]:

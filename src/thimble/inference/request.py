@@ -67,6 +67,7 @@ class ActiveRequest:
         cached_tokens: Those of them that an earlier request had read.
         loss: Of what was read so far; the first of a group has that of all.
         next: The latest token that was chosen.
+        guessed: Tokens that may follow it, read with it in the next pass.
     """
 
     number: int
@@ -83,6 +84,7 @@ class ActiveRequest:
     cached_tokens: int = 0
     loss: LossSum = field(default_factory=LossSum)
     next: Token = Token(0)
+    guessed: list[int] = field(default_factory=list)
 
     @property
     def end(self) -> int:
@@ -115,7 +117,7 @@ class ActiveRequest:
 
     def row(self, tokens: int) -> ForwardRow:
         """Its row in a forward pass that reads so many further tokens."""
-        return ForwardRow(tokens, tuple(self.blocks), self.read, self.end, self.adapter)
+        return ForwardRow(tokens, tuple(self.blocks), self.read, self.end, self.adapter, self.unread <= 0)
 
     def tokens(self, start: int, stop: int) -> NDArray[np.int32]:
         """Tokens of prompt and answer by their places."""

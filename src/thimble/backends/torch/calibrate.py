@@ -72,7 +72,7 @@ def _over_inputs(
 ) -> Iterator[tuple[list[str], Any]]:
     """Show the inputs of every group of layers to a value that `gather` makes for its columns, a block at a time."""
     passes = [decoder.pack(whole_rows(batch.starts)) for batch in batches]
-    streams = [decoder.embed(batch.ids, one) for batch, one in zip(batches, passes, strict=True)]
+    streams = [decoder.embed(batch.ids, one.size) for batch, one in zip(batches, passes, strict=True)]
     for block in decoder.blocks:
         sums = {projection.number: gather(projection.frozen.cols) for projection in block.projections}
         for number, one in enumerate(passes):

@@ -183,7 +183,7 @@ class Decoder:
         if asked and not 0 < asked.size < size:
             asked = None
         checkpointed_blocks = min(checkpointed_blocks, len(self.blocks))
-        return ForwardPass(segments, size, self._angles(positions, ends, size), lora, checkpointed_blocks, asked)
+        return ForwardPass(segments, size, self.angles(positions, ends, size), lora, checkpointed_blocks, asked)
 
     def pack_rows(self, rows: Sequence[ForwardRow], cache: KvCache, lora: Lora = BARE) -> ForwardPass:
         """Prepare a pass over rows that stand in a cache: prompts, parts of prompts, next tokens."""
@@ -191,16 +191,16 @@ class Decoder:
         tokens = len(places.positions)
         size = tokens if tokens <= FEW_TOKENS else padded(tokens)
         ends = np.array([row.end for row in rows])[places.row_of]
-        return ForwardPass((), size, self._angles(places.positions, ends, size), lora, places=places)
+        return ForwardPass((), size, self.angles(places.positions, ends, size), lora, places=places)
 
-    def _angles(self, positions: NDArray[np.int64], ends: NDArray[np.int64], size: int) -> dict[int, Angles]:
+    def angles(self, positions: NDArray[np.int64], ends: NDArray[np.int64], size: int) -> dict[int, Angles]:
         """Rotations of tokens at some positions, of rows that end at `ends`, padded to `size` tokens."""
         positions, ends = (np.pad(array, (0, size - len(array))) for array in (positions, ends))
         return {number: _angles(rope, positions, ends) for number, rope in enumerate(self.ropes)}
 
-    def embed(self, ids: NDArray[np.int32], forward: ForwardPass) -> Tensor:
-        """Look up tokens: int32 (tokens,) to (tokens with padding, hidden), compute type."""
-        x = self.embedding.gather(np.pad(ids.astype(np.int64), (0, forward.size - len(ids))))
+    def embed(self, ids: NDArray[np.int32], size: int) -> Tensor:
+        """Look up tokens: int32 (tokens,) to (size, hidden), padded, compute type."""
+        x = self.embedding.gather(np.pad(ids.astype(np.int64), (0, size - len(ids))))
         if self.spec.embedding_scale != 1.0:
             x = x * torch.tensor(self.spec.embedding_scale, dtype=self.compute)
         return x
@@ -210,7 +210,7 @@ class Decoder:
 
         Where some tokens are asked for, they are all that is returned, (their size, hidden).
         """
-        return self.through(self.blocks, self.embed(ids, forward), forward)
+        return self.through(self.blocks, self.embed(ids, forward.size), forward)
 
     def through(self, blocks: Sequence[Block], x: Tensor, forward: ForwardPass) -> Tensor:
         """Run the stream, (tokens with padding, hidden), through some blocks."""

@@ -18,6 +18,7 @@ from thimble.backends.torch import calibrate
 from thimble.backends.torch.adamw import AdamW, norm
 from thimble.backends.torch.adapters import ActiveAdapter
 from thimble.backends.torch.compute import DTYPES
+from thimble.backends.torch.decode_step import DecodeStep
 from thimble.backends.torch.decoder import Decoder
 from thimble.backends.torch.features import Features
 from thimble.backends.torch.frozen import load_matrix
@@ -80,7 +81,7 @@ class TorchSession:
 
     Weights are kept as the store says, `dense`, `int8` or `file`; compute int8 has a store of its own, and a sample of
     any text, int32 (tokens,), of a few hundred tokens to choose its scales by. If streamed, they are read from the file
-    for each product and not kept.
+    for each product and not kept. With `int8` as `decode`, answers are written in whole numbers over weights in blocks.
     """
 
     capabilities = CAPABILITIES
@@ -93,13 +94,14 @@ class TorchSession:
         store: str = "dense",
         is_streamed: bool = False,
         sample: NDArray[np.int32] | None = None,
+        decode: str = "float",
     ) -> None:
         self.decoder = Decoder(base, "file" if compute == "int8" else store, DTYPES[compute])
         if compute == "int8":
             if sample is None:
                 raise ValueError("compute int8 needs a sample of text")
             self.decoder.quantize(sample)
-        self._base = base
+        self._base, self._decode = base, decode
         self._updates = RowUpdates([])
         if is_streamed:
             self.decoder.stream()
@@ -256,7 +258,7 @@ class TorchSession:
     def _add_features(self, features: Features, batch: Batch) -> int:
         layout, decoder = lay_out(batch, self.shares_prefixes), self.decoder
         forward = decoder.pack(layout.segments)
-        x = decoder.embed(batch.ids[layout.places], forward)
+        x = decoder.embed(batch.ids[layout.places], forward.size)
         x = decoder.through(decoder.blocks[: features.lowest], x, forward)
         features.put(batch, x[torch.from_numpy(layout.copies)])
         return batch.tokens
@@ -289,8 +291,7 @@ class TorchSession:
         return KvCache(len(self.decoder.blocks), self.decoder.blocks[0].attention, self.decoder.compute)
 
     def position_kind(self, end: int) -> int:
-        ropes = self.decoder.ropes
-        return sum(rope.long_inv_freq is not None and end > rope.long_from for rope in ropes)
+        return sum(rope.long_inv_freq is not None and end > rope.long_from for rope in self.decoder.ropes)
 
     @out_of_memory
     def forward(
@@ -301,6 +302,16 @@ class TorchSession:
 
     @torch.no_grad()
     def _forward(self, one: Pass, cache: KvCache) -> tuple[NDArray[np.float32], LossSum]:
+        step = self._step if any(row.is_written for row in one.rows) else None
+        return step.forward(one, cache, self._read) if step else self._read(one, cache)
+
+    independent_tokens = property(lambda self: self._step.most_tokens if self._step else 0)
+
+    @functools.cached_property
+    def _step(self) -> DecodeStep | None:
+        return DecodeStep(self.decoder, self._decode == "int8") if DecodeStep.can_run(self.decoder) else None
+
+    def _read(self, one: Pass, cache: KvCache) -> tuple[NDArray[np.float32], LossSum]:
         hidden = self.decoder.hidden(one.ids, self.decoder.pack_rows(one.rows, cache, self._adapters(one.rows)))
         loss = LossSum()
         if one.labels is not None:
