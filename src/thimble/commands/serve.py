@@ -131,7 +131,8 @@ def _make_service(config: ServeConfig, model: Model, adapters: Mapping[str, str]
     log_base(model.base, log, model.tokenizer)
     compute, why = choose_compute(config.compute, config.remeasure)
     log.decision(f"compute: {why}")
-    session = open_session(model, compute, choose_store(config.store, model.base, compute)[0][0])
+    decode = "int8" if config.decode == "auto" else config.decode
+    session = open_session(model, compute, choose_store(config.store, model.base, compute)[0][0], decode=decode)
     registry = AdapterRegistry(session, model.base)
     for name, path in adapters.items():
         registry.add(name, path)

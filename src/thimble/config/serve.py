@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from thimble.config.groups import ComputeOptions
+from thimble.config.groups import WritingOptions
 from thimble.config.options import option
 from thimble.config.values import WHOLE_PATH, above, at_least
 
@@ -12,7 +12,7 @@ NAMED_PATH = r"(?s)(?:[\w.@-]+=)?(.+)"  # an adapter may be given a name in fron
 
 
 @dataclass(frozen=True)
-class ServeConfig(ComputeOptions):
+class ServeConfig(WritingOptions):
     """The options of `thimble serve`."""
 
     group: ClassVar[str] = "server"
