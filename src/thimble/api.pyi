@@ -267,6 +267,7 @@ def serve(
     compute: Literal["auto", "fp32", "bf16", "int8"] = "auto",
     store: Literal["auto", "dense", "int8", "file"] = "auto",
     remeasure: bool = False,
+    decode: Literal["auto", "int8", "float"] = "auto",
     adapter: str | Path | Sequence[str | Path] = ...,
     host: str = "127.0.0.1",
     port: int = 8000,
