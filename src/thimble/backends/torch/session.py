@@ -88,14 +88,9 @@ class TorchSession:
 
     @out_of_memory
     def __init__(
-        self,
-        base: Base,
-        compute: str = "fp32",
-        store: str = "dense",
-        is_streamed: bool = False,
-        sample: NDArray[np.int32] | None = None,
-        decode: str = "float",
-    ) -> None:
+        self, base: Base, compute: str = "fp32", store: str = "dense", is_streamed: bool = False,
+        sample: NDArray[np.int32] | None = None, decode: str = "float",
+    ) -> None:  # fmt: skip
         self.decoder = Decoder(base, "file" if compute == "int8" else store, DTYPES[compute])
         if compute == "int8":
             if sample is None:
