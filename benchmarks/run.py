@@ -128,12 +128,33 @@ def step_135m(group: str, labels: str, goals: dict[str, float]) -> list[Row]:
     found = alternate({
         "bf16": (*ours, "bf16", "--store", "dense"), "int8": (*ours, "int8", "--store", "int8"),
         "PEFT bf16": (*peer, "bf16"), "PEFT fp32 medium": (*peer, "medium"),
+        "PEFT bf16, compiled": (*peer, "bf16", "--compile"),
+        "PEFT bf16, compiled, checkpointing": (*peer, "bf16", "--compile", "--checkpointing"),
     }, ROUNDS)  # fmt: skip
     note_plan(found)
-    best = max(("PEFT bf16", "PEFT fp32 medium"), key=lambda name: found[name]["tokens_per_second"])
-    what = f"135M shape, 4x512 tokens, {float(labels):.0%} learned"
-    rows = compared(group, f"{what}, bf16", found["bf16"], best, found[best], (goals["bf16"], goals["memory"]))
-    return rows + compared(group, f"{what}, int8", found["int8"], best, found[best], (goals["int8"], goals["memory"]))
+    eager = max(("PEFT bf16", "PEFT fp32 medium"), key=lambda name: found[name]["tokens_per_second"])
+    what = f"135M shape, 4x512 tokens, {float(labels):.0%} target tokens"
+    rows = []
+    for peer_name in (eager, "PEFT bf16, compiled", "PEFT bf16, compiled, checkpointing"):
+        wanted = goals if peer_name == eager else {"bf16": 2.4, "int8": 2.4, "memory": 0.5}
+        for compute in ("bf16", "int8"):
+            bounds = (wanted[compute], wanted["memory"])
+            rows += compared(group, f"{what}, {compute}", found[compute], peer_name, found[peer_name], bounds)
+    return rows
+
+
+def step_fp32(group: str) -> list[Row]:
+    """The same in float32 alone, for machines without instructions for bfloat16."""
+    ours = ("train_thimble.py", "--base", model("135m", "BF16"), "--compute", "fp32", "--store", "dense")
+    peers = {
+        "PEFT fp32": ("train_peft.py", "--dtype", "fp32"),
+        "PEFT fp32, compiled": ("train_peft.py", "--dtype", "fp32", "--compile"),
+        "PEFT fp32, compiled, checkpointing": ("train_peft.py", "--dtype", "fp32", "--compile", "--checkpointing"),
+    }
+    found = alternate({"ours": ours, **peers}, ROUNDS)
+    note_plan(found)
+    what = "135M shape, 4x512 tokens, all target tokens, fp32"
+    return [row for name in peers for row in compared(group, what, found["ours"], name, found[name], (None, None))]
 
 
 def step_1b(group: str) -> list[Row]:
@@ -147,7 +168,8 @@ def step_1b(group: str) -> list[Row]:
         "int8, 12 of 16 blocks recomputed": (*ours, model("1b", "Q8_0"), *whole, "--recomputed", "12"),
         "Q4_0 file": (*ours, model("1b", "Q4_0"), "--store", "file"),
     }
-    peer = {"PEFT": ("train_peft.py", "--shape", "1b", "--rows", "2", "--steps", "2")}
+    eager = ("train_peft.py", "--shape", "1b", "--rows", "2", "--steps", "2")
+    peer = {"PEFT": eager, "PEFT bf16, compiled": (*eager, "--compile")}
     found = alternate({**contestants, **peer}, ROUNDS)
     note_plan(found)
     goals = {"bf16 dense": (1.6, 0.45), "bf16 file, streamed": (1.6, 0.45), "Q4_0 file": (1.6, 0.35)}
@@ -155,6 +177,8 @@ def step_1b(group: str) -> list[Row]:
     for name in contestants:
         what = f"1B shape, 2x512 tokens, {name}"
         rows += compared(group, what, found[name], "PEFT bf16", found["PEFT"], goals.get(name, (2.5, 0.35)))
+        compiled = "PEFT bf16, compiled"
+        rows += compared(group, what, found[name], compiled, found[compiled], (2.0, None))
     share = limit_seconds("1b", 1024) / found["bf16 dense"]["seconds"]
     rows.append(Row(group, "1B shape, bf16, share of the limit 4·N·tokens / rate", "", share, NO_LESS, 0.8))
     slower = found["Q4_0 file"]["seconds"] / found["bf16 dense"]["seconds"]
@@ -373,6 +397,7 @@ GROUPS: dict[str, Callable[[str], list[Row]]] = {
     "starts": starts,
     "135m": lambda group: step_135m(group, "1.0", {"bf16": 2.3, "int8": 2.8, "memory": 0.45}),
     "135m-40": lambda group: step_135m(group, "0.4", {"bf16": 2.6, "int8": 3.1, "memory": 0.45}),
+    "fp32": step_fp32,
     "1b": step_1b,
     "nf4": nf4,
     "smallest": smallest,

@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--compile", action="store_true")
     parser.add_argument("--steps", type=int, default=3)
     options = parser.parse_args()
     if options.dtype == "medium":
@@ -58,6 +59,7 @@ def main() -> None:
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(model, config)
     model.train()
+    forward = torch.compile(model) if options.compile else model
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=RATE)
     ids, is_learned = (
@@ -68,7 +70,7 @@ def main() -> None:
     times = []
     for _ in range(options.steps + 1):
         began = time.perf_counter()
-        model(input_ids=ids, labels=labels).loss.backward()
+        forward(input_ids=ids, labels=labels).loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimiser.step()
         optimiser.zero_grad()
