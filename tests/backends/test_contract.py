@@ -125,6 +125,15 @@ def parameters(session, state):
     return session.snapshot(state)["adapter"]
 
 
+def logits_at(session, active, ids, places):
+    """Logits after some tokens of a row, float64 (places, vocabulary)."""
+    cache = session.new_cache()
+    blocks = blocks_of(cache, tokens=len(ids))
+    cache.reserve(max(blocks) + 1)
+    row = ForwardRow(len(ids), blocks, 0, len(ids), active)
+    return session.forward([Pass(ids, [row], np.flatnonzero(places).tolist())], cache, 1)[0][0].astype(np.float64)
+
+
 def loss_of(session, active, rows=None):
     return next(session.losses(active, [pack(rows or make_rows())], EXECUTION))
 
@@ -213,6 +222,34 @@ def test_losses_come_in_the_order_of_their_batches(session):
     found = list(session.losses(active, batches, EXECUTION))
     assert [loss.tokens for loss in found] == [batch.target_tokens for batch in batches]
     assert found == [next(session.losses(active, [batch], EXECUTION)) for batch in batches]
+
+
+def test_the_losses_of_the_rows_of_a_batch_are_those_of_the_rows_alone(session):
+    rows = make_rows()
+    rows.insert(1, Row(rows[0].ids, np.full_like(rows[0].labels, IGNORED), ""))
+    active, batches = session.load(make_adapter()), [pack(rows[:3]), pack(rows[3:])]
+    found = [loss for part in session.row_losses(active, batches, EXECUTION) for loss in part]
+    alone = list(session.losses(active, [pack([row]) for row in rows], EXECUTION))
+    assert [loss.tokens for loss in found] == [row.target_tokens for row in rows]
+    assert [loss.nats for loss in found] == pytest.approx([loss.nats for loss in alone], rel=1e-5)
+    sums = [loss.nats for loss in session.losses(active, batches, EXECUTION)]
+    assert sums == pytest.approx([sum(loss.nats for loss in found[:3]), sum(loss.nats for loss in found[3:])])
+
+
+def test_the_divergence_of_a_model_from_its_base_is_that_of_their_probabilities(session):
+    rows, active = make_rows(), session.load(make_adapter())
+    batches = [pack(rows[:3]), pack(rows[3:])]
+    found = [each for part in session.divergences(active, batches, EXECUTION) for each in part]
+    for row, each in zip(rows, found, strict=True):
+        places = row.labels != IGNORED
+        base, moved = (logits_at(session, model, row.ids, places) for model in (session.load(None), active))
+        wanted, has = (table - np.logaddexp.reduce(table, 1)[:, None] for table in (base, moved))
+        assert each.nats == pytest.approx((np.exp(wanted) * (wanted - has)).sum(), rel=2e-3, abs=1e-6)
+        assert each.same == (base.argmax(1) == moved.argmax(1)).sum()
+        assert each.places == places.sum()
+    assert sum(each.nats for each in found) > 0.01
+    bare = list(session.divergences(session.load(None), batches, EXECUTION))
+    assert all((each.nats, each.same) == (0.0, each.places) for part in bare for each in part)
 
 
 def test_a_batch_without_target_tokens_has_no_loss(session):

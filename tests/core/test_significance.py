@@ -5,7 +5,17 @@ import math
 import numpy as np
 import pytest
 
-from thimble.core.significance import MOST_EXACT, compare, fisher, is_clear, sign_test, t_quantile, wilson
+from thimble.core.significance import (
+    MOST_EXACT,
+    bootstrap,
+    compare,
+    fisher,
+    is_clear,
+    share_interval,
+    sign_test,
+    t_quantile,
+    wilson,
+)
 
 
 @pytest.mark.parametrize(
@@ -58,3 +68,60 @@ def test_fishers_tea():
 def test_wilson():
     assert wilson(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
     assert wilson(0.0, 1)[0] == 0.0
+
+
+# ---- intervals ------------------------------------------------------------------------------------------------------
+
+
+def covered(draw, truth, count=400):
+    """How often an interval holds the truth."""
+    found = [draw(np.random.default_rng(seed)) for seed in range(count)]
+    return sum(low <= truth <= high for low, high in found) / count
+
+
+@pytest.mark.parametrize("rows", [8, 30, 120])
+def test_an_interval_of_a_mean_holds_it_in_nineteen_of_twenty_cases(rows):
+    assert covered(lambda random: bootstrap(random.normal(0.3, 1, rows)), 0.3) == pytest.approx(0.95, abs=0.025)
+    skewed = covered(lambda random: bootstrap(random.exponential(1, rows)), 1.0)
+    assert 0.86 <= skewed <= 0.975, "of few rows that lie far to one side it holds it less often"
+
+
+def test_an_interval_of_a_ratio_holds_it_where_rows_are_of_uneven_length():
+    def draw(random):
+        tokens = random.integers(5, 200, 40)
+        return bootstrap(tokens * random.normal(0.5, 0.3, 40), tokens)
+
+    assert covered(draw, 0.5) == pytest.approx(0.95, abs=0.025)
+    tokens = np.array([5, 50, 500, 5, 50, 500, 5, 50, 500])
+    assert bootstrap(0.25 * tokens, tokens) == pytest.approx((0.25, 0.25)), "every row rose by as much a token"
+
+
+def test_an_interval_does_not_depend_on_the_order_of_rows_and_is_the_same_each_time():
+    values = np.random.default_rng(1).normal(0.1, 1, 40)
+    assert bootstrap(values) == bootstrap(values) == bootstrap(values[::-1])
+    for few in ([], [0.3]):
+        assert all(map(math.isnan, bootstrap(few)))
+
+
+@pytest.mark.parametrize(("up", "down", "rows"), [(0.02, 0.02, 30), (0.3, 0.05, 30), (0.5, 0.1, 100), (0.05, 0.3, 12)])
+def test_an_interval_of_paired_shares_holds_their_difference(up, down, rows):
+    def draw(random):
+        better, worse, _ = random.multinomial(rows, [up, down, 1 - up - down])
+        return share_interval(better, worse, rows)
+
+    assert covered(draw, up - down, 1000) >= 0.935
+
+
+def test_the_interval_of_paired_shares_is_that_of_the_paper():
+    """Bonett and Price: of 25 rows 9 rose and 2 fell."""
+    up, down = 10 / 27, 3 / 27
+    half = 1.96 * math.sqrt((up + down - (up - down) ** 2) / 27)
+    assert share_interval(9, 2, 25) == pytest.approx((up - down - half, up - down + half))
+    low, high = share_interval(8, 0, 8)
+    assert (low > 0.3, high) == (True, 1.0)
+
+
+def test_a_comparison_carries_its_interval():
+    found = compare([2.0, 4.0, 6.0, 8.0, 10.0, 12.0, 14.0, 16.0], [2, 4, 6, 8, 10, 12, 14, 16])
+    assert (found.low, found.high) == pytest.approx((1.0, 1.0))
+    assert found.rows == found.better == 8

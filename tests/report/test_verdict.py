@@ -1,16 +1,19 @@
 """What is claimed of a run: never more than was measured."""
 
 import math
+import re
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 import pytest
 
 from run_reports import STATES, full_report, steps
 from thimble.core.labels import score_labels
 from thimble.core.significance import compare, sign_test
+from thimble.report.forgetting import forgetting
 from thimble.report.formatting import percent
-from thimble.report.verdict import forgetting, interval, judge
+from thimble.report.verdict import interval, judge
 
 
 def verdict(report: dict[str, Any], rows: list[dict[str, Any]] | None = None) -> str:
@@ -76,6 +79,37 @@ def test_forgetting_in_words(after: float, said: str) -> None:
     word, sentence = forgetting(full_report(general_after=after))
     assert word == said
     assert sentence.startswith(f"Forgot {said}")
+
+
+def general(rise: float, spread: float) -> dict[str, Any]:
+    """Forty rows of general text, whose losses rose by about so much."""
+    rises = math.log1p(rise) + np.random.default_rng(0).permutation(np.linspace(-spread, spread, 40))
+    changes = {"general_before": 3.0, "general_after": 3.0 + float(rises.mean())}
+    return changes | {"general_comparison": asdict(compare(list(-rises)))}
+
+
+@pytest.mark.parametrize(
+    ("rise", "spread", "word"),
+    [
+        (0.001, 0.01, "little"), (0.05, 0.05, "some"), (0.3, 0.2, "much"), (-0.1, 0.1, "nothing"),
+        (0.12, 1.0, "unclear"), (0.05, 1.0, "unclear"), (0.01, 0.9, "unclear"), (-0.05, 1.5, "unclear"),
+    ],
+)  # fmt: skip
+def test_forgetting_is_told_as_surely_as_the_rows_allow(rise: float, spread: float, word: str) -> None:
+    report = full_report(**general(rise, spread))
+    said, sentence = forgetting(report)
+    assert said == word
+    low, high = (
+        float(text) / 100 for text in re.search(r"interval: (\S+?)\u202f% to (\S+?)\u202f%\)", sentence).groups()
+    )
+    assert low <= rise <= high
+    assert any(sentence in text for text in judge(report, steps(20)).cautions) == (word in ("some", "much", "unclear"))
+
+
+def test_a_change_of_answers_carries_its_interval() -> None:
+    report = task(0.1, 0.5, 30)
+    report["metric_comparisons"] = {"exact match": compared(12, 0, 30) | {"low": 0.21, "high": 0.57}}
+    assert "from 3 to 15 (95 % interval of the change: +21 to +57 points of a hundred)" in verdict(report)
 
 
 def test_the_interval_is_wilsons() -> None:

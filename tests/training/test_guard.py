@@ -7,7 +7,16 @@ import numpy as np
 import pytest
 
 from thimble.core.metrics import LossSum
-from thimble.training.guard import IN_A_ROW, MAX_ROLLBACKS, SPIKES_IN_A_ROW, Guard, Memorisation, Plateau, Verdict
+from thimble.training.guard import (
+    IN_A_ROW,
+    MAX_ROLLBACKS,
+    SPIKES_IN_A_ROW,
+    Guard,
+    Memorisation,
+    Plateau,
+    Verdict,
+    has_clearly_risen,
+)
 
 
 def steady(guard, count=40, low=2.0):
@@ -82,6 +91,15 @@ def test_the_end_comes_when_patience_does():
     assert (plateau.best, plateau.best_step) == (1.9, 3)
 
 
+@pytest.mark.parametrize("rows", [3, 5, 10, 40])
+def test_a_clear_rise_is_one_that_chance_brings_in_one_of_forty_cases(rows):
+    random = np.random.default_rng(rows)
+    risen = [has_clearly_risen(random.normal(1, 0.5, rows), random.normal(1, 0.5, rows)) for _ in range(4000)]
+    assert sum(risen) / 4000 == pytest.approx(0.025, abs=0.008)
+    assert has_clearly_risen([1.0, 2.0, 3.0], [1.1, 2.12, 3.1])
+    assert not has_clearly_risen([1.0, 2.0], [1.1, math.nan])
+
+
 def test_noise_among_rows_ends_nothing_and_a_rise_of_all_rows_does():
     random, ended = np.random.default_rng(0), 0
     rows = random.normal(1.0, 0.5, 16)
@@ -113,6 +131,14 @@ def test_state_survives_json():
     again.add(3, [1.0, 2.0])
     again.restore(json.loads(json.dumps(plateau.state(), allow_nan=False)))
     assert again == plateau
+
+
+def test_other_rows_than_those_of_the_best_measurement_begin_anew():
+    """A run that is resumed by a release that watches other rows."""
+    plateau = Plateau(patience=1)
+    plateau.add(1, [1.0, 1.0, 1.0])
+    assert plateau.add(2, [2.0, 2.0])
+    assert (plateau.best, plateau.best_step, plateau.is_over) == (2.0, 2, False)
 
 
 def test_a_measurement_that_is_not_finite_is_passed_over():

@@ -126,7 +126,7 @@ def test_an_update_that_is_nan_is_never_the_result():
 
 def spoilt_task():
     """What is learned is wrong for the validation rows from the middle of the way on."""
-    return make_task(truth=TRUTH / 2)
+    return make_task(truth=TRUTH / 2, valid_rows=24)
 
 
 def test_validation_rows_are_measured_every_few_steps_but_after_the_last():
@@ -178,6 +178,25 @@ def test_a_run_of_an_earlier_release_goes_on_to_its_last_step():
     older = {name: value for name, value in checkpoint.progress.items() if name != "memorisation"}
     found, _, _ = train(steps=60, plan={**plan, "checkpoint": replace(checkpoint, progress=older)})
     assert found.progress.steps == 60
+
+
+def test_a_rise_that_other_rows_do_not_show_ends_nothing_and_turns_nothing_back():
+    task = replace(spoilt_task(), others=TRUTH)
+    result, sink, messages = train(task=task, steps=60, plan={"eval_every_steps": 2, "patience": 3})
+    assert (len(sink.steps), result.best_step) == (60, 60)
+    assert any(
+        text.startswith("on 24 other rows the validation loss has not clearly risen") for text in messages["note"]
+    )
+    plain, *_ = train(task=task, steps=60)
+    assert repr(values(result)) == repr(values(plain)), "looking at other rows changes nothing"
+
+
+def test_a_rise_that_other_rows_show_too_ends_the_run():
+    task = replace(spoilt_task(), others=TRUTH / 2)
+    result, sink, messages = train(task=task, steps=200, plan={"eval_every_steps": 2, "patience": 3})
+    assert len(sink.steps) < 200
+    assert result.best_step < result.progress.steps
+    assert not any("other rows" in text for text in messages["note"])
 
 
 def test_a_last_step_that_was_not_measured_is_before_the_best_is_kept():

@@ -56,7 +56,7 @@ class ToySession:
         return [call[0] for call in self.calls]
 
     def load(self, adapter):
-        return np.zeros(SIZE) if adapter is None else adapter.layers["layer"].A[0]
+        return np.zeros(SIZE) if adapter is None else adapter.layers["layer"].scale * adapter.layers["layer"].A[0]
 
     def start(self, adapter, method):
         self.method = method
@@ -120,6 +120,7 @@ class ToyTask:
     valid: np.ndarray
     truth: np.ndarray  # by which validation rows are judged
     weights: tuple = (0.0,)  # of the KL term, in turn
+    others: object = None  # another truth, by which rows that confirm are judged; None: there are none
 
     @property
     def costs(self):
@@ -139,9 +140,23 @@ class ToyTask:
     def watch(self, session, adapter, execution):
         return list(session.losses(adapter, [(row[None], row[None] @ self.truth) for row in self.valid], execution))
 
+    def confirm(self, session, adapter, execution):
+        truth = self.others
+        return (
+            []
+            if truth is None
+            else list(session.losses(adapter, [(row[None], row[None] @ truth) for row in self.valid], execution))
+        )
+
+    def choose(self, session, adapter, execution):
+        return self.watch(session, adapter, execution)
+
     def evaluate(self, session, adapter, execution, control):
         (loss,) = session.losses(adapter, [(self.valid, self.valid @ self.truth)], execution)
         return Scores(loss.mean, 0.0)
+
+    def divergence(self, session, adapter, execution, control):
+        return {}
 
     def check_base(self, base, control):
         pass
@@ -189,10 +204,12 @@ def initial(values):
     return Adapter({"layer": Factors(np.array(values, np.float64)[None], np.ones((1, 1)), 1.0)})
 
 
-def make_task(rows=32, **options):
+def make_task(rows=32, valid_rows=8, **options):
     random = np.random.default_rng(0)
     x = random.integers(-2, 3, (rows, SIZE)).astype(float)
-    return ToyTask(x, x @ TRUTH, random.integers(-2, 3, (8, SIZE)).astype(float), **{"truth": TRUTH, **options})
+    return ToyTask(
+        x, x @ TRUTH, random.integers(-2, 3, (valid_rows, SIZE)).astype(float), **{"truth": TRUTH, **options}
+    )
 
 
 def train(session=None, task=None, sink=None, steps=12, plan=None, options=None, **control):

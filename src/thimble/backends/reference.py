@@ -7,6 +7,7 @@ warnings: they are for `is_finite` and for the guard of a run to find.
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, BinaryIO
@@ -21,9 +22,9 @@ from thimble.core.adapter import Adapter
 from thimble.core.dropout import keep_factor, keep_mask
 from thimble.core.lowrank import Factors
 from thimble.core.method import Method
-from thimble.core.metrics import LossSum
-from thimble.data.batches import Batch
-from thimble.data.encode import IGNORED
+from thimble.core.metrics import Divergence, LossSum
+from thimble.data.batches import Batch, pack
+from thimble.data.encode import IGNORED, Row
 from thimble.models import forward
 from thimble.models.base import Base
 from thimble.models.execution import ExecutionPlan
@@ -104,6 +105,12 @@ class TokenCache:
 
     def copy(self, source: int, target: int) -> None:
         self.ids[target] = self.ids[source]
+
+
+def _rows(batch: Batch) -> list[Batch]:
+    """Each row of a batch as one of its own."""
+    parts = (slice(*ends) for ends in itertools.pairwise(batch.starts))
+    return [pack([Row(batch.ids[part], batch.labels[part], "")]) for part in parts]
 
 
 class ReferenceSession:
@@ -217,6 +224,29 @@ class ReferenceSession:
     def losses(self, adapter: Updates, batches: Sequence[Batch], execution: ExecutionPlan) -> Iterator[LossSum]:
         for batch in batches:
             yield LossSum(float(self._summed_loss(adapter, batch)), batch.target_tokens)
+
+    def row_losses(
+        self, adapter: Updates, batches: Sequence[Batch], execution: ExecutionPlan
+    ) -> Iterator[list[LossSum]]:
+        """See Session: row by row, each as a batch of its own."""
+        for batch in batches:
+            yield list(self.losses(adapter, _rows(batch), execution))
+
+    def divergences(
+        self, adapter: Updates, batches: Sequence[Batch], execution: ExecutionPlan
+    ) -> Iterator[list[Divergence]]:
+        """See Session."""
+        for batch in batches:
+            yield [self._divergence(adapter, row) for row in _rows(batch)]
+
+    def _divergence(self, adapter: Updates, row: Batch) -> Divergence:
+        places = np.flatnonzero(row.labels != IGNORED)
+        base, moved = (
+            forward.logits(OPS, self._spec, self._weights, self._hidden(updates, row)[places])
+            for updates in ({}, adapter)
+        )
+        same = int((base.argmax(1) == moved.argmax(1)).sum())
+        return Divergence(float(forward.divergence(OPS, moved, base)), same, len(places))
 
     def kl_reference(self, batch: Batch) -> KlReference:
         return KlReference(batch, forward.logits(OPS, self._spec, self._weights, self._hidden(Updates(), batch)))

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from thimble.core.adapter import Adapter
 from thimble.core.method import Method
-from thimble.core.metrics import LossSum
+from thimble.core.metrics import Divergence, LossSum
 from thimble.data.batches import Batch
 from thimble.models.execution import ExecutionPlan
 
@@ -211,6 +211,16 @@ class Session(Protocol):
 
     def losses(self, adapter: ActiveAdapter, batches: Sequence[Batch], execution: ExecutionPlan) -> Iterator[LossSum]:
         """Summed loss over the target tokens of each batch, in order, as they are ready."""
+
+    def row_losses(
+        self, adapter: ActiveAdapter, batches: Sequence[Batch], execution: ExecutionPlan
+    ) -> Iterator[list[LossSum]]:
+        """The same, for each row of each batch."""
+
+    def divergences(
+        self, adapter: ActiveAdapter, batches: Sequence[Batch], execution: ExecutionPlan
+    ) -> Iterator[list[Divergence]]:
+        """How far each row of each batch is from the bare base, at the places that carry a label."""
 
     def kl_reference(self, batch: Batch) -> Any:
         """What the bare base makes of some text, for `Objective`."""

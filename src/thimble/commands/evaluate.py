@@ -1,7 +1,7 @@
 """`thimble evaluate`: a base against adapters on the same rows."""
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -47,7 +47,8 @@ class Result:
         answers: Some rows as asked, reference, written; with labels one of every label.
         labels: If answers are labels: accuracy, majority baseline, precision, recall, F1 and confusion.
         loss_comparison: Against the base, on rows measured one by one: `rows` compared, those that are `better` and
-            `worse`, and `chance`, that random signs alone would give as large a gain.
+            `worse`, `chance`, that random signs alone would give as large a gain, and the 95 % interval of the
+            gain, `low` to `high`.
         metric_comparisons: Likewise by metric (McNemar's exact test), with the answers that have it.
     """
 
@@ -120,7 +121,7 @@ def evaluate(config: EvaluateConfig, on_event: OnEvent = ignore, should_stop: Sh
         alone = losses_alone(session, active, validation, execution, control)
         total, answers = measure(session, active, validation, execution, control, alone)
         measured[name] = Measured(total, alone, score_answers(answers, metric, log))
-    results = _results(measured, metric, {examples.valid[number].source for number in examples.unseen})
+    results = _results(measured, metric, examples)
     rows = ({"model": name, **answer.described()} for name, found in measured.items() for answer in found.answers)
     write_answers(config.answers, rows, log)
     _require_scores(results, measured, metric, log)
@@ -129,9 +130,11 @@ def evaluate(config: EvaluateConfig, on_event: OnEvent = ignore, should_stop: Sh
     return EvaluateReport(named, model.base.name, len(examples.valid), answered, metric.name, results, log.messages)
 
 
-def _results(measured: Mapping[str, Measured], metric: ChosenMetric, unseen: Collection[str]) -> list[Result]:
+def _results(measured: Mapping[str, Measured], metric: ChosenMetric, examples: Examples) -> list[Result]:
     """How each model did, and how it compares with the first, the base."""
     results: list[Result] = []
+    sources = [row.source for row in examples.valid]
+    unseen = {sources[number] for number in examples.unseen}
     for name, (total, alone, answers) in measured.items():
         chosen = of_every_label(answers, SHOWN_ANSWERS, MOST_SHOWN) if metric.has_labels else range(len(answers))
         shown = [
@@ -144,7 +147,7 @@ def _results(measured: Mapping[str, Measured], metric: ChosenMetric, unseen: Col
             result.labels = label_report(answers, AnswerCounts())
         base = next(iter(measured.values()))
         if results:
-            result.loss_comparison = compare_losses(base.alone, alone)
+            result.loss_comparison = compare_losses(base.alone, alone, sources)
         if results and len(answers) == len(base.answers):
             result.metric_comparisons = compare_metrics(base.answers, answers, unseen)
         results.append(result)

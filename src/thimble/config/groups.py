@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from thimble.config import values
-from thimble.config.options import Options, option
+from thimble.config.options import Options, option, options_of
 from thimble.config.values import (
     INIT_PATH,
     METRIC_PATH,
@@ -205,6 +205,10 @@ class AdapterOptions(Options):
     alpha_pattern: tuple[str, ...] = option((), "Alphas of some layers.", check=values.pattern, metavar="NAME=X")
     use_rslora: bool = option(False, "Scale by alpha/sqrt(rank) instead of alpha/rank (rsLoRA).")
     use_dora: bool = option(False, "Train the length of each row of the weight apart from its direction (DoRA).")
+    strength: float | None = option(1.0, "Share of the trained update that is kept, above 0 up to 1, stored in alpha. "
+        "auto takes the smallest of 1, 0.9, 0.8 and 0.7 that raises the validation loss by less than 1 %, to forget "
+        "less.",
+        check=share)  # fmt: skip
     targets: tuple[str, ...] = option(("all-linear",), "Layers to adapt: all-linear, attention, mlp, last-8 (all of "
         "the last 8 blocks), or names and patterns such as q_proj,v_proj.", metavar="NAMES")  # fmt: skip
     dropout: float = option(0.0, "Share of the inputs of A left out at each step.", check=fraction)
@@ -220,7 +224,15 @@ class AdapterOptions(Options):
         problems += [f"{values.flag(name)} {as_typed(value)}: {reason}" for name, value in found.items()]
         if rank is None and given.get("rank_budget") and given.get("energy"):
             problems.append(f"--rank-budget {given['rank_budget']} --energy {given['energy']:g}: give one of them")
+        strength = given.get("strength")
+        if given.get("use_dora") and strength not in (None, 1):
+            problems.append(f"--strength {strength:g}: not with --use-dora, whose row lengths no factor makes weaker")
         return problems
+
+    @property
+    def has_own_alpha(self) -> bool:
+        """Whether the scale was chosen by hand."""
+        return self.alpha != options_of(AdapterOptions)["alpha"].default or bool(self.alpha_pattern)
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ class PlanConfig(TrainConfig):
 # hashes, so that they may lie elsewhere.)
 FIXED = (
     *COLUMNS, "loss_on", "seq_len", "batch_tokens", "seed", "targets", "rank", "rank_pattern", "alpha",
-    "alpha_pattern", "use_rslora", "use_dora", "init", "freeze_a", "dropout", "keep_general", "valid_split",
+    "alpha_pattern", "strength", "use_rslora", "use_dora", "init", "freeze_a", "dropout", "keep_general", "valid_split",
 )  # fmt: skip
 
 # What runs did before there was an option for it: a config.yaml without it is of such a run.

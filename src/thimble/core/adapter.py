@@ -61,6 +61,16 @@ class Adapter:
                     found.update(np.ascontiguousarray(part).data)
         return found.hexdigest()
 
+    def at_strength(self, strength: float) -> "Adapter":
+        """The same update times a number, by its scales alone; of one in delta form, B A − B₀ A₀ times that number."""
+        if strength != 1 and self.has_magnitudes:
+            raise ValueError("magnitudes (DoRA) are no part of the product, so no factor of it makes the update weaker")
+        layers, origin = (
+            {path: replace(factors, scale=factors.scale * strength) for path, factors in updates.items()}
+            for updates in (self.layers, self.origin)
+        )
+        return replace(self, layers=layers, origin=origin)
+
     def is_finite(self) -> bool:
         """Whether no parameter is NaN or Inf; an adapter that has one must never be published."""
         return all(is_finite(factors) for factors in (*self.layers.values(), *self.origin.values()))

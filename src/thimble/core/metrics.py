@@ -38,6 +38,18 @@ class LossSum:
         return math.exp(min(self.mean, 700.0)) if self.tokens else math.nan
 
 
+@dataclass(frozen=True)
+class Divergence:
+    """How far a model is from its base at some places of a text, as sums and count."""
+
+    nats: float = 0.0  # summed KL(base ‖ model)
+    same: int = 0  # places at which both find the same token likeliest
+    places: int = 0
+
+    def __add__(self, other: "Divergence") -> "Divergence":
+        return Divergence(self.nats + other.nats, self.same + other.same, self.places + other.places)
+
+
 def exact(answer: str, reference: str) -> dict[str, float]:
     """Whether the answer equals the reference, but for white space at its ends."""
     return {"exact match": float(answer.strip() == reference.strip())}

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 CHANCE = 0.025  # a difference of counts is clear if chance alone would bring it less often than this
 # Likewise of losses. Stricter, because their tests are exact for even distributions only: where many rows gain a little
@@ -16,6 +16,7 @@ LEAST_ROWS = math.ceil(math.log2(1 / LOSS_CHANCE))  # 8: chance alone moves fewe
 NEARLY_ALL = 0.95  # of the rows
 MOST_EXACT = 13  # rows for which every choice of signs is tried; of more rows, DRAWS of them
 DRAWS = 10_000
+FEWEST_DRAWS, MOST_DRAWN = 1_000, 5_000_000  # of a bootstrap, and numbers in all of them
 
 
 @dataclass(frozen=True)
@@ -28,16 +29,22 @@ class Paired:
     t: float  # of the mean, corrected for skewness; NaN for fewer than three rows or differences that are all the same
     chance: float  # that random signs alone would give a mean as high or higher
     chance_worse: float  # or as low or lower
+    low: float = math.nan  # 95 % interval of the mean; NaN for fewer than two rows, and in older reports
+    high: float = math.nan
+    groups: int = 0  # how many groups the rows belong to, where some belong together; else 0
 
 
-def compare(differences: Sequence[float]) -> Paired:
+def compare(differences: Sequence[float], counts: Sequence[float] | None = None) -> Paired:
     """Compare rows measured twice: differences above 0 are gains; NaN and Inf are not compared. Order does not matter,
-    and the same rows give the same figures.
+    and the same rows give the same figures. If `counts` says what each difference is summed over, such as tokens, the
+    mean is that of a token.
     """
-    values = np.asarray(differences, np.float64)
-    values = values[np.isfinite(values)]
+    sums = np.asarray(differences, np.float64)
+    weights = np.ones(len(sums)) if counts is None else np.asarray(counts, np.float64)
+    sums, weights = sums[np.isfinite(sums)], weights[np.isfinite(sums)]
+    values = sums / (weights.mean() if len(weights) else 1.0)
     signs = int((values > 0).sum()), int((values < 0).sum())
-    return Paired(len(values), *signs, _hall_t(values), *_flip(values))
+    return Paired(len(values), *signs, _hall_t(values), *_flip(values), *bootstrap(sums, weights))
 
 
 def is_clear(paired: Paired, chance: float = LOSS_CHANCE) -> bool:
@@ -68,6 +75,33 @@ def _signs(count: int) -> NDArray[np.float32]:
     if count <= MOST_EXACT:
         return (1 - 2 * ((np.arange(2**count)[:, None] >> np.arange(count)) & 1)).astype(np.float32)
     return (1 - 2 * np.random.default_rng(0).integers(0, 2, (DRAWS, count), np.int8)).astype(np.float32)
+
+
+def bootstrap(sums: ArrayLike, counts: ArrayLike | None = None) -> tuple[float, float]:
+    """A 95 % interval of the mean of rows, or of what `sums` come to for each of `counts`; NaN for fewer than two rows.
+
+    Rows are drawn again with replacement (Efron, Ann. Statist. 7, 1979), from a fixed seed. Its quantiles are taken as
+    far out as Student's t is wider than a normal distribution, or few rows would give too narrow an interval
+    (Hesterberg, The American Statistician 69, 2015: the expanded percentile interval).
+    """
+    sums = np.asarray(sums, np.float64)
+    weights = np.ones(len(sums)) if counts is None else np.asarray(counts, np.float64)
+    rows = len(sums)
+    if rows < 2:
+        return math.nan, math.nan
+    order = np.lexsort((sums, weights))  # so that the draws do not depend on the order of rows
+    drawn = _draws(rows) @ np.stack([sums[order], weights[order]], 1)
+    far = t_quantile(CHANCE, rows - 1) * math.sqrt(rows / (rows - 1))
+    tail = math.erfc(far / math.sqrt(2)) / 2
+    low, high = np.quantile(drawn[:, 0] / drawn[:, 1], [tail, 1 - tail])
+    return float(low), float(high)
+
+
+@functools.lru_cache(maxsize=2)
+def _draws(rows: int) -> NDArray[np.float64]:
+    """How often each row is drawn, float64 (draws, rows); of very many rows fewer draws, which are as good there."""
+    draws = max(FEWEST_DRAWS, min(DRAWS, MOST_DRAWN // rows))
+    return np.random.default_rng(0).multinomial(rows, np.full(rows, 1 / rows), draws).astype(np.float64)
 
 
 def _hall_t(values: NDArray[np.float64]) -> float:
@@ -141,3 +175,12 @@ def wilson(share: float, rows: int) -> tuple[float, float]:
     middle = (share + z * z / (2 * rows)) / (1 + z * z / rows)
     half = z / (1 + z * z / rows) * math.sqrt(share * (1 - share) / rows + z * z / (4 * rows * rows))
     return max(middle - half, 0.0), min(middle + half, 1.0)
+
+
+def share_interval(better: int, worse: int, rows: int) -> tuple[float, float]:
+    """A 95 % interval of the difference of two shares of the same rows, of which so many rose and so many fell: that of
+    Wald with one row more on either side (Bonett and Price, J. Educ. Behav. Stat. 37, 2012).
+    """
+    up, down = (better + 1) / (rows + 2), (worse + 1) / (rows + 2)
+    half = 1.96 * math.sqrt((up + down - (up - down) ** 2) / (rows + 2))
+    return max(up - down - half, -1.0), min(up - down + half, 1.0)

@@ -35,6 +35,11 @@ def percent(share: Any, space: str = THIN) -> str:
     return (f"{min(max(shown, 0.1), 99.9):.1f}" if is_near_an_end else f"{shown:.0f}") + f"{space}%"
 
 
+def signed_percent(share: float) -> str:
+    """A change as percent, with its sign."""
+    return f"{share * 100:+.1f}{THIN}%" if abs(share) < 0.1 else f"{share * 100:+.0f}{THIN}%"
+
+
 def small_percent(share: float) -> str:
     """A share that may be tiny, as percent with two decimals or as a power of ten."""
     return f"{share:.2%}" if share >= 1e-4 or not share else f"{share:.0e}"

@@ -18,17 +18,16 @@ from thimble.config.train import TrainConfig
 from thimble.core.metrics import tool_calls, valid_json
 from thimble.errors import as_word, escaped, plural
 from thimble.report.charts import draw_charts
+from thimble.report.forgetting import forgetting, moved, perplexity
 from thimble.report.formatting import ARROW, NONE, amount, duration, is_number, number, percent, size
 from thimble.report.label_tables import confusion_rows, label_rows, summary
 from thimble.report.verdict import (
     Report,
     Steps,
-    forgetting,
     interval,
     is_count,
     judge,
     loss_before,
-    perplexity,
     rows_of,
     score,
 )
@@ -160,11 +159,13 @@ def _measures(report: Report) -> list[dict[str, str]]:
     """What every run measures, as before and after (or as one value) with a remark."""
     loss = (number(loss_before(report)), number(report["loss_after"]))
     general = (number(report["general_before"]), number(report["general_after"]))
+    same, moved_note = moved(report)
     peak, rate = report["peak_memory_bytes"], report["tokens_per_second"]
     speed = number(rate or None, 0 if rate >= 10 else 1)
     return [
         _measure("Validation loss", loss, _loss_note(report)),
         _measure("Loss on general text", general, forgetting(report)[1]),
+        *([_measure("Goes on as the base", ("", same), moved_note)] if same else []),
         _measure("Peak memory", ("", size(peak or None)), _memory_note(peak, report["plan"].get("total"))),
         _measure("Tokens per second", ("", speed), _speed_note(report)),
     ]

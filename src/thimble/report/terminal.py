@@ -11,7 +11,7 @@ from typing import Any, TextIO
 from thimble.errors import as_word, escaped, plural
 from thimble.events import Event
 from thimble.report import formatting
-from thimble.report.formatting import NONE, THIN, clip, clock, number, small_percent, table
+from thimble.report.formatting import NONE, THIN, clip, clock, is_number, number, small_percent, table
 from thimble.report.keys import to_json_dict
 from thimble.report.label_tables import confusion_rows, label_rows, summary
 from thimble.report.streams import FALLBACK_COLUMNS, columns, is_terminal, say
@@ -103,6 +103,8 @@ def render_train(report: Any) -> str:
         rows.append((name, *(_share(value, count) for value, count in zip(values, counts, strict=True))))
     rows.append(("validation loss", number(report.loss_before), number(report.loss_after)))
     rows.append(("general text loss (forgetting)", number(report.general_before), number(report.general_after)))
+    if same := vars(report).get("divergence", {}).get("same"):
+        rows.append(("goes on as the base, in its own texts", NONE, formatting.percent(same, space="")))
     parts = [_table(rows), *_label_parts(labels.get("after"), labels.get("training_rows", {}))]
     shown = min(len(labels.get("training_rows", ())), MOST_SAMPLES)  # some of every label
     for sample in report.samples[: max(SHOWN_SAMPLES, shown)]:
@@ -184,7 +186,9 @@ def _against_base(result: Any) -> str:
     lines = [f"{escaped(result.name)}, against the base row by row:"]
     for name, found in {"loss": result.loss_comparison, **result.metric_comparisons}.items():
         counts = f"better on {found['better']}, worse on {found['worse']} of {found['rows']} rows"
-        lines.append(f"  {escaped(name)}: {counts}; {_by_chance(found)}")
+        low, high = found.get("low"), found.get("high")
+        within = f", by {low:+.3f} to {high:+.3f} (95% interval)" if is_number(low) and is_number(high) else ""
+        lines.append(f"  {escaped(name)}: {counts}{within}; {_by_chance(found)}")
     return "\n".join(lines)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from thimble.core.metrics import WEAK_RATIO
 from thimble.core.significance import CHANCE, LEAST_ROWS, LOSS_CHANCE, Paired, fisher, is_clear, wilson
 from thimble.errors import plural
+from thimble.report.forgetting import MOST, forgetting, general_rise
 from thimble.report.formatting import THIN, is_number, number, percent
 
 Report = Mapping[str, Any]
@@ -18,9 +19,7 @@ STRICTEST = ("all arguments right", "all fields right", "accuracy", "exact match
 SHARES = ("fields right",)  # means of shares, not of right-or-wrong: never shown as a count of rows
 GOOD_SHARE, HALF_SHARE = 0.9, 0.5  # of rows right after training: "yes", "mostly", below that "partly"
 LOSS_MARGIN_NATS = 0.01  # a smaller change of the validation loss is called none
-FORGOT_LITTLE, FORGOT_SOME, FORGOT_MOST = 0.02, 0.10, 1.0  # rise of perplexity on general text
 RECALL_SHARE = 0.25  # of the fall on training rows: less on validation rows is rather recall than learning
-MOST_NATS = 700.0  # exp of more overflows
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ def judge(report: Report, steps: Steps) -> Verdict:
     forgotten = forgetting(report)[0]
     if forgotten in ("some", "much"):
         tone = "mixed" if forgotten == "much" and tone == "good" else tone
-        word = f"{word}, but it forgot much" if _general_rise(report) >= FORGOT_MOST and tone == "mixed" else word
+        word = f"{word}, but it forgot much" if general_rise(report) >= MOST and tone == "mixed" else word
         text = f"{text} It forgot {forgotten} of its general knowledge."
     if not key and _is_weak(report) and tone == "good":
         tone = "mixed"  # what is predicted better may still be gibberish
@@ -59,8 +58,11 @@ def _tries(report: Report, steps: Steps, is_by_loss: bool) -> int:
     """Among how many states of the adapter the result was chosen by validation rows: each is a chance of its own.
 
     Levels of chance are divided by it (Bonferroni). The loss on these rows chooses even where the last step is kept,
-    for then it was not clearly worse; answers only come into it where an earlier step is.
+    for then it was not clearly worse; answers only come into it where an earlier step is. Rows that were set apart and
+    choose nothing need no such care.
     """
+    if report.get("untouched_rows"):
+        return 1
     if not is_by_loss and report.get("best_step") in (None, 0, report["steps"]):
         return 1
     return 1 + sum("held_out_loss" in row for row in steps)
@@ -71,13 +73,25 @@ def _tries(report: Report, steps: Steps, is_by_loss: bool) -> int:
 
 def _cautions(report: Report) -> tuple[str, ...]:
     """What a reader of the verdict must know with it."""
-    found = [_forgot_much(report), _weak_language(report), _known(report), _recall(report), _no_better_than_one(report)]
-    return tuple(text for text in found if text)
+    rules = (_forgot_much, _weak_language, _known, _few_texts, _recall, _no_better_than_one)
+    return tuple(text for text in (rule(report) for rule in rules) if text)
 
 
 def _forgot_much(report: Report) -> str:
     word, sentence = forgetting(report)
-    return sentence if word in ("some", "much") else ""
+    return sentence if word in ("some", "much", "unclear") else ""
+
+
+def _few_texts(report: Report) -> str:
+    """Whether the rows compared are pieces of a few texts, so that they say little of others."""
+    compared = report.get("loss_comparison") or {}
+    texts = compared.get("groups", 0)
+    if not 0 < texts < LEAST_ROWS:
+        return ""
+    return (
+        f"The {plural(compared['rows'], 'row')} compared one by one are pieces of {plural(texts, 'text')}: what they "
+        "show holds for more of the same, and need not for other texts."
+    )
 
 
 def _is_weak(report: Report) -> bool:
@@ -174,7 +188,7 @@ def _key_metric(report: Report) -> str:
 def _by_metric(report: Report, key: str, tries: int) -> Verdict:
     before, after = report["metrics_before"][key], report["metrics_after"][key]
     on, loss = f"On {plural(rows_of(report, key), 'validation row')}", _loss_sentence(report)
-    change = f"“{key}” went from {score(report, key, before)} to {score(report, key, after)}"
+    change = f"“{key}” went from {score(report, key, before)} to {score(report, key, after)}{_within(report, key)}"
     compared = (report.get("metric_comparisons") or {}).get(key, {}).get("rows", report["metrics_rows"])
     if compared < LEAST_ROWS:
         return _too_few(compared, f"{on}, {change}. {loss}")
@@ -194,6 +208,17 @@ def _by_metric(report: Report, key: str, tries: int) -> Verdict:
     if after > before:
         return Verdict("mixed", "Unclear", f"{on}, {change}. A difference this small may be chance. {loss}")
     return Verdict("bad", "No", f"The answers are no better. {on}, {change}. {loss}")
+
+
+def _within(report: Report, key: str) -> str:
+    """The 95 % interval of the change of a metric, if rows were compared."""
+    compared, values = (report.get("metric_comparisons") or {}).get(key, {}), report["metrics_after"]
+    low, high = compared.get("low"), compared.get("high")
+    if not is_number(low) or not is_number(high):
+        return ""
+    if not 0 <= values[key] <= 1:
+        return f" (95 % interval of the change: {low:+.3g} to {high:+.3g})"
+    return f" (95 % interval of the change: {low * 100:+.0f} to {high * 100:+.0f} points of a hundred)"
 
 
 def _left(report: Report, key: str) -> str:
@@ -279,7 +304,8 @@ def _by_loss(report: Report, tries: int) -> Verdict:
 
 
 def _rows_apart(paired: Paired) -> str:
-    return f"Of {plural(paired.rows, 'row')} compared one by one, {paired.better:,} fell and {paired.worse:,} rose"
+    unit = "text" if paired.groups >= LEAST_ROWS else "row"
+    return f"Of {plural(paired.rows, unit)} compared one by one, {paired.better:,} fell and {paired.worse:,} rose"
 
 
 def _loss_sentence(report: Report) -> str:
@@ -288,36 +314,14 @@ def _loss_sentence(report: Report) -> str:
         return ""
     change = after - before
     verb = "fell" if change < -LOSS_MARGIN_NATS else "rose" if change > LOSS_MARGIN_NATS else "hardly changed,"
-    return f"The validation loss {verb} from {number(before)} to {number(after)}."
+    compared = report.get("loss_comparison") or {}
+    low, high = compared.get("low"), compared.get("high")
+    within = (
+        f" (95 % interval of the change: {-high:+.3f} to {-low:+.3f})" if is_number(low) and is_number(high) else ""
+    )
+    return f"The validation loss {verb} from {number(before)} to {number(after)}{within}."
 
 
 def loss_before(report: Report) -> Any:
     """The validation loss to compare with: that of the bare base, or with the adapter before step 1."""
     return report["loss_base"] if is_number(report["loss_base"]) else report["loss_before"]
-
-
-def perplexity(loss: Any) -> float:
-    """Perplexity of a loss in nats; NaN if there is none."""
-    return math.exp(min(loss, MOST_NATS)) if is_number(loss) else math.nan
-
-
-def forgetting(report: Report) -> tuple[str, str]:
-    """How much was forgotten: `nothing`, `little`, `some`, `much` or empty, and a sentence."""
-    before, after = report["general_before"], report["general_after"]
-    if not (is_number(before) and is_number(after)):
-        return "", "Not measured."
-    rise = _general_rise(report)
-    change = f"perplexity on a small general sample {'rose' if rise >= 0 else 'fell'} by {percent(abs(rise))}"
-    if rise < -FORGOT_LITTLE:
-        return "nothing", f"Forgot nothing: {change}."
-    if rise < FORGOT_LITTLE:
-        return "little", f"Forgot little or nothing: {change}."
-    if rise < FORGOT_SOME:
-        return "some", f"Forgot some: {change}. Fewer steps or a lower learning rate forget less."
-    return "much", f"Forgot much: {change}. Fewer steps, a lower learning rate or a smaller rank forget less."
-
-
-def _general_rise(report: Report) -> float:
-    """The rise of perplexity on general text, as a share; NaN if it was not measured."""
-    before, after = report["general_before"], report["general_after"]
-    return math.exp(min(after - before, MOST_NATS)) - 1 if is_number(before) and is_number(after) else math.nan

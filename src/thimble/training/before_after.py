@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-from thimble.backends.session import Session, TrainState
+from thimble.backends.session import ActiveAdapter, Session, TrainState
 from thimble.errors import listing, plural
 from thimble.models.execution import ExecutionPlan
 from thimble.training.answers import Answer, of_every_label
@@ -34,15 +35,17 @@ def measure_before(
 
 
 def measure_after(
-    task: Task, session: Session, state: TrainState, before: Before, execution: ExecutionPlan, control: Control
-) -> Scores:
-    """Measure the trained adapter on the same rows as the base, and warn of what looks wrong."""
+    task: Task, session: Session, active: ActiveAdapter, unmoved: Sequence[str], before: Before,
+    execution: ExecutionPlan, control: Control,
+) -> Scores:  # fmt: skip
+    """Measure the trained adapter on the same rows as the base, and warn of what looks wrong: of unmoved layers too."""
     control.log.stage("measuring the result")
-    if unmoved := session.unmoved_layers(state):
+    if unmoved:
         control.log.warning(
             f"nothing moved in {plural(len(unmoved), 'layer')}, which never had a gradient: {listing(unmoved, 3)}"
         )
-    after = task.evaluate(session, state.active, execution, control)
+    after = task.evaluate(session, active, execution, control)
+    after = replace(after, divergence=task.divergence(session, active, execution, control))
     if after.loss > before.loss:
         control.log.warning(
             f"the validation loss rose from {before.loss:.3f} to {after.loss:.3f}: the adapter fits the training rows "

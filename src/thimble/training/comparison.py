@@ -1,23 +1,34 @@
 """What changed between base and result, row by row: what the verdict rests on."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from thimble.core.labels import AnswerCounts, score_labels
 from thimble.core.metrics import LossSum
-from thimble.core.significance import compare, sign_test
+from thimble.core.significance import LEAST_ROWS, bootstrap, compare, share_interval, sign_test
 from thimble.training.answers import Answer
 
 
-def compare_losses(before: Mapping[int, LossSum], after: Mapping[int, LossSum]) -> dict[str, Any]:
+def compare_losses(
+    before: Mapping[int, LossSum], after: Mapping[int, LossSum], sources: Sequence[str] = ()
+) -> dict[str, Any]:
     """Rows whose losses are known before and after, and whether they fell by more than chance.
 
-    A row counts with its nats over the mean tokens of a row, so that the mean of all is the change of the loss.
+    A row counts with its nats over the mean tokens of a row, so that the mean of all is the change of the loss. Pieces
+    of one text, whose rows have one of the `sources` in common, rise and fall together: where there are texts enough,
+    each text counts as one row, or chance would be thought smaller than it is.
     """
-    both = [(before[row], after[row]) for row in before if row in after and before[row].tokens]
-    mean_tokens = sum(old.tokens for old, _ in both) / max(len(both), 1)
-    return asdict(compare([(old.nats - new.nats) / mean_tokens for old, new in both]))
+    both = [row for row in before if row in after and before[row].tokens]
+    falls = {row: LossSum(before[row].nats - after[row].nats, before[row].tokens) for row in both}
+    texts: dict[str, LossSum] = {}
+    for row, fall in falls.items():
+        name = sources[row] if sources else str(row)
+        texts[name] = texts.get(name, LossSum()) + fall
+    groups = len(texts) if len(texts) < len(falls) else 0
+    units = (texts if groups >= LEAST_ROWS else falls).values()
+    found = compare([unit.nats for unit in units], [unit.tokens for unit in units])
+    return asdict(replace(found, groups=groups))
 
 
 def compare_metrics(
@@ -37,11 +48,13 @@ def _compare_metric(
         if name in old.scores and name in new.scores and (not new.source or new.source in unseen)
     ]
     better, worse = sum(change > 0 for change in both), sum(change < 0 for change in both)
+    is_count = all(change in (-1, 0, 1) for change in both)
+    low, high = share_interval(better, worse, len(both)) if is_count else bootstrap(both)
     return {
         "rows_before": sum(name in answer.scores for answer in before),
         "rows_after": sum(name in answer.scores for answer in after),
         "rows": len(both), "better": better, "worse": worse,
-        "chance": sign_test(better, worse), "chance_worse": sign_test(worse, better),
+        "chance": sign_test(better, worse), "chance_worse": sign_test(worse, better), "low": low, "high": high,
     }  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from thimble.backends.session import ActiveAdapter, Session
 from thimble.core.metrics import LossSum
-from thimble.data.batches import micro_batches, pack
+from thimble.data.batches import micro_batches
 from thimble.data.encode import IGNORED, Row
 from thimble.data.tokenizer import Tokenizer
 from thimble.inference.engine import Engine
@@ -48,7 +48,7 @@ def measure(
     rest = [row for number, row in enumerate(rows) if number not in losses and id(row) not in done]
     total = sum(losses.values(), validation_loss(session, adapter, rest, execution, control, "validation rows"))
     session.release()  # the cache takes the place of activations
-    engine = _engine(session, validation, execution)
+    engine = make_engine(session, validation, execution)
     options = SamplingOptions(validation.max_new_tokens, validation.tokenizer.stop_ids)
     places = {}
     for place in sorted(range(len(readings)), key=lambda place: -len(questions[place].prompt)):
@@ -78,17 +78,12 @@ def losses_alone(
     session: Session, adapter: ActiveAdapter, validation: ValidationSet, execution: ExecutionPlan, control: Control
 ) -> dict[int, LossSum]:
     """The losses of rows by their numbers; not of all if somebody wants to leave."""
-    found: dict[int, LossSum] = {}
-    batches = [pack([validation.rows[number]]) for number in validation.alone]
-    for number, loss in zip(validation.alone, session.losses(adapter, batches, execution), strict=True):
-        found[number] = loss
-        control.log.progress("reading validation rows one by one,", len(found), len(batches))
-        if control.should_stop():
-            break
-    return found
+    rows = [validation.rows[number] for number in validation.alone]
+    found = row_losses(session, adapter, rows, execution, control, "validation rows one by one")
+    return {validation.alone[place]: loss for place, loss in found.items()}
 
 
-def _engine(session: Session, validation: ValidationSet, execution: ExecutionPlan) -> Engine:
+def make_engine(session: Session, validation: ValidationSet, execution: ExecutionPlan) -> Engine:
     """An engine that makes the most tokens a second in the memory there is."""
     share = min(1.0, execution.micro_tokens * execution.num_shares / validation.planned_tokens)
     return Engine(
@@ -103,6 +98,20 @@ def _reading(question: Question, rows: Mapping[str, Row]) -> Row:
     if row is not None and np.array_equal(row.ids[:tokens], question.prompt):
         return row
     return Row(question.prompt, np.full(tokens, IGNORED, np.int32), question.source)
+
+
+def row_losses(
+    session: Session, adapter: ActiveAdapter, rows: Sequence[Row], execution: ExecutionPlan, control: Control, what: str
+) -> dict[int, LossSum]:
+    """The loss of each row by its number, read in micro-batches; not of all if somebody wants to leave."""
+    found: dict[int, LossSum] = {}
+    batches = micro_batches(rows, execution.micro_tokens, shares_prefixes=session.shares_prefixes)
+    for batch, losses in zip(batches, session.row_losses(adapter, batches, execution), strict=True):
+        found |= dict(zip(batch.numbers.tolist(), losses, strict=True))
+        control.log.progress(f"reading {what},", len(found), len(rows))
+        if control.should_stop():
+            break
+    return dict(sorted(found.items()))
 
 
 def validation_loss(

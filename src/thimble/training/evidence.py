@@ -1,13 +1,12 @@
 """What the rows of a run will be able to show, said before it begins."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 from thimble.core.labels import describe, oddities
 from thimble.core.metrics import WEAK_RATIO
 from thimble.core.significance import LEAST_ROWS
-from thimble.data.encode import Row
 from thimble.data.examples import Examples
 from thimble.data.language import token_ratio
 from thimble.data.records import Dataset
@@ -78,13 +77,3 @@ def log_recall(adapters: Iterable[str], dataset: Dataset, log: EventLog) -> None
                 f"{adapter} was trained on rows of this file, so doing well on them shows memory: measure it on rows "
                 "it has not seen"
             )
-
-
-def log_watched(watched: Sequence[Row], every: int, patience: int, log: EventLog) -> None:
-    """Tell which validation rows are measured during training, and what for."""
-    if not every:
-        return
-    stops = f"; {patience} clearly above the lowest in a row end the run" if patience else ""
-    if len(watched) < LEAST_TO_STOP:
-        stops = f"; they are shown, and too few to stop by or to choose a step by (at least {LEAST_TO_STOP})"
-    log.decision(f"validation loss: on {plural(len(watched), 'row')} every {plural(every, 'step')}{stops}")

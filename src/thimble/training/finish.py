@@ -26,9 +26,10 @@ def make_report(run_plan: RunPlan, result: TrainResult, log: EventLog, total_sec
         metrics_rows=len(before.base.answers), skipped_rows=examples.left_out,
         loss_train_before=before.base.train_loss, training_rows=len(examples.train),
         validation_rows=len(examples.valid), known_rows=len(examples.known),
-        token_ratio=run_plan.token_ratio,
+        token_ratio=run_plan.token_ratio, untouched_rows=run_plan.watch.untouched_rows,
         adapter_parameters=result.adapter.num_parameters, base_parameters=base.num_parameters,
-        initialization=progress.initialization, best_step=result.best_step, rollbacks=progress.guard.rollbacks,
+        initialization=progress.initialization, best_step=result.best_step, strength=result.strength,
+        rollbacks=progress.guard.rollbacks,
         plan=run_plan.memory.parts(), planned_seconds_per_step=run_plan.seconds_per_step, messages=log.messages,
         config=run_plan.config.resolved(),
     )  # fmt: skip
@@ -39,11 +40,14 @@ def make_report(run_plan: RunPlan, result: TrainResult, log: EventLog, total_sec
             after.general_loss,
             after.train_loss,
         )
-        report.loss_comparison = compare_losses(before.base.row_losses, after.row_losses)
+        sources = [row.source for row in examples.valid]
+        report.loss_comparison = compare_losses(before.base.row_losses, after.row_losses, sources)
+        report.divergence = dict(after.divergence)
+        report.general_comparison = compare_losses(before.base.general_rows, after.general_rows)
     if after and answers:
-        unseen = {examples.valid[number].source for number in examples.unseen}
+        judging = {examples.valid[number].source for number in run_plan.watch.judging}
         report.metrics_after = after.metrics
-        report.metric_comparisons = compare_metrics(before.base.answers, answers, unseen)
+        report.metric_comparisons = compare_metrics(before.base.answers, answers, judging)
         report.samples = compare_answers(before.base.answers, answers, run_plan.metric.has_labels)
     if run_plan.metric.has_labels and before.base.answers:
         report.labels = both_label_reports(before.base.answers, answers, examples.train_report.answers)

@@ -11,6 +11,7 @@ from enum import Enum
 from typing import Any
 
 from thimble.core.metrics import LossSum
+from thimble.core.significance import CHANCE, t_quantile
 
 DIVERGED_FACTOR = 2.0  # a loss above this many times the first one, plus the margin, is no longer a model's
 DIVERGED_MARGIN_NATS = 4.0
@@ -21,9 +22,7 @@ LEAST_STEPS = 20  # before spikes can be told from noise
 IN_A_ROW = 2  # steps that no model makes, until the run rolls back
 SPIKES_IN_A_ROW = 4  # spikes, likewise
 MAX_ROLLBACKS = 3  # before it is given up
-CLEAR_ERRORS = 2.0  # standard errors, over rows, above the best measurement: a clear rise
-# Rows to stop by: of runs whose loss only shakes, patience 3 ends 11 % with 3 rows, 6 % with 8 and under 5 % with 10.
-LEAST_TO_STOP = 10
+LEAST_TO_STOP = 10  # rows to stop by: of fewer, only rises far above the spread of their losses are clear
 MEMORISED_NATS = 0.05  # mean loss of an epoch, in nats per target token: its rows are known by heart
 EPOCHS_IN_A_ROW = 2  # below it, until the run ends
 SLOWER = 0.5  # what the learning rate is multiplied by at each rollback
@@ -99,6 +98,18 @@ class Guard:
         return cls(**{name: math.nan if value is None else value for name, value in state.items()})
 
 
+def has_clearly_risen(then: Sequence[float], now: Sequence[float]) -> bool:
+    """Whether the losses of the same rows rose by more than chance: Student's paired t, one-sided, at 2.5 %.
+
+    Losses that are not finite show nothing: the step that made them is judged by its gradient.
+    """
+    rises = [new - old for old, new in zip(then, now, strict=True)]
+    if len(rises) < 2 or not all(map(math.isfinite, rises)):
+        return math.inf > sum(rises) > 0
+    error = statistics.stdev(rises) / math.sqrt(len(rises))
+    return statistics.fmean(rises) > t_quantile(CHANCE, len(rises) - 1) * error
+
+
 @dataclass
 class Plateau:
     """Follows the loss of some validation rows, and ends the run when it has clearly risen.
@@ -119,12 +130,10 @@ class Plateau:
         self.step, mean = step, statistics.fmean(rows)
         if not math.isfinite(mean):  # of an adapter that the next step finds spoilt
             return False
-        if mean < self.best:
+        if mean < self.best or len(rows) != len(self.best_rows):  # an older release may have watched other rows
             self.best, self.best_rows, self.best_step, self.since = mean, list(rows), step, 0
             return True
-        rises = [now - then for now, then in zip(rows, self.best_rows, strict=True)]
-        error = statistics.stdev(rises) / math.sqrt(len(rises)) if len(rises) > 1 else 0.0
-        self.since = self.since + 1 if statistics.fmean(rises) > CLEAR_ERRORS * error else 0
+        self.since = self.since + 1 if has_clearly_risen(self.best_rows, rows) else 0
         return False
 
     @property

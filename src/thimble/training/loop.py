@@ -19,10 +19,11 @@ from thimble.models.machine import peak_memory_bytes
 from thimble.training.before_after import measure_after, measure_before
 from thimble.training.checkpoint import Checkpoint
 from thimble.training.control import Control
-from thimble.training.guard import EPOCHS_IN_A_ROW, Guard, Memorisation, Plateau, Verdict
+from thimble.training.guard import EPOCHS_IN_A_ROW, Guard, Memorisation, Plateau, Verdict, has_clearly_risen
 from thimble.training.progress import Progress
 from thimble.training.protocols import Before, Collective, Scores, Sink, Task
 from thimble.training.step_schedule import StepSchedule
+from thimble.training.strength import find_strength
 
 SNAPSHOT_EVERY_STEPS = 2  # how far a rollback goes at most: a copy takes a hundredth of a step
 VALID = "good."  # before the names of the last valid state in a checkpoint
@@ -43,6 +44,7 @@ class LoopPlan:
     eval_every_steps: int = 0  # how often validation rows are measured during training; 0 is never
     patience: int = 0  # clear rises of their loss in a row that end the run; 0 is never
     memorised_nats: float = 0.0  # mean loss of an epoch that ends the run when it is below it twice; 0 is never
+    strength: float | None = 1.0  # the share of the trained update that is kept; None: chosen by validation rows
     keeps_best: bool = True  # whether validation rows are enough to return to the step that did best on them
     checkpoint_every_steps: int | None = None  # how often a checkpoint is saved; None is never
     checkpoint_every_minutes: float = 0.0  # likewise, by the clock; 0 is never
@@ -64,6 +66,7 @@ class TrainResult:
         diverged: Why the run was given up, or nothing.
         cut_file: The file of the base that became shorter and ended the run, or None.
         is_stopped: Whether somebody stopped the run.
+        strength: The share of the trained update that the adapter has.
     """
 
     adapter: Adapter
@@ -75,6 +78,7 @@ class TrainResult:
     diverged: str
     cut_file: Path | None
     is_stopped: bool
+    strength: float
 
     @property
     def status(self) -> str:
@@ -89,12 +93,13 @@ def run(
     loop = _Loop(plan, task, session, collective, sink, control)
     before = loop.measure_before()
     loop.train()
+    loop.choose_strength()
     loop.write_adapter()
     after = loop.measure_after(before)
     session.release()
     return TrainResult(
-        session.adapter(loop.state), loop.progress, before, after, loop.best_step, loop.saved_step, loop.diverged,
-        loop.cut_file, control.should_stop(),
+        loop.adapter(), loop.progress, before, after, loop.best_step, loop.saved_step, loop.diverged,
+        loop.cut_file, control.should_stop(), loop.strength,
     )  # fmt: skip
 
 
@@ -113,6 +118,7 @@ class _Loop:
         self.best: NDArray[np.float32] | None = None  # flat adapter that did best on validation rows
         self.valid: Arrays = {}  # the last state known to be valid
         self.best_step = self.saved_step = 0
+        self.strength = 1.0 if plan.strength is None else plan.strength
         self.saved_at, self.began, self.idle_seconds = time.perf_counter(), 0.0, 0.0
         self.diverged = ""
         self.cut_file: Path | None = None
@@ -144,17 +150,30 @@ class _Loop:
         if self.control.should_stop() or self.diverged or self.cut_file:
             return None
         try:
-            return measure_after(self.task, self.session, self.state, before, self.progress.execution, self.control)
+            active = self.state.active if self.strength == 1 else self.session.load(self.adapter())
+            found = active, self.session.unmoved_layers(self.state)
+            return measure_after(self.task, self.session, *found, before, self.progress.execution, self.control)
         except MemoryError as error:
             self.log.warning(
                 f"memory ran out while the result was measured ({error}): evaluate with --adapter can do that"
             )
             return None
 
+    def adapter(self) -> Adapter:
+        """What was learned, at the strength it is kept with."""
+        return self.session.adapter(self.state).at_strength(self.strength)
+
+    def choose_strength(self) -> None:
+        """Weaken the update as far as that costs hardly anything, if that is to be found out."""
+        if self.plan.strength is not None or self.control.should_stop() or self.diverged or self.cut_file:
+            return
+        self.strength, why = find_strength(self.task, self.session, self.state, self.progress.execution)
+        self.log.decision(f"strength: {self.strength:g}, {why}")
+
     def write_adapter(self) -> None:
         """Keep what was learned before it is measured, so that nothing that goes wrong there can cost it."""
         try:
-            self.sink.write_adapter(self.session.adapter(self.state))
+            self.sink.write_adapter(self.adapter())
         except OSError as error:
             self.log.warning(f"the adapter cannot be written ({error.strerror or error}); it is tried again at the end")
 
@@ -305,8 +324,24 @@ class _Loop:
         is_best = self.progress.plateau.add(self.progress.steps, [row.mean for row in rows])
         if is_best and self.plan.keeps_best:
             self.best = self.session.snapshot(self.state)["adapter"]
+        if self.progress.plateau.is_over and not self._is_confirmed():
+            self.progress.plateau.since = 0
         self.idle_seconds += time.perf_counter() - began
         return sum(rows, LossSum()).mean
+
+    def _is_confirmed(self) -> bool:
+        """Whether the loss rose since the best step on rows that are not watched, too, if there are such rows."""
+        now = self.task.confirm(self.session, self.state.active, self.progress.execution)
+        if not now or self.best is None:
+            return True
+        last = self.session.snapshot(self.state)["adapter"]
+        self.state = self.session.restore(self.state, {"adapter": self.best})
+        then = self.task.confirm(self.session, self.state.active, self.progress.execution)
+        self.state = self.session.restore(self.state, {"adapter": last})
+        if has_clearly_risen([row.mean for row in then], [row.mean for row in now]):
+            return True
+        self.log.note(f"on {len(now)} other rows the validation loss has not clearly risen")
+        return False
 
     def _keep_best(self) -> None:
         """Return to the adapter that did best on validation rows, if the last one does clearly worse."""
@@ -316,7 +351,7 @@ class _Loop:
             return
         if plateau.step < progress.steps and not self.diverged:  # the last step has not been measured
             self._measure_watched()
-        if not plateau.since and not self.diverged:
+        if not self.diverged and not (plateau.since and self._is_confirmed()):
             return
         self.state = self.session.restore(self.state, {"adapter": self.best})
         self.best_step = plateau.best_step

@@ -22,23 +22,21 @@ from thimble.training.answers import Question
 from thimble.training.calibration import CalibrationData
 from thimble.training.checkpoint import Checkpoint, check_origin, latest_checkpoint, origin_of, saved_origin
 from thimble.training.evaluation import ValidationSet, rows_alone
-from thimble.training.evidence import log_evidence, log_watched
-from thimble.training.guard import EPOCHS_IN_A_ROW, LEAST_TO_STOP, MEMORISED_NATS
+from thimble.training.evidence import log_evidence
+from thimble.training.guard import EPOCHS_IN_A_ROW, MEMORISED_NATS
 from thimble.training.initialise import check_init
 from thimble.training.memory_plan import RunCost, plan_cost
 from thimble.training.metric import ChosenMetric, choose_questions
 from thimble.training.moved import log_new_places, missing_parts
 from thimble.training.step_schedule import StepSchedule
+from thimble.training.strength import fixed_strength
+from thimble.training.watch import Watch, choose_watch, log_watch
 
 RUN_FOLDER_BYTES = 20_000_000  # report, logs and room to spare, beside adapter and checkpoints
 # Adapter and initial adapter, each twice as large in delta form, and three checkpoints of seven times its size.
 ADAPTER_FILES = 25
 WARNED_RATE = 0.02  # of learning: far above what works for adapters
-WATCHED_SHARE = 0.05  # of a run's time, spent on validation rows during training
-TRAINED_TOKEN_COST = 2.5  # of a token that is trained on, in tokens that are only measured
-MOST_WATCHES, LEAST_WATCHES = 9, 3  # measurements during training
 FEW_ROWS = 100  # to train on: a run that has more, and none to stop by, does not end because its loss is low
-LEAST_WATCHED = 16  # rows: fewer say too little to stop by
 
 
 @dataclass(frozen=True)
@@ -50,8 +48,8 @@ class RunPlan:
     examples: Examples  # the user's rows
     general: tuple[Row, ...]  # rows of general text, for the forgetting check
     sizes: dict[str, Size]  # ranks and scales of the adapted layers by path, as far as they are known before training
-    watched: list[Row]  # validation rows measured during training
-    eval_every_steps: int  # how often; 0 is never
+    watch: Watch  # what validation rows are for
+    strength: float | None  # of the result; None: chosen after training
     step_schedule: StepSchedule  # the steps
     memory: MemoryPlan  # expected peak
     allowed_bytes: int  # by the user, or by what the machine has free
@@ -67,19 +65,14 @@ class RunPlan:
     answers_path: str | None  # a file for all answers, if the user wants one; no part of what repeats the run
 
     @property
-    def keeps_best(self) -> bool:
-        """Whether the watched rows are enough to stop by, and to return to the step that did best on them."""
-        return len(self.watched) >= LEAST_TO_STOP
-
-    @property
     def patience(self) -> int:
         """Clear rises in a row that end the run; 0 is never."""
-        return self.config.patience if self.keeps_best else 0
+        return self.config.patience if self.watch.keeps_best else 0
 
     @property
     def memorised_nats(self) -> float:
         """Training loss of an epoch that ends the run when it is below it twice; 0 is never."""
-        return _memorised_nats(self.config, len(self.examples.train), self.keeps_best)
+        return _memorised_nats(self.config, len(self.examples.train), self.watch.keeps_best)
 
     def calibration_data(self) -> CalibrationData:
         """The rows that initializations and ranks are found on: those of the first steps."""
@@ -108,10 +101,7 @@ def plan_run(config: TrainConfig, log: EventLog, needs_folder: bool = True) -> R
     _log_cost(cost, len(examples.train), model.base.spec.num_layers, log)
     steps = cost.step_schedule.total_steps or (cost.step_schedule.minutes or 0.0) * 60 / cost.seconds_per_step
     config = config.replace(adam_beta2=_choose_beta2(config, steps, log))
-    watched, every = _choose_watched(config, examples, steps)
-    log_watched(watched, every, config.patience, log)
-    if most := _memorised_nats(config, len(examples.train), len(watched) >= LEAST_TO_STOP):
-        log.decision(f"early end: if the training loss of {EPOCHS_IN_A_ROW} epochs in a row is below {most:g}")
+    watch, strength = _choose_ends(config, examples, steps, log)
     origin = _origin(model, examples, cost)
     for name in checkpoint.damaged if checkpoint else ():
         log.warning(f"checkpoint {name} is damaged and is left out: the run goes on from step {checkpoint.step}")
@@ -121,9 +111,10 @@ def plan_run(config: TrainConfig, log: EventLog, needs_folder: bool = True) -> R
     log_new_places(config, log)
     return RunPlan(
         config=_resolved(config, cost, folder), model=model, examples=examples, general=general_rows(model, config),
-        sizes=sizes, watched=watched, eval_every_steps=every, step_schedule=cost.step_schedule,
+        sizes=sizes, watch=watch, strength=strength, step_schedule=cost.step_schedule,
         memory=cost.memory, allowed_bytes=cost.allowed_bytes, work=cost.work, seconds_per_step=cost.seconds_per_step,
-        execution=cost.execution, validation=_validation_set(config, model, examples, questions, cost), metric=metric,
+        execution=cost.execution, validation=_validation_set(config, model, examples, questions, cost, watch),
+        metric=metric,
         token_ratio=ratio, origin=origin, checkpoint=checkpoint, folder=folder,
         answers_path=config.answers,
     )  # fmt: skip
@@ -186,13 +177,26 @@ def _validation_set(
     examples: Examples,
     questions: list[Question],
     cost: RunCost,
+    watch: Watch,
 ) -> ValidationSet:
     """What is measured; the cache of an answer may take what training takes for activations, so that is the peak."""
     cache_tokens = cost.memory.activations // cache_token_bytes(model.base.spec, cost.compute)
     planned_tokens = cost.execution.micro_tokens * cost.execution.num_shares
     most_new = config.max_new_tokens
-    alone = rows_alone(examples.unseen)
+    alone = rows_alone(watch.judging)
     return ValidationSet(examples.valid, questions, model.tokenizer, most_new, cache_tokens, planned_tokens, alone)
+
+
+def _choose_ends(config: TrainConfig, examples: Examples, steps: float, log: EventLog) -> tuple[Watch, float | None]:
+    """What ends a run and what its result is kept with: the parts of validation rows, and the strength."""
+    strength, why = fixed_strength(config, len(examples.unseen))
+    watch = choose_watch(config, examples, steps, strength is None)
+    log_watch(watch, config.patience, log)
+    if most := _memorised_nats(config, len(examples.train), watch.keeps_best):
+        log.decision(f"early end: if the training loss of {EPOCHS_IN_A_ROW} epochs in a row is below {most:g}")
+    if strength is not None and config.strength != 1:
+        log.decision(f"strength: {strength:g}, {why}")
+    return watch, strength
 
 
 def _choose_beta2(config: TrainConfig, steps: float, log: EventLog) -> float:
@@ -208,26 +212,6 @@ def _choose_beta2(config: TrainConfig, steps: float, log: EventLog) -> float:
 def _memorised_nats(config: TrainConfig, rows: int, keeps_best: bool) -> float:
     """Training loss at which a run on so many rows ends: where they are few, and validation rows too few to stop by."""
     return MEMORISED_NATS if config.patience and rows < FEW_ROWS and not keeps_best else 0.0
-
-
-def _choose_watched(config: TrainConfig, examples: Examples, steps: float) -> tuple[list[Row], int]:
-    """Validation rows to measure during training, and every how many steps.
-
-    All of it takes at most a small share of the run: as many rows as that allows, and at least LEAST_WATCHED, for which
-    a short run is measured less often, or not at all.
-    """
-    rows = [examples.valid[number] for number in examples.unseen]
-    if not rows or config.eval_every_steps == 0 or (len(rows) < LEAST_TO_STOP and not config.eval_every_steps):
-        return [], 0
-    tokens = sum(len(row.ids) for row in rows) / len(rows)
-    step_tokens = min(config.batch_tokens, examples.train_report.tokens)
-    allowed = WATCHED_SHARE * TRAINED_TOKEN_COST * step_tokens * steps / tokens  # rows measured in all
-    times = min(MOST_WATCHES, int(allowed / min(len(rows), LEAST_WATCHED)))
-    every = config.eval_every_steps or (round(steps / (times + 1)) if times >= LEAST_WATCHES else 0)
-    if not every:
-        return [], 0
-    count = min(len(rows), max(LEAST_WATCHED, int(allowed * every / steps)))
-    return [rows[int(number * len(rows) / count)] for number in range(count)], max(1, every)
 
 
 # ---- what was decided, for people -----------------------------------------------------------------------------------

@@ -27,6 +27,8 @@ class Scores:
     answers: Sequence[Answer] = ()  # what the model wrote, with the metrics of each answer
     row_losses: Mapping[int, LossSum] = field(default_factory=dict)  # of some validation rows, by their numbers
     train_loss: float = math.nan  # nats per target token of some training rows
+    general_rows: Mapping[int, LossSum] = field(default_factory=dict)  # losses of the rows of general text
+    divergence: Mapping[str, Any] = field(default_factory=dict)  # from the base, on texts that it wrote
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -63,8 +65,19 @@ class Task(Protocol):
     def watch(self, session: Session, adapter: ActiveAdapter, execution: ExecutionPlan) -> list[LossSum]:
         """The loss of each validation row that is measured during training."""
 
+    def confirm(self, session: Session, adapter: ActiveAdapter, execution: ExecutionPlan) -> list[LossSum]:
+        """The loss of other rows than those watched, on which a rise has to be there too; none if they are too few."""
+
+    def choose(self, session: Session, adapter: ActiveAdapter, execution: ExecutionPlan) -> list[LossSum]:
+        """The loss of the rows by which the strength is chosen."""
+
     def evaluate(self, session: Session, adapter: ActiveAdapter, execution: ExecutionPlan, control: Control) -> Scores:
         """Measure all validation rows; what is interrupted is left out."""
+
+    def divergence(
+        self, session: Session, adapter: ActiveAdapter, execution: ExecutionPlan, control: Control
+    ) -> Mapping[str, Any]:
+        """How far the model has moved from its base; empty where that cannot be told."""
 
     def check_base(self, base: Scores, control: Control) -> None:
         """Refuse a base that cannot be trained on by raising a RunError, and warn of one whose scores are odd."""

@@ -33,19 +33,27 @@ class TrainReport:
         loss_train_before: Loss of the base on some training rows, nats per target token.
         loss_train_after: The same after training: how well those rows are remembered.
         loss_comparison: Validation rows measured one by one before and after: `rows` compared, `better` and `worse`,
-            and `chance`, that random signs alone would give as large a gain.
+            `chance`, that random signs alone would give as large a gain, and `low` and `high`, the 95 % interval of the
+            gain (bootstrap). Where rows are pieces of texts, there are so many `groups`, each compared as one row.
         training_rows: Rows to learn from.
         validation_rows: Rows held out.
         known_rows: Of these, rows that are also training rows; they are left out of comparisons.
+        untouched_rows: Validation rows on which the verdict rests, and which choose nothing, neither step nor strength;
+            0 where they are too few to be set apart, or nothing is chosen.
         token_ratio: Tokens for the words of the data, over those for English ones; 0 if there are too few words.
         general_before: Loss of the base on general text, nats per token.
         general_after: The same after training; the rise is what was forgotten.
+        general_comparison: The rows of general text before and after, as in `loss_comparison`.
+        divergence: How far the model has moved from its base on `texts` that the base wrote, over all `places` of them:
+            `same`, the share at which both find the same token likeliest, and `kl`, nats of KL(base ‖ model) a token,
+            with 95 % intervals (`same_low`, `same_high`, `kl_low`, `kl_high`).
         metric: Name of the metric.
         metrics_before: Metrics of the base over validation rows, 0 to 1.
         metrics_after: The same after training.
         metrics_rows: Validation rows answered.
         metric_comparisons: By metric: answers that have it (`rows_before`, `rows_after`), and of `rows` compared those
-            that rose (`better`) and fell (`worse`), with the `chance` of so many rises (McNemar's exact test).
+            that rose (`better`) and fell (`worse`), with the `chance` of so many rises (McNemar's exact test) and
+            the 95 % interval of the change, `low` to `high`.
         labels: If answers are labels: `training_rows` of each, and accuracy, majority baseline, precision, recall, F1
             and confusion, `before` and `after`.
         verdict: Whether it worked: `tone`, `word`, `text` and `cautions`.
@@ -55,6 +63,7 @@ class TrainReport:
         base_parameters: Parameters of the base.
         initialization: What was measured to choose init and ranks, and the seconds it took.
         best_step: The step whose adapter was kept: the last one, unless an earlier one did better on validation rows.
+        strength: The share of the trained update that the adapter has, as its alpha says.
         rollbacks: How often the run went back to its last valid state and on at half the learning rate.
         plan: Expected peak memory by part, bytes.
         planned_seconds_per_step: Expected time of a step.
@@ -84,9 +93,12 @@ class TrainReport:
     training_rows: int = 0
     validation_rows: int = 0
     known_rows: int = 0
+    untouched_rows: int = 0
     token_ratio: float = 0.0
     general_before: float = math.nan
     general_after: float = math.nan
+    general_comparison: dict[str, Any] = field(default_factory=dict)
+    divergence: dict[str, Any] = field(default_factory=dict)
     metric: str = "none"
     metrics_before: Mapping[str, float] = field(default_factory=dict)
     metrics_after: Mapping[str, float] = field(default_factory=dict)
@@ -100,6 +112,7 @@ class TrainReport:
     base_parameters: int = 0
     initialization: dict[str, Any] = field(default_factory=dict)
     best_step: int = 0
+    strength: float = 1.0
     rollbacks: int = 0
     plan: dict[str, int] = field(default_factory=dict)
     planned_seconds_per_step: float = 0.0

@@ -66,11 +66,12 @@ class RunFolderSink:
         if not saved:
             return None
         answers = [Answer(**answer) for answer in saved["answers"]]
-        losses = {row: LossSum(nats, tokens) for row, nats, tokens in saved.get("row_losses", ())}
-        train_loss = saved.get("train_loss")
-        base = Scores(
-            saved["loss_base"], saved["general_before"], answers, losses, math.nan if train_loss is None else train_loss
+        losses, general = (
+            {row: LossSum(nats, tokens) for row, nats, tokens in saved.get(name, ())}
+            for name in ("row_losses", "general_rows")
         )
+        train_loss = math.nan if saved.get("train_loss") is None else saved["train_loss"]
+        base = Scores(saved["loss_base"], saved["general_before"], answers, losses, train_loss, general)
         return Before(base, saved["loss_before"])
 
     def _is_of_another_base(self) -> bool:
@@ -89,6 +90,7 @@ class RunFolderSink:
             "metrics_before": base.metrics, "metrics_rows": len(answers), "answers": answers,
             "origin": {name: self._origin[name] for name in HASHED},
             "row_losses": [(row, loss.nats, loss.tokens) for row, loss in base.row_losses.items()],
+            "general_rows": [(row, loss.nats, loss.tokens) for row, loss in base.general_rows.items()],
             "train_loss": None if math.isnan(base.train_loss) else base.train_loss,
         }  # fmt: skip
         run_folder.write_json(self._folder / BEFORE, values)

@@ -5,16 +5,16 @@ Adapters, gradients and train states are values: the session itself holds frozen
 
 import functools
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from thimble.backends.session import ForwardRow, LayerInfo, Objective, Pass, StepKey, Work
-from thimble.backends.torch import calibrate
+from thimble.backends.torch import calibrate, labelled_rows
 from thimble.backends.torch.adamw import AdamW, norm
 from thimble.backends.torch.adapters import ActiveAdapter
 from thimble.backends.torch.compute import DTYPES
@@ -23,6 +23,7 @@ from thimble.backends.torch.decoder import Decoder
 from thimble.backends.torch.features import Features
 from thimble.backends.torch.frozen import load_matrix
 from thimble.backends.torch.kv_cache import KvCache
+from thimble.backends.torch.labelled_rows import labelled
 from thimble.backends.torch.lora import BARE, Dropout, Lora
 from thimble.backends.torch.lora_rows import MOST_TOKENS, AdapterSpan, RowUpdates
 from thimble.backends.torch.loss import divergence, label_loss
@@ -31,7 +32,7 @@ from thimble.backends.torch.threads import map_parallel
 from thimble.core.adapter import Adapter
 from thimble.core.inits import Moments, Sketch
 from thimble.core.method import Method
-from thimble.core.metrics import LossSum
+from thimble.core.metrics import Divergence, LossSum
 from thimble.core.sizes import padded
 from thimble.core.targets import block_of
 from thimble.data.batches import Batch, lay_out
@@ -40,6 +41,8 @@ from thimble.data.prefixes import Segment, whole_rows
 from thimble.models.base import Base
 from thimble.models.cost import lowest_block
 from thimble.models.execution import ExecutionPlan
+
+T = TypeVar("T")
 
 CAPABILITIES = frozenset(
     {"delta form", "DoRA", "rsLoRA", "LoRA+", "frozen A", "dropout", "KL reference", "calibration", "inference"}
@@ -221,19 +224,9 @@ class TorchSession:
     def _label_loss(
         self, batch: Batch, lora: Lora, execution: ExecutionPlan, features: Features | None = None
     ) -> torch.Tensor:
-        """Summed loss of a batch; what its rows have in common is computed once, but for dropout, drawn by row."""
-        layout = lay_out(batch, self.shares_prefixes and lora.dropout is None)
-        labels = batch.labels[layout.places]
-        wanted = np.flatnonzero(labels != IGNORED)
-        forward = self.decoder.pack(layout.segments, lora, execution.checkpointed_blocks, wanted)
-        known = features.get(batch) if features else None
-        if features and known is not None:
-            x = torch.zeros(forward.size, known.shape[1], dtype=known.dtype)
-            x[: len(layout.places)] = known[torch.from_numpy(layout.places)]
-            hidden = self.decoder.through(self.decoder.blocks[features.lowest :], x, forward)
-        else:
-            hidden = self.decoder.hidden(batch.ids[layout.places], forward)
-        return label_loss(self.decoder, hidden, labels[wanted] if forward.asked else labels)
+        """Summed loss of a batch."""
+        found = labelled(self.decoder, batch, lora, self.shares_prefixes, execution.checkpointed_blocks, features)
+        return label_loss(self.decoder, found.hidden, found.labels)
 
     # ---- features -------------------------------------------------------------------------------------------------
 
@@ -261,14 +254,24 @@ class TorchSession:
     # ---- measuring ------------------------------------------------------------------------------------------------
 
     def losses(self, adapter: ActiveAdapter, batches: Sequence[Batch], execution: ExecutionPlan) -> Iterator[LossSum]:
-        lora = Lora(ranges=_one(adapter))
-        tasks = [functools.partial(self._loss, batch, lora, execution) for batch in batches]
-        return map_parallel(tasks, execution.num_shares)
+        return (sum(rows, LossSum()) for rows in self.row_losses(adapter, batches, execution))
 
-    @out_of_memory
-    @torch.no_grad()
-    def _loss(self, batch: Batch, lora: Lora, execution: ExecutionPlan) -> LossSum:
-        return LossSum(float(self._label_loss(batch, lora, execution)), batch.target_tokens)
+    def row_losses(
+        self, adapter: ActiveAdapter, batches: Sequence[Batch], execution: ExecutionPlan
+    ) -> Iterator[list[LossSum]]:
+        return self._of_batches(labelled_rows.row_losses, adapter, batches, execution)
+
+    def divergences(
+        self, adapter: ActiveAdapter, batches: Sequence[Batch], execution: ExecutionPlan
+    ) -> Iterator[list[Divergence]]:
+        return self._of_batches(labelled_rows.divergences, adapter, batches, execution)
+
+    def _of_batches(
+        self, measure: Callable[..., T], adapter: ActiveAdapter, batches: Sequence[Batch], execution: ExecutionPlan
+    ) -> Iterator[T]:
+        lora = Lora(ranges=_one(adapter))
+        tasks = [functools.partial(measure, self.decoder, batch, lora, self.shares_prefixes) for batch in batches]
+        return map_parallel(tasks, execution.num_shares)
 
     @torch.no_grad()
     def logits(self, ids: NDArray[np.int32], adapter: ActiveAdapter | None = None) -> NDArray[np.float32]:

@@ -1,7 +1,7 @@
 """Text: rows of tokens, measured by loss, by answers, and by the loss on general text."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,15 +9,17 @@ import numpy as np
 
 from thimble.backends.session import ActiveAdapter, Objective, Session, TrainState, Work
 from thimble.core.metrics import LossSum
-from thimble.data.batches import micro_batches, pack, shares
+from thimble.data.batches import micro_batches, shares
 from thimble.data.encode import Row
 from thimble.data.spool import Items
 from thimble.errors import RunError, listing
+from thimble.events import EventLog, ignore
 from thimble.models.base import Base
 from thimble.models.execution import ExecutionPlan
 from thimble.training.control import Control
-from thimble.training.evaluation import ROWS_ALONE, ValidationSet, losses_alone, measure, validation_loss
+from thimble.training.evaluation import ROWS_ALONE, ValidationSet, losses_alone, measure, row_losses, validation_loss
 from thimble.training.metric import ChosenMetric, score_answers
+from thimble.training.own_texts import measure_divergence, own_texts
 from thimble.training.plan import RunPlan
 from thimble.training.protocols import OpenFile, Scores
 
@@ -33,6 +35,8 @@ class TextTask:
     rows: Items[Row]  # training rows
     costs: Sequence[int]  # tokens of each
     watched: Sequence[Row]  # validation rows that are measured during training
+    confirming: Sequence[Row]  # others, on which a rise has to be there too
+    choosing: Sequence[Row]  # those by which the strength is chosen
     validation: ValidationSet  # what base and result are measured on
     metric: ChosenMetric  # scores answers
     train_sample: Sequence[Row]  # training rows that are measured too, to tell recall from generalisation
@@ -85,7 +89,15 @@ class TextTask:
 
     def watch(self, session: Session, adapter: ActiveAdapter, execution: ExecutionPlan) -> list[LossSum]:
         """The loss of each watched row."""
-        return list(session.losses(adapter, [pack([row]) for row in self.watched], execution))
+        return _silent_losses(session, adapter, self.watched, execution)
+
+    def confirm(self, session: Session, adapter: ActiveAdapter, execution: ExecutionPlan) -> list[LossSum]:
+        """The loss of each row that confirms."""
+        return _silent_losses(session, adapter, self.confirming, execution)
+
+    def choose(self, session: Session, adapter: ActiveAdapter, execution: ExecutionPlan) -> list[LossSum]:
+        """The loss of each row that chooses the strength."""
+        return _silent_losses(session, adapter, self.choosing, execution)
 
     def evaluate(self, session: Session, adapter: ActiveAdapter, execution: ExecutionPlan, control: Control) -> Scores:
         """Loss and answers of the validation rows, and the loss on general text and some training rows."""
@@ -93,9 +105,17 @@ class TextTask:
         total, answers = measure(session, adapter, self.validation, execution, control, alone)
         loss = math.nan if control.should_stop() else total.mean
         answers = score_answers(answers, self.metric, control.log)
-        general = _loss(session, adapter, self.general, execution, control, "general text")
+        rows = row_losses(session, adapter, self.general, execution, control, "general text")
+        general = math.nan if control.should_stop() else sum(rows.values(), LossSum()).mean
         train = _loss(session, adapter, self.train_sample, execution, control, "training rows")
-        return Scores(loss, general, answers, alone, train)
+        return Scores(loss, general, answers, alone, train, rows)
+
+    def divergence(
+        self, session: Session, adapter: ActiveAdapter, execution: ExecutionPlan, control: Control
+    ) -> Mapping[str, Any]:
+        """Measured on texts that the base wrote."""
+        texts = own_texts(session, self.base, self.general, self.validation, execution, control)
+        return measure_divergence(session, adapter, texts, execution, control)
 
     def initial_loss(
         self, session: Session, adapter: ActiveAdapter, base: Scores, execution: ExecutionPlan, control: Control
@@ -136,6 +156,13 @@ class TextTask:
         return f"{what}, though its weights are not{other}"
 
 
+def _silent_losses(
+    session: Session, adapter: ActiveAdapter, rows: Sequence[Row], execution: ExecutionPlan
+) -> list[LossSum]:
+    """The loss of each row, without a word: steps report themselves."""
+    return [*row_losses(session, adapter, rows, execution, Control(EventLog(ignore)), "validation rows").values()]
+
+
 def _loss(
     session: Session, adapter: ActiveAdapter, rows: Sequence[Row], execution: ExecutionPlan, control: Control, what: str
 ) -> float:
@@ -151,7 +178,8 @@ def text_task(run_plan: RunPlan) -> TextTask:
     count = min(ROWS_ALONE, len(train)) if run_plan.validation.rows else 0
     sample = [train[int((place + 0.5) * len(train) / count)] for place in range(count)]
     return TextTask(
-        rows=train, costs=run_plan.examples.train_report.lengths, watched=run_plan.watched,
+        rows=train, costs=run_plan.examples.train_report.lengths, watched=run_plan.watch.watched,
+        confirming=run_plan.watch.confirming, choosing=run_plan.watch.choosing,
         validation=run_plan.validation, metric=run_plan.metric, train_sample=sample,
         general=measured if weight else general, kl_rows=kept if weight else (), kl_weight=weight,
         base=run_plan.model.base, compute=config.compute,
