@@ -7,7 +7,7 @@ import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -41,8 +41,6 @@ from thimble.data.prefixes import Segment, whole_rows
 from thimble.models.base import Base
 from thimble.models.cost import lowest_block
 from thimble.models.execution import ExecutionPlan
-
-T = TypeVar("T")
 
 CAPABILITIES = frozenset(
     {"delta form", "DoRA", "rsLoRA", "LoRA+", "frozen A", "dropout", "KL reference", "calibration", "inference"}
@@ -267,8 +265,8 @@ class TorchSession:
         return self._of_batches(labelled_rows.divergences, adapter, batches, execution)
 
     def _of_batches(
-        self, measure: Callable[..., T], adapter: ActiveAdapter, batches: Sequence[Batch], execution: ExecutionPlan
-    ) -> Iterator[T]:
+        self, measure: Callable[..., Any], adapter: ActiveAdapter, batches: Sequence[Batch], execution: ExecutionPlan
+    ) -> Iterator[Any]:
         lora = Lora(ranges=_one(adapter))
         tasks = [functools.partial(measure, self.decoder, batch, lora, self.shares_prefixes) for batch in batches]
         return map_parallel(tasks, execution.num_shares)
