@@ -319,7 +319,7 @@ def test_a_gguf_base_is_refused_with_what_to_do_instead(refuse, tmp_path, tiny_b
     assert "is a GGUF file" in text
     assert "thimble chat --adapter" in text
     assert "a folder of float weights" in text
-    assert "thimble export" not in text, "there is no such command"
+    assert f"thimble export {adapter} --merged --type Q8_0 --out merged.gguf" in text
 
 
 def test_a_smaller_adapter_for_a_gguf_base_is_fine(tmp_path, tiny_base):

@@ -171,9 +171,10 @@ def check_mergeable(base: Base, layers: Sequence[str], adapter: str = "DIR") -> 
     """
     if base.metadata is not None:
         raise BaseModelError(
-            f"base {base.path} is a GGUF file, whose blocks would have to be rounded again, which costs more than a "
-            "small update is worth: keep the adapter beside it, as in `thimble chat --adapter "
-            f"{as_word(adapter)}`, or merge into a folder of float weights"
+            f"base {base.path} is a GGUF file, whose blocks would have to be rounded again, which may cost more than a "
+            f"small update is worth: keep the adapter beside it, as in `thimble chat --adapter {as_word(adapter)}`; or "
+            "write a new file of a type that you name, and be told what rounding loses, with `thimble export "
+            f"{as_word(adapter)} --merged --type Q8_0 --out merged.gguf`; or merge into a folder of float weights"
         )
     weights = {layer: base.weights[f"{layer}.weight"] for layer in layers if f"{layer}.weight" in base.weights}
     wrong = [f"{layer} is {weight.dtype}" for layer, weight in weights.items() if weight.dtype not in FLOAT_DTYPES]
