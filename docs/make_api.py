@@ -17,6 +17,7 @@ from thimble.commands import COMMANDS, Command
 from thimble.config.options import Field, is_path, is_repeated, option_type, options_of, positional_of, takes_many
 
 STUB = Path(thimble.__file__).with_name("api.pyi")
+LINE_LENGTH = 120  # of the formatter, in pyproject.toml
 # What a command gives instead of its report when no `out` is named, by module and name.
 WITHOUT_OUT = {"generate": ("thimble.data.answers", "Answer", "list[Answer]")}
 CALLBACKS = {
@@ -77,8 +78,18 @@ def _signature(command: Command, result: str, out: str = "") -> str:
         lines += [f"{name}: {said},"] if name not in positional else []
     lines += ["config: str | Path | None = None,"]
     lines += [f"{name}: {CALLBACKS[name]} = ...," for name in command.listeners]
-    text = "\n".join(f"    {line}" for line in lines)
+    text = "\n".join(_wrapped(f"    {line}") for line in lines)
     return f"def {command.name.replace('-', '_')}(\n{text}\n) -> {result}:\n{_docstring(command)}"
+
+
+def _wrapped(line: str) -> str:
+    """A line as the formatter leaves it: where a list of choices makes it too long, a choice a line."""
+    head, opened, rest = line.partition("Literal[")
+    if len(line) <= LINE_LENGTH or not opened:
+        return line
+    choices, tail = rest.split("]", 1)
+    each = "".join(f"        {choice},\n" for choice in choices.split(", "))
+    return f"{head}{opened}\n{each}    ]{tail}"
 
 
 def _docstring(command: Command) -> str:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from thimble.api import inspect as inspect
     from thimble.api import merge as merge
     from thimble.api import plan as plan
+    from thimble.api import serve as serve
     from thimble.api import train as train
     from thimble.core.adapter import Adapter as Adapter
     from thimble.files.peft import load_adapter as load_adapter

@@ -110,11 +110,11 @@ def test_a_true_gain_as_large_as_the_spread_of_its_rows_is_told_in_most_runs():
     assert told.count("good") >= 40
 
 
-@pytest.mark.parametrize("name", ["normal", "heavy tails"])
-def test_a_true_gain_of_half_a_nat_is_told_on_thirty_rows(name):
+@pytest.mark.parametrize(("name", "least"), [("normal", 1.0), ("heavy tails", 0.82)])
+def test_a_true_gain_of_half_a_nat_is_told_on_thirty_rows(name, least):
     random = np.random.default_rng(7)
-    told = [pretended_run(random, NOISE[name], gain=0.5).tone for _ in range(50)]
-    assert told.count("good") >= 45
+    told = [pretended_run(random, NOISE[name], gain=0.5).tone for _ in range(RUNS)]
+    assert told.count("good") >= least * RUNS
 
 
 def test_a_gain_of_a_spread_is_told_and_a_loss_too():

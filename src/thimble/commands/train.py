@@ -143,7 +143,6 @@ def _begin(run_plan: RunPlan, initialization: Initialization, log: EventLog) -> 
 
 def _loop_plan(run_plan: RunPlan, initialization: Initialization) -> LoopPlan:
     config, base = run_plan.config, run_plan.model.base
-    assert config.adam_beta2 is not None  # resolved
     notes = {"thimble_version": __version__, "init": config.init, **base_notes(run_plan.origin["base"])}
     return LoopPlan(
         adapter=replace(initialization.adapter, base=peft_name(base), notes=notes, prefix=base.prefix),

@@ -57,14 +57,14 @@ def judge(report: Report, steps: Steps) -> Verdict:
 def _tries(report: Report, steps: Steps, is_by_loss: bool) -> int:
     """Among how many states of the adapter the result was chosen by validation rows: each is a chance of its own.
 
-    Levels of chance are divided by it (Bonferroni). The loss on these rows chooses even where the last step is kept,
-    for then it was not clearly worse; answers only come into it where an earlier step is. Rows that were set apart and
-    choose nothing need no such care.
+    Levels of chance are divided by it (Bonferroni). Where an earlier step is kept, it was chosen among all that were
+    measured; where the last one is, the loss on these rows still chose between two, it and the best before it, while
+    answers had no part in that. Rows that were set apart and choose nothing need no such care.
     """
     if report.get("untouched_rows"):
         return 1
-    if not is_by_loss and report.get("best_step") in (None, 0, report["steps"]):
-        return 1
+    if report.get("best_step") in (None, 0, report["steps"]):
+        return 2 if is_by_loss and any("held_out_loss" in row for row in steps) else 1
     return 1 + sum("held_out_loss" in row for row in steps)
 
 

@@ -147,8 +147,7 @@ class EngineThread:
         self._engine = self._make_engine()
 
     def _post(self, function: Callable[..., None], *arguments: Any) -> None:
-        assert self._loop is not None
-        if not self._loop.is_closed():
+        if self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(function, *arguments)
 
 

@@ -98,12 +98,12 @@ def make_app(service: Service, keys: Keys, hosts: Collection[str] | None, on_req
 
 async def _no_route(request: Request, error: Exception) -> JSONResponse:
     """A path or a method that there is not."""
-    assert isinstance(error, HTTPException)
+    status, headers = (error.status_code, error.headers) if isinstance(error, HTTPException) else (500, None)
     known = ", ".join(dict.fromkeys(route.path for route in ROUTES))
     what = f"there is no {request.url.path[:100]}: there are {known}"
-    if error.status_code == 405:
+    if status == 405:
         what = f"{request.url.path[:100]} takes no {request.method[:20]}"
-    refusal = Refusal(error.status_code, what, headers=error.headers)
+    refusal = Refusal(status, what, headers=headers)
     return JSONResponse(refusal.body, refusal.status, refusal.headers)
 
 

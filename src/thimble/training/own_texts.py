@@ -34,14 +34,14 @@ LEAST_SHARE = 0.5  # of the texts that are to hold something, or nothing is conc
 
 
 def own_texts(
-    session: Session, base: Base, general: Sequence[Row], validation: ValidationSet, execution: ExecutionPlan,
-    control: Control,
+    session: Session, base: Base, fingerprint: str, general: Sequence[Row], validation: ValidationSet,
+    execution: ExecutionPlan, control: Control,
 ) -> list[Row]:  # fmt: skip
-    """About `TEXTS` texts of the base as rows that carry a label wherever it wrote a token, by beginnings that are the
-    rows' sources; none if somebody wants to leave.
+    """About `TEXTS` texts of the base, known by its quick fingerprint, as rows that carry a label wherever it wrote a
+    token, by beginnings that are the rows' sources; none if somebody wants to leave.
     """
     beginnings = [_beginning(row) for row in general]
-    path = cache_folder() / "texts" / f"{_key(base, beginnings)}.json"
+    path = cache_folder() / "texts" / f"{_key(fingerprint, beginnings)}.json"
     written = _kept(path, len(beginnings) * _each(general), base.spec.vocab_size)
     if not written:
         control.log.stage("the base writes some texts, once, to see later what it forgets")
@@ -64,9 +64,9 @@ def _beginning(row: Row) -> NDArray[np.int32]:
     return row.ids[: max(first + 1, BEGINNING_TOKENS)]
 
 
-def _key(base: Base, beginnings: Sequence[NDArray[np.int32]]) -> str:
+def _key(fingerprint: str, beginnings: Sequence[NDArray[np.int32]]) -> str:
     """What the texts depend on, hashed: the base, what they begin with, how many there are and how long they are."""
-    total = hashlib.sha256(f"{base.quick_fingerprint()} {TEXTS} {TEXT_TOKENS}".encode())
+    total = hashlib.sha256(f"{fingerprint} {TEXTS} {TEXT_TOKENS}".encode())
     for ids in beginnings:
         total.update(ids.tobytes() + b".")
     return total.hexdigest()[:32]

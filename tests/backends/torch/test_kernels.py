@@ -9,12 +9,12 @@ import pytest
 
 from thimble.backends.torch.kernels import decode_rows, dequantize_rows_into, quantize_rows_into, rescale_into
 from thimble.errors import BaseModelError
+from thimble.files.block_encoders import quantize
 from thimble.files.blocks import (
     BLOCKS,
     LAYOUTS,
     dequantize,
     from_bfloat16,
-    quantize,
     quantize_rows,
     row_bytes,
     to_bfloat16,

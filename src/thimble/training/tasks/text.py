@@ -44,6 +44,7 @@ class TextTask:
     kl_rows: Sequence[Row]  # other rows of general text, on which the answers of the base are to be kept
     kl_weight: float  # of keeping them, from 0 up to 1
     base: Base  # the base, for what is odd about it
+    fingerprint: str  # of the base, as it was when it was opened
     compute: str  # the compute type, likewise
     epochs: float = 0  # how often each row is read, if that is known
     shares_prefixes: bool = False  # whether what training rows of a batch have in common is computed once
@@ -114,7 +115,7 @@ class TextTask:
         self, session: Session, adapter: ActiveAdapter, execution: ExecutionPlan, control: Control
     ) -> Mapping[str, Any]:
         """Measured on texts that the base wrote."""
-        texts = own_texts(session, self.base, self.general, self.validation, execution, control)
+        texts = own_texts(session, self.base, self.fingerprint, self.general, self.validation, execution, control)
         return measure_divergence(session, adapter, texts, execution, control)
 
     def initial_loss(
@@ -182,7 +183,7 @@ def text_task(run_plan: RunPlan) -> TextTask:
         confirming=run_plan.watch.confirming, choosing=run_plan.watch.choosing,
         validation=run_plan.validation, metric=run_plan.metric, train_sample=sample,
         general=measured if weight else general, kl_rows=kept if weight else (), kl_weight=weight,
-        base=run_plan.model.base, compute=config.compute,
+        base=run_plan.model.base, fingerprint=run_plan.origin["base"], compute=config.compute,
         epochs=run_plan.step_schedule.epochs if run_plan.step_schedule.total_steps else 0,
         # What dropout leaves out differs from row to row, in a prefix that they share too.
         shares_prefixes=not config.dropout and not run_plan.model.base.spec.angles_depend_on_length,
