@@ -281,11 +281,16 @@ def test_a_server_for_others_takes_any_name_but_pages_of_its_own_alone(run_serve
 # ---- what is told ----------------------------------------------------------------------------------------------------
 
 
-def test_the_log_says_nothing_of_what_was_asked_or_answered(server):
-    answer = server.chat("the secret word", max_tokens=20)
+def test_the_log_says_nothing_of_what_was_asked_or_answered(server, wait_until):
+    answer = server.chat("the secret word", max_tokens=20, extra_headers={"X-Request-Id": "the-one"})
+
+    def entries():
+        return [entry for entry in server.log if entry["request"] == "the-one"]
+
+    wait_until(entries)  # it is written once the answer has been sent, and others may end meanwhile
+    (entry,) = entries()
     assert "secret" not in json.dumps(server.log)
     assert answer.choices[0].message.content not in json.dumps(server.log)
-    entry = server.log[-1]
     assert entry.keys() >= {"time", "request", "status", "seconds", "model", "prompt_tokens", "completion_tokens"}
     assert (entry["status"], entry["model"], entry["completion_tokens"]) == (200, "smollm2", 20)
 
