@@ -72,7 +72,11 @@ def check_model(whole: WholeModel, path: Path, out: Path, log: EventLog) -> Weig
     log.stage("reading it again")
     weights = check_weights(whole.model.base, whole.updates, open_base(path))
     if weights.problems:
-        raise RunError(f"{out} does not hold what it should: {'; '.join(weights.problems[:3])}")
+        raise RunError(
+            f"{out} does not hold what it should: {'; '.join(weights.problems[:3])}. Rounding to few bits can swallow "
+            "a small update whole, most of all where the base has as few: take --type Q8_0, or keep the adapter beside "
+            "the base"
+        )
     return weights
 
 
