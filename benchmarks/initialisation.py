@@ -1,115 +1,177 @@
-"""Does the start of A and B matter? Every start at its own best learning rate, on two tasks, over paired seeds.
+"""Does the start of A and B matter, and does it matter which layers get rank? Paired seeds, rows that chose nothing.
 
-A start is tried at learning rates 1.78 apart, from its default upwards, with one seed; more are added while the best
-lies at the edge. The best rate is then run with five seeds that share data, order and validation rows with those of
-Kaiming's. What a start reads to calibrate is charged to it. Results are kept after every run, so that a run that was
-stopped goes on; `--reduced` is a version of under twenty minutes. Writes initialisation.json, its chart and its part of
-RESULTS.md.
+Every arm of a contest is first tried at learning rates 1.78 apart around its default, with two seeds that are never
+used again; more rates are added while the best lies at the edge. At its best rate it is then run with eight other
+seeds, which share data, order and rows with those of the first arm. Losses are those of rows that chose nothing, in
+float32, on the original base. What a start reads to calibrate is charged to it in the column of tokens. Results are
+kept after every run, so that a study that was stopped goes on; all of it takes about five hours of one core. Writes
+initialisation.json, its chart and its part of RESULTS.md from the contests that are complete.
 """
 
 import argparse
+import contextlib
 import math
 import statistics
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from run import write_results
 from short_runs import Bench, Kept, best_power, tasks
 
 from thimble.core.method import INITS
+from thimble.core.significance import t_quantile
 
 HERE = Path(__file__).parent
-ARMS = ("kaiming", "pissa", "milora", "corda", "eva", "gradient", "gradient:lora-ga")
-FEWER = ("kaiming", "pissa", "gradient")  # on the second task, so that all of it takes about an hour
 STEP = 1.78  # between learning rates: five to a decade and a quarter, as in arXiv:2602.04998
-MOST_EXTRA = 3  # rates beyond the first ones
-TASKS = ("tool calls", "documentation")
-BETA2 = 0.95  # of AdamW; results of runs with 0.999, and the default rates of then, stay in the file and are left out
-BATCH_TOKENS, EVAL_TOKENS, CALIBRATION_STEPS = 1024, 3000, 4
+RATES, MOST_EXTRA = (-1, 0, 1, 2), 3  # powers of STEP around an arm's default, and rates beyond them
+TUNING_SEEDS, SEEDS = (100, 101), range(8)
+STEPS, EVAL_EVERY, CALIBRATION_STEPS, BETA2 = 24, 6, 4, 0.95
+UNTOUCHED = (200, 16_000)  # most rows that choose nothing, and their tokens
+# Longest row, tokens of a step, and tokens of the validation rows that are watched.
+SHAPES = {"mapping": (128, 256, 400), "documentation": (64, 256, 1500), "tool calls": (512, 512, 1500)}
 PASSES = {"inputs": 0.4, "gradients": 2.0}  # cost of a calibration token, in tokens that are learned from
+SAME = 0.02  # losses that differ by less than this share count as equal
+DRAWS = 10_000  # of the bootstrap
+NORMAL = 1.96  # the quantile of a normal distribution that Student's t of many seeds has
+RANK_4 = 1_221_120  # parameters of rank 4 on all linear layers of the base
 
 
 @dataclass(frozen=True)
-class Size:
-    """How much is run.
+class Contest:
+    """What is compared on a task.
 
     Attributes:
-        arms: Starts, of which the second task has those in FEWER.
-        steps: Of a run.
-        eval_every: Steps between measurements.
-        rates: Powers of STEP around a start's default rate.
-        seeds: At the best rate.
+        task: Its name.
+        title: What differs.
+        arms: Options of `thimble train` by name; the first arm is what the others are compared with.
     """
 
-    arms: tuple[str, ...] = ARMS
-    steps: int = 24
-    eval_every: int = 6
-    rates: tuple[int, ...] = (0, 1, 2)
-    seeds: int = 5
+    task: str
+    title: str
+    arms: Mapping[str, Mapping[str, Any]]
 
 
-REDUCED = Size(FEWER, steps=12, eval_every=4, seeds=3)
+def starts(rank: int) -> dict[str, dict[str, Any]]:
+    """The starts that are compared, at one rank."""
+    return {init: {"init": init, "rank": rank, "alpha": 2.0 * rank} for init in ("kaiming", "gradient", "pissa")}
+
+
+CONTESTS = (
+    Contest("mapping", "starts, rank 16", starts(16)),
+    Contest("documentation", "starts, rank 16", starts(16)),
+    Contest("tool calls", "starts, rank 16", starts(16)),
+    Contest("mapping", "starts, rank 1", starts(1)),
+    Contest("mapping", "ranks, mean 4", {
+        "rank 4": {"rank": 4, "alpha": 8.0}, "rank auto": {"rank": "auto", "rank_budget": RANK_4, "alpha": 8.0},
+    }),
+)  # fmt: skip
 
 
 # ---- the protocol ---------------------------------------------------------------------------------------------------
 
 
 class Study:
-    """Runs of every start: those that were done, and those that are missing."""
+    """Runs of every arm: those that were done, and those that are missing."""
 
-    def __init__(self, kept: Kept, size: Size) -> None:
-        self.kept, self.size, self._bench = kept, size, Bench()
+    def __init__(self, kept: Kept, may_run: bool) -> None:
+        self.kept, self._may_run, self._bench, self._places = kept, may_run, Bench(), tasks()
 
-    def result(self, task: str, arm: str, power: int, seed: int) -> dict[str, Any]:
-        """A run at the default rate times STEP^power, with what the start reads to calibrate charged to it."""
-        key = {"task": task, "arm": arm, "power": power, "seed": seed, "steps": self.size.steps, "beta2": BETA2}
+    def result(self, contest: Contest, arm: str, power: int, seed: int) -> dict[str, Any]:
+        """A run at the arm's default rate times STEP^power; a LookupError if it is missing and none may be made."""
+        key = {"task": contest.task, "contest": contest.title, "arm": arm, "power": power, "seed": seed}
+        seq_len, batch_tokens, watched = SHAPES[contest.task]
         options = {
-            "data": str(tasks()[task]), "init": arm, "seed": seed, "max_steps": self.size.steps, "seq_len": 640,
-            "batch_tokens": BATCH_TOKENS, "calibration_steps": CALIBRATION_STEPS, "adam_beta2": BETA2,
+            "data": str(self._places[contest.task]), "seed": seed, "max_steps": STEPS, "seq_len": seq_len,
+            "batch_tokens": batch_tokens, "calibration_steps": CALIBRATION_STEPS, "adam_beta2": BETA2,
+            "compute": "fp32", "store": "dense", **contest.arms[arm],
         }  # fmt: skip
 
         def run() -> dict[str, Any]:
+            if not self._may_run:
+                raise LookupError
             usual = self._bench.plan(options)
             rate = usual.step_schedule.rate * STEP**power
-            done = self._bench.train({**options, "learning_rate": rate}, EVAL_TOKENS, self.size.eval_every)
+            untouched = UNTOUCHED if seed in SEEDS else (0, 0)
+            done = self._bench.train({**options, "learning_rate": rate}, watched, EVAL_EVERY, untouched)
+            is_auto = contest.arms[arm]["rank"] == "auto"
+            needs = "gradients" if is_auto else INITS[contest.arms[arm].get("init", "kaiming")].needs
             read = [row for step in range(CALIBRATION_STEPS) for row in usual.step_schedule.rows(step)]
-            charged = int(sum(len(usual.examples.train[row].ids) for row in read) * PASSES.get(INITS[arm].needs, 0))
+            charged = int(sum(len(usual.examples.train[row].ids) for row in read) * PASSES.get(needs, 0))
             return {**done, "curve": [(charged + tokens, loss) for tokens, loss in done["curve"]]}
 
         return self.kept.result(key, run)
 
-    def best_power(self, task: str, arm: str) -> int:
-        """The learning rate of an arm with the lowest final loss, with one seed."""
+    def best_power(self, contest: Contest, arm: str) -> int:
+        """The learning rate of an arm with the lowest final loss of the rows that are watched, a mean of two seeds."""
         return best_power(
-            lambda power: float(self.result(task, arm, power, 0)["final"]), self.size.rates, most_extra=MOST_EXTRA
-        )
+            lambda power: statistics.mean(self.result(contest, arm, power, seed)["final"] for seed in TUNING_SEEDS),
+            RATES, most_extra=MOST_EXTRA,
+        )  # fmt: skip
+
+    def compare(self, contest: Contest) -> list[dict[str, Any]]:
+        """One line an arm: against the first, each at its own best rate, seed by seed and row by row."""
+        at_best = {arm: self.best_power(contest, arm) for arm in contest.arms}
+        runs = {arm: [self.result(contest, arm, power, seed) for seed in SEEDS] for arm, power in at_best.items()}
+        first = next(iter(runs.values()))
+        lines = []
+        for number, (arm, own) in enumerate(runs.items()):
+            speed = [math.log(tokens_to(run["curve"], other["final"]) / tokens_to(other["curve"], other["final"]))
+                     for run, other in zip(own, first, strict=True)]  # fmt: skip
+            lines.append({
+                "contest": contest, "arm": arm, "power": at_best[arm], "runs": own, "speed": speed,
+                "is_first": not number,
+                "general": [run["general"] - other["general"] for run, other in zip(own, first, strict=True)],
+                "rise": relative_rise(nats(own), nats(first)),
+            })  # fmt: skip
+        holm([line for line in lines if not line["is_first"]])
+        return lines
 
 
-def compare(study: Study, task: str) -> list[dict[str, Any]]:
-    """One line an arm: against Kaiming at its own best rate, seed by seed."""
-    size = study.size
-    arms = [arm for arm in size.arms if task == TASKS[0] or arm in FEWER]
-    at_best = {arm: study.best_power(task, arm) for arm in arms}
-    runs = {arm: [study.result(task, arm, power, seed) for seed in range(size.seeds)] for arm, power in at_best.items()}
-    lines = []
-    for arm in arms:
-        speed = [math.log(tokens_to(run["curve"], other["final"]) / tokens_to(other["curve"], other["final"]))
-                 for run, other in zip(runs[arm], runs["kaiming"], strict=True)]  # fmt: skip
-        loss, general = (
-            [run[name] - other[name] for run, other in zip(runs[arm], runs["kaiming"], strict=True)]
-            for name in ("final", "general")
-        )
-        lines.append({
-            "edge": " (edge)" if at_best[arm] == max(size.rates) + MOST_EXTRA else "",
-            "task": task, "arm": arm, "rate": runs[arm][0]["rate"], "power": at_best[arm],
-            "final": statistics.mean(run["final"] for run in runs[arm]), "speed": speed, "loss": loss,
-            "general": general, "p_speed": p_value(speed), "p_loss": p_value(loss),
-        })  # fmt: skip
-    for name in ("p_speed", "p_loss"):
-        holm([line for line in lines if line["arm"] != "kaiming"], name)
-    return lines
+@dataclass
+class Rise:
+    """How much higher the loss of untouched rows is than that of the first arm, as a share of it."""
+
+    mean: float
+    low: float  # 95 % interval
+    high: float
+    most: float  # the further end of its 90 % interval: below SAME the two count as equal (two one-sided tests)
+    p: float  # two-sided; corrected by `holm`
+
+    @property
+    def verdict(self) -> str:
+        """What can be concluded."""
+        if self.p <= 0.05:
+            told = "worse" if self.mean > 0 else "better"
+            return f"{told}, by less than {SAME:.0%}" if self.most < SAME else told
+        return "equal" if self.most < SAME else "not known"
+
+
+def nats(runs: list[dict[str, Any]]) -> NDArray[np.float64]:
+    """(seeds, rows): the loss of every untouched row, summed over its target tokens."""
+    return np.array([run["untouched"] for run in runs], float)
+
+
+def relative_rise(own: NDArray[np.float64], first: NDArray[np.float64]) -> Rise:
+    """By a bootstrap that draws seeds and rows, both with replacement (Owen, 2007: the pigeonhole bootstrap).
+
+    A bootstrap of few seeds is too narrow; what is drawn is spread by what Student's t of as many seeds is wider than
+    a normal distribution.
+    """
+    seeds, rows = own.shape
+    random = np.random.default_rng(0)
+    by_seed = random.multinomial(seeds, [1 / seeds] * seeds, DRAWS)
+    by_row = random.multinomial(rows, [1 / rows] * rows, DRAWS)
+    difference, base = (((by_seed @ values) * by_row).sum(1) for values in (own - first, first))
+    mean = float((own - first).sum() / first.sum())
+    wider = t_quantile(0.025, seeds - 1) / NORMAL * math.sqrt(seeds / (seeds - 1))
+    drawn = mean + wider * (difference / base - mean)
+    low, high, ten, ninety = np.quantile(drawn, (0.025, 0.975, 0.05, 0.95))
+    p = 2 * min((drawn <= 0).mean(), (drawn >= 0).mean())
+    return Rise((own - first).sum() / first.sum(), low, high, max(abs(ten), abs(ninety)), min(1.0, max(p, 1 / DRAWS)))
 
 
 def tokens_to(curve: list[list[float]], target: float) -> float:
@@ -124,117 +186,100 @@ def tokens_to(curve: list[list[float]], target: float) -> float:
 
 def interval(values: list[float]) -> tuple[float, float]:
     """Mean, and half the width of its 95 % interval by Student's t."""
-    n = len(values)
-    spread = statistics.stdev(values) / math.sqrt(n)
-    t = next(t for t in np.arange(1.9, 13, 0.001) if _tail(t, n - 1) <= 0.05)
-    return statistics.mean(values), float(t) * spread
-
-
-def p_value(values: list[float]) -> float:
-    """Two-sided p of a mean of zero, by Student's t."""
     spread = statistics.stdev(values) / math.sqrt(len(values))
-    return _tail(abs(statistics.mean(values)) / spread, len(values) - 1) if spread else 1.0
+    return statistics.mean(values), t_quantile(0.025, len(values) - 1) * spread
 
 
-def _tail(t: float, freedom: int) -> float:
-    """Two-sided tail of Student's t, by the substitution x = √ν tan θ."""
-    angles = np.linspace(math.atan(t / math.sqrt(freedom)), math.pi / 2, 20001)
-    density = np.cos(angles) ** (freedom - 1)
-    whole = math.sqrt(math.pi) * math.gamma(freedom / 2) / math.gamma((freedom + 1) / 2)
-    return float(2 * np.trapezoid(density, angles) / whole)
-
-
-def holm(lines: list[dict[str, Any]], name: str) -> None:
+def holm(lines: list[dict[str, Any]]) -> None:
     """Correct p values for their number (Holm, 1979)."""
     worst = 0.0
-    for rank, line in enumerate(sorted(lines, key=lambda line: line[name])):
-        worst = max(worst, min(1.0, line[name] * (len(lines) - rank)))
-        line[name] = worst
+    for rank, line in enumerate(sorted(lines, key=lambda line: line["rise"].p)):
+        worst = max(worst, min(1.0, line["rise"].p * (len(lines) - rank)))
+        line["rise"].p = worst
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------
 
 
-def as_page(lines: list[dict[str, Any]], size: Size) -> str:
+def as_page(lines: list[dict[str, Any]]) -> str:
     """The table for people."""
     page = [
         "## Where A and B begin",
         "",
-        f"Written by `benchmarks/initialisation.py`: SmolLM2-135M-Instruct, rank 16 on all linear layers, {size.steps} "
-        f"steps of {BATCH_TOKENS} tokens; each start at its own best of {len(size.rates) + 1} or more learning rates "
-        f"(1.78 apart), then {size.seeds} paired seeds; mean and 95 % interval of the difference to Kaiming, p by "
-        "Student's t with Holm's correction. Tokens a start reads to calibrate are charged to it. (edge): the highest "
+        f"Written by `benchmarks/initialisation.py`: SmolLM2-135M-Instruct, all linear layers, float32, {STEPS} steps "
+        f"({', '.join(f'{task}: {tokens} tokens a step' for task, (_, tokens, _) in SHAPES.items())}), "
+        f"each arm at its own best of {len(RATES)} or more learning rates ({STEP} apart, {len(TUNING_SEEDS)} seeds), "
+        f"then {len(SEEDS)} paired seeds. The loss is that of untouched rows; its rise over the first arm has a 95 % "
+        f"interval by a bootstrap over seeds and rows, and p is corrected by Holm's method. Equal: the 90 % interval "
+        f"lies within ±{SAME:.0%}. Tokens a start reads to calibrate are charged to it. (edge): the highest "
         "rate tried.",
         "",
-        "| task | start | best rate | × the default then | final loss | loss against Kaiming | p "
-        "| tokens to Kaiming's final loss | p | general text |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| task | compared | arm | best rate | × the default | loss | against the first | p | which is "
+        "| tokens to the first one's final loss | general text |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for line in lines:
-        cells = [
-            line["task"],
-            line["arm"],
-            f"{line['rate']:.1e}",
-            f"{STEP ** line['power']:.2f}{line['edge']}",
-            f"{line['final']:.4f}",
-        ]
-        if line["arm"] == "kaiming":
-            cells += ["", "", "", "", ""]
-        else:
-            loss, speed, general = (interval(line[name]) for name in ("loss", "speed", "general"))
-            low, high = math.exp(speed[0] - speed[1]) - 1, math.exp(speed[0] + speed[1]) - 1
-            cells += [
-                f"{loss[0]:+.4f} ± {loss[1]:.4f}", f"{line['p_loss']:.3f}",
-                f"{math.exp(speed[0]) - 1:+.0%} ({low:+.0%} to {high:+.0%})", f"{line['p_speed']:.3f}",
-                f"{general[0]:+.4f} ± {general[1]:.4f}",
-            ]  # fmt: skip
-        page.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*page, "", "![Validation loss over tokens, by start](initialisation.svg)", ""])
+    return "\n".join([*page, *map(_row, lines), "", "![Validation loss over tokens, by arm](initialisation.svg)", ""])
 
 
-def draw(study: Study, lines: list[dict[str, Any]], size: Size) -> None:
-    """Validation loss over tokens at each start's best rate, and final loss over the rate."""
+def _row(line: Mapping[str, Any]) -> str:
+    contest, runs, rise = line["contest"], line["runs"], line["rise"]
+    edge = " (edge)" if line["power"] == max(RATES) + MOST_EXTRA else ""
+    cells = [
+        contest.task, contest.title, line["arm"], f"{runs[0]['rate']:.1e}", f"{STEP ** line['power']:.2f}{edge}",
+        f"{nats(runs).sum() / (sum(runs[0]['places']) * len(runs)):.4f}",
+    ]  # fmt: skip
+    if line["is_first"]:
+        return f"| {' | '.join(cells)} | | | | | |"
+    speed, general = interval(line["speed"]), interval(line["general"])
+    low, high = math.exp(speed[0] - speed[1]) - 1, math.exp(speed[0] + speed[1]) - 1
+    cells += [
+        f"{rise.mean:+.1%} ({rise.low:+.1%} to {rise.high:+.1%})", f"{rise.p:.3f}", rise.verdict,
+        f"{math.exp(speed[0]) - 1:+.0%} ({low:+.0%} to {high:+.0%})", f"{general[0]:+.4f} ± {general[1]:.4f}",
+    ]  # fmt: skip
+    return f"| {' | '.join(cells)} |"
+
+
+def draw(study: Study, lines: list[dict[str, Any]]) -> None:
+    """Validation loss over tokens at each arm's best rate, and final loss over the rate."""
     import matplotlib
 
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    names = list(dict.fromkeys(line["task"] for line in lines))
-    figure, axes = pyplot.subplots(len(names), 2, figsize=(10, 3.6 * len(names)), layout="constrained", squeeze=False)
-    colours = dict(zip(ARMS, pyplot.get_cmap("tab10").colors, strict=False))
-    for (curves, rates), name in zip(axes, names, strict=True):
-        own = [
-            run for run in study.kept.runs if (run["task"], run["steps"], run.get("beta2")) == (name, size.steps, BETA2)
-        ]
-        for line in (line for line in lines if line["task"] == name):
-            arm = line["arm"]
-            best = [run["curve"] for run in own if run["arm"] == arm and run["power"] == line["power"]]
-            mean = np.mean(best, 0)
-            curves.plot(mean[:, 0] / 1000, mean[:, 1], color=colours[arm], label=arm)
-            tried = sorted((run["rate"], run["final"]) for run in own if run["arm"] == arm and run["seed"] == 0)
-            rates.plot(*zip(*tried, strict=True), "o-", color=colours[arm], markersize=3)
-        curves.set(title=f"{name}, best rate, mean of seeds", xlabel="thousand tokens", ylabel="validation loss")
-        rates.set(title=f"{name}, one seed", xlabel="learning rate", ylabel="final validation loss", xscale="log")
-        lowest = min(run["final"] for run in own)
-        rates.set_ylim(lowest - 0.02, lowest + 0.4)
+    contests = list(dict.fromkeys((line["contest"].task, line["contest"].title) for line in lines))
+    figure, axes = pyplot.subplots(
+        len(contests), 2, figsize=(10, 3.2 * len(contests)), layout="constrained", squeeze=False
+    )
+    for (curves, rates), (task, title) in zip(axes, contests, strict=True):
+        for line in (line for line in lines if (line["contest"].task, line["contest"].title) == (task, title)):
+            mean = np.mean([run["curve"] for run in line["runs"]], 0)
+            curves.plot(mean[:, 0] / 1000, mean[:, 1], label=line["arm"])
+            tried = sorted(
+                (run["rate"], run["final"]) for run in study.kept.runs if run["seed"] == TUNING_SEEDS[0]
+                and (run["task"], run.get("contest"), run["arm"]) == (task, title, line["arm"])
+            )  # fmt: skip
+            rates.plot(*zip(*tried, strict=True), "o-", markersize=3)
+        curves.set(title=f"{task}, {title}: mean of seeds", xlabel="thousand tokens", ylabel="validation loss")
+        rates.set(title="one seed", xlabel="learning rate", ylabel="final validation loss", xscale="log", yscale="log")
         for side in (curves, rates):
             side.spines[["top", "right"]].set_visible(False)
-    axes[0][0].legend(fontsize=8, frameon=False)
+        curves.legend(fontsize=8, frameon=False)
     figure.savefig(HERE / "initialisation.svg")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--reduced", action="store_true", help="fewer starts, rates, seeds and steps")
-    options = parser.parse_args()
-    size = REDUCED if options.reduced else Size()
-    study, lines = Study(Kept(HERE / "initialisation.json"), size), []
-    for task in TASKS:
-        lines += compare(study, task)
-        (HERE / "initialisation.md").write_text(as_page(lines, size))
-        draw(study, lines, size)
-    write_results([])
-    print((HERE / "initialisation.md").read_text())
+    parser.add_argument("--table", action="store_true", help="write the page of what was run, and run nothing")
+    study = Study(Kept(HERE / "initialisation.json"), may_run=not parser.parse_args().table)
+    lines: list[dict[str, Any]] = []
+    for contest in CONTESTS:
+        with contextlib.suppress(LookupError):  # not complete
+            lines += study.compare(contest)
+    if lines:
+        (HERE / "initialisation.md").write_text(as_page(lines))
+        draw(study, lines)
+        write_results([])
+    print(as_page(lines))
 
 
 if __name__ == "__main__":

@@ -114,10 +114,14 @@ class Bench:
         config = TrainConfig.build({"eval_rows": 0, "eval_every_steps": 0, **options})
         return plan_run(config, EventLog(ignore), needs_folder=False)
 
-    def train(self, options: Mapping[str, Any], eval_tokens: int, eval_every_steps: int = 0) -> dict[str, Any]:
+    def train(
+        self, options: Mapping[str, Any], eval_tokens: int, eval_every_steps: int = 0,
+        untouched: tuple[int, int] = (0, 0),
+    ) -> dict[str, Any]:  # fmt: skip
         """Train once; the losses are taken on the first `eval_tokens` tokens of the validation rows.
 
         The curve is (tokens read in training, validation loss), before the first step, every few steps, and at the end.
+        `untouched` are most validation rows behind those, and their tokens, that the result is measured on as well.
         """
         began, run_plan = time.perf_counter(), self.plan(options)
         config, schedule, execution = run_plan.config, run_plan.step_schedule, run_plan.execution
@@ -125,6 +129,7 @@ class Bench:
         method = Method(lora_plus=config.lora_plus, seed=config.seed, beta2=config.adam_beta2 or 0.0)
         state, task = session.start(self._begun(run_plan, session).adapter, method), text_task(run_plan)
         held = list(_first(run_plan.examples.valid, eval_tokens))
+        apart = list(_first(run_plan.examples.valid[len(held) :][: untouched[0]], untouched[1]))
         general = run_plan.general[:GENERAL_ROWS]
         measuring = replace(execution, micro_tokens=max(MEASURED_TOKENS, *(len(row.ids) for row in held)))
 
@@ -145,7 +150,10 @@ class Bench:
             tokens += sum(task.costs[row] for row in rows)
             if step + 1 == steps or (eval_every_steps and (step + 1) % eval_every_steps == 0):
                 curve.append((tokens, loss(held)))
+        batches = micro_batches(apart, measuring.micro_tokens)
+        last = [row for found in session.row_losses(state.active, batches, measuring) for row in found]
         return {
+            **({"untouched": [row.nats for row in last], "places": [row.tokens for row in last]} if apart else {}),
             "rate": schedule.rate, "target_tokens": schedule.target_tokens, "curve": curve, "final": curve[-1][1],
             "general_before": self._measured[()], "general": loss(general), "seconds": time.perf_counter() - began,
         }  # fmt: skip
@@ -186,7 +194,8 @@ class Kept:
                 return done
         done = {**key, **run()}
         self.runs.append(done)
-        self._path.write_text(json.dumps({"runs": self.runs}, indent=1) + "\n")
+        runs = ",\n".join(json.dumps(run) for run in self.runs)
+        self._path.write_text(f'{{"runs": [\n{runs}\n]}}\n')
         told = ", ".join(f"{name} {value}" for name, value in key.items())
         print(f"{told}: loss {done['final']:.4f} at {done['rate']:.2g}, {done['seconds']:.0f} s", flush=True)
         return done
