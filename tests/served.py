@@ -29,7 +29,7 @@ from thimble.server.service import Limits, Service
 TINY = Path(__file__).parent / "fixtures" / "gguf" / "smollm2.gguf"
 CONTEXT, CACHE_TOKENS = 1024, 20_000
 LIMITS = Limits()
-SECONDS = 60  # until a test gives up
+SECONDS = 180  # until a test gives up
 
 
 def tiny_model():
