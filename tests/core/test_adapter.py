@@ -151,6 +151,14 @@ def with_config(**changes):
     return change
 
 
+def both(*changes):
+    def change(folder):
+        for one in changes:
+            one(folder)
+
+    return change
+
+
 def with_text(old, new):
     def change(folder):
         text = (folder / CONFIG_FILE).read_text()
@@ -213,6 +221,38 @@ HOSTILE = {
     "great depth": (with_text('"some/base"', "[" * 100_000), "nested too deeply"),
     "a missing B": (with_tensors(lambda t: t.pop(f"{Q}.lora_B.weight")), "q_proj has lora_A.weight: expected"),
     "no tensors": (with_tensors(lambda t: t.clear()), "it holds no LoRA matrices"),
+    "biases of another kind": (with_config(bias="some"), "bias is 'some': expected one of none, all, lora_only"),
+    "biases as a number": (with_config(bias=3), "bias is 3: expected one of"),
+    "modules that are no list": (with_config(modules_to_save="head"), "modules_to_save is 'head': expected at most"),
+    "a module that is no name": (with_config(modules_to_save=["(a|a)*$"]), "names '.a.a..\\$': expected the name of"),
+    "a head that nobody announced": (
+        with_tensors(lambda t: t.update({"base_model.model.head.weight": np.ones((2, 4), "f4")})),
+        "head.weight F32 .2, 4. is not a LoRA matrix",
+    ),
+    "a weight of a layer that is not adapted": (
+        with_tensors(lambda t: t.update({"base_model.model.x.base_layer.weight": np.ones((2, 4), "f4")})),
+        "x.base_layer.weight F32 .2, 4. is not a LoRA matrix",
+    ),
+    "a layer twice": (
+        with_tensors(lambda t: t.update({f"{Q}.base_layer.x.{side}": t[f"{Q}.{side}"] for side in ("lora_A.weight",
+            "lora_B.weight")} | {f"{Q}.x.{side}": t[f"{Q}.{side}"] for side in ("lora_A.weight", "lora_B.weight")})),
+        "is there twice, with base_layer in its name and without",
+    ),
+    "NaN in a head": (
+        both(with_config(modules_to_save=["head"]),
+             with_tensors(lambda t: t.update({"base_model.model.head.weight": np.full((2, 4), np.nan, "f4")}))),
+        "head.weight holds numbers that are NaN or Inf",
+    ),
+    "a convolution whose B is none": (
+        with_tensors(lambda t: t.update({f"{Q}.lora_A.weight": np.ones((4, 8, 3, 3), "f4"),
+                                         f"{Q}.lora_B.weight": np.ones((6, 4, 3, 3), "f4")})),
+        r"lora_B.weight F32 \(6, 4, 3, 3\) is not a LoRA matrix",
+    ),
+    "a convolution in groups that do not divide": (
+        with_tensors(lambda t: t.update({f"{Q}.lora_A.weight": np.ones((4, 8, 3), "f4"),
+                                         f"{Q}.lora_B.weight": np.ones((5, 2, 1), "f4")})),
+        r"has A \(4, 8, 3\) and B \(5, 2, 1\): expected",
+    ),
     "a tensor too many": (with_tensors(lambda t: t.update(x=np.zeros(3, "f4"))), "tensor x F32 .3,. is not a LoRA"),
     "a name that climbs": (with_tensors(lambda t: t.update({"../../x": np.zeros(3, "f4")})), "tensor ../../x F32"),
     "three dimensions": (
@@ -308,9 +348,9 @@ def test_every_hostile_file_of_tensors_is_refused_quickly(tmp_path, case):
 
 @pytest.mark.parametrize(
     "name",
-    ["modules_to_save", "bias", "lora_bias", "fan_in_fan_out", "use_qalora", "use_bdlora", "alora_invocation_tokens",
-     "trainable_token_indices", "target_parameters", "layer_replication", "megatron_config", "arrow_config",
-     "velora_config", "kasa_config", "monteclora_config"],
+    ["lora_bias", "use_qalora", "use_bdlora", "alora_invocation_tokens", "trainable_token_indices",
+     "target_parameters", "layer_replication", "megatron_config", "arrow_config", "velora_config", "kasa_config",
+     "monteclora_config"],
 )  # fmt: skip
 def test_what_would_change_the_function_is_refused_by_name(tmp_path, name):
     save_adapter(make_adapter(), tmp_path)
@@ -325,7 +365,7 @@ def test_what_would_change_the_function_is_refused_by_name(tmp_path, name):
 
 def test_all_faults_of_the_config_are_told_at_once(tmp_path):
     save_adapter(make_adapter(), tmp_path)
-    with_config(r=0, lora_alpha="8", bias="all", rank_pattern=3, peft_type="IA3")(tmp_path)
+    with_config(r=0, lora_alpha="8", lora_bias=True, rank_pattern=3, peft_type="IA3")(tmp_path)
     with pytest.raises(AdapterError) as caught:
         load_adapter(tmp_path)
     assert len(caught.value.problems) == 5

@@ -3,11 +3,13 @@
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from thimble.core.inits import BUILDERS, LayerData
-from thimble.core.lowrank import Factors, difference, rank_for, svd_of_update, truncate
+from thimble.core.lowrank import LINEAR, Factors, difference, rank_for, svd_of_update, truncate
 from thimble.core.targets import Size
 from thimble.errors import listing
 
@@ -23,6 +25,10 @@ class Adapter:
         origin: What is taken off the updates of layers that are trained in delta form, scale · (B A − B₀ A₀).
         prefix: What stands in front of `layers.0...` in the names of the modules that PEFT adapts, `model.` for a plain
             text model; layer paths here always begin with `model.`.
+        replaced: Tensors of the model that were trained themselves, and take the place of the base's: heads, norms,
+            biases; by their names in the model, float32 (counters of norms int64).
+        settings: Fields of PEFT's config that are not those of a plain adapter of a text model: `bias`,
+            `fan_in_fan_out`, `task_type`.
     """
 
     layers: Mapping[str, Factors]
@@ -30,11 +36,14 @@ class Adapter:
     notes: Mapping[str, str] = field(default_factory=dict)
     origin: Mapping[str, Factors] = field(default_factory=dict)
     prefix: str = "model."
+    replaced: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def num_parameters(self) -> int:
         """How many parameters the adapter holds."""
-        return sum(factors.num_parameters for factors in self.layers.values())
+        factors = sum(factors.num_parameters for factors in self.layers.values())
+        return factors + sum(values.size for values in self.replaced.values())
 
     @property
     def has_magnitudes(self) -> bool:
@@ -59,6 +68,11 @@ class Adapter:
                 found.update(f"{what}{path} {factors.scale!r} {[(p.shape, str(p.dtype)) for p in parts]}".encode())
                 for part in parts:
                     found.update(np.ascontiguousarray(part).data)
+                if factors.layout != LINEAR:
+                    found.update(repr(tuple(factors.layout)).encode())
+        for name, values in sorted(self.replaced.items()):
+            found.update(f"{name} {values.shape} {values.dtype}".encode())
+            found.update(np.ascontiguousarray(values).data)
         return found.hexdigest()
 
     def at_strength(self, strength: float) -> "Adapter":
@@ -73,7 +87,8 @@ class Adapter:
 
     def is_finite(self) -> bool:
         """Whether no parameter is NaN or Inf; an adapter that has one must never be published."""
-        return all(is_finite(factors) for factors in (*self.layers.values(), *self.origin.values()))
+        updates = all(is_finite(factors) for factors in (*self.layers.values(), *self.origin.values()))
+        return updates and all(bool(np.isfinite(values).all()) for values in self.replaced.values())
 
 
 def is_finite(factors: Factors) -> bool:

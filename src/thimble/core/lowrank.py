@@ -6,13 +6,24 @@ A layer with an adapter computes y = x Wᵀ + scale · (x Aᵀ) Bᵀ, so its wei
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.floating[Any]]
+
+
+class Layout(NamedTuple):
+    """How the weight that B A updates lies in its layer; a linear layer's is (out, in), as B A is."""
+
+    kernel: tuple[int, ...] = ()  # of a convolution (out, in, *kernel): `in` of A counts channels times places
+    groups: int = 1  # of a convolution: B is (out, rank / groups), and reads of the h Aᵀ of its own group alone
+    is_embedding: bool = False  # (in, out): a row for each of `in` words
+
+
+LINEAR = Layout()
 
 
 @dataclass(frozen=True)
@@ -21,19 +32,21 @@ class Factors:
 
     Attributes:
         A: float (rank, in).
-        B: float (out, rank).
+        B: float (out, rank); of a convolution in groups (out, rank / groups).
         scale: The number the product is multiplied by.
         magnitude: float (out,), lengths of the rows of W + scale · B A after they are set anew (Liu et al., DoRA,
             arXiv:2402.09353, equation 5); None leaves them as they are.
+        layout: How the weight lies in its layer.
     """
 
     A: Array
     B: Array
     scale: float
     magnitude: Array | None = None
+    layout: Layout = LINEAR
 
     def __post_init__(self) -> None:
-        if self.A.ndim != 2 or self.B.ndim != 2 or self.A.shape[0] != self.B.shape[1]:
+        if self.A.ndim != 2 or self.B.ndim != 2 or self.A.shape[0] != self.B.shape[1] * self.layout.groups:
             raise ValueError(f"A is {self.A.shape} and B is {self.B.shape}: expected (rank, in) and (out, rank)")
         if self.magnitude is not None and self.magnitude.shape != (len(self.B),):
             raise ValueError(f"magnitude is {self.magnitude.shape}: expected ({len(self.B)},)")
@@ -103,7 +116,7 @@ def difference(factors: Factors, origin: Factors) -> Factors:
     """
     a = np.concatenate([factors.A, factors.A - origin.A])
     b = np.concatenate([factors.B - origin.B, origin.B], axis=1)
-    return Factors(a, b, factors.scale, factors.magnitude)
+    return replace(factors, A=a, B=b)
 
 
 def total(updates: Sequence[Factors]) -> Factors:
@@ -165,8 +178,7 @@ def truncate(factors: Factors, rank: int) -> tuple[Factors, float]:
     new_b, new_a = found.left[:, :rank] * root, root[:, None] * found.right[:rank]
     total = float(np.sqrt((values**2).sum()))
     error = float(np.sqrt((values[rank:] ** 2).sum())) / total if total > 0 else 0.0
-    kept = Factors(new_a.astype(factors.A.dtype), new_b.astype(factors.B.dtype), factors.scale, factors.magnitude)
-    return kept, error
+    return replace(factors, A=new_a.astype(factors.A.dtype), B=new_b.astype(factors.B.dtype)), error
 
 
 # ---- decompositions -------------------------------------------------------------------------------------------------

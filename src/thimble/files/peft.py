@@ -1,31 +1,41 @@
 """The adapter folder, in exactly PEFT's layout, so that PEFT, vLLM and friends load it unchanged.
 
-On disk: `adapter_config.json` and `adapter_model.safetensors` with `base_model.model.<path>.lora_A.weight` (rank, in)
-and `.lora_B.weight` (out, rank). Knows no framework and no base.
+On disk: `adapter_config.json` and `adapter_model.safetensors`, whose tensors `thimble.files.peft_tensors` names. Knows
+no framework and no base.
 """
 
 import json
 import os
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from thimble.core.adapter import Adapter, is_finite
 from thimble.core.lowrank import Factors
 from thimble.core.method import MOST_SCALE
 from thimble.errors import AdapterError, BaseModelError, InputError, as_word, listing
-from thimble.files.peft_config import MAX_RANK, AdapterConfig, read_adapter_config
+from thimble.files.peft_config import AdapterConfig, read_adapter_config
+from thimble.files.peft_tensors import (
+    COUNTER,
+    ROOT,
+    LayerTensors,
+    outermost,
+    path_of,
+    sort_tensors,
+    tensors_of,
+    wrapped,
+)
+from thimble.files.tensor_info import TensorInfo
 from thimble.files.tensors import TensorFile, open_tensors, write_safetensors
 from thimble.files.untrusted import names_in, printable, some
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PARTS = (CONFIG_FILE, WEIGHTS_FILE)
-KEY = re.compile(
-    r"^base_model\.model\.(?P<path>[A-Za-z0-9_.\-]{1,512})\.lora_(?P<side>A\.weight|B\.weight|magnitude_vector)$"
-)
 # What classes of transformers, by their versions, put in front of the layers of a text model: alone, without its head,
 # or inside of a model of text and images (`model.language_model.` since 4.52, the other way round before).
 PREFIXES = (
@@ -33,7 +43,6 @@ PREFIXES = (
     "text_model.model.", "text_model.", "model.language_model.model.",
 )  # fmt: skip
 PLAIN = PREFIXES[0]
-A, B, MAGNITUDE = "A.weight", "B.weight", "magnitude_vector"  # sides of a layer, as its tensors are called
 MOST_TRIES = 20  # to read an adapter that is being replaced
 MOST_HEADER_BYTES, MOST_TENSORS = 8_000_000, 20_000
 MOST_BYTES = 1 << 32  # of the numbers of an adapter
@@ -72,10 +81,9 @@ def save_adapter(adapter: Adapter, folder: Path) -> None:
         raise AdapterError(f"the adapter for {folder} holds numbers that are NaN or Inf: it is not written")
     folder.mkdir(parents=True, exist_ok=True)
     adapter = adapter.plain()
-    tensors: dict[str, Any] = {}
-    for path, factors in _named_for_peft(adapter).items():
-        sides = {A: factors.A, B: factors.B} | ({} if factors.magnitude is None else {MAGNITUDE: factors.magnitude})
-        tensors |= {f"base_model.model.{path}.lora_{side}": values for side, values in sides.items()}
+    layers = named_for_peft(adapter)
+    tensors = dict(tensors_of(layers))
+    tensors |= {ROOT + wrapped(name, layers): values for name, values in adapter.replaced.items()}
     write_safetensors(folder / WEIGHTS_FILE, tensors, {**adapter.notes, "format": "pt"})
     text = json.dumps(_config_fields(adapter), indent=2, sort_keys=True, ensure_ascii=False)
     (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
@@ -83,24 +91,42 @@ def save_adapter(adapter: Adapter, folder: Path) -> None:
 
 def _config_fields(adapter: Adapter) -> dict[str, Any]:
     """PEFT's fields: the commonest rank and alpha, and patterns for the layers that differ."""
-    layers = _named_for_peft(adapter)
-    ranks = {path: factors.rank for path, factors in layers.items()}
-    alphas = {path: factors.scale * factors.rank for path, factors in layers.items()}
+    layers = named_for_peft(adapter)
+    targets = {path: factors for path, factors in layers.items() if outermost(path, layers) == path}
+    ranks = {path: factors.rank for path, factors in targets.items()}
+    alphas = {path: factors.scale * factors.rank for path, factors in targets.items()}
     rank, alpha = _commonest(ranks.values()), _commonest(alphas.values())
+    # A short name would adapt the layers of the vision part too, which are called the same.
+    is_text = adapter.prefix in PREFIXES[:2] and "task_type" not in adapter.settings
     return {
         **PEFT_FIELDS,
+        **adapter.settings,
         "base_model_name_or_path": adapter.base or None,
         "r": rank,
         "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
-        # A short name would adapt the layers of the vision part too, which are called the same.
-        "target_modules": _shortest_targets(layers) if adapter.prefix in PREFIXES[:2] else sorted(layers),
-        "use_dora": any(factors.magnitude is not None for factors in adapter.layers.values()),
+        "modules_to_save": modules_to_save(adapter) or None,
+        "target_modules": _shortest_targets(targets) if is_text else sorted(targets),
+        "use_dora": adapter.has_magnitudes,
         "rank_pattern": {path: value for path, value in ranks.items() if value != rank},
         "alpha_pattern": {path: value for path, value in alphas.items() if value != alpha},
     }
 
 
-def _named_for_peft(adapter: Adapter) -> dict[str, Factors]:
+def modules_to_save(adapter: Adapter) -> list[str]:
+    """The modules that were trained whole: all that have a tensor of their own but those whose biases alone were."""
+    has_biases = adapter.settings.get("bias", "none") != "none"
+    owners: dict[str, list[str]] = {}
+    for name in adapter.replaced:
+        owners.setdefault(name.rpartition(".")[0], []).append(name.rpartition(".")[2])
+    layers = named_for_peft(adapter)
+    return sorted(
+        owner
+        for owner, names in owners.items()
+        if owner not in layers and not (has_biases and all("bias" in name for name in names))
+    )
+
+
+def named_for_peft(adapter: Adapter) -> dict[str, Factors]:
     """Layers by the paths of the modules that PEFT adapts."""
     return {
         adapter.prefix + path.removeprefix(PLAIN) if path.startswith(PLAIN + "layers.") else path: factors
@@ -108,10 +134,17 @@ def _named_for_peft(adapter: Adapter) -> dict[str, Factors]:
     }
 
 
+def named_for_text(layers: Mapping[str, Factors]) -> tuple[dict[str, Factors], list[str]]:
+    """The other way round: layers by their paths in a plain text model, and the prefixes they had, at best one."""
+    paths = {path: _plain_path(path) for path in layers}
+    found = {prefix for _, prefix in paths.values() if prefix is not None}
+    return {paths[path][0]: factors for path, factors in layers.items()}, [p for p in PREFIXES if p in found]
+
+
 def layer_of(name: str) -> str | None:
     """The path of the layer that a tensor of an adapter belongs to, as in a plain text model; None if to none."""
-    match = KEY.match(name)
-    return _plain_path(match["path"])[0] if match else None
+    path = path_of(name)
+    return _plain_path(path)[0] if path else None
 
 
 def _plain_path(path: str) -> tuple[str, str | None]:
@@ -205,21 +238,36 @@ def _load(folder: Path) -> Adapter:
         raise AdapterError(*error.problems) from None
     if file.format != "safetensors":
         raise AdapterError(f"{file.path} is a {file.format} file: expected the safetensors that PEFT writes")
-    sides = _pair_tensors(folder, file, config.use_dora)
-    _refuse(folder, _check_sizes(config, file, sides))
-    prefixes = {prefix for layer in sides if (prefix := _plain_path(layer)[1]) is not None}
+    tensors = sort_tensors(file, config)
+    _refuse(folder, tensors.problems)
+    _refuse(folder, _check_sizes(config, file, tensors.layers))
+    read = {
+        path: layer.read(file, config.scale(outermost(path, tensors.layers), layer.rank))
+        for path, layer in tensors.layers.items()
+    }
+    layers, prefixes = named_for_text(read)
     if len(prefixes) > 1:
-        found = listing(f"{prefix}layers" for prefix in PREFIXES if prefix in prefixes)
+        found = listing(f"{prefix}layers" for prefix in prefixes)
         _refuse(folder, [f"its layers lie in {found}: expected one of these; save it again from one model"])
-    layers = {}
-    for layer, names in sides.items():
-        number = config.scale(layer, file.tensors[names[A]].shape[0])
-        magnitude = file.read(names[MAGNITUDE]) if MAGNITUDE in names else None
-        layers[_plain_path(layer)[0]] = Factors(file.read(names[A]), file.read(names[B]), number, magnitude)
-    broken = [layer for layer, factors in layers.items() if not is_finite(factors)]
-    _refuse(folder, [f"{layer} holds numbers that are NaN or Inf: train it again" for layer in broken])
+    replaced = {name: _read_whole(file, info) for name, info in tensors.replaced.items()}
+    broken = [layer for layer, factors in read.items() if not is_finite(factors)]
+    broken += [name for name, values in replaced.items() if not np.isfinite(values).all()]
+    _refuse(folder, [f"{name} holds numbers that are NaN or Inf: train it again" for name in broken])
     notes = {name: text for name, text in file.metadata.items() if name != "format"}
-    return Adapter(layers, config.base, notes, prefix=next(iter(prefixes), PLAIN))
+    settings = _settings(config, is_text=bool(prefixes) and not replaced)
+    return Adapter(layers, config.base, notes, {}, next(iter(prefixes), PLAIN), replaced, settings)
+
+
+def _read_whole(file: TensorFile, info: TensorInfo) -> NDArray[Any]:
+    values = file.read(info.name)
+    return values.astype(np.int64) if info.name.endswith(COUNTER) else values
+
+
+def _settings(config: AdapterConfig, is_text: bool) -> dict[str, Any]:
+    """What the config says that is not so of a plain adapter of a text model."""
+    found = {"bias": config.bias, "fan_in_fan_out": config.fan_in_fan_out}
+    found |= {} if is_text else {"task_type": config.task_type}
+    return {name: value for name, value in found.items() if value != PEFT_FIELDS[name]}
 
 
 def _refuse(folder: Path, problems: Iterable[str]) -> None:
@@ -228,14 +276,15 @@ def _refuse(folder: Path, problems: Iterable[str]) -> None:
         raise AdapterError(*(f"adapter {folder}: {problem}" for problem in told))
 
 
-def _check_sizes(config: AdapterConfig, file: TensorFile, sides: Mapping[str, Mapping[str, str]]) -> list[str]:
+def _check_sizes(config: AdapterConfig, file: TensorFile, layers: Mapping[str, LayerTensors]) -> list[str]:
     """What the config says of each layer and its tensors do not, and the other way round."""
     problems = []
     if sum(info.nbytes for info in file.tensors.values()) > MOST_BYTES:
         problems.append(f"its tensors take more than {MOST_BYTES:,} bytes, which no adapter does")
-    for layer, names in sides.items():
-        rank = file.tensors[names[A]].shape[0]
-        allowed, number = config.allowed_ranks(layer), config.scale(layer, rank)
+    for layer, tensors in layers.items():
+        rank = tensors.rank
+        holder = outermost(layer, layers)
+        allowed, number = config.allowed_ranks(holder), config.scale(holder, rank)
         if rank not in allowed:
             wanted = " or ".join(map(str, sorted(allowed)))
             problems.append(
@@ -244,32 +293,3 @@ def _check_sizes(config: AdapterConfig, file: TensorFile, sides: Mapping[str, Ma
         if number > MOST_SCALE:
             problems.append(f"{layer} is scaled by {number:,.0f}: expected alpha / rank of at most {MOST_SCALE:,.0f}")
     return problems
-
-
-def _pair_tensors(folder: Path, file: TensorFile, use_dora: bool) -> dict[str, dict[str, str]]:
-    """Names of the tensors by layer and side; refuses those that are anything else or do not fit together."""
-    sides: dict[str, dict[str, str]] = {}
-    problems = []
-    for name, info in file.tensors.items():
-        match = KEY.match(name)
-        is_vector = bool(match) and match[2] == MAGNITUDE  # type: ignore[index]
-        if not match or len(info.shape) != (1 if is_vector else 2) or info.dtype not in ("F32", "F16", "BF16"):
-            problems.append(f"tensor {name} {info.dtype} {info.shape} is not a LoRA matrix in PEFT's layout")
-            continue
-        sides.setdefault(match["path"], {})[match["side"]] = name
-    expected = (A, B, MAGNITUDE) if use_dora else (A, B)
-    for layer, names in sides.items():
-        if sorted(names) != sorted(expected):
-            found, wanted = (listing(f"lora_{side}" for side in part) for part in (names, expected))
-            problems.append(f"{layer} has {found}: expected {wanted}")
-            continue
-        a, b = file.tensors[names[A]].shape, file.tensors[names[B]].shape
-        if a[0] != b[1] or not 1 <= a[0] <= MAX_RANK or 0 in a + b:
-            problems.append(f"{layer} has A {a} and B {b}: expected (rank, in) and (out, rank), rank 1 to {MAX_RANK}")
-        if use_dora and file.tensors[names[MAGNITUDE]].shape != b[:1]:
-            shape = file.tensors[names[MAGNITUDE]].shape
-            problems.append(f"{layer} has a magnitude of shape {shape}: expected {b[:1]}")
-    if not sides and not problems:
-        problems.append("it holds no LoRA matrices")
-    _refuse(folder, problems)
-    return sides

@@ -24,13 +24,13 @@ MOST_PATH_CHARACTERS = 1024
 
 # Fields of PEFT with which an adapter computes something else than scale · B A; unset or empty they mean nothing.
 _NOT_SUPPORTED = (
-    "modules_to_save", "bias", "lora_bias", "fan_in_fan_out", "use_qalora", "use_bdlora", "alora_invocation_tokens",
-    "trainable_token_indices", "target_parameters", "layer_replication", "megatron_config", "arrow_config",
-    "velora_config", "kasa_config", "monteclora_config",
+    "lora_bias", "use_qalora", "use_bdlora", "alora_invocation_tokens", "trainable_token_indices", "target_parameters",
+    "layer_replication", "megatron_config", "arrow_config", "velora_config", "kasa_config", "monteclora_config",
 )  # fmt: skip
 _UNSET: tuple[Any, ...] = (None, False, "none", [], {})
 # Starts that leave the base as it is. With the others (PiSSA, OLoRA, CorDA, LoftQ, ...) PEFT changes the base too.
 _KEEPS_BASE: tuple[Any, ...] = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
+BIASES = ("none", "all", "lora_only")
 _CONTROL = re.compile("[\\x00-\\x08\\x0b\\x0c\\x0e-\\x1f\\x7f-\\x9f]")  # but for tabs and ends of lines
 _NAME = re.compile(r"[A-Za-z0-9_\-][A-Za-z0-9_.\-]*")
 
@@ -78,6 +78,10 @@ class AdapterConfig:
     use_rslora: bool  # whether alpha is divided by √rank
     ranks: Pattern  # ranks of some layers
     alphas: Pattern  # alphas of some layers
+    bias: str = "none"  # which biases were trained: none, all, or those of adapted layers (lora_only)
+    modules_to_save: tuple[str, ...] = ()  # ends of paths of modules that were trained whole
+    fan_in_fan_out: bool = False  # whether weights of layers lie as (in, out)
+    task_type: str | None = None  # which class of PEFT opens it, for PEFT
 
     def allowed_ranks(self, layer: str) -> set[int]:
         """The rank a layer must have; with keys that are regular expressions, theirs too."""
@@ -91,13 +95,17 @@ class AdapterConfig:
 def read_adapter_config(path: Path) -> AdapterConfig:
     """Read and check an adapter's config; the AdapterError names every problem found."""
     config = read_json_object(path, MOST_BYTES, AdapterError)
-    problems = [*_check_numbers(config), *_check_patterns(config), *_check_function(config), *_check_texts(config)]
+    checks = (_check_numbers, _check_patterns, _check_function, _check_whole, _check_texts)
+    problems = [problem for check in checks for problem in check(config)]
     if problems:
         raise AdapterError(*(f"{path}: {problem}" for problem in some(problems)))
     base = config.get("base_model_name_or_path") or ""
     flags = (bool(config.get(name)) for name in ("use_dora", "use_rslora"))
     patterns = (Pattern(config.get(name) or {}) for name in ("rank_pattern", "alpha_pattern"))
-    return AdapterConfig(base, config["r"], float(config["lora_alpha"]), *flags, *patterns)
+    whole = (config.get("bias") or "none", tuple(config.get("modules_to_save") or ()))
+    is_turned, task = bool(config.get("fan_in_fan_out")), config.get("task_type")
+    task = task if isinstance(task, str) and re.fullmatch("[A-Z_]{1,40}", task) else None
+    return AdapterConfig(base, config["r"], float(config["lora_alpha"]), *flags, *patterns, *whole, is_turned, task)
 
 
 def _is_rank(value: Any) -> bool:
@@ -117,7 +125,7 @@ _RANKS, _ALPHAS = f"a whole number from 1 to {MAX_RANK:,}", f"a number above 0, 
 
 def _check_numbers(config: Mapping[str, Any]) -> list[str]:
     checks = [("r", _is_rank, _RANKS), ("lora_alpha", _is_alpha, _ALPHAS)]
-    checks += [(name, _is_switch, "true or false") for name in ("use_dora", "use_rslora")]
+    checks += [(name, _is_switch, "true or false") for name in ("use_dora", "use_rslora", "fan_in_fan_out")]
     wrong = [(name, expected) for name, is_valid, expected in checks if not is_valid(config.get(name))]
     return [f"{name} is {shown(config.get(name))}: expected {expected}" for name, expected in wrong]
 
@@ -162,6 +170,19 @@ def _check_function(config: Mapping[str, Any]) -> list[str]:
             "PEFT's save_pretrained(folder, path_initial_model_for_weight_conversion=...)"
         )
     return problems
+
+
+def _check_whole(config: Mapping[str, Any]) -> list[str]:
+    """What is wrong with what the config says of tensors that were trained themselves."""
+    problems, bias, modules = [], config.get("bias"), config.get("modules_to_save")
+    if bias not in (None, False, *BIASES):
+        problems.append(f"bias is {shown(bias)}: expected one of {', '.join(BIASES)}")
+    if modules is None or modules is False:
+        return problems
+    if not isinstance(modules, list) or len(modules) > MOST_ENTRIES:
+        return [*problems, f"modules_to_save is {shown(modules)}: expected at most {MOST_ENTRIES:,} names of modules"]
+    wrong = [name for name in modules if not (isinstance(name, str) and len(name) <= 512 and _NAME.fullmatch(name))]
+    return problems + [f"modules_to_save names {shown(name)}: expected the name of a module" for name in wrong]
 
 
 def _check_texts(config: Mapping[str, Any]) -> list[str]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from thimble.core.adapter import Adapter
 from thimble.errors import AdapterError, Problems, listing, plural
-from thimble.files.peft import CONFIG_FILE, WEIGHTS_FILE, find_adapter, layer_of, load_adapter
+from thimble.files.peft import CONFIG_FILE, WEIGHTS_FILE, find_adapter, layer_of, load_adapter, modules_to_save
 from thimble.files.tensors import open_tensors
 from thimble.models.adapter_base import difference
 from thimble.models.base import Base
@@ -48,7 +48,29 @@ def stored_bytes(paths: Iterable[str], base: Base | None) -> dict[str, int]:
 
 
 def _read(path: str, base: Base | None) -> Adapter:
-    return load_gguf_adapter(path, base) if is_gguf(path) else load_adapter(path)
+    if is_gguf(path):
+        return load_gguf_adapter(path, base)
+    adapter = load_adapter(path)
+    check_is_of_text(path, adapter)
+    return adapter
+
+
+def check_is_of_text(path: str, adapter: Adapter) -> None:
+    """Refuse an adapter of another kind than commands run: they adapt linear layers of text models, and those alone."""
+    convolutions = [layer for layer, factors in adapter.layers.items() if factors.layout.kernel]
+    embeddings = [layer for layer, factors in adapter.layers.items() if factors.layout.is_embedding]
+    modules = modules_to_save(adapter)
+    biases = [name for name in adapter.replaced if "bias" in name and name.rpartition(".")[0] not in modules]
+    kinds = {
+        "factors of convolutions": convolutions, "factors of embeddings": embeddings,
+        "modules trained whole (modules_to_save)": modules, "trained biases": biases,
+    }  # fmt: skip
+    found = [f"{kind}: {listing(names, 3)}" for kind, names in kinds.items() if names]
+    if found:
+        raise AdapterError(
+            f"adapter {path} holds {'; '.join(found)}, which no command runs, since they adapt linear layers of text "
+            "models alone: open it with PEFT"
+        )
 
 
 def check_fits(path: str, adapter: Adapter, base: Base) -> None:

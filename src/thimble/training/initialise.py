@@ -24,7 +24,7 @@ from thimble.data.model import Model
 from thimble.errors import ConfigError, Problems, listing
 from thimble.events import EventLog
 from thimble.files.peft import load_adapter
-from thimble.models.adapters import check_fits
+from thimble.models.adapters import check_fits, check_is_of_text
 from thimble.models.merged import FLOAT_DTYPES
 from thimble.models.spec import DecoderSpec
 from thimble.training import run_folder
@@ -60,6 +60,7 @@ def check_init(init: Init, config: TrainConfig, model: Model, layers: Sequence[s
         is_resumed = config.resume and latest_checkpoint(folder) and (folder / run_folder.START).is_dir()
         path = str(folder / run_folder.START) if is_resumed else init.path
         adapter = load_adapter(path)
+        check_is_of_text(path, adapter)
         check_fits(path, adapter, model.base)
         return {layer: Size(factors.rank, factors.scale) for layer, factors in adapter.layers.items()}
     problems, shapes = Problems(), model.base.spec.linear_shapes()
