@@ -29,6 +29,18 @@ def test_the_default_rate_grows_with_the_root_of_the_target_tokens_in_a_step_and
     assert math.isclose(larger, 2 * plain, rel_tol=0.03)
 
 
+def test_fewer_than_fifty_rows_take_a_part_of_the_rate_and_that_is_told():
+    """Nine rows at the whole rate make a model forget twice as much, for the same answers (docs/tuning.md)."""
+
+    def of(rows):
+        return StepSchedule(TrainConfig.build({"data": "x"}), [40] * rows, 400, "llama", 576, [(16, 576)])
+
+    assert of(50).rate == of(500).rate
+    assert math.isclose(of(49).rate_factors["49 rows"], 0.99, rel_tol=0.01)
+    assert math.isclose(of(9).rate, of(50).rate * math.sqrt(9 / 50), rel_tol=0.03)
+    assert of(50).rate_factors == {}
+
+
 def test_an_epoch_ends_where_every_row_has_been_seen():
     steps = schedule(batch_tokens=10_000)
     seen = 0

@@ -12,6 +12,7 @@ REFERENCE_TARGET_TOKENS = 5600
 LEAST_TARGET_TOKENS = 400  # fewer do not lower the rate: what short answers teach first, their form, is no noise
 WIDTH_EXPONENT = {"llama": 0.78, "qwen2": 0.08, "qwen3": 0.08}
 UNKNOWN_EXPONENT = 0.4
+MANY_ROWS = 50  # fewer are known by heart after as many epochs at a lower rate, and less is forgotten for them
 FINAL_SHARE = 0.1
 SHORT_RUN_STEPS, SHORT_RUN_BETA2, BETA2 = 1000, 0.95, 0.999
 
@@ -25,6 +26,11 @@ def default_rate(family: str, hidden_size: int, target_tokens: float, factor: fl
     share = min(max(target_tokens, LEAST_TARGET_TOKENS) / REFERENCE_TARGET_TOKENS, 1.0)
     rate = factor * REFERENCE_RATE * (REFERENCE_WIDTH / hidden_size) ** exponent * math.sqrt(share)
     return float(f"{rate:.1e}")
+
+
+def few_rows_factor(rows: int) -> float:
+    """What few training rows take off the default rate: √(rows / `MANY_ROWS`), at most 1."""
+    return min(1.0, math.sqrt(rows / MANY_ROWS))
 
 
 def default_beta2(steps: float) -> float:

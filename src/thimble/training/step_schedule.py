@@ -10,8 +10,9 @@ from collections.abc import Sequence
 
 from thimble.config.train import TrainConfig
 from thimble.core.method import method_rates, parse_init
-from thimble.core.schedule import default_rate, learning_rate
+from thimble.core.schedule import default_rate, few_rows_factor, learning_rate
 from thimble.data.batches import epoch_steps
+from thimble.errors import plural
 
 DEFAULT_EPOCHS = 3.0
 LEAST_STEPS = 30
@@ -43,6 +44,8 @@ class StepSchedule:
         self.target_tokens = target_tokens / self.steps_per_epoch  # of a step, on average
         init = parse_init(config.init)
         self.rate_factors = method_rates(init, config.use_dora, config.lora_plus, layers, config.use_rslora)
+        if (few := few_rows_factor(len(lengths))) < 1:
+            self.rate_factors[plural(len(lengths), "row")] = few
         factor = math.prod(self.rate_factors.values())
         usual = default_rate(family, hidden_size, self.target_tokens, factor)
         self.rate = config.learning_rate or usual
