@@ -266,6 +266,14 @@ def test_what_is_no_option_is_answered_with_what_to_type(refused, examples, tiny
     assert said in refused("train", examples, "--base", tiny_base, *words)
 
 
+def test_several_files_are_answered_with_the_folder_to_lay_them_into(refused, examples, tiny_base):
+    more = examples.with_name("more.jsonl")
+    more.write_bytes(examples.read_bytes())
+    assert "to take several files together, lay them into one folder" in refused(
+        "plan", examples, more, "--base", tiny_base
+    )
+
+
 def test_a_name_with_spaces_that_was_not_quoted_is_answered_with_the_quotes(refused, examples, tiny_base):
     examples.rename(examples.with_name("my new rows.jsonl"))
     text = refused("train", "my", "new", "rows.jsonl", "--base", tiny_base)

@@ -234,3 +234,31 @@ def _with_keys(parsed):
 def test_what_stands_deeper_is_told_too(message, left):
     row = {"messages": [ASK, ANSWER | message], "tools": [{"function": CALLED, "type": "function"}]}
     assert parse_row(row, "").left.filled == left
+
+
+# --- rows that are messages, or hold them deeper
+
+
+def test_a_list_of_messages_is_a_conversation():
+    assert said([ASK, ANSWER]) == [("user", "Hi"), ("assistant", "Hello")]
+    assert parse_row([ASK, ANSWER], "").form == "messages"
+
+
+@pytest.mark.parametrize("message", [ASK, {"from": "human", "value": "Hi"}, {"role": "user", "content": "Hi", "id": 3}])
+def test_a_row_that_is_one_message_is_refused_without_the_advice_to_learn_its_role(message):
+    told = problem(message)
+    assert "one message" in told
+    assert '{"messages": [' in told
+    assert "--prompt-column" not in told
+
+
+def test_messages_inside_of_another_column_are_pointed_at():
+    told = problem({"custom_id": "1", "method": "POST", "body": {"model": "m", "messages": [ASK, ANSWER]}})
+    assert told.endswith("body.messages holds messages; write them into a column messages of the row itself")
+
+
+@pytest.mark.parametrize("chosen", ["Hello", ANSWER, [ANSWER]])
+def test_a_conversation_that_ends_in_a_chosen_and_a_rejected_answer_says_where_its_answer_is(chosen):
+    told = problem({"conversations": [ASK], "chosen": chosen, "rejected": "No"})
+    assert "chosen holds the answer" in told
+    assert "put it behind the messages" in told

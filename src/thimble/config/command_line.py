@@ -240,4 +240,6 @@ def _too_many(command: str, words: Sequence[str], values: Mapping[str, Any], kno
         return [f"{whole!r} is taken for {count} files: put its name in quotes: thimble {command} {as_word(whole)}"]
     is_many = any(spec.metadata["positional"] and takes_many(spec) for spec in known.values())
     advice = ": name all of them before the flags" if is_many else ""
+    if not is_many and firsts and any(map(os.path.exists, words)):
+        advice = ": to take several files together, lay them into one folder and name that"
     return [f"{word!r} is one argument too many for thimble {command}{advice}" for word in words]

@@ -4,6 +4,7 @@ import hashlib
 import importlib.resources
 import itertools
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from thimble.data.unused import Unused
 from thimble.errors import DataError, Problems, escaped, listing, plural
 
 MOST_TOLD = 20  # problems of rows in one message
+_VALUES = re.compile(r'"[^"]*"|(?<= is )-?\d[\d.e+-]*|(?<= is )(True|False)')  # in which problems of a kind differ
 MOST_KEPT = 10_000  # problems of rows that are remembered; the others are counted
 SKIPPED_SHARE = 0.1  # of the rows: more that cannot be used are no dirt but a wrong form
 MAX_VALIDATION_ROWS = 2000  # rows: more would say nothing new and take hours to measure
@@ -65,11 +67,12 @@ class Skipped:
 
     def told(self) -> list[str]:
         """What is wrong, each problem once with the first row that has it."""
-        alike: dict[str, list[str]] = {}  # sources of rows with the same problem
+        alike: dict[str, tuple[str, list[str]]] = {}  # the first of its kind, and the rows that have one like it
         for row in self.found:
             for problem in row.problems:
-                alike.setdefault(problem.removeprefix(row.source), []).append(row.source)
-        told = [_told_once(problem, sources) for problem, sources in alike.items()][:MOST_TOLD]
+                rest = problem.removeprefix(row.source)
+                alike.setdefault(_VALUES.sub("", rest), (rest, []))[1].append(row.source)
+        told = [_told_once(*first) for first in alike.values()][:MOST_TOLD]
         if len(alike) > MOST_TOLD:
             told.append(f"and {plural(len(alike) - MOST_TOLD, 'more problem')} of other kinds.")
         return told

@@ -4,13 +4,13 @@ The first form whose columns are filled wins; if none is, the first whose column
 stands in the prompt is written here too: columns like context below the question, system in front, history before.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 from thimble.config.values import read_template
 from thimble.data.columns import LABELS, MOST_LISTED, Fields, Left, NamedColumns, folded, suggestion, typed_option
 from thimble.data.messages import answers
-from thimble.data.row_messages import Message, is_message, read_messages, refuse_media, roles_of
+from thimble.data.row_messages import ROLES, Message, are_messages, is_message, read_messages, refuse_media, roles_of
 from thimble.data.row_values import cell_text, describe, is_filled, loaded, shown, text_of, yes_or_no
 from thimble.errors import DataError, Problems, listing
 
@@ -77,7 +77,7 @@ def _named(fields: Fields, named: NamedColumns, left: Left) -> Form:
 
 def _chat(fields: Fields, left: Left, is_there: Callable[[str], bool]) -> Form | None:
     names = [name for name in CHATS if is_there(name)]
-    names += [name for name in fields.among(ALSO_CHATS) if is_there(name) and _are_messages(fields.peek(name))]
+    names += [name for name in fields.among(ALSO_CHATS) if is_there(name) and are_messages(fields.peek(name))]
     if not names:
         return None
     turns = loaded(fields.peek(names[0]))
@@ -249,7 +249,8 @@ def _conversation(turns: list[Message], fields: Fields, left: Left) -> tuple[Mes
     elif system:
         turns = [{"role": "system", "content": system}, *turns]
     if not any(turn["role"] == "assistant" for turn in turns):
-        raise DataError(f"there is nothing to learn: expected a message of the role assistant, found {roles_of(turns)}")
+        found = f"expected a message of the role assistant, found {roles_of(turns)}"
+        raise DataError(f"there is nothing to learn: {found}{_where_chosen(fields)}")
     if not answers(turns):
         raise DataError(
             "there is nothing to learn: the assistant opens the conversation, and nobody asks for what it says; put a "
@@ -295,9 +296,17 @@ def _unknown(fields: Fields) -> str:
             f"{found}: the row is tokens already (input_ids), and Thimble makes the tokens itself: give the text they "
             "were made of, as messages, prompt and completion, or text"
         )
-    held = [key for key in fields if _are_messages(fields.value(key))]
+    if str(fields.peek("role") or fields.peek("from")).lower() in ROLES:
+        return (
+            f"{found}: the row is one message, and a row is a whole conversation: write all messages of one into a "
+            'list, as in {"messages": [{"role": "user", "content": "..."}, ...]}'
+        )
+    held = [key for key in fields if are_messages(fields.value(key))]
     if held:
         return f"{found}: {shown(held[0])} holds messages; call that column messages"
+    within = [f"{shown(key)}.{shown(name)}" for key, name in _inner_messages(fields)]
+    if within:
+        return f"{found}: {within[0]} holds messages; write them into a column messages of the row itself"
     listed = [name for name in ALSO_CHATS if isinstance(loaded(fields.peek(name)), list | tuple)]
     if listed:
         return f"{found}: {fields.shown(listed[0])} is a list: expected messages in it, each with role and content"
@@ -313,10 +322,21 @@ def _how_to_keep(fields: Fields) -> str:
         options = " ".join(typed_option(option, fields.shown(name)) for option, name in names.items())
         return f"; to learn the chosen answers, add {options}"
     return (
-        "; to learn the chosen conversations, call that column messages" if _are_messages(fields.peek("chosen")) else ""
+        "; to learn the chosen conversations, call that column messages" if are_messages(fields.peek("chosen")) else ""
     )
 
 
-def _are_messages(value: Any) -> bool:
-    turns = loaded(value)
-    return isinstance(turns, list | tuple) and bool(turns) and all(map(is_message, turns))
+def _where_chosen(fields: Fields) -> str:
+    """Where the answer of a conversation stands that ends in a pair of answers."""
+    if not fields.is_filled("chosen"):
+        return ""
+    why = "Thimble learns from answers, not from preferences"
+    return f"; {fields.shown('chosen')} holds the answer: put it behind the messages, and leave rejected out ({why})"
+
+
+def _inner_messages(fields: Fields) -> Iterator[tuple[str, str]]:
+    """Columns that are objects with messages in them, and the keys of those."""
+    for key in fields:
+        value = fields.value(key)
+        if isinstance(value, Mapping):
+            yield from ((key, name) for name in value if are_messages(value[name]))

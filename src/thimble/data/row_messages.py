@@ -71,6 +71,12 @@ def is_message(value: Any) -> bool:
     return bool(keys & {"role", "from"}) or keys <= set(ROLES)
 
 
+def are_messages(value: Any) -> bool:
+    """Whether a value is a list of what looks like messages, or that as JSON."""
+    turns = loaded(value)
+    return isinstance(turns, list | tuple) and bool(turns) and all(map(is_message, turns))
+
+
 def _message(turn: Any, where: str, column: str, left: Left) -> Message:
     if not isinstance(turn, Mapping):
         raise DataError(f"{where} is {describe(turn)}: expected an object with role and content")

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from thimble.data.columns import Fields, Left, NamedCheck, NamedColumns
 from thimble.data.row_forms import FORMS, OPTIONAL, recognise
-from thimble.data.row_messages import read_tools
+from thimble.data.row_messages import are_messages, read_tools
 from thimble.data.row_values import describe
 from thimble.errors import DataError, Problems
 
@@ -44,6 +44,7 @@ class RowReader:
 
     def parse(self, row: Any, source: str) -> Parsed:
         """Recognise the form of a row and check it; a DataError says everything that is wrong with it."""
+        row = {"messages": row} if are_messages(row) else row
         if not isinstance(row, Mapping):
             raise DataError(f"the row is {describe(row)}: expected an object in one of the forms {'; '.join(FORMS)}")
         fields, left, problems = Fields(row), Left(), Problems()

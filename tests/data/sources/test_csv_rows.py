@@ -188,3 +188,41 @@ def test_a_text_that_is_a_table_is_told(tmp_path):
     )
     assert read(tmp_path, content, "mine.tsv").train[0].prompt == "Größe"
     assert read(tmp_path, "\tindented\n\ttoo\n", "mine.txt").warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        ("\n".join('{"prompt": "a", "completion": "b"}' for _ in range(3)), ".jsonl"),
+        ('{"text": "one line"}\n', ".jsonl"),
+        ('[\n {"prompt": "a", "completion": "b"}\n]\n', ".json"),
+        ("prompt,completion\na,b\nc,d\n", ".csv"),
+        ("question;answer\na;b\n", ".csv"),
+    ],
+)
+def test_a_text_that_holds_rows_is_told(tmp_path, content, kind):
+    (warning,) = read(tmp_path, content, "mine.txt").warnings
+    assert warning.startswith("mine.txt looks like ")
+    assert warning.endswith(f"to read rows, call it {kind}")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{x} is a set.\n",
+        "[1] A note.\n",
+        '{"json": 1}\nis how it is written\n',
+        "Well, then\nhe said, and left\n",
+        "text\n",
+    ],
+)
+def test_a_text_that_holds_no_rows_is_not(tmp_path, content):
+    assert read(tmp_path, content, "mine.txt").warnings == ()
+
+
+def test_spaces_behind_the_commas_of_the_header_are_no_part_of_the_cells(tmp_path):
+    data = read(tmp_path, "id, prompt, completion\n1, say a, a\n2, say b, b\n")
+    assert [(record.prompt, record.completion) for record in data.train] == [("say a", "a"), ("say b", "b")]
+    assert "mine.csv is read without the spaces behind commas" in data.notes
+    kept = read(tmp_path, "prompt,completion\nsay a, a\nsay b, b\n")  # whose header has none: they may be meant
+    assert [record.completion for record in kept.train] == [" a", " b"]

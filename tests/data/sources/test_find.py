@@ -373,3 +373,32 @@ def test_a_folder_with_a_space_in_its_name_can_be_typed_as_told(tmp_path):
     configs = "".join(f"- config_name: {name}\n  data_files: {name}\n" for name in files)
     write(folder, {"README.md": card(configs), **dict.fromkeys(files, LINES)})
     assert f"thimble train '{folder}/en.jsonl'" in refusal(folder)
+
+
+def test_a_link_to_nowhere_says_where_it_leads(tmp_path):
+    (tmp_path / "mine.jsonl").symlink_to("gone/train.jsonl")
+    assert "mine.jsonl is a link to gone/train.jsonl, which does not exist" in refusal(tmp_path / "mine.jsonl")
+
+
+@pytest.mark.parametrize(
+    "name", ["owner/rows", "https://huggingface.co/datasets/owner/rows", "hf://datasets/owner/rows"]
+)
+def test_a_data_set_of_the_hub_is_refused_with_how_to_fetch_it(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    told = refusal(name)
+    assert "hf download owner/rows --repo-type dataset" in told
+    assert "near it" not in told
+
+
+@pytest.mark.parametrize("name", ["https://example.org/a/b/rows.jsonl", "s3://bucket/rows.jsonl"])
+def test_an_address_is_refused_as_one(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    told = refusal(name)
+    assert "nothing is fetched" in told
+    assert "download" in told
+
+
+@pytest.mark.parametrize("name", ["rows/*.jsonl", "part-?.jsonl"])
+def test_a_pattern_of_names_is_refused_with_what_to_name(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    assert "name the folder" in refusal(name)

@@ -60,6 +60,7 @@ def _tell(dialect: Dialect, name: str, told: Told) -> None:
     told.delimiters.append(dialect.delimiter)
     ways = [f"with {_NAMES.get(dialect.delimiter, repr(dialect.delimiter))} between cells"]
     ways = [] if dialect.delimiter == "," else ways
+    ways += [f"without the spaces behind {_NAMES.get(dialect.delimiter, 'delimiters')}"] if dialect.skips_spaces else []
     ways += ['with quotes in cells written \\"'] if dialect.has_escapes else []
     ways += ["with single quotes around cells"] if dialect.quote == "'" else []
     ways += ["with quotes as part of the text"] if not dialect.quote else []

@@ -65,11 +65,15 @@ def _candidates(text: str, header: str, delimiter: str) -> Iterator[Dialect]:
         if header[:1] == header[-1:] == "'":
             yield Dialect(mark, "'")
             yield Dialect(mark, "'", has_escapes=True)
+        # Nobody gives a column a name that begins with a space.
+        skips = mark in header and header.count(f"{mark} ") == header.count(mark) and mark != "\t"
+        if skips:
+            yield Dialect(mark, skips_spaces=True)
         # Quotes and delimiters that are escaped though nothing is quoted can mean nothing else.
         is_escaped = not _QUOTE.search(text) and ('\\"' in text or f"\\{mark}" in text)
         ways = (is_escaped, not is_escaped) if "\\" in text else (False,)
         yield from (Dialect(mark, has_escapes=way) for way in ways)
-        if f"{mark} " in text and mark != "\t":
+        if f"{mark} " in text and mark != "\t" and not skips:
             yield Dialect(mark, skips_spaces=True)
         if mark == "\t":
             yield Dialect(mark, quote="")

@@ -1,6 +1,7 @@
 """From what the user names to the files that are read: a file, a folder, or a data set as hub and datasets leave it."""
 
 import difflib
+import os
 import re
 from collections.abc import Mapping
 from functools import partial
@@ -17,6 +18,11 @@ from thimble.data.sources.saved import saved_splits
 from thimble.data.sources.splits import SPLITS, place, warn_of_missing_parts
 from thimble.errors import DataError, listing, plural
 
+# An address, from which a path takes a slash; of a data set of the hub, with its name.
+_ADDRESS = re.compile(
+    r"(hf|[a-z][a-z0-9+]+):/+((www\.)?(huggingface\.co|hf\.co)/)?(datasets/(?P<name>[\w.-]+/[\w.-]+))?"
+)
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/(?!.*\.(jsonl?|[ct]sv|txt|parquet|arrow)(\.|$))[\w.-]+")
 _FIRST_KEY = re.compile(rb'\s*\{\s*"(%s)"\s*:\s*\[' % "|".join(SPLITS).encode(), re.IGNORECASE)
 
 
@@ -34,9 +40,7 @@ def find_files(path: Path) -> Files:
         if path.is_dir():
             return Files(_folder(path, told), told)
         if not path.exists():
-            raise DataError(
-                f"{path} does not exist{_near(path)}: expected a {EXPECTED} file, or a folder of such files."
-            )
+            raise DataError(f"{path} {_missing(path)}")
         if not path.is_file():  # a pipe or a device would be waited for
             raise DataError(f"{path} is no regular file: expected a {EXPECTED} file, or a folder of such files.")
         return Files(_one_file(path), told)
@@ -128,6 +132,25 @@ def _warn_of_unfinished(folder: Path, told: Told) -> None:
     if unfinished:
         files = plural(len(unfinished), "unfinished file")
         told.warn(f"a download was cut off ({files}, such as {unfinished[0].name[:80]}): fetch the data set again")
+
+
+def _missing(path: Path) -> str:
+    """What a name is that nothing here has, and what to do."""
+    if path.is_symlink():
+        return f"is a link to {os.readlink(path)}, which does not exist: link it to a {EXPECTED} file or a folder."
+    address = _ADDRESS.match(str(path))
+    is_hub_name = bool(_HUB_NAME.fullmatch(str(path))) and not path.parent.exists()
+    name = address["name"] if address else str(path) if is_hub_name else None
+    if name:
+        return (
+            "is nothing here, and nothing is fetched: if it is a data set of the hub, run hf download "
+            f"{name} --repo-type dataset, and name the folder that it prints."
+        )
+    if address:
+        return "is an address, and nothing is fetched: download the data, and name the file or the folder here."
+    if set("*?") & set(str(path)):
+        return "does not exist, and a pattern is no name: name the folder that holds the files."
+    return f"does not exist{_near(path)}: expected a {EXPECTED} file, or a folder of such files."
 
 
 def _near(path: Path) -> str:

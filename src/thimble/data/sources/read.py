@@ -1,5 +1,7 @@
 """From one file to its rows."""
 
+import json
+import re
 from collections.abc import Iterator
 from functools import partial
 
@@ -13,6 +15,7 @@ from thimble.data.sources.text import Open, strict_lines, whole_text
 from thimble.errors import DataError
 
 SHOWN_CHARS, SHOWN_LINES = 1 << 16, 20  # of a text, to see whether it is a table
+_HEADER = re.compile(r"[^\W\d]\w*(?P<mark>[,;|])\w+((?P=mark)\w+)*")  # names of columns, with no space between
 
 
 def read_rows(source: Source, told: Told) -> Iterator[RawRow]:
@@ -43,16 +46,32 @@ def _text(open_file: Open, name: str, told: Told) -> Iterator[RawRow]:
     text = whole_text(strict_lines(open_file, name, told), name)
     if "\0" in text:
         raise DataError(f"{name} holds a NUL character: expected text. If it is another kind of file, name it so.")
-    if _is_table(text):
-        told.warn(
-            f"{name} looks like a table with tabs between cells and is read as one text: to read rows, call it .tsv"
-        )
+    looks, kind = _rows_in(text)
+    if kind:
+        told.warn(f"{name} looks like {looks} and is read as one text: to read rows, call it {kind}")
     if text.strip():
         yield RawRow({"text": text}, name)
 
 
-def _is_table(text: str) -> bool:
-    """Whether all of the first lines have as many tabs as the first: spreadsheets save "Unicode text" that way."""
+def _rows_in(text: str) -> tuple[str, str]:
+    """What rows a text holds by its first lines, and the suffix under which they are read; nothing of a plain text."""
     lines = [line for line in text[:SHOWN_CHARS].split("\n") if line.strip()][:SHOWN_LINES]
     tabs = {line.count("\t") for line in lines}
-    return len(lines) > 1 and len(tabs) == 1 and tabs != {0} and not lines[0].startswith("\t")
+    if len(lines) > 1 and len(tabs) == 1 and tabs != {0} and not lines[0].startswith("\t"):
+        return "a table with tabs between cells", ".tsv"  # spreadsheets save "Unicode text" that way
+    whole = lines if len(text) <= SHOWN_CHARS or len(lines) == SHOWN_LINES else lines[:-1]
+    if whole and all(map(_is_object, whole)):
+        return "JSON, one object a line,", ".jsonl"
+    if re.match(r"\s*\[\s*\{\s*\"", text):
+        return "an array of JSON objects", ".json"
+    header = _HEADER.fullmatch(lines[0].strip()) if len(lines) > 1 else None
+    if header and all(line.count(header["mark"]) >= lines[0].count(header["mark"]) for line in whole):
+        return "a table with a header", ".csv"
+    return "", ""
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
