@@ -127,15 +127,20 @@ def test_a_port_that_is_taken_is_told_before_the_base_is_read(thimble, tiny_base
 
 def test_it_is_a_function_too(tiny_base, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    events, stop = [], threading.Event()
+    events, told, stop = [], [], threading.Event()
 
     def on_event(event):
         events.append(event)
         if "curl" in event.text:
+            told.append(time.monotonic())
             stop.set()
 
-    began = time.monotonic()
     report = thimble.serve(base=tiny_base, port=0, compute="fp32", on_event=on_event, should_stop=stop.is_set)
     assert report.address.startswith("http://127.0.0.1:")
     assert report.requests == 0
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - told[0] < 60
+    stages = [event.text for event in events if event.kind == "stage"]
+    compiling, serving = (
+        next(n for n, text in enumerate(stages) if text.startswith(word)) for word in ("compil", "serv")
+    )
+    assert compiling < serving

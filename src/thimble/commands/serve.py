@@ -12,8 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from thimble.backends.open import choose_store, open_session
 from thimble.config.serve import ServeConfig
 from thimble.data.model import Model, base_with_adapters, log_base, model_with_adapters, open_model
@@ -21,7 +19,7 @@ from thimble.errors import EXTRAS, MissingPackageError, Problems, install_line, 
 from thimble.events import Event, EventLog, OnEvent, ShouldStop, ignore, never
 from thimble.inference.adapters import AdapterRegistry
 from thimble.inference.engine import Engine
-from thimble.inference.sampling import SamplingOptions
+from thimble.inference.warm_up import warm_up
 from thimble.models.cost import cache_token_bytes
 from thimble.models.machine import available_bytes
 
@@ -75,7 +73,7 @@ def serve(config: ServeConfig, on_event: OnEvent = ignore, should_stop: ShouldSt
     opened = problems.attempt(listen, config.host, config.port)
     model, adapters = _open(config, problems, log)
     opened, model = problems.required(opened, model)
-    service = _make_service(config, model, adapters, log)
+    service = _make_service(config, model, adapters, log, should_stop)
     report = ServeReport(address_of(opened), service.base_name, messages=log.messages)
     hosts = {*LOCAL, config.host, *config.allowed_host} if config.host in LOCAL else {*config.allowed_host} or None
     began = time.perf_counter()
@@ -122,7 +120,9 @@ def _open(config: ServeConfig, problems: Problems, log: EventLog) -> tuple[Model
     return model, found
 
 
-def _make_service(config: ServeConfig, model: Model, adapters: Mapping[str, str], log: EventLog) -> "Service":
+def _make_service(
+    config: ServeConfig, model: Model, adapters: Mapping[str, str], log: EventLog, should_stop: ShouldStop
+) -> "Service":
     from thimble.backends.torch.compute import choose_compute
     from thimble.backends.torch.threads import num_cores
     from thimble.server.engine_thread import EngineThread
@@ -138,13 +138,11 @@ def _make_service(config: ServeConfig, model: Model, adapters: Mapping[str, str]
         registry.add(name, path)
     most = available_bytes() // MEMORY_SHARE // cache_token_bytes(model.base.spec, compute)
 
+    log.stage("compiling what answers run through: up to a minute when a version of Thimble first runs on a machine")
+    warm_up(session, num_cores(), should_stop)
+
     def make_engine() -> Engine:
-        engine = Engine(session, num_cores(), config.max_running, most, keeps_prefixes=True)
-        for _ in range(2):  # two answers compile all loops there are, before anybody waits for them
-            engine.add(np.zeros(2, np.int32), SamplingOptions(2), session.load(None))
-        while not engine.is_idle:
-            engine.step()
-        return engine
+        return Engine(session, num_cores(), config.max_running, most, keeps_prefixes=True)
 
     limits = Limits(
         config.max_body, config.max_new_tokens, config.max_running + config.max_waiting, config.max_seconds, most
