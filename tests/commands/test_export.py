@@ -101,7 +101,7 @@ def test_an_interrupted_export_leaves_nothing(adapter, data, tmp_path, monkeypat
     def stopped(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(command, "prove", stopped)
+    monkeypatch.setattr(command, "prove_adapter", stopped)
     with pytest.raises(KeyboardInterrupt):
         thimble.export(adapter=adapter, base=str(GGUF), data=data, out=str(tmp_path / "x.gguf"))
     assert not [path.name for path in tmp_path.iterdir() if "x.gguf" in path.name]
@@ -250,6 +250,35 @@ def test_a_gguf_base_takes_a_merge_with_importance_in_another_type(data, tmp_pat
     found = open_base(out)
     assert set(found.dtypes()) == {"Q4_0", "Q8_0", "F32"}
     assert found.metadata["tokenizer.chat_template"] == open_base(base).metadata["tokenizer.chat_template"]
+
+
+def test_what_rounding_takes_is_told_and_the_file_is_written(data, tmp_path):
+    base = tmp_path / "base.gguf"
+    thimble.export(base=str(GGUF.with_name("llama.gguf")), merged=True, type="Q4_1", out=str(base), proof="never")
+    save_adapter(make_adapter(open_base(base), b_size=2e-4), tmp_path / "mine")
+    given = {"adapter": str(tmp_path / "mine"), "base": str(base), "data": data, "merged": True}
+    report = thimble.export(**given, type="Q4_1", out=str(tmp_path / "x.gguf"))
+    assert report.weights["kept_update"] < 0.5
+    assert report.proof["holds"]
+    assert report.proof["kept_update"] == report.weights["kept_update"]
+    assert report.proof["divergence"] >= 0
+    (told,) = (text for text in report.messages["warning"] if "of the update in the weights" in text)
+    assert f"left {report.weights['kept_update']:.0%} of the update" in told
+    assert "the adapter beside the base loses nothing" in told
+    assert "--type Q8_0 next to nothing" in told
+    assert thimble.export(**given, type="Q4_1", out=str(tmp_path / "x.gguf"), verify_only=True).proof["holds"]
+    better = thimble.export(**given, type="F16", out=str(tmp_path / "better.gguf"), proof="never")
+    assert better.weights["kept_update"] > report.weights["kept_update"]
+
+
+def test_a_file_that_was_weighed_by_importance_is_proved_again(data, tmp_path):
+    base = GGUF.with_name("llama.gguf")
+    save_adapter(make_adapter(open_base(base)), tmp_path / "mine")
+    given = {"adapter": str(tmp_path / "mine"), "base": str(base), "data": data, "merged": True, "type": "Q4_0",
+             "out": str(tmp_path / "x.gguf")}  # fmt: skip
+    thimble.export(**given, imatrix=True)
+    assert open_base(tmp_path / "x.gguf").metadata["quantize.imatrix.entries_count"] == 14
+    assert thimble.export(**given, verify_only=True).proof["holds"]
 
 
 def test_a_base_without_an_adapter_is_written_too(data, tmp_path):

@@ -19,7 +19,8 @@ from thimble.data.vocab_to_gguf import vocab_header
 from thimble.errors import BaseModelError, RunError
 from thimble.exports import gguf_model
 from thimble.exports.gguf_model import plan_tensors, write_gguf_model
-from thimble.exports.proof_model import Here, check_weights, prove_model
+from thimble.exports.proof_model import Here, prove_model
+from thimble.exports.proof_weights import check_weights
 from thimble.models.base import open_base
 from thimble.models.gguf_header import carried_header, made_header
 from thimble.models.gguf_names import gguf_name
@@ -206,6 +207,54 @@ def test_a_wrong_row_order_is_caught(file_type, tmp_path, monkeypatch):
     assert all("_proj.weight" in problem and "of its length" in problem for problem in problems)
 
 
+# A base that lies on the grid of four bits already, and an update far below its steps: rounding takes nearly all of it.
+LOSSY = ["Q4_0", "Q4_1", "Q5_0", "Q4_K_M"]
+
+
+@pytest.fixture
+def drowned(tmp_path):
+    base = written(open_base(GGUF / "llama_wide_mixed.gguf"), None, tmp_path / "base.gguf", "Q4_1")
+    return base, make_adapter(base, b_size=2e-4)
+
+
+@pytest.mark.parametrize("file_type", ["F32", "BF16", "Q8_0", *LOSSY])
+def test_what_rounding_takes_makes_no_file_wrong(file_type, drowned, tmp_path):
+    base, adapter = drowned
+    importance = {path: np.linspace(1, 2, shape[1], dtype="f4") for path, shape in base.spec.linear_shapes().items()}
+    for weighed in (None, importance):
+        found = written(base, adapter, tmp_path / "x.gguf", file_type, weighed)
+        check = check_weights(base, adapter.layers, found, weighed)
+        assert check.problems == ()
+        if file_type == "F32":
+            assert check.kept_update == pytest.approx(1, abs=1e-6)
+        if file_type == "Q4_1" and not weighed:
+            assert check.kept_update < 0.5
+
+
+@pytest.mark.parametrize("file_type", LOSSY)
+@pytest.mark.parametrize("wrong", [lambda adapter: scaled(adapter, 1.41), without_one], ids=["scale", "dropped"])
+def test_faults_are_seen_where_rounding_took_the_update(file_type, wrong, drowned, tmp_path):
+    base, adapter = drowned
+    found = written(base, wrong(adapter), tmp_path / "x.gguf", file_type)
+    problems = check_weights(base, adapter.layers, found).problems
+    assert any("of the blocks that it changes are not those of base and update" in problem for problem in problems)
+
+
+@pytest.mark.parametrize("file_type", LOSSY)
+def test_an_update_in_another_order_of_rows_is_seen_where_rounding_took_it(file_type, drowned, tmp_path, monkeypatch):
+    base, adapter = drowned
+    rows_of = gguf_model._rows_of
+
+    def wrong(update, order, window):
+        return rows_of(update, None, window)
+
+    monkeypatch.setattr(gguf_model, "_rows_of", wrong)
+    found = written(base, adapter, tmp_path / "x.gguf", file_type)
+    problems = check_weights(base, adapter.layers, found).problems
+    assert problems
+    assert all("q_proj" in problem or "k_proj" in problem for problem in problems)
+
+
 def test_what_keeps_its_type_keeps_its_blocks(tmp_path):
     base = open_base(GGUF / "llama_q8_0.gguf")
     found = written(base, None, tmp_path / "x.gguf", "Q8_0")
@@ -218,11 +267,22 @@ def test_what_keeps_its_type_keeps_its_blocks(tmp_path):
 def test_importance_is_the_mean_square_of_the_inputs():
     base = open_base(GGUF / "qwen3.gguf")
     session = TorchSession(base)
-    found = gguf_model.importance_of(session, rows())
+    found = gguf_model.importance_of(session, None, rows())
     (names, moments), *_ = session.input_moments(micro_batches(rows(), 64))
     assert set(found) == set(base.spec.linear_shapes())
     for name in names:
         np.testing.assert_allclose(found[name], np.diag(moments.mean_square), rtol=1e-5)
+
+
+def test_importance_is_measured_with_the_adapter_at_work():
+    base = open_base(GGUF / "qwen3.gguf")
+    adapter = make_adapter(base, b_size=0.3)
+    session = TorchSession(base)
+    found = gguf_model.importance_of(session, adapter, rows())
+    bare = gguf_model.importance_of(session, None, rows())
+    first, last = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
+    np.testing.assert_array_equal(found[first], bare[first])
+    assert not np.allclose(found[last], bare[last], rtol=1e-2)
 
 
 def test_importance_reaches_the_encoder_by_layer(tmp_path):

@@ -17,6 +17,7 @@ from thimble.core.lowrank import delta
 from thimble.core.method import INITS, method_rates, parse_init
 from thimble.errors import ConfigError, InputError
 from thimble.events import EventLog, ignore
+from thimble.exports.gguf_adapter import write_gguf_adapter
 from thimble.files.peft import load_adapter, save_adapter
 from thimble.models.base import open_base
 from thimble.models.execution import ExecutionPlan
@@ -102,6 +103,13 @@ def test_a_warm_start_goes_on_where_the_adapter_ended(tmp_path):
     begun, session, _ = started(base, init=f"adapter:{tmp_path / 'first'}")
     expected = session.logits(IDS, session.load(adapter))
     np.testing.assert_array_equal(session.logits(IDS, session.load(begun.adapter)), expected)
+
+
+def test_a_gguf_adapter_to_begin_with_is_refused_with_the_way_to_a_folder(tmp_path):
+    base = open_base(make_hf_folder("llama", tmp_path / "base"))
+    write_gguf_adapter(make_adapter(base), base, tmp_path / "x.gguf")
+    with pytest.raises(InputError, match="--init adapter:.*x.gguf: .* this is a GGUF file; .* --to peft --out folder"):
+        started(base, init=f"adapter:{tmp_path / 'x.gguf'}")
 
 
 # ---- as PEFT has them -----------------------------------------------------------------------------------------------

@@ -3,12 +3,18 @@
 import json
 import os
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from thimble.backends.open import open_session
-from thimble.commands.export_model import WholeModel, check_model, prove_written, write_model
+from thimble.commands.export_model import (
+    Importance,
+    WholeModel,
+    check_model,
+    has_importance,
+    measure_importance,
+    write_model,
+)
+from thimble.commands.export_proof import prove_adapter, prove_whole, tell_loss
 from thimble.config.export import ExportConfig
 from thimble.config.sources import CONFIG_FILE, build_config
 from thimble.config.train import TrainConfig
@@ -16,13 +22,14 @@ from thimble.core.adapter import Adapter
 from thimble.data.encode import Row
 from thimble.data.examples import encode_examples, general_rows, open_data, split_and_encode
 from thimble.data.model import Model, model_with_adapters
-from thimble.errors import ConfigError, InputError, Problems, RunError, install_line, listing, plural
+from thimble.errors import ConfigError, InputError, Problems, install_line, listing, plural
 from thimble.events import EventLog, OnEvent, ignore
 from thimble.exports.gguf_adapter import check_exportable, write_gguf_adapter
 from thimble.exports.llamacpp import is_installed
 from thimble.exports.modelfile import modelfile
-from thimble.exports.proof import MOST_ROWS, Proof, prove
-from thimble.exports.proof_model import ModelProof, WeightsCheck
+from thimble.exports.proof import MOST_ROWS, Proof
+from thimble.exports.proof_model import ModelProof
+from thimble.exports.proof_weights import WeightsCheck
 from thimble.files.atomic import sync, write_atomic
 from thimble.files.peft import save_adapter
 from thimble.models.dora import without_magnitudes
@@ -224,15 +231,17 @@ def _write(
     proof: Proof | ModelProof | None = None
     try:
         if whole:
+            importance = _importance(config, whole, log)
             if not config.verify_only:
-                write_model(whole, unproved, _calibration(config, model, log), log)
-            weights = check_model(whole, unproved, out, log)
-            proof = prove_written(whole, unproved, out, weights, rows, log) if rows else None
+                write_model(whole, unproved, importance, log)
+            weights = check_model(whole, unproved, out, importance, log)
+            proof = prove_whole(whole, weights, unproved, out, rows, log) if rows else None
+            tell_loss(whole, config.adapter, weights, proof, log)
         elif adapter:
             if not config.verify_only:
                 log.stage("writing the adapter")
                 write_gguf_adapter(adapter, model.base, unproved)
-            proof = _proved(config, model, adapter, rows, unproved, log) if rows else None
+            proof = prove_adapter(adapter, config.adapter, model, unproved, out, rows, log) if rows else None
         os.replace(unproved, out)
     except BaseException:
         if not config.verify_only:
@@ -244,14 +253,14 @@ def _write(
     return weights, proof
 
 
-def _calibration(config: ExportConfig, model: Model, log: EventLog) -> list[Row]:
-    """Training rows on which the inputs of layers are measured; none without --imatrix."""
-    if not config.imatrix:
-        return []
-    rows = _training_rows(config, model, log)
+def _importance(config: ExportConfig, whole: WholeModel, log: EventLog) -> Importance | None:
+    """What rounding errors are weighed by: measured with --imatrix, and again for a file that was written so."""
+    if not config.imatrix and not (config.verify_only and has_importance(Path(config.out))):
+        return None
+    rows = _training_rows(config, whole.model, log)
     if not rows:
         raise ConfigError("--imatrix needs examples: name some with --data, or export the run folder of an adapter")
-    return rows
+    return measure_importance(whole, rows, log)
 
 
 def _write_modelfile(config: ExportConfig, model: Model) -> str:
@@ -264,25 +273,3 @@ def _write_modelfile(config: ExportConfig, model: Model) -> str:
     text = modelfile(model, name) if config.merged else modelfile(model, base, name)
     write_atomic(path, [text.encode()])
     return str(path)
-
-
-def _proved(config: ExportConfig, model: Model, adapter: Adapter, rows: list[Row], file: Path, log: EventLog) -> Proof:
-    """Compare an adapter; a RunError if it does not do in the runtime what it does here."""
-    from thimble.backends.torch.threads import num_cores
-
-    log.stage("proving it in llama.cpp")
-    session, out = open_session(model, "fp32", "file"), Path(config.out)
-    on_row = partial(log.progress, "rows compared")
-    try:
-        proof = prove(adapter, model.base, session, file, rows, num_cores(), on_row)
-    except RuntimeError as error:
-        raise RunError(f"llama.cpp cannot use {out}: {error}") from None
-    if not proof.holds:
-        raise RunError(
-            f"{out} does not do in llama.cpp what {config.adapter} does here: log-probabilities differ by "
-            f"{proof.adapter_difference:.4f} nats, those of the bare base by {proof.base_difference:.4f}, and the "
-            f"effect of the adapter there is {proof.effect_there:.2f} times what it is here"
-        )
-    if not proof.is_visible:
-        log.warning("the adapter moves probabilities by less than the runtime's own noise: the proof says little")
-    return proof

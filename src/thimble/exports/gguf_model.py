@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from thimble.core.adapter import Adapter
 from thimble.core.lowrank import Factors, merge
 from thimble.data.batches import micro_batches
 from thimble.data.encode import Row
@@ -98,11 +99,17 @@ def write_gguf_model(
     write_gguf(path, {**header, **said}, counted)
 
 
-def importance_of(session: Any, rows: Sequence[Row]) -> dict[str, Floats]:
-    """Mean squares of what comes in at each column of every layer of a base, float32 (in,), on rows of text."""
+def importance_of(session: Any, adapter: Adapter | None, rows: Sequence[Row]) -> dict[str, Floats]:
+    """Mean squares of what comes in at each column of every layer, float32 (in,), on rows of text.
+
+    Args:
+        session: With the base.
+        adapter: What is merged into it: the inputs that the merged model will see count. None for a bare base.
+        rows: The first are taken, at most MOST_TOKENS of them.
+    """
     total = list(accumulate(len(row.ids) for row in rows))
     batches = micro_batches(rows[: max(1, bisect_right(total, MOST_TOKENS))], BATCH_TOKENS)
-    return {path: squares for paths, squares in session.input_squares(batches) for path in paths}
+    return {path: squares for paths, squares in session.input_squares(batches, adapter) for path in paths}
 
 
 def extra_tensors(base: Base) -> list[NewTensor]:

@@ -5,9 +5,10 @@ the noise of the runtime (blocks multiplied in whole numbers, another order of s
 much again, and its effect must be the same.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,6 +58,15 @@ class Proof:
         """Whether the effect stands out of the noise; if not, nothing is shown either way."""
         return self.effect > self.base_difference
 
+    @property
+    def difference(self) -> str:
+        """What was found, for whom the proof fails."""
+        return (
+            f"log-probabilities differ by {self.adapter_difference:.4f} nats, those of the bare base by "
+            f"{self.base_difference:.4f}, and the effect of the adapter there is {self.effect_there:.2f} times what it "
+            "is here"
+        )
+
 
 def prove(
     adapter: Adapter,
@@ -85,24 +95,36 @@ def prove(
         MissingPackageError: Without the runtime.
         RuntimeError: If the runtime refuses a file.
     """
-    chosen = choose_tokens(rows[:MOST_ROWS])
-    each = max(1, MOST_POSITIONS // max(1, len(chosen)))
+    texts = choose_texts(rows)
     there = []
     for number, lora in enumerate((None, exported)):  # one after the other: two at a time would hold the base twice
         model = LlamaCpp(base.path, lora, threads, MOST_TOKENS)
         found: list[float] = []
-        for done, (ids, begin) in enumerate(chosen, 1):
-            found += model.log_probabilities(ids[: begin + each], begin)
-            on_row(number * len(chosen) + done, 2 * len(chosen))
+        for done, text in enumerate(texts, 1):
+            found += model.log_probabilities(text.ids, text.begin)
+            on_row(number * len(texts) + done, 2 * len(texts))
         there.append(np.array(found))
-    here = [probabilities_here(session, session.load(which), chosen, each) for which in (None, adapter)]
-    return _compare(len(chosen), here, there)
+    here = [probabilities_here(session, session.load(which), texts) for which in (None, adapter)]
+    return _compare(len(texts), here, there)
 
 
-def choose_tokens(rows: Sequence[Row]) -> list[tuple[list[int], int]]:
-    """The tokens of each row, and the first place whose probability is asked for: a target, unless those are few."""
-    is_whole = sum(row.target_tokens for row in rows) < FEW_TARGETS
-    return [(row.ids[:MOST_TOKENS].tolist(), 1 if is_whole else _first_target(row)) for row in rows]
+class Text(NamedTuple):
+    """What is compared of a row: the tokens from `begin` on, given those before."""
+
+    ids: list[int]
+    begin: int  # at least 1
+
+
+def choose_texts(rows: Sequence[Row]) -> list[Text]:
+    """At most MOST_POSITIONS tokens of the first rows: targets, unless those are few."""
+    chosen = rows[:MOST_ROWS]
+    is_whole = sum(row.target_tokens for row in chosen) < FEW_TARGETS
+    each = max(1, MOST_POSITIONS // max(1, len(chosen)))
+    begins = [1 if is_whole else _first_target(row) for row in chosen]
+    return [
+        Text(row.ids[: min(begin + each, MOST_TOKENS)].tolist(), begin)
+        for row, begin in zip(chosen, begins, strict=True)
+    ]
 
 
 def _first_target(row: Row) -> int:
@@ -110,24 +132,28 @@ def _first_target(row: Row) -> int:
     return int(targets[0]) + 1 if len(targets) else 1
 
 
-def probabilities_here(
-    session: Session, adapter: ActiveAdapter, rows: Iterable[tuple[list[int], int]], each: int
-) -> Floats:
-    """Natural log-probability of `each` tokens of each row from its first place on, in Thimble: float64 (tokens,)."""
-    found: list[float] = []
-    for ids, begin in rows:
-        cut = ids[: begin + each]
+def probabilities_here(session: Session, adapter: ActiveAdapter, texts: Iterable[Text]) -> Floats:
+    """Natural log-probability of each token that is compared, in Thimble: float64 (tokens,)."""
+    return np.concatenate([of_tokens(text, logs) for text, logs in distributions(session, adapter, texts)])
+
+
+def of_tokens(text: Text, logs: Floats) -> Floats:
+    """Of the log-probabilities of all tokens those of the ones that stand there."""
+    return np.asarray(logs[range(len(logs)), text.ids[text.begin :]])
+
+
+def distributions(session: Session, adapter: ActiveAdapter, texts: Iterable[Text]) -> Iterator[tuple[Text, Floats]]:
+    """For each text the log-probabilities of all tokens at each compared place, in Thimble: float64 (tokens, words)."""
+    for text in texts:
         cache = session.new_cache()
-        blocks = range(-(-len(cut) // cache.block_tokens))
+        blocks = range(-(-len(text.ids) // cache.block_tokens))
         cache.reserve(len(blocks))
-        places = list(range(begin - 1, len(cut) - 1))
-        whole = Pass(np.array(cut, np.int32), [ForwardRow(len(cut), blocks, 0, len(cut), adapter)], places)
+        places, size = list(range(text.begin - 1, len(text.ids) - 1)), len(text.ids)
+        whole = Pass(np.array(text.ids, np.int32), [ForwardRow(size, blocks, 0, size, adapter)], places)
         ((logits, _),) = session.forward([whole], cache, 1)
         wide = logits.astype(np.float64)
         wide -= wide.max(1, keepdims=True)
-        sums = np.log(np.exp(wide).sum(1))
-        found += (wide[range(len(places)), cut[begin:]] - sums).tolist()
-    return np.array(found)
+        yield text, wide - np.log(np.exp(wide).sum(1, keepdims=True))
 
 
 def _compare(rows: int, here: Sequence[Floats], there: Sequence[Floats]) -> Proof:

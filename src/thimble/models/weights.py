@@ -62,10 +62,13 @@ class Weight:
         size = self.info.nbytes // self.shape[0]
         self.file.release(self.info.name, rows.start * size, rows.stop * size)
 
+    def raw_rows(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """The bytes of some rows of a matrix, uint8 (rows, bytes per row), by their numbers in transformers."""
+        return np.ascontiguousarray(self.raw()[rows if self.order is None else np.argsort(self.order)[rows]])
+
     def read_rows(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """Some rows of a matrix, float32 (rows, in), by their numbers in transformers."""
-        rows = rows if self.order is None else np.argsort(self.order)[rows]
-        raw, shape = np.ascontiguousarray(self.raw()[rows]), (len(rows), self.shape[1])
+        raw, shape = self.raw_rows(rows), (len(rows), self.shape[1])
         values = dequantize(raw, self.dtype, shape) if self.dtype in BLOCKS else raw.view("<f8").astype(np.float32)
         return values + np.float32(self.offset) if self.offset else values
 

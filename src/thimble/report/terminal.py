@@ -251,8 +251,9 @@ def render_export(report: Any) -> str:
     if report.weights:
         found = report.weights
         lines.append(
-            f"checked  {found['tensors']} tensors read again: rounding changed none by more than "
-            f"{small_percent(found['worst_rounding'])}; {found['worst_update']:.3f} of an update is there at worst"
+            f"checked  {found['tensors']} tensors read again, their blocks those of base and update: rounding changed "
+            f"none by more than {small_percent(found['worst_rounding'])}, and {found['kept_update']:.3f} of the update "
+            "is there"
         )
     if report.proof:
         lines += _proof_lines(report.proof, is_whole=bool(report.weights))
@@ -274,8 +275,10 @@ def _proof_lines(found: Mapping[str, Any], is_whole: bool) -> list[str]:
     return [
         on + (effect if found["effect"] else "it computes what is in the file"),
         f"         log-probabilities differ by {found['runtime_difference']:.5f} nats from the same file here, by "
-        f"{found['rounding_difference']:.5f} by rounding (effect {found['effect']:.3f}); loss "
-        f"{found['loss_before_rounding']:.4f} in float, {found['loss_there']:.4f} there",
+        f"{found['rounding_difference']:.5f} by rounding (effect {found['effect']:.3f}, KL divergence "
+        f"{found['divergence']:.5f})",
+        f"         loss {found['loss_base']:.4f} of the bare base, {found['loss_before_rounding']:.4f} with the adapter, "
+        f"{found['loss_there']:.4f} of the file there",
     ]
 
 

@@ -21,10 +21,11 @@ from thimble.core.inits import BUILDERS, LayerData
 from thimble.core.method import AUTO_RANK, INITS, Init
 from thimble.core.targets import Size, size_layers
 from thimble.data.model import Model
-from thimble.errors import ConfigError, Problems, listing
+from thimble.errors import AdapterError, ConfigError, Problems, as_word, listing
 from thimble.events import EventLog
 from thimble.files.peft import load_adapter
 from thimble.models.adapters import check_fits, check_is_of_text
+from thimble.models.gguf_adapter import is_gguf
 from thimble.models.merged import FLOAT_DTYPES
 from thimble.models.spec import DecoderSpec
 from thimble.training import run_folder
@@ -59,6 +60,12 @@ def check_init(init: Init, config: TrainConfig, model: Model, layers: Sequence[s
     if init.needs == "adapter":
         is_resumed = config.resume and latest_checkpoint(folder) and (folder / run_folder.START).is_dir()
         path = str(folder / run_folder.START) if is_resumed else init.path
+        if is_gguf(path):
+            raise AdapterError(
+                f"--init {init}: a run begins with an adapter folder, and this is a GGUF file; make a folder of it with "
+                f"thimble export {as_word(path)} --base {as_word(str(model.base.path))} --to peft --out folder, and "
+                "take --init adapter:folder"
+            )
         adapter = load_adapter(path)
         check_is_of_text(path, adapter)
         check_fits(path, adapter, model.base)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from thimble.backends.torch.decoder import Decoder
-from thimble.backends.torch.lora import Lora, Projection
+from thimble.backends.torch.lora import Lora, Projection, Ranges
 from thimble.backends.torch.loss import label_loss
 from thimble.core.inits import Moments, Sketch
 from thimble.core.lowrank import thin_svd
@@ -60,15 +60,20 @@ def input_moments(decoder: Decoder, batches: Sequence[Batch]) -> Iterator[tuple[
         yield paths, Moments(of.square.numpy(), of.total.numpy(), of.count)
 
 
-def input_squares(decoder: Decoder, batches: Sequence[Batch]) -> Iterator[tuple[list[str], NDArray[np.float32]]]:
-    """Mean square of each column of the inputs of every layer, float32 (in,), with the paths that share it."""
-    for paths, of in _over_inputs(decoder, batches, _Squares):
+def input_squares(
+    decoder: Decoder, batches: Sequence[Batch], adapter: Ranges = ()
+) -> Iterator[tuple[list[str], NDArray[np.float32]]]:
+    """Mean square of each column of the inputs of every layer, float32 (in,), with the paths that share it.
+
+    With an adapter, what the layers get as it works.
+    """
+    for paths, of in _over_inputs(decoder, batches, _Squares, adapter):
         yield paths, (of.total / of.count).float().numpy()
 
 
 @torch.no_grad()
 def _over_inputs(
-    decoder: Decoder, batches: Sequence[Batch], gather: Callable[[int], Any]
+    decoder: Decoder, batches: Sequence[Batch], gather: Callable[[int], Any], adapter: Ranges = ()
 ) -> Iterator[tuple[list[str], Any]]:
     """Show the inputs of every group of layers to a value that `gather` makes for its columns, a block at a time."""
     passes = [decoder.pack(whole_rows(batch.starts)) for batch in batches]
@@ -82,7 +87,7 @@ def _over_inputs(
                 sums[projection.number].add(h[:real])
 
             decoder.memory.begin()
-            streams[number] = decoder.block(block, streams[number], replace(one, lora=Lora(on_input=add)))
+            streams[number] = decoder.block(block, streams[number], replace(one, lora=Lora(adapter, on_input=add)))
         for projection in block.projections:
             yield list(projection.columns), sums.pop(projection.number)
 

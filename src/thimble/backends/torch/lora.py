@@ -29,6 +29,7 @@ from thimble.backends.torch.threads import parallel_for
 from thimble.core.dropout import drop_threshold, keep_factor
 
 Layers = Mapping[str, LoraFactors]
+Ranges = Sequence[tuple[slice, Layers]]
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Dropout:
 class Lora:
     """What a forward pass adds to the frozen products: for each range of its tokens an adapter, and who watches."""
 
-    ranges: Sequence[tuple[slice, Layers]] = ()  # tokens, and the adapter they have; tokens of no range have none
+    ranges: Ranges = ()  # tokens, and the adapter they have; tokens of no range have none
     # where the gradients of A, B and magnitude are added, by layer path; None if nothing is trained
     grads: Mapping[str, Parameters] | None = None
     freezes_a: bool = False  # whether A gets no gradient
