@@ -250,10 +250,10 @@ def render_export(report: Any) -> str:
     lines = [f"wrote    {report.out} ({what}{_size(report.size_bytes)}, {plural(report.layers, 'adapted layer')})"]
     if report.weights:
         found = report.weights
+        kept = f", and {found['kept_update']:.3f} of the update is there" if report.layers else ""
         lines.append(
-            f"checked  {found['tensors']} tensors read again, their blocks those of base and update: rounding changed "
-            f"none by more than {small_percent(found['worst_rounding'])}, and {found['kept_update']:.3f} of the update "
-            "is there"
+            f"checked  {found['tensors']} tensors read again: their blocks are those that were to be written; rounding "
+            f"changed none by more than {small_percent(found['worst_rounding'])}{kept}"
         )
     if report.proof:
         lines += _proof_lines(report.proof, is_whole=bool(report.weights))
@@ -277,8 +277,8 @@ def _proof_lines(found: Mapping[str, Any], is_whole: bool) -> list[str]:
         f"         log-probabilities differ by {found['runtime_difference']:.5f} nats from the same file here, by "
         f"{found['rounding_difference']:.5f} by rounding (effect {found['effect']:.3f}, KL divergence "
         f"{found['divergence']:.5f})",
-        f"         loss {found['loss_base']:.4f} of the bare base, {found['loss_before_rounding']:.4f} with the adapter, "
-        f"{found['loss_there']:.4f} of the file there",
+        f"         loss {found['loss_base']:.4f} of the bare base, {found['loss_before_rounding']:.4f} of base and "
+        f"adapter, {found['loss_there']:.4f} of the file there",
     ]
 
 

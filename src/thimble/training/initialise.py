@@ -61,10 +61,10 @@ def check_init(init: Init, config: TrainConfig, model: Model, layers: Sequence[s
         is_resumed = config.resume and latest_checkpoint(folder) and (folder / run_folder.START).is_dir()
         path = str(folder / run_folder.START) if is_resumed else init.path
         if is_gguf(path):
+            command = f"thimble export {as_word(path)} --base {as_word(str(model.base.path))} --to peft --out folder"
             raise AdapterError(
-                f"--init {init}: a run begins with an adapter folder, and this is a GGUF file; make a folder of it with "
-                f"thimble export {as_word(path)} --base {as_word(str(model.base.path))} --to peft --out folder, and "
-                "take --init adapter:folder"
+                f"--init {init}: a run begins with an adapter folder, and this is a GGUF file; make a folder of it by "
+                f"{command}, and take --init adapter:folder"
             )
         adapter = load_adapter(path)
         check_is_of_text(path, adapter)
