@@ -106,6 +106,9 @@ def importance_of(session: Any, adapter: Adapter | None, rows: Sequence[Row]) ->
         session: With the base.
         adapter: What is merged into it: the inputs that the merged model will see count. None for a bare base.
         rows: The first are taken, at most MOST_TOKENS of them.
+
+    Returns:
+        By path of the layer.
     """
     total = list(accumulate(len(row.ids) for row in rows))
     batches = micro_batches(rows[: max(1, bisect_right(total, MOST_TOKENS))], BATCH_TOKENS)
