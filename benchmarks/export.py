@@ -1,0 +1,63 @@
+"""Writing GGUF files of a base of 1B parameters in bfloat16: its adapter alone, or the whole model in some type.
+
+    python benchmarks/export.py FOLDER KIND...
+
+FOLDER gets base and adapter, random, if they are not there (2.6 GB). A KIND is `adapter` or a type such as Q4_K_M. Each
+is one `thimble export` without a proof in a process of its own; what it wrote is deleted. One line of JSON a kind.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from make_models import write_model
+from merge import make_adapter
+
+COMMAND = "import sys; from thimble.cli import main; sys.exit(main(sys.argv[1:]))"
+
+
+def make(folder: Path) -> None:
+    """Base and adapter, unless they are there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    base = write_model("1b", "BF16", folder / "1b.gguf")
+    if not (folder / "adapter").exists():
+        make_adapter(base, folder / "adapter")
+
+
+def measure(folder: Path, kind: str) -> dict[str, float | str]:
+    """Wall and processor seconds, and the highest resident memory, of one export."""
+    out = folder / "out.gguf"
+    words = [
+        "export",
+        str(folder / "adapter"),
+        "--base",
+        str(folder / "1b.gguf"),
+        "--proof",
+        "never",
+        "--out",
+        str(out),
+    ]
+    words += [] if kind == "adapter" else ["--merged", "--type", kind]
+    began = time.perf_counter()
+    process = subprocess.Popen([sys.executable, "-c", COMMAND, *words], stdout=subprocess.DEVNULL)
+    _, status, used = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - began
+    if status:
+        raise SystemExit(f"{kind} failed")
+    for path in folder.glob("out.gguf*"):
+        path.unlink()
+    processor = used.ru_utime + used.ru_stime
+    return {"kind": kind, "seconds": seconds, "cpu_seconds": processor, "peak_bytes": used.ru_maxrss * 1024}
+
+
+if __name__ == "__main__":
+    place, kinds = Path(sys.argv[1]), sys.argv[2:]
+    if kinds == ["make"]:
+        make(place)
+    else:  # the base is made by another process, whose memory would count as that of its children
+        subprocess.run([sys.executable, __file__, str(place), "make"], check=True)
+        for one in kinds:
+            print(json.dumps(measure(place, one)), flush=True)
