@@ -1,9 +1,9 @@
-"""Writing GGUF files of a base of 1B parameters in bfloat16: its adapter alone, or the whole model in some type.
+"""Writing GGUF files: an adapter of the default base, or a base of 1B parameters in bfloat16 with its adapter merged.
 
     python benchmarks/export.py FOLDER KIND...
 
-FOLDER gets base and adapter, random, if they are not there (2.6 GB). A KIND is `adapter` or a type such as Q4_K_M. Each
-is one `thimble export` without a proof in a process of its own; what it wrote is deleted. One line of JSON a kind.
+FOLDER gets bases and adapters, random, if they are not there (2.6 GB). A KIND is `adapter` or a type such as Q4_K_M.
+Each is one `thimble export` without a proof in a process of its own; what it wrote is deleted. One line of JSON a kind.
 """
 
 import json
@@ -16,18 +16,20 @@ from pathlib import Path
 from make_models import write_model
 from merge import make_adapter
 
+from thimble.models.base import default_base
+
 COMMAND = "import sys; from thimble.cli import main; sys.exit(main(sys.argv[1:]))"
 
 
 def make(folder: Path) -> None:
-    """Base and adapter, unless they are there."""
+    """Bases and adapters, unless they are there."""
     folder.mkdir(parents=True, exist_ok=True)
-    base = write_model("1b", "BF16", folder / "1b.gguf")
-    if not (folder / "adapter").exists():
-        make_adapter(base, folder / "adapter")
+    for base, name in ((write_model("1b", "BF16", folder / "1b.gguf"), "1b-adapter"), (default_base(), "adapter")):
+        if not (folder / name).exists():
+            make_adapter(base, folder / name)
 
 
-def measure(folder: Path, kind: str) -> dict[str, float | str]:
+def measure(folder: Path, kind: str) -> dict[str, float]:
     """Wall and processor seconds, and the highest resident memory, of one export."""
     out = folder / "out.gguf"
     words = [
@@ -50,7 +52,7 @@ def measure(folder: Path, kind: str) -> dict[str, float | str]:
     for path in folder.glob("out.gguf*"):
         path.unlink()
     processor = used.ru_utime + used.ru_stime
-    return {"kind": kind, "seconds": seconds, "cpu_seconds": processor, "peak_bytes": used.ru_maxrss * 1024}
+    return {"seconds": seconds, "cpu_seconds": processor, "peak_bytes": used.ru_maxrss * 1024}
 
 
 if __name__ == "__main__":

@@ -381,6 +381,20 @@ run()
 """
 
 
+def export(group: str) -> list[Row]:
+    """GGUF files: the whole command, from its start to the file on disk, without a proof."""
+    rows = []
+    for kind, goal in (("adapter", 1.0), ("Q8_0", 30.0), ("Q4_K_M", 60.0)):
+        found = alternate({kind: ("export.py", str(MODELS), kind)}, ROUNDS)[kind]
+        what = "an adapter of SmolLM2 as GGUF" if kind == "adapter" else f"1B shape with its adapter merged, as {kind}"
+        processor = f"{found['cpu_seconds']:.1f} s of processor"
+        rows += [
+            Row(group, f"export: seconds, {what}", "", found["seconds"], NO_MORE, goal, processor),
+            Row(group, f"export: peak memory in GB, {what}", "", found["peak_bytes"] / 1e9, NO_MORE, 0.5),
+        ]
+    return rows
+
+
 def show_help(group: str) -> list[Row]:
     """Seconds of `thimble --help`."""
     times = []
@@ -403,6 +417,7 @@ GROUPS: dict[str, Callable[[str], list[Row]]] = {
     "smallest": smallest,
     "8b": larger_than_memory,
     "chat": chat,
+    "export": export,
     "quality": quality,
     "sizes": sizes,
     "planner": planner,
