@@ -24,6 +24,8 @@ from thimble.core.lowrank import thin_svd
 from thimble.data.batches import Batch
 from thimble.data.prefixes import whole_rows
 
+Squares = tuple[list[str], NDArray[np.float32]]  # layers that share their inputs, and of these the mean squares
+
 SPARE = 8  # directions a sketch carries beside those wanted
 
 
@@ -60,9 +62,7 @@ def input_moments(decoder: Decoder, batches: Sequence[Batch]) -> Iterator[tuple[
         yield paths, Moments(of.square.numpy(), of.total.numpy(), of.count)
 
 
-def input_squares(
-    decoder: Decoder, batches: Sequence[Batch], adapter: Ranges = ()
-) -> Iterator[tuple[list[str], NDArray[np.float32]]]:
+def input_squares(decoder: Decoder, batches: Sequence[Batch], adapter: Ranges = ()) -> Iterator[Squares]:
     """Mean square of each column of the inputs of every layer, float32 (in,), with the paths that share it.
 
     With an adapter, what the layers get as it works.

@@ -331,9 +331,7 @@ class TorchSession:
         """See thimble.backends.torch.calibrate.input_moments."""
         return calibrate.input_moments(self.decoder, batches)
 
-    def input_squares(
-        self, batches: Sequence[Batch], adapter: Adapter | None = None
-    ) -> Iterator[tuple[list[str], NDArray[np.float32]]]:
+    def input_squares(self, batches: Sequence[Batch], adapter: Adapter | None) -> Iterator[calibrate.Squares]:
         """See thimble.backends.torch.calibrate.input_squares."""
         return calibrate.input_squares(self.decoder, batches, _one(self.load(adapter)) if adapter else ())
 
