@@ -156,10 +156,16 @@ def distributions(session: Session, adapter: ActiveAdapter, texts: Iterable[Text
         yield text, wide - np.log(np.exp(wide).sum(1, keepdims=True))
 
 
-def _compare(rows: int, here: Sequence[Floats], there: Sequence[Floats]) -> Proof:
-    told = np.isfinite(there[0]) & np.isfinite(there[1])  # of tokens that are no whole character nothing is told
+def what_is_told(found: Floats) -> NDArray[np.bool_]:
+    """Where a runtime told a log-probability: of tokens that are no whole character it tells none."""
+    told = np.isfinite(found)
     if not told.any():
         raise RuntimeError("it tells the probability of none of the tokens; name other examples with --data")
+    return told
+
+
+def _compare(rows: int, here: Sequence[Floats], there: Sequence[Floats]) -> Proof:
+    told = what_is_told(there[0] + there[1])
     (base, tuned), (base_there, tuned_there) = ([side[told] for side in both] for both in (here, there))
     noise, difference = float(np.abs(base - base_there).mean()), float(np.abs(tuned - tuned_there).mean())
     effect = tuned - base

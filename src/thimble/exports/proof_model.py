@@ -27,6 +27,7 @@ from thimble.exports.proof import (
     distributions,
     of_tokens,
     probabilities_here,
+    what_is_told,
 )
 from thimble.exports.proof_weights import WeightsCheck
 
@@ -152,18 +153,15 @@ def prove_model(
         RuntimeError: If the runtime refuses the file.
     """
     texts = choose_texts(rows)
-    there = _run_there(LlamaCpp(file, None, threads, MOST_TOKENS, here.model.template is not None), here.model, texts,
-                       on_row)  # fmt: skip
-    told = np.isfinite(there.found)  # of tokens that are no whole character nothing is told
-    if not told.any():
-        raise RuntimeError("it tells the probability of none of the tokens; name other examples with --data")
+    runtime = LlamaCpp(file, None, threads, MOST_TOKENS, has_template=here.model.template is not None)
+    there = _run_there(runtime, here.model, texts, on_row)
+    told = what_is_told(there.found)
     ours = _run_here(here, texts)
     found, bare, exact, rounded = (values[told] for values in (there.found, ours.bare, ours.exact, ours.rounded))
     difference = float(np.abs(found - rounded).mean())
-    is_same = here.adapter is None or _is_same_effect(bare, rounded, found)
     effect = float(np.abs(exact - bare).mean())
-    allowed = RUNTIME.get(file_type, RUNTIME_OF_BLOCKS) + RUNTIME_SHARE * effect
-    holds = is_same and difference <= allowed
+    is_same = difference <= RUNTIME.get(file_type, RUNTIME_OF_BLOCKS) + RUNTIME_SHARE * effect
+    holds = is_same and (here.adapter is None or _is_same_effect(bare, rounded, found))
     return ModelProof(
         "llama.cpp", len(texts), int(told.sum()), weights.tensors, weights.worst_rounding, weights.worst_update,
         weights.kept_update, difference, float(np.abs(ours.rounded - ours.exact).mean()),
