@@ -18,19 +18,19 @@ import thimble
 TYPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_K_M+imatrix", "Q4_1", "Q4_0", "Q4_0+imatrix")
 
 
-def measure(data: Path, **models: object) -> list[dict]:
+def measure(data: Path, metric: str, **models: object) -> list[dict]:
     """Loss and scores of the base, and of the adapters if there are any."""
-    found = thimble.evaluate(data=str(data), compute="fp32", max_new_tokens=96, **models)
+    found = thimble.evaluate(data=str(data), compute="fp32", metric=metric, max_new_tokens=96, **models)
     return [{"loss": result.loss, **result.scores} for result in found.results]
 
 
-def write_and_measure(run: Path, data: Path, named: str) -> dict:
+def write_and_measure(run: Path, data: Path, metric: str, named: str) -> dict:
     """Merge into a file of one type, which is deleted in the end, and measure it."""
     wanted, _, weighed = named.partition("+")
     with tempfile.TemporaryDirectory() as folder:
         file = str(Path(folder) / "merged.gguf")
         report = thimble.export(str(run), merged=True, type=wanted, imatrix=bool(weighed), proof="never", out=file)
-        [found] = measure(data, base=file)
+        [found] = measure(data, metric, base=file)
     return {"megabytes": report.size_bytes / 1e6, "kept": report.weights["kept_update"], **found}
 
 
@@ -51,6 +51,7 @@ def main() -> None:
     for name in ("run", "data", "out"):
         parser.add_argument(name, type=Path)
     parser.add_argument("--rows", type=int, default=60, help="rows of DATA, the first ones")
+    parser.add_argument("--metric", default="auto", help="of thimble evaluate; none measures the loss alone")
     parser.add_argument("--types", nargs="*", default=TYPES)
     given = parser.parse_args()
     results = json.loads(given.out.read_text()) if given.out.exists() else {}
@@ -61,10 +62,10 @@ def main() -> None:
             if name in results:
                 continue
             if name == "base":
-                found = measure(rows, adapter=[str(given.run)])
+                found = measure(rows, given.metric, adapter=[str(given.run)])
                 results |= dict(zip(("base", "base and adapter"), found, strict=True))
             else:
-                results[name] = write_and_measure(given.run, rows, name)
+                results[name] = write_and_measure(given.run, rows, given.metric, name)
             given.out.write_text(json.dumps(results, indent=1))
     print_table(results)
 
