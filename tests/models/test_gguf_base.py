@@ -146,3 +146,11 @@ def test_pieces_of_bytes_say_how_to_join_them(tmp_path):
         for name in names:
             with pytest.raises(BaseModelError, match=rf"cat {names[0]} {names[1]} > {names[0][:6]}$"):
                 open_base(tmp_path / name)
+
+
+def test_opening_a_file_decodes_no_vocabulary(monkeypatch):
+    def decoded(array):
+        raise AssertionError("a metadata array of the vocabulary is decoded")
+
+    monkeypatch.setattr("thimble.files.gguf._Array.decode", decoded)
+    assert open_base(TINY).spec == WHOLE.spec

@@ -110,7 +110,8 @@ def fields_of(family: str, metadata: Mapping[str, Any], has_long: bool) -> tuple
     Raises:
         BaseModelError: Naming each key that changes what is computed and is not honoured.
     """
-    own = {key.removeprefix(f"{family}."): value for key, value in metadata.items() if key.startswith(f"{family}.")}
+    names = [key for key in metadata if key.startswith(f"{family}.")]  # to ask for the others would decode a vocabulary
+    own = {key.removeprefix(f"{family}."): metadata[key] for key in names}
     given = {field: _uniform(family, own, key) for key, field in FIELDS.items() if key in own}
     fields = {**DEFAULTS.get(family, {}), **given, "use_sliding_window": False, "hidden_act": "silu"}
     notes = []
