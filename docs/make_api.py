@@ -20,6 +20,7 @@ STUB = Path(thimble.__file__).with_name("api.pyi")
 LINE_LENGTH = 120  # of the formatter, in pyproject.toml
 # What a command gives instead of its report when no `out` is named, by module and name.
 WITHOUT_OUT = {"generate": ("thimble.data.answers", "Answer", "list[Answer]")}
+OF_MODELS = ("merge",)  # commands that take a model with an adapter attached in the place of a folder
 CALLBACKS = {
     "on_event": "Callable[[Event], None]", "should_stop": "Callable[[], bool]", "should_wait": "Callable[[], str]",
 }  # fmt: skip
@@ -37,6 +38,11 @@ class Table(Protocol):
 
     @property
     def columns(self) -> Any: ...
+
+class Module(Protocol):
+    """A torch.nn.Module."""
+
+    def named_modules(self) -> Any: ...
 
 Rows = Iterable[Mapping[str, Any]] | Table
 Data = str | Path | Rows | Mapping[str, Rows]
@@ -71,7 +77,8 @@ def _signature(command: Command, result: str, out: str = "") -> str:
     known, positional = options_of(command.options), positional_of(command.options)
     is_many = any(takes_many(known[name]) for name in positional)
     kinds = {name: "Prompts | None" if command.name in WITHOUT_OUT else _type(known[name]) for name in positional}
-    lines = [f"*{name}s: str | Path," if is_many else f"{name}: {kinds[name]} = None," for name in positional]
+    many = "str | Path | Module" if command.name in OF_MODELS else "str | Path"
+    lines = [f"*{name}s: {many}," if is_many else f"{name}: {kinds[name]} = None," for name in positional]
     lines += [] if is_many else ["*,"]
     for name, spec in known.items():
         said = out if out and name == "out" else f"{_type(spec)} = {_default(spec)}"

@@ -14,6 +14,11 @@ if TYPE_CHECKING:
     from thimble.api import plan as plan
     from thimble.api import serve as serve
     from thimble.api import train as train
+    from thimble.backends.torch.attach import adapter_of as adapter_of
+    from thimble.backends.torch.attach import adapter_off as adapter_off
+    from thimble.backends.torch.attach import attach as attach
+    from thimble.backends.torch.attach import detach as detach
+    from thimble.backends.torch.attach import unmerge as unmerge
     from thimble.core.adapter import Adapter as Adapter
     from thimble.files.peft import load_adapter as load_adapter
     from thimble.files.peft import save_adapter as save_adapter
@@ -23,7 +28,9 @@ __version__ = "0.1.0"
 
 # Public name to the module that holds it; loaded when first used, so that importing thimble stays instant.
 _HOMES = {
-    **dict.fromkeys(COMMANDS, "thimble.api"), "Adapter": "thimble.core.adapter",
+    **dict.fromkeys(COMMANDS, "thimble.api"),
+    **dict.fromkeys(("attach", "adapter_of", "adapter_off", "unmerge", "detach"), "thimble.backends.torch.attach"),
+    "Adapter": "thimble.core.adapter",
     "load_adapter": "thimble.files.peft", "save_adapter": "thimble.files.peft", "open_base": "thimble.models.base",
 }  # fmt: skip
 

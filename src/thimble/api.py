@@ -178,20 +178,25 @@ def inspect(path: str | Path | None = None, other: str | Path | None = None, **o
     return call("inspect", path, other, **options)
 
 
-def merge(*adapters: str | Path, **options: Any) -> Any:
+def merge(*adapters: Any, **options: Any) -> Any:
     """Make an adapter smaller, or merge it into a base; see `thimble merge --help` for the options.
 
     Args:
-        *adapters: Adapter or run folders; several are added up.
+        *adapters: Adapter or run folders; several are added up. Or a model that `thimble.attach` has put an adapter on,
+            alone: then that is merged into its weights, until `thimble.unmerge(model)`.
         **options: `out`, `truncate`, `rank`, `base`.
 
     Returns:
-        A thimble.commands.merge.MergeReport.
+        A thimble.commands.merge.MergeReport; of a model, nothing.
 
     Raises:
         InputError: If it is refused; nothing is written then.
         RunError: If a merged weight does not fit its dtype.
     """
+    if len(adapters) == 1 and not options and hasattr(adapters[0], "named_modules"):
+        from thimble.backends.torch.attach import merge as merge_model
+
+        return merge_model(adapters[0])
     return call("merge", *adapters, **options)
 
 

@@ -22,6 +22,11 @@ class Table(Protocol):
     @property
     def columns(self) -> Any: ...
 
+class Module(Protocol):
+    """A torch.nn.Module."""
+
+    def named_modules(self) -> Any: ...
+
 Rows = Iterable[Mapping[str, Any]] | Table
 Data = str | Path | Rows | Mapping[str, Rows]
 Prompts = str | Path | Iterable[str | Mapping[str, Any]] | Table
@@ -310,7 +315,7 @@ def inspect(
     """Look into a base, an adapter or two adapters; see `thimble inspect --help` for the options."""
 
 def merge(
-    *adapters: str | Path,
+    *adapters: str | Path | Module,
     base: str | Path | None = None,
     out: str | Path = "",
     truncate: float | Literal["auto"] | None = None,

@@ -122,6 +122,12 @@ def orthogonal(layer: LayerData) -> Factors:
     return _factors(a.T, b, layer.scale)
 
 
+def embedding(layer: LayerData) -> Factors:
+    """A zero, B standard normal, as PEFT begins an embedding: each of its inputs meets one column of A alone."""
+    (fan_out, fan_in), rank = layer.shape, layer.rank
+    return _factors(np.zeros((rank, fan_in)), _random(layer).standard_normal((fan_out, rank)), layer.scale)
+
+
 def _random(layer: LayerData) -> np.random.Generator:
     return random_stream(layer.seed, layer.path)
 

@@ -67,7 +67,7 @@ PEFT_FIELDS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def save_adapter(adapter: Adapter, folder: Path) -> None:
+def save_adapter(adapter: Adapter, folder: str | Path) -> None:
     """Write an adapter so that saving what was loaded gives the same bytes.
 
     Args:
@@ -77,6 +77,7 @@ def save_adapter(adapter: Adapter, folder: Path) -> None:
     Raises:
         AdapterError: If a number is NaN or Inf.
     """
+    folder = Path(folder)
     if not adapter.is_finite():
         raise AdapterError(f"the adapter for {folder} holds numbers that are NaN or Inf: it is not written")
     folder.mkdir(parents=True, exist_ok=True)

@@ -69,7 +69,7 @@ def check_is_of_text(path: str, adapter: Adapter) -> None:
     if found:
         raise AdapterError(
             f"adapter {path} holds {'; '.join(found)}, which no command runs, since they adapt linear layers of text "
-            "models alone: open it with PEFT"
+            "models alone: use it from Python, with thimble.attach(model, adapter=folder)"
         )
 
 
