@@ -89,6 +89,31 @@ def test_a_bad_field_is_named(server, change, param):
     check(server.post(CHAT, {"messages": HI, **change}), 400, param)
 
 
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"store": True}, "store"),
+        ({"modalities": ["audio"]}, "modalities.0"),
+        ({"service_tier": "flex"}, "service_tier"),
+    ],
+)
+def test_a_service_that_is_not_given_is_named(server, change, param):
+    check(server.post(CHAT, {"messages": HI, **change}), 400, param)
+
+
+def test_fields_that_are_null_and_notes_of_the_client_change_nothing(server):
+    """LangChain, Open WebUI and others send all fields that they have."""
+    asked = {"messages": HI, "max_tokens": 3, "temperature": 0}
+    nulls = {"functions": None, "function_call": None, "audio": None, "prediction": None, "reasoning_effort": None}
+    notes = {"user": "u", "metadata": {"chat_id": "1"}, "safety_identifier": "s", "prompt_cache_key": "k"}
+    usual = {"store": False, "service_tier": "auto", "modalities": ["text"], "tools": [], "tool_choice": "auto"}
+    plain, full = (server.post(CHAT, {**asked, **more}) for more in ({}, {**nulls, **notes, **usual}))
+    assert full.status_code == 200, full.text
+    assert full.json()["choices"] == plain.json()["choices"]
+    deep = {"messages": [{"role": "user", "content": "hi", "mood": None}], "max_tokens": 1}
+    assert server.post(CHAT, deep).status_code == 200
+
+
 def test_a_field_that_is_not_known_deep_inside_is_named(server):
     body = {"messages": [{"role": "user", "content": "x", "mood": 1}]}
     check(server.post(CHAT, body), 400, "messages.0.mood", "unsupported_parameter")
@@ -197,9 +222,18 @@ def test_a_method_that_a_route_does_not_take_is_refused(server, path, method):
     assert matching[0].method in answer.headers["allow"]
 
 
-@pytest.mark.parametrize("path", ["/v2", "/v1/chat/completions/", "/v1//models", "/v1/%00", "/metrics/x"])
+@pytest.mark.parametrize(
+    "path", ["/v2", "/v1/chat/completions/", "/v1//models", "/v1/%00", "/metrics/x", "/v1/models/"]
+)
 def test_a_path_that_is_not_there_is_refused(server, path):
     check(server.http.get(path), 404)
+
+
+@pytest.mark.parametrize("path", ["/chat/completions", "/v1/v1/chat/completions", "/v1/chat/completions/"])
+def test_a_base_url_that_is_not_right_is_answered_with_the_one_that_is(server, path):
+    said = server.http.post(path, json={"messages": HI}).json()["error"]["message"]
+    assert "this is /v1/chat/completions here" in said
+    assert f"the base URL of a client is {str(server.http.base_url).rstrip('/')}/v1" in said
 
 
 # ---- keys ------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """What requests may hold: fields of OpenAI, with some of vLLM and llama.cpp. Any other is refused, none is ignored.
 
-Only `user` changes nothing: it is a name for the client's own records.
+Only names for the client's own records change nothing (`user`, `metadata`, `safety_identifier`, `prompt_cache_key`). A
+field that is null is one that is not there, known or not: clients write out all that they have.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,7 +34,19 @@ def _is_list_of(kind: type) -> Callable[[Any], bool]:
 class Body(BaseModel):
     """The root of every request: unknown fields, and values that would have to be converted, are refused."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, populate_by_name=False)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, allow_inf_nan=False, populate_by_name=False,
+        json_schema_extra={"additionalProperties": {"type": "null"}},
+    )  # fmt: skip
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, value: Any) -> Any:
+        """What is given, without unknown fields that are null."""
+        if not isinstance(value, dict):
+            return value
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        return {name: inner for name, inner in value.items() if inner is not None or name in known}
 
 
 # ---- conversations ---------------------------------------------------------------------------------------------------
@@ -219,6 +232,11 @@ class Generation(Body):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
+    metadata: dict[str, str] | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    store: Literal[False] | None = Field(None, description="Nothing is stored.")
+    service_tier: Literal["auto", "default"] | None = None
     lora: list[LoraScale] | None = Field(None, max_length=16)
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
@@ -256,12 +274,14 @@ class ChatBody(Generation):
     tools: list[Tool] | None = Field(None, max_length=128)
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
+    modalities: Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)] | None = None
 
     @model_validator(mode="after")
     def _is_chat(self) -> Self:
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs: only with logprobs")
-        if self.tool_choice not in (None, "none") and not self.tools:
+        is_free = self.tool_choice in (None, "none") or (self.tool_choice == "auto" and self.tools is not None)
+        if not is_free and not self.tools:
             raise ValueError("tool_choice: only with tools")
         if isinstance(self.tool_choice, NamedTool):
             names = [tool.function.name for tool in self.tools or ()]

@@ -18,6 +18,8 @@ async def list_models(service: Service, query: Query[None]) -> Reply:
 async def show_model(service: Service, query: Query[None]) -> Reply:
     """One of them."""
     name = query.path["model"]
+    if not name:
+        raise Refusal(404, "there is no /v1/models/: the list of all models is /v1/models, without the last slash")
     service.check_name(name)
     return _model(service, service.base_name if service.is_base(name) else service.own_name(name))
 

@@ -99,8 +99,13 @@ def make_app(service: Service, keys: Keys, hosts: Collection[str] | None, on_req
 async def _no_route(request: Request, error: Exception) -> JSONResponse:
     """A path or a method that there is not."""
     status, headers = (error.status_code, error.headers) if isinstance(error, HTTPException) else (500, None)
-    known = ", ".join(dict.fromkeys(route.path for route in ROUTES))
-    what = f"there is no {request.url.path[:100]}: there are {known}"
+    known = list(dict.fromkeys(route.path for route in ROUTES))
+    what = f"there is no {request.url.path[:100]}: there are {', '.join(known)}"
+    path = f"/{request.url.path.strip('/')}"
+    meant = [other for other in known if other in (path, f"/v1{path}") or (other != "/" and path.endswith(other))]
+    if meant:
+        base = f"{request.url.scheme}://{request.url.netloc[:100]}/v1"
+        what = f"there is no {request.url.path[:100]}: this is {meant[0]} here; the base URL of a client is {base}"
     if status == 405:
         what = f"{request.url.path[:100]} takes no {request.method[:20]}"
     refusal = Refusal(status, what, headers=headers)
