@@ -266,6 +266,14 @@ def test_what_is_no_option_is_answered_with_what_to_type(refused, examples, tiny
     assert said in refused("train", examples, "--base", tiny_base, *words)
 
 
+@pytest.mark.parametrize("words", [["chat", "--prompt", "hi"], ["train", "mine.jsonl", "--out", "run"]])
+def test_a_working_folder_that_is_gone_is_told(refused, tmp_path, monkeypatch, tiny_base, words):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert "the working folder is gone" in refused(*words, "--base", tiny_base)
+
+
 def test_several_files_are_answered_with_the_folder_to_lay_them_into(refused, examples, tiny_base):
     more = examples.with_name("more.jsonl")
     more.write_bytes(examples.read_bytes())

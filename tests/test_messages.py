@@ -16,8 +16,17 @@ FILES = sorted(path.relative_to(SOURCE).as_posix() for path in SOURCE.rglob("*.p
 OPTIONS = [spec for command in COMMANDS.values() for spec in options_of(command.options).values()]
 FLAGS = {flag(spec.name) for spec in OPTIONS if not spec.metadata["positional"]}
 FLAGS |= {"--config", "--json", "--debug", "--help", "--version", "--completion"}
-# Of pip, of llama-gguf-split, of llama-server, of vLLM, of hf.
-OTHERS = {"--no-deps", "--merge", "--lora", "--enable-lora", "--max-lora-rank", "--lora-modules", "--repo-type"}
+# Of pip, of llama-gguf-split, of llama-server, of vLLM, of hf, of Ollama.
+OTHERS = {
+    "--no-deps",
+    "--merge",
+    "--lora",
+    "--enable-lora",
+    "--max-lora-rank",
+    "--lora-modules",
+    "--repo-type",
+    "--modelfile",
+}
 
 
 def texts(source: str) -> Iterator[tuple[int, str]]:

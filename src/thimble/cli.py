@@ -69,6 +69,7 @@ def make_parser() -> argparse.ArgumentParser:
 def _run(line: Line) -> int:
     if not line.command:
         return _answer_without_command(line.switches)
+    _check_working_folder()
     command, is_json = COMMANDS[line.command], line.switches["json"]
     config = build_config(command.options, line.values, line.config_file, line.problems)
     if not command.renderer_path:
@@ -86,6 +87,16 @@ def _run(line: Line) -> int:
         place = f"; what was made is in {report.out}" if getattr(report, "out", None) else ""
         raise RunError(f"the report cannot be written to standard output ({problem}){place}")
     return EXIT_INTERRUPTED[stop.signal] if stop.signal else 0
+
+
+def _check_working_folder() -> None:
+    """Refuse to work where no relative path leads anywhere, and where torch's own libraries cannot load one another."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise InputError(
+            "the working folder is gone: it was deleted or moved; change to another, as in: cd ~"
+        ) from None
 
 
 def _answer_without_command(switches: Mapping[str, Any]) -> int:

@@ -480,3 +480,33 @@ def test_a_folder_of_runs_is_answered_with_one_of_them(tmp_path):
     )
     with pytest.raises(AdapterError, match=r"name one of its run folders, such as '.*/runs/my run-1'"):
         load_adapter(tmp_path / "runs")
+
+
+@pytest.mark.parametrize(
+    ("files", "named", "said"),
+    [
+        (["adapters.safetensors", CONFIG_FILE], ".", "an adapter of mlx-lm"),
+        (["config.json", "model.safetensors"], ".", "it is a base: name it with --base"),
+        ([CONFIG_FILE, WEIGHTS_FILE], WEIGHTS_FILE, "name the folder around it, /"),
+        ([f"checkpoint-50/{CONFIG_FILE}", f"checkpoint-50/{WEIGHTS_FILE}"], ".", "name one of its folders, such as /"),
+    ],
+)  # fmt: skip
+def test_what_is_no_adapter_folder_is_answered_with_what_it_is(tmp_path, files, named, said):
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(AdapterError) as caught:
+        find_adapter(tmp_path / named)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["base_model.model.layers.{n}.q.lora_A.default.weight", "layers.{n}.q.lora_A.weight"])
+def test_tensors_of_another_layout_are_told_in_a_few_lines_with_how_to_save_them(tmp_path, name):
+    tensors = {name.format(n=n): np.ones((2, 4), "f4") for n in range(40)}
+    save_adapter(Adapter({"model.q": Factors(np.ones((2, 4), "f4"), np.ones((4, 2), "f4"), 1.0)}, "base"), tmp_path)
+    safetensors.numpy.save_file(tensors, tmp_path / WEIGHTS_FILE)
+    with pytest.raises(AdapterError) as caught:
+        load_adapter(tmp_path)
+    assert len(caught.value.problems) < 8
+    assert "save_pretrained" in caught.value.problems[0]
+    assert caught.value.problems[-1].endswith("35 problems more of this kind")

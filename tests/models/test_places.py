@@ -156,3 +156,19 @@ def test_what_is_not_there_says_what_could_be(name, tmp_path):
         BaseModelError, match="does not exist: expected a GGUF file, a Hugging Face folder or a hub name"
     ):
         open_base(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("https://huggingface.co/owner/name", "as a hub name: owner/name"),
+        ("https://huggingface.co/owner/name/tree/main", "as a hub name: owner/name"),
+        ("https://example.org/model.gguf", "nothing is fetched from an address"),
+        ("llama3.2:1b", "ollama show llama3.2:1b --modelfile"),
+    ],
+)
+def test_a_name_of_elsewhere_is_answered_with_what_to_name(tmp_path, monkeypatch, name, said):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BaseModelError) as caught:
+        open_base(name)
+    assert said in str(caught.value)

@@ -150,6 +150,7 @@ def is_hub_name(name: str) -> bool:
 
 
 def _from_hub(name: str) -> Path:
+    name, _, _ = name.partition(":")  # behind which llama.cpp and Ollama name the type of the file
     if name.lower().endswith("-gguf"):
         raise BaseModelError(
             f"base {name} is a repository of GGUF files, of which you need one: fetch it with hf download {name} "

@@ -7,7 +7,7 @@ no framework and no base.
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ PLAIN = PREFIXES[0]
 MOST_TRIES = 20  # to read an adapter that is being replaced
 MOST_HEADER_BYTES, MOST_TENSORS = 8_000_000, 20_000
 MOST_BYTES = 1 << 32  # of the numbers of an adapter
-PICKLE = "adapter_model.bin"
+PICKLE, MLX_FILE = "adapter_model.bin", "adapters.safetensors"
 TO_SAFETENSORS = (
     "if you trust it, convert it with safetensors.torch.save_file(torch.load('adapter_model.bin', weights_only=True), "
     "'adapter_model.safetensors')"
@@ -187,13 +187,28 @@ def find_adapter(path: str | Path) -> Path:
         found, state = [], f"cannot be opened ({getattr(error, 'strerror', None) or error})"
         state = "does not exist" if isinstance(error, FileNotFoundError) else state
         state = "is not a folder" if isinstance(error, NotADirectoryError) else state
-    runs = [name for name in found if all(os.path.lexists(path / name / "adapter" / part) for part in _PARTS)]
-    hint = f"; name one of its run folders, such as {as_word(str(path / runs[0]))}" if runs else ""
-    hint += f"; {PICKLE} is a pickle, which can run code when read: {TO_SAFETENSORS}" if PICKLE in found else ""
     raise AdapterError(
         f"adapter {printable(str(path))} {state}: expected a folder with {CONFIG_FILE} and {WEIGHTS_FILE}, or the run "
-        f"folder around it{hint}"
+        f"folder around it{_what_lies_there(path, found)}"
     )
+
+
+def _what_lies_there(path: Path, found: Collection[str]) -> str:
+    """What else a path leads to, by the names that lie there, with what to do; empty if that is not known."""
+    if path.name in _PARTS and path.is_file():
+        return f"; name the folder around it, {as_word(str(path.parent))}"
+    if MLX_FILE in found:
+        return (
+            "; it is an adapter of mlx-lm, which names and turns the matrices in another way: mlx_lm.fuse writes the "
+            "whole model with it, a folder for --base"
+        )
+    for kind, inner in (("run folders", "adapter"), ("folders", "")):
+        places = [name for name in found if all(os.path.lexists(path / name / inner / part) for part in _PARTS)]
+        if places:
+            return f"; name one of its {kind}, such as {as_word(str(path / sorted(places)[-1]))}"
+    if PICKLE in found:
+        return f"; {PICKLE} is a pickle, which can run code when read: {TO_SAFETENSORS}"
+    return "; it is a base: name it with --base" if "config.json" in found else ""
 
 
 def load_adapter(path: str | Path) -> Adapter:

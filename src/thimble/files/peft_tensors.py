@@ -17,12 +17,14 @@ from thimble.errors import listing
 from thimble.files.peft_config import MAX_RANK, AdapterConfig
 from thimble.files.tensor_info import TensorInfo
 from thimble.files.tensors import TensorFile
+from thimble.files.untrusted import some
 
 ROOT, INSIDE = "base_model.model.", "base_layer"
 A, B, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"  # sides of a layer
 EMBEDDING_A, EMBEDDING_B = "lora_embedding_A", "lora_embedding_B"
 COUNTER = "num_batches_tracked"  # of a norm: the one tensor of whole numbers
 MOST_KERNEL_AXES = 3
+MOST_STRANGE = 5  # tensors that are told of: an adapter in another layout has hundreds
 _OF_BASE = f".{INSIDE}.weight"
 _FLOATS = ("F32", "F16", "BF16")
 _NAME = re.compile(r"base_model\.model\.(?P<path>[A-Za-z0-9_.\-]{1,512})")
@@ -82,22 +84,21 @@ def sort_tensors(file: TensorFile, config: AdapterConfig) -> AdapterTensors:
     """Say of every tensor of a file what it is; nothing is read."""
     sides: dict[str, dict[str, TensorInfo]] = {}
     others: dict[str, TensorInfo] = {}
-    problems = []
+    problems, strange = [], []
     for name, info in file.tensors.items():
         path, side = _match(name) or ("", "")
         if not path or not (info.dtype in _FLOATS if side else _is_replacement(info, config)):
-            problems.append(_is_nothing(info))
+            strange.append(info)
         elif side in sides.get(path, ()) or (not side and path in others):
             problems.append(f"tensor {name} is there twice, with {INSIDE} in its name and without")
         elif side:
             sides.setdefault(path, {})[side] = info
         elif config.bias == "none" or not any(part in name for part in _COPIES):
             others[path] = info
-    problems += [
-        _is_nothing(info)
-        for path, info in others.items()
-        if info.name.endswith(_OF_BASE) and path.rpartition(".")[0] not in sides
+    strange += [
+        info for path, info in others.items() if info.name.endswith(_OF_BASE) and path.rpartition(".")[0] not in sides
     ]
+    problems += some(map(_is_nothing, strange), MOST_STRANGE)
     layers = {}
     for path, found in sides.items():
         problem, layer = _pair(path, found, config.use_dora)
@@ -109,7 +110,9 @@ def sort_tensors(file: TensorFile, config: AdapterConfig) -> AdapterTensors:
 
 
 def _is_nothing(info: TensorInfo) -> str:
-    return f"tensor {info.name} {info.dtype} {info.shape} is not a LoRA matrix in PEFT's layout"
+    what = f"tensor {info.name} {info.dtype} {info.shape} is not a LoRA matrix in PEFT's layout"
+    is_renamed = "lora_" in info.name and not (_NAME.fullmatch(info.name) and _SIDE.fullmatch(info.name))
+    return f"{what}, {ROOT}PATH.lora_A.weight: save it with PEFT's save_pretrained" if is_renamed else what
 
 
 def _is_replacement(info: TensorInfo, config: AdapterConfig) -> bool:

@@ -92,9 +92,10 @@ def _check_kind(file: TensorFile, base: Base) -> float:
     """Refuse what is no LoRA adapter of this architecture; return alpha."""
     kinds = [file.metadata.get(key) for key in ("general.type", "adapter.type")]
     if kinds != ["adapter", "lora"]:
-        what = "a base" if "token_embd.weight" in file.tensors else "no LoRA adapter"
+        if "token_embd.weight" in file.tensors:
+            raise AdapterError(f"{file.path} is a base and no adapter: name it with --base")
         raise AdapterError(
-            f"{file.path} is {what} (type {shown(kinds[0])}, {shown(kinds[1])}): expected a GGUF adapter"
+            f"{file.path} is no LoRA adapter (type {shown(kinds[0])}, {shown(kinds[1])}): expected a GGUF adapter"
         )
     problems, arch, alpha = [], file.metadata.get("general.architecture"), file.metadata.get("adapter.lora.alpha", 0.0)
     if arch != architecture(base):

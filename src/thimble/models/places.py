@@ -16,6 +16,9 @@ MOST_MANIFEST_BYTES, MOST_REF_BYTES = 1 << 20, 1 << 10
 MOST_SHOWN = 12  # pieces of a file in a command
 _OLLAMA_MODEL = "application/vnd.ollama.image.model"
 _NO_MODELS = re.compile(r".*(mmproj|imatrix).*|ggml-vocab.*", re.IGNORECASE)  # GGUF files beside those of models
+_OLLAMA_NAME = re.compile(r"[a-z][\w.-]+:[\w.-]+")
+# An address, from which a path takes a slash; of a model on the hub, with its name.
+_ADDRESS = re.compile(r"[a-z][a-z0-9+]+:/+((www\.)?(huggingface\.co|hf\.co)/(?P<name>[\w.-]+/[\w.-]+))?")
 # A file cut into pieces of bytes, by how its pieces are called.
 _PIECE = re.compile(r"(?P<whole>.+\.gguf)[._-]((split|part)[._-]?)?([a-z]{1,2}|\d{1,5})([._-]?of[._-]?\d{1,5})?")
 
@@ -36,10 +39,22 @@ def find_place(path: Path) -> Place:
     if not os.path.lexists(path):
         raise BaseModelError(
             f"base {printable(str(path))} does not exist: expected a GGUF file, a Hugging Face folder or a hub name "
-            "such as owner/name"
+            f"such as owner/name{_elsewhere(str(path))}"
         )
     _check_whole(path)
     return Place(path, path.name)
+
+
+def _elsewhere(name: str) -> str:
+    """What to name instead of an address or a name of Ollama's; empty for any other."""
+    if _OLLAMA_NAME.fullmatch(name):
+        return f"; a model of Ollama lies in a file, which ollama show {name} --modelfile tells behind FROM"
+    address = _ADDRESS.match(name)
+    if not address:
+        return ""
+    if address["name"]:
+        return f"; name a model of the hub as a hub name: {address['name']}"
+    return "; nothing is fetched from an address: download the file, and name it here"
 
 
 def _in_folder(folder: Path) -> Place:
