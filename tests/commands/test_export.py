@@ -262,8 +262,8 @@ def test_what_rounding_takes_is_told_and_the_file_is_written(data, tmp_path):
     assert report.proof["holds"]
     assert report.proof["kept_update"] == report.weights["kept_update"]
     assert report.proof["divergence"] >= 0
-    (told,) = (text for text in report.messages["warning"] if "of the update in the weights" in text)
-    assert f"left {report.weights['kept_update']:.0%} of the update" in told
+    (told,) = (text for text in report.messages["warning"] if "what the adapter does" in text)
+    assert f"{report.weights['kept_update']:.2f} of its update is in the weights" in told
     assert "the adapter beside the base loses nothing" in told
     assert "--type Q8_0 next to nothing" in told
     assert thimble.export(**given, type="Q4_1", out=str(tmp_path / "x.gguf"), verify_only=True).proof["holds"]

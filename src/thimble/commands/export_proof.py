@@ -51,9 +51,10 @@ def prove_whole(
 
 
 def tell_loss(whole: WholeModel, name: str, weights: WeightsCheck, proof: ModelProof | None, log: EventLog) -> None:
-    """Warn if rounding took much of an update, with what that does to probabilities and what takes nothing."""
+    """Warn if rounding changed much of what an adapter does, with how much that is and what loses nothing."""
     is_drowned = proof and proof.effect and proof.rounding_difference > proof.effect
-    if weights.kept_update >= SURVIVES and not is_drowned:
+    gain = proof.kept_gain if proof else 1.0
+    if abs(weights.kept_update - 1) <= 1 - SURVIVES and gain >= SURVIVES and not is_drowned:
         return
     seen = (
         f" Loss {proof.loss_base:.3f} of the bare base, {proof.loss_before_rounding:.3f} with the adapter, "
@@ -63,9 +64,9 @@ def tell_loss(whole: WholeModel, name: str, weights: WeightsCheck, proof: ModelP
     )
     better = "" if whole.file_type == "Q8_0" else ", and --type Q8_0 next to nothing"
     log.warning(
-        f"rounding to {whole.file_type} left {weights.kept_update:.0%} of the update in the weights: the rest is less "
-        f"than the steps of that type.{seen} The file is what llama.cpp's own quantiser would make; the adapter beside "
-        f"the base loses nothing (thimble export {as_word(name)} --out adapter.gguf){better}"
+        f"rounding to {whole.file_type} changes what the adapter does: {weights.kept_update:.2f} of its update is in "
+        f"the weights, where 1 is all of it.{seen} The file is what llama.cpp's own quantiser would make; the adapter "
+        f"beside the base loses nothing (thimble export {as_word(name)} --out adapter.gguf){better}"
     )
 
 

@@ -38,6 +38,7 @@ LIKELIEST = 64  # words a place by which distributions are compared; all others 
 RUNTIME = {"F32": 0.01, "F16": 0.05, "BF16": 0.05}
 RUNTIME_OF_BLOCKS = 0.2
 RUNTIME_SHARE = 0.05  # of the adapter's effect, beside that: activations in eight bits move large logits by more
+LEAST_GAIN = 0.05  # nats: of less, noise decides what share is left
 MOST_ANSWER = 256  # tokens
 TEXTS = (
     "Hello, world! It's 3.14 %, isn't it?", "  two  spaces\tand\ta tab\n\n\nlines\r\n", "你好，世界 — ñandú, ěščř",
@@ -103,6 +104,12 @@ class ModelProof:
     different_conversations: list[str]
     ends: bool
     holds: bool
+
+    @property
+    def kept_gain(self) -> float:
+        """Share of what the adapter takes off the loss that the file takes off too; 1 where that is next to nothing."""
+        gain = self.loss_base - self.loss_before_rounding
+        return (self.loss_base - self.loss_there) / gain if gain > LEAST_GAIN else 1.0
 
     @property
     def difference(self) -> str:

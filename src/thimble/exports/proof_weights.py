@@ -25,7 +25,7 @@ ROUNDING_OF_BLOCKS = 0.5
 # Share of the blocks that the update changes, or that are changed without one. Sums in another order end in other
 # blocks for at most 0.0014 of them (F32, default base); a scale of 1.41 in the place of 1 in 0.1 to 1.0.
 WRONG_BLOCKS = 0.02
-SURVIVES = 0.9  # share of the update: less is told as a loss
+SURVIVES = 0.9  # share of the update, or of what it takes off the loss: less is told
 
 
 class WeightsCheck(NamedTuple):
