@@ -32,17 +32,10 @@ def make(folder: Path) -> None:
 def measure(folder: Path, kind: str) -> dict[str, float]:
     """Wall and processor seconds, and the highest resident memory, of one export."""
     out = folder / "out.gguf"
-    words = [
-        "export",
-        str(folder / "adapter"),
-        "--base",
-        str(folder / "1b.gguf"),
-        "--proof",
-        "never",
-        "--out",
-        str(out),
-    ]
-    words += [] if kind == "adapter" else ["--merged", "--type", kind]
+    given = [str(folder / "adapter")]
+    if kind != "adapter":
+        given = [str(folder / "1b-adapter"), "--base", str(folder / "1b.gguf"), "--merged", "--type", kind]
+    words = ["export", *given, "--proof", "never", "--out", str(out)]
     began = time.perf_counter()
     process = subprocess.Popen([sys.executable, "-c", COMMAND, *words], stdout=subprocess.DEVNULL)
     _, status, used = os.wait4(process.pid, 0)

@@ -63,8 +63,10 @@ class Weight:
         self.file.release(self.info.name, rows.start * size, rows.stop * size)
 
     def raw_rows(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """The bytes of some rows of a matrix, uint8 (rows, bytes per row), by their numbers in transformers."""
-        return np.ascontiguousarray(self.raw()[rows if self.order is None else np.argsort(self.order)[rows]])
+        """The bytes of some rows of a matrix, uint8 (rows, bytes per row), by their numbers in transformers: a copy."""
+        found = self.raw()[rows if self.order is None else np.argsort(self.order)[rows]]
+        self.release(slice(0, self.shape[0]))  # around each row the system has mapped many others
+        return found
 
     def read_rows(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """Some rows of a matrix, float32 (rows, in), by their numbers in transformers."""
