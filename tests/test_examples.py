@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 
 from samples import make_adapter
-from thimble.files.peft import save_adapter
+from thimble.files.peft import load_adapter, save_adapter
 from thimble.models.base import open_base
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 MOST_LINES = 60
-RUN_HERE = {"01_tool_calling.py", "02_decompositions.py", "03_tickets.py"}
+RUN_HERE = {
+    "01_tool_calling.py", "02_decompositions.py", "03_tickets.py", "04_pictures.py", "05_trainer.py", "06_lightning.py",
+}  # fmt: skip
 needs_bfcl = pytest.mark.skipif(
     importlib.util.find_spec("bfcl_eval") is None, reason="needs the data: pip install --no-deps bfcl-eval"
 )
@@ -122,3 +124,28 @@ def test_tickets_are_answered_beside_their_own_columns_and_counted(tmp_path):
         assert "6 of 6 tickets answered" in out
         assert sum(int(line.split()[-2]) for line in out.splitlines()[3:]) == 6
     assert (tmp_path / "answers.csv").read_text(encoding="utf-8-sig").splitlines()[1].startswith("north,ticket 0,")
+
+
+def test_pictures_are_told_better_with_lora_than_with_a_head_alone(tmp_path):
+    out = run_example("04_pictures.py", str(tmp_path))
+    frozen, lora = (float(share) for share in re.findall(r"head: ([\d.]+) %", out))
+    assert lora > frozen + 3
+    layers = load_adapter(tmp_path)
+    assert {factors.layout.kernel for factors in layers.layers.values()} == {(3, 3)}
+    assert sorted(layers.replaced) == ["8.bias", "8.weight"]
+
+
+def test_the_trainer_learns_and_goes_on_from_its_checkpoint_to_the_same_loss(tmp_path):
+    out = run_example("05_trainer.py", str(tmp_path))
+    before, after, again = (float(loss) for loss in re.findall(r"([\d.]+) (?:before|after)", out))
+    assert after < 0.9 * before
+    assert again == after
+    assert sorted(load_adapter(tmp_path).replaced) == ["classifier.bias", "classifier.weight"]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lightning") is None, reason="needs Lightning: pip install lightning")
+def test_lightning_trains_what_was_attached(tmp_path):
+    out = run_example("06_lightning.py", str(tmp_path))
+    first, last = (float(loss) for loss in re.findall(r"([\d.]+) at (?:first|last)", out))
+    assert last < first / 10
+    assert list(load_adapter(tmp_path).layers) == ["0"]

@@ -347,3 +347,21 @@ def test_the_page_says_what_can_be_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "any_model.md", "exec"), {})
     assert peft.PeftConfig.from_pretrained(tmp_path / "my_adapter").modules_to_save == ["3"]
+
+
+class Reader(nn.Module):
+    """As Whisper does, it reads fields of its convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.wave = nn.Conv1d(3, 4, 3, stride=2)
+
+    def forward(self, x):
+        return self.wave(x[..., : self.wave.stride[0] * 8])
+
+
+def test_code_that_reads_a_layers_own_fields_goes_on_working():
+    model = Reader()
+    thimble.attach(model, "all-conv", rank=2)
+    assert model(torch.randn(2, 3, 40)).requires_grad
+    assert type(model.wave) is nn.Conv1d
