@@ -265,7 +265,9 @@ def test_what_rounding_takes_is_told_and_the_file_is_written(data, tmp_path):
     (told,) = (text for text in report.messages["warning"] if "what the adapter does" in text)
     assert f"{report.weights['kept_update']:.2f} of its update is in the weights" in told
     assert "the adapter beside the base loses nothing" in told
+    assert f"thimble export {tmp_path / 'mine'} --base {base} --out adapter.gguf" in told
     assert "--type Q8_0 next to nothing" in told
+    assert any("less than the runtime's own noise" in text for text in report.messages["warning"])
     assert thimble.export(**given, type="Q4_1", out=str(tmp_path / "x.gguf"), verify_only=True).proof["holds"]
     better = thimble.export(**given, type="F16", out=str(tmp_path / "better.gguf"), proof="never")
     assert better.weights["kept_update"] > report.weights["kept_update"]

@@ -20,6 +20,7 @@ from thimble.models.base import open_base
 
 AnyProof = TypeVar("AnyProof", Proof, ModelProof)
 OnRow = Callable[[int, int], None]
+TOO_SMALL = "the adapter moves probabilities by less than the runtime's own noise: the proof says little"
 
 
 def prove_adapter(
@@ -29,7 +30,7 @@ def prove_adapter(
     session = _open(model)
     proof = _proved(lambda on_row: prove(adapter, model.base, session, file, rows, _threads(), on_row), name, out, log)
     if not proof.is_visible:
-        log.warning("the adapter moves probabilities by less than the runtime's own noise: the proof says little")
+        log.warning(TOO_SMALL)
     return proof
 
 
@@ -41,6 +42,8 @@ def prove_whole(
     proof = _proved(
         lambda on_row: prove_model(here, file, whole.file_type, weights, rows, _threads(), on_row), "it", out, log
     )
+    if 0 < proof.effect < proof.runtime_difference:
+        log.warning(TOO_SMALL)
     for text in proof.different_texts:
         log.warning(f"llama.cpp makes other tokens of {text!r} than the base was trained with")
     for name in proof.different_conversations:
@@ -62,11 +65,12 @@ def tell_loss(whole: WholeModel, name: str, weights: WeightsCheck, proof: ModelP
         if proof
         else ""
     )
+    beside = f"thimble export {as_word(name)} --base {as_word(str(whole.model.base.path))} --out adapter.gguf"
     better = "" if whole.file_type == "Q8_0" else ", and --type Q8_0 next to nothing"
     log.warning(
         f"rounding to {whole.file_type} changes what the adapter does: {weights.kept_update:.2f} of its update is in "
         f"the weights, where 1 is all of it.{seen} The file is what llama.cpp's own quantiser would make; the adapter "
-        f"beside the base loses nothing (thimble export {as_word(name)} --out adapter.gguf){better}"
+        f"beside the base loses nothing ({beside}){better}"
     )
 
 
