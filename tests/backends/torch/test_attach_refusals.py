@@ -84,6 +84,13 @@ def test_options_by_other_names_are_answered_with_the_right_ones():
     assert hints[3].startswith("it has targets, train_also, rank, alpha")
 
 
+def test_names_and_options_are_told_together():
+    with pytest.raises(InputError) as caught:
+        thimble.attach(nn.Sequential(nn.Linear(2, 2)), ["frst"], rank=0, init="eva", train_also=["9"])
+    starts = [problem.split(" names ")[0].split("=")[0] for problem in caught.value.problems]
+    assert starts == ["rank", "init", "train_also", "targets"]
+
+
 def test_options_are_checked_all_at_once():
     with pytest.raises(InputError) as caught:
         thimble.attach(

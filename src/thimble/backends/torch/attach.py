@@ -120,8 +120,9 @@ def attach(
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"attach takes a torch.nn.Module, not {type(model).__name__}")
-    if held := [path or "itself" for path, module in model.named_modules() if _ATTRIBUTE in module.__dict__]:
-        raise InputError(f"the model has an adapter already ({listing(held)}): call thimble.detach(model) first")
+    if held := [path for path, module in model.named_modules() if _ATTRIBUTE in module.__dict__]:
+        where = f" (on {listing(held)})" if held[0] else ""
+        raise InputError(f"the model has an adapter already{where}: call thimble.detach(model) first")
     given = read_options(targets, options)
     if adapter is None:
         return _put_on(model, start_new(model, given))

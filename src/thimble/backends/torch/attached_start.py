@@ -78,14 +78,15 @@ class Start:
 
 def start_new(model: nn.Module, options: LoraOptions) -> Start:
     """A fresh adapter for a model; an InputError names every problem."""
-    problems = Problems(_option_problems(options))
-    survey = Survey(model)
+    problems, survey = Problems(_option_problems(options)), Survey(model)
+    if problems.found:  # names are looked for all the same, so that what is wrong with them is told too
+        also = () if isinstance(options.train_also, str) else options.train_also
+        options = LoraOptions(options.targets, also)
     whole, wrong = trained_whole(survey, options.train_also)
-    problems.add(*wrong)
-    problems.required()
     ranks, alphas = _Numbers(options.rank, options.rank_pattern), _Numbers(options.alpha, options.alpha_pattern)
     chosen = choose(survey, options.targets, whole, ranks.of)
-    problems.add(*chosen.problems, *ranks.unused("rank_pattern", survey), *alphas.unused("alpha_pattern", survey))
+    problems.add(*wrong, *chosen.problems)
+    problems.add(*ranks.unused("rank_pattern", survey), *alphas.unused("alpha_pattern", survey))
     init, factors, origin = parse_init(options.init), {}, {}
     problems.add(*_place_problems(chosen.places, options, init, ranks))
     problems.add(*_prefix_problems(chosen.places))
@@ -95,8 +96,7 @@ def start_new(model: nn.Module, options: LoraOptions) -> Start:
         made = _make(place, init, rank, scale(float(alphas.of(holder)), rank, options.use_rslora), options.seed)
         if init.is_delta:
             origin[place.path] = made
-        matrix = as_matrix(place.layer, getattr(place.layer, place.weight).detach()).float().cpu().numpy()
-        lengths = np.linalg.norm(matrix, axis=1) if options.use_dora else None
+        lengths = np.linalg.norm(_matrix(place), axis=1) if options.use_dora else None
         factors[place.path] = replace(made, magnitude=lengths)
     names_whole = _tensors_in(model, whole) | _biases(model, chosen.places, options.bias)
     inside = {path for path in ("", *survey.modules) if any(path == m or path.startswith(m + ".") for m in whole)}
@@ -202,10 +202,14 @@ def _prefix_problems(places: list[Place]) -> list[str]:
     return [f"targets names layers in {listing(p + 'layers' for p in prefixes)}: adapt one of these parts at a time"]
 
 
+def _matrix(place: Place) -> Any:
+    """The weight as (out, in), float32."""
+    return as_matrix(place.layer, getattr(place.layer, place.weight).detach()).float().cpu().numpy()
+
+
 def _make(place: Place, init: Init, rank: int, factor: float, seed: int) -> Factors:
     """A and B of one layer."""
-    weight = getattr(place.layer, place.weight).detach()
-    needed = as_matrix(place.layer, weight).float().cpu().numpy() if init.needs == "weights" else None
+    needed = _matrix(place) if init.needs == "weights" else None
     data = LayerData(place.path, place.shape, rank, factor, seed, weight=needed)
     is_plain = init.needs == "nothing" and not init.is_delta
     made = (embedding if place.layout.is_embedding and is_plain else BUILDERS[init.name])(data)
