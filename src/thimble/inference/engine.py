@@ -174,6 +174,7 @@ class Engine:
             if running and self._blocks.most is not None and taken > self._blocks.most:
                 return
             request = self._waiting.take()
+            request.begun = time.perf_counter()
             running.append(request)
             self._reading.append(request)
             if self._prefixes and request.labels is None:
@@ -320,9 +321,10 @@ class Engine:
             return Token(number, finish="stop", usage=request.usage)
         except Exception as error:  # a mask is the caller's own program: what it raises ends this answer alone
             return Token(number, finish="error", usage=request.usage, error=f"{type(error).__name__}: {error}")
+        seconds = time.perf_counter() - request.begun if len(written) == 1 else None
         if token in options.stop_ids:
-            return Token(number, finish="stop", usage=request.usage)
+            return Token(number, finish="stop", usage=request.usage, prefill_seconds=seconds)
         finish = None if len(written) < options.max_new_tokens else "length"
         logprobs = request.sampler.log_probs(logits, token)
         usage = request.usage if finish or len(written) == 1 else None
-        return Token(number, token, finish, logprobs=logprobs, usage=usage)
+        return Token(number, token, finish, logprobs=logprobs, usage=usage, prefill_seconds=seconds)

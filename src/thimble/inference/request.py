@@ -37,6 +37,7 @@ class Token(NamedTuple):
         logprobs: What the model thought of the place, where that is asked for.
         usage: What the request took so far, told with the first token and with the end.
         error: Why it ended in an error: what its mask raised.
+        prefill_seconds: From when it began to its first token, told with that.
     """
 
     request: int
@@ -46,6 +47,7 @@ class Token(NamedTuple):
     logprobs: LogProbs | None = None
     usage: Usage | None = None
     error: str | None = None
+    prefill_seconds: float | None = None
 
 
 @dataclass(eq=False)
@@ -68,6 +70,7 @@ class ActiveRequest:
         loss: Of what was read so far; the first of a group has that of all.
         next: The latest token that was chosen.
         guessed: Tokens that may follow it, read with it in the next pass.
+        begun: When it got a place, on the clock of `time.perf_counter`.
     """
 
     number: int
@@ -85,6 +88,7 @@ class ActiveRequest:
     loss: LossSum = field(default_factory=LossSum)
     next: Token = Token(0)
     guessed: list[int] = field(default_factory=list)
+    begun: float = 0.0
 
     @property
     def end(self) -> int:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from thimble.server.answer import Delta
@@ -10,6 +11,15 @@ from thimble.server.refusal import Refusal
 from thimble.server.service import Chosen, Service
 
 PING_SECONDS = 15.0  # after which a stream in which nothing came says that it lives
+
+
+@dataclass
+class Times:
+    """When the tokens of an answer came, in seconds."""
+
+    prefill: float  # that its prompt was read
+    first: float  # on the clock of `time.monotonic`, as the next
+    last: float
 
 
 class Generation:
@@ -29,7 +39,7 @@ class Generation:
         self._service, self._metrics, self._parts, self._log = service, service.metrics, parts, log
         self.name, self._log["model"] = chosen.name, chosen.name
         self._began = time.monotonic()
-        self._last: dict[int, float] = {}  # when the latest token of an answer came
+        self._times: dict[int, Times] = {}  # of the tokens of an answer
         self._cached: dict[int, int] = {}  # tokens of the prompt of an answer that an earlier request had read
         self._stream = service.engine.stream(len(parts), service.limits.seconds)
         self._is_closed = False
@@ -51,7 +61,7 @@ class Generation:
                     raise Refusal(400, token.error or "the answer cannot be continued")
                 if token.usage:
                     self._cached[place] = token.usage.cached_tokens
-                self._note_time(place)
+                self._note_time(place, token.prefill_seconds)
                 delta = self._parts[place].answer.take(token)
                 if delta.finish:
                     unfinished.discard(place)
@@ -89,15 +99,23 @@ class Generation:
         for place, (part, finish) in enumerate(zip(self._parts, finishes, strict=True)):
             self._metrics.note_prompt(len(part.prompt), self._cached.get(place, 0))
             self._metrics.note_answer(part.answer.tokens, finish)
+            if times := self._times.get(place):
+                self._metrics.note_phases(times.prefill, times.last - times.first)
         self._metrics.note_request(time.monotonic() - self._began)
         usage = self.usage
         self._log |= {name: usage[name] for name in ("prompt_tokens", "completion_tokens")}
         self._log["cached_tokens"] = usage["prompt_tokens_details"]["cached_tokens"]
         self._log["finish"] = ",".join(finishes)
 
-    def _note_time(self, place: int) -> None:
-        now, last = time.monotonic(), self._last.get(place)
-        self._metrics.note_token(now - (last or self._began), is_first=last is None)
-        if not self._last:
-            self._log["first_token_seconds"] = round(now - self._began, 4)
-        self._last[place] = now
+    def _note_time(self, place: int, prefill: float | None) -> None:
+        now, times = time.monotonic(), self._times.get(place)
+        if times:
+            self._metrics.note_gap(now - times.last)
+            times.last = now
+            return
+        waited = now - self._began
+        prefill = min(prefill or 0.0, waited)
+        self._metrics.note_first(waited, prefill)
+        if not self._times:
+            self._log["first_token_seconds"] = round(waited, 4)
+        self._times[place] = Times(prefill, now, now)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
@@ -22,6 +22,10 @@ class Now(NamedTuple):
     running_adapters: tuple[str, ...]
     waiting_adapters: tuple[str, ...]
     most_adapters: int  # that a step can have
+    adapters: int  # that are served
+    adapter_bytes: int  # of those in memory that are kept for later requests
+    adapter_loads: int  # reads of adapters from their files
+    adapter_evictions: int  # adapters that had to make room for others
 
 
 class Metrics:
@@ -48,16 +52,32 @@ class Metrics:
         self._written = counter("generation_tokens", "Tokens of answers.").labels(base)
         self._queries = counter("prefix_cache_queries", "Tokens of prompts looked up in the prefix cache.").labels(base)
         self._hits = counter("prefix_cache_hits", "Tokens of prompts found in it.").labels(base)
+        self._cached = counter("prompt_tokens_cached", "Tokens of prompts that were not read again.").labels(base)
         self._first = histogram("time_to_first_token_seconds", "From a request to its first token.", _SECONDS)
         self._gap = histogram("inter_token_latency_seconds", "Between tokens of an answer.", _GAPS)
+        self._queue = histogram("request_queue_time_seconds", "From a request to when its prompt is begun.", _SECONDS)
+        self._prefill = histogram("request_prefill_time_seconds", "From there to the first token.", _SECONDS)
+        self._decode = histogram("request_decode_time_seconds", "From the first token to the last.", _SECONDS)
+        self._inference = histogram("request_inference_time_seconds", "Prefill and decode.", _SECONDS)
         self._whole = histogram("e2e_request_latency_seconds", "From a request to its end.", _SECONDS)
         self._prompts = histogram("request_prompt_tokens", "Tokens of a prompt.", _TOKENS)
         self._answers = histogram("request_generation_tokens", "Tokens of an answer.", _TOKENS)
         self._registry.register(_Moment(base, now))
 
-    def note_token(self, seconds: float, is_first: bool) -> None:
-        """Count a token: how long after the request, or after the token before it."""
-        (self._first if is_first else self._gap).observe(seconds)
+    def note_first(self, seconds: float, prefill: float) -> None:
+        """Count a first token: how long after the request it came, and how long of that the prompt was read."""
+        self._first.observe(seconds)
+        self._queue.observe(seconds - prefill)
+        self._prefill.observe(prefill)
+
+    def note_gap(self, seconds: float) -> None:
+        """Count a further token: how long after the one before."""
+        self._gap.observe(seconds)
+
+    def note_phases(self, prefill: float, decode: float) -> None:
+        """Count an answer that had at least one token and is over: how long prompt and answer took."""
+        self._decode.observe(decode)
+        self._inference.observe(prefill + decode)
 
     def note_prompt(self, tokens: int, cached: int) -> None:
         """Count a prompt, and its tokens that an earlier one had read."""
@@ -65,6 +85,7 @@ class Metrics:
         self._prompts.observe(tokens)
         self._queries.inc(tokens)
         self._hits.inc(cached)
+        self._cached.inc(cached)
 
     def note_answer(self, tokens: int, finish: str) -> None:
         """Count an answer that ended: `stop`, `length`, `tool_calls` or `abort`."""
@@ -87,7 +108,7 @@ class _Moment(Collector):
     def __init__(self, base: str, now: Callable[[], Now]) -> None:
         self._base, self._now = base, now
 
-    def collect(self) -> Iterator[GaugeMetricFamily]:
+    def collect(self) -> Iterator[Metric]:
         """Give the figures."""
         now = self._now()
         yield self._gauge("num_requests_running", "Answers that are written.", now.running)
@@ -99,6 +120,16 @@ class _Moment(Collector):
             "waiting_lora_adapters": ",".join(now.waiting_adapters),
         }
         yield self._gauge("lora_requests_info", "Adapters in use, told at this time.", time.time(), told)
+        yield self._own(GaugeMetricFamily, "adapters", "Adapters that are served.", now.adapters)
+        yield self._own(GaugeMetricFamily, "adapter_resident_bytes", "Memory of adapters kept.", now.adapter_bytes)
+        yield self._own(CounterMetricFamily, "adapter_loads", "Adapters read from files.", now.adapter_loads)
+        yield self._own(CounterMetricFamily, "adapter_evictions", "Adapters that made room.", now.adapter_evictions)
+
+    def _own(self, kind: type[GaugeMetricFamily | CounterMetricFamily], name: str, help: str, value: float) -> Metric:
+        """A figure that vLLM does not have."""
+        family = kind(f"thimble:{name}", help, labels=["model_name"])
+        family.add_metric([self._base], value)
+        return family
 
     def _gauge(self, name: str, help: str, value: float, labels: Mapping[str, str] | None = None) -> GaugeMetricFamily:
         labels = {"model_name": self._base} if labels is None else labels

@@ -170,4 +170,8 @@ class Service:
         running, waiting = (
             tuple(sorted({name for name, has_begun in adapters if has_begun == is_so})) for is_so in (True, False)
         )
-        return Now(load.running, load.waiting, load.used_tokens / most, running, waiting, self.limits.requests)
+        known = self.adapters
+        return Now(
+            load.running, load.waiting, load.used_tokens / most, running, waiting, self.limits.requests,
+            len(known.names), known.resident_bytes, known.loads, known.evictions,
+        )  # fmt: skip
