@@ -5,7 +5,7 @@ from multiprocessing import get_context
 
 import pytest
 
-from stress import files, runs, server
+from stress import files, runs, server, traffic
 from stress.__main__ import TRIALS
 
 QUICK = {"safetensors": 3000, "gguf": 2000, "gguf_adapters": 500, "data": 500, "csv": 500, "arrow": 300, "columns": 500}
@@ -72,3 +72,11 @@ def test_no_request_hurts_a_server(name, count, monkeypatch):
     monkeypatch.setattr(server, "MOST_SECONDS", 30.0)  # of a machine that does other things too
     line = TRIALS[name][0](count)
     assert line.wrong == 0
+
+
+def test_traffic_of_all_kinds_at_once_ends_in_no_fault(monkeypatch):
+    monkeypatch.setattr(traffic, "MOST_HEALTH_SECONDS", 60.0)  # of a machine that does other things too
+    monkeypatch.setattr(traffic, "MOST_GROWN_BYTES", 300_000_000)  # in seconds nothing has settled
+    line = TRIALS["traffic"][0](3)
+    assert line.wrong == 0, line.note
+    assert line.tried >= traffic.STREAMS

@@ -32,6 +32,7 @@ from stress import (
     server,
     storage,
     templates,
+    traffic,
 )
 from thimble import __version__
 from thimble.models.machine import processor
@@ -71,6 +72,7 @@ TRIALS: dict[str, tuple[Callable[[int], Line], int]] = {
     "full": (storage.full_disks, 50),
     "flips": (damage.bit_flips, 1_000),
     "modes": (storage.modes, 1),
+    "traffic": (traffic.traffic, 600),  # seconds
     "schedules": (schedules.random_schedules, 10_000),
 }
 
