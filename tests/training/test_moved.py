@@ -150,6 +150,17 @@ def test_a_run_that_has_ended_needs_neither_base_nor_data_and_says_where_it_is_n
     assert thimble.inspect("moved", base=str(finished / "models" / "tiny.gguf")).subject == "adapter"
 
 
+def test_a_run_that_has_ended_is_not_asked_for_more_steps_in_vain(finished, tmp_path):
+    run = shutil.copytree(finished / "runs" / "it", tmp_path / "run")
+    before = (run / "report.json").read_bytes()
+    with pytest.raises(InputError, match="has ended") as refused:
+        thimble.train(out=str(run), resume=True, max_steps=9)
+    assert f"--max-steps 9: the run in {run} has ended, and it had --max-steps 3" in str(refused.value)
+    assert f"--init adapter:{run}" in str(refused.value)
+    assert (run / "report.json").read_bytes() == before
+    assert thimble.train(out=str(run), resume=True, max_steps=3).steps == 3
+
+
 def test_before_is_measured_anew_if_a_change_is_accepted_before_the_first_checkpoint(project):
     run = project / "runs" / "it"
     shutil.rmtree(run / "checkpoints")

@@ -1,11 +1,16 @@
 """A run folder that was moved: what it was made of and is not found any more, and whether a finished run is of that."""
 
 import os
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+from thimble.config.groups import LENGTHS
 from thimble.config.options import options_of
 from thimble.config.paths import exists, path_in
 from thimble.config.train import TrainConfig
+from thimble.config.values import as_typed, flag
 from thimble.data.examples import open_data
 from thimble.data.model import find_base
 from thimble.errors import ConfigError, as_word, listing
@@ -51,8 +56,9 @@ def _is_path(base: str) -> bool:
 
 
 def check_finished(config: TrainConfig, folder: Path) -> None:
-    """Refuse another base or other data, named to resume a run that has ended."""
+    """Refuse another base, other data or another length, named to resume a run that has ended."""
     saved, manifest = read_config(folder), read_json(folder / "manifest.json") or {}
+    _check_length(config, saved, folder)
     wrong = []
     if saved and config.base != saved.get("base") and (expected := manifest.get("base", {}).get("sha256")):
         wrong += [] if find_base(config.base).fingerprint() == expected else [f"--base {config.base}"]
@@ -64,4 +70,17 @@ def check_finished(config: TrainConfig, folder: Path) -> None:
             f"{listing(wrong)}: the run in {folder}, which has ended, was made with others, "
             f"{saved.get('data')} and {saved.get('base') or 'the default base'}; leave it out, or begin another run "
             "with another --out"
+        )
+
+
+def _check_length(config: TrainConfig, saved: Mapping[str, Any], folder: Path) -> None:
+    """Refuse a length that a run which has ended did not have: its rates were those of its own."""
+    wanted, had = ({name: of(name) for name in LENGTHS if of(name)} for of in (partial(getattr, config), saved.get))
+    if had and wanted != had:
+        typed = [
+            " ".join(f"{flag(name)} {as_typed(value)}" for name, value in given.items()) for given in (wanted, had)
+        ]
+        raise ConfigError(
+            f"{typed[0]}: the run in {folder} has ended, and it had {typed[1]}; leave the length out, or go on "
+            f"from what it learned in another run: --init adapter:{as_word(str(folder))} with another --out"
         )
