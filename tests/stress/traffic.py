@@ -36,7 +36,7 @@ class Traffic:
     """Clients of one server, and what came of their requests."""
 
     def __init__(self, port, folder, seconds):
-        self.port, self.folder, self.end = port, folder, time.monotonic() + seconds
+        self.port, self.folder, self.seconds, self.end = port, folder, seconds, 0.0
         self.statuses, self.kinds, self.health = Counter(), Counter(), []
         self.tokens = self.swaps = 0
 
@@ -45,6 +45,7 @@ class Traffic:
         return time.monotonic() > self.end
 
     async def run(self):
+        self.end = time.monotonic() + self.seconds
         clients = [self.client(random.Random(number)) for number in range(STREAMS)]
         await asyncio.gather(self.watch_health(), self.swap(), *clients)
 
