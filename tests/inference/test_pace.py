@@ -5,11 +5,15 @@ import pytest
 from thimble.inference.pace import LEAST_TOKENS, MOST_STRETCH, Pace
 
 
-def run(pace, steps, writing=0.03, token=0.001):
-    """Steps of an engine that takes so many seconds to write and to read a token of a prompt."""
+def run(pace, steps, writing=0.03, token=0.001, first=0.0):
+    """Steps of an engine that takes so many seconds to write, to begin with prompts, and to read a token of them.
+
+    Every fourth reads the end of a prompt, which is shorter.
+    """
     for number in range(steps):
         tokens = pace.prompt_tokens if number % 2 else 0
-        pace.note(writing + token * tokens, tokens)
+        tokens = tokens * 2 // 3 if number % 4 == 3 else tokens
+        pace.note(writing + (first + token * tokens if tokens else 0.0), tokens)
 
 
 @pytest.mark.parametrize(("writing", "token"), [(0.03, 0.001), (0.2, 0.001), (0.01, 0.0001), (0.02, 0.01)])
@@ -35,3 +39,19 @@ def test_there_is_always_some_progress():
     pace = Pace()
     run(pace, 40, writing=0.001, token=10)
     assert pace.prompt_tokens == LEAST_TOKENS
+
+
+@pytest.mark.parametrize(("first", "token", "expected"), [(0.15, 0.004, 75), (0.5, 0.005, 200), (0.05, 0.01, 10)])
+def test_a_pass_that_costs_much_whatever_it_reads_reads_enough_to_be_worth_it(first, token, expected):
+    """It cannot be short, so most of it is to be reading."""
+    pace = Pace()
+    run(pace, 200, 0.018, token, first)
+    assert expected / 1.3 <= pace.prompt_tokens <= expected * 1.3 + LEAST_TOKENS
+
+
+def test_what_a_pass_costs_is_known_from_passes_of_one_length_too():
+    pace = Pace()
+    for _ in range(50):
+        pace.note(0.02, 0)
+        pace.note(0.2, 32)
+    assert LEAST_TOKENS <= pace.prompt_tokens <= 64

@@ -1,34 +1,54 @@
 """How much of waiting prompts a step reads beside answers, so that those who read an answer see no pause."""
 
 MOST_STRETCH = 2.5  # of a step that only writes, by the prompts it reads as well
-LEAST_TOKENS = 16  # of prompts in a step, however slow they are
+LEAST_TOKENS, MOST_TOKENS = 16, 256  # of prompts in a step, however slow or fast they are
 FIRST_TOKENS = 64  # before anything was measured
 WEIGHT = 0.2  # of the latest measurement in a running mean
+LEAST_SPREAD = 4.0  # of lengths, as a standard deviation in tokens, that tell what a token costs
 
 
 class Pace:
-    """Measures steps, and says how many tokens of prompts the next one may read."""
+    """Measures steps, and says how many tokens of prompts the next one may read.
+
+    Reading adds `first + token · n` seconds to a step: the weights are decoded once, whatever is read. Where that alone
+    stretches a step further than it may be, a step reads until two thirds of what it adds are for tokens: shorter ones
+    would make more pauses, and hardly shorter ones.
+    """
 
     def __init__(self) -> None:
         self._writing_seconds = 0.0  # of a step that only writes
-        self._token_seconds = 0.0  # that a token of a prompt adds to it
+        self._means: tuple[float, ...] = ()  # of n, of what was added, of n², of n times what was added
+        self._token_seconds = 0.0  # that a token of a prompt adds
 
     @property
     def prompt_tokens(self) -> int:
         """Tokens of prompts that may be read beside answers; a multiple of `LEAST_TOKENS`."""
-        if not (self._writing_seconds and self._token_seconds):
+        if not (self._writing_seconds and self._means):
             return FIRST_TOKENS
-        tokens = int((MOST_STRETCH - 1) * self._writing_seconds / self._token_seconds)
-        return max(LEAST_TOKENS, tokens // LEAST_TOKENS * LEAST_TOKENS)
+        tokens, added = self._means[:2]
+        first = max(0.0, added - self._token_seconds * tokens)
+        allowed = (MOST_STRETCH - 1) * self._writing_seconds - first
+        wanted = int(max(allowed, 2 * first) / self._token_seconds)
+        return min(max(LEAST_TOKENS, wanted // LEAST_TOKENS * LEAST_TOKENS), MOST_TOKENS)
 
     def note(self, seconds: float, prompt_tokens: int) -> None:
         """Take note of a step with answers that took so long and read so many tokens of prompts as well."""
         if not prompt_tokens:
-            self._writing_seconds = _mean(self._writing_seconds, seconds)
+            before = self._writing_seconds
+            self._writing_seconds = before + WEIGHT * (seconds - before) if before else seconds
         elif self._writing_seconds:
-            added = max(seconds - self._writing_seconds, 0.05 * seconds) / prompt_tokens
-            self._token_seconds = _mean(self._token_seconds, added)
+            self._note_added(max(seconds - self._writing_seconds, 0.05 * seconds), prompt_tokens)
 
-
-def _mean(before: float, seconds: float) -> float:
-    return before + WEIGHT * (seconds - before) if before else seconds
+    def _note_added(self, added: float, tokens: int) -> None:
+        """Fit the line, by least squares that forget; passes of one length alone keep its slope, or go through 0."""
+        latest = (tokens, added, tokens**2, tokens * added)
+        before = self._means or latest
+        self._means = tuple(old + WEIGHT * (new - old) for old, new in zip(before, latest, strict=True))
+        mean, seconds, squares, products = self._means
+        spread = squares - mean**2
+        through_zero = seconds / mean
+        if spread >= LEAST_SPREAD**2:
+            slope = (products - mean * seconds) / spread
+            self._token_seconds = min(max(slope, 0.05 * through_zero), through_zero)
+        else:
+            self._token_seconds = min(self._token_seconds or through_zero, through_zero)
