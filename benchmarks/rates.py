@@ -109,7 +109,8 @@ def as_page(lines: list[dict[str, Any]]) -> str:
             setting.task, f"{setting.lora_plus:g}", str(setting.batch_tokens), f"{best['target_tokens']:.0f}",
             f"{best['curve'][0][1]:.3f}", ", ".join(f"{run['rate']:.1e}: {run['final']:.3f}" for run in line["runs"]),
             f"{best['rate']:.1e}", f"{line['default']:.1e}", f"{line['ratio']:.2f}",
-            f"{line['at_default']:.3f} ({line['at_default'] / best['final'] - 1:+.1%})", f"{best['general_before']:.3f}",
+            f"{line['at_default']:.3f} ({line['at_default'] / best['final'] - 1:+.1%})",
+            f"{best['general_before']:.3f}",
             ", ".join(f"{run['rate']:.1e}: {run['general']:.3f}" for run in line["runs"]),
         ]  # fmt: skip
         page.append(f"| {' | '.join(cells)} |")

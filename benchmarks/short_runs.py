@@ -139,7 +139,7 @@ class Bench:
             return mean if math.isfinite(mean) else MOST_LOSS
 
         before = (config.data, config.seq_len, eval_tokens, config.init, config.seed)
-        for key, rows in ((before, held), ((), general)):
+        for key, rows in ((before, held), ((config.seq_len,), general)):
             if key not in self._measured:
                 self._measured[key] = loss(rows)
         tokens, curve, steps = 0, [(0, self._measured[before])], schedule.total_steps or 0
@@ -155,7 +155,7 @@ class Bench:
         return {
             **({"untouched": [row.nats for row in last], "places": [row.tokens for row in last]} if apart else {}),
             "rate": schedule.rate, "target_tokens": schedule.target_tokens, "curve": curve, "final": curve[-1][1],
-            "general_before": self._measured[()], "general": loss(general), "seconds": time.perf_counter() - began,
+            "general_before": self._measured[config.seq_len,], "general": loss(general), "seconds": time.perf_counter() - began,
         }  # fmt: skip
 
     def _begun(self, run_plan: RunPlan, session: Session) -> Initialization:
