@@ -155,7 +155,8 @@ class Bench:
         return {
             **({"untouched": [row.nats for row in last], "places": [row.tokens for row in last]} if apart else {}),
             "rate": schedule.rate, "target_tokens": schedule.target_tokens, "curve": curve, "final": curve[-1][1],
-            "general_before": self._measured[config.seq_len,], "general": loss(general), "seconds": time.perf_counter() - began,
+            "general_before": self._measured[config.seq_len,], "general": loss(general),
+            "seconds": time.perf_counter() - began,
         }  # fmt: skip
 
     def _begun(self, run_plan: RunPlan, session: Session) -> Initialization:
