@@ -167,20 +167,12 @@ class TrainState(Protocol):
         """The adapter as it is now, for `losses` and `forward`."""
 
 
-class Session(Protocol):
-    """A frozen base in memory."""
+class TrainingSession(Protocol):
+    """A frozen base in memory, on which the training loop trains an adapter."""
 
     @property
     def layers(self) -> Sequence[LayerInfo]:
         """The layers that can be adapted, in the order they run."""
-
-    @property
-    def max_positions(self) -> int:
-        """The context of the base: most tokens of a prompt and its answer together."""
-
-    @property
-    def shares_prefixes(self) -> bool:
-        """Whether what rows of a batch have in common at their beginning is computed once."""
 
     @property
     def capabilities(self) -> frozenset[str]:
@@ -197,33 +189,8 @@ class Session(Protocol):
     ) -> Gradient:
         """The gradient of the objective over the rows of a step; raises MemoryError if they do not fit."""
 
-    def lowest_block(self, state: TrainState) -> int:
-        """Number of the first block whose input can be kept, as `new_features` does: 0 if none or the first."""
-
-    def new_features(self, state: TrainState, file: BinaryIO, tokens: int) -> Any:
-        """Room in a file for what comes to the lowest adapted block from rows of so many tokens; OSError if none."""
-
-    def add_features(self, features: Any, batches: Sequence[Batch], execution: ExecutionPlan) -> Iterator[int]:
-        """Compute the features of the rows of each batch and keep them: their tokens; raises OSError on a full disk."""
-
     def apply(self, state: TrainState, gradient: Gradient, rate: float) -> TrainState:
         """Take one AdamW step; the gradient is scaled down to `Method.max_grad_norm` first."""
-
-    def losses(self, adapter: ActiveAdapter, batches: Sequence[Batch], execution: ExecutionPlan) -> Iterator[LossSum]:
-        """Summed loss over the target tokens of each batch, in order, as they are ready."""
-
-    def row_losses(
-        self, adapter: ActiveAdapter, batches: Sequence[Batch], execution: ExecutionPlan
-    ) -> Iterator[list[LossSum]]:
-        """The same, for each row of each batch."""
-
-    def divergences(
-        self, adapter: ActiveAdapter, batches: Sequence[Batch], execution: ExecutionPlan
-    ) -> Iterator[list[Divergence]]:
-        """How far each row of each batch is from the bare base, at the places that carry a label."""
-
-    def kl_reference(self, batch: Batch) -> Any:
-        """What the bare base makes of some text, for `Objective`."""
 
     def snapshot(
         self, state: TrainState, into: Mapping[str, NDArray[np.float32]] | None = None
@@ -247,6 +214,43 @@ class Session(Protocol):
 
     def release(self) -> None:
         """Give back the memory of activations and temporaries."""
+
+
+class Session(TrainingSession, Protocol):
+    """A frozen decoder in memory, which reads and writes text too."""
+
+    @property
+    def max_positions(self) -> int:
+        """The context of the base: most tokens of a prompt and its answer together."""
+
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether what rows of a batch have in common at their beginning is computed once."""
+
+    def lowest_block(self, state: TrainState) -> int:
+        """Number of the first block whose input can be kept, as `new_features` does: 0 if none or the first."""
+
+    def new_features(self, state: TrainState, file: BinaryIO, tokens: int) -> Any:
+        """Room in a file for what comes to the lowest adapted block from rows of so many tokens; OSError if none."""
+
+    def add_features(self, features: Any, batches: Sequence[Batch], execution: ExecutionPlan) -> Iterator[int]:
+        """Compute the features of the rows of each batch and keep them: their tokens; raises OSError on a full disk."""
+
+    def losses(self, adapter: ActiveAdapter, batches: Sequence[Batch], execution: ExecutionPlan) -> Iterator[LossSum]:
+        """Summed loss over the target tokens of each batch, in order, as they are ready."""
+
+    def row_losses(
+        self, adapter: ActiveAdapter, batches: Sequence[Batch], execution: ExecutionPlan
+    ) -> Iterator[list[LossSum]]:
+        """The same, for each row of each batch."""
+
+    def divergences(
+        self, adapter: ActiveAdapter, batches: Sequence[Batch], execution: ExecutionPlan
+    ) -> Iterator[list[Divergence]]:
+        """How far each row of each batch is from the bare base, at the places that carry a label."""
+
+    def kl_reference(self, batch: Batch) -> Any:
+        """What the bare base makes of some text, for `Objective`."""
 
     @property
     def independent_tokens(self) -> int:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from thimble.backends.session import ActiveAdapter, Session, TrainState
+from thimble.backends.session import ActiveAdapter, TrainingSession, TrainState
 from thimble.errors import listing, plural
 from thimble.models.execution import ExecutionPlan
 from thimble.training.answers import Answer, of_every_label
@@ -17,7 +17,7 @@ INITIAL_NATS = 0.5  # that an initial adapter may be worse than the base
 
 
 def measure_before(
-    task: Task, session: Session, state: TrainState, execution: ExecutionPlan, control: Control
+    task: Task, session: TrainingSession, state: TrainState, execution: ExecutionPlan, control: Control
 ) -> Before:
     """Measure the bare base and the initial adapter; raises RunError if the base cannot be trained on."""
     control.log.stage("measuring the base before training")
@@ -35,7 +35,7 @@ def measure_before(
 
 
 def measure_after(
-    task: Task, session: Session, active: ActiveAdapter, unmoved: Sequence[str], before: Before,
+    task: Task, session: TrainingSession, active: ActiveAdapter, unmoved: Sequence[str], before: Before,
     execution: ExecutionPlan, control: Control,
 ) -> Scores:  # fmt: skip
     """Measure the trained adapter on the same rows as the base, and warn of what looks wrong: of unmoved layers too."""

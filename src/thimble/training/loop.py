@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from thimble.backends.session import Gradient, Objective, Session, StepKey, TrainState
+from thimble.backends.session import Gradient, Objective, StepKey, TrainingSession, TrainState
 from thimble.core.adapter import Adapter
 from thimble.core.method import Method
 from thimble.core.metrics import LossSum
@@ -87,7 +87,7 @@ class TrainResult:
 
 
 def run(
-    plan: LoopPlan, task: Task, session: Session, collective: Collective, sink: Sink, control: Control
+    plan: LoopPlan, task: Task, session: TrainingSession, collective: Collective, sink: Sink, control: Control
 ) -> TrainResult:
     """Train an adapter, and measure before and after; raises MemoryError if the smallest parts of a step do not fit."""
     loop = _Loop(plan, task, session, collective, sink, control)
@@ -107,7 +107,7 @@ class _Loop:
     """The state of a run between its phases, which are called in order."""
 
     def __init__(
-        self, plan: LoopPlan, task: Task, session: Session, collective: Collective, sink: Sink, control: Control
+        self, plan: LoopPlan, task: Task, session: TrainingSession, collective: Collective, sink: Sink, control: Control
     ) -> None:
         self.plan, self.task, self.session, self.collective = plan, task, session, collective
         self.sink, self.control, self.log = sink, control, control.log

@@ -3,18 +3,19 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from thimble.backends.session import ActiveAdapter, Gradient, Objective, Session, TrainState, Work
+from thimble.backends.session import ActiveAdapter, Gradient, Objective, TrainingSession, TrainState, Work
 from thimble.core.adapter import Adapter
 from thimble.core.metrics import LossSum, average
 from thimble.models.execution import ExecutionPlan
 from thimble.training.answers import Answer
 from thimble.training.control import Control
 
+S = TypeVar("S", bound=TrainingSession, contravariant=True)
 OpenFile = Callable[[], BinaryIO]  # gives a file for the time of training; raises OSError if there is none
 
 
@@ -44,8 +45,8 @@ class Before:
     loss: float  # validation loss with the initial adapter
 
 
-class Task(Protocol):
-    """What a run trains on and measures: text; images and speech later."""
+class Task(Protocol[S]):
+    """What a run trains on and measures, with the sessions that it knows how to ask: `tasks/` holds them."""
 
     @property
     def costs(self) -> Sequence[int]:
@@ -55,27 +56,27 @@ class Task(Protocol):
         """The batches of one step, from the numbers of its rows."""
 
     def features(
-        self, session: Session, state: TrainState, execution: ExecutionPlan, open_file: OpenFile, control: Control
+        self, session: S, state: TrainState, execution: ExecutionPlan, open_file: OpenFile, control: Control
     ) -> Any:
         """What the frozen part below the adapters makes of the rows, kept in a file; None where that saves nothing."""
 
-    def objectives(self, session: Session) -> Sequence[Objective]:
+    def objectives(self, session: S) -> Sequence[Objective]:
         """What the steps minimise, taken in turn; at least one."""
 
-    def watch(self, session: Session, adapter: ActiveAdapter, execution: ExecutionPlan) -> list[LossSum]:
+    def watch(self, session: S, adapter: ActiveAdapter, execution: ExecutionPlan) -> list[LossSum]:
         """The loss of each validation row that is measured during training."""
 
-    def confirm(self, session: Session, adapter: ActiveAdapter, execution: ExecutionPlan) -> list[LossSum]:
+    def confirm(self, session: S, adapter: ActiveAdapter, execution: ExecutionPlan) -> list[LossSum]:
         """The loss of other rows than those watched, on which a rise has to be there too; none if they are too few."""
 
-    def choose(self, session: Session, adapter: ActiveAdapter, execution: ExecutionPlan) -> list[LossSum]:
+    def choose(self, session: S, adapter: ActiveAdapter, execution: ExecutionPlan) -> list[LossSum]:
         """The loss of the rows by which the strength is chosen."""
 
-    def evaluate(self, session: Session, adapter: ActiveAdapter, execution: ExecutionPlan, control: Control) -> Scores:
+    def evaluate(self, session: S, adapter: ActiveAdapter, execution: ExecutionPlan, control: Control) -> Scores:
         """Measure all validation rows; what is interrupted is left out."""
 
     def divergence(
-        self, session: Session, adapter: ActiveAdapter, execution: ExecutionPlan, control: Control
+        self, session: S, adapter: ActiveAdapter, execution: ExecutionPlan, control: Control
     ) -> Mapping[str, Any]:
         """How far the model has moved from its base; empty where that cannot be told."""
 
@@ -83,7 +84,7 @@ class Task(Protocol):
         """Refuse a base that cannot be trained on by raising a RunError, and warn of one whose scores are odd."""
 
     def initial_loss(
-        self, session: Session, adapter: ActiveAdapter, base: Scores, execution: ExecutionPlan, control: Control
+        self, session: S, adapter: ActiveAdapter, base: Scores, execution: ExecutionPlan, control: Control
     ) -> float:
         """Validation loss with the initial adapter; not measured again where the adapter changes nothing."""
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from thimble.backends.session import Session, TrainState
+from thimble.backends.session import TrainingSession, TrainState
 from thimble.config.train import TrainConfig
 from thimble.core.metrics import LossSum
 from thimble.core.significance import t_quantile
@@ -36,7 +36,9 @@ def fixed_strength(config: TrainConfig, rows: int) -> tuple[float | None, str]:
     return None, ""
 
 
-def find_strength(task: Task, session: Session, state: TrainState, execution: ExecutionPlan) -> tuple[float, str]:
+def find_strength(
+    task: Task, session: TrainingSession, state: TrainState, execution: ExecutionPlan
+) -> tuple[float, str]:
     """Measure the trained adapter at every strength on the rows that choose; see `choose_strength`."""
     trained, losses = session.adapter(state), {}
     try:
