@@ -118,6 +118,7 @@ EXTRAS = {
     "hub": "huggingface_hub",
     "parquet": "pyarrow",
     "llamacpp": "xllamacpp",
+    "models": "transformers safetensors pillow soundfile soxr jiwer",
     "serve": "starlette uvicorn pydantic prometheus-client llguidance",
 }
 

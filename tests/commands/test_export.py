@@ -245,7 +245,7 @@ def test_a_gguf_base_takes_a_merge_with_importance_in_another_type(data, tmp_pat
     save_adapter(make_adapter(open_base(base)), tmp_path / "mine")
     given = {"adapter": str(tmp_path / "mine"), "base": str(base), "data": data, "merged": True, "proof": "never"}
     thimble.export(**given, type="Q4_0", imatrix=True, out=str(out))
-    thimble.export(**given, type="Q4_0", out=str(tmp_path / "plain.gguf"))
+    thimble.export(**given, type="q4_0", out=str(tmp_path / "plain.gguf"))  # letters as llama.cpp takes them
     assert out.read_bytes() != (tmp_path / "plain.gguf").read_bytes()
     found = open_base(out)
     assert set(found.dtypes()) == {"Q4_0", "Q8_0", "F32"}

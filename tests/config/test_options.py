@@ -19,6 +19,11 @@ def test_a_number_may_be_written_as_yaml_leaves_it():
     assert (config.learning_rate, config.rank, config.use_dora, config.problems) == (1e-5, 8, False, ())
 
 
+def test_a_choice_may_be_written_in_other_letters():
+    config = TrainConfig.build({"data": "x", "compute": "FP32", "schedule": "Constant"})
+    assert (config.compute, config.schedule, config.problems) == ("fp32", "constant", ())
+
+
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [

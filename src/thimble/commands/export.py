@@ -136,8 +136,9 @@ def _without_magnitudes(adapter: Adapter, model: Model, rank: int, log: EventLog
 def _file_type(config: ExportConfig) -> str:
     if not config.type:
         raise ConfigError(f"--merged needs a type: add --type with one of {listing(FILE_TYPES, 20)}")
-    check_file_type(config.type)
-    return config.type
+    name = config.type.upper()  # as llama.cpp takes it
+    check_file_type(name)
+    return name
 
 
 def _check_out(config: ExportConfig, whole: WholeModel | None) -> None:

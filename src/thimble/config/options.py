@@ -176,6 +176,8 @@ def convert(spec: Field, value: Any) -> Any:
         raise ValueError("expected text in UTF-8")
     choices = spec.metadata["choices"]
     if choices and result not in choices:
+        result = next((choice for choice in choices if choice.casefold() == str(result).casefold()), result)
+    if choices and result not in choices:
         raise ValueError(one_of(choices, result))
     check = spec.metadata["check"]
     if check and (wrong := check(result)):
