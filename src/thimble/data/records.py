@@ -6,10 +6,10 @@ import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -28,6 +28,8 @@ _VALUES = re.compile(r'"[^"]*"|(?<= is )-?\d[\d.e+-]*|(?<= is )(True|False)')  #
 MOST_KEPT = 10_000  # problems of rows that are remembered; the others are counted
 SKIPPED_SHARE = 0.1  # of the rows: more that cannot be used are no dirt but a wrong form
 MAX_VALIDATION_ROWS = 2000  # rows: more would say nothing new and take hours to measure
+
+R = TypeVar("R", covariant=True)
 
 
 class SkippedRow(NamedTuple):
@@ -100,6 +102,16 @@ class Dataset:
     skipped: Skipped  # what could not be used, so far
 
 
+class Reader(Protocol[R]):
+    """Knows what one row means."""
+
+    def parse(self, row: Any, source: str) -> Parsed[R]:
+        """Check a row; a DataError says everything that is wrong with it."""
+
+    def check(self) -> None:
+        """Raise a DataError if the rows read so far lack what all of them may not."""
+
+
 def read_dataset(path: str | Path, is_strict: bool = False, named: NamedColumns | None = None) -> Dataset:
     """Read examples from a file or folder and check every row; they lie in a temporary file, not in memory.
 
@@ -111,20 +123,13 @@ def read_dataset(path: str | Path, is_strict: bool = False, named: NamedColumns 
     """
     path = Path(path).expanduser()
     splits, told = find_files(path)
-    problems, skipped = Problems(), Skipped(is_strict)
+    skipped, unused = Skipped(is_strict), Unused()
     forms: dict[str, Counter[str]] = {split: Counter() for split in splits}
-    reader, unused = RowReader(named), Unused()
-    records: dict[str, Spool[Record]] = {}
-    for split, files in splits.items():
-        records[split] = Spool(_packed, _unpacked)
-        for parsed in _parsed_rows(files, reader, problems, told, skipped):
-            records[split].append(parsed.record)
-            forms[split][parsed.form] += 1
-            unused.add(parsed.left)
-    reader.check()
-    problems.attempt(skipped.check)
-    if problems.found:
-        raise DataError(*problems.found)
+    records: dict[str, Spool[Record]] = {split: Spool(_packed, _unpacked) for split in splits}
+    for split, parsed in checked_rows(splits, RowReader(named), told, skipped):
+        records[split].append(parsed.record)
+        forms[split][parsed.form] += 1
+        unused.add(parsed.left)
     return Dataset(
         name=_name(path),
         format=said(sum(forms.values(), Counter())),
@@ -172,9 +177,22 @@ def general_records() -> tuple[Record, ...]:
     )
 
 
+def checked_rows(
+    splits: Mapping[str, Sequence[Source]], reader: Reader[R], told: Told, skipped: Skipped
+) -> Iterator[tuple[str, Parsed[R]]]:
+    """The rows of all files with their split; at the end a DataError says everything that is wrong, if too much is."""
+    problems = Problems()
+    for split, files in splits.items():
+        yield from ((split, parsed) for parsed in _parsed_rows(files, reader, problems, told, skipped))
+    reader.check()
+    problems.attempt(skipped.check)
+    if problems.found:
+        raise DataError(*problems.found)
+
+
 def _parsed_rows(
-    files: Sequence[Source], reader: RowReader, problems: Problems, told: Told, skipped: Skipped
-) -> Iterator[Parsed]:
+    files: Sequence[Source], reader: Reader[R], problems: Problems, told: Told, skipped: Skipped
+) -> Iterator[Parsed[R]]:
     """The rows of some files, checked; what is wrong with a file or a row is noted, and the others are read."""
     before, count = len(problems.found) + skipped.count, 0
     for file in (each._replace(name=escaped(each.name)) for each in files):  # a name may hold anything
@@ -193,7 +211,7 @@ def _parsed_rows(
         problems.add(f"{listing(file.name for file in files)} has no text: expected at least one example.")
 
 
-def _parsed(raw: RawRow, reader: RowReader, skipped: Skipped) -> Parsed | None:
+def _parsed(raw: RawRow, reader: Reader[R], skipped: Skipped) -> Parsed[R] | None:
     skipped.rows += 1
     try:
         if not raw.problem:

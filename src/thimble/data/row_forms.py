@@ -61,18 +61,22 @@ def _named(fields: Fields, named: NamedColumns, left: Left) -> Form:
         return Form("plain text", lambda: _text(cell_text(fields.cell(named.text), shown(named.text)), named.text))
 
     def read() -> dict[str, Any]:
-        if named.template:
-            prompt: Any = "".join(
-                before + (cell_text(fields.cell(name), shown(name)) if name else "")
-                for before, name in read_template(named.template)
-            )
-        else:
-            prompt = _cell(fields, named.prompt)
+        prompt = named_prompt(fields, named)
         answer = _cell(fields, named.completion)
         return _asked(fields, left, (prompt, shown(named.prompt)), (answer, shown(named.completion)))
 
     asked = [named.prompt] if named.prompt else [name for _, name in read_template(named.template) if name]
     return Form(f"{', '.join(map(shown, asked)) or 'a fixed prompt'} and {shown(named.completion)}", read)
+
+
+def named_prompt(fields: Fields, named: NamedColumns) -> Any:
+    """What the columns of the prompt hold that the user named: text, or the messages of one column."""
+    if not named.template:
+        return _cell(fields, named.prompt)
+    return "".join(
+        before + (cell_text(fields.cell(name), shown(name)) if name else "")
+        for before, name in read_template(named.template)
+    )
 
 
 def _chat(fields: Fields, left: Left, is_there: Callable[[str], bool]) -> Form | None:

@@ -6,7 +6,7 @@ caller puts the file and line in front. The forms stand in `row_forms`, messages
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from thimble.data.columns import Fields, Left, NamedCheck, NamedColumns
 from thimble.data.row_forms import FORMS, OPTIONAL, recognise
@@ -27,10 +27,13 @@ class Record:
     completion: str | None = None
 
 
-class Parsed(NamedTuple):
+R = TypeVar("R")
+
+
+class Parsed(NamedTuple, Generic[R]):
     """A record with what the row told about itself."""
 
-    record: Record
+    record: R
     form: str  # "Alpaca"
     left: Left  # columns and keys that were not read
 
@@ -42,7 +45,7 @@ class RowReader:
         self._named = named or NamedColumns()
         self._check = NamedCheck(self._named)
 
-    def parse(self, row: Any, source: str) -> Parsed:
+    def parse(self, row: Any, source: str) -> Parsed[Record]:
         """Recognise the form of a row and check it; a DataError says everything that is wrong with it."""
         row = {"messages": row} if are_messages(row) else row
         if not isinstance(row, Mapping):
@@ -67,7 +70,7 @@ class RowReader:
         self._check.check()
 
 
-def parse_row(row: Any, source: str) -> Parsed:
+def parse_row(row: Any, source: str) -> Parsed[Record]:
     """Recognise the form of a row by its columns and check it; a DataError says everything that is wrong with it."""
     return RowReader().parse(row, source)
 

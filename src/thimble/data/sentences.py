@@ -1,0 +1,344 @@
+"""Rows for text encoders: a text and its label, or texts that belong together; found, read, checked and split.
+
+Column names are those of datasets' text classification and of Sentence Transformers (Dataset Overview: anchor and
+positive, sentence1 and sentence2 with a score, anchor, positive and negative); the user may name others.
+"""
+
+import hashlib
+import itertools
+import json
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from thimble.data.columns import LABELS, Fields, Left, NamedCheck, NamedColumns
+from thimble.data.records import MAX_VALIDATION_ROWS, Skipped, checked_rows
+from thimble.data.row_forms import named_prompt
+from thimble.data.row_values import cell_text, describe, is_missing, loaded, shown, text_of
+from thimble.data.rows import Parsed, said
+from thimble.data.sources.find import find_files
+from thimble.data.spool import Items, Spool
+from thimble.data.unused import Unused
+from thimble.errors import DataError, Problems, listing
+
+CLASSIFY, EMBED = "classify-text", "embed"
+TEXTS = ("text", "sentence", "content", "review", "utterance", "query", "question", "prompt", "input", "instruction")
+KINDS = (*LABELS, "topic", "category", "completion", "output", "answer", "target")  # columns that may hold a label
+TWO_TEXTS = (
+    ("premise", "hypothesis"), ("sentence1", "sentence2"), ("question1", "question2"), ("text1", "text2"),
+    ("texta", "textb"), ("question", "sentence"),
+)  # fmt: skip
+ANCHORS = ("anchor", "query", "question", "sentence1", "question1", "text1", "texta", "premise", "prompt", "title")
+POSITIVES = (
+    "positive", "pos", "answer", "answers", "response", "passage", "document", "sentence2", "question2", "text2",
+    "textb", "hypothesis", "completion", "body",
+)  # fmt: skip
+NEGATIVES = ("negative", "negatives", "neg", "hardnegative", *(f"negative{number}" for number in range(1, 17)))
+SCORES = ("score", "similarity", "similarityscore", "labels", "label")
+UNLABELLED = ("-1", "-1.0")  # which SNLI and GLUE write where there is no label
+LABEL_FORMS = "text and label; premise, hypothesis and label"
+PAIR_FORMS = "anchor and positive; question and answer; anchor, positive and negative; sentence1, sentence2 and score"
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """One example of an encoder.
+
+    Attributes:
+        texts: What is read: to be labelled, one text, or two that are read together; to be embedded, an anchor, what
+            belongs to it, and what does not.
+        label: What a text is to be called; None where texts are to be embedded.
+        score: How alike the first two texts are, on any scale; None if they belong together and that is all.
+        source: Where the row stands, such as "train.jsonl line 12".
+    """
+
+    texts: tuple[str, ...]
+    label: str | None = None
+    score: float | None = None
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class SentenceData:
+    """All examples of a file or folder, checked."""
+
+    format: str  # "text and label"
+    train: Items[Sentence]
+    valid: Items[Sentence] | None  # None: the data has no file of its own for this
+    skipped: Skipped
+    notes: tuple[str, ...]
+    warnings: tuple[str, ...]
+    files: tuple[Path, ...]
+
+
+def read_sentences(
+    path: str | Path, task: str, is_strict: bool = False, named: NamedColumns | None = None
+) -> SentenceData:
+    """Read the rows of a task (`classify-text` or `embed`) from whatever `read_dataset` reads; refused alike.
+
+    Raises:
+        DataError: With everything that is wrong, each with file and line.
+    """
+    splits, told = find_files(Path(path).expanduser())
+    skipped, unused = Skipped(is_strict), Unused()
+    forms: Counter[str] = Counter()
+    rows: dict[str, Spool[Sentence]] = {split: Spool(_packed, _unpacked) for split in splits}
+    for split, parsed in checked_rows(splits, SentenceReader(task, named), told, skipped):
+        rows[split].append(parsed.record)
+        forms[parsed.form] += 1
+        unused.add(parsed.left)
+    _check_alike(rows.values(), task)
+    return SentenceData(
+        format=said(forms), train=rows["train"], valid=rows.get("valid"), skipped=skipped,
+        notes=(*told.notes, *unused.notes), warnings=(*told.warnings, *unused.warnings),
+        files=tuple(dict.fromkeys(file.path for files in splits.values() for file in files)),
+    )  # fmt: skip
+
+
+def _check_alike(splits: Iterable[Items[Sentence]], task: str) -> None:
+    """Refuse pairs of which some have a score and others none: they are learned in different ways."""
+    scored: dict[bool, str] = {}
+    for row in itertools.chain(*splits) if task == EMBED else ():
+        scored.setdefault(row.score is not None, row.source)
+    if len(scored) > 1:
+        raise DataError(
+            f"{scored[True]} has a score and {scored[False]} has none: expected a score in every row, or in none"
+        )
+
+
+def task_of(fields: Collection[str]) -> str:
+    """The task that columns are made for, by their names; empty if they are made for neither.
+
+    >>> task_of(["text", "label"]), task_of(["question", "answer"]), task_of(["messages"])
+    ('classify-text', 'embed', '')
+    """
+    found = Fields(dict.fromkeys(fields, "?"))
+    names = {name for name in (*TEXTS, *LABELS, "topic", "category", *ANCHORS, *POSITIVES) if name in found}
+    is_labelled = bool(names & {*LABELS, "topic", "category"})
+    if is_labelled and (names & set(TEXTS) or any(names.issuperset(pair) for pair in TWO_TEXTS)):
+        return CLASSIFY
+    return EMBED if names & set(ANCHORS) and names & set(POSITIVES) else ""
+
+
+class SentenceReader:
+    """Reads rows one by one, by the columns that the user named or else by those that are known."""
+
+    def __init__(self, task: str, named: NamedColumns | None = None) -> None:
+        self._task, self._named = task, named or NamedColumns()
+        self._check = NamedCheck(self._named)
+
+    def parse(self, row: Any, source: str) -> Parsed[Sentence]:
+        """Check a row; a DataError says everything that is wrong with it."""
+        if not isinstance(row, Mapping):
+            forms = LABEL_FORMS if self._task == CLASSIFY else PAIR_FORMS
+            raise DataError(f"the row is {describe(row)}: expected an object in one of the forms {forms}")
+        fields, left = Fields(row), Left()
+        self._check.see(fields)
+        read = _labelled if self._task == CLASSIFY else _pair
+        form, parts = read(fields, self._named, left)
+        fields.leave(left)
+        return Parsed(Sentence(source=source, **parts), form, left)
+
+    def check(self) -> None:
+        """Raise a DataError if a column that the user named is in none of the rows read so far."""
+        self._check.check()
+
+
+# ---- forms
+
+
+def _labelled(fields: Fields, named: NamedColumns, left: Left) -> tuple[str, dict[str, Any]]:
+    """A text, or two that are read together, and a label."""
+    problems = Problems()
+    if named:
+        form, texts = problems.attempt(_named_text, fields, named) or ("", ())
+        label = problems.attempt(_label, fields.cell(named.completion), shown(named.completion))
+    else:
+        names, kind = _columns_of_label(fields)
+        form = ", ".join(map(fields.shown, names)) + f" and {fields.shown(kind)}"
+        texts = [problems.attempt(_text, fields.take(name), fields.shown(name)) for name in names]
+        label = problems.attempt(_label, fields.take(kind), fields.shown(kind))
+    if problems.found:
+        raise DataError(*problems.found)
+    return form, {"texts": tuple(texts), "label": label}
+
+
+def _columns_of_label(fields: Fields) -> tuple[tuple[str, ...], str]:
+    """The columns of the texts, and that of the label."""
+    names = next((pair for pair in TWO_TEXTS if all(map(fields.__contains__, pair))), None)
+    name = fields.first(TEXTS)
+    names = names or ((name,) if name else None)
+    kind = fields.first(kind for kind in KINDS if names and kind not in names)
+    if not names or not kind:
+        raise DataError(_unknown(fields, "classify-text", LABEL_FORMS))
+    return names, kind
+
+
+def _pair(fields: Fields, named: NamedColumns, left: Left) -> tuple[str, dict[str, Any]]:
+    """Texts that belong together, texts that do not, and how alike they are if that is said."""
+    problems = Problems()
+    if named:
+        form, texts = problems.attempt(_named_text, fields, named) or ("", ())
+        texts = [*texts, problems.attempt(_text, fields.cell(named.completion), shown(named.completion))]
+    else:
+        anchor = fields.first(ANCHORS)
+        positive = fields.first(name for name in POSITIVES if name != anchor)
+        if not anchor or not positive:
+            raise DataError(_unknown(fields, "embed", PAIR_FORMS))
+        form = f"{fields.shown(anchor)} and {fields.shown(positive)}"
+        texts = [problems.attempt(_first_text, fields, name, left) for name in (anchor, positive)]
+    negatives = problems.attempt(_negatives, fields) or []
+    scale = fields.first_filled(SCORES)
+    score = problems.attempt(_score, fields, scale) if scale else None
+    if score is not None and negatives:
+        problems.add("the row has a score and a negative: expected one of them")
+    if problems.found:
+        raise DataError(*problems.found)
+    form += (" with negatives" if negatives else "") + (f" with {fields.shown(scale)}" if scale else "")
+    return form, {"texts": (*texts, *negatives), "score": score}
+
+
+def _named_text(fields: Fields, named: NamedColumns) -> tuple[str, tuple[str]]:
+    """The text that the user's columns make."""
+    text = named_prompt(fields, named)
+    where = shown(named.prompt) or "the text of --prompt-template"
+    return f"{where} and {shown(named.completion)}", (_text(text, where),)
+
+
+# ---- values
+
+
+def _text(value: Any, where: str) -> str:
+    text = text_of(value, where)
+    if not text.strip():
+        raise DataError(f"{where} is empty: expected text")
+    return text
+
+
+def _first_text(fields: Fields, name: str, left: Left) -> str:
+    """A text, or the first of a list of them."""
+    value, where = loaded(fields.take(name)), fields.shown(name)
+    if isinstance(value, list | tuple):
+        if len(value) > 1:
+            left.add(f"{where} behind the first")
+        value = value[0] if value else None
+    return _text(value, where)
+
+
+def _negatives(fields: Fields) -> list[str]:
+    """The texts of all columns that hold what does not belong to the anchor."""
+    found: list[str] = []
+    for name in filter(fields.is_filled, fields.among(NEGATIVES)):
+        value, where = loaded(fields.take(name)), fields.shown(name)
+        found += [_text(text, where) for text in (value if isinstance(value, list | tuple) else [value])]
+    return found
+
+
+def _label(value: Any, where: str) -> str:
+    """A label as text, whatever it is stored as."""
+    if isinstance(value, list | tuple):
+        raise DataError(f"{where} is a list: expected one label a row")
+    label = cell_text(value, where).strip()
+    if is_missing(value) or not label:
+        raise DataError(f"{where} is {'missing' if is_missing(value) else 'empty'}: expected a label")
+    if label in UNLABELLED:
+        raise DataError(f"{where} is {label}, which data sets write where there is no label")
+    return label
+
+
+def _score(fields: Fields, name: str) -> float:
+    value, where = fields.take(name), fields.shown(name)
+    try:
+        score = float(value)
+    except (TypeError, ValueError):
+        score = float("nan")
+    if abs(score) < float("inf"):
+        return score
+    raise DataError(
+        f"{where} is {describe(value)}: expected a number that says how alike the two texts are; to learn labels, add "
+        "--task classify-text; to learn which texts belong together, keep the rows where they do and leave it out"
+    )
+
+
+def _unknown(fields: Fields, task: str, forms: str) -> str:
+    found = listing(map(shown, fields), 20) or "none"
+    return (
+        f"the columns are {found}: --task {task} expects one of the forms {forms}; if yours have other names, add "
+        "--prompt-column and --completion-column"
+    )
+
+
+# ---- split
+
+
+def split_sentences(rows: Items[Sentence], share: float, seed: int) -> tuple[list[int], list[int]]:
+    """Numbers of the rows to learn from, and of those held out, so that what was learned is measured on other texts.
+
+    Rows of one label are held out in its share. Rows to be labelled that hold the same texts, and pairs that have a
+    text in common, also by way of others, stay on one side. A row's side depends on its content, the seed and the other
+    contents, not on its place. At most MAX_VALIDATION_ROWS are held out.
+    """
+    groups: dict[int, list[int]] = {}
+    for number, group in enumerate(_groups(rows)):
+        groups.setdefault(group, []).append(number)
+    by_label: dict[str | None, list[list[int]]] = {}
+    for numbers in groups.values():
+        by_label.setdefault(rows[numbers[0]].label, []).append(numbers)
+    share = min(share, MAX_VALIDATION_ROWS / max(1, len(rows)))
+    held: set[int] = set()
+    for of_label in by_label.values():
+        wanted = round(share * sum(map(len, of_label)))
+        for numbers in sorted(of_label, key=lambda numbers: _digest(rows[numbers[0]], seed)):
+            if len(numbers) <= wanted:
+                held.update(numbers)
+                wanted -= len(numbers)
+    return [number for number in range(len(rows)) if number not in held], sorted(held)
+
+
+def _groups(rows: Items[Sentence]) -> list[int]:
+    """The group of each row, by the number of its first row: rows that must not be parted."""
+    first: dict[Any, int] = {}  # of each content, the first row
+    parent = list(range(len(rows)))
+
+    def root(number: int) -> int:
+        while parent[number] != number:
+            parent[number] = number = parent[parent[number]]
+        return number
+
+    for number, row in enumerate(rows):
+        for content in contents(row):
+            one, other = sorted((root(number), root(first.setdefault(content, number))))
+            parent[other] = one
+    return [root(number) for number in range(len(rows))]
+
+
+def contents(row: Sentence) -> list[Any]:
+    """What two rows must not have in common if one is to say something new: all texts together, or each of a pair."""
+    folded = [" ".join(text.casefold().split()) for text in row.texts]
+    return [tuple(folded)] if row.label is not None else list(folded[:2])
+
+
+def _digest(row: Sentence, seed: int) -> bytes:
+    return hashlib.sha256(json.dumps([seed, row.texts, row.label]).encode()).digest()
+
+
+def two_labels(rows: Sequence[Sentence] | Items[Sentence]) -> list[tuple[str, str]]:
+    """Rows that have the texts of an earlier one and another label: the sources of each two."""
+    first: dict[Any, Sentence] = {}
+    told = []
+    for row in rows:
+        earlier = first.setdefault(contents(row)[0], row)
+        if earlier.label != row.label:
+            told.append((earlier.source, row.source))
+    return told
+
+
+def _packed(row: Sentence) -> bytes:
+    return json.dumps([row.texts, row.label, row.score, row.source]).encode()
+
+
+def _unpacked(packed: bytes) -> Sentence:
+    texts, *rest = json.loads(packed)
+    return Sentence(tuple(texts), *rest)
