@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from thimble.core.retrieval import ranks, rank_scores, spearman, spearman_parts
+from thimble.core.retrieval import rank_scores, ranks, spearman, spearman_parts
 
 
 def test_the_rank_of_a_right_answer_is_one_more_than_the_wrong_ones_before_it():
