@@ -76,7 +76,16 @@ class SentenceData:
 def read_sentences(
     path: str | Path, task: str, is_strict: bool = False, named: NamedColumns | None = None
 ) -> SentenceData:
-    """Read the rows of a task (`classify-text` or `embed`) from whatever `read_dataset` reads; refused alike.
+    """Read the rows of a task from whatever `read_dataset` reads.
+
+    Args:
+        path: File or folder.
+        task: `classify-text` or `embed`.
+        is_strict: Whether a single row that cannot be used is too many, instead of a tenth of them.
+        named: The columns that the user named.
+
+    Returns:
+        The rows, in temporary files.
 
     Raises:
         DataError: With everything that is wrong, each with file and line.
