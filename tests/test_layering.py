@@ -38,7 +38,7 @@ RULES = {
     "data/sources": Part("errors data/sources", packages_later="pyarrow yaml"),
     "data": Part(
         "errors events core config files models data data/sources", packages="numpy",
-        packages_later="tokenizers jinja2 pyarrow huggingface_hub yaml",
+        packages_later="tokenizers jinja2 pyarrow huggingface_hub yaml PIL soundfile soxr",
     ),
     "backends": Part("errors core files models data backends", "backends/torch", packages="numpy"),
     "backends/torch": Part(
@@ -70,7 +70,7 @@ RULES = {
 LONGEST_FILE, LONGEST_FUNCTION, LARGEST_ROOM = 400, 45, 0.25  # lines; share of all lines
 VAGUE_NAMES = {"util", "utils", "common", "helper", "helpers", "misc"}
 FRAMEWORKS = {"jax", "flax", "keras", "tensorflow", "onnx", "onnxruntime", "litert", "transformers", "peft", "gguf"}
-IMPORT_NAMES = {"pyyaml": "yaml"}  # of distributions whose import name is another
+IMPORT_NAMES = {"pyyaml": "yaml", "pillow": "PIL"}  # of distributions whose import name is another
 
 FILES = sorted(path.relative_to(SOURCE).as_posix() for path in SOURCE.rglob("*.py"))
 

@@ -1,0 +1,1 @@
+"""Pictures and sound: found in folders and manifests, checked, split, and decoded into arrays."""

@@ -1,0 +1,175 @@
+"""From what the user names to pictures or clips that can be decoded: folders of classes, metadata files, manifests."""
+
+import itertools
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from thimble.data.media.checks import check_items
+from thimble.data.media.folders import items_by_folder, unpacked_folder, walk
+from thimble.data.media.items import Item, MediaData, oddities
+from thimble.data.media.kinds import AUDIO, IMAGE, NOUNS, is_media
+from thimble.data.media.manifests import ManifestReader, has_paths
+from thimble.data.records import Skipped
+from thimble.data.sources.find import find_files
+from thimble.data.sources.kinds import TEXT, kind_of
+from thimble.data.sources.raw import Source, Told
+from thimble.data.sources.read import read_rows
+from thimble.data.sources.splits import SPLITS
+from thimble.errors import DataError, InputError, Problems, listing, plural
+
+MOST_SECONDS = 30.0  # of a clip that are decoded to see that it can be, unless the caller says otherwise
+Splits = Mapping[str, list[Source]]
+
+
+def find_media(
+    path: Path,
+    kind: str,
+    prompt_column: str = "",
+    completion_column: str = "",
+    needed: str = "label",
+    is_strict: bool = False,
+    most_seconds: float = MOST_SECONDS,
+) -> MediaData:
+    """Pictures or clips of a folder or table, each decoded once to see that it can be.
+
+    Args:
+        path: A folder with a folder for each class, the same in folders called train, valid and test, a folder with
+            metadata.csv, .jsonl or .parquet as datasets has it, or a table of paths, from its own place.
+        kind: "image" or "audio".
+        prompt_column: The column of paths; one of usual names if empty.
+        completion_column: The column of what is needed; one of usual names if empty.
+        needed: What each has to have: "label", "text" or "" for nothing, as for files whose labels are to be found.
+        is_strict: Whether a single one that cannot be used is too many, else up to a tenth of them is left out.
+        most_seconds: How much of a clip is decoded.
+
+    Raises:
+        DataError: Every problem with the data, the first 20 of rows.
+    """
+    path, told, skipped, problems = Path(path).expanduser(), Told(), Skipped(is_strict), Problems()
+    reader = ManifestReader(kind, (prompt_column, completion_column), needed, told, skipped)
+    tables = _tables(path, kind, prompt_column, needed, told)
+    if tables or prompt_column or completion_column:
+        found = _from_tables(path, tables, reader, problems)
+    else:
+        found = problems.attempt(_from_folder, path, kind, needed, told) or {}
+        skipped.rows += sum(map(len, found.values()))
+    checked = check_items(found, kind, most_seconds, skipped, told)
+    _check(path, kind, needed, checked, skipped, problems)
+    files = tuple(source.path for sources in tables.values() for source in sources)
+    odd = oddities(checked["train"], checked.get("valid", ())) if needed else []
+    return MediaData(
+        checked["train"], checked.get("valid"), skipped, tuple(told.notes), (*told.warnings, *odd),
+        checked.get("test"), files,
+    )  # fmt: skip
+
+
+def guess_kind(path: Path) -> str:
+    """What a file or folder holds by its first files and rows: "image", "audio", or "" for anything else."""
+    path = Path(path).expanduser()
+    names = [path.name] if path.is_file() else [file.name for file in itertools.islice(walk(path), 10_000)]
+    counts = {kind: sum(is_media(name, kind) for name in names) for kind in (IMAGE, AUDIO)}
+    best = max(counts, key=lambda kind: counts[kind])
+    if counts[best] and 2 * counts[best] > len(names):
+        return best
+    try:
+        sources = [source for sources in find_files(path).splits.values() for source in sources if source.kind != TEXT]
+        row = next(read_rows(sources[0], Told())) if sources else None
+    except InputError:
+        return ""
+    cells = (
+        [cell for cell in row.value.values() if isinstance(cell, str)] if row and isinstance(row.value, dict) else []
+    )
+    return next((kind for kind in (IMAGE, AUDIO) if any(is_media(cell, kind) for cell in cells)), "")
+
+
+def _tables(path: Path, kind: str, prompt_column: str, needed: str, told: Told) -> Splits:
+    """Tables that name files: what the user named, or those of a folder; none if its folders are the classes."""
+    if not path.is_dir():
+        if path.is_file() and is_media(path.name, kind):
+            return {}
+        return find_files(path).splits
+    places = [path, *(inner for inner in path.iterdir() if inner.is_dir() and inner.name.lower() in (*SPLITS, "data"))]
+    tables = [file for place in places for file in sorted(place.iterdir()) if kind_of(file) not in (None, TEXT)]
+    if not tables:
+        return {}
+    try:
+        splits, noted = find_files(path)
+        splits = {split: [one for one in sources if one.kind != TEXT] for split, sources in splits.items()}
+        if all(has_paths(next(read_rows(sources[0], Told())), kind, prompt_column) for sources in splits.values()):
+            for text in noted.notes:
+                told.note(text)
+            for text in noted.warnings:
+                told.warn(text)
+            return splits
+    except (InputError, IndexError):
+        if not needed or _has_media(path, kind):
+            return {}
+        raise
+    return {}
+
+
+def _from_tables(path: Path, tables: Splits, reader: ManifestReader, problems: Problems) -> dict[str, list[Item]]:
+    if not tables:
+        problems.add(f"{path} holds no table, of which --prompt-column or --completion-column could name a column.")
+    found = {
+        split: [item for source in sources for item in problems.attempt(reader.read, source) or ()]
+        for split, sources in tables.items()
+    }
+    problems.attempt(reader.end)
+    return found
+
+
+def _has_media(path: Path, kind: str) -> bool:
+    return any(is_media(file.name, kind) for file in walk(path))
+
+
+def _from_folder(path: Path, kind: str, needed: str, told: Told) -> dict[str, list[Item]]:
+    if path.is_file():
+        if needed:
+            raise DataError(
+                f"{path} is one {NOUNS[kind][0]}: expected a folder with a folder for each class, or a table."
+            )
+        return {"train": [Item(path, path.name)]}
+    if needed == "text":
+        raise DataError(
+            f"{path} has no transcripts: expected a table such as metadata.csv, with the columns file_name and "
+            "transcription, in the folder of the clips or named itself."
+        )
+    return items_by_folder(unpacked_folder(path, told), kind, told, with_labels=bool(needed))
+
+
+def _check(
+    path: Path, kind: str, needed: str, checked: dict[str, list[Item]], skipped: Skipped, problems: Problems
+) -> None:
+    """Raise a DataError with everything that is wrong so far, or with what is missing from items that are right."""
+    if needed == "label":
+        _leave_unknown(checked, skipped)
+    problems.attempt(skipped.check)
+    if not problems.found:
+        problems.attempt(_check_enough, path, kind, needed, checked, skipped)
+    if problems.found:
+        raise DataError(*dict.fromkeys(problems.found))
+
+
+def _leave_unknown(found: dict[str, list[Item]], skipped: Skipped) -> None:
+    """Leave out items to measure on whose label no training row has: no head could name it."""
+    known = {item.label for item in found.get("train", ())}
+    for split in found.keys() - {"train"}:
+        for item in found[split]:
+            if item.label not in known:
+                skipped.add(item.source, f'has the label "{item.label}", which no training row has')
+        found[split] = [item for item in found[split] if item.label in known]
+
+
+def _check_enough(path: Path, kind: str, needed: str, found: Mapping[str, Sequence[Item]], skipped: Skipped) -> None:
+    items = found.get("train", ())
+    many = NOUNS[kind][1]
+    if not items:
+        raise DataError(f"{path} holds no {many} that can be used: expected at least one.", *skipped.told())
+    labels = Counter(item.label for item in items)
+    if needed == "label" and len(labels) == 1:
+        raise DataError(
+            f"{path}: all {plural(len(items), NOUNS[kind][0])} have one label, {listing(map(repr, labels))}: expected "
+            "two or more, since there is nothing to tell apart."
+        )

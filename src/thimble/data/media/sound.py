@@ -1,0 +1,98 @@
+"""Sound as one channel of samples at one rate, whatever it is stored as."""
+
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from thimble.data.sources.kinds import other_kind
+from thimble.errors import DataError, MissingPackageError, install_line
+
+BLOCK_FRAMES = 1 << 16  # read at a time: a header may claim any length
+RATES = (1_000, 768_000)  # samples a second that are taken for sound
+HEAD_BYTES = 512
+
+
+class Heard(NamedTuple):
+    """What a clip is, once it was decoded."""
+
+    seconds: float  # of the whole file
+    is_silent: bool  # whether all samples that were decoded are 0
+
+
+def read_sound(path: Path, rate: int, most_seconds: float) -> NDArray[np.float32]:
+    """The beginning of a clip as one channel: the mean of all channels, resampled.
+
+    Args:
+        path: The file; its content says what it is, not its name.
+        rate: Samples a second of the result.
+        most_seconds: What is longer is cut off there.
+
+    Returns:
+        (samples,), between -1 and 1 as files of whole numbers are; of any number of bits.
+
+    Raises:
+        DataError: It cannot be decoded, has no samples, or some that are no numbers; says so without the path.
+    """
+    samples, own_rate, _ = _decoded(path, most_seconds)
+    if own_rate == rate:
+        return samples
+    import soxr
+
+    return np.ascontiguousarray(soxr.resample(samples, own_rate, rate), np.float32)
+
+
+def listen_to(path: Path, most_seconds: float) -> Heard:
+    """Decode what would be used of a clip to see that it can be; raises a DataError if not."""
+    samples, rate, frames = _decoded(path, most_seconds)
+    return Heard(frames / rate, not samples.any())
+
+
+def _decoded(path: Path, most_seconds: float) -> tuple[NDArray[np.float32], int, int]:
+    """Samples as they are stored, (frames,), samples a second, and how many frames the whole file has."""
+    try:
+        import soundfile
+    except ImportError as error:
+        raise MissingPackageError(f"sound is read with soundfile. Install it with: {install_line('models')}") from error
+    try:
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))  # names need not be UTF-8
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror or error}") from error
+    try:
+        head = os.read(descriptor, HEAD_BYTES)
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        if not head:
+            raise DataError("is empty: expected a clip")
+        with soundfile.SoundFile(descriptor, closefd=False) as file:
+            return _mono(file, most_seconds), file.samplerate, file.frames
+    except soundfile.LibsndfileError as error:
+        raise DataError(_refused(head, str(error.error_string))) from error
+    finally:
+        os.close(descriptor)
+
+
+def _refused(head: bytes, reason: str) -> str:
+    if head[4:8] == b"ftyp":
+        return "is MP4 or M4A inside, which is not read: convert it first, as with ffmpeg -i IN OUT.wav"
+    what = other_kind(head)
+    return (
+        f"is {what}" if what else f"is no sound that can be read ({reason.rstrip('.')}): expected WAV, FLAC, Ogg or MP3"
+    )
+
+
+def _mono(file: Any, most_seconds: float) -> NDArray[np.float32]:
+    rate = file.samplerate
+    if not RATES[0] <= rate <= RATES[1]:
+        raise DataError(f"has {rate:,} samples a second: expected {RATES[0]:,} to {RATES[1]:,}")
+    left, blocks = int(most_seconds * rate), []
+    while left > 0 and len(block := file.read(min(left, BLOCK_FRAMES), dtype="float32", always_2d=True)):
+        blocks.append(block[:, 0] if block.shape[1] == 1 else block.mean(1))
+        left -= len(block)
+    if not blocks:
+        raise DataError("has no samples: expected at least one")
+    samples = np.concatenate(blocks)
+    if not np.isfinite(samples).all():
+        raise DataError(f"has {np.count_nonzero(~np.isfinite(samples)):,} samples that are NaN or Inf: save it again")
+    return samples
