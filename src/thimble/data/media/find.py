@@ -43,6 +43,9 @@ def find_media(
         is_strict: Whether a single one that cannot be used is too many, else up to a tenth of them is left out.
         most_seconds: How much of a clip is decoded.
 
+    Returns:
+        What can be used, by split, in the order of its names or rows, and what is worth telling.
+
     Raises:
         DataError: Every problem with the data, the first 20 of rows.
     """
