@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from thimble.core.metrics import LossSum, average, exact, parse_tool_calls, tool_calls, valid_json
+from thimble.core.metrics import LossSum, average, exact, goodness, parse_tool_calls, tool_calls, valid_json
 
 CALL = '<tool_call>\n{"name":"weather","arguments":{"city":"Paris","days":3}}\n</tool_call>'
 
@@ -54,3 +54,13 @@ def test_exact_match_ignores_only_outer_white_space():
 def test_averages_are_taken_figure_by_figure():
     assert average([{"a": 1.0, "b": 0.0}, {"a": 0.0, "b": 0.0}]) == {"a": 0.5, "b": 0.0}
     assert average([]) == {}
+
+
+def test_a_rate_of_errors_counts_as_many_times_as_a_row_has_characters():
+    scores, sizes = [{"CER": 0.5, "exact match": 0.0}, {"CER": 0.0, "exact match": 1.0}], [{"CER": 2.0}, {"CER": 8.0}]
+    assert average(scores, sizes) == {"CER": 0.1, "exact match": 0.5}
+
+
+def test_fewer_errors_are_better_and_more_of_anything_else():
+    assert goodness("CER", 0.2) > goodness("CER", 0.9) > goodness("CER", 1.4)
+    assert goodness("accuracy", 0.9) > goodness("accuracy", 0.2)

@@ -10,7 +10,7 @@ from thimble.core.labels import AnswerCounts
 from thimble.core.metrics import LossSum
 from thimble.core.significance import LEAST_ROWS, LOSS_CHANCE
 from thimble.report.verdict import judge
-from thimble.training.answers import Answer
+from thimble.training.answers import Answer, mean_scores
 from thimble.training.comparison import both_label_reports, compare_losses, compare_metrics
 from thimble.training.guard import LEAST_TO_STOP, Plateau
 
@@ -211,3 +211,45 @@ def test_labels_are_scored_before_and_after_beside_their_training_rows():
     assert report["training_rows"] == {"yes": 30, "no": 10}
     assert report["after"]["confusion"] == {"yes": {"yes": 1}, "no": {"(other)": 1, "yes": 1}}
     assert (report["after"]["majority"], report["after"]["baseline"]) == ("yes", pytest.approx(1 / 3))
+
+
+def heard(errors, characters, rows=40):
+    """Answers to spoken rows with so many wrong characters each, by turns short and long."""
+    sizes = [{"CER": float(characters[n % 2])} for n in range(rows)]
+    return [
+        Answer("", "", "", {"CER": errors[n % 2] / sizes[n]["CER"], "exact match": float(not errors[n % 2])}, f"row {n}",
+               sizes=sizes[n])
+        for n in range(rows)
+    ]  # fmt: skip
+
+
+def told_of(before, after):
+    """The verdict of a run whose answers are these."""
+    compared = compare_metrics(before, after, {answer.source for answer in before})
+    measured = {"metrics_before": mean_scores(before), "metrics_after": mean_scores(after), "metrics_rows": len(before)}
+    return judge(full_report(**measured, metric_comparisons=compared, best_step=100, steps=100), steps(100))
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "tone", "words"),
+    [
+        ((4, 30), (0, 2), "good", "“CER” went from 100.0\N{NARROW NO-BREAK SPACE}% to 5.9"),
+        ((4, 30), (3, 12), "good", "Mostly"),
+        ((4, 30), (4, 22), "mixed", "Partly"),
+        ((0, 2), (4, 30), "bad", "It got worse"),
+        ((1, 12), (6, 40), "bad", "to 135.3"),
+        ((0, 2), (0, 2), "unknown", "good at it"),
+        ((4, 30), (4, 30), "bad", "no better"),
+    ],
+)
+def test_fewer_errors_are_told_as_a_gain_and_more_as_a_loss(before, after, tone, words):
+    said = told_of(heard(before, (4, 30)), heard(after, (4, 30)))
+    assert said.tone == tone
+    assert words in f"{said.word}. {said.text}"
+
+
+def test_the_interval_of_errors_is_that_of_all_characters():
+    found = compare_metrics(heard((4, 30), (4, 30)), heard((0, 15), (4, 30)), {f"row {n}" for n in range(40)})["CER"]
+    assert (found["better"], found["worse"]) == (40, 0)
+    assert found["chance"] < 0.001 < found["chance_worse"]
+    assert found["low"] < -19 / 34 < found["high"] < 0

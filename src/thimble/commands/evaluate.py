@@ -10,7 +10,7 @@ from thimble.config.evaluate import EvaluateConfig
 from thimble.config.groups import COLUMNS
 from thimble.core.adapter import Adapter
 from thimble.core.labels import AnswerCounts
-from thimble.core.metrics import LossSum, average
+from thimble.core.metrics import LossSum
 from thimble.data.examples import Examples, encode_examples, log_read, open_data
 from thimble.data.given_rows import FOLDER
 from thimble.data.model import Model, log_base, model_with_adapters
@@ -21,7 +21,7 @@ from thimble.events import EventLog, OnEvent, ShouldStop, ignore, never
 from thimble.models.cost import cache_token_bytes
 from thimble.models.execution import ExecutionPlan
 from thimble.training import run_folder
-from thimble.training.answers import Answer, Question, of_every_label, write_answers
+from thimble.training.answers import Answer, Question, mean_scores, of_every_label, write_answers
 from thimble.training.comparison import compare_losses, compare_metrics, label_report
 from thimble.training.control import Control
 from thimble.training.evaluation import ValidationSet, losses_alone, measure, rows_alone
@@ -140,7 +140,7 @@ def _results(measured: Mapping[str, Measured], metric: ChosenMetric, examples: E
         shown = [
             answers[number].described() for number in list(chosen)[: MOST_SHOWN if metric.has_labels else SHOWN_ANSWERS]
         ]
-        scores = average(answer.scores for answer in answers)
+        scores = mean_scores(answers)
         counts = Counter(figure for answer in answers for figure in answer.scores)
         result = Result(name, total.mean, total.perplexity, total.tokens, scores, dict(counts), shown)
         if metric.has_labels and answers:

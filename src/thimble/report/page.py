@@ -15,7 +15,7 @@ from typing import Any
 
 from thimble.config.options import options_of
 from thimble.config.train import TrainConfig
-from thimble.core.metrics import tool_calls, valid_json
+from thimble.core.metrics import ERROR_RATES, tool_calls, valid_json
 from thimble.errors import as_word, escaped, plural
 from thimble.report.charts import draw_charts
 from thimble.report.forgetting import forgetting, moved, perplexity
@@ -128,6 +128,8 @@ def _metric(report: Report, name: str) -> dict[str, Any]:
     of = "all rows" if has_all else f"the {plural(rows_of(report, name), 'row')} that have it"
     is_share = all(not is_number(value) or 0 <= value <= 1 for value in (before, after))
     note = f"mean {'share ' if is_share else ''}over {of}"
+    if name in ERROR_RATES:
+        note = f"errors over the {ERROR_RATES[name]} of the expected texts of {of}: less is better"
     if counts and is_number(before) and is_number(after):
         note = f"{percent(before)}{ARROW}{percent(after)} ({interval(after, rows)})"
     return {

@@ -100,7 +100,7 @@ def render_train(report: Any) -> str:
     for name in {**report.metrics_before, **report.metrics_after}:
         counts = [compared.get(name, {}).get(side, report.metrics_rows) for side in ("rows_before", "rows_after")]
         values = (report.metrics_before.get(name), report.metrics_after.get(name))
-        rows.append((name, *(_share(value, count) for value, count in zip(values, counts, strict=True))))
+        rows.append((name, *(_share(name, value, count) for value, count in zip(values, counts, strict=True))))
     rows.append(("validation loss", number(report.loss_before), number(report.loss_after)))
     rows.append(("general text loss (forgetting)", number(report.general_before), number(report.general_after)))
     if same := vars(report).get("divergence", {}).get("same"):
@@ -122,12 +122,14 @@ def render_train(report: Any) -> str:
 _SAMPLE_LINES = (("asked", "asked"), ("expected", "reference"), ("before", "before"), ("after", "after"))
 
 
-def _share(value: float | None, rows: int) -> str:
+def _share(name: str, value: float | None, rows: int) -> str:
     """A figure over answers: a count where answers are right or wrong, a share as percent, anything else as it is."""
     if value is None or not rows:
         return NONE
-    if not 0 <= value <= 1:
-        return f"{number(value)} (mean of {rows})"
+    from thimble.report.verdict import figure, may_be_count  # brings numpy, which --help does without
+
+    if not may_be_count(name, value):
+        return f"{figure(name, value).replace(THIN, '')} (mean of {rows})"
     return f"{value * rows:.0f}/{rows} ({formatting.percent(value, space='')})"
 
 
@@ -159,7 +161,7 @@ def render_evaluate(report: Any) -> str:
     rows.append(("loss", *(number(result.loss) for result in report.results)))
     rows.append(("perplexity", *(number(result.perplexity, 2) for result in report.results)))
     for name in names:
-        rows.append((name, *(_share(result.scores.get(name), result.counts.get(name, 0)) for result in report.results)))
+        rows.append((name, *(_share(name, result.scores.get(name), result.counts.get(name, 0)) for result in report.results)))
     parts = [_table(rows)]
     for result in report.results:
         if result.labels:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from thimble.core.metrics import WEAK_RATIO
+from thimble.core.metrics import ERROR_RATES, WEAK_RATIO, goodness
 from thimble.core.significance import CHANCE, LEAST_ROWS, LOSS_CHANCE, Paired, fisher, is_clear, wilson
 from thimble.errors import plural
 from thimble.report.forgetting import MOST, forgetting, general_rise
@@ -15,9 +15,9 @@ Report = Mapping[str, Any]
 Steps = Sequence[Mapping[str, Any]]
 
 # The metric that decides, if there is one.
-STRICTEST = ("all arguments right", "all fields right", "accuracy", "exact match")
-SHARES = ("fields right",)  # means of shares, not of right-or-wrong: never shown as a count of rows
-GOOD_SHARE, HALF_SHARE = 0.9, 0.5  # of rows right after training: "yes", "mostly", below that "partly"
+STRICTEST = ("all arguments right", "all fields right", "accuracy", "CER", "exact match")
+SHARES = ("fields right", *ERROR_RATES)  # means of shares, not of right-or-wrong: never shown as a count of rows
+GOOD_SHARE, HALF_SHARE = 0.9, 0.5  # of rows or letters right after training: "yes", "mostly", below that "partly"
 LOSS_MARGIN_NATS = 0.01  # a smaller change of the validation loss is called none
 RECALL_SHARE = 0.25  # of the fall on training rows: less on validation rows is rather recall than learning
 
@@ -195,17 +195,20 @@ def _by_metric(report: Report, key: str, tries: int) -> Verdict:
     if _is_clear(report, key, "chance_worse", tries):
         return Verdict("bad", "No", f"It got worse. {on}, {change}. {loss}")
     if _is_clear(report, key, "chance", tries):
-        word = "Yes" if after >= GOOD_SHARE else "Mostly" if after >= HALF_SHARE else "Partly"
+        good = goodness(key, after)
+        word = "Yes" if good >= GOOD_SHARE else "Mostly" if good >= HALF_SHARE else "Partly"
         word = "Partly" if key == "accuracy" and _no_better_than_one(report) else word
         return Verdict("mixed" if word == "Partly" else "good", word, f"{on}, {change}{_left(report, key)}. {loss}")
-    if before >= GOOD_SHARE:
+    if goodness(key, before) >= GOOD_SHARE:
         text = f"The base was good at it: {on.lower()}, {change}. {loss}"
         return Verdict("unknown", "There was little to learn", text)
     others = [name for name in report["metrics_before"] if name != key]
-    risen = [f"“{name}”" for name in others if _is_clear(report, name, "chance", tries * len(others))]
+    risen = [name for name in others if _is_clear(report, name, "chance", tries * len(others))]
     if risen:
-        return Verdict("mixed", "Partly", f"{on}, {' and '.join(risen)} clearly rose, but {change}. {loss}")
-    if after > before:
+        verb = "improved" if set(risen) & set(ERROR_RATES) else "rose"
+        names = " and ".join(f"“{name}”" for name in risen)
+        return Verdict("mixed", "Partly", f"{on}, {names} clearly {verb}, but {change}. {loss}")
+    if goodness(key, after) > goodness(key, before):
         return Verdict("mixed", "Unclear", f"{on}, {change}. A difference this small may be chance. {loss}")
     return Verdict("bad", "No", f"The answers are no better. {on}, {change}. {loss}")
 
@@ -216,7 +219,7 @@ def _within(report: Report, key: str) -> str:
     low, high = compared.get("low"), compared.get("high")
     if not is_number(low) or not is_number(high):
         return ""
-    if not 0 <= values[key] <= 1:
+    if key not in ERROR_RATES and not 0 <= values[key] <= 1:
         return f" (95 % interval of the change: {low:+.3g} to {high:+.3g})"
     return f" (95 % interval of the change: {low * 100:+.0f} to {high * 100:+.0f} points of a hundred)"
 
@@ -232,7 +235,19 @@ def score(report: Report, name: str, share: float) -> str:
     """A metric as a count of rows if it is one, else as percent; what is no share as it is."""
     if is_count(report, name):
         return f"{round(share * rows_of(report, name)):,}"
-    return percent(share) if 0 <= share <= 1 else number(share)
+    return figure(name, share)
+
+
+def may_be_count(name: str, value: float) -> bool:
+    """Whether a mean may be that of right-or-wrong."""
+    return 0 <= value <= 1 and name not in ERROR_RATES
+
+
+def figure(name: str, value: float) -> str:
+    """A metric as percent if it is a share; what is none as it is."""
+    if name in ERROR_RATES:
+        return f"{value * 100:.1f}{THIN}%"
+    return percent(value) if 0 <= value <= 1 else number(value)
 
 
 def rows_of(report: Report, name: str) -> int:
@@ -258,7 +273,9 @@ def _is_clear(report: Report, name: str, side: str, tries: int) -> bool:
     """
     compared = (report.get("metric_comparisons") or {}).get(name)
     before, after = report["metrics_before"][name], report["metrics_after"].get(name)
-    if not is_number(before) or not is_number(after) or (after > before) != (side == "chance"):
+    if not is_number(before) or not is_number(after):
+        return False
+    if (goodness(name, after) > goodness(name, before)) != (side == "chance"):
         return False
     if compared:
         return bool(compared["rows"] >= LEAST_ROWS and compared[side] <= CHANCE / tries)

@@ -3,7 +3,7 @@
 import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from thimble.core.labels import label_of, stratified
+from thimble.core.metrics import average
 from thimble.data.encode import Encoder
 from thimble.data.encode_all import last_answer
 from thimble.data.records import Record
@@ -38,11 +39,16 @@ class Answer:
     scores: Mapping[str, float]
     source: str = ""  # where the row came from; not known of runs of an older release
     problem: str = ""  # why the metric has no figure for it
+    sizes: Mapping[str, float] = field(default_factory=dict)  # what figures count in means, such as characters; else 1
 
     def described(self) -> dict[str, Any]:
         """It as plain data, for a line of a file."""
-        values = asdict(self)
-        return values if self.problem else {name: value for name, value in values.items() if name != "problem"}
+        return {name: value for name, value in asdict(self).items() if value or name not in ("problem", "sizes")}
+
+
+def mean_scores(answers: Sequence[Answer]) -> dict[str, float]:
+    """Each figure over all answers that have it."""
+    return average((answer.scores for answer in answers), (answer.sizes for answer in answers))
 
 
 def make_questions(records: Sequence[Record], encoder: Encoder, most: int, has_labels: bool = False) -> list[Question]:

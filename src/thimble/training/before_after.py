@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from thimble.backends.session import ActiveAdapter, TrainingSession, TrainState
+from thimble.core.metrics import goodness
 from thimble.errors import listing, plural
 from thimble.models.execution import ExecutionPlan
 from thimble.training.answers import Answer, of_every_label
@@ -62,13 +63,17 @@ def compare_answers(
     if has_labels:
         few = [pairs[number] for number in of_every_label(after, SHOWN_SAMPLES, MOST_SAMPLES)]
     else:
-        pairs.sort(key=lambda pair: sum(pair[0].scores.values()) - sum(pair[1].scores.values()))
+        pairs.sort(key=lambda pair: _worth(pair[0]) - _worth(pair[1]))
         few = pairs[: SHOWN_SAMPLES // 2] + pairs[-(SHOWN_SAMPLES - SHOWN_SAMPLES // 2) :]
         few = few if len(pairs) > SHOWN_SAMPLES else pairs
     return [
         {"asked": old.asked, "reference": old.reference, "before": old.written, "after": new.written}
         for old, new in few
     ]
+
+
+def _worth(answer: Answer) -> float:
+    return sum(goodness(name, value) for name, value in answer.scores.items())
 
 
 def all_answers(before: Sequence[Answer], after: Sequence[Answer]) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from thimble.core.labels import AnswerCounts, score_labels
-from thimble.core.metrics import LossSum
+from thimble.core.metrics import ERROR_RATES, LossSum, goodness
 from thimble.core.significance import LEAST_ROWS, bootstrap, compare, share_interval, sign_test
 from thimble.training.answers import Answer
 
@@ -34,7 +34,10 @@ def compare_losses(
 def compare_metrics(
     before: Sequence[Answer], after: Sequence[Answer], unseen: Collection[str]
 ) -> dict[str, dict[str, Any]]:
-    """For each figure: the answers that have it, and how many of those to rows never trained on rose or fell."""
+    """For each figure: the answers that have it, and how many of those to rows never trained on became better or worse.
+
+    Chances are of becoming better or worse; the interval is that of the change of the figure itself.
+    """
     names = dict.fromkeys(name for answer in (*before, *after) for name in answer.scores)
     return {name: _compare_metric(name, before, after, unseen) for name in names}
 
@@ -43,13 +46,16 @@ def _compare_metric(
     name: str, before: Sequence[Answer], after: Sequence[Answer], unseen: Collection[str]
 ) -> dict[str, Any]:
     both = [
-        new.scores[name] - old.scores[name]
+        (new.scores[name] - old.scores[name], new.sizes.get(name, 1.0))
         for old, new in zip(before, after, strict=True)
         if name in old.scores and name in new.scores and (not new.source or new.source in unseen)
     ]
-    better, worse = sum(change > 0 for change in both), sum(change < 0 for change in both)
-    is_count = all(change in (-1, 0, 1) for change in both)
-    low, high = share_interval(better, worse, len(both)) if is_count else bootstrap(both)
+    gains = [goodness(name, change) - goodness(name, 0.0) for change, _ in both]
+    better, worse = sum(gain > 0 for gain in gains), sum(gain < 0 for gain in gains)
+    if name not in ERROR_RATES and all(change in (-1, 0, 1) for change, _ in both):
+        low, high = share_interval(better, worse, len(both))
+    else:
+        low, high = bootstrap([change * size for change, size in both], [size for _, size in both])
     return {
         "rows_before": sum(name in answer.scores for answer in before),
         "rows_after": sum(name in answer.scores for answer in after),

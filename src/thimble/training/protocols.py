@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from thimble.backends.session import ActiveAdapter, Gradient, Objective, TrainingSession, TrainState, Work
 from thimble.core.adapter import Adapter
-from thimble.core.metrics import LossSum, average
+from thimble.core.metrics import LossSum
 from thimble.models.execution import ExecutionPlan
-from thimble.training.answers import Answer
+from thimble.training.answers import Answer, mean_scores
 from thimble.training.control import Control
 
 S = TypeVar("S", bound=TrainingSession, contravariant=True)
@@ -34,7 +34,7 @@ class Scores:
     @property
     def metrics(self) -> dict[str, float]:
         """Mean of each metric over the answers that have it."""
-        return average(answer.scores for answer in self.answers)
+        return mean_scores(self.answers)
 
 
 @dataclass(frozen=True)
