@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 MOST_LINES = 60
 RUN_HERE = {
     "01_tool_calling.py", "02_decompositions.py", "03_tickets.py", "04_pictures.py", "05_trainer.py", "06_lightning.py",
+    "09_spanish.py", "10_whisper.py",
 }  # fmt: skip
 needs_bfcl = pytest.mark.skipif(
     importlib.util.find_spec("bfcl_eval") is None, reason="needs the data: pip install --no-deps bfcl-eval"
@@ -149,3 +151,97 @@ def test_lightning_trains_what_was_attached(tmp_path):
     first, last = (float(loss) for loss in re.findall(r"([\d.]+) at (?:first|last)", out))
     assert last < first / 10
     assert list(load_adapter(tmp_path).layers) == ["0"]
+
+
+def test_spanish_names_become_a_table_of_clips(tmp_path):
+    stamps = tmp_path / "stamps" / "animals"
+    stamps.mkdir(parents=True)
+    names = {"hen": "A hen.\nes.utf8=¡Una gallina (de granja)!\n", "cow": "A cow.\nfr.utf8=Une vache.\n"}
+    for name, lines in names.items():
+        (stamps / f"{name}.txt").write_text(lines, encoding="utf-8")
+        (stamps / f"{name}_desc_es.ogg").write_bytes(b"sound")
+    (stamps / "dog_desc_es.ogg").write_bytes(b"without a name")
+    out = run_example("09_spanish.py", str(tmp_path / "stamps"), str(tmp_path / "data"))
+    assert "1 clips" in out
+    table = (tmp_path / "data" / "metadata.csv").read_text(encoding="utf-8").splitlines()
+    assert table == ["file_name,transcription", "clips/animals_hen_desc_es.ogg,una gallina"]
+    assert (tmp_path / "data" / "clips" / "animals_hen_desc_es.ogg").read_bytes() == b"sound"
+
+
+def test_a_whisper_of_ctranslate2_is_the_same_in_transformers(tmp_path):
+    import torch
+    from transformers import AutoModelForSpeechSeq2Seq, WhisperFeatureExtractor
+
+    model = tiny_whisper()
+    write_ctranslate2(model, tmp_path)
+    run_example("10_whisper.py", str(tmp_path), str(tmp_path / "folder"))
+    opened = AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path / "folder").eval()
+    heard = {"input_features": torch.randn(1, 8, 3000), "decoder_input_ids": torch.tensor([[61, 62, 5]])}
+    with torch.no_grad():
+        torch.testing.assert_close(opened(**heard).logits, model(**heard).logits)
+    assert opened.generation_config.suppress_tokens == [1]
+    assert WhisperFeatureExtractor.from_pretrained(tmp_path / "folder").feature_size == 8
+
+
+def tiny_whisper():
+    """Random weights that float16 holds."""
+    import torch
+    from transformers import WhisperConfig, WhisperForConditionalGeneration
+
+    sizes = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in (("layers", 2), ("ffn_dim", 96))}
+    heads = {"encoder_attention_heads": 1, "decoder_attention_heads": 1}
+    special = {"bos_token_id": 60, "eos_token_id": 60, "pad_token_id": 60, "decoder_start_token_id": 61}
+    torch.manual_seed(0)
+    config = WhisperConfig(vocab_size=64, d_model=64, num_mel_bins=8, **sizes, **heads, **special)
+    return WhisperForConditionalGeneration(config).half().float().eval()
+
+
+def write_ctranslate2(model, folder: Path) -> None:
+    """The file that CTranslate2's converter makes of a Whisper: names as it has them, projections stacked."""
+    import torch
+
+    state = {name.removeprefix("model."): tensor for name, tensor in model.state_dict().items()}
+    state |= {f"{name[:-6]}bias": torch.zeros(len(state[name])) for name in [*state] if name.endswith("k_proj.weight")}
+    tensors = {"decoder/activation": None}  # a setting
+    for side in ("encoder", "decoder"):
+        pieces = {"conv1": ["conv1"], "conv2": ["conv2"]} if side == "encoder" else {"embeddings": ["embed_tokens"]}
+        pieces |= {"position_encodings": ["embed_positions"], "layer_norm": ["layer_norm"]}
+        for block in range(2):
+            inner = {
+                "self_attention/layer_norm": "self_attn_layer_norm",
+                "ffn/layer_norm": "final_layer_norm",
+                "self_attention/linear_0": "self_attn.q_proj self_attn.k_proj self_attn.v_proj",
+                "self_attention/linear_1": "self_attn.out_proj",
+                "ffn/linear_0": "fc1",
+                "ffn/linear_1": "fc2",
+            }
+            if side == "decoder":
+                inner |= {
+                    "attention/layer_norm": "encoder_attn_layer_norm",
+                    "attention/linear_0": "encoder_attn.q_proj",
+                    "attention/linear_1": "encoder_attn.k_proj encoder_attn.v_proj",
+                    "attention/linear_2": "encoder_attn.out_proj",
+                }
+            pieces |= {
+                f"layer_{block}/{name}": [f"layers.{block}.{path}" for path in paths.split()]
+                for name, paths in inner.items()
+            }
+        for name, paths in pieces.items():
+            for leaf in ("weight", "bias"):
+                if f"{side}.{paths[0]}.{leaf}" in state:
+                    shown = {"weight": "gamma", "bias": "beta"}[leaf] if name.endswith("norm") else leaf
+                    shown = "encodings" if name == "position_encodings" else shown
+                    tensors[f"{side}/{name}/{shown}"] = torch.cat([state[f"{side}.{path}.{leaf}"] for path in paths])
+    with (folder / "model.bin").open("wb") as file:
+        text = lambda word: struct.pack("<H", len(word) + 1) + word.encode() + b"\0"  # noqa: E731
+        file.write(struct.pack("<I", 6) + text("WhisperSpec") + struct.pack("<II", 3, len(tensors)))
+        for name, tensor in tensors.items():
+            shape, kind, content = (
+                ((), 1, b"\0") if tensor is None else (tensor.shape, 4, tensor.half().numpy().tobytes())
+            )
+            file.write(text(name) + struct.pack(f"<B{len(shape)}IBI", len(shape), *shape, kind, len(content)) + content)
+        file.write(struct.pack("<I", 0))
+    words = [("<|endoftext|>", 60), ("<|startoftranscript|>", 61)]
+    tokenizer = {"added_tokens": [{"content": content, "id": number} for content, number in words]}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (folder / "config.json").write_text(json.dumps({"suppress_ids": [1], "suppress_ids_begin": [2]}))
