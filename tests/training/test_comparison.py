@@ -215,12 +215,10 @@ def test_labels_are_scored_before_and_after_beside_their_training_rows():
 
 def heard(errors, characters, rows=40):
     """Answers to spoken rows with so many wrong characters each, by turns short and long."""
-    sizes = [{"CER": float(characters[n % 2])} for n in range(rows)]
     return [
-        Answer("", "", "", {"CER": errors[n % 2] / sizes[n]["CER"], "exact match": float(not errors[n % 2])}, f"row {n}",
-               sizes=sizes[n])
-        for n in range(rows)
-    ]  # fmt: skip
+        Answer("", "", "", {"CER": wrong / size, "exact match": float(not wrong)}, f"row {n}", sizes={"CER": size})
+        for n, (wrong, size) in enumerate([*zip(errors, characters, strict=True)] * (rows // 2))
+    ]
 
 
 def told_of(before, after):

@@ -161,7 +161,9 @@ def render_evaluate(report: Any) -> str:
     rows.append(("loss", *(number(result.loss) for result in report.results)))
     rows.append(("perplexity", *(number(result.perplexity, 2) for result in report.results)))
     for name in names:
-        rows.append((name, *(_share(name, result.scores.get(name), result.counts.get(name, 0)) for result in report.results)))
+        rows.append(
+            (name, *(_share(name, result.scores.get(name), result.counts.get(name, 0)) for result in report.results))
+        )
     parts = [_table(rows)]
     for result in report.results:
         if result.labels:
