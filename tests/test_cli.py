@@ -308,11 +308,15 @@ def test_a_run_is_resumed_as_it_began_by_its_config_file_too(refused, thimble, e
 
 def test_a_stopped_command_says_what_is_kept(capsys, monkeypatch):
     monkeypatch.setattr(cli.signal, "signal", lambda *a: None)
-    stop = cli._StopFlag(COMMANDS["merge"].kept_on_stop)
-    assert not stop()
-    stop._on_signal(cli.signal.SIGINT, None)
-    assert stop()
-    assert "stopping after this step, writing nothing (once more to leave at once)" in capsys.readouterr().err
+    told = {}
+    for name in ("merge", "serve"):
+        stop = cli._StopFlag(COMMANDS[name].when_stopped)
+        assert not stop()
+        stop._on_signal(cli.signal.SIGINT, None)
+        assert stop()
+        told[name] = capsys.readouterr().err.strip()
+    assert told["merge"] == "stopping after this step, writing nothing (once more to leave at once)"
+    assert told["serve"] == "stopping once the answers that were begun are done (once more to leave at once)"
 
 
 def test_an_alpha_that_no_reader_would_take_is_refused(refused, examples, tiny_base):

@@ -75,7 +75,7 @@ def _run(line: Line) -> int:
     if not command.renderer_path:
         return _chat(command, config, is_json)
     progress = Progress(sys.stderr)
-    stop = _StopFlag(command.kept_on_stop)
+    stop = _StopFlag(command.when_stopped)
     callbacks: dict[str, Any] = {"on_event": progress.on_event, "should_stop": stop}
     if "should_wait" in command.listeners:
         pause = _PauseFlag(progress)
@@ -120,8 +120,8 @@ def _answer_without_command(switches: Mapping[str, Any]) -> int:
 class _StopFlag:
     """Turns the first Ctrl-C or termination into a request to stop; the second ends the process at once."""
 
-    def __init__(self, kept: str) -> None:
-        self.kept = kept  # what the command leaves, for the message
+    def __init__(self, when: str) -> None:
+        self.when = when  # the command ends, and what it leaves
         self.signal: signal.Signals | None = None
         for number in EXIT_INTERRUPTED:
             signal.signal(number, self._on_signal)
@@ -130,7 +130,7 @@ class _StopFlag:
         if self.signal:
             os._exit(EXIT_INTERRUPTED[signal.Signals(number)])
         self.signal = signal.Signals(number)
-        say(f"\nstopping after this step, {self.kept} (once more to leave at once)", sys.stderr)
+        say(f"\nstopping {self.when} (once more to leave at once)", sys.stderr)
 
     def __call__(self) -> bool:
         return self.signal is not None

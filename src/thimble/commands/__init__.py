@@ -21,7 +21,7 @@ class Command(NamedTuple):
     function_path: str  # its function; takes the config, `on_event` and, where it can end early, `should_stop`
     # What turns its report into text for a terminal; empty for a command that talks with its user.
     renderer_path: str = ""
-    kept_on_stop: str = "keeping what is done"  # what an interrupted command leaves, for the message
+    when_stopped: str = "after this step, keeping what is done"  # when it ends if interrupted, and what it leaves
 
     @property
     def options(self) -> type["Options"]:
@@ -57,7 +57,8 @@ def _resolve(path: str) -> Any:
 _LIST = (
     Command(
         "train", "Learn from examples; writes a run folder with the adapter and a report.",
-        "config.train:TrainConfig", "commands.train:train", "report.terminal:render_train", "keeping what was learned",
+        "config.train:TrainConfig", "commands.train:train", "report.terminal:render_train",
+        "after this step, keeping what was learned",
     ),
     Command(
         "plan", "Say what a training run would decide, need and cost, without training.",
@@ -74,7 +75,7 @@ _LIST = (
     Command(
         "generate", "Answer a whole file of prompts with a base or an adapter.",
         "config.generate:GenerateConfig", "commands.generate:generate", "report.terminal:render_generate",
-        "keeping the answers so far",
+        "after this step, keeping the answers so far",
     ),
     Command(
         "serve", "Serve a base and many adapters over HTTP, as the OpenAI API has it.",
@@ -87,11 +88,13 @@ _LIST = (
     ),
     Command(
         "merge", "Combine adapters, make one smaller, or merge into a base of float weights and out of it.",
-        "config.merge:MergeConfig", "commands.merge:merge", "report.terminal:render_merge", "writing nothing",
+        "config.merge:MergeConfig", "commands.merge:merge", "report.terminal:render_merge",
+        "after this step, writing nothing",
     ),
     Command(
         "export", "Write an adapter for llama.cpp, and prove that it does there what it does here.",
-        "config.export:ExportConfig", "commands.export:export", "report.terminal:render_export", "writing nothing",
+        "config.export:ExportConfig", "commands.export:export", "report.terminal:render_export",
+        "after this step, writing nothing",
     ),
 )  # fmt: skip
 COMMANDS = {command.name: command for command in _LIST}
