@@ -3,12 +3,12 @@
 import math
 
 from thimble.config.train import TrainConfig
-from thimble.training.step_schedule import StepSchedule
+from thimble.training.step_schedule import text_schedule
 
 
 def schedule(rank=16, target_tokens=30_000, **options):
     config = TrainConfig.build({"data": "x", "rank": rank, **options})
-    return StepSchedule(config, [400] * 300, target_tokens, "llama", 576, [(rank, 576), (rank, 1536)])
+    return text_schedule(config, [400] * 300, target_tokens, "llama", 576, [(rank, 576), (rank, 1536)])
 
 
 def default_rate(rank=16, target_tokens=30_000, **options):
@@ -33,7 +33,7 @@ def test_fewer_than_fifty_rows_take_a_part_of_the_rate_and_that_is_told():
     """Nine rows at the whole rate make a model forget twice as much, for the same answers (docs/tuning.md)."""
 
     def of(rows):
-        return StepSchedule(TrainConfig.build({"data": "x"}), [40] * rows, 400, "llama", 576, [(16, 576)])
+        return text_schedule(TrainConfig.build({"data": "x"}), [40] * rows, 400, "llama", 576, [(16, 576)])
 
     assert of(50).rate == of(500).rate
     assert math.isclose(of(49).rate_factors["49 rows"], 0.99, rel_tol=0.01)

@@ -18,7 +18,7 @@ from thimble.training.checkpoint import Checkpoint
 from thimble.training.control import Control
 from thimble.training.loop import LoopPlan, run
 from thimble.training.protocols import OneProcess, Scores
-from thimble.training.step_schedule import StepSchedule
+from thimble.training.step_schedule import text_schedule
 
 ROW_TOKENS, SIZE = 8, 3
 WIDE, NARROW = ExecutionPlan("dense", 2, 32, 64), ExecutionPlan("dense", 1, 8, 8)
@@ -218,7 +218,7 @@ def train(session=None, task=None, sink=None, steps=12, plan=None, options=None,
     length = {} if options and "max_minutes" in options else {"max_steps": steps}
     given = {"batch_tokens": 64, "learning_rate": 0.05, "schedule": "constant", "warmup_steps": 0, **length}
     config = TrainConfig.build({**given, **(options or {})})
-    schedule = StepSchedule(config, task.costs, sum(task.costs), "llama", 64, [(1, SIZE)])
+    schedule = text_schedule(config, task.costs, sum(task.costs), "llama", 64, [(1, SIZE)])
     made = LoopPlan(initial(np.zeros(SIZE)), Method(seed=5), schedule, WIDE, **(plan or {}))
     log = control.pop("log", None) or EventLog(control.pop("on_event", lambda event: None))
     result = run(made, task, session, control.pop("collective", OneProcess()), sink, Control(log, **control))

@@ -17,7 +17,7 @@ from thimble.models.base import Base
 from thimble.models.execution import ExecutionPlan
 from thimble.models.machine import Machine, available_bytes
 from thimble.models.spec import DecoderSpec
-from thimble.training.step_schedule import StepSchedule
+from thimble.training.step_schedule import StepSchedule, text_schedule
 
 MOST_SIZES = 7  # of batches, however uneven the rows are: what many rows make together varies less
 SYSTEM_BYTES = 600_000_000  # that a freshly started server takes, of the memory that its description names
@@ -74,7 +74,7 @@ def plan_cost(
     stores, why_store = choose_store(config.store, base, compute)
     lengths, target_tokens = examples.train_report.lengths, examples.train_report.target_tokens
     layers = rate_layers(config, sizes, spec)
-    step_schedule = StepSchedule(config, lengths, target_tokens, spec.family, spec.hidden_size, layers)
+    step_schedule = text_schedule(config, lengths, target_tokens, spec.family, spec.hidden_size, layers)
     inputs = memory_inputs(config, compute, base, examples, sizes)
     num_sizes = min(MOST_SIZES, len({padded(length) for length in lengths}))
     step_tokens = min(config.batch_tokens, examples.train_report.tokens)

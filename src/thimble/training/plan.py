@@ -190,7 +190,8 @@ def _validation_set(
 def _choose_ends(config: TrainConfig, examples: Examples, steps: float, log: EventLog) -> tuple[Watch, float | None]:
     """What ends a run and what its result is kept with: the parts of validation rows, and the strength."""
     strength, why = fixed_strength(config, len(examples.unseen))
-    watch = choose_watch(config, examples, steps, strength is None)
+    lengths, step_tokens = [len(row.ids) for row in examples.valid], min(config.batch_tokens, examples.train_report.tokens)
+    watch = choose_watch(config, examples.unseen, lengths, step_tokens, steps, strength is None)
     log_watch(watch, config.patience, log)
     if most := _memorised_nats(config, len(examples.train), watch.keeps_best):
         log.decision(f"early end: if the training loss of {EPOCHS_IN_A_ROW} epochs in a row is below {most:g}")

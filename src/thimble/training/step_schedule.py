@@ -6,7 +6,7 @@ A pure function of the row lengths, the options and the seed, so that a resumed 
 import bisect
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from thimble.config.train import TrainConfig
 from thimble.core.method import method_rates, parse_init
@@ -19,37 +19,29 @@ LEAST_STEPS = 30
 WARMUP_SHARE = 0.03
 MOST_WARMUP_STEPS = 10
 
+UsualRate = Callable[[float], tuple[float, dict[str, float]]]
+
 
 class StepSchedule:
-    """Steps in order, for rows of the given lengths in tokens and a base.
+    """Steps in order, for rows of the given lengths of which a step takes at most so much together.
 
-    `target_tokens` are those of all rows together, `layers` (rank, in) of those that are adapted.
+    `target_tokens` are those of all rows together. `usual` gives the learning rate for so many of them a step, where the
+    user names none, with the factors in it by what they are for.
     """
 
     def __init__(
-        self,
-        config: TrainConfig,
-        lengths: Sequence[int],
-        target_tokens: int,
-        family: str,
-        hidden_size: int,
-        layers: Sequence[tuple[int, int]],
+        self, config: TrainConfig, lengths: Sequence[int], step_length: int, target_tokens: int, usual: UsualRate
     ) -> None:
         self._config = config
         self._begins = [0]  # first step of each epoch looked at so far, and of the one after
-        rows_of = functools.partial(epoch_steps, lengths, config.batch_tokens, config.seed)
+        rows_of = functools.partial(epoch_steps, lengths, step_length, config.seed)
         self._epoch = functools.lru_cache(maxsize=2)(rows_of)  # rows of each step of an epoch, by its number
         self.minutes = config.max_minutes
         self.total_steps = None if self.minutes else self._count_steps()
         self.target_tokens = target_tokens / self.steps_per_epoch  # of a step, on average
-        init = parse_init(config.init)
-        self.rate_factors = method_rates(init, config.use_dora, config.lora_plus, layers, config.use_rslora)
-        if (few := few_rows_factor(len(lengths))) < 1:
-            self.rate_factors[plural(len(lengths), "row")] = few
-        factor = math.prod(self.rate_factors.values())
-        usual = default_rate(family, hidden_size, self.target_tokens, factor)
-        self.rate = config.learning_rate or usual
-        self.safer_rate = min(self.rate / 10, usual)
+        usual_rate, self.rate_factors = usual(self.target_tokens)
+        self.rate = config.learning_rate or usual_rate
+        self.safer_rate = min(self.rate / 10, usual_rate)
         self.is_default_rate = config.learning_rate is None
         usual_warmup = min(MOST_WARMUP_STEPS, max(1, round((self.total_steps or LEAST_STEPS) * WARMUP_SHARE)))
         self.warmup_steps = usual_warmup if config.warmup_steps is None else config.warmup_steps
@@ -105,3 +97,23 @@ class StepSchedule:
         """Passes over the data that `total_steps` make; 0 for a run by the clock."""
         number, place = self._epoch_of(self.total_steps or 0)
         return number + place / len(self._epoch(number))
+
+
+def text_schedule(
+    config: TrainConfig, lengths: Sequence[int], target_tokens: int, family: str, hidden_size: int,
+    layers: Sequence[tuple[int, int]],
+) -> StepSchedule:  # fmt: skip
+    """The steps of a run on rows of text; `layers` are (rank, in) of those that are adapted."""
+
+    def usual(step_tokens: float) -> tuple[float, dict[str, float]]:
+        factors = rate_factors(config, len(lengths), layers)
+        return default_rate(family, hidden_size, step_tokens, math.prod(factors.values())), factors
+
+    return StepSchedule(config, lengths, config.batch_tokens, target_tokens, usual)
+
+
+def rate_factors(config: TrainConfig, rows: int, layers: Sequence[tuple[int, int]]) -> dict[str, float]:
+    """What the usual learning rate is multiplied by, for the method and for few rows; none of the factors is 1."""
+    init = parse_init(config.init)
+    factors = method_rates(init, config.use_dora, config.lora_plus, layers, config.use_rslora)
+    return factors | ({plural(rows, "row"): few} if (few := few_rows_factor(rows)) < 1 else {})

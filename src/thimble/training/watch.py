@@ -4,14 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from thimble.config.train import TrainConfig
-from thimble.data.encode import Row
-from thimble.data.examples import Examples
 from thimble.errors import plural
 from thimble.events import EventLog
 from thimble.training.guard import LEAST_TO_STOP
 
 WATCHED_SHARE = 0.05  # of a run's time, spent on validation rows during training
-TRAINED_TOKEN_COST = 2.5  # of a token that is trained on, in tokens that are only measured
+TRAINED_COST = 2.5  # of a row that is trained on, in rows that are only measured
 MOST_WATCHES, LEAST_WATCHES = 9, 3  # measurements during training
 LEAST_WATCHED = 16  # rows: fewer say too little to stop by
 LEAST_APART, MOST_CHOOSING = 40, 64  # validation rows, of which some choose and the others judge
@@ -19,13 +17,13 @@ LEAST_APART, MOST_CHOOSING = 40, 64  # validation rows, of which some choose and
 
 @dataclass(frozen=True)
 class Watch:
-    """The parts that validation rows have in a run."""
+    """The parts that validation rows have in a run, by their numbers."""
 
-    watched: Sequence[Row] = ()  # measured during training
+    watched: Sequence[int] = ()  # measured during training
     every_steps: int = 0  # how often; 0 is never
-    confirming: Sequence[Row] = ()  # not watched; a rise has to be there too
-    choosing: Sequence[Row] = ()  # by which the strength is chosen; none if it is not
-    judging: Sequence[int] = ()  # numbers of the rows that the verdict rests on
+    confirming: Sequence[int] = ()  # not watched; a rise has to be there too
+    choosing: Sequence[int] = ()  # by which the strength is chosen; none if it is not
+    judging: Sequence[int] = ()  # that the verdict rests on
     is_apart: bool = False  # whether those choose nothing
 
     @property
@@ -39,17 +37,31 @@ class Watch:
         return len(self.watched) >= LEAST_TO_STOP
 
 
-def choose_watch(config: TrainConfig, examples: Examples, steps: float, chooses_strength: bool) -> Watch:
-    """Give validation rows that are not trained on, each content once, their parts in a run of so many steps."""
-    choosing, judging = part_rows(examples.unseen)
-    is_apart = len(choosing) < len(examples.unseen)
-    rows = [examples.valid[number] for number in choosing]
-    watched, every = _choose_watched(config, examples, rows, len(rows) // 2 if is_apart else len(rows), steps)
+def choose_watch(
+    config: TrainConfig, unseen: Sequence[int], costs: Sequence[int], step_cost: float, steps: float,
+    chooses_strength: bool = False,
+) -> Watch:  # fmt: skip
+    """Give validation rows their parts in a run of so many steps.
+
+    Args:
+        config: How often they are measured, if the user says so.
+        unseen: Numbers of the rows that are not trained on, each content once.
+        costs: Of each validation row, by its number: tokens, pixels or frames.
+        step_cost: Of all rows of a step, on average.
+        steps: Of the run.
+        chooses_strength: Whether some rows choose the strength.
+
+    Returns:
+        The parts.
+    """
+    choosing, judging = part_rows(unseen)
+    is_apart = len(choosing) < len(unseen)
+    most = len(choosing) // 2 if is_apart else len(choosing)
+    watched, every = _choose_watched(config, choosing, most, [costs[number] for number in choosing], step_cost, steps)
     if not (every or chooses_strength):
-        return Watch(judging=examples.unseen)
-    kept = {id(row) for row in watched}
-    confirming = [row for row in rows if id(row) not in kept] if every and is_apart else []
-    return Watch(watched, every, confirming, rows if chooses_strength else (), judging, is_apart)
+        return Watch(judging=unseen)
+    confirming = [number for number in choosing if number not in watched] if every and is_apart else []
+    return Watch(watched, every, confirming, choosing if chooses_strength else (), judging, is_apart)
 
 
 def part_rows(unseen: Sequence[int]) -> tuple[list[int], list[int]]:
@@ -64,8 +76,8 @@ def part_rows(unseen: Sequence[int]) -> tuple[list[int], list[int]]:
 
 
 def _choose_watched(
-    config: TrainConfig, examples: Examples, rows: Sequence[Row], most: int, steps: float
-) -> tuple[list[Row], int]:
+    config: TrainConfig, rows: Sequence[int], most: int, costs: Sequence[int], step_cost: float, steps: float
+) -> tuple[list[int], int]:
     """At most so many rows to measure during training, and every how many steps.
 
     All of it takes at most a small share of the run: as many rows as that allows, and at least LEAST_WATCHED, for which
@@ -73,9 +85,7 @@ def _choose_watched(
     """
     if not rows or config.eval_every_steps == 0 or (len(rows) < LEAST_TO_STOP and not config.eval_every_steps):
         return [], 0
-    tokens = sum(len(row.ids) for row in rows) / len(rows)
-    step_tokens = min(config.batch_tokens, examples.train_report.tokens)
-    allowed = WATCHED_SHARE * TRAINED_TOKEN_COST * step_tokens * steps / tokens  # rows measured in all
+    allowed = WATCHED_SHARE * TRAINED_COST * step_cost * steps / (sum(costs) / len(costs))  # rows measured in all
     times = min(MOST_WATCHES, int(allowed / min(most, LEAST_WATCHED)))
     every = config.eval_every_steps or (round(steps / (times + 1)) if times >= LEAST_WATCHES else 0)
     if not every:

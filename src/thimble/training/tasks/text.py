@@ -175,12 +175,16 @@ def text_task(run_plan: RunPlan) -> TextTask:
     """The task of a run; where the answers of the base are kept, half of the general text is, and half is measured."""
     general, weight = run_plan.general, run_plan.config.keep_general
     kept, measured = (tuple(row for number, row in enumerate(general) if number % 4 // 2 == half) for half in (0, 1))
-    train, config = run_plan.examples.train, run_plan.config
+    train, config, watch = run_plan.examples.train, run_plan.config, run_plan.watch
+    watched, confirming, choosing = (
+        [run_plan.examples.valid[number] for number in numbers]
+        for numbers in (watch.watched, watch.confirming, watch.choosing)
+    )
     count = min(ROWS_ALONE, len(train)) if run_plan.validation.rows else 0
     sample = [train[int((place + 0.5) * len(train) / count)] for place in range(count)]
     return TextTask(
-        rows=train, costs=run_plan.examples.train_report.lengths, watched=run_plan.watch.watched,
-        confirming=run_plan.watch.confirming, choosing=run_plan.watch.choosing,
+        rows=train, costs=run_plan.examples.train_report.lengths, watched=watched,
+        confirming=confirming, choosing=choosing,
         validation=run_plan.validation, metric=run_plan.metric, train_sample=sample,
         general=measured if weight else general, kl_rows=kept if weight else (), kl_weight=weight,
         base=run_plan.model.base, fingerprint=run_plan.origin["base"], compute=config.compute,
