@@ -84,8 +84,9 @@ def _carry_out(run_plan: RunPlan, control: Control, started: float) -> TrainRepo
     run_plan = replace(run_plan, config=initial.config)
     sink = _begin(run_plan, initial, log)
     result = run(_loop_plan(run_plan, initial), text_task(run_plan), session, OneProcess(), sink, control)
-    report = make_report(run_plan, result, log, time.perf_counter() - started)
-    return finish(run_plan, result, report, sink, log)
+    facts = run_plan.facts()
+    report = make_report(facts, result, log, time.perf_counter() - started)
+    return finish(facts, result, report, sink, log)
 
 
 @contextlib.contextmanager

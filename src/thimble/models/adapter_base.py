@@ -20,6 +20,7 @@ from thimble.files.peft import find_adapter
 from thimble.files.peft_config import MOST_PATH_CHARACTERS
 from thimble.files.untrusted import printable, read_bytes
 from thimble.models.base import Base, default_base, open_base
+from thimble.models.frozen_base import FrozenBase
 from thimble.models.hub_cache import HUB_ADDRESS, cached_snapshot, hub_name_of, is_hub_form
 
 FINGERPRINT = "base_fingerprint"  # note of an adapter
@@ -55,7 +56,7 @@ def known_hub_name(adapter: Adapter) -> str:
     return adapter.base if is_hub_form(adapter.base) and not os.path.lexists(adapter.base) else ""
 
 
-def license_of(base: Base) -> str:
+def license_of(base: FrozenBase) -> str:
     """The license that a base says it is under, in its metadata or on the card in its folder; empty if it says none."""
     found: object = (base.metadata or {}).get("general.license")
     if base.metadata is None:
@@ -83,7 +84,7 @@ def _is_default(path: Path) -> bool:
     return False
 
 
-def manifest_entry(base: Base, folder: Path, fingerprint: str) -> dict[str, str]:
+def manifest_entry(base: FrozenBase, folder: Path, fingerprint: str) -> dict[str, str]:
     """What the manifest of a run folder says of its base beside its name: where it is, and its quick fingerprint."""
     path, folder = os.path.abspath(base.path), Path(os.path.abspath(folder))
     entry = {"path": path, "quick_fingerprint": fingerprint}

@@ -5,7 +5,6 @@ Nothing is read here but headers: a weight is a view of the memory-mapped file.
 """
 
 import contextlib
-import hashlib
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -20,9 +19,9 @@ from thimble.files.blocks import BLOCKS, dequantize
 from thimble.files.tensor_info import TensorInfo
 from thimble.files.tensors import TensorFile
 from thimble.files.untrusted import printable
+from thimble.models.frozen_base import quick_hash, whole_hash
 from thimble.models.spec import DecoderSpec
 
-SAMPLES, SAMPLE_BYTES = 256, 4096  # of each file, for a quick fingerprint
 FLOATS = (*BLOCKS, "F64")  # types of weights; how each may be used is for those to say who use them
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
@@ -132,23 +131,11 @@ class Base:
 
     def quick_fingerprint(self) -> str:
         """SHA-256 of the size of each weight file and of samples spread over it, hexadecimal; takes milliseconds."""
-        total = hashlib.sha256()
-        for path in self.files:
-            size = path.stat().st_size
-            total.update(size.to_bytes(8, "little"))
-            with path.open("rb") as stream:
-                for number in range(SAMPLES):
-                    stream.seek(max(0, size - SAMPLE_BYTES) * number // (SAMPLES - 1))
-                    total.update(stream.read(SAMPLE_BYTES))
-        return total.hexdigest()
+        return quick_hash(self.files)
 
     def fingerprint(self) -> str:
         """SHA-256 of all weight files, hexadecimal; takes about a second per gigabyte."""
-        total = hashlib.sha256()
-        for path in self.files:
-            with path.open("rb") as stream:
-                total.update(hashlib.file_digest(stream, "sha256").digest())
-        return total.hexdigest()
+        return whole_hash(self.files)
 
 
 def check_complete(path: Path, spec: DecoderSpec, weights: dict[str, Weight]) -> dict[str, Weight]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from thimble.core.adapter import Adapter
 from thimble.models.adapter_base import known_hub_name, license_of
-from thimble.models.base import Base
+from thimble.models.frozen_base import FrozenBase
 from thimble.report.card import CARD, About, is_ours
 from thimble.training.run_folder import write_text
 
@@ -17,7 +17,7 @@ def write_card(folder: Path, text: str) -> None:
         write_text(path, text)
 
 
-def about_adapter(adapter: Adapter, base: Base | None) -> About:
+def about_adapter(adapter: Adapter, base: FrozenBase | None) -> About:
     """Adapter and base in the words of a card; of a base that is not opened only what the adapter says."""
     layers = adapter.plain().layers.values()
     hub_name = known_hub_name(adapter)

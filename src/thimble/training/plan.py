@@ -23,6 +23,7 @@ from thimble.training.calibration import CalibrationData
 from thimble.training.checkpoint import Checkpoint, check_origin, latest_checkpoint, origin_of, saved_origin
 from thimble.training.evaluation import ValidationSet, rows_alone
 from thimble.training.evidence import log_evidence
+from thimble.training.facts import RunFacts
 from thimble.training.guard import EPOCHS_IN_A_ROW, MEMORISED_NATS
 from thimble.training.initialise import check_init
 from thimble.training.memory_plan import RunCost, plan_cost
@@ -73,6 +74,18 @@ class RunPlan:
     def memorised_nats(self) -> float:
         """Training loss of an epoch that ends the run when it is below it twice; 0 is never."""
         return _memorised_nats(self.config, len(self.examples.train), self.watch.keeps_best)
+
+    def facts(self) -> RunFacts:
+        """The run as its report tells of it."""
+        examples, watch = self.examples, self.watch
+        return RunFacts(
+            task="text", config=self.config, base=self.model.base, folder=self.folder, origin=self.origin,
+            metric=self.metric, training_rows=len(examples.train), sources=[row.source for row in examples.valid],
+            judging=watch.judging, untouched_rows=watch.untouched_rows, known_rows=len(examples.known),
+            skipped_rows=examples.left_out, learned=examples.train_report.answers, memory=self.memory.parts(),
+            seconds_per_step=self.seconds_per_step, safer_rate=self.step_schedule.safer_rate,
+            token_ratio=self.token_ratio, answers_path=self.answers_path,
+        )  # fmt: skip
 
     def calibration_data(self) -> CalibrationData:
         """The rows that initializations and ranks are found on: those of the first steps."""
@@ -190,7 +203,10 @@ def _validation_set(
 def _choose_ends(config: TrainConfig, examples: Examples, steps: float, log: EventLog) -> tuple[Watch, float | None]:
     """What ends a run and what its result is kept with: the parts of validation rows, and the strength."""
     strength, why = fixed_strength(config, len(examples.unseen))
-    lengths, step_tokens = [len(row.ids) for row in examples.valid], min(config.batch_tokens, examples.train_report.tokens)
+    lengths, step_tokens = (
+        [len(row.ids) for row in examples.valid],
+        min(config.batch_tokens, examples.train_report.tokens),
+    )
     watch = choose_watch(config, examples.unseen, lengths, step_tokens, steps, strength is None)
     log_watch(watch, config.patience, log)
     if most := _memorised_nats(config, len(examples.train), watch.keeps_best):

@@ -30,6 +30,7 @@ class Scores:
     train_loss: float = math.nan  # nats per target token of some training rows
     general_rows: Mapping[int, LossSum] = field(default_factory=dict)  # losses of the rows of general text
     divergence: Mapping[str, Any] = field(default_factory=dict)  # from the base, on texts that it wrote
+    details: Mapping[str, Any] = field(default_factory=dict)  # what a task shows beside, as plain data
 
     @property
     def metrics(self) -> dict[str, float]:

@@ -14,6 +14,7 @@ class TrainReport:
     """What a run did; the JSON report has the same names.
 
     Attributes:
+        task: What was trained: `text`, `classify-image` and so on.
         status: `done`, `interrupted` or `diverged`.
         out: The run folder.
         adapter: The adapter folder.
@@ -69,8 +70,10 @@ class TrainReport:
         planned_seconds_per_step: Expected time of a step.
         messages: Decisions, notes and warnings, in order.
         config: Every option, resolved.
+        task_details: What tasks other than text show beside: how they are trained, calibration, ranks of retrieval.
     """
 
+    task: str = "text"
     status: str = "done"
     out: str = ""
     adapter: str = ""
@@ -118,6 +121,7 @@ class TrainReport:
     planned_seconds_per_step: float = 0.0
     messages: dict[str, list[str]] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
+    task_details: dict[str, Any] = field(default_factory=dict)
 
 
 def read_report(values: Mapping[str, Any]) -> TrainReport:

@@ -16,7 +16,7 @@ from thimble.core.adapter import Adapter
 from thimble.core.metrics import LossSum
 from thimble.events import EventLog
 from thimble.models.adapter_base import manifest_entry
-from thimble.models.base import Base
+from thimble.models.frozen_base import FrozenBase
 from thimble.report.card import training_card
 from thimble.report.keys import to_json_dict
 from thimble.report.page import write_report
@@ -114,7 +114,7 @@ class RunFolderSink:
         """Publish the adapter; raises OSError if there is no room."""
         self._adapter = run_folder.publish_adapter(self._folder, adapter)
 
-    def publish(self, adapter: Adapter, report: TrainReport, base: Base, log: EventLog) -> None:
+    def publish(self, adapter: Adapter, report: TrainReport, base: FrozenBase, log: EventLog) -> None:
         """Write the adapter if it is not yet, the manifest and the reports; checkpoints that are needed no more go."""
         folder = self._folder
         if self._adapter is None:
@@ -133,7 +133,7 @@ class RunFolderSink:
             clear_checkpoints(folder)
 
 
-def _fingerprint(base: Base, log: EventLog) -> str | None:
+def _fingerprint(base: FrozenBase, log: EventLog) -> str | None:
     try:
         return base.fingerprint()
     except OSError as error:

@@ -25,14 +25,15 @@ UsualRate = Callable[[float], tuple[float, dict[str, float]]]
 class StepSchedule:
     """Steps in order, for rows of the given lengths of which a step takes at most so much together.
 
-    `target_tokens` are those of all rows together. `usual` gives the learning rate for so many of them a step, where the
-    user names none, with the factors in it by what they are for.
+    `target_tokens` are those of all rows together. `usual` gives the learning rate for so many of them a step, where
+    the user names none, with the factors in it by what they are for. `epochs` are those of a run without a length.
     """
 
     def __init__(
-        self, config: TrainConfig, lengths: Sequence[int], step_length: int, target_tokens: int, usual: UsualRate
-    ) -> None:
-        self._config = config
+        self, config: TrainConfig, lengths: Sequence[int], step_length: int, target_tokens: int, usual: UsualRate,
+        epochs: float = DEFAULT_EPOCHS,
+    ) -> None:  # fmt: skip
+        self._config, self._usual_epochs = config, epochs
         self._begins = [0]  # first step of each epoch looked at so far, and of the one after
         rows_of = functools.partial(epoch_steps, lengths, step_length, config.seed)
         self._epoch = functools.lru_cache(maxsize=2)(rows_of)  # rows of each step of an epoch, by its number
@@ -56,7 +57,7 @@ class StepSchedule:
     def _count_steps(self) -> int:
         if self._config.max_steps:
             return self._config.max_steps
-        epochs = self._config.epochs or DEFAULT_EPOCHS
+        epochs = self._config.epochs or self._usual_epochs
         whole = sum(len(self._epoch(number)) for number in range(int(epochs)))
         part = round(len(self._epoch(int(epochs))) * (epochs - int(epochs))) if epochs % 1 else 0
         least = 1 if self._config.epochs else LEAST_STEPS

@@ -1,11 +1,7 @@
 """A metric of the user's own: a function in a file, loaded, checked and called with care, for it may fail."""
 
-import contextlib
-import importlib.util
 import inspect
 import math
-import sys
-import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import CodeType
@@ -13,6 +9,7 @@ from typing import Any
 
 from thimble.core.metrics import METRICS, Metric
 from thimble.errors import ConfigError
+from thimble.files.user_program import load_program, place_of
 
 EXPECTED = f"expected auto, none, {', '.join(METRICS)}, or your own function as file.py:name"
 INSTEAD = {
@@ -36,32 +33,11 @@ def user_metric(wanted: str) -> Metric:
         raise ConfigError(f"--metric {wanted}: {hint or forgot or EXPECTED}" + (f"; {EXPECTED}" if hint else ""))
     if not Path(path).is_file():
         raise ConfigError(f"--metric {wanted}: there is no file {path}; {EXPECTED}")
-    function = getattr(_load(Path(path), wanted), name, None)
+    function = getattr(load_program(Path(path), f"--metric {wanted}", EXPECTED), name, None)
     if not callable(function):
         raise ConfigError(f"--metric {wanted}: {path} defines no function {name}(answer, reference)")
     _check_signature(function, wanted)
     return _checked(function, path, name)
-
-
-def _load(path: Path, wanted: str) -> Any:
-    spec = importlib.util.spec_from_file_location("user_metric", path)
-    if spec is None or spec.loader is None:
-        raise ConfigError(f"--metric {wanted}: {path} cannot be read as Python; {EXPECTED}")
-    module = importlib.util.module_from_spec(spec)
-    folder = str(path.absolute().parent)  # where a program finds the files beside it
-    sys.path.insert(0, folder)
-    sys.modules[spec.name] = module  # where dataclasses and pickle look for it
-    try:
-        spec.loader.exec_module(module)
-    except SyntaxError as error:
-        where = f"{error.filename} line {error.lineno}"
-        raise ConfigError(f"--metric {wanted}: {where} is not Python: {error.msg}") from None
-    except (Exception, SystemExit) as error:
-        raise ConfigError(f"--metric {wanted}: {path} does not run: {_place(error, str(path))}") from None
-    finally:
-        with contextlib.suppress(ValueError):  # it may have taken it out itself
-            sys.path.remove(folder)
-    return module
 
 
 def _check_signature(function: Callable[..., Any], wanted: str) -> None:
@@ -96,7 +72,7 @@ def _checked(function: Callable[[str, str], Any], path: str, name: str) -> Metri
             values = dict(value) if isinstance(value, Mapping) else {name: value}
             found = {str(key): _number(figure) for key, figure in values.items()}
         except (Exception, SystemExit) as error:
-            raise MetricFault(_place(error, path)) from error
+            raise MetricFault(place_of(error, path)) from error
         bad = [key for key, figure in found.items() if figure is None]
         if bad:
             what = "nothing (None)" if value is None else _short(value)
@@ -124,12 +100,3 @@ def _short(value: Any) -> str:
     except Exception:
         text = f"a {type(value).__name__}"
     return text if len(text) <= 60 else text[:56] + " ..."
-
-
-def _place(error: BaseException, path: str) -> str:
-    """Where in the user's code something was raised, and what."""
-    frames = traceback.extract_tb(error.__traceback__)
-    mine = [frame for frame in frames if Path(frame.filename).absolute() == Path(path).absolute()]
-    where = f"{path} line {mine[-1].lineno} ({mine[-1].line}): " if mine else ""
-    told = " ".join(str(error).split())
-    return f"{where}{type(error).__name__}" + (f": {told[:200]}" if told else "")
