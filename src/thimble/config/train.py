@@ -8,21 +8,24 @@ from thimble.config import values
 from thimble.config.groups import (
     COLUMNS,
     LENGTHS,
+    TASKS,
     AdapterOptions,
     ComputeOptions,
     InitOptions,
     OptimiserOptions,
     RunOptions,
     SplitOptions,
+    TaskOptions,
     ValidationOptions,
 )
 from thimble.config.options import Given, option, options_of, typed
 from thimble.config.values import AUTO, as_typed
+from thimble.errors import listing
 
 
 @dataclass(frozen=True)
 class TrainConfig(
-    RunOptions, ValidationOptions, OptimiserOptions, InitOptions, AdapterOptions, ComputeOptions, SplitOptions
+    RunOptions, ValidationOptions, OptimiserOptions, InitOptions, AdapterOptions, ComputeOptions, TaskOptions, SplitOptions
 ):
     """The options of `thimble train`."""
 
@@ -43,10 +46,40 @@ class PlanConfig(TrainConfig):
 FIXED = (
     *COLUMNS, "loss_on", "seq_len", "batch_tokens", "seed", "targets", "rank", "rank_pattern", "alpha",
     "alpha_pattern", "strength", "use_rslora", "use_dora", "init", "freeze_a", "dropout", "keep_general", "valid_split",
+    "task", "train_also", "batch_rows", "image_size", "augment", "max_seconds",
 )  # fmt: skip
 
 # What runs did before there was an option for it: a config.yaml without it is of such a run.
 BEFORE: Mapping[str, Any] = {"adam_beta2": 0.999}
+
+# Options that say nothing for some tasks: given there, they are refused.
+ONLY_FOR: Mapping[str, tuple[str, ...]] = {
+    **dict.fromkeys(("train_also", "batch_rows"), TASKS[1:]),
+    **dict.fromkeys(("image_size", "augment"), ("classify-image",)),
+    "max_seconds": ("classify-audio", "transcribe"),
+    "seq_len": ("text", "classify-text", "embed"),
+    "max_new_tokens": ("text", "transcribe"),
+    **dict.fromkeys(
+        ("prompt_template", "text_column", "loss_on", "batch_tokens", "metric", "eval_rows", "rank_budget", "energy",
+         "energy_of", "calibration_steps", "explain", "keep_general", "strength", "store"), ("text",),
+    ),
+}  # fmt: skip
+
+
+def misplaced(config: TrainConfig, task: str) -> list[str]:
+    """A problem for each option that was given and says nothing for a task."""
+    specs = options_of(TrainConfig)
+    given = {name: getattr(config, name) for name in ONLY_FOR if getattr(config, name) != specs[name].default}
+    problems = [
+        f"{typed(specs[name], value)}: says nothing for --task {task}, only for {listing(ONLY_FOR[name], 9)}; leave it out"
+        for name, value in given.items()
+        if task not in ONLY_FOR[name]
+    ]
+    if task != "text" and config.compute not in (AUTO, "fp32"):
+        problems.append(f"--compute {config.compute}: only for text; modules of other tasks are trained in fp32")
+    if task != "text" and config.rank is None:
+        problems.append(f"--rank auto: only for text; name a rank for --task {task}")
+    return problems
 
 
 def of_run(saved: Mapping[str, Given]) -> dict[str, Given]:

@@ -19,7 +19,8 @@ NO_AUTO_INIT = (
     "init captures with: thimble inspect --data DATA"
 )
 
-# Where the path stands in a value that names one.
+# Where the path stands in a value that names one; a base may be a function in a file of the user's own.
+BASE_PATH = r"(?s)(.+\.py(?=:\w+$)|.+?)(?:(?<=\.py):\w+)?"
 WHOLE_PATH, INIT_PATH, METRIC_PATH = r"(?s)(.+)", r"(?s)adapter:(.+)", r"(?s)(.+\.py):[^:]*"
 _FOR_SHELLS = re.compile(r"""[\s"'$`\\()<>|&;#!]""")  # what a shell would take for something else
 
@@ -109,6 +110,16 @@ def one_of(choices: Sequence[str], value: object) -> str:
     """What is wrong with a value that is none of the choices, with the nearest one."""
     near = difflib.get_close_matches(str(value), choices, n=1)
     return f"expected one of {', '.join(choices)}" + (f"; did you mean {near[0]}?" if near else "")
+
+
+def some_of(choices: Sequence[str]) -> Check:
+    """Make a check for several values, each one of the choices."""
+
+    def check(values: Sequence[str]) -> str | None:
+        wrong = [value for value in values if value not in choices]
+        return one_of(choices, wrong[0]) if wrong else None
+
+    return check
 
 
 def read_pattern(pairs: Sequence[str]) -> dict[str, float]:

@@ -14,6 +14,7 @@ from thimble.models.adapter_base import base_of
 from thimble.models.adapters import check_all_fit, load_adapters
 from thimble.models.base import Base, open_base
 from thimble.models.gguf_adapter import is_gguf
+from thimble.models.module_base import ModuleBase, is_function, open_module_base
 
 _FETCHED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt"]
 # Further copies of the weights in other layouts, which would be as large again and are never read.
@@ -66,6 +67,16 @@ def template_of(tokenizer: Tokenizer) -> ChatTemplate | None:
 def find_base(name: str | None) -> Base:
     """Open a base by path or hub name; None is the default base. Raises a BaseModelError as `open_base` does."""
     return open_base(_from_hub(name) if name and is_hub_name(name) else name)
+
+
+def find_module_base(name: str | None, task: str) -> ModuleBase:
+    """Find a base for another task than text, by path, hub name or function; raises a BaseModelError."""
+    if name is None:
+        raise BaseModelError(
+            f"no base is given for --task {task}: name with --base a Hugging Face folder, a hub name (owner/name), or a "
+            "function of your own that makes a module, as file.py:name"
+        )
+    return open_module_base(_from_hub(name) if is_hub_name(name) and not is_function(name) else name)
 
 
 def base_with_adapters(

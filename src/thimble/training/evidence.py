@@ -24,20 +24,26 @@ def log_evidence(examples: Examples, tokenizer: Tokenizer, valid_split: float, l
     of the data to English.
     """
     log_labels(examples, log)
-    unseen, valid = len(examples.unseen), len(examples.valid)
-    new = f", {unseen} of them new" if unseen < valid else ""
-    if (valid or valid_split) and unseen < LEAST_TO_STOP:
-        what = f"to tell a gain from chance (at least {LEAST_ROWS}) or to stop by (at least {LEAST_TO_STOP})"
-        what = what if unseen < LEAST_ROWS else f"to stop by (at least {LEAST_TO_STOP})"
-        log.warning(f"{plural(valid, 'validation row')}{new}: too few {what}; {_advice(examples)}")
+    valid, unseen = len(examples.valid), len(examples.unseen)
+    if valid or valid_split:
+        log_few(valid, unseen, len(examples.train), examples.dataset.valid is not None, log)
     return log_language(examples, tokenizer, log)
 
 
-def _advice(examples: Examples) -> str:
+def log_few(valid: int, unseen: int, train: int, has_valid_file: bool, log: EventLog) -> None:
+    """Warn of too few validation rows, of which so many are not trained on."""
+    if unseen >= LEAST_TO_STOP:
+        return
+    new = f", {unseen} of them new" if unseen < valid else ""
+    what = f"to tell a gain from chance (at least {LEAST_ROWS}) or to stop by (at least {LEAST_TO_STOP})"
+    what = what if unseen < LEAST_ROWS else f"to stop by (at least {LEAST_TO_STOP})"
+    log.warning(f"{plural(valid, 'validation row')}{new}: too few {what}; {_advice(train + valid, has_valid_file)}")
+
+
+def _advice(rows: int, has_valid_file: bool) -> str:
     """How to have enough validation rows."""
-    rows = len(examples.train) + len(examples.valid)
     share = math.ceil(20 * LEAST_TO_STOP / max(rows, 1)) / 20
-    if examples.dataset.valid is not None:
+    if has_valid_file:
         return "add rows to the valid file"
     return f"--valid-split {share:g} holds enough of them out" if share <= MOST_SPLIT else "more rows are needed"
 

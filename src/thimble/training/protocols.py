@@ -8,7 +8,7 @@ from typing import Any, BinaryIO, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from thimble.backends.session import ActiveAdapter, Gradient, Objective, TrainingSession, TrainState, Work
+from thimble.backends.session import ActiveAdapter, Gradient, Objective, StepKey, TrainingSession, TrainState, Work
 from thimble.core.adapter import Adapter
 from thimble.core.metrics import LossSum
 from thimble.models.execution import ExecutionPlan
@@ -53,8 +53,8 @@ class Task(Protocol[S]):
     def costs(self) -> Sequence[int]:
         """Tokens, pixels or frames of each training row."""
 
-    def work(self, rows: Sequence[int], execution: ExecutionPlan) -> Work:
-        """The batches of one step, from the numbers of its rows."""
+    def work(self, rows: Sequence[int], execution: ExecutionPlan, key: StepKey) -> Work:
+        """The batches of one step, from the numbers of its rows; what is random in them is drawn from the key."""
 
     def features(
         self, session: S, state: TrainState, execution: ExecutionPlan, open_file: OpenFile, control: Control

@@ -104,8 +104,9 @@ def attach(
 
     Args:
         model: Any module; it is changed in place, and `detach` undoes it.
-        targets: Layers to adapt: `all-linear` (Linear, Conv1D, MultiheadAttention), `all-conv`, `all-embedding`; a name
-            or the end of a path; a regular expression for whole paths; or a list of kinds and names.
+        targets: Layers to adapt: `all-linear` (Linear, Conv1D, MultiheadAttention), `all-conv`, `all-pointwise`
+            (convolutions that see one pixel), `all-embedding`; a name or the end of a path; a regular expression for
+            whole paths; or a list of kinds and names.
         adapter: A finished adapter, or its folder, to go on with or to use; then all options are its own, but for
             `dropout`.
         **options: `train_also` (modules to train whole: heads, norms), `rank` (16), `alpha` (32), `rank_pattern` and

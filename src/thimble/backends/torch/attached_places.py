@@ -18,7 +18,8 @@ from thimble.core.lowrank import LINEAR, Layout
 from thimble.errors import escaped, listing, plural
 
 LINEARS, CONVOLUTIONS, EMBEDDINGS = "all-linear", "all-conv", "all-embedding"
-KINDS = (LINEARS, CONVOLUTIONS, EMBEDDINGS)
+POINTWISE = "all-pointwise"  # convolutions that see one pixel, of which mobile networks are mostly made
+KINDS = (LINEARS, CONVOLUTIONS, EMBEDDINGS, POINTWISE)
 TAKEN = "Linear, Conv1D, Conv1d, Conv2d, Conv3d, Embedding and MultiheadAttention"
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # Forward passes that multiply the weight with the input and do nothing else; `super().forward(x) * embed_scale` too.
@@ -90,6 +91,12 @@ class Survey:
         if isinstance(module, _CONVOLUTIONS):
             return CONVOLUTIONS
         return EMBEDDINGS if isinstance(module, nn.Embedding) else ""
+
+    def is_of(self, kind: str, path: str) -> bool:
+        """Whether a module is of a kind that targets can name."""
+        if kind != POINTWISE:
+            return self.kind(path) == kind
+        return self.kind(path) == CONVOLUTIONS and {*getattr(self.modules[path], "kernel_size", ())} == {1}
 
     def matching(self, target: str) -> list[str]:
         """The modules that a name stands for, by their first paths."""
@@ -212,7 +219,7 @@ def choose(survey: Survey, targets: str | Sequence[str], whole: Iterable[str], r
     whole, found, left_out, problems = set(whole), dict[str, str](), dict[str, str](), list[str]()
     for target in [targets] if isinstance(targets, str) else targets:
         if target in KINDS:
-            paths = [path for path in survey.modules if survey.kind(path) == target]
+            paths = [path for path in survey.modules if survey.is_of(target, path)]
             reasons = {path: _unfit(survey, path, rank) for path in paths if not _is_inside(path, whole)}
             if target == LINEARS and survey.head in reasons:
                 reasons[survey.head] = "is the output layer: name it to adapt it, or train it whole with train_also"

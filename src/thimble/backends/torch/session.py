@@ -15,13 +15,14 @@ from numpy.typing import NDArray
 
 from thimble.backends.session import ForwardRow, LayerInfo, Objective, Pass, StepKey, Work
 from thimble.backends.torch import calibrate, labelled_rows
-from thimble.backends.torch.adamw import AdamW, norm
+from thimble.backends.torch.adamw import AdamW
 from thimble.backends.torch.adapters import ActiveAdapter
 from thimble.backends.torch.compute import DTYPES
 from thimble.backends.torch.decode_step import DecodeStep
 from thimble.backends.torch.decoder import Decoder
 from thimble.backends.torch.features import Features
 from thimble.backends.torch.frozen import load_matrix
+from thimble.backends.torch.gradient import Gradient
 from thimble.backends.torch.kv_cache import KvCache
 from thimble.backends.torch.labelled_rows import labelled
 from thimble.backends.torch.lora import BARE, Dropout, Lora
@@ -53,19 +54,6 @@ class KlReference:
 
     batch: Batch
     hidden: torch.Tensor  # (tokens, hidden), the last hidden states of the base, compute type
-
-
-@dataclass(frozen=True)
-class Gradient:
-    """The gradient of a step; see thimble.backends.session.Gradient."""
-
-    loss: LossSum
-    flat: NDArray[np.float32]
-
-    @functools.cached_property
-    def norm(self) -> float:
-        """Length of `flat`, summed in float64."""
-        return norm(torch.from_numpy(self.flat))
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from thimble.backends.session import ActiveAdapter, Objective, Session, TrainState, Work
+from thimble.backends.session import ActiveAdapter, Objective, Session, StepKey, TrainState, Work
 from thimble.core.metrics import LossSum
 from thimble.data.batches import micro_batches, shares
 from thimble.data.encode import Row
@@ -49,7 +49,7 @@ class TextTask:
     epochs: float = 0  # how often each row is read, if that is known
     shares_prefixes: bool = False  # whether what training rows of a batch have in common is computed once
 
-    def work(self, rows: Sequence[int], execution: ExecutionPlan) -> Work:
+    def work(self, rows: Sequence[int], execution: ExecutionPlan, key: StepKey) -> Work:
         """The batches of one step, from the numbers of its rows."""
         chosen = [self.rows[number] for number in rows]
         batches = shares(chosen, execution.num_shares, execution.micro_tokens, self.shares_prefixes)

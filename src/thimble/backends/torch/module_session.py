@@ -1,0 +1,362 @@
+"""A module of any kind in memory, with LoRA attached; see thimble.backends.module_session for what methods promise.
+
+All that is trained, A and B and what is trained whole, lies in one vector, which the parameters of the module are views
+of: the optimiser, checkpoints and rollbacks are those of every session. The module itself stays as in evaluation, so
+that statistics of norms keep still and the base's own dropout leaves nothing out.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from thimble.backends.module_session import ModuleBatch
+from thimble.backends.session import LayerInfo, Objective, StepKey, Work
+from thimble.backends.torch.adamw import AdamW
+from thimble.backends.torch.attach import Attachment, adapter_of, adapter_off, attach
+from thimble.backends.torch.gradient import Gradient
+from thimble.backends.torch.memory import out_of_memory
+from thimble.backends.module_session import Measured
+from thimble.backends.torch.module_cost import measure
+from thimble.backends.torch.module_losses import LOSSES, as_tensors, call, logits_of
+from thimble.core.adapter import Adapter
+from thimble.core.method import Method
+from thimble.core.metrics import LossSum
+from thimble.files.peft import named_for_peft
+from thimble.models.execution import ExecutionPlan
+
+Tensors = Mapping[str, Tensor]
+
+CAPABILITIES = frozenset({"delta form", "DoRA", "rsLoRA", "LoRA+", "frozen A", "dropout"})
+
+
+@dataclass(frozen=True)
+class ActiveValues:
+    """All trained values of a module, and the scales of its layers; without values the bare base."""
+
+    flat: Tensor | None  # float32 (n,)
+    scales: tuple[float, ...] = ()
+    identity: str = ""
+
+    @property
+    def resident_bytes(self) -> int:
+        """Memory it takes."""
+        return 0 if self.flat is None else self.flat.nbytes
+
+
+@dataclass(frozen=True)
+class ModuleState:
+    """An adapter in training, with its optimiser."""
+
+    active: ActiveValues
+    method: Method
+    optimiser: AdamW
+    initial: Adapter  # for what is no number: base, notes, settings
+
+
+class ModuleTorchSession:
+    """A frozen module and the loss it is trained on, by its name; `head` is the path of its last Linear, if it has one.
+
+    `attach` comes first, then `start` or `use`.
+    """
+
+    capabilities = CAPABILITIES
+
+    def __init__(self, module: nn.Module, loss: str, head: str = "") -> None:
+        self.module, self.head = module.eval(), head
+        self._loss = LOSSES[loss]
+        self.attachment: Attachment
+        self._flat: Tensor
+        self._spans: dict[str, list[slice]]  # of `A`, `B`, `magnitude` and `whole` in the vector
+        self._here: ActiveValues  # what the parameters hold
+
+    # ---- adapters -------------------------------------------------------------------------------------------------
+
+    def attach(
+        self, targets: str | Sequence[str] = "all-linear", adapter: Adapter | None = None, **options: Any
+    ) -> None:
+        """Put LoRA on the module, new or finished; see `thimble.attach`. An InputError names every problem."""
+        self.attachment = attach(self.module, targets, adapter=adapter, **options)
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        """Have all trained parameters be views of one vector: all A, all B, all magnitudes, then what is whole."""
+        lora, tensors = self.attachment.lora.values(), dict(self.module.named_parameters(remove_duplicate=True))
+        kinds: dict[str, list[nn.Parameter]] = {
+            "A": [layer.A for layer in lora], "B": [layer.B for layer in lora],
+            "magnitude": [layer.magnitude for layer in lora if layer.magnitude is not None],
+            "whole": [tensors[name] for name in self.attachment.whole if name in tensors],
+        }  # fmt: skip
+        parameters = [parameter for part in kinds.values() for parameter in part]
+        self._flat = torch.cat([parameter.detach().reshape(-1).float() for parameter in parameters])
+        self._views, start, self._spans = list[tuple[nn.Parameter, slice]](), 0, {}
+        for name, part in kinds.items():
+            for parameter in part:
+                span = slice(start, start + parameter.numel())
+                parameter.data = self._flat[span].view(parameter.shape)
+                self._views.append((parameter, span))
+                self._spans.setdefault(name, []).append(span)
+                start = span.stop
+        self._here = ActiveValues(self._flat, self._scales(), "here")
+
+    def _scales(self) -> tuple[float, ...]:
+        return tuple(layer.scale for layer in self.attachment.lora.values())
+
+    @property
+    def layers(self) -> tuple[LayerInfo, ...]:
+        return tuple(LayerInfo(place.path, place.shape, 0) for place in self.attachment.places)
+
+    @property
+    def num_parameters(self) -> int:
+        """Of the base, what is trained whole among them."""
+        beside = {id(parameter) for layer in self.attachment.lora.values() for parameter in layer.parameters()}
+        return sum(parameter.numel() for parameter in self.module.parameters() if id(parameter) not in beside)
+
+    @property
+    def trained_parameters(self) -> int:
+        """How many numbers are trained."""
+        return len(self._flat)
+
+    @property
+    def rate_layers(self) -> list[tuple[int, int]]:
+        """(rank, in) of each adapted layer: what default learning rates depend on."""
+        lora = self.attachment.lora
+        return [(len(lora[place.path].A), place.shape[1]) for place in self.attachment.places]
+
+    def described(self) -> tuple[str, ...]:
+        """What is adapted and trained, a line each."""
+        return tuple(f"adapter: {line}" if not number else line for number, line in enumerate(str(self.attachment).split("\n")))
+
+    def measure(self, batch: ModuleBatch) -> Measured:
+        """What a micro-batch takes; see thimble.backends.torch.module_cost."""
+        with self._collecting(torch.zeros_like(self._flat)):
+            return measure(self.module, lambda: self._backward(batch, 0, None))
+
+    def set_whole(self, values: Mapping[str, NDArray[Any]]) -> None:
+        """Give what is trained whole other values, in the base too: a head that was fitted."""
+        tensors = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+        for name, array in values.items():
+            with torch.no_grad():
+                tensors[name].copy_(torch.from_numpy(np.asarray(array)))
+            self.attachment.base_values[name] = tensors[name].detach().clone()
+
+    def set_head(self, weight: NDArray[np.float32], bias: NDArray[np.float32]) -> None:
+        """Give the head other values: float32 (classes, width) and (classes,), which one without a bias cannot have."""
+        head = self.module.get_submodule(self.head)
+        self.set_whole({f"{self.head}.weight": weight} | ({} if head.bias is None else {f"{self.head}.bias": bias}))
+
+    def fresh_adapter(self) -> Adapter:
+        """The adapter as it is now, with what is trained whole."""
+        return adapter_of(self.module)
+
+    def load(self, adapter: Adapter | None) -> ActiveValues:
+        if adapter is None:
+            return ActiveValues(None, identity="base")
+        paths, flat = named_for_peft(adapter), torch.empty_like(self._flat)
+        names = {id(parameter): name for name, parameter in self.module.named_parameters()}
+        found = {id(side): values for path, layer in self.attachment.lora.items() for side, values in (
+            (layer.A, paths[path].A), (layer.B, paths[path].B), (layer.magnitude, paths[path].magnitude),
+        )}  # fmt: skip
+        for parameter, span in self._views:
+            values = found[id(parameter)] if id(parameter) in found else adapter.replaced[names[id(parameter)]]
+            flat[span] = torch.from_numpy(np.asarray(values, np.float32).reshape(-1))
+        scales = tuple(paths[path].scale for path in self.attachment.lora)
+        return ActiveValues(flat, scales, adapter.identity())
+
+    def start(self, adapter: Adapter, method: Method) -> ModuleState:
+        self._put(self.load(adapter))
+        factors = {"A": 0.0 if method.freezes_a else 1.0, "B": method.lora_plus}
+        rates = [(span, factors.get(kind, 1.0)) for kind, spans in self._spans.items() for span in spans]
+        goal = self._flat.clone() if method.weight_decay else None
+        for layer in self.attachment.lora.values():
+            layer.dropout.p = method.dropout
+        return ModuleState(
+            self._here, method, AdamW(self._flat, method.weight_decay, goal, rates, method.beta2), adapter
+        )
+
+    def _put(self, active: ActiveValues) -> None:
+        """Write values into the module."""
+        if active.flat is not None and active.flat is not self._flat:
+            self._flat.copy_(active.flat)
+        for layer, scale in zip(self.attachment.lora.values(), active.scales, strict=True):
+            layer.scale = scale
+
+    @contextlib.contextmanager
+    def _using(self, active: ActiveValues) -> Iterator[None]:
+        """The module with other values, or as its base."""
+        if active.flat is self._flat:
+            yield
+        elif active.flat is None:
+            with adapter_off(self.module):
+                yield
+        else:
+            kept = ActiveValues(self._flat.clone(), self._scales())
+            self._put(active)
+            try:
+                yield
+            finally:
+                self._put(kept)
+
+    def adapter(self, state: ModuleState) -> Adapter:
+        found, initial = adapter_of(self.module), state.initial
+        settings = {**found.settings, **initial.settings}
+        return replace(found, base=initial.base, notes=initial.notes, settings=settings)
+
+    # ---- training -------------------------------------------------------------------------------------------------
+
+    @out_of_memory
+    def gradient(
+        self, state: ModuleState, work: Work, objective: Objective, execution: ExecutionPlan, key: StepKey
+    ) -> Gradient:
+        """See Session; micro-batches run one by one, each on all cores."""
+        flat, total = torch.zeros_like(self._flat), LossSum()
+        batches: Sequence[ModuleBatch] = [batch for share in work.shares for batch in share]
+        with self._collecting(flat), torch.random.fork_rng(devices=[]):
+            slopes = self._slopes(batches, key) if not self._loss.is_of_rows and len(batches) > 1 else None
+            for number, batch in enumerate(batches):
+                total += self._backward(batch, _seed(key, number), slopes[number] if slopes else None)
+        flat.mul_(1 / work.target_tokens)
+        return Gradient(slopes.loss if slopes else total, flat.numpy())
+
+    @contextlib.contextmanager
+    def _collecting(self, flat: Tensor) -> Iterator[None]:
+        """Within this, backward passes add to a vector, and dropout of adapters is on."""
+        for parameter, span in self._views:
+            parameter.grad = flat[span].view(parameter.shape)
+        drops = [layer.dropout.train() for layer in self.attachment.lora.values() if layer.dropout.p]
+        try:
+            yield
+        finally:
+            for parameter, _ in self._views:
+                parameter.grad = None
+            for dropout in drops:
+                dropout.eval()
+
+    def _backward(self, batch: ModuleBatch, seed: int, slope: Tensor | None) -> LossSum:
+        """Add the gradient of a micro-batch; `slope` is that of the loss by what is made, where it is known."""
+        inputs, targets = as_tensors(batch)
+        torch.manual_seed(seed)
+        made = self._loss.forward(self.module, inputs, targets)
+        if slope is not None:
+            made.backward(slope)
+            return LossSum()
+        losses = self._loss.rows(made, targets)
+        losses.nats.sum().backward()
+        return LossSum(float(losses.nats.detach().double().sum()), int(losses.targets.sum()))
+
+    def _slopes(self, batches: Sequence[ModuleBatch], key: StepKey) -> "_Slopes":
+        """The slope of a loss of all rows together by what is made of each micro-batch.
+
+        All are run once to see what they make, and once more to go back through them (Gao et al., GradCache,
+        arXiv:2101.06983): the gradient is that of one large batch.
+        """
+        made = []
+        with torch.no_grad():
+            for number, batch in enumerate(batches):
+                torch.manual_seed(_seed(key, number))
+                made.append(self._loss.forward(self.module, *as_tensors(batch)))
+        halves = [part.chunk(2) for part in made]
+        leaves = torch.cat([half[side] for side in (0, 1) for half in halves]).requires_grad_()
+        losses = self._loss.rows(leaves, {})
+        losses.nats.sum().backward()
+        first, second = leaves.grad.chunk(2)  # type: ignore[union-attr]
+        sizes = [len(half[0]) for half in halves]
+        parts = [torch.cat(pair) for pair in zip(first.split(sizes), second.split(sizes), strict=True)]
+        return _Slopes(parts, LossSum(float(losses.nats.detach().double().sum()), len(losses.targets)))
+
+    def apply(self, state: ModuleState, gradient: Gradient, rate: float) -> ModuleState:
+        most = state.method.max_grad_norm
+        scale = most / gradient.norm if gradient.norm > most else 1.0
+        state.optimiser.step(torch.from_numpy(gradient.flat), rate, scale)
+        return state
+
+    # ---- measuring ------------------------------------------------------------------------------------------------
+
+    def losses(
+        self, adapter: ActiveValues, batches: Iterator[ModuleBatch], execution: ExecutionPlan
+    ) -> Iterator[list[LossSum]]:
+        return (self._losses(adapter, *as_tensors(batch)) for batch in batches)
+
+    @out_of_memory
+    @torch.no_grad()
+    def _losses(self, adapter: ActiveValues, inputs: Tensors, targets: Tensors) -> list[LossSum]:
+        with self._using(adapter):
+            found = self._loss.rows(self._loss.forward(self.module, inputs, targets), targets)
+        return [LossSum(*row) for row in zip(found.nats.tolist(), found.targets.tolist(), strict=True)]
+
+    def outputs(
+        self, adapter: ActiveValues, batches: Iterator[ModuleBatch], execution: ExecutionPlan
+    ) -> Iterator[NDArray[Any]]:
+        return (self._output(adapter, as_tensors(batch)[0]) for batch in batches)
+
+    @out_of_memory
+    @torch.no_grad()
+    def _output(self, adapter: ActiveValues, inputs: Tensors) -> NDArray[Any]:
+        with self._using(adapter):
+            found: NDArray[Any] = self._loss.output(self.module, inputs).numpy()
+        return found
+
+    def head_inputs(self, batches: Iterator[ModuleBatch], execution: ExecutionPlan) -> Iterator[NDArray[Any]]:
+        return (self._head_inputs(as_tensors(batch)[0]) for batch in batches)
+
+    @out_of_memory
+    @torch.no_grad()
+    def _head_inputs(self, inputs: Tensors) -> NDArray[Any]:
+        """What the module gives while its head gives back what comes to it, pooled as its logits are."""
+        handle = self.module.get_submodule(self.head).register_forward_hook(lambda _, args, output: args[0])
+        try:
+            with self._using(self.load(None)):
+                found: NDArray[Any] = logits_of(call(self.module, inputs)).float().numpy()
+        finally:
+            handle.remove()
+        return found
+
+    def release(self) -> None:
+        """Nothing is kept between calls."""
+
+    # ---- checkpoints ----------------------------------------------------------------------------------------------
+
+    def snapshot(
+        self, state: ModuleState, into: Mapping[str, NDArray[np.float32]] | None = None
+    ) -> dict[str, NDArray[np.float32]]:
+        kept = dict(into or {})
+        for name, values in self._arrays(state).items():
+            if name in kept:
+                np.copyto(kept[name], values)
+            else:
+                kept[name] = values.copy()
+        return kept
+
+    def _arrays(self, state: ModuleState) -> dict[str, NDArray[np.float32]]:
+        return {"adapter": self._flat.numpy(), **state.optimiser.state()}
+
+    def restore(self, state: ModuleState, arrays: Mapping[str, NDArray[np.float32]]) -> ModuleState:
+        state.optimiser.restore(arrays)
+        if "adapter" in arrays:
+            self._flat.copy_(torch.from_numpy(arrays["adapter"]))
+        return state
+
+    def is_finite(self, state: ModuleState) -> bool:
+        return all(np.isfinite(values).all() for values in self._arrays(state).values())
+
+    def unmoved_layers(self, state: ModuleState) -> list[str]:
+        moved = {id(parameter): bool(state.optimiser.squares[span].any()) for parameter, span in self._views}
+        return [path for path, layer in self.attachment.lora.items() if not (moved[id(layer.A)] or moved[id(layer.B)])]
+
+
+class _Slopes(list[Tensor]):
+    """A slope for each micro-batch, and the loss of all."""
+
+    def __init__(self, parts: list[Tensor], loss: LossSum) -> None:
+        super().__init__(parts)
+        self.loss = loss
+
+
+def _seed(key: StepKey, number: int) -> int:
+    """What dropout of a micro-batch is drawn from."""
+    return int(np.random.SeedSequence([key.seed, key.step, number]).generate_state(1, np.uint64)[0] >> 1)

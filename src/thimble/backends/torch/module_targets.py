@@ -1,0 +1,66 @@
+"""Which layers of a module are adapted where the user names none: Linear, or the convolutions of a network of those."""
+
+import re
+from collections.abc import Sequence
+
+from torch import nn
+
+from thimble.backends.torch.attached_places import CONVOLUTIONS, LINEARS, POINTWISE, Survey
+from thimble.errors import InputError, plural
+
+_LAST = re.compile(r"last-(\d+)")
+
+
+def usual_targets(module: nn.Module, targets: Sequence[str], whole: Sequence[str]) -> tuple[Sequence[str], str]:
+    """The layers to adapt, and why these.
+
+    Args:
+        module: The module.
+        targets: As asked for; `all-linear` alone stands for what suits the module, `last-N` for its last N blocks.
+        whole: Paths of modules that are trained whole.
+
+    Returns:
+        Targets as `thimble.attach` takes them, and a sentence.
+
+    Raises:
+        InputError: If `last-N` asks for more blocks than there are.
+    """
+    survey = Survey(module)
+    if len(targets) == 1 and (last := _LAST.fullmatch(targets[0])):
+        return _last_blocks(survey, int(last[1]), whole)
+    if list(targets) != [LINEARS]:
+        return targets, f"targets: {', '.join(targets)}, as asked for"
+    kind, why = _suited(survey, whole)
+    return [kind], f"targets: {kind}{why}"
+
+
+def _suited(survey: Survey, whole: Sequence[str]) -> tuple[str, str]:
+    """The kind of layers that holds most of what is frozen."""
+    sizes = {kind: 0 for kind in (LINEARS, CONVOLUTIONS, POINTWISE)}
+    for path, layer in survey.modules.items():
+        if any(path == one or path.startswith(one + ".") for one in whole):
+            continue
+        for kind in sizes:
+            if survey.is_of(kind, path):
+                sizes[kind] += sum(parameter.numel() for parameter in layer.parameters())
+    if sizes[LINEARS] >= sizes[CONVOLUTIONS]:
+        return LINEARS, ""
+    what = "its convolutions hold most of its weights"
+    if 2 * sizes[POINTWISE] >= sizes[CONVOLUTIONS]:
+        return POINTWISE, f", since {what}, and those of one pixel most of these"
+    return CONVOLUTIONS, f", since {what}"
+
+
+def _last_blocks(survey: Survey, count: int, whole: Sequence[str]) -> tuple[Sequence[str], str]:
+    """The layers in the last blocks of the longest list of blocks."""
+    lists = {path: layer for path, layer in survey.modules.items() if isinstance(layer, nn.ModuleList | nn.Sequential)}
+    path = max(lists, key=lambda path: len(lists[path]), default="")
+    if not path or count > len(lists[path]):
+        has = f"{path} has {plural(len(lists[path]), 'block')}" if path else "the module has no list of blocks"
+        raise InputError(f"--targets last-{count}: {has}; name fewer, or layers by their names")
+    kind, _ = _suited(survey, whole)
+    begins = tuple(f"{path}.{number}." for number in range(len(lists[path]) - count, len(lists[path])))
+    found = [layer for layer in survey.modules if (layer + ".").startswith(begins) and survey.is_of(kind, layer)]
+    if not found:
+        raise InputError(f"--targets last-{count}: the last of {path} hold no layer that LoRA takes; name layers")
+    return found, f"targets: {kind} in the last {count} of {plural(len(lists[path]), 'block')} of {path}"

@@ -1,0 +1,75 @@
+"""How a base takes pictures: their size, and what is taken off and divided by, as its preprocessing says."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from thimble.errors import BaseModelError
+
+USUAL_SIZE = 224  # pixels of a side
+USUAL_MEAN = USUAL_STD = (0.5, 0.5, 0.5)  # values from -1 to 1
+MOST_SIZE = 4096
+
+
+@dataclass(frozen=True)
+class PictureInputs:
+    """What a picture becomes: (value / 255 - mean) / std for each channel, in a square."""
+
+    size: int  # pixels of a side
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def as_data(self) -> dict[str, Any]:
+        """It as plain data, by the names of `preprocessor_config.json`."""
+        return {"size": self.size, "image_mean": list(self.mean), "image_std": list(self.std)}
+
+
+def picture_inputs(said: Mapping[str, Any], base: str, size: int | None = None) -> PictureInputs:
+    """Read preprocessing, as a folder or a module of the user's own says it.
+
+    Args:
+        said: By the names of `preprocessor_config.json`; `mean` and `std` are taken for `image_mean` and `image_std`.
+        base: Name of the base, for messages.
+        size: That the user wants instead.
+
+    Returns:
+        The inputs.
+
+    Raises:
+        BaseModelError: If a value is none that can be used.
+    """
+    is_plain = said.get("do_normalize") is False
+    mean = (0.0, 0.0, 0.0) if is_plain else _three(said, ("image_mean", "mean"), USUAL_MEAN, base)
+    std = (1.0, 1.0, 1.0) if is_plain else _three(said, ("image_std", "std"), USUAL_STD, base)
+    if min(std) <= 0:
+        raise BaseModelError(f"base {base} divides pictures by {std}: expected numbers above 0")
+    return PictureInputs(size or _size(said, base), mean, std)
+
+
+def _three(said: Mapping[str, Any], names: tuple[str, ...], usual: tuple[float, float, float], base: str) -> Any:
+    name = next((name for name in names if name in said), "")
+    value = said.get(name, usual)
+    values = tuple(value) if isinstance(value, list | tuple) else (value,) * 3
+    if len(values) == 1:
+        values *= 3
+    if len(values) != 3 or not all(isinstance(x, int | float) and math.isfinite(x) for x in values):
+        raise BaseModelError(f"base {base} has the {name} {value!r:.60}: expected three numbers, one a channel")
+    return tuple(map(float, values))
+
+
+def _size(said: Mapping[str, Any], base: str) -> int:
+    """The side of a picture: that of the middle that is cut out, where there is one."""
+    value: Any = said.get("crop_size") if said.get("do_center_crop") else None
+    value = value or said.get("size", said.get("image_size", USUAL_SIZE))
+    if isinstance(value, Mapping):
+        sides = {value.get("height"), value.get("width")} - {None} or {value.get("shortest_edge")}
+        value = sides.pop() if len(sides) == 1 else value
+    if isinstance(value, list | tuple) and len({*value}) == 1:
+        value = value[0]
+    if type(value) is not int or not 8 <= value <= MOST_SIZE:
+        raise BaseModelError(
+            f"base {base} takes pictures of the size {value!r:.60}: expected a square of 8 to {MOST_SIZE} pixels a side; "
+            "name one with --image-size"
+        )
+    return value

@@ -1,0 +1,74 @@
+"""The memory and time that a run on a module takes: measured on micro-batches of two sizes, and laid on a line."""
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from thimble.backends.module_session import ModuleSession
+from thimble.config.train import TrainConfig
+from thimble.errors import DoesNotFitError
+from thimble.models.cost import ADAPTER_NUMBER_BYTES, MemoryPlan
+from thimble.models.execution import ExecutionPlan
+from thimble.models.machine import available_bytes
+from thimble.training.step_schedule import StepSchedule
+from thimble.training.tasks.reading import TRAIN, Reading
+
+MEASURED_ROWS = (2, 4)
+COPIES = 4  # of the largest activation, that come and go beside what is kept
+
+
+@dataclass(frozen=True)
+class ModuleCost:
+    """What the steps of a run take."""
+
+    execution: ExecutionPlan
+    memory: MemoryPlan
+    allowed_bytes: int  # by the user, or by what the machine has free
+    seconds_per_step: float
+
+
+def plan_memory(config: TrainConfig, session: ModuleSession, reading: Reading, schedule: StepSchedule) -> ModuleCost:
+    """Take the largest micro-batch, up to a whole step, that fits the memory allowed; else raise DoesNotFitError.
+
+    Measured are the costliest rows, which all others of a micro-batch are padded to.
+    """
+    costs, here = reading.costs, resident_bytes()
+    order = sorted(range(len(costs)), key=lambda row: -costs[row])
+    counts = [min(rows, len(order)) for rows in MEASURED_ROWS]
+    few, more = (session.measure(reading.batch(TRAIN, order[:rows], None)) for rows in counts)
+    span = max(1, counts[1] - counts[0])
+    per_row = max(1, (more.kept_bytes - few.kept_bytes) // span) if counts[1] > counts[0] else few.kept_bytes // counts[0]
+    fixed = max(0, few.kept_bytes - per_row * counts[0])
+    largest = -(-more.largest_bytes // counts[1])
+    step_rows = math.ceil(len(costs) / schedule.steps_per_epoch)
+    adapter = session.trained_parameters * ADAPTER_NUMBER_BYTES
+    allowed = config.memory_budget or available_bytes() + here
+    whose = "--memory-budget allows" if config.memory_budget else "this machine has free"
+    for rows in _sizes(step_rows):
+        memory = MemoryPlan(here, 0, adapter, fixed + per_row * rows, COPIES * largest * rows)
+        if memory.total <= allowed:
+            size = rows * costs[order[0]]
+            seconds = more.seconds / counts[1] * sum(costs) / schedule.steps_per_epoch / costs[order[0]]
+            return ModuleCost(ExecutionPlan("dense", 1, size, size), memory, allowed, seconds)
+    raise DoesNotFitError(
+        f"the run needs at least {memory.total / 1e9:.2f} GB and {whose} {allowed / 1e9:.2f} GB: make rows smaller "
+        f"(--image-size, --max-seconds, --seq-len), lower --rank, or allow at least {math.ceil(memory.total / 1e7) / 100}GB"
+    )
+
+
+def _sizes(step_rows: int) -> list[int]:
+    """Rows of a micro-batch to try, the largest first."""
+    sizes = [step_rows]
+    while sizes[-1] > 1:
+        sizes.append((sizes[-1] + 1) // 2)
+    return sizes
+
+
+def resident_bytes() -> int:
+    """Memory that this process holds now: Python, libraries and the module."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except (OSError, ValueError, IndexError):
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,59 @@
+"""Which task a run is for, where the user does not say: by what the base is, and what the data are."""
+
+from pathlib import Path
+
+from thimble.config.train import TrainConfig
+from thimble.data.media.find import guess_kind
+from thimble.errors import InputError
+from thimble.events import EventLog
+from thimble.files.untrusted import read_json_object
+from thimble.models.module_base import is_function
+from thimble.models.weight_files import MOST_CONFIG_BYTES
+
+TEXT = "text"
+
+
+def choose_task(config: TrainConfig, log: EventLog) -> str:
+    """The task of a run; one that cannot be told is text, where whatever is wrong is refused by name."""
+    if config.task != "auto":
+        return config.task
+    kind = _kind(config.data)
+    base = _config(config.base)
+    if kind == "image":
+        return _told("classify-image", "the data are pictures", log)
+    if kind == "audio":
+        task = "transcribe" if base.get("is_encoder_decoder") is True else "classify-audio"
+        return _told(task, "the data are sound" + (", and the base writes texts" if task == "transcribe" else ""), log)
+    if base and not _writes(base):
+        return _told("classify-text", f"the base is a {base.get('model_type')!r}, which reads and does not write", log)
+    return TEXT
+
+
+def _kind(data: str) -> str:
+    try:
+        return guess_kind(Path(data)) if data else ""
+    except (InputError, OSError, ValueError):
+        return ""
+
+
+def _config(base: str | None) -> dict[str, object]:
+    """config.json of a base; empty if it has none that can be read."""
+    if not base or is_function(base):
+        return {}
+    try:
+        return read_json_object(Path(base) / "config.json", MOST_CONFIG_BYTES, InputError)
+    except (InputError, OSError, ValueError):
+        return {}
+
+
+def _writes(base: dict[str, object]) -> bool:
+    """Whether a model writes texts, by what its config calls it."""
+    names = base.get("architectures")
+    if not isinstance(names, list):
+        return True
+    return any(end in str(name) for name in names for end in ("CausalLM", "LMHead", "ConditionalGeneration"))
+
+
+def _told(task: str, why: str, log: EventLog) -> str:
+    log.decision(f"task: {task}, since {why}; --task names another")
+    return task

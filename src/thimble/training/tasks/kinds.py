@@ -1,0 +1,30 @@
+"""The tasks there are beside text: how each finds its rows, what it is trained on, and what is usual for it."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from thimble.config.train import TrainConfig
+from thimble.training.tasks.labels import open_pictures
+from thimble.training.tasks.reading import TaskRows
+
+
+@dataclass(frozen=True)
+class TaskKind:
+    """One task."""
+
+    open_rows: Callable[[TrainConfig], TaskRows]  # raises DataError
+    loss: str  # `labels`, `pairs` or `tokens`
+    step_rows: int  # rows of a step
+    rate: float = 2e-3  # peak learning rate of adapter and head (docs/any_model.md)
+    epochs: float = 10.0
+    peft_type: str | None = None  # what PEFT calls the task, where it opens the adapter in a class made for it
+
+    @property
+    def has_head(self) -> bool:
+        """Whether a head for classes is fitted and trained."""
+        return self.loss == "labels"
+
+
+KINDS: Mapping[str, TaskKind] = {
+    "classify-image": TaskKind(open_pictures, "labels", 32),
+}

@@ -1,0 +1,152 @@
+"""Classes: pictures whose label is to be found; what the module says becomes a label with its probability."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from thimble.backends.module_session import ModuleBatch
+from thimble.backends.session import StepKey
+from thimble.config.train import TrainConfig
+from thimble.core.labels import AnswerCounts
+from thimble.data.media.augment import augment
+from thimble.data.media.find import find_media
+from thimble.data.media.items import Item, MediaData, split_items
+from thimble.data.media.pictures import read_picture, to_pixels
+from thimble.errors import DataError, listing, plural
+from thimble.models.module_base import ModuleBase
+from thimble.models.picture_inputs import PictureInputs, picture_inputs
+from thimble.training.answers import Answer
+from thimble.training.tasks.reading import TRAIN, Reading, TaskRows
+
+
+@dataclass(frozen=True)
+class PictureReading:
+    """Pictures of the training and the validation rows."""
+
+    train: Sequence[Item]
+    valid: Sequence[Item]
+    labels: Sequence[str]  # the classes: their places are the numbers that the head gives
+    inputs: PictureInputs
+    changes: Sequence[str] = ()  # random ones, of training pictures
+
+    loss = "labels"
+    unit = "pixels"
+
+    @property
+    def preprocessing(self) -> Mapping[str, Any]:
+        """Size, mean and standard deviation of pictures."""
+        return self.inputs.as_data()
+
+    @property
+    def costs(self) -> Sequence[int]:
+        """Pixels of each training picture."""
+        return [self.inputs.size**2] * len(self.train)
+
+    @property
+    def valid_costs(self) -> Sequence[int]:
+        """Pixels of each validation picture."""
+        return [self.inputs.size**2] * len(self.valid)
+
+    def batch(self, part: str, rows: Sequence[int], key: StepKey | None) -> ModuleBatch:
+        """Pictures float32 (rows, 3, size, size), and their classes int64 (rows,)."""
+        items = [(self.train if part == TRAIN else self.valid)[row] for row in rows]
+        pixels = np.stack([self._pixels(item, row, key) for item, row in zip(items, rows, strict=True)])
+        return ModuleBatch({"pixel_values": pixels}, targets(items, self.labels), rows)
+
+    def _pixels(self, item: Item, row: int, key: StepKey | None) -> NDArray[np.float32]:
+        picture = read_picture(item.path, self.inputs.size)
+        if key and self.changes:
+            picture = augment(picture, self.changes, (key.seed, key.step, row))
+        return to_pixels(picture, self.inputs.mean, self.inputs.std)
+
+    def answers(self, outputs: Sequence[NDArray[Any]], rows: Sequence[int]) -> list[Answer]:
+        """The likeliest label of each picture."""
+        return label_answers(outputs, [self.valid[row] for row in rows], self.labels)
+
+    def extra(self, outputs: Sequence[NDArray[Any]], rows: Sequence[int]) -> Mapping[str, Any]:
+        """Nothing beside."""
+        return {}
+
+
+def open_pictures(config: TrainConfig) -> TaskRows:
+    """Find the pictures of a run and hold some out; raises DataError with every problem."""
+    found = find_media(
+        Path(config.data), "image", config.prompt_column, config.completion_column, is_strict=config.strict
+    )
+    return labelled_rows(found, config, _picture_reading)
+
+
+def _picture_reading(
+    train: Sequence[Item], valid: Sequence[Item], labels: Sequence[str], base: ModuleBase, config: TrainConfig
+) -> PictureReading:
+    inputs = picture_inputs(base.preprocessing, base.name, config.image_size)
+    return PictureReading(train, valid, labels, inputs, config.augment)
+
+
+MakeReading = Callable[[Sequence[Item], Sequence[Item], Sequence[str], ModuleBase, TrainConfig], Reading]
+
+
+def labelled_rows(found: MediaData, config: TrainConfig, make: MakeReading) -> TaskRows:
+    """The rows of a task with classes, from files with labels: how many there are of each, and which are held out."""
+    valid = found.valid
+    train = found.train
+    if valid is None:
+        train, valid = split_items(found.train, config.valid_split, config.seed)
+    labels = sorted({str(item.label) for item in train})
+    if len(labels) < 2:
+        raise DataError(f"{config.data} has the one label {labels[0]!r}: two are the least to tell apart")
+    unknown = [item for item in valid if item.label not in labels]
+    valid = [item for item in valid if item.label in labels]
+    warnings = [
+        f"left out: {plural(len(unknown), 'validation row')} of labels that no training row has "
+        f"({listing(sorted({str(item.label) for item in unknown}), 6)})"
+    ] * bool(unknown)
+    learned = {item.digest for item in train}
+    known = frozenset(number for number, item in enumerate(valid) if item.digest in learned)
+    first = {item.digest: number for number, item in reversed(list(enumerate(valid)))}
+    return TaskRows(
+        labels=labels, sources=[item.source for item in valid], digest=digest_of((*train, *valid)),
+        reading=partial(make, train, valid, labels), files=found.files, has_valid_part=found.valid is not None,
+        known=known,
+        unseen=sorted(set(first.values()) - known), skipped=found.skipped,
+        learned=AnswerCounts(len(train), Counter(str(item.label) for item in train)),
+        told=found.told, warnings=(*found.warnings, *warnings),
+    )  # fmt: skip
+
+
+def digest_of(items: Iterable[Item]) -> str:
+    """Hash of files with what is to be learned of them."""
+    total = hashlib.sha256()
+    for item in items:
+        total.update(f"{item.digest} {item.label!r} {item.text!r}\n".encode())
+    return total.hexdigest()
+
+
+def targets(items: Sequence[Item], labels: Sequence[str]) -> dict[str, NDArray[np.int64]]:
+    """Numbers of the labels, int64 (rows,); none where rows have no label, as those that are only to be told."""
+    if any(item.label is None for item in items):
+        return {}
+    places = {label: number for number, label in enumerate(labels)}
+    return {"labels": np.array([places[str(item.label)] for item in items], np.int64)}
+
+
+def label_answers(outputs: Sequence[NDArray[Any]], items: Sequence[Item], labels: Sequence[str]) -> list[Answer]:
+    """The likeliest label of each row, from its logits float32 (classes,), beside the right one."""
+    return [
+        Answer(item.source, item.label or "", said, {"accuracy": float(said == item.label)}, item.source)
+        for item, said in ((item, labels[int(made.argmax())]) for item, made in zip(items, outputs, strict=True))
+    ]
+
+
+def probabilities(logits: NDArray[Any]) -> NDArray[np.float64]:
+    """Softmax of logits float32 (classes,)."""
+    shares = np.exp(logits.astype(np.float64) - logits.max())
+    found: NDArray[np.float64] = shares / shares.sum()
+    return found

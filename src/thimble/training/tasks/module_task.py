@@ -1,0 +1,179 @@
+"""Any task on a module: rows that a reading knows, measured by loss and by what the module says of them."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from thimble.backends.module_session import ModuleBatch, ModuleSession
+from thimble.backends.session import ActiveAdapter, Objective, StepKey, TrainState, Work
+from thimble.core.logistic import cross_entropy
+from thimble.core.metrics import LossSum
+from thimble.errors import RunError
+from thimble.events import EventLog, ignore
+from thimble.models.execution import ExecutionPlan
+from thimble.training.control import Control
+from thimble.training.protocols import OpenFile, Scores
+from thimble.training.tasks.reading import TRAIN, VALID, Reading
+from thimble.training.watch import Watch
+
+SAMPLE_ROWS = 32  # training rows that are measured too
+
+
+@dataclass(frozen=True)
+class ModuleTask:
+    """The rows of a reading to train on and to measure."""
+
+    reading: Reading
+    watch_rows: Watch  # what validation rows are for, by their numbers
+    base_name: str  # for messages
+
+    @property
+    def costs(self) -> Sequence[int]:
+        """Pixels, frames or tokens of each training row."""
+        return self.reading.costs
+
+    def work(self, rows: Sequence[int], execution: ExecutionPlan, key: StepKey) -> Work:
+        """The batches of one step; rows of like cost stand together, since the costliest is what all are padded to."""
+        order = sorted(rows, key=lambda row: -self.costs[row])
+        batches = [self.reading.batch(TRAIN, part, key) for part in cut(order, self.costs, execution.micro_tokens)]
+        return Work([batches], sum(count_targets(batch) for batch in batches))
+
+    def features(
+        self, session: ModuleSession, state: TrainState, execution: ExecutionPlan, open_file: OpenFile, control: Control
+    ) -> Any:
+        """Nothing is kept."""
+        return None
+
+    def objectives(self, session: ModuleSession) -> list[Objective]:
+        """The loss of the reading."""
+        return [Objective()]
+
+    # ---- measuring ------------------------------------------------------------------------------------------------
+
+    def watch(self, session: ModuleSession, adapter: ActiveAdapter, execution: ExecutionPlan) -> list[LossSum]:
+        """The loss of each watched row."""
+        return self._silent_losses(session, adapter, self.watch_rows.watched, execution)
+
+    def confirm(self, session: ModuleSession, adapter: ActiveAdapter, execution: ExecutionPlan) -> list[LossSum]:
+        """The loss of each row that confirms."""
+        return self._silent_losses(session, adapter, self.watch_rows.confirming, execution)
+
+    def choose(self, session: ModuleSession, adapter: ActiveAdapter, execution: ExecutionPlan) -> list[LossSum]:
+        """The loss of each row that chooses the strength."""
+        return self._silent_losses(session, adapter, self.watch_rows.choosing, execution)
+
+    def _silent_losses(
+        self, session: ModuleSession, adapter: ActiveAdapter, rows: Sequence[int], execution: ExecutionPlan
+    ) -> list[LossSum]:
+        silent = Control(EventLog(ignore))
+        return list(self._losses(session, adapter, VALID, rows, execution, silent, "").values())
+
+    def _losses(
+        self, session: ModuleSession, adapter: ActiveAdapter, part: str, rows: Sequence[int], execution: ExecutionPlan,
+        control: Control, what: str,
+    ) -> dict[int, LossSum]:  # fmt: skip
+        """The loss of each row by its number; of those that were measured when the user wanted to leave."""
+        found: dict[int, LossSum] = {}
+        order = list(rows)
+        batches = self._batches(part, order, execution, control, what)
+        for losses in session.losses(adapter, batches, execution):
+            numbers = order[len(found) : len(found) + len(losses)]
+            found |= dict(zip(numbers, losses, strict=True))
+        return found
+
+    def _batches(
+        self, part: str, rows: Sequence[int], execution: ExecutionPlan, control: Control, what: str
+    ) -> Iterator[ModuleBatch]:
+        costs = self.costs if part == TRAIN else self.reading.valid_costs
+        done = 0
+        for numbers in cut(rows, costs, execution.micro_tokens):
+            if control.should_stop():
+                return
+            yield self.reading.batch(part, numbers, None)
+            done += len(numbers)
+            if what:
+                control.log.progress(f"measuring {what}, row", done, len(rows))
+
+    def evaluate(
+        self, session: ModuleSession, adapter: ActiveAdapter, execution: ExecutionPlan, control: Control
+    ) -> Scores:
+        """Loss and answers of all validation rows, and the loss of some training rows."""
+        rows = range(len(self.reading.valid_costs))
+        outputs, labels = list[NDArray[Any]](), list[int]()
+        batches = self._batches(VALID, rows, execution, control, "validation rows")
+        for made in session.outputs(adapter, noting_labels(batches, labels), execution):
+            outputs += list(made)
+        if self.reading.loss == "labels":
+            losses = label_losses(outputs, labels)
+        else:
+            losses = self._losses(session, adapter, VALID, rows, execution, control, "the validation loss")
+        count = min(SAMPLE_ROWS, len(self.costs)) if rows else 0
+        sample = [int((place + 0.5) * len(self.costs) / count) for place in range(count)]
+        train = self._losses(session, adapter, TRAIN, sample, execution, control, "training rows")
+        if control.should_stop() or not rows:
+            return Scores(math.nan, math.nan)
+        answers = self.reading.answers(outputs, rows)
+        total, learned = sum(losses.values(), LossSum()), sum(train.values(), LossSum())
+        return Scores(
+            total.mean, math.nan, answers, losses, learned.mean, details=self.reading.extra(outputs, rows)
+        )
+
+    def divergence(
+        self, session: ModuleSession, adapter: ActiveAdapter, execution: ExecutionPlan, control: Control
+    ) -> Mapping[str, Any]:
+        """Not told: a module has no texts of its own."""
+        return {}
+
+    def initial_loss(
+        self, session: ModuleSession, adapter: ActiveAdapter, base: Scores, execution: ExecutionPlan, control: Control
+    ) -> float:
+        """That of the base: every init that modules take leaves them as they are."""
+        return base.loss
+
+    def check_base(self, base: Scores, control: Control) -> None:
+        """Refuse a base that gives NaN or Inf."""
+        if len(self.reading.valid_costs) and not math.isfinite(base.loss):
+            raise RunError(
+                f"the base {self.base_name} gives a loss that is NaN or Inf: its weights are damaged, or its inputs are not "
+                "made as it was trained with"
+            )
+
+
+def label_losses(outputs: Sequence[NDArray[Any]], labels: Sequence[int]) -> dict[int, LossSum]:
+    """The loss of each row from its logits, float32 (classes,), and its class."""
+    nats = cross_entropy(np.stack(outputs), np.array(labels, np.int64)) if outputs else ()
+    return {row: LossSum(float(loss), 1) for row, loss in enumerate(nats)}
+
+
+def noting_labels(batches: Iterator[ModuleBatch], labels: list[int]) -> Iterator[ModuleBatch]:
+    """The same batches; the classes of their rows are kept."""
+    for batch in batches:
+        labels += batch.targets["labels"].tolist() if "labels" in batch.targets else []
+        yield batch
+
+
+def cut(rows: Sequence[int], costs: Sequence[int], most: int) -> list[list[int]]:
+    """Rows in order, in parts whose padded cost, rows times that of the costliest, is at most so much.
+
+    >>> cut([0, 1, 2], [5, 5, 5], 10)
+    [[0, 1], [2]]
+    """
+    parts: list[list[int]] = []
+    highest = 0
+    for row in rows:
+        highest = max(highest, costs[row])
+        if not parts or (len(parts[-1]) + 1) * highest > most:
+            parts.append([])
+            highest = costs[row]
+        parts[-1].append(row)
+    return parts
+
+
+def count_targets(batch: ModuleBatch) -> int:
+    """Targets of a batch: one a row, or the labels that are compared."""
+    labels = batch.targets.get("labels")
+    return len(batch.numbers) if labels is None else int((labels != -100).sum())

@@ -1,0 +1,84 @@
+"""How rows of one kind of data become batches of a module, and what it makes of them answers for people."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from numpy.typing import NDArray
+
+from thimble.backends.module_session import ModuleBatch
+from thimble.backends.session import StepKey
+from thimble.config.train import TrainConfig
+from thimble.core.labels import AnswerCounts
+from thimble.data.records import Skipped
+from thimble.models.module_base import ModuleBase
+from thimble.training.answers import Answer
+
+TRAIN, VALID = "train", "valid"  # parts of the data
+
+
+class Reading(Protocol):
+    """The rows of a task: what goes into the module, and what comes out of it."""
+
+    @property
+    def loss(self) -> str:
+        """What the module is trained on: `labels`, `pairs` or `tokens`."""
+
+    @property
+    def unit(self) -> str:
+        """What costs are counted in, for people: `pixels`, `frames`, `tokens`."""
+
+    @property
+    def preprocessing(self) -> Mapping[str, Any]:
+        """How inputs are made, as plain data that an adapter carries."""
+
+    @property
+    def costs(self) -> Sequence[int]:
+        """Pixels, frames or tokens of each training row."""
+
+    @property
+    def valid_costs(self) -> Sequence[int]:
+        """The same of each validation row."""
+
+    def batch(self, part: str, rows: Sequence[int], key: StepKey | None) -> ModuleBatch:
+        """Some rows of a part as the module takes them; with a key augmented, drawn from seed, step and row."""
+
+    def answers(self, outputs: Sequence[NDArray[Any]], rows: Sequence[int]) -> list[Answer]:
+        """What the module said of validation rows, of which `outputs` has one array each, beside what was expected."""
+
+    def extra(self, outputs: Sequence[NDArray[Any]], rows: Sequence[int]) -> Mapping[str, Any]:
+        """What the report shows beside, as plain data: calibration, ranks of retrieval."""
+
+
+@dataclass(frozen=True)
+class TaskRows:
+    """The data of a task before its module is opened.
+
+    Attributes:
+        labels: The classes, whose places are the numbers that a head gives; none for tasks without classes.
+        sources: Where each validation row came from.
+        digest: Hash of all rows, hexadecimal.
+        reading: Makes the reading, of the opened base and the options.
+        files: Whose hashes the manifest of the run holds.
+        has_valid_part: Whether the data say which rows are for validation.
+        known: Numbers of validation rows that are training rows too.
+        unseen: Numbers of validation rows that are none, each content once.
+        skipped: What could not be used.
+        learned: How many training rows have each label.
+        told: What was done.
+        warnings: What may be wrong.
+    """
+
+    labels: Sequence[str]
+    sources: Sequence[str]
+    digest: str
+    reading: Callable[[ModuleBase, TrainConfig], Reading]
+    files: tuple[Path, ...] = ()
+    has_valid_part: bool = False
+    known: frozenset[int] = frozenset()
+    unseen: Sequence[int] = ()
+    skipped: Skipped = field(default_factory=Skipped)
+    learned: AnswerCounts = field(default_factory=AnswerCounts)
+    told: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
