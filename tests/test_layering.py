@@ -42,7 +42,8 @@ RULES = {
     ),
     "backends": Part("errors core files models data backends", "backends/torch", packages="numpy"),
     "backends/torch": Part(
-        "errors core files models data backends backends/torch", packages="numpy torch numba llvmlite"
+        "errors core files models data backends backends/torch", packages="numpy torch numba llvmlite",
+        packages_later="transformers",
     ),
     "inference": Part("errors core models data backends inference", packages="numpy"),
     "training": Part(

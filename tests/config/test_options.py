@@ -79,7 +79,7 @@ def test_the_groups_hold_every_option_once_and_what_every_command_takes_is_last(
 
 def test_a_group_stands_where_its_first_option_stands():
     assert list(groups_of(TrainConfig)) == [
-        "data", "base", "adapter", "init", "optimiser", "evaluation", "run", "every command",
+        "data", "base", "task", "adapter", "init", "optimiser", "evaluation", "run", "every command",
     ]  # fmt: skip
     assert list(groups_of(TrainConfig)["init"]) == ["init", "calibration_steps", "explain"]
 

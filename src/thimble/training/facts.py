@@ -29,6 +29,7 @@ class RunFacts:
     learned: AnswerCounts  # the answers of the training rows, if they are labels
     memory: Mapping[str, int]  # expected peak by part, bytes
     seconds_per_step: float  # expected
+    unit: str  # of costs, for people
     safer_rate: float  # to try where the one that was taken diverged
     token_ratio: float = 0.0  # tokens for the words of the data, in those for English ones
     answers_path: str | None = None  # a file for all answers, if the user wants one

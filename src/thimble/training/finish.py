@@ -16,7 +16,7 @@ def make_report(facts: RunFacts, result: TrainResult, log: EventLog, total_secon
     """What a run did, as plain data; the place of the adapter is added when that is published."""
     base, progress, before, after = facts.base, result.progress, result.before, result.after
     report = TrainReport(
-        task=facts.task,
+        task=facts.task, unit=facts.unit,
         status=result.status, out=str(facts.folder), base=base.name, base_path=str(base.path), loader=base.loader,
         steps=progress.steps, tokens=progress.tokens,
         target_tokens=progress.target_tokens, seconds=progress.seconds, total_seconds=total_seconds,

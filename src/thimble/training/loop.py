@@ -257,7 +257,7 @@ class _Loop:
             "peak_memory_bytes": peak_memory_bytes(), **validation,
         }  # fmt: skip
         self.sink.write_step(row)
-        self.log.step({**row, **self._outlook()})
+        self.log.step({**row, **self._outlook(), "unit": self.task.unit})
 
     def _gradient(self, rows: Sequence[int], objective: Objective, features: Any) -> tuple[Gradient, int]:
         """The gradient of a step and its target tokens; if memory runs out, in smaller parts from there on."""

@@ -38,7 +38,9 @@ def plan_memory(config: TrainConfig, session: ModuleSession, reading: Reading, s
     counts = [min(rows, len(order)) for rows in MEASURED_ROWS]
     few, more = (session.measure(reading.batch(TRAIN, order[:rows], None)) for rows in counts)
     span = max(1, counts[1] - counts[0])
-    per_row = max(1, (more.kept_bytes - few.kept_bytes) // span) if counts[1] > counts[0] else few.kept_bytes // counts[0]
+    per_row = (
+        max(1, (more.kept_bytes - few.kept_bytes) // span) if counts[1] > counts[0] else few.kept_bytes // counts[0]
+    )
     fixed = max(0, few.kept_bytes - per_row * counts[0])
     largest = -(-more.largest_bytes // counts[1])
     step_rows = math.ceil(len(costs) / schedule.steps_per_epoch)
@@ -53,7 +55,8 @@ def plan_memory(config: TrainConfig, session: ModuleSession, reading: Reading, s
             return ModuleCost(ExecutionPlan("dense", 1, size, size), memory, allowed, seconds)
     raise DoesNotFitError(
         f"the run needs at least {memory.total / 1e9:.2f} GB and {whose} {allowed / 1e9:.2f} GB: make rows smaller "
-        f"(--image-size, --max-seconds, --seq-len), lower --rank, or allow at least {math.ceil(memory.total / 1e7) / 100}GB"
+        f"(--image-size, --max-seconds, --seq-len), lower --rank, or allow at least "
+        f"{math.ceil(memory.total / 1e7) / 100}GB"
     )
 
 

@@ -4,7 +4,7 @@ The module is opened here, for what it is made of decides what can be adapted; n
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from thimble.backends.open import OpenedModule, open_module_session
@@ -52,6 +52,21 @@ class ModulePlan:
     checkpoint: Checkpoint | None
     folder: Path
     answers_path: str | None
+    memorised_nats: float = 0.0  # a low training loss ends no run: what comes first is the head's
+    strength: float = 1.0  # the head was trained beside the adapter, so no other fits it
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Of the data, as far as they are tables."""
+        return self.rows.files
+
+    def with_files(self, files: tuple[Path, ...], config: TrainConfig) -> "ModulePlan":
+        """The same run with its data in other files, which hold the same."""
+        return replace(self, config=config, rows=replace(self.rows, files=files))
+
+    def skipped_rows(self) -> list[dict[str, str]]:
+        """Rows that were left out, with where each stands and why."""
+        return [{"source": row.source, "problem": "; ".join(row.problems)} for row in self.rows.skipped.found]
 
     @property
     def patience(self) -> int:
@@ -62,7 +77,8 @@ class ModulePlan:
         """The run as its report tells of it."""
         rows, name = self.rows, "labels" if self.rows.labels else "none"
         return RunFacts(
-            task=self.config.task, config=self.config, base=self.opened.base, folder=self.folder, origin=self.origin,
+            task=self.config.task, unit=self.reading.unit, config=self.config, base=self.opened.base,
+            folder=self.folder, origin=self.origin,
             metric=ChosenMetric(name, METRICS.get(name), rows.learned), training_rows=len(self.reading.costs),
             sources=rows.sources, judging=self.watch.judging, untouched_rows=self.watch.untouched_rows,
             known_rows=len(rows.known), skipped_rows=rows.skipped.count, learned=rows.learned,
@@ -169,9 +185,7 @@ def _origin(opened: OpenedModule, rows: TaskRows, execution: ExecutionPlan) -> d
 # ---- what was decided, for people -----------------------------------------------------------------------------------
 
 
-def _log_opened(
-    opened: OpenedModule, rows: TaskRows, reading: Reading, config: TrainConfig, log: EventLog
-) -> None:
+def _log_opened(opened: OpenedModule, rows: TaskRows, reading: Reading, config: TrainConfig, log: EventLog) -> None:
     """Tell what the base is, what is trained of it, and what is odd about the data."""
     base = opened.base
     log.note(f"base: {base.name} ({base.architecture or base.loader}, {base.num_parameters / 1e6:.1f}M parameters)")

@@ -65,6 +65,6 @@ def _fit_head(plan: ModulePlan, control: Control) -> None:
     probe = fit_probe(np.concatenate(found), np.array(classes, np.int64), len(labels))
     session.set_head(probe.weight, probe.bias)
     control.log.decision(
-        f"head: a logistic regression on {plural(len(rows), 'training row')} of the frozen model (L2 {probe.penalty:g}); "
-        "it is what LoRA is compared with, and is trained with it from there"
+        f"head: a logistic regression on {plural(len(rows), 'training row')} of the frozen model (L2 "
+        f"{probe.penalty:g}); it is what LoRA is compared with, and is trained with it from there"
     )

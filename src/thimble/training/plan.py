@@ -1,7 +1,7 @@
 """A training run, checked and decided but not begun: what `train` carries out and `plan` describes."""
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from thimble.config.train import TrainConfig
@@ -9,7 +9,7 @@ from thimble.core.method import parse_init
 from thimble.core.schedule import SHORT_RUN_STEPS, default_beta2
 from thimble.core.targets import Size, select_layers
 from thimble.data.encode import Row
-from thimble.data.examples import Examples, general_rows, log_examples, open_data, split_and_encode
+from thimble.data.examples import Examples, general_rows, log_examples, open_data, skipped_rows, split_and_encode
 from thimble.data.model import Model, log_base, open_model
 from thimble.errors import Problems, plural
 from thimble.events import EventLog
@@ -75,11 +75,26 @@ class RunPlan:
         """Training loss of an epoch that ends the run when it is below it twice; 0 is never."""
         return _memorised_nats(self.config, len(self.examples.train), self.watch.keeps_best)
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Of the data."""
+        return self.examples.dataset.files
+
+    def with_files(self, files: tuple[Path, ...], config: TrainConfig) -> "RunPlan":
+        """The same run with its data in other files, which hold the same."""
+        examples = replace(self.examples, dataset=replace(self.examples.dataset, files=files))
+        return replace(self, config=config, examples=examples)
+
+    def skipped_rows(self) -> list[dict[str, str]]:
+        """Rows that were left out, with where each stands and why."""
+        return skipped_rows(self.examples)
+
     def facts(self) -> RunFacts:
         """The run as its report tells of it."""
         examples, watch = self.examples, self.watch
         return RunFacts(
-            task="text", config=self.config, base=self.model.base, folder=self.folder, origin=self.origin,
+            task="text", unit="tokens", config=self.config, base=self.model.base, folder=self.folder,
+            origin=self.origin,
             metric=self.metric, training_rows=len(examples.train), sources=[row.source for row in examples.valid],
             judging=watch.judging, untouched_rows=watch.untouched_rows, known_rows=len(examples.known),
             skipped_rows=examples.left_out, learned=examples.train_report.answers, memory=self.memory.parts(),

@@ -53,6 +53,10 @@ class Task(Protocol[S]):
     def costs(self) -> Sequence[int]:
         """Tokens, pixels or frames of each training row."""
 
+    @property
+    def unit(self) -> str:
+        """What costs are counted in, for people: `tokens`, `pixels`, `frames`."""
+
     def work(self, rows: Sequence[int], execution: ExecutionPlan, key: StepKey) -> Work:
         """The batches of one step, from the numbers of its rows; what is random in them is drawn from the key."""
 

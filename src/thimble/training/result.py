@@ -22,8 +22,9 @@ class TrainReport:
         base_path: The file or folder it was read from, where what the user named only leads to it.
         loader: The class of transformers that opens the base for PEFT.
         steps: Optimiser steps taken.
+        unit: What `tokens` counts: tokens, or for other tasks pixels or frames.
         tokens: Tokens read in training, prompts included.
-        target_tokens: Of these, the tokens the loss was taken over.
+        target_tokens: Of these, the tokens the loss was taken over; rows, where each has one label.
         seconds: Time spent training, evaluation not counted.
         total_seconds: Time from the call to the report.
         tokens_per_second: Tokens read in training per second.
@@ -81,6 +82,7 @@ class TrainReport:
     base_path: str = ""
     loader: str = "AutoModelForCausalLM"
     steps: int = 0
+    unit: str = "tokens"
     tokens: int = 0
     target_tokens: int = 0
     seconds: float = 0.0

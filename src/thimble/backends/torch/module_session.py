@@ -15,13 +15,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from thimble.backends.module_session import ModuleBatch
+from thimble.backends.module_session import Measured, ModuleBatch
 from thimble.backends.session import LayerInfo, Objective, StepKey, Work
 from thimble.backends.torch.adamw import AdamW
 from thimble.backends.torch.attach import Attachment, adapter_of, adapter_off, attach
 from thimble.backends.torch.gradient import Gradient
 from thimble.backends.torch.memory import out_of_memory
-from thimble.backends.module_session import Measured
 from thimble.backends.torch.module_cost import measure
 from thimble.backends.torch.module_losses import LOSSES, as_tensors, call, logits_of
 from thimble.core.adapter import Adapter
@@ -130,7 +129,9 @@ class ModuleTorchSession:
 
     def described(self) -> tuple[str, ...]:
         """What is adapted and trained, a line each."""
-        return tuple(f"adapter: {line}" if not number else line for number, line in enumerate(str(self.attachment).split("\n")))
+        return tuple(
+            f"adapter: {line}" if not number else line for number, line in enumerate(str(self.attachment).split("\n"))
+        )
 
     def measure(self, batch: ModuleBatch) -> Measured:
         """What a micro-batch takes; see thimble.backends.torch.module_cost."""

@@ -36,6 +36,11 @@ class ModuleTask:
         """Pixels, frames or tokens of each training row."""
         return self.reading.costs
 
+    @property
+    def unit(self) -> str:
+        """What these are."""
+        return self.reading.unit
+
     def work(self, rows: Sequence[int], execution: ExecutionPlan, key: StepKey) -> Work:
         """The batches of one step; rows of like cost stand together, since the costliest is what all are padded to."""
         order = sorted(rows, key=lambda row: -self.costs[row])
@@ -118,9 +123,7 @@ class ModuleTask:
             return Scores(math.nan, math.nan)
         answers = self.reading.answers(outputs, rows)
         total, learned = sum(losses.values(), LossSum()), sum(train.values(), LossSum())
-        return Scores(
-            total.mean, math.nan, answers, losses, learned.mean, details=self.reading.extra(outputs, rows)
-        )
+        return Scores(total.mean, math.nan, answers, losses, learned.mean, details=self.reading.extra(outputs, rows))
 
     def divergence(
         self, session: ModuleSession, adapter: ActiveAdapter, execution: ExecutionPlan, control: Control
@@ -138,8 +141,8 @@ class ModuleTask:
         """Refuse a base that gives NaN or Inf."""
         if len(self.reading.valid_costs) and not math.isfinite(base.loss):
             raise RunError(
-                f"the base {self.base_name} gives a loss that is NaN or Inf: its weights are damaged, or its inputs are not "
-                "made as it was trained with"
+                f"the base {self.base_name} gives a loss that is NaN or Inf: its weights are damaged, or its inputs "
+                "are not made as it was trained with"
             )
 
 

@@ -1,0 +1,115 @@
+"""`thimble train` on folders of pictures: the head first, then LoRA and head, with the report of every run."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import thimble
+from thimble.errors import InputError
+
+SIZE = 12
+MODEL = '''
+"""A small network for pictures, as a user would write it."""
+
+import torch
+from torch import nn
+
+
+class Net(nn.Module):
+    preprocessing = {"size": 12, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+        self.blocks = nn.Sequential(nn.Conv2d(8, 16, 1), nn.ReLU(), nn.Conv2d(16, 16, 1), nn.ReLU())
+        self.classifier = nn.Linear(16, 5)
+
+    def forward(self, x):
+        return self.classifier(self.blocks(self.stem(x)).mean((2, 3)))
+
+
+def build():
+    torch.manual_seed(7)
+    return Net()
+'''
+
+
+def draw(kind, number):
+    """A bar that stands or lies, or a square, in a noisy picture."""
+    random = np.random.default_rng(number)
+    picture = random.integers(0, 120, size=(SIZE, SIZE, 3), dtype=np.uint8)
+    row, column = random.integers(2, SIZE - 4, size=2)
+    rows, columns = {"lying": (1, 6), "standing": (6, 1), "square": (3, 3)}[kind]
+    picture[row : row + rows, column : column + columns] = 255
+    return Image.fromarray(picture)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shapes")
+    for kind in ("lying", "standing", "square"):
+        (folder / kind).mkdir()
+        for number in range(40):
+            draw(kind, number).save(folder / kind / f"{number}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "my_model.py"
+    path.write_text(MODEL)
+    return f"{path}:build"
+
+
+QUICK = {"max_steps": 12, "batch_rows": 16, "valid_split": 0.25, "learning_rate": 0.01}
+
+
+def test_a_folder_of_pictures_becomes_an_adapter_and_a_report(pictures, model, tmp_path):
+    report = thimble.train(pictures, base=model, out=str(tmp_path / "run"), **QUICK)
+    assert (report.status, report.task, report.steps) == ("done", "classify-image", 12)
+    assert (report.training_rows, report.validation_rows) == (90, 30)
+    assert report.metrics_rows == 30
+    assert 0 <= report.metrics_before["accuracy"] <= 1
+    assert report.loss_after < report.loss_base
+    assert report.labels["training_rows"] == {"lying": 30, "square": 30, "standing": 30}
+    written = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert written["task"] == "classify-image"
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "general text" not in page
+    assert "--seq-len" not in page
+    assert "frozen model with a trained head" in page
+    config = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+    assert config["modules_to_save"] == ["classifier"]
+    assert sorted(config["target_modules"]) == ["blocks.0", "blocks.2"]
+
+
+def test_a_run_that_is_cut_short_ends_as_it_would_have(pictures, model, tmp_path):
+    whole = thimble.train(pictures, base=model, out=str(tmp_path / "whole"), checkpoint_every_steps=5, **QUICK)
+    steps = []
+    cut = thimble.train(
+        pictures, base=model, out=str(tmp_path / "cut"), checkpoint_every_steps=5, **QUICK,
+        on_event=lambda event: steps.append(event) if event.kind == "step" else None,
+        should_stop=lambda: len(steps) == 7,
+    )  # fmt: skip
+    assert (whole.status, cut.status) == ("done", "interrupted")
+    again = thimble.train(pictures, base=model, out=str(tmp_path / "cut"), resume=True)
+    assert again.status == "done"
+    ours, theirs = (
+        (tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("whole", "cut")
+    )
+    assert ours == theirs
+    assert again.loss_after == whole.loss_after
+
+
+def test_options_that_say_nothing_for_pictures_are_refused_together(pictures, model, tmp_path):
+    with pytest.raises(InputError) as refused:
+        thimble.train(
+            pictures, base=model, out=str(tmp_path / "run"), batch_tokens=100, keep_general=0.5, targets="nope"
+        )
+    told = str(refused.value)
+    assert "--batch-tokens 100: says nothing for --task classify-image" in told
+    assert "--keep-general 0.5" in told
+    assert "'nope', which no module" in told
+    assert not (tmp_path / "run").exists()
