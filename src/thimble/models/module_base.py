@@ -50,7 +50,10 @@ class ModuleBase:
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
-    metadata: None = None  # that of GGUF files
+    @property
+    def metadata(self) -> None:
+        """That of GGUF files, which this is none of."""
+        return None
 
     @property
     def architecture(self) -> str:
