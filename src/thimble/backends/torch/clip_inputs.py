@@ -22,9 +22,7 @@ _USUAL_SECONDS = 30.0
 class ClipInputs:
     """The features of clips, as the extractor in the folder of a base makes them.
 
-    Attributes:
-        rate: Samples a second that it takes.
-        most_seconds: The longest window that it has.
+    It takes `rate` samples a second; `most_seconds` is the longest window that it has.
     """
 
     def __init__(self, folder: Path, name: str) -> None:
@@ -61,6 +59,9 @@ class ClipInputs:
 
         Args:
             samples: float32 (samples,), at `rate`; what is longer than `most_seconds` is cut off.
+
+        Returns:
+            Such as `input_features` float32 (bands, frames), or `input_values` float32 (samples,) and a mask.
         """
         length = self.frames(len(samples) / self.rate) * self.rate // FRAMES
         options: dict[str, Any] = {"padding": "max_length", "max_length": length, "truncation": True}
