@@ -2,8 +2,8 @@ import threading
 
 import numpy as np
 import pytest
-from media_files import write_picture
 
+from media_files import write_picture
 from thimble.data.media.decoded import Decoded
 from thimble.data.media.pictures import read_picture
 from thimble.errors import RunError

@@ -47,8 +47,13 @@ def read_picture(path: Path, size: int) -> NDArray[np.uint8]:
     """
     from PIL import Image
 
-    picture = _decoded(content_of(path), size)
+    picture = open_picture(path, size)
     return np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC), np.uint8)
+
+
+def open_picture(path: Path, size: int) -> "Image.Image":
+    """A picture as RGB and upright, at least `size` pixels a side if it has so many; raises as `read_picture` does."""
+    return _rgb(_loaded(_opened(content_of(path)), size))
 
 
 def look_at_picture(content: bytes) -> Look:
@@ -83,10 +88,6 @@ def content_of(path: Path) -> bytes:
             return file.read()
     except OSError as error:
         raise DataError(f"cannot be read: {error.strerror or error}") from error
-
-
-def _decoded(content: bytes, size: int) -> "Image.Image":
-    return _rgb(_loaded(_opened(content), size))
 
 
 def _opened(content: bytes) -> "Image.Image":
