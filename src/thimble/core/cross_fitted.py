@@ -100,7 +100,7 @@ def thresholds(logits: Logits, labels: Labels) -> dict[str, Any]:
 
 
 def _best(chance: NDArray[np.float64], is_wanted: NDArray[np.bool_]) -> float:
-    """The threshold with the highest F1, half-way between two probabilities that occur; the nearest to 0.5 of equals."""
+    """The threshold with the highest F1, between two probabilities that occur; of equals the nearest to 0.5."""
     order = np.argsort(-chance, kind="stable")
     found = np.cumsum(is_wanted[order])
     f1 = 2 * found / (np.arange(1, len(order) + 1) + is_wanted.sum())
