@@ -29,7 +29,13 @@ CHART_STYLE = {
     "ytick.major.size": 0, "ytick.minor.size": 0, "ytick.major.pad": 9, "ytick.minor.pad": 9,
     "lines.solid_capstyle": "round",
 }  # fmt: skip
-CHARTS = {"loss": (660, 330), "loss-narrow": (340, 260), "rate": (330, 120), "norm": (330, 135)}  # in CSS pixels
+CHARTS = {
+    "loss": (660, 330),
+    "loss-narrow": (340, 260),
+    "rate": (330, 120),
+    "norm": (330, 135),
+    "reliability": (330, 290),
+}  # in CSS pixels
 
 
 def draw_charts(report: Report, steps: Steps) -> dict[str, Any] | None:
@@ -59,6 +65,26 @@ def draw_charts(report: Report, steps: Steps) -> dict[str, Any] | None:
         "broken": [step for step, value in zip(at, losses, strict=True) if not is_number(value)],
         "steps": plural(len(steps), "step"),
     }
+
+
+def draw_reliability(calibration: Mapping[str, Any]) -> str:
+    """How often a classifier is right where it is so sure (reliability diagram), as it is and at its temperature."""
+
+    def draw(axes: "Axes") -> None:
+        axes.plot([0, 1], [0, 1], color=MUTED, linewidth=1, linestyle=(0, (3, 3)))
+        for name, color, width in (("plain", WARM, 1.4), ("scaled", ACCENT, 2.0)):
+            bins = calibration[name]["bins"]
+            at, right = ([part[key] for part in bins] for key in ("confidence", "accuracy"))
+            most = max(part["rows"] for part in bins)
+            axes.plot(at, right, color=color, linewidth=width, alpha=0.6)
+            axes.scatter(at, right, [8 + 60 * part["rows"] / most for part in bins], color=color, zorder=4)
+        axes.set_xlim(0, 1.02)
+        axes.set_ylim(0, 1.02)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(lambda value, _: f"{value:.0%}".replace("%", " %"))
+        axes.set_xlabel("probability of the label that is said")
+
+    return _draw("reliability", draw)
 
 
 def _column(steps: Steps, name: str) -> list[Any]:

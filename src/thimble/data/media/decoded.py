@@ -62,8 +62,8 @@ class Decoded:
             array = self._read(self._paths[number])
         except DataError as error:
             raise RunError(
-                f"{self._paths[number]} {error.problems[0]}. It was whole when the run began: put it back, and go on with "
-                "--resume"
+                f"{self._paths[number]} {error.problems[0]}. It was whole when the run began: put it back and go on "
+                "with --resume"
             ) from error
         array.flags.writeable = False
         return array
