@@ -24,21 +24,18 @@ def certainty_of(report: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _summary(calibration: Mapping[str, Any]) -> str:
-    plain, scaled = calibration["plain"], calibration["scaled"]
+    plain, scaled = (percent(calibration[name]["error"]) for name in ("plain", "scaled"))
     temperature = calibration["temperature"]
-    way = (
-        "too sure of itself"
-        if temperature > 1.05
-        else "not sure enough"
-        if temperature < 0.95
-        else "about as sure as it is right"
-    )
-    helped = scaled["error"] < plain["error"]
+    halved = f"fitted on one half of the {calibration['rows']:,} rows and judged on the other"
+    if calibration["scaled"]["error"] >= calibration["plain"]["error"]:
+        return (
+            f"Expected calibration error {plain}. Logits divided by a temperature, {halved}, give {scaled}: that "
+            "brings nothing here, use the probabilities as they are."
+        )
     return (
-        f"The model is {way}: expected calibration error {percent(plain['error'])}, and {percent(scaled['error'])} "
-        "after logits are divided by a temperature, fitted on one half of the "
-        f"{calibration['rows']:,} rows and judged on the other. On all of them it is {number(temperature, 2)}"
-        + ("." if helped else ", which brings nothing here: use the probabilities as they are.")
+        f"The model is {'too sure of itself' if temperature > 1 else 'less sure than it may be'}: expected calibration "
+        f"error {plain}, and {scaled} after logits are divided by a temperature, {halved}. For further rows divide by "
+        f"{number(temperature, 2)}."
     )
 
 
@@ -47,13 +44,13 @@ def _threshold_rows(thresholds: Mapping[str, Any]) -> Rows:
     rows: Rows = [("threshold", "precision", "recall", "F1", "accuracy")]
     for row in thresholds["rows"]:
         rows.append((f"{row['threshold']:.2f}", *(f"{row[name]:.2f}" for name in names)))
-    best = thresholds["best"]
-    rows.append((f"{best['threshold']:.2f} (best F1)", *(f"{best[name]:.2f}" for name in names)))
     return rows
 
 
 def _threshold_note(thresholds: Mapping[str, Any]) -> str:
+    best = thresholds["best"]
     return (
-        f"“{thresholds['name']}”, the rarer label, is said where its probability is at least the threshold. The last "
-        "line is honest about its choice: the threshold is taken on one half of the rows and judged on the other."
+        f"“{thresholds['name']}”, the rarer label, is said where its probability is at least the threshold. F1 is best "
+        f"at {best['threshold']:.2f} on these rows; a threshold chosen so on one half of them gives precision "
+        f"{best['precision']:.2f}, recall {best['recall']:.2f} and F1 {best['f1']:.2f} on the other."
     )

@@ -72,12 +72,11 @@ def draw_reliability(calibration: Mapping[str, Any]) -> str:
 
     def draw(axes: "Axes") -> None:
         axes.plot([0, 1], [0, 1], color=MUTED, linewidth=1, linestyle=(0, (3, 3)))
-        for name, color, width in (("plain", WARM, 1.4), ("scaled", ACCENT, 2.0)):
+        for name, colour in (("plain", WARM), ("scaled", ACCENT)):
             bins = calibration[name]["bins"]
             at, right = ([part[key] for part in bins] for key in ("confidence", "accuracy"))
-            most = max(part["rows"] for part in bins)
-            axes.plot(at, right, color=color, linewidth=width, alpha=0.6)
-            axes.scatter(at, right, [8 + 60 * part["rows"] / most for part in bins], color=color, zorder=4)
+            sizes = [6 + 250 * part["rows"] / calibration["rows"] for part in bins]
+            axes.scatter(at, right, sizes, color=colour, alpha=0.7, linewidths=0, clip_on=False, zorder=4)
         axes.set_xlim(0, 1.02)
         axes.set_ylim(0, 1.02)
         for axis in (axes.xaxis, axes.yaxis):
