@@ -320,6 +320,18 @@ def test_columns_may_be_named(pictures):
     )
 
 
+def test_a_column_may_say_the_split(pictures):
+    lines = [f"images/{number}.png,{'ab'[number % 2]},{'train' if number < 3 else 'Test'}" for number in range(4)]
+    data = find_media(write_table(pictures / "list.csv", "path,label,split", *lines), "image")
+    assert (len(data.train), data.valid, len(data.test)) == (3, None, 1)
+
+
+def test_a_column_called_split_may_say_something_else(pictures):
+    lines = [f"images/{number}.png,{'ab'[number % 2]},{'easy' if number else 'train'}" for number in range(4)]
+    data = find_media(write_table(pictures / "list.csv", "path,label,subset", *lines), "image")
+    assert len(data.train) == 4
+
+
 def test_columns_of_a_folder_of_classes_are_refused(tmp_path):
     write_classes(tmp_path, {"cats": 1, "dogs": 1})
     assert "holds no table" in problems_of(tmp_path, prompt_column="path")[0]
@@ -328,7 +340,35 @@ def test_columns_of_a_folder_of_classes_are_refused(tmp_path):
 def test_a_table_that_names_no_files_leaves_the_folders_as_classes(tmp_path):
     write_classes(tmp_path, {"cats": 1, "dogs": 1})
     write_table(tmp_path / "notes.csv", "author,year", "x,1999")
-    assert find_media(tmp_path, "image").labels == ["cats", "dogs"]
+    data = find_media(tmp_path, "image")
+    assert data.labels == ["cats", "dogs"]
+    assert "notes.csv: not used, since no column names pictures" in data.told
+
+
+def test_a_table_without_paths_says_which_columns_it_has(tmp_path):
+    write_table(tmp_path / "train.csv", "number,label", "1,cat", "2,dog")
+    for path in (tmp_path, tmp_path / "train.csv"):
+        assert "has no column of paths: expected file_name or path" in problems_of(path)[0]
+        assert "the columns are number, label" in problems_of(path)[0]
+
+
+def test_files_inside_of_a_table_are_named_as_what_is_not_read(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow.parquet import write_table as write_parquet
+
+    content = write_picture(tmp_path / "a.png").read_bytes()
+    (tmp_path / "a.png").unlink()
+    rows = [{"image": {"bytes": content, "path": None}, "label": number} for number in range(3)]
+    features = {"image": {"_type": "Image"}, "label": {"dtype": "int64", "_type": "Value"}}
+    table = pyarrow.Table.from_pylist(rows)
+    noted = {"huggingface": json.dumps({"info": {"features": features}})}
+    (tmp_path / "data").mkdir()
+    write_parquet(table.replace_schema_metadata(noted), tmp_path / "data" / "train-00000-of-00001.parquet")
+    assert "files inside of the table are not read: write each to a file" in problems_of(tmp_path)[0]
+
+
+def test_a_path_that_is_nothing_is_refused(tmp_path):
+    assert "does not exist" in problems_of(tmp_path / "picturs")[0]
 
 
 def test_transcripts_as_common_voice_has_them(tmp_path):

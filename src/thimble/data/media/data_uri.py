@@ -18,8 +18,7 @@ PLAYED_SECONDS = 8.0
 def picture_uri(path: Path, side: int = SIDE) -> str:
     """A picture, its longer side at most `side` pixels, as JPEG, or as PNG where that is smaller: a drawing, a digit.
 
-    Raises:
-        DataError: It cannot be decoded; says so without the path.
+    A DataError says why it cannot be decoded, without the path.
     """
     picture = open_picture(path, side)
     picture.thumbnail((side, side))
@@ -35,8 +34,7 @@ def picture_uri(path: Path, side: int = SIDE) -> str:
 def clip_uri(path: Path) -> str:
     """The first PLAYED_SECONDS of a clip as MP3, which every browser plays; as WAV where libsndfile writes none.
 
-    Raises:
-        DataError: It cannot be decoded; says so without the path.
+    A DataError says why it cannot be decoded, without the path.
     """
     import soundfile
 

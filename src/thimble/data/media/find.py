@@ -88,39 +88,49 @@ def guess_kind(path: Path) -> str:
 
 def _tables(path: Path, kind: str, prompt_column: str, needed: str, told: Told) -> Splits:
     """Tables that name files: what the user named, or those of a folder; none if its folders are the classes."""
-    if not path.is_dir():
-        if path.is_file() and is_media(path.name, kind):
-            return {}
-        return find_files(path).splits
-    places = [path, *(inner for inner in path.iterdir() if inner.is_dir() and inner.name.lower() in (*SPLITS, "data"))]
-    tables = [file for place in places for file in sorted(place.iterdir()) if kind_of(file) not in (None, TEXT)]
-    if not tables:
+    if path.is_file() and is_media(path.name, kind):
+        return {}
+    places = (
+        [path, *(inner for inner in path.iterdir() if inner.is_dir() and inner.name.lower() in (*SPLITS, "data"))]
+        if path.is_dir()
+        else []
+    )
+    if path.is_dir() and not any(kind_of(file) not in (None, TEXT) for place in places for file in place.iterdir()):
         return {}
     try:
         splits, noted = find_files(path)
         splits = {split: [one for one in sources if one.kind != TEXT] for split, sources in splits.items()}
-        if all(has_paths(next(read_rows(sources[0], Told())), kind, prompt_column) for sources in splits.values()):
-            for text in noted.notes:
-                told.note(text)
-            for text in noted.warnings:
-                told.warn(text)
-            return splits
+        first = [next(read_rows(sources[0], Told())) for sources in splits.values()]
     except (InputError, IndexError):
-        if not needed or _has_media(path, kind):
+        if path.is_dir() and (not needed or _has_media(path, kind)):
             return {}
         raise
-    return {}
+    if path.is_dir() and _has_media(path, kind) and not all(has_paths(row, kind, prompt_column) for row in first):
+        names = listing(source.name for sources in splits.values() for source in sources)
+        told.note(f"{names}: not used, since no column names {NOUNS[kind][1]}")
+        return {}
+    for text in noted.notes:
+        told.note(text)
+    for text in noted.warnings:
+        told.warn(text)
+    return splits
 
 
 def _from_tables(path: Path, tables: Splits, reader: ManifestReader, problems: Problems) -> dict[str, list[Item]]:
     if not tables:
         problems.add(f"{path} holds no table, of which --prompt-column or --completion-column could name a column.")
     found = {
-        split: [item for source in sources for item in problems.attempt(reader.read, source) or ()]
+        split: [row for source in sources for row in problems.attempt(reader.read, source) or ()]
         for split, sources in tables.items()
     }
     problems.attempt(reader.end)
-    return found
+    said = {value.lower() for value, _ in found.get("train", ())}
+    if set(found) != {"train"} or not said <= set(SPLITS) or "train" not in {SPLITS[value] for value in said}:
+        return {split: [item for _, item in rows] for split, rows in found.items()}
+    by_column: dict[str, list[Item]] = {}  # one table, of which a column says the splits
+    for value, item in found["train"]:
+        by_column.setdefault(SPLITS[value.lower()], []).append(item)
+    return by_column
 
 
 def _has_media(path: Path, kind: str) -> bool:

@@ -14,6 +14,7 @@ from thimble.data.media.items import Item
 from thimble.data.media.kinds import AUDIO, IMAGE, NOUNS, is_media
 from thimble.data.records import Skipped
 from thimble.data.row_values import cell_text, describe, is_filled
+from thimble.data.sources.kinds import BINARY
 from thimble.data.sources.raw import RawRow, Source, Told
 from thimble.data.sources.read import read_rows
 from thimble.errors import DataError, escaped, listing, plural
@@ -26,6 +27,7 @@ PATHS = {
 }
 LABELS = "labelname labeltext label labels classname class category target".split()
 TEXTS = "transcription transcript text sentence normalizedtext utterance".split()
+SPLIT_COLUMNS = ["split", "subset", "partition"]
 ANSWERS = {"label": LABELS, "text": TEXTS}
 
 
@@ -50,15 +52,18 @@ class ManifestReader:
         self._places: dict[Path, Place] = {}
         self._outside: list[str] = []  # sources of rows that name files elsewhere
 
-    def read(self, source: Source) -> list[Item]:
-        """The items of one table; rows that cannot be used are noted."""
+    def read(self, source: Source) -> list[tuple[str, Item]]:
+        """The items of one table, each with what the row says of its split; rows that cannot be used are noted."""
         items = []
         for row in read_rows(source, self._told):
             self._skipped.rows += 1
             try:
                 if row.problem:
                     raise DataError(row.problem)
-                items.append(self._item(row, source))
+                fields = self._fields(row)
+                items.append(
+                    (str(fields.peek(fields.first(SPLIT_COLUMNS) or "") or ""), self._item(fields, row, source))
+                )
             except DataError as error:
                 self._skipped.add(row.source, *error.problems)
         return items
@@ -74,16 +79,20 @@ class ManifestReader:
             place.tell(self._told)
         self._named.check()
 
-    def _item(self, row: RawRow, source: Source) -> Item:
+    def _fields(self, row: RawRow) -> Fields:
         if not isinstance(row.value, Mapping):
             raise DataError(f"the row is {describe(row.value)}: expected an object with a path")
         fields = Fields(row.value)
         self._named.see(fields)
+        return fields
+
+    def _item(self, fields: Fields, row: RawRow, source: Source) -> Item:
         column = self._path_column or fields.first(PATHS[self._kind])
         if column is None:
+            inside = "; files inside of the table are not read: write each to a file" if source.kind in BINARY else ""
             raise DataError(
                 f"has no column of paths: expected file_name or path, or name it with --prompt-column; the columns are "
-                f"{listing(fields)}"
+                f"{listing(fields)}{inside}"
             )
         path = self._path(fields.cell(column) if self._path_column else fields.take(column), column, source)
         answers = {name: self._answer(fields, name) for name in ANSWERS}
