@@ -78,6 +78,8 @@ def test_a_folder_of_pictures_becomes_an_adapter_and_a_report(pictures, model, t
     assert written["task"] == "classify-image"
     page = (tmp_path / "run" / "report.html").read_text()
     assert "general text" not in page
+    assert page.count('<img src="data:image/') == 24
+    assert "24 of 30 validation rows" in page
     assert "--seq-len" not in page
     assert "frozen model with a trained head" in page
     config = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())

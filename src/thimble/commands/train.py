@@ -104,7 +104,7 @@ def _train_module(run_plan: ModulePlan, control: Control, started: float) -> Tra
     """Fit a head to the frozen module, train, publish."""
     adapter = initial_adapter(run_plan, control)
     sink = _begin(run_plan, None if run_plan.checkpoint else replace(adapter, origin={}), control.log)
-    task = ModuleTask(run_plan.reading, run_plan.watch, run_plan.opened.base.name)
+    task = ModuleTask(run_plan.reading, run_plan.watch, run_plan.opened.base.name, run_plan.step_schedule.rows)
     result = run(_loop_plan(run_plan, adapter, {}), task, run_plan.opened.session, OneProcess(), sink, control)
     return _end(run_plan, result, sink, control.log, started)
 

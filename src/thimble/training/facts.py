@@ -1,7 +1,7 @@
 """What the end of a run asks of its plan, whatever was trained: report, folder and messages are made of it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from thimble.config.train import TrainConfig
@@ -33,3 +33,4 @@ class RunFacts:
     safer_rate: float  # to try where the one that was taken diverged
     token_ratio: float = 0.0  # tokens for the words of the data, in those for English ones
     answers_path: str | None = None  # a file for all answers, if the user wants one
+    media: Mapping[str, Path] = field(default_factory=dict)  # pictures or clips of validation rows, by their sources

@@ -7,6 +7,7 @@ from thimble.training.answers import write_answers
 from thimble.training.before_after import all_answers, compare_answers
 from thimble.training.comparison import both_label_reports, compare_losses, compare_metrics
 from thimble.training.facts import RunFacts
+from thimble.training.gallery import make_gallery
 from thimble.training.loop import TrainResult
 from thimble.training.result import TrainReport
 from thimble.training.sink import RunFolderSink
@@ -57,8 +58,9 @@ def finish(
     facts: RunFacts, result: TrainResult, report: TrainReport, sink: RunFolderSink, log: EventLog
 ) -> TrainReport:
     """Publish the adapter and the reports, then raise RunError if the run diverged or its base was cut off."""
+    shown = make_gallery(facts, report, result.before.base.answers, result.after.answers if result.after else ())
     try:
-        sink.publish(result.adapter, report, facts.base, log)
+        sink.publish(result.adapter, report, facts.base, log, shown)
     except OSError as error:
         kept = f" --resume, which goes on from step {result.saved_step}" if result.saved_step else ""
         raise RunError(

@@ -84,6 +84,7 @@ class ModulePlan:
             known_rows=len(rows.known), skipped_rows=rows.skipped.count, learned=rows.learned,
             memory=self.memory.parts(), seconds_per_step=self.seconds_per_step,
             safer_rate=self.step_schedule.safer_rate, answers_path=self.answers_path,
+            media=rows.media,
         )  # fmt: skip
 
 

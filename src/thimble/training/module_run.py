@@ -19,7 +19,7 @@ from thimble.training.control import Control
 from thimble.training.module_plan import ModulePlan
 from thimble.training.run_folder import START
 from thimble.training.tasks.module_task import cut, noting_labels
-from thimble.training.tasks.reading import TRAIN
+from thimble.training.tasks.reading import TRAIN, read_ahead
 
 MOST_PROBE_ROWS = 20_000  # that a head is fitted to
 
@@ -58,7 +58,7 @@ def _fit_head(plan: ModulePlan, control: Control) -> None:
     count = len(reading.costs)
     rows = range(count) if count <= MOST_PROBE_ROWS else np.linspace(0, count - 1, MOST_PROBE_ROWS).astype(int).tolist()
     found, classes = list[NDArray[Any]](), list[int]()
-    batches = (reading.batch(TRAIN, part, None) for part in cut(rows, reading.costs, plan.execution.micro_tokens))
+    batches = read_ahead(reading, TRAIN, cut(rows, reading.costs, plan.execution.micro_tokens))
     for made in session.head_inputs(noting_labels(batches, classes), plan.execution):
         found.append(made)
         control.log.progress("running training rows through it, row", sum(map(len, found)), len(rows))

@@ -18,6 +18,7 @@ from thimble.events import EventLog
 from thimble.models.adapter_base import manifest_entry
 from thimble.models.frozen_base import FrozenBase
 from thimble.report.card import training_card
+from thimble.report.gallery import Shown
 from thimble.report.keys import to_json_dict
 from thimble.report.page import write_report
 from thimble.report.verdict import judge
@@ -114,8 +115,13 @@ class RunFolderSink:
         """Publish the adapter; raises OSError if there is no room."""
         self._adapter = run_folder.publish_adapter(self._folder, adapter)
 
-    def publish(self, adapter: Adapter, report: TrainReport, base: FrozenBase, log: EventLog) -> None:
-        """Write the adapter if it is not yet, the manifest and the reports; checkpoints that are needed no more go."""
+    def publish(
+        self, adapter: Adapter, report: TrainReport, base: FrozenBase, log: EventLog, shown: Sequence[Shown] = ()
+    ) -> None:
+        """Write the adapter if it is not yet, the manifest and the reports; checkpoints that are needed no more go.
+
+        `shown` are pictures or clips for the page.
+        """
         folder = self._folder
         if self._adapter is None:
             self.write_adapter(adapter)
@@ -125,7 +131,7 @@ class RunFolderSink:
         run_folder.write_manifest(folder, about, self._data, __version__)
         steps = run_folder.read_steps(folder / run_folder.STEPS)
         report.verdict = asdict(judge(asdict(report), steps))
-        write_report(folder / "report.html", asdict(report), steps)
+        write_report(folder / "report.html", asdict(report), steps, shown)
         card = training_card(about_adapter(adapter, base), asdict(report), self._data)
         write_card(folder / "adapter", card)
         run_folder.write_json(folder / "report.json", to_json_dict(report))  # last: with it the run is done

@@ -6,7 +6,7 @@ import pytest
 from media_files import write_picture
 from thimble.data.media.decoded import Decoded
 from thimble.data.media.pictures import read_picture
-from thimble.errors import RunError
+from thimble.errors import DoesNotFitError, RunError
 
 
 class Reader:
@@ -69,6 +69,28 @@ def test_what_is_no_longer_expected_is_not_kept_waiting():
     reader.may_go.set()
     assert values(decoded.arrays([5])) == [5]
     assert len(reader.read) < 100
+
+
+def test_a_full_disk_costs_time_and_nothing_else(monkeypatch):
+    reader = Reader()
+    decoded = Decoded(range(9), reader, 1000)
+
+    def full(item):
+        raise DoesNotFitError("no room")
+
+    monkeypatch.setattr(decoded._file, "append", full)
+    for _ in range(2):
+        assert values(decoded.arrays(range(9))) == list(range(9))
+    assert len(reader.read) == 18
+
+
+def test_shapes_and_types_come_back():
+    arrays = [np.arange(6, dtype=np.float32).reshape(2, 3), np.zeros((2, 2, 3), np.uint8)]
+    decoded = Decoded([0, 1], lambda number: arrays[number].copy())
+    for _ in range(2):
+        for found, wanted in zip(decoded.arrays([0, 1]), arrays, strict=True):
+            assert found.dtype == wanted.dtype
+            assert (found == wanted).all()
 
 
 def test_arrays_are_not_to_be_written_to():

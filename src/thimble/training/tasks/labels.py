@@ -14,8 +14,10 @@ from numpy.typing import NDArray
 from thimble.backends.module_session import ModuleBatch
 from thimble.backends.session import StepKey
 from thimble.config.train import TrainConfig
+from thimble.core.cross_fitted import calibration, thresholds
 from thimble.core.labels import AnswerCounts
 from thimble.data.media.augment import augment
+from thimble.data.media.decoded import Decoded
 from thimble.data.media.find import find_media
 from thimble.data.media.items import Item, MediaData, split_items
 from thimble.data.media.pictures import read_picture, to_pixels
@@ -34,6 +36,7 @@ class PictureReading:
     valid: Sequence[Item]
     labels: Sequence[str]  # the classes: their places are the numbers that the head gives
     inputs: PictureInputs
+    pictures: Decoded  # all of them, the training rows first
     changes: Sequence[str] = ()  # random ones, of training pictures
 
     loss = "labels"
@@ -57,22 +60,27 @@ class PictureReading:
     def batch(self, part: str, rows: Sequence[int], key: StepKey | None) -> ModuleBatch:
         """Pictures float32 (rows, 3, size, size), and their classes int64 (rows,)."""
         items = [(self.train if part == TRAIN else self.valid)[row] for row in rows]
-        pixels = np.stack([self._pixels(item, row, key) for item, row in zip(items, rows, strict=True)])
+        pictures = self.pictures.arrays(self._numbers(part, rows))
+        if key and self.changes:
+            changed = zip(pictures, rows, strict=True)
+            pictures = [augment(picture, self.changes, (key.seed, key.step, row)) for picture, row in changed]
+        pixels = np.stack([to_pixels(picture, self.inputs.mean, self.inputs.std) for picture in pictures])
         return ModuleBatch({"pixel_values": pixels}, targets(items, self.labels), rows)
 
-    def _pixels(self, item: Item, row: int, key: StepKey | None) -> NDArray[np.float32]:
-        picture = read_picture(item.path, self.inputs.size)
-        if key and self.changes:
-            picture = augment(picture, self.changes, (key.seed, key.step, row))
-        return to_pixels(picture, self.inputs.mean, self.inputs.std)
+    def expect(self, part: str, rows: Sequence[int]) -> None:
+        """Begin to decode pictures that will be asked for next."""
+        self.pictures.expect(self._numbers(part, rows))
+
+    def _numbers(self, part: str, rows: Sequence[int]) -> list[int]:
+        return [row if part == TRAIN else len(self.train) + row for row in rows]
 
     def answers(self, outputs: Sequence[NDArray[Any]], rows: Sequence[int]) -> list[Answer]:
         """The likeliest label of each picture."""
         return label_answers(outputs, [self.valid[row] for row in rows], self.labels)
 
     def extra(self, outputs: Sequence[NDArray[Any]], rows: Sequence[int]) -> Mapping[str, Any]:
-        """Nothing beside."""
-        return {}
+        """How far probabilities can be believed, and thresholds of two classes."""
+        return label_details(outputs, [self.valid[row] for row in rows], self.labels)
 
 
 def open_pictures(config: TrainConfig) -> TaskRows:
@@ -87,7 +95,9 @@ def _picture_reading(
     train: Sequence[Item], valid: Sequence[Item], labels: Sequence[str], base: ModuleBase, config: TrainConfig
 ) -> PictureReading:
     inputs = picture_inputs(base.preprocessing, base.name, config.image_size)
-    return PictureReading(train, valid, labels, inputs, config.augment)
+    paths = [item.path for item in (*train, *valid)]
+    pictures = Decoded(paths, partial(read_picture, size=inputs.size))
+    return PictureReading(train, valid, labels, inputs, pictures, config.augment)
 
 
 MakeReading = Callable[[Sequence[Item], Sequence[Item], Sequence[str], ModuleBase, TrainConfig], Reading]
@@ -117,7 +127,7 @@ def labelled_rows(found: MediaData, config: TrainConfig, make: MakeReading) -> T
         known=known,
         unseen=sorted(set(first.values()) - known), skipped=found.skipped,
         learned=AnswerCounts(len(train), Counter(str(item.label) for item in train)),
-        told=found.told, warnings=(*found.warnings, *warnings),
+        told=found.told, warnings=(*found.warnings, *warnings), media={item.source: item.path for item in valid},
     )  # fmt: skip
 
 
@@ -143,6 +153,20 @@ def label_answers(outputs: Sequence[NDArray[Any]], items: Sequence[Item], labels
         Answer(item.source, item.label or "", said, {"accuracy": float(said == item.label)}, item.source)
         for item, said in ((item, labels[int(made.argmax())]) for item, made in zip(items, outputs, strict=True))
     ]
+
+
+def label_details(
+    outputs: Sequence[NDArray[Any]], items: Sequence[Item], labels: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """`calibration` and, of two classes, `thresholds` (see core/cross_fitted), as far as there are rows enough."""
+    numbers = targets(items, labels).get("labels")
+    if numbers is None or not len(numbers):
+        return {}
+    logits = np.stack(outputs)
+    found = {"calibration": calibration(logits, numbers), "thresholds": thresholds(logits, numbers)}
+    if found["thresholds"]:
+        found["thresholds"]["name"] = labels[found["thresholds"]["label"]]
+    return {name: detail for name, detail in found.items() if detail}
 
 
 def probabilities(logits: NDArray[Any]) -> NDArray[np.float64]:

@@ -1,7 +1,7 @@
 """Any task on a module: rows that a reading knows, measured by loss and by what the module says of them."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from thimble.events import EventLog, ignore
 from thimble.models.execution import ExecutionPlan
 from thimble.training.control import Control
 from thimble.training.protocols import OpenFile, Scores
-from thimble.training.tasks.reading import TRAIN, VALID, Reading
+from thimble.training.tasks.reading import TRAIN, VALID, Reading, expect, read_ahead
 from thimble.training.watch import Watch
 
 SAMPLE_ROWS = 32  # training rows that are measured too
@@ -30,6 +30,7 @@ class ModuleTask:
     reading: Reading
     watch_rows: Watch  # what validation rows are for, by their numbers
     base_name: str  # for messages
+    rows_of_step: Callable[[int], Sequence[int]] | None = None  # to read ahead
 
     @property
     def costs(self) -> Sequence[int]:
@@ -45,6 +46,8 @@ class ModuleTask:
         """The batches of one step; rows of like cost stand together, since the costliest is what all are padded to."""
         order = sorted(rows, key=lambda row: -self.costs[row])
         batches = [self.reading.batch(TRAIN, part, key) for part in cut(order, self.costs, execution.micro_tokens)]
+        if self.rows_of_step:
+            expect(self.reading, TRAIN, self.rows_of_step(key.step + 1))
         return Work([batches], sum(count_targets(batch) for batch in batches))
 
     def features(
@@ -95,10 +98,11 @@ class ModuleTask:
     ) -> Iterator[ModuleBatch]:
         costs = self.costs if part == TRAIN else self.reading.valid_costs
         done = 0
-        for numbers in cut(rows, costs, execution.micro_tokens):
+        parts = cut(rows, costs, execution.micro_tokens)
+        for numbers, batch in zip(parts, read_ahead(self.reading, part, parts), strict=True):
             if control.should_stop():
                 return
-            yield self.reading.batch(part, numbers, None)
+            yield batch
             done += len(numbers)
             if what:
                 control.log.progress(f"measuring {what}, row", done, len(rows))

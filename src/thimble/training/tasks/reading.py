@@ -1,9 +1,9 @@
 """How rows of one kind of data become batches of a module, and what it makes of them answers for people."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from numpy.typing import NDArray
 
@@ -51,6 +51,28 @@ class Reading(Protocol):
         """What the report shows beside, as plain data: calibration, ranks of retrieval."""
 
 
+@runtime_checkable
+class Ahead(Protocol):
+    """A reading whose rows take a while to read, and may be read before they are asked for."""
+
+    def expect(self, part: str, rows: Sequence[int]) -> None:
+        """Begin to read rows of a part that will be asked for next."""
+
+
+def expect(reading: Reading, part: str, rows: Sequence[int]) -> None:
+    """Let a reading that can begin with rows that will be asked for next."""
+    if isinstance(reading, Ahead):
+        reading.expect(part, rows)
+
+
+def read_ahead(reading: Reading, part: str, parts: Sequence[Sequence[int]]) -> Iterator[ModuleBatch]:
+    """A batch of each of some parts of rows, not augmented; the next one is begun while one is used."""
+    for rows, following in zip(parts, (*parts[1:], ()), strict=True):
+        batch = reading.batch(part, rows, None)
+        expect(reading, part, following)
+        yield batch
+
+
 @dataclass(frozen=True)
 class TaskRows:
     """The data of a task before its module is opened.
@@ -68,6 +90,7 @@ class TaskRows:
         learned: How many training rows have each label.
         told: What was done.
         warnings: What may be wrong.
+        media: Pictures or clips of the validation rows, by their sources.
     """
 
     labels: Sequence[str]
@@ -82,3 +105,4 @@ class TaskRows:
     learned: AnswerCounts = field(default_factory=AnswerCounts)
     told: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    media: Mapping[str, Path] = field(default_factory=dict)
