@@ -75,16 +75,16 @@ def confusion_picture(scores: Scores) -> str:
     for expected, row in cells.items():
         for written, count in row.items():
             if written in places:
-                colour = "accent" if written == expected else "bad"
+                kind = "hit" if written == expected else "miss"
                 strength = 0.15 + 0.85 * count / sum(row.values())
                 told = escape(f"{_name(expected)} → {_name(written)}: {count:,}")
                 squares.append(
-                    f'<rect x="{places[written]}" y="{places[expected]}" width="1" height="1" fill="var(--{colour})" '
+                    f'<rect class="{kind}" x="{places[written]}" y="{places[expected]}" width="1" height="1" '
                     f'opacity="{strength:.2f}"><title>{told}</title></rect>'
                 )
     side = len(names)
     head = f'<svg class="confusion" viewBox="0 0 {side} {side}" role="img" aria-label="confusion of {side} labels">'
-    frame = f'<rect width="{side}" height="{side}" fill="none" stroke="var(--line)" stroke-width="{side / 300:.2f}"/>'
+    frame = f'<rect class="frame" width="{side}" height="{side}" stroke-width="{side / 300:.2f}"/>'
     return f"{head}{frame}{''.join(squares)}</svg>"
 
 
