@@ -10,7 +10,15 @@ from thimble.data.columns import NamedColumns
 from thimble.data.encode import Encoder, Row
 from thimble.data.encode_all import EncodeReport, encode_all
 from thimble.data.model import Model
-from thimble.data.records import MAX_VALIDATION_ROWS, Dataset, Record, general_records, read_dataset, split_rows
+from thimble.data.records import (
+    MAX_VALIDATION_ROWS,
+    Dataset,
+    Record,
+    Skipped,
+    general_records,
+    read_dataset,
+    split_rows,
+)
 from thimble.data.spool import Chosen, Items
 from thimble.errors import ConfigError, listing, plural
 from thimble.events import EventLog
@@ -125,6 +133,11 @@ def log_read(examples: Examples, log: EventLog) -> None:
         log.note(note)
     for warning in (*examples.dataset.warnings, *examples.encoder.warnings, *examples.encoder.context_warnings):
         log.warning(warning)
+    log_skipped(skipped, log)
+
+
+def log_skipped(skipped: Skipped, log: EventLog) -> None:
+    """Warn of rows that cannot be used, with the first of them."""
     if skipped.count:
         problems = (problem for row in skipped.found[:SHOWN_SKIPPED] for problem in row.problems[:1])
         log.warning(

@@ -126,7 +126,7 @@ def render_train(report: Any) -> str:
 
 def _rate(each_second: float, unit: object) -> str:
     """A speed; pixels and frames are many."""
-    count = f"{each_second:,.0f}" if unit in (None, "tokens") else formatting.amount(each_second)
+    count = f"{each_second:,.0f}" if unit in (None, "tokens") else formatting.amount(round(each_second))
     return f"{count} {unit or 'tokens'}/s"
 
 

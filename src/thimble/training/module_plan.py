@@ -13,6 +13,7 @@ from thimble.config.values import read_pattern
 from thimble.core.labels import describe
 from thimble.core.metrics import METRICS
 from thimble.core.schedule import default_beta2
+from thimble.data.examples import log_skipped
 from thimble.data.model import find_module_base
 from thimble.errors import ConfigError, Problems, plural
 from thimble.events import EventLog
@@ -192,6 +193,7 @@ def _log_opened(opened: OpenedModule, rows: TaskRows, reading: Reading, config: 
     log.note(f"base: {base.name} ({base.architecture or base.loader}, {base.num_parameters / 1e6:.1f}M parameters)")
     for note in (*base.notes, *rows.told):
         log.note(note)
+    log_skipped(rows.skipped, log)
     for warning in (*base.warnings, *rows.warnings):
         log.warning(warning)
     for decision in opened.decisions:
