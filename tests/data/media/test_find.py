@@ -382,6 +382,14 @@ def test_transcripts_as_common_voice_has_them(tmp_path):
     assert data.train[0].seconds == pytest.approx(0.2)
 
 
+def test_a_table_of_transcripts_without_names_of_columns_says_so(tmp_path):
+    for number in range(2):
+        write_clip(tmp_path / "wavs" / f"LJ001-000{number}.wav")
+    write_table(tmp_path / "metadata.csv", "LJ001-0000|Printing 1|Printing one", "LJ001-0001|In 2|In two")
+    told = "\n".join(problems_of(tmp_path, "audio", needed="text"))
+    assert "put a line of names above it" in told
+
+
 def test_folders_have_no_transcripts(tmp_path):
     write_clip(tmp_path / "a" / "0.wav")
     assert "has no transcripts" in problems_of(tmp_path, "audio", needed="text")[0]

@@ -102,10 +102,11 @@ def _tables(path: Path, kind: str, prompt_column: str, needed: str, told: Told) 
         splits = {split: [one for one in sources if one.kind != TEXT] for split, sources in splits.items()}
         first = [next(read_rows(sources[0], Told())) for sources in splits.values()]
     except (InputError, IndexError):
-        if path.is_dir() and (not needed or _has_media(path, kind)):
+        if path.is_dir() and needed != "text" and (not needed or _has_media(path, kind)):
             return {}
         raise
-    if path.is_dir() and _has_media(path, kind) and not all(has_paths(row, kind, prompt_column) for row in first):
+    is_folder_of_classes = path.is_dir() and needed != "text" and _has_media(path, kind)
+    if is_folder_of_classes and not all(has_paths(row, kind, prompt_column) for row in first):
         names = listing(source.name for sources in splits.values() for source in sources)
         told.note(f"{names}: not used, since no column names {NOUNS[kind][1]}")
         return {}

@@ -92,7 +92,7 @@ class ManifestReader:
             inside = "; files inside of the table are not read: write each to a file" if source.kind in BINARY else ""
             raise DataError(
                 f"has no column of paths: expected file_name or path, or name it with --prompt-column; the columns are "
-                f"{listing(fields)}{inside}"
+                f"{listing(fields)}{inside}. If that is a first row and no names, put a line of names above it"
             )
         path = self._path(fields.cell(column) if self._path_column else fields.take(column), column, source)
         answers = {name: self._answer(fields, name) for name in ANSWERS}
