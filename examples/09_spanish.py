@@ -6,7 +6,6 @@ The folder then holds the clips and metadata.csv. Names are written in small let
 
 import csv
 import re
-import shutil
 import sys
 from pathlib import Path
 
@@ -25,12 +24,12 @@ stamps, folder = Path(sys.argv[1]), Path(sys.argv[2])
 with (folder / "metadata.csv").open("w", encoding="utf-8", newline="") as file:
     table = csv.writer(file)
     table.writerow(["file_name", "transcription"])
-    count = 0
+    seen = set()
     for clip in sorted(stamps.rglob(f"*{SUFFIX}")):
         text = spanish(clip.with_name(clip.name.removesuffix(SUFFIX) + ".txt"))
-        if len(text) in LETTERS:
+        if len(text) in LETTERS and (content := clip.read_bytes()) not in seen:  # some stamps share a clip
+            seen.add(content)
             name = "_".join(clip.relative_to(stamps).parts)
-            shutil.copy(clip, folder / "clips" / name)
+            (folder / "clips" / name).write_bytes(content)
             table.writerow([f"clips/{name}", text])
-            count += 1
-print(f"{folder / 'metadata.csv'}: {count} clips with their Spanish names")
+print(f"{folder / 'metadata.csv'}: {len(seen)} clips with their Spanish names")

@@ -61,6 +61,8 @@ class TaskOptions(BaseOptions):
         "else 224.", check=at_least(8))  # fmt: skip
     augment: tuple[str, ...] = option((), "Random changes of training pictures, drawn from the seed: flip, crop, "
         "shift, light, noise.", check=values.some_of(CHANGES), metavar="NAMES")  # fmt: skip
+    language: str | None = option(None, "Language spoken in clips to be transcribed, as Whisper calls it, such as es; "
+        "needed where the base knows several.", metavar="CODE")  # fmt: skip
     max_seconds: float = option(30.0, "Longest part of a clip that is heard, in seconds, from its beginning.",
         check=above(0))  # fmt: skip
 

@@ -53,7 +53,7 @@ class PlanConfig(TrainConfig):
 FIXED = (
     *COLUMNS, "loss_on", "seq_len", "batch_tokens", "seed", "targets", "rank", "rank_pattern", "alpha",
     "alpha_pattern", "strength", "use_rslora", "use_dora", "init", "freeze_a", "dropout", "keep_general", "valid_split",
-    "task", "train_also", "batch_rows", "image_size", "augment", "max_seconds",
+    "task", "train_also", "batch_rows", "image_size", "augment", "max_seconds", "language",
 )  # fmt: skip
 
 # What runs did before there was an option for it: a config.yaml without it is of such a run.
@@ -64,6 +64,7 @@ ONLY_FOR: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("train_also", "batch_rows"), TASKS[1:]),
     **dict.fromkeys(("image_size", "augment"), ("classify-image",)),
     "max_seconds": ("classify-audio", "transcribe"),
+    "language": ("transcribe",),
     "seq_len": ("text", "classify-text", "embed"),
     "max_new_tokens": ("text", "transcribe"),
     **dict.fromkeys(

@@ -12,6 +12,7 @@ from thimble.models.cost import ADAPTER_NUMBER_BYTES, MemoryPlan
 from thimble.models.execution import ExecutionPlan
 from thimble.models.machine import available_bytes
 from thimble.training.step_schedule import StepSchedule
+from thimble.training.tasks.module_task import are_alike
 from thimble.training.tasks.reading import TRAIN, Reading
 
 MEASURED_ROWS = (2, 4)
@@ -35,6 +36,7 @@ def plan_memory(config: TrainConfig, session: ModuleSession, reading: Reading, s
     """
     costs, here = reading.costs, resident_bytes()
     order = sorted(range(len(costs)), key=lambda row: -costs[row])
+    order = [order[0]] * max(MEASURED_ROWS) if are_alike(reading) else order
     counts = [min(rows, len(order)) for rows in MEASURED_ROWS]
     few, more = (session.measure(reading.batch(TRAIN, order[:rows], None)) for rows in counts)
     span = max(1, counts[1] - counts[0])

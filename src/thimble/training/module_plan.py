@@ -76,7 +76,7 @@ class ModulePlan:
 
     def facts(self) -> RunFacts:
         """The run as its report tells of it."""
-        rows, name = self.rows, "labels" if self.rows.labels else "none"
+        rows, name = self.rows, {"labels": "labels", "tokens": "CER"}.get(self.kind.loss, "none")
         return RunFacts(
             task=self.config.task, unit=self.reading.unit, config=self.config, base=self.opened.base,
             folder=self.folder, origin=self.origin,

@@ -18,7 +18,7 @@ from thimble.models.hub_cache import hub_name_of
 from thimble.training.control import Control
 from thimble.training.module_plan import ModulePlan
 from thimble.training.run_folder import START
-from thimble.training.tasks.module_task import cut, noting_labels
+from thimble.training.tasks.module_task import are_alike, cut, noting_labels
 from thimble.training.tasks.reading import TRAIN, read_ahead
 
 MOST_PROBE_ROWS = 20_000  # that a head is fitted to
@@ -58,7 +58,9 @@ def _fit_head(plan: ModulePlan, control: Control) -> None:
     count = len(reading.costs)
     rows = range(count) if count <= MOST_PROBE_ROWS else np.linspace(0, count - 1, MOST_PROBE_ROWS).astype(int).tolist()
     found, classes = list[NDArray[Any]](), list[int]()
-    batches = read_ahead(reading, TRAIN, cut(rows, reading.costs, plan.execution.micro_tokens))
+    order = sorted(rows, key=lambda row: -reading.costs[row])
+    parts = cut(order, reading.costs, plan.execution.micro_tokens, are_alike(reading))
+    batches = read_ahead(reading, TRAIN, parts)
     for made in session.head_inputs(noting_labels(batches, classes), plan.execution):
         found.append(made)
         control.log.progress("running training rows through it, row", sum(map(len, found)), len(rows))

@@ -22,7 +22,8 @@ def choose_task(config: TrainConfig, log: EventLog) -> str:
     if kind == "image":
         return _told("classify-image", "the data are pictures", log)
     if kind == "audio":
-        task = "transcribe" if base.get("is_encoder_decoder") is True else "classify-audio"
+        is_writer = base.get("is_encoder_decoder") is True and "Classification" not in str(base.get("architectures"))
+        task = "transcribe" if is_writer else "classify-audio"
         return _told(task, "the data are sound" + (", and the base writes texts" if task == "transcribe" else ""), log)
     if base and not _writes(base):
         return _told("classify-text", f"the base is a {base.get('model_type')!r}, which reads and does not write", log)

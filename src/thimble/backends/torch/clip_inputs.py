@@ -54,16 +54,17 @@ class ClipInputs:
         whole = math.ceil(max(min(seconds, self.most_seconds), 1e-9) / STEP_SECONDS - 1e-6) * STEP_SECONDS
         return int(max(STEP_SECONDS, whole) * FRAMES)
 
-    def features(self, samples: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
+    def features(self, samples: NDArray[np.float32], frames: int = 0) -> dict[str, NDArray[Any]]:
         """What the model takes of a clip, by name, without the axis of rows.
 
         Args:
             samples: float32 (samples,), at `rate`; what is longer than `most_seconds` is cut off.
+            frames: Of the window, where that is known already.
 
         Returns:
             Such as `input_features` float32 (bands, frames), or `input_values` float32 (samples,) and a mask.
         """
-        length = self.frames(len(samples) / self.rate) * self.rate // FRAMES
+        length = (frames or self.frames(len(samples) / self.rate)) * self.rate // FRAMES
         options: dict[str, Any] = {"padding": "max_length", "max_length": length, "truncation": True}
         if self._takes_frames:  # its lengths are counted in frames, so samples are filled up before
             samples, options = np.pad(samples[:length], (0, max(0, length - len(samples)))), {}

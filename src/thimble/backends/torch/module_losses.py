@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from thimble.backends.module_session import ModuleBatch
+from thimble.backends.torch.written_tokens import IGNORED, token_logits, token_losses, write_tokens
 from thimble.errors import RunError
 
 TEMPERATURE = 0.05  # of pairs: Gao et al., SimCSE, arXiv:2104.08821
-IGNORED = -100  # a label that is not compared
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class ModuleLoss(Protocol):
     def rows(self, made: Tensor, targets: Mapping[str, Tensor]) -> RowLosses:
         """The loss of each row."""
 
-    def output(self, module: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    def output(self, module: nn.Module, inputs: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> Tensor:
         """What the module says of a batch, for people; see ModuleSession.outputs."""
 
 
@@ -59,7 +59,7 @@ class Labels:
         nats = nats * targets["weights"] if "weights" in targets else nats
         return RowLosses(nats, torch.ones_like(targets["labels"]))
 
-    def output(self, module: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    def output(self, module: nn.Module, inputs: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> Tensor:
         return logits_of(call(module, inputs)).float()
 
 
@@ -81,26 +81,26 @@ class Pairs:
         ways = (functional.cross_entropy(way, own, reduction="none") for way in (cosines, cosines.T))
         return RowLosses(sum(ways, torch.zeros(len(first))) / 2, torch.ones(len(first), dtype=torch.int64))
 
-    def output(self, module: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    def output(self, module: nn.Module, inputs: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> Tensor:
         return embeddings_of(call(module, inputs), inputs.get("attention_mask"))
 
 
 class Tokens:
-    """Texts: cross-entropy of each token of `labels` (rows, tokens), the module's decoder being given those before."""
+    """Texts: cross-entropy of each token of `labels` (rows, tokens), the module's decoder being given `prompt` (rows,
+    given tokens) and those before; at most `most` (rows,), alike for all, are written.
+    """
 
     is_of_rows = True
 
     def forward(self, module: nn.Module, inputs: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> Tensor:
-        return logits_of(call(module, {**inputs, "labels": targets["labels"]}))
+        return token_logits(module, inputs, targets["prompt"], targets["labels"])
 
     def rows(self, made: Tensor, targets: Mapping[str, Tensor]) -> RowLosses:
         labels = targets["labels"]
-        nats = functional.cross_entropy(made.float().flatten(0, 1), labels.flatten(), reduction="none")
-        return RowLosses(nats.view(labels.shape).sum(1), (labels != IGNORED).sum(1))
+        return RowLosses(token_losses(made, labels), (labels != IGNORED).sum(1))
 
-    def output(self, module: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-        found: Tensor = module.generate(**inputs, do_sample=False, num_beams=1)
-        return found
+    def output(self, module: nn.Module, inputs: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> Tensor:
+        return write_tokens(module, inputs, targets["prompt"], int(targets["most"][0]))
 
 
 LOSSES: Mapping[str, ModuleLoss] = {"labels": Labels(), "pairs": Pairs(), "tokens": Tokens()}

@@ -293,13 +293,13 @@ class ModuleTorchSession:
     def outputs(
         self, adapter: ActiveValues, batches: Iterator[ModuleBatch], execution: ExecutionPlan
     ) -> Iterator[NDArray[Any]]:
-        return (self._output(adapter, as_tensors(batch)[0]) for batch in batches)
+        return (self._output(adapter, *as_tensors(batch)) for batch in batches)
 
     @out_of_memory
     @torch.no_grad()
-    def _output(self, adapter: ActiveValues, inputs: Tensors) -> NDArray[Any]:
+    def _output(self, adapter: ActiveValues, inputs: Tensors, targets: Tensors) -> NDArray[Any]:
         with self._using(adapter):
-            found: NDArray[Any] = self._loss.output(self.module, inputs).numpy()
+            found: NDArray[Any] = self._loss.output(self.module, inputs, targets).numpy()
         return found
 
     def head_inputs(self, batches: Iterator[ModuleBatch], execution: ExecutionPlan) -> Iterator[NDArray[Any]]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from thimble.backends.torch.clip_inputs import allow_short_windows
 from thimble.errors import BaseModelError, MissingPackageError, escaped, install_line, listing
 from thimble.files.user_program import load_program, place_of
 from thimble.models.module_base import ModuleBase
@@ -159,6 +160,7 @@ def _open_folder(base: ModuleBase, task: str, labels: Sequence[str]) -> OpenedMo
             raise BaseModelError(
                 f"base {base.name} cannot be opened by {name} of transformers: {escaped(told)}"
             ) from error
+    allow_short_windows(module)
     anew = {*info["missing_keys"], *(key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"])}
     fresh = _owners(module, anew)
     head = _last_linear(module) if labels else ""

@@ -4,8 +4,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from thimble.config.train import TrainConfig
+from thimble.training.tasks.clips import open_clips
 from thimble.training.tasks.labels import open_pictures
 from thimble.training.tasks.reading import TaskRows
+from thimble.training.tasks.transcripts import open_transcripts
 
 
 @dataclass(frozen=True)
@@ -27,4 +29,6 @@ class TaskKind:
 
 KINDS: Mapping[str, TaskKind] = {
     "classify-image": TaskKind(open_pictures, "labels", 32),
+    "classify-audio": TaskKind(open_clips, "labels", 16),
+    "transcribe": TaskKind(open_transcripts, "tokens", 16),
 }

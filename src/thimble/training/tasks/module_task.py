@@ -17,7 +17,7 @@ from thimble.events import EventLog, ignore
 from thimble.models.execution import ExecutionPlan
 from thimble.training.control import Control
 from thimble.training.protocols import OpenFile, Scores
-from thimble.training.tasks.reading import TRAIN, VALID, Reading, expect, read_ahead
+from thimble.training.tasks.reading import FRAMES, TRAIN, VALID, Reading, expect, read_ahead
 from thimble.training.watch import Watch
 
 SAMPLE_ROWS = 32  # training rows that are measured too
@@ -45,7 +45,8 @@ class ModuleTask:
     def work(self, rows: Sequence[int], execution: ExecutionPlan, key: StepKey) -> Work:
         """The batches of one step; rows of like cost stand together, since the costliest is what all are padded to."""
         order = sorted(rows, key=lambda row: -self.costs[row])
-        batches = [self.reading.batch(TRAIN, part, key) for part in cut(order, self.costs, execution.micro_tokens)]
+        parts = cut(order, self.costs, execution.micro_tokens, are_alike(self.reading))
+        batches = [self.reading.batch(TRAIN, part, key) for part in parts]
         if self.rows_of_step:
             expect(self.reading, TRAIN, self.rows_of_step(key.step + 1))
         return Work([batches], sum(count_targets(batch) for batch in batches))
@@ -86,19 +87,24 @@ class ModuleTask:
     ) -> dict[int, LossSum]:  # fmt: skip
         """The loss of each row by its number; of those that were measured when the user wanted to leave."""
         found: dict[int, LossSum] = {}
-        order = list(rows)
+        order = self._by_cost(part, rows)
         batches = self._batches(part, order, execution, control, what)
         for losses in session.losses(adapter, batches, execution):
             numbers = order[len(found) : len(found) + len(losses)]
             found |= dict(zip(numbers, losses, strict=True))
-        return found
+        return {row: found[row] for row in rows if row in found}
+
+    def _by_cost(self, part: str, rows: Sequence[int]) -> list[int]:
+        """Rows of like cost stand together; the costliest come first, so that memory that runs out does so at once."""
+        costs = self.costs if part == TRAIN else self.reading.valid_costs
+        return sorted(rows, key=lambda row: -costs[row])
 
     def _batches(
         self, part: str, rows: Sequence[int], execution: ExecutionPlan, control: Control, what: str
     ) -> Iterator[ModuleBatch]:
         costs = self.costs if part == TRAIN else self.reading.valid_costs
         done = 0
-        parts = cut(rows, costs, execution.micro_tokens)
+        parts = cut(rows, costs, execution.micro_tokens, are_alike(self.reading))
         for numbers, batch in zip(parts, read_ahead(self.reading, part, parts), strict=True):
             if control.should_stop():
                 return
@@ -112,10 +118,7 @@ class ModuleTask:
     ) -> Scores:
         """Loss and answers of all validation rows, and the loss of some training rows."""
         rows = range(len(self.reading.valid_costs))
-        outputs, labels = list[NDArray[Any]](), list[int]()
-        batches = self._batches(VALID, rows, execution, control, "validation rows")
-        for made in session.outputs(adapter, noting_labels(batches, labels), execution):
-            outputs += list(made)
+        outputs, labels = self._outputs(session, adapter, rows, execution, control)
         if self.reading.loss == "labels":
             losses = label_losses(outputs, labels)
         else:
@@ -128,6 +131,19 @@ class ModuleTask:
         answers = self.reading.answers(outputs, rows)
         total, learned = sum(losses.values(), LossSum()), sum(train.values(), LossSum())
         return Scores(total.mean, math.nan, answers, losses, learned.mean, details=self.reading.extra(outputs, rows))
+
+    def _outputs(
+        self, session: ModuleSession, adapter: ActiveAdapter, rows: Sequence[int], execution: ExecutionPlan,
+        control: Control,
+    ) -> tuple[list[NDArray[Any]], list[int]]:  # fmt: skip
+        """What the module makes of each validation row, and its class if it has one; not of all if the user leaves."""
+        order = self._by_cost(VALID, rows)
+        outputs, labels = list[NDArray[Any]](), list[int]()
+        batches = self._batches(VALID, order, execution, control, "validation rows")
+        for made in session.outputs(adapter, noting_labels(batches, labels), execution):
+            outputs += list(made)
+        back = sorted(range(len(outputs)), key=lambda place: order[place])
+        return [outputs[place] for place in back], [labels[place] for place in back] if labels else []
 
     def divergence(
         self, session: ModuleSession, adapter: ActiveAdapter, execution: ExecutionPlan, control: Control
@@ -159,21 +175,29 @@ def label_losses(outputs: Sequence[NDArray[Any]], labels: Sequence[int]) -> dict
 def noting_labels(batches: Iterator[ModuleBatch], labels: list[int]) -> Iterator[ModuleBatch]:
     """The same batches; the classes of their rows are kept."""
     for batch in batches:
-        labels += batch.targets["labels"].tolist() if "labels" in batch.targets else []
+        classes = batch.targets.get("labels")
+        labels += classes.tolist() if classes is not None and classes.ndim == 1 else []
         yield batch
 
 
-def cut(rows: Sequence[int], costs: Sequence[int], most: int) -> list[list[int]]:
-    """Rows in order, in parts whose padded cost, rows times that of the costliest, is at most so much.
+def are_alike(reading: Reading) -> bool:
+    """Whether rows of one cost alone share a batch."""
+    return reading.unit == FRAMES
 
-    >>> cut([0, 1, 2], [5, 5, 5], 10)
-    [[0, 1], [2]]
+
+def cut(rows: Sequence[int], costs: Sequence[int], most: int, are_alike: bool = False) -> list[list[int]]:
+    """Rows in order, in parts whose padded cost, rows times that of the costliest, is at most so much; `are_alike` has
+    rows of one cost alone share a part.
+
+    >>> cut([0, 1, 2], [5, 5, 5], 10), cut([0, 1, 2], [4, 5, 5], 10, True)
+    ([[0, 1], [2]], [[0], [1, 2]])
     """
     parts: list[list[int]] = []
     highest = 0
     for row in rows:
         highest = max(highest, costs[row])
-        if not parts or (len(parts[-1]) + 1) * highest > most:
+        is_other = are_alike and parts and costs[row] != costs[parts[-1][-1]]
+        if not parts or is_other or (len(parts[-1]) + 1) * highest > most:
             parts.append([])
             highest = costs[row]
         parts[-1].append(row)
