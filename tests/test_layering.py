@@ -48,7 +48,7 @@ RULES = {
     "inference": Part("errors core models data backends inference", packages="numpy"),
     "training": Part(
         "errors events core config report files models data backends inference training __init__", "backends/torch",
-        packages="numpy", packages_later="yaml",
+        packages="numpy", packages_later="yaml jiwer",
     ),
     "exports": Part(
         "errors core files models data backends exports", "backends/torch", packages="numpy",
