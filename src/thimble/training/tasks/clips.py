@@ -19,7 +19,7 @@ from thimble.data.spool import Spool
 from thimble.errors import BaseModelError, DoesNotFitError
 from thimble.models.module_base import ModuleBase
 from thimble.training.answers import Answer
-from thimble.training.tasks.labels import label_answers, labelled_rows, targets
+from thimble.training.tasks.labels import label_answers, label_details, labelled_rows, targets
 from thimble.training.tasks.reading import FRAMES, TRAIN, TaskRows
 
 if TYPE_CHECKING:
@@ -116,8 +116,8 @@ class ClipReading:
         return label_answers(outputs, [self.items[1][row] for row in rows], self.labels)
 
     def extra(self, outputs: Sequence[NDArray[Any]], rows: Sequence[int]) -> Mapping[str, Any]:
-        """Nothing beside."""
-        return {}
+        """How far probabilities can be believed, and thresholds of two classes."""
+        return label_details(outputs, [self.items[1][row] for row in rows], self.labels)
 
 
 def open_clips(config: TrainConfig) -> TaskRows:

@@ -158,6 +158,7 @@ def open_transcripts(config: TrainConfig) -> TaskRows:
         reading=partial(_transcript_reading, train, valid), files=found.files, has_valid_part=found.valid is not None,
         known=known, unseen=sorted(set(first.values()) - known), skipped=found.skipped,
         told=(*found.told, *_known_texts(train, valid)), warnings=found.warnings,
+        media={item.source: item.path for item in valid},
     )  # fmt: skip
 
 
