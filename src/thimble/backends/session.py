@@ -99,7 +99,7 @@ class Pass(NamedTuple):
     Attributes:
         ids: int32 (T,), the tokens of all rows.
         rows: Of any kinds, in any order: prompts, parts of prompts, next tokens of answers.
-        ends: Places in `ids` after which next-token logits are wanted.
+        ends: Places in `ids`, ascending, after which next-token logits are wanted.
         labels: int32 (T,), as in a Batch, if their loss is wanted too.
     """
 

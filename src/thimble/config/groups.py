@@ -93,9 +93,9 @@ class ComputeOptions(BaseOptions):
 class WritingOptions(ComputeOptions):
     """How answers are computed."""
 
-    decode: str = option("auto", "How answers are written where weights are blocks of a GGUF: int8 rounds what they "
-        "are multiplied with to 8 bits, which is several times faster; float does not. auto takes int8, or goes on as "
-        "a file of answers was begun.", choices=("auto", "int8", "float"))  # fmt: skip
+    decode: str = option("auto", "How prompts are read and answers written where weights are blocks of a GGUF: int8 "
+        "rounds what they are multiplied with to 8 bits, which is several times faster; float does not. auto takes "
+        "int8, or goes on as a file of answers was begun.", choices=("auto", "int8", "float"))  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 MOST_STRETCH = 2.5  # of a step that only writes, by the prompts it reads as well
 LEAST_TOKENS, MOST_TOKENS = 16, 256  # of prompts in a step, however slow or fast they are
-FIRST_TOKENS = 64  # before anything was measured
+FIRST_TOKENS = 32  # before anything was measured
 WEIGHT = 0.2  # of the latest measurement in a running mean
 LEAST_SPREAD = 4.0  # of lengths, as a standard deviation in tokens, that tell what a token costs
 
@@ -10,9 +10,9 @@ LEAST_SPREAD = 4.0  # of lengths, as a standard deviation in tokens, that tell w
 class Pace:
     """Measures steps, and says how many tokens of prompts the next one may read.
 
-    Reading adds `first + token · n` seconds to a step: the weights are decoded once, whatever is read. Where that alone
-    stretches a step further than it may be, a step reads until two thirds of what it adds are for tokens: shorter ones
-    would make more pauses, and hardly shorter ones.
+    Reading adds `first + token · n` seconds to a step: read in float32, the weights are decoded once, whatever is read.
+    Where that alone stretches a step further than it may be, a step reads until two thirds of what it adds are for
+    tokens: shorter ones would make more pauses, and hardly shorter ones.
     """
 
     def __init__(self) -> None:

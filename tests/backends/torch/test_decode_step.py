@@ -54,7 +54,8 @@ def continued(session, active=None, at_once=40):
     cache, found = begun(session, active), []
     for start in range(READ, len(IDS), at_once):
         part = IDS[start : start + at_once]
-        found.append(step_of(session).run(part, [row_of(session, len(part), start, active)], cache))
+        row = row_of(session, len(part), start, active)
+        found.append(step_of(session).run(Pass(part, [row], range(len(part))), cache))
     return np.concatenate(found)
 
 
@@ -112,6 +113,63 @@ def test_a_token_does_not_depend_on_how_many_are_read_with_it(decode):
         assert np.array_equal(continued(session, active, at_once), one_by_one)
 
 
+def read(session, sizes, active=None, labels=None):
+    """Logits after each token of IDS, read as a prompt in pieces of some sizes, in order; and the loss of the last."""
+    cache, found, at = session.new_cache(), [], 0
+    cache.reserve(-(-len(IDS) // cache.block_tokens))
+    for size in sizes:
+        row = row_of(session, size, at, active or session.load(None))._replace(is_written=False)
+        own = None if labels is None else labels[at : at + size]
+        [(logits, loss)] = session.forward([Pass(IDS[at : at + size], [row], range(size), own)], cache, 2)
+        found.append(logits)
+        at += size
+    return np.concatenate(found), loss
+
+
+def test_a_prompt_in_whole_numbers_is_the_same_in_any_pieces():
+    session = open_session("llama_q8_0", decode="int8")
+    active = session.load(adapter_of(session))
+    one_by_one, _ = read(session, [1] * len(IDS), active)
+    for sizes in ([40], [33, 7], [2, 31, 7], [8] * 5):
+        assert np.array_equal(read(session, sizes, active)[0], one_by_one)
+
+
+def test_a_long_prompt_in_whole_numbers_goes_through_the_blocks_in_parts(monkeypatch):
+    session = open_session("llama_q8_0", decode="int8")
+    at_once, _ = read(session, [len(IDS)])
+    monkeypatch.setattr(decode_step, "MOST_TOKENS", 16)
+    assert np.array_equal(read(session, [len(IDS)])[0], at_once)
+
+
+def test_prompts_beside_answers_in_whole_numbers_do_not_change_them():
+    session = open_session("llama_q8_0", decode="int8")
+    active = session.load(None)
+    cache, row = begun(session, active, requests=2), row_of(session, 1, READ, active)
+    beside = row_of(session, 20, READ, active, request=1)._replace(is_written=False)
+    ids = np.concatenate([IDS[READ : READ + 1], IDS[READ : READ + 20]])
+    [(both, _)] = session.forward([Pass(ids, [row, beside], [0, 20])], cache, 1)
+    alone, _ = read(session, [READ + 20])
+    assert np.array_equal(both, alone[[READ, READ + 19]])
+
+
+def test_logits_are_those_of_the_tokens_that_are_asked_for(monkeypatch):
+    monkeypatch.setattr(decode_step, "MOST_TOKENS", 16)
+    session = open_session("llama_q8_0", decode="int8")
+    every, _ = read(session, [len(IDS)])
+    cache, row = session.new_cache(), row_of(session, len(IDS), 0, session.load(None))
+    cache.reserve(len(row.blocks))
+    for ends in ([0], [5, 17, 39], []):
+        [(logits, _)] = session.forward([Pass(IDS, [row], ends)], cache, 1)
+        assert np.array_equal(logits, every[ends])
+
+
+@pytest.mark.parametrize(("file", "labels"), [("llama_q8_0", IDS), ("llama_wide_mixed", None)])
+def test_losses_are_measured_in_float_and_so_are_prompts_where_weights_are_not_in_blocks(file, labels):
+    (exact, loss), (found, same) = (read(open_session(file, decode=x), [40], None, labels) for x in ("float", "int8"))
+    assert np.array_equal(found, exact)
+    assert same == loss
+
+
 @pytest.mark.parametrize("decode", ["float", "int8"])
 def test_requests_with_different_adapters_do_not_see_one_another(decode):
     session = open_session(decode=decode)
@@ -119,9 +177,9 @@ def test_requests_with_different_adapters_do_not_see_one_another(decode):
     cache = begun(session, actives[0], requests=5)
     rows = [row_of(session, 1 + request % 2, READ, actives[request % 3], request) for request in range(5)]
     ids = np.concatenate([IDS[request : request + row.tokens] for request, row in enumerate(rows)])
-    together, at = step_of(session).run(ids, rows, cache), 0
+    together, at = step_of(session).run(Pass(ids, rows, range(len(ids))), cache), 0
     for row in rows:
-        alone = step_of(session).run(ids[at : at + row.tokens], [row], cache)
+        alone = step_of(session).run(Pass(ids[at : at + row.tokens], [row], range(row.tokens)), cache)
         assert np.array_equal(together[at : at + row.tokens], alone)
         at += row.tokens
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from backends.torch.test_kernels import random_blocks
-from thimble.backends.torch.dot_products import RUN, form_of, product_kernel, whole_number_form
+from thimble.backends.torch.block_products import RUN, TILE, form_of, product_kernel, whole_number_form
 from thimble.backends.torch.vectors import FEATURES
 from thimble.files.blocks import BLOCKS, dequantize
 
@@ -25,18 +25,24 @@ def quantised(x):
     return q.reshape(x.shape), scales, (q.sum(-1, dtype=np.int32).astype(np.float32) * scales).astype(np.float32)
 
 
+def by_run(x):
+    """The same as the kernel wants it: what all rows have of a run lies together."""
+    q, scales, sums = quantised(x)
+    return np.ascontiguousarray(q.reshape(len(x), -1, RUN).swapaxes(0, 1)), scales.T.copy(), sums.T.copy()
+
+
 def activations(tokens, columns=COLUMNS, seed=3):
     return np.random.default_rng(seed).normal(size=(tokens, columns)).astype(np.float32)
 
 
 def product(raw, dtype, form, x, index=None, rows=slice(0, ROWS)):
-    """x Wᵀ by the kernel: float32 (tokens, ROWS), NaN where it wrote nothing."""
-    q, scales, sums = quantised(x) if x.shape[1] % RUN == 0 else (np.zeros(1, np.int8), *[np.zeros(1, np.float32)] * 2)
-    out = np.full((len(x), ROWS), np.nan, np.float32)
+    """x Wᵀ by the kernel: float32 (tokens, rows of raw), NaN where it wrote nothing."""
+    q, scales, sums = by_run(x) if x.shape[1] % RUN == 0 else (np.zeros(1, np.int8), *[np.zeros(1, np.float32)] * 2)
+    out = np.full((len(x), len(raw)), np.nan, np.float32)
     kernel = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 13)(product_kernel(dtype, form))
     kernel(
         raw.ctypes.data, raw.strides[0], 0 if index is None else index.ctypes.data, x.shape[1], rows.start, rows.stop,
-        len(x), x.ctypes.data, q.ctypes.data, scales.ctypes.data, sums.ctypes.data, out.ctypes.data, 4 * ROWS,
+        len(x), x.ctypes.data, q.ctypes.data, scales.ctypes.data, sums.ctypes.data, out.ctypes.data, 4 * len(raw),
     )  # fmt: skip
     return out
 
@@ -123,6 +129,20 @@ def test_a_row_does_not_depend_on_those_beside_it(dtype, is_int8):
     alone = np.concatenate([product(raw, dtype, form, x[t : t + 1]) for t in range(16)])
     for tokens in range(1, 17):
         assert np.array_equal(product(raw, dtype, form, x[:tokens]), alone[:tokens])
+
+
+@pytest.mark.parametrize("dtype", ["Q4_1", "Q8_0", "Q6_K"])
+def test_a_row_does_not_depend_on_how_many_are_read_at_once(dtype):
+    form, raw, x = form_of(dtype, True), random_blocks(dtype, ROWS, COLUMNS), activations(2 * TILE + 3)
+    alone = np.concatenate([product(raw, dtype, form, x[t : t + 1]) for t in range(len(x))])
+    assert np.array_equal(product(raw, dtype, form, x), alone)
+
+
+@pytest.mark.parametrize("rows", [1, 8, 9, 24])
+def test_rows_that_make_no_group_of_eight_are_multiplied_too(rows):
+    raw, x = random_blocks("Q4_1", rows, COLUMNS), activations(3)
+    expected = decoded(x) @ dequantize(raw, "Q4_1", (rows, COLUMNS)).astype(np.float64).T
+    assert_close(product(raw, "Q4_1", whole_number_form(), x, rows=slice(0, rows)), expected, 1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["Q4_1", "F32"])

@@ -1,4 +1,4 @@
-"""One step of decoding, compiled: all blocks of a decoder over a few tokens, each the next of its request.
+"""One pass of decoding, compiled: all blocks of a decoder over the next tokens of some requests.
 
 The program is a list of phases, run by a gang of threads (`gang`): every thread does its share of each. Activations are
 float32; where weights lie in blocks and the form says so, they are quantised before a product (`dot_products`). Nothing
@@ -12,12 +12,13 @@ from collections.abc import Callable
 import numpy as np
 from numba.extending import register_jitable
 
+from thimble.backends.torch.block_products import RUN
 from thimble.backends.torch.compiled import compiled, specialised
-from thimble.backends.torch.dot_products import RUN, add_mixed, array_at, call_product, dot
+from thimble.backends.torch.dot_products import add_mixed, array_at, call_product, dot
 from thimble.backends.torch.fused import ONE, _gelu, _silu, _turn, exp, tanh
 from thimble.backends.torch.gang import CLOSED, advance, join
 from thimble.backends.torch.paged import BLOCK_TOKENS
-from thimble.backends.torch.vectors import bits_of, from_bits, multiply_add, stored
+from thimble.backends.torch.vectors import bits_of, from_bits, stored
 from thimble.files.blocks import TINY
 
 NUMBER = 4  # bytes of a float32
@@ -36,8 +37,9 @@ GATE = 8  # h = activation(gate) · up of y
 
 # Columns of the table of phases: what it does; the first job, and the one behind the last; address of the norm; where
 # a product goes, Y or LOGITS; number of the block; addresses of the norms of queries and keys, or 0; of cos and sin of
-# the rotary embedding, float32 (T, angles), and how many angles; most keys that are seen.
-PHASE = KIND, JOBS, END, NORM, TO, BLOCK, Q_NORM, K_NORM, COS, SIN, ANGLES, WINDOW = range(12)
+# the rotary embedding, float32 (T, angles), and how many angles; most keys that are seen; whether it is of the head,
+# which has a room of its own.
+PHASE = KIND, JOBS, END, NORM, TO, BLOCK, Q_NORM, K_NORM, COS, SIN, ANGLES, WINDOW, IS_HEAD = range(13)
 
 # Columns of the table of jobs, which are weight matrices: address of the `product_kernel`; address and size of a row;
 # rows; columns; address of int64 (rows,), which row of the file each is, or 0 if they lie in order; address of the
@@ -45,19 +47,20 @@ PHASE = KIND, JOBS, END, NORM, TO, BLOCK, Q_NORM, K_NORM, COS, SIN, ANGLES, WIND
 JOB = KERNEL, WEIGHTS, ROW_BYTES, ROWS, COLUMNS, INDEX, BIAS, FIRST, WIDTH = range(9)
 
 # Columns of the table of an adapter, one row a job: addresses of A (ranks, columns), or 0 if it leaves the job alone,
-# and of B (rows, ranks); ranks; the column of low that A's first row makes; address of what the rows are multiplied by
+# and of Bᵀ (ranks, rows); ranks; the column of low that A's first row makes; address of what the rows are multiplied by
 # (DoRA), float32 (rows,), or 0; bits of the scale.
 LOW = A, B, RANKS, LOW_FIRST, RATES, SCALE = range(6)
 
-# The room of a step: tokens and width of the residual stream; heads, key heads and their dimension; whether inputs are
-# quantised for products, and whether the gate is SiLU, not GELU; then addresses of
-# float32 arrays whose rows, one a token, lie closely: the residual stream; the input of a product; the same in int8,
-# with the scale and the scaled sum of each run; the result of a product; h Aᵀ, and its width; scores of each thread,
-# (most keys,), and how many keys; logits.
+# The room of a pass: tokens and width of the residual stream; heads, key heads and their dimension; whether inputs are
+# quantised for products, and whether the gate is SiLU, not GELU; then addresses of float32 arrays whose rows, one a
+# token, lie closely: the residual stream; the input of a product; the same in int8, with the scale and the scaled sum
+# of each run, as in `block_products`; the result of a product; scale · h Aᵀ, and its width; scores of each thread,
+# (most keys,), and how many keys; logits. The head, where not all tokens are wanted, has such a row of its own: its
+# tokens are those whose numbers stand at an address, int64 (T,), which is 0 for the blocks.
 ROOM = (
     T, HIDDEN, HEADS, KV_HEADS, DIM, IS_INT8, IS_SILU, X, H, Q, SCALES, SUMS, Y, LOWS, LOWS_WIDTH, SCORES, MOST_KEYS,
-    LOGITS,
-) = range(18)  # fmt: skip
+    LOGITS, WANTED,
+) = range(19)  # fmt: skip
 EPS, SCORE_SCALE, SOFTCAP, FINAL_SOFTCAP = range(4)  # numbers, float32; no soft-cap is 0
 
 
@@ -85,23 +88,23 @@ def _share(items, number, threads):
 @register_jitable
 def _quantize(room, t, width, begin, end):
     """Write runs begin to end of row t of h, `width` wide, as q = round(h · 127 / max |h|), and scale and Σ of each."""
-    h, q = _row(room[H], t, width), array_at(room[Q] + t * width, width, np.int8(0))
-    scales, sums = _row(room[SCALES], t, width // RUN), _row(room[SUMS], t, width // RUN)
+    h, tokens = _row(room[H], t, width), room[T]
     for run in range(begin, end):
-        part, to = h[run * RUN : run * RUN + RUN], q[run * RUN : run * RUN + RUN]
+        part, to = h[run * RUN : run * RUN + RUN], array_at(room[Q] + (run * tokens + t) * RUN, RUN, np.int8(0))
         largest = np.int32(0)
         for j in range(RUN):
             largest = max(largest, bits_of(part[j]) & np.int32(0x7FFFFFFF))  # a NaN is above all numbers
         size = from_bits(largest)
         is_zero = size < TINY
-        scales[run] = np.float32(0) if is_zero else size / np.float32(127)
+        scale = np.float32(0) if is_zero else size / np.float32(127)
         inverse = np.float32(0) if is_zero else np.float32(127) / size
         total = np.int32(0)
         for j in range(RUN):
             whole = np.int8(bits_of(part[j] * inverse + ROUNDER) - bits_of(ROUNDER))
             to[j] = whole
             total += np.int32(whole)
-        sums[run] = np.float32(total) * scales[run]
+        _row(room[SCALES], run, tokens)[t] = scale
+        _row(room[SUMS], run, tokens)[t] = np.float32(total) * scale
 
 
 @register_jitable
@@ -115,10 +118,11 @@ def _normalise(x, weight, eps, out):
 
 @register_jitable
 def _read_stream(phase, room, numbers, number, threads):
-    width = room[HIDDEN]
+    width, wanted = room[HIDDEN], array_at(room[WANTED], room[T], np.int64(0))
     first, last = _share(room[T], number, threads)
     for t in range(first, last):
-        _normalise(_row(room[X], t, width), _floats(phase[NORM], width), numbers[EPS], _row(room[H], t, width))
+        x = _row(room[X], t if room[WANTED] == 0 else wanted[t], width)
+        _normalise(x, _floats(phase[NORM], width), numbers[EPS], _row(room[H], t, width))
         if room[IS_INT8]:
             _quantize(room, t, width, 0, width // RUN)
 
@@ -168,7 +172,7 @@ def _multiply(kind, size, phase, jobs, room, numbers, adapters, chosen, number, 
 
 @specialised
 def _lower(kind, size, phase, jobs, room, adapters, chosen, number, threads):
-    """Make a share of h Aᵀ of each token that has an adapter."""
+    """Make a share of scale · h Aᵀ of each token that has an adapter."""
     columns = jobs[phase[JOBS], COLUMNS]
     for t in range(room[T]):
         if chosen[t] >= 0:
@@ -176,17 +180,16 @@ def _lower(kind, size, phase, jobs, room, adapters, chosen, number, threads):
             for j in range(phase[JOBS], phase[END]):
                 layer = adapters[chosen[t], j]
                 first, last = _share(layer[RANKS], number, threads)  # none where the adapter leaves the job alone
+                scale = from_bits(np.int32(layer[SCALE]))
                 for r in range(first, last):
-                    low[layer[LOW_FIRST] + r] = dot(kind, layer[A] + r * columns * size, columns, h)
+                    low[layer[LOW_FIRST] + r] = scale * dot(kind, layer[A] + r * columns * size, columns, h)
 
 
 @specialised
-def _adapt(kind, size, layer, room, t, first, own):
-    """Add scale · low Bᵀ of one token to rows `first` on of a job's result, and multiply them by their rates."""
-    low, ranks = room[LOWS] + (t * room[LOWS_WIDTH] + layer[LOW_FIRST]) * NUMBER, layer[RANKS]
-    scale = from_bits(np.int32(layer[SCALE]))
-    for i in range(own.shape[0]):
-        own[i] = multiply_add(scale, dot(kind, layer[B] + (first + i) * ranks * size, ranks, low), own[i])
+def _adapt(kind, size, layer, room, t, rows, first, own):
+    """Add low Bᵀ of one token to rows `first` on of a job's result, out of `rows`, and multiply them by their rates."""
+    low = room[LOWS] + (t * room[LOWS_WIDTH] + layer[LOW_FIRST]) * NUMBER
+    add_mixed(kind, low, layer[RANKS], layer[B] + first * size, rows * size, own.shape[0], own.ctypes.data)
     if layer[RATES] != 0:
         rates = _floats(layer[RATES] + first * NUMBER, own.shape[0])
         for i in range(own.shape[0]):
@@ -200,7 +203,7 @@ def _finish(kind, size, phase, job, j, room, adapters, chosen, cap, number, thre
     for t in range(room[T]):
         own = _row(room[phase[TO]], t, job[WIDTH])[job[FIRST] + first : job[FIRST] + last]
         if chosen[t] >= 0 and adapters[chosen[t], j, A] != 0:
-            _adapt(kind, size, adapters[chosen[t], j], room, t, first, own)
+            _adapt(kind, size, adapters[chosen[t], j], room, t, job[ROWS], first, own)
         if job[BIAS] != 0:
             bias = _floats(job[BIAS] + first * NUMBER, last - first)
             for i in range(own.shape[0]):
@@ -244,12 +247,15 @@ def _place_heads(phase, room, numbers, positions, rows, tables, keys, values, nu
 
 @specialised
 def _attend(kind, size, phase, room, numbers, positions, rows, tables, keys, values, number, threads):
-    """A share of tokens and key heads; the result is h, (T, heads · dim)."""
+    """A share of tokens and key heads; the result is h, (T, heads · dim).
+
+    Those of a head follow one another, so that what a request has read of it stays in the cache of the core; later
+    tokens see more, so threads take turns.
+    """
     heads, kv_heads, dim, most = room[HEADS], room[KV_HEADS], room[DIM], room[MOST_KEYS] * NUMBER
     group, jump = heads // kv_heads, BLOCK_TOKENS * size
-    first, last = _share(room[T] * kv_heads, number, threads)
-    for item in range(first, last):
-        t, head = item // kv_heads, item % kv_heads
+    for item in range(number, room[T] * kv_heads, threads):
+        head, t = item // room[T], item % room[T]
         end, table = positions[t] + 1, tables[rows[t]]
         begin = max(0, end - phase[WINDOW])
         low, high = begin // BLOCK_TOKENS, (end - 1) // BLOCK_TOKENS + 1
@@ -299,8 +305,8 @@ def decode_program(kind: str) -> Callable[..., None]:
         kind: Type of the key-value cache and of adapters, `F32` or `BF16`.
 
     Returns:
-        program(shared, phases, jobs, room, numbers, positions, rows, tables, adapters, chosen, keys, values) for
-        `gang.run_together`. phases, jobs, room and numbers are tables, as described above; for each token there is its
+        program(shared, phases, jobs, rooms, numbers, positions, rows, tables, adapters, chosen, keys, values) for
+        `gang.run_together`. phases, jobs, rooms and numbers are tables, as described above; for each token there is its
         position, its row in tables and which adapter it has, or -1, all int64 (T,). tables, int32 (rows, blocks), says
         which blocks of the cache hold what a row has read; adapters is int64 (adapters, jobs, LOW); keys and values are
         as in `paged`, with the number of the layer before.
@@ -308,7 +314,7 @@ def decode_program(kind: str) -> Callable[..., None]:
     size = 4 if kind == "F32" else 2
 
     @compiled(nogil=True, error_model="numpy")
-    def program(shared, phases, jobs, room, numbers, positions, rows, tables, adapters, chosen, keys, values):
+    def program(shared, phases, jobs, rooms, numbers, positions, rows, tables, adapters, chosen, keys, values):
         number, begun, threads = join(shared)
         if begun == CLOSED:
             return
@@ -317,7 +323,7 @@ def decode_program(kind: str) -> Callable[..., None]:
                 threads = advance(shared, number, threads, at)
             if at < 0:
                 continue
-            phase, what = phases[at], phases[at, KIND]
+            phase, what, room = phases[at], phases[at, KIND], rooms[phases[at, IS_HEAD]]
             if what == NORMALISE:
                 _read_stream(phase, room, numbers, number, threads)
             elif what == LOWER:

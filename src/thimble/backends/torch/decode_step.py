@@ -1,12 +1,11 @@
 """Steps of decoding: what the compiled program is told of a decoder, its adapters and its cache.
 
 All that stays the same is gathered once into tables of sizes and addresses, so that a step, which reads the whole base
-in a few milliseconds, costs Python one call.
+in a few milliseconds, costs Python one call. Where activations are quantised, prompts are read by the same program.
 """
 
 import threading
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,22 +13,25 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from thimble.backends.session import ForwardRow, Pass
+from thimble.backends.session import Pass
 from thimble.backends.torch import decode_program as columns
-from thimble.backends.torch.adapters import ActiveAdapter, LoraFactors
+from thimble.backends.torch.adapters import ActiveAdapter
+from thimble.backends.torch.block_products import RUN, form_of, product_kernel
 from thimble.backends.torch.decode_program import decode_program
 from thimble.backends.torch.decoder import Block, Decoder
-from thimble.backends.torch.dot_products import RUN, form_of, product_kernel
 from thimble.backends.torch.elementwise import RmsNorm
 from thimble.backends.torch.frozen import DenseMatrix, FileMatrix, FrozenLinear, Matrix, as_numpy
 from thimble.backends.torch.gang import run_together
 from thimble.backends.torch.kv_cache import KvCache, place_rows
+from thimble.backends.torch.lora_rows import look_up
 from thimble.backends.torch.paged import BLOCK_TOKENS
 from thimble.backends.torch.threads import num_cores
 from thimble.core.metrics import LossSum
 
 FLOAT_TOKENS = 16  # more are faster in large products, where activations stay float32
+MOST_TOKENS = 256  # that run through all blocks at once: activations of more would leave the cache
 NO_WINDOW = 1 << 40  # keys that are seen where there is no window
+_WHOLE = -1  # key of an adapter's table of all jobs, beside those of its groups of projections
 CODES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 Table = NDArray[np.int64]
 Read = Callable[[Pass, KvCache], tuple[NDArray[np.float32], LossSum]]
@@ -39,7 +41,6 @@ class _Known(NamedTuple):
     """What was gathered of an adapter."""
 
     table: Table  # (jobs, LOW)
-    rates: list[tuple[LoraFactors, Tensor]]  # DoRA layers, and the row rates whose addresses stand in the table
     ranks: int  # most of a projection
 
 
@@ -49,15 +50,21 @@ class DecodeStep:
     Args:
         decoder: One that `can_run`.
         is_int8: Whether activations are quantised before they meet weights in blocks.
+
+    Attributes:
+        reads_prompts: Whether prompts are read by the step too: where it quantises activations for all blocks.
     """
 
     def __init__(self, decoder: Decoder, is_int8: bool) -> None:
         self._decoder, self._may_be_int8 = decoder, is_int8
-        self._is_int8 = False  # whether any product wants quantised activations
+        self._forms: set[str] = set()  # of products
         self._alive: list[Any] = []  # arrays whose addresses stand in a table
         self._paths: list[str] = []  # of the layer of each job; the head's is empty
         jobs: list[Table] = []
-        phases = [phase for block in decoder.blocks for phase in self._block(block, jobs)] + self._head(jobs)
+        phases = [phase for block in decoder.blocks for phase in self._block(block, jobs)]
+        self.reads_prompts = "float" not in self._forms
+        phases += self._head(jobs)
+        self._is_int8 = self._forms != {"float"}
         self._phases, self._jobs = np.stack(phases), np.stack(jobs)
         self._blocks = [block.rope for block in decoder.blocks]
         spec, attention = decoder.spec, decoder.blocks[0].attention
@@ -65,7 +72,6 @@ class DecodeStep:
         self._numbers = np.array([spec.norm_eps, attention.scale, *softcaps], np.float32)
         self._program = decode_program(CODES[decoder.compute])
         self.most_tokens = 1 << 30 if self._is_int8 else FLOAT_TOKENS  # that the step is for
-        self._known: weakref.WeakKeyDictionary[ActiveAdapter, _Known] = weakref.WeakKeyDictionary()
         self._lock = threading.Lock()  # a step uses all cores anyway
 
     @staticmethod
@@ -104,7 +110,7 @@ class DecodeStep:
 
     def _kernel(self, dtype: str) -> int:
         form = form_of(dtype, self._may_be_int8)
-        self._is_int8 |= form != "float"
+        self._forms.add(form)
         return product_kernel(dtype, form)
 
     def _locate(self, job: Table, matrix: Matrix, row: int) -> None:
@@ -151,39 +157,39 @@ class DecodeStep:
     def _head(self, jobs: list[Table]) -> list[Table]:
         head = self._decoder.head
         found = self._add_jobs(head, {"": slice(0, head.rows)}, jobs)
-        norm = _phase("NORMALISE", NORM=self._norm(self._decoder.norm))
-        return [norm, _phase("MULTIPLY", **found, TO=columns.LOGITS)]
+        norm = _phase("NORMALISE", NORM=self._norm(self._decoder.norm), IS_HEAD=1)
+        return [norm, _phase("MULTIPLY", **found, TO=columns.LOGITS, IS_HEAD=1)]
 
     def _gathered(self, adapter: ActiveAdapter) -> _Known:
-        """What the step is told of an adapter, whose values may change where they are."""
-        known = self._known.get(adapter)
-        if known is None or any(factors.row_rates is not rates for factors, rates in known.rates):
-            known = self._known[adapter] = self._gather(adapter)
+        """What the step is told of an adapter, kept with it until its values change."""
+        known: _Known | None = adapter.tables.get(_WHOLE)
+        if known is None:
+            known = adapter.tables[_WHOLE] = self._gather(adapter)
         return known
 
     def _gather(self, adapter: ActiveAdapter) -> _Known:
-        table, rates, most = np.zeros((len(self._jobs), len(columns.LOW)), np.int64), [], 0
+        table, most = np.zeros((len(self._jobs), len(columns.LOW)), np.int64), 0
         for projection in self._decoder.projections:
-            for path, _, factors, place in projection.adapted(adapter.layers):
+            layers = look_up(adapter, projection.number, projection.columns).layers
+            for (path, _, factors, place), layer in zip(projection.adapted(adapter.layers), layers, strict=True):
                 row = table[self._paths.index(path)]
-                row[columns.A], row[columns.B] = factors.A.data_ptr(), factors.B.data_ptr()
+                row[columns.A], (row[columns.B], row[columns.RATES]) = factors.A.data_ptr(), layer[1:3]
                 row[columns.RANKS], row[columns.LOW_FIRST] = len(factors.A), place.start
                 row[columns.SCALE] = np.float32(factors.scale).view(np.int32)
-                if factors.row_rates is not None:
-                    row[columns.RATES] = factors.row_rates.data_ptr()
-                    rates.append((factors, factors.row_rates))
                 most = max(most, place.stop)
-        return _Known(table, rates, most)
+        return _Known(table, most)
 
     # ---- running --------------------------------------------------------------------------------------------------
 
     def forward(self, one: Pass, cache: KvCache, read: Read) -> tuple[NDArray[np.float32], LossSum]:
-        """Read a pass: what is not written, or too much for the step, by `read`. See Session.forward."""
+        """Read a pass: what the step is not for, or too much for it, by `read`. See Session.forward."""
+        if self.reads_prompts and one.labels is None:
+            return self.run(one, cache), LossSum()
         is_written = np.repeat([row.is_written for row in one.rows], [row.tokens for row in one.rows])
-        if np.count_nonzero(is_written) > self.most_tokens:
+        if not 0 < np.count_nonzero(is_written) <= self.most_tokens:
             return read(one, cache)
         written, given = one.part(is_written), one.part(~is_written)
-        logits = self.run(written.ids, written.rows, cache)[list(written.ends)]
+        logits = self.run(written, cache)
         if not given.rows:
             return logits, LossSum()
         others, loss = read(given, cache)
@@ -192,27 +198,31 @@ class DecodeStep:
         both[of_written], both[~of_written] = logits, others
         return both, loss
 
-    def run(self, ids: NDArray[np.int32], rows: Sequence[ForwardRow], cache: KvCache) -> NDArray[np.float32]:
-        """Read the next tokens of some requests: logits after each of them, float32 (tokens, vocabulary).
+    def run(self, one: Pass, cache: KvCache) -> NDArray[np.float32]:
+        """Read the next tokens of some requests: logits after those that are asked for, float32 (ends, vocabulary).
 
-        Nothing that a token comes to depends on how many others are read with it.
+        Nothing that a token comes to depends on what else is read with it, or on how much is read at once.
         """
-        places = place_rows(rows, cache)
-        positions, row_of = places.positions, places.row_of
-        distinct = list({id(row.adapter): row.adapter for row in rows if row.adapter.layers}.values())
+        places = place_rows(one.rows, cache)
+        distinct = list({id(row.adapter): row.adapter for row in one.rows if row.adapter.layers}.values())
         known = [self._gathered(adapter) for adapter in distinct]
         adapters = np.array([one.table for one in known], np.int64).reshape(-1, len(self._jobs), len(columns.LOW))
-        chosen = np.array([distinct.index(row.adapter) if row.adapter.layers else -1 for row in rows], np.int64)[row_of]
-        logits = np.empty((len(ids), self._decoder.head.rows), np.float32)
+        chosen = np.array([distinct.index(row.adapter) if row.adapter.layers else -1 for row in one.rows], np.int64)
+        of_token, ends = chosen[places.row_of], np.array([row.end for row in one.rows])[places.row_of]
+        wanted, ranks = np.array(one.ends, np.int64), max((one.ranks for one in known), default=0)
+        logits = np.empty((len(wanted), self._decoder.head.rows), np.float32)
         with self._lock:
-            phases, angles = self._turned(positions, np.array([row.end for row in rows])[row_of], bool(known))
-            room, arrays = self._room(ids, int(positions.max()), max((one.ranks for one in known), default=0))
-            room[columns.LOGITS] = logits.ctypes.data
-            run_together(
-                self._program, phases, self._jobs, room, self._numbers, positions, row_of, places.tables, adapters,
-                chosen, as_numpy(cache.keys), as_numpy(cache.values),
-            )  # fmt: skip
-            del angles, arrays  # whose addresses stood in the tables
+            for start in range(0, len(one.ids), MOST_TOKENS):
+                part = slice(start, min(start + MOST_TOKENS, len(one.ids)))
+                own = slice(*np.searchsorted(wanted, [part.start, part.stop]).tolist())
+                positions, order = places.positions[part], wanted[own] - start
+                phases, angles = self._turned(positions, ends[part], bool(known))
+                rooms, arrays = self._rooms(one.ids[part], int(positions.max()), ranks, order, logits[own])
+                run_together(
+                    self._program, phases, self._jobs, rooms, self._numbers, positions, places.row_of[part],
+                    places.tables, adapters, of_token[part], as_numpy(cache.keys), as_numpy(cache.values),
+                )  # fmt: skip
+                del angles, arrays  # whose addresses stood in the tables
         return logits
 
     def _turned(self, positions: Table, ends: Table, has_adapters: bool) -> tuple[Table, list[Any]]:
@@ -226,8 +236,10 @@ class DecodeStep:
             phases[own, columns.ANGLES] = angle.cos.shape[1]
         return phases, list(angles.values())
 
-    def _room(self, ids: NDArray[np.int32], last: int, ranks: int) -> tuple[Table, list[Tensor]]:
-        """The table of a step's room, and the arrays whose addresses stand there."""
+    def _rooms(
+        self, ids: NDArray[np.int32], last: int, ranks: int, wanted: Table, logits: NDArray[np.float32]
+    ) -> tuple[Table, list[Any]]:
+        """The table of the room of the blocks and that of the head, and the arrays whose addresses stand there."""
         decoder, count, attention = self._decoder, len(ids), self._decoder.blocks[0].attention
         widest = int(self._jobs[:, columns.COLUMNS].max())
         x = decoder.embed(ids, count).float().contiguous()
@@ -246,7 +258,10 @@ class DecodeStep:
         room[columns.DIM], room[columns.LOWS_WIDTH], room[columns.MOST_KEYS] = attention.head_dim, ranks, most_keys
         for name, array in arrays.items():
             room[getattr(columns, name)] = array.data_ptr()
-        return room, [x, *arrays.values()]
+        head = room.copy()
+        head[columns.T], head[columns.WANTED] = len(wanted), wanted.ctypes.data
+        head[columns.LOGITS] = logits.ctypes.data
+        return np.stack([room, head]), [x, wanted, *arrays.values()]
 
 
 def _is_readable(linear: FrozenLinear) -> bool:

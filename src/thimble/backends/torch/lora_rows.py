@@ -66,7 +66,7 @@ class RowUpdates:
         """Add to y (tokens, sum of outs) what group `number` of projections makes of h (tokens, in)."""
         table = self._tables.get(number)
         if table is None:
-            table = self._tables[number] = _joined([_look_up(adapter, number, columns) for adapter in self._adapters])
+            table = self._tables[number] = _joined([look_up(adapter, number, columns) for adapter in self._adapters])
         if not table.low:
             return
         low = np.empty((len(h), table.low), np.float32)
@@ -77,7 +77,7 @@ class RowUpdates:
         parallel_for(y.shape[1], work, expand, *what)
 
 
-def _look_up(adapter: ActiveAdapter, number: int, columns: Mapping[str, slice]) -> _Table:
+def look_up(adapter: ActiveAdapter, number: int, columns: Mapping[str, slice]) -> _Table:
     """The layers that an adapter changes in a group of projections, as its first span."""
     table: _Table | None = adapter.tables.get(number)
     if table is None:

@@ -282,12 +282,16 @@ class TorchSession:
         self, passes: Sequence[Pass], cache: KvCache, num_workers: int
     ) -> list[tuple[NDArray[np.float32], LossSum]]:
         tasks = [functools.partial(self._forward, one, cache) for one in passes]
-        return list(map_parallel(tasks, num_workers))
+        return list(map_parallel(tasks, 1 if self._reads_by_steps else num_workers))  # a step takes all cores
 
     @torch.no_grad()
     def _forward(self, one: Pass, cache: KvCache) -> tuple[NDArray[np.float32], LossSum]:
-        step = self._step if any(row.is_written for row in one.rows) else None
+        step = self._step if self._reads_by_steps or any(row.is_written for row in one.rows) else None
         return step.forward(one, cache, self._read) if step else self._read(one, cache)
+
+    @property
+    def _reads_by_steps(self) -> bool:
+        return self._decode == "int8" and self._step is not None and self._step.reads_prompts
 
     independent_tokens = property(lambda self: self._step.most_tokens if self._step else 0)
 
