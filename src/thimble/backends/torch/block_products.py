@@ -298,9 +298,9 @@ def _add_run(builder: ir.IRBuilder, run: _Run, form: str, x: _Activations, at: i
 def add_block(typing_context, dtype, form, starts, at, run, first, last, tokens, q, scales, sums, totals):
     """Add the products of a block of eight rows of weights with rows of activations to their totals.
 
-    starts is the address of int64 (ROWS,), those of the rows; the block begins `at` bytes on, and its first run is number
-    `run`. first and last tell the tokens, out of `tokens` at the addresses q, scales and sums (see `_Activations`);
-    totals is the address of float32 (last - first, ROWS).
+    starts is the address of int64 (ROWS,), those of the rows; the block begins `at` bytes on, and its first run is
+    number `run`. first and last tell the tokens, out of `tokens` at the addresses q, scales and sums (see
+    `_Activations`); totals is the address of float32 (last - first, ROWS).
     """
 
     def write(context, builder, signature, arguments):
