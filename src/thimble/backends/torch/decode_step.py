@@ -50,9 +50,6 @@ class DecodeStep:
     Args:
         decoder: One that `can_run`.
         is_int8: Whether activations are quantised before they meet weights in blocks.
-
-    Attributes:
-        reads_prompts: Whether prompts are read by the step too: where it quantises activations for all blocks.
     """
 
     def __init__(self, decoder: Decoder, is_int8: bool) -> None:
@@ -62,7 +59,7 @@ class DecodeStep:
         self._paths: list[str] = []  # of the layer of each job; the head's is empty
         jobs: list[Table] = []
         phases = [phase for block in decoder.blocks for phase in self._block(block, jobs)]
-        self.reads_prompts = "float" not in self._forms
+        self.reads_prompts = "float" not in self._forms  # whole numbers are as fast for many tokens as for one
         phases += self._head(jobs)
         self._is_int8 = self._forms != {"float"}
         self._phases, self._jobs = np.stack(phases), np.stack(jobs)
