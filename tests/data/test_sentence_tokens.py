@@ -1,11 +1,9 @@
 """Texts as encoders read them: the ids of transformers, cut at the model's length, in batches with little padding."""
 
-import json
-
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
+from encoders import write_tokenizer
 from thimble.data.sentence_tokens import SentenceTokenizer, TokenCounts, even_batches
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b", "the", "cat", "##s", "sat", ".", "e"]
@@ -13,19 +11,7 @@ WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b", "the", "cat", "
 
 @pytest.fixture
 def bert(tmp_path):
-    """A folder with a WordPiece tokenizer as BERT has it, whose tokenizer.json was saved while it padded and cut."""
-    tokenizer = Tokenizer(models.WordPiece({word: place for place, word in enumerate(WORDS)}, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer()
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    tokenizer.add_special_tokens(WORDS[:5])
-    tokenizer.enable_truncation(5)
-    tokenizer.enable_padding(length=16)
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    named = {"unk_token": "[UNK]", "pad_token": "[PAD]", "sep_token": "[SEP]", "cls_token": "[CLS]"}
-    settings = {"tokenizer_class": "BertTokenizer", "model_max_length": 512, "mask_token": "[MASK]", **named}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    return tmp_path
+    return write_tokenizer(tmp_path, WORDS)
 
 
 CONFIG = {"model_type": "bert", "max_position_embeddings": 12, "type_vocab_size": 2, "pad_token_id": 0}

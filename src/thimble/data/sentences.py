@@ -8,7 +8,7 @@ import hashlib
 import itertools
 import json
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from thimble.data.row_forms import named_prompt
 from thimble.data.row_values import cell_text, describe, is_missing, loaded, shown, text_of
 from thimble.data.rows import Parsed, said
 from thimble.data.sources.find import find_files
+from thimble.data.sources.read import read_rows
 from thimble.data.spool import Items, Spool
 from thimble.data.unused import Unused
 from thimble.errors import DataError, Problems, listing
@@ -59,6 +60,21 @@ class Sentence:
     score: float | None = None
     source: str = ""
 
+    @property
+    def asked(self) -> str:
+        """All texts in a line, for people."""
+        return " | ".join(self.texts)
+
+    @property
+    def digest(self) -> str:
+        """Alike for rows whose texts are the same but for case and spaces."""
+        return "\n".join(map(folded, self.texts))
+
+
+def folded(text: str) -> str:
+    """A text without what does not make it another one: case, and white space beside or between words."""
+    return " ".join(text.casefold().split())
+
 
 @dataclass(frozen=True)
 class SentenceData:
@@ -68,8 +84,8 @@ class SentenceData:
     train: Items[Sentence]
     valid: Items[Sentence] | None  # None: the data has no file of its own for this
     skipped: Skipped
-    notes: tuple[str, ...]
-    warnings: tuple[str, ...]
+    told: tuple[str, ...]  # files and columns that were not used
+    warnings: tuple[str, ...]  # what may be wrong
     files: tuple[Path, ...]
 
 
@@ -101,7 +117,7 @@ def read_sentences(
     _check_alike(rows.values(), task)
     return SentenceData(
         format=said(forms), train=rows["train"], valid=rows.get("valid"), skipped=skipped,
-        notes=(*told.notes, *unused.notes), warnings=(*told.warnings, *unused.warnings),
+        told=(*told.notes, *unused.notes), warnings=(*told.warnings, *unused.warnings),
         files=tuple(dict.fromkeys(file.path for files in splits.values() for file in files)),
     )  # fmt: skip
 
@@ -129,6 +145,16 @@ def task_of(fields: Collection[str]) -> str:
     if is_labelled and (names & set(TEXTS) or any(names.issuperset(pair) for pair in TWO_TEXTS)):
         return CLASSIFY
     return EMBED if names & set(ANCHORS) and names & set(POSITIVES) else ""
+
+
+def guess_task(path: str | Path) -> str:
+    """The task that the first row of some data is made for; empty if that is neither, or cannot be read."""
+    try:
+        splits, told = find_files(Path(path).expanduser())
+        first = next((row.value for files in splits.values() for row in read_rows(files[0], told)), None)
+    except (DataError, OSError):
+        return ""
+    return task_of(first) if isinstance(first, Mapping) else ""
 
 
 class SentenceReader:
@@ -308,7 +334,7 @@ def split_sentences(rows: Items[Sentence], share: float, seed: int) -> tuple[lis
 
 def _groups(rows: Items[Sentence]) -> list[int]:
     """The group of each row, by the number of its first row: rows that must not be parted."""
-    first: dict[Any, int] = {}  # of each content, the first row
+    first: dict[str, int] = {}  # of each content, the first row
     parent = list(range(len(rows)))
 
     def root(number: int) -> int:
@@ -323,19 +349,18 @@ def _groups(rows: Items[Sentence]) -> list[int]:
     return [root(number) for number in range(len(rows))]
 
 
-def contents(row: Sentence) -> list[Any]:
+def contents(row: Sentence) -> list[str]:
     """What two rows must not have in common if one is to say something new: all texts together, or each of a pair."""
-    folded = [" ".join(text.casefold().split()) for text in row.texts]
-    return [tuple(folded)] if row.label is not None else list(folded[:2])
+    return [row.digest] if row.label is not None else [folded(text) for text in row.texts[:2]]
 
 
 def _digest(row: Sentence, seed: int) -> bytes:
     return hashlib.sha256(json.dumps([seed, row.texts, row.label]).encode()).digest()
 
 
-def two_labels(rows: Sequence[Sentence] | Items[Sentence]) -> list[tuple[str, str]]:
+def two_labels(rows: Items[Sentence]) -> list[tuple[str, str]]:
     """Rows that have the texts of an earlier one and another label: the sources of each two."""
-    first: dict[Any, Sentence] = {}
+    first: dict[str, Sentence] = {}
     told = []
     for row in rows:
         earlier = first.setdefault(contents(row)[0], row)

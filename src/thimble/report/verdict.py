@@ -17,7 +17,8 @@ Steps = Sequence[Mapping[str, Any]]
 
 # The metric that decides, if there is one.
 STRICTEST = ("all arguments right", "all fields right", "accuracy", "CER", "exact match")
-SHARES = ("fields right", *ERROR_RATES)  # means of shares, not of right-or-wrong: never shown as a count of rows
+# Means of what is not right-or-wrong: never shown as a count of rows.
+SHARES = ("fields right", "MRR", "Spearman", *ERROR_RATES)
 GOOD_SHARE, HALF_SHARE = 0.9, 0.5  # of rows or letters right after training: "yes", "mostly", below that "partly"
 LOSS_MARGIN_NATS = 0.01  # a smaller change of the validation loss is called none
 RECALL_SHARE = 0.25  # of the fall on training rows: less on validation rows is rather recall than learning

@@ -30,7 +30,7 @@ from thimble.training.moved import log_new_places, missing_parts
 from thimble.training.plan import ADAPTER_FILES, RUN_FOLDER_BYTES
 from thimble.training.step_schedule import StepSchedule, rate_factors
 from thimble.training.tasks.kinds import KINDS, TaskKind
-from thimble.training.tasks.reading import Reading, TaskRows
+from thimble.training.tasks.reading import Reading, TaskRows, warnings_of
 from thimble.training.watch import Watch, choose_watch, log_watch
 
 
@@ -194,7 +194,7 @@ def _log_opened(opened: OpenedModule, rows: TaskRows, reading: Reading, config: 
     for note in (*base.notes, *rows.told):
         log.note(note)
     log_skipped(rows.skipped, log)
-    for warning in (*base.warnings, *rows.warnings):
+    for warning in (*base.warnings, *rows.warnings, *warnings_of(reading)):
         log.warning(warning)
     for decision in opened.decisions:
         log.decision(decision)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from thimble.config.train import TrainConfig
 from thimble.data.media.find import guess_kind
+from thimble.data.sentences import CLASSIFY, EMBED, guess_task
 from thimble.errors import InputError
 from thimble.events import EventLog
 from thimble.files.untrusted import read_json_object
@@ -26,7 +27,10 @@ def choose_task(config: TrainConfig, log: EventLog) -> str:
         task = "transcribe" if is_writer else "classify-audio"
         return _told(task, "the data are sound" + (", and the base writes texts" if task == "transcribe" else ""), log)
     if base and not _writes(base):
-        return _told("classify-text", f"the base is a {base.get('model_type')!r}, which reads and does not write", log)
+        reads = f"the base is a {base.get('model_type')!r}, which reads and does not write"
+        if guess_task(config.data) == EMBED:
+            return _told(EMBED, f"{reads}, and the rows are pairs", log)
+        return _told(CLASSIFY, reads, log)
     return TEXT
 
 

@@ -22,7 +22,7 @@ from thimble.backends.torch.attach import Attachment, adapter_of, adapter_off, a
 from thimble.backends.torch.gradient import Gradient
 from thimble.backends.torch.memory import out_of_memory
 from thimble.backends.torch.module_cost import measure
-from thimble.backends.torch.module_losses import LOSSES, as_tensors, call, logits_of
+from thimble.backends.torch.module_losses import LOSSES, RowLosses, as_tensors, by_length, logits_of, run
 from thimble.core.adapter import Adapter
 from thimble.core.method import Method
 from thimble.core.metrics import LossSum
@@ -31,6 +31,7 @@ from thimble.models.execution import ExecutionPlan
 
 Tensors = Mapping[str, Tensor]
 
+NO_LIMIT = 1 << 40  # of tokens
 CAPABILITIES = frozenset({"delta form", "DoRA", "rsLoRA", "LoRA+", "frozen A", "dropout"})
 
 
@@ -136,7 +137,7 @@ class ModuleTorchSession:
     def measure(self, batch: ModuleBatch) -> Measured:
         """What a micro-batch takes; see thimble.backends.torch.module_cost."""
         with self._collecting(torch.zeros_like(self._flat)):
-            return measure(self.module, lambda: self._backward(batch, 0, None))
+            return measure(self.module, lambda: self._backward(batch, NO_LIMIT, 0))
 
     def set_whole(self, values: Mapping[str, NDArray[Any]]) -> None:
         """Give what is trained whole other values, in the base too: a head that was fitted."""
@@ -218,11 +219,10 @@ class ModuleTorchSession:
         flat, total = torch.zeros_like(self._flat), LossSum()
         batches: Sequence[ModuleBatch] = [batch for share in work.shares for batch in share]
         with self._collecting(flat), torch.random.fork_rng(devices=[]):
-            slopes = self._slopes(batches, key) if not self._loss.is_of_rows and len(batches) > 1 else None
             for number, batch in enumerate(batches):
-                total += self._backward(batch, _seed(key, number), slopes[number] if slopes else None)
+                total += self._backward(batch, execution.micro_tokens, _seed(key, number))
         flat.mul_(1 / work.target_tokens)
-        return Gradient(slopes.loss if slopes else total, flat.numpy())
+        return Gradient(total, flat.numpy())
 
     @contextlib.contextmanager
     def _collecting(self, flat: Tensor) -> Iterator[None]:
@@ -238,37 +238,36 @@ class ModuleTorchSession:
             for dropout in drops:
                 dropout.eval()
 
-    def _backward(self, batch: ModuleBatch, seed: int, slope: Tensor | None) -> LossSum:
-        """Add the gradient of a micro-batch; `slope` is that of the loss by what is made, where it is known."""
+    def _backward(self, batch: ModuleBatch, most: int, seed: int) -> LossSum:
+        """Add the gradient of a micro-batch; of rows whose loss is one of all together, in parts of at most so many
+        tokens.
+        """
         inputs, targets = as_tensors(batch)
+        parts = [] if self._loss.is_of_rows else by_length(inputs, most)
+        if len(parts) > 1 and sum(part["input_ids"].numel() for _, part in parts) > most:
+            return self._backward_twice(parts, targets, seed)
         torch.manual_seed(seed)
-        made = self._loss.forward(self.module, inputs, targets)
-        if slope is not None:
-            made.backward(slope)
-            return LossSum()
-        losses = self._loss.rows(made, targets)
+        losses = self._loss.rows(self._loss.forward(self.module, inputs, targets), targets)
         losses.nats.sum().backward()
-        return LossSum(float(losses.nats.detach().double().sum()), int(losses.targets.sum()))
+        return _sum_of(losses)
 
-    def _slopes(self, batches: Sequence[ModuleBatch], key: StepKey) -> "_Slopes":
-        """The slope of a loss of all rows together by what is made of each micro-batch.
-
-        All are run once to see what they make, and once more to go back through them (Gao et al., GradCache,
-        arXiv:2101.06983): the gradient is that of one large batch.
+    def _backward_twice(self, parts: Sequence[tuple[Tensor, Tensors]], targets: Tensors, seed: int) -> LossSum:
+        """Run all parts to see what they make, and once more to go back through them (Gao et al., GradCache,
+        arXiv:2101.06983): the gradient is that of one large batch, in the memory of a small one.
         """
         made = []
-        with torch.no_grad():
-            for number, batch in enumerate(batches):
-                torch.manual_seed(_seed(key, number))
-                made.append(self._loss.forward(self.module, *as_tensors(batch)))
-        halves = [part.chunk(2) for part in made]
-        leaves = torch.cat([half[side] for side in (0, 1) for half in halves]).requires_grad_()
-        losses = self._loss.rows(leaves, {})
-        losses.nats.sum().backward()
-        first, second = leaves.grad.chunk(2)  # type: ignore[union-attr]
-        sizes = [len(half[0]) for half in halves]
-        parts = [torch.cat(pair) for pair in zip(first.split(sizes), second.split(sizes), strict=True)]
-        return _Slopes(parts, LossSum(float(losses.nats.detach().double().sum()), len(losses.targets)))
+        for number, (_, part) in enumerate(parts):
+            torch.manual_seed(seed + number)
+            with torch.no_grad():
+                made.append(self._loss.forward(self.module, part, targets))
+        order = torch.cat([rows for rows, _ in parts])
+        leaves = torch.cat(made)[order.argsort()].requires_grad_()
+        losses = self._loss.rows(leaves, targets)
+        (slopes,) = torch.autograd.grad(losses.nats.sum(), leaves)
+        for number, (rows, part) in enumerate(parts):
+            torch.manual_seed(seed + number)
+            self._loss.forward(self.module, part, targets).backward(slopes[rows])
+        return _sum_of(losses)
 
     def apply(self, state: ModuleState, gradient: Gradient, rate: float) -> ModuleState:
         most = state.method.max_grad_norm
@@ -312,7 +311,7 @@ class ModuleTorchSession:
         handle = self.module.get_submodule(self.head).register_forward_hook(lambda _, args, output: args[0])
         try:
             with self._using(self.load(None)):
-                found: NDArray[Any] = logits_of(call(self.module, inputs)).float().numpy()
+                found: NDArray[Any] = run(self.module, inputs, logits_of).float().numpy()
         finally:
             handle.remove()
         return found
@@ -350,12 +349,8 @@ class ModuleTorchSession:
         return [path for path, layer in self.attachment.lora.items() if not (moved[id(layer.A)] or moved[id(layer.B)])]
 
 
-class _Slopes(list[Tensor]):
-    """A slope for each micro-batch, and the loss of all."""
-
-    def __init__(self, parts: list[Tensor], loss: LossSum) -> None:
-        super().__init__(parts)
-        self.loss = loss
+def _sum_of(losses: RowLosses) -> LossSum:
+    return LossSum(float(losses.nats.detach().double().sum()), int(losses.targets.sum()))
 
 
 def _seed(key: StepKey, number: int) -> int:

@@ -68,6 +68,7 @@ def open_module(base: ModuleBase, task: str, labels: Sequence[str] = (), seed: i
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         opened = _call_function(base, labels) if base.function else _open_folder(base, task, labels)
+    opened = _without_pooler(opened) if task == "embed" else opened
     module = opened.module.float().eval()
     head = opened.head
     if labels and not head:
@@ -127,6 +128,18 @@ def _hash(module: nn.Module, head: str) -> str:
             total.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
             total.update(tensor.detach().reshape(-1).contiguous().view(torch.uint8).numpy().data)
     return total.hexdigest()
+
+
+def _without_pooler(opened: OpenedModule) -> OpenedModule:
+    """An encoder without the layer that pools for a classifier: embeddings are means, which it has no part in.
+
+    Models that transformers also makes without one (`add_pooling_layer`) run without it.
+    """
+    module = opened.module
+    if getattr(module, "pooler", None) is None or not _takes(type(module), "add_pooling_layer"):
+        return opened
+    module.pooler = None  # type: ignore[assignment]
+    return replace(opened, fresh=tuple(path for path in opened.fresh if path.partition(".")[0] != "pooler"))
 
 
 # ---- a folder -------------------------------------------------------------------------------------------------------

@@ -31,6 +31,11 @@ class Item:
     digest: str = ""
     seconds: float = 0.0
 
+    @property
+    def asked(self) -> str:
+        """What people are shown of it beside its answer."""
+        return self.source
+
 
 @dataclass(frozen=True)
 class MediaData:

@@ -7,6 +7,7 @@ from thimble.config.train import TrainConfig
 from thimble.training.tasks.clips import open_clips
 from thimble.training.tasks.labels import open_pictures
 from thimble.training.tasks.reading import TaskRows
+from thimble.training.tasks.sentences import open_pairs, open_texts
 from thimble.training.tasks.transcripts import open_transcripts
 
 
@@ -31,4 +32,6 @@ KINDS: Mapping[str, TaskKind] = {
     "classify-image": TaskKind(open_pictures, "labels", 32),
     "classify-audio": TaskKind(open_clips, "labels", 16),
     "transcribe": TaskKind(open_transcripts, "tokens", 16),
+    "classify-text": TaskKind(open_texts, "labels", 32, peft_type="SEQ_CLS"),
+    "embed": TaskKind(open_pairs, "pairs", 32, peft_type="FEATURE_EXTRACTION"),
 }

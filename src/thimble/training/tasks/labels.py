@@ -3,10 +3,10 @@
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,8 @@ from thimble.data.media.decoded import Decoded
 from thimble.data.media.find import find_media
 from thimble.data.media.items import Item, MediaData, split_items
 from thimble.data.media.pictures import read_picture, to_pixels
+from thimble.data.records import Skipped
+from thimble.data.spool import Chosen, Items
 from thimble.errors import DataError, listing, plural
 from thimble.models.module_base import ModuleBase
 from thimble.models.picture_inputs import PictureInputs, picture_inputs
@@ -32,8 +34,8 @@ from thimble.training.tasks.reading import TRAIN, Reading, TaskRows
 class PictureReading:
     """Pictures of the training and the validation rows."""
 
-    train: Sequence[Item]
-    valid: Sequence[Item]
+    train: Items[Item]
+    valid: Items[Item]
     labels: Sequence[str]  # the classes: their places are the numbers that the head gives
     inputs: PictureInputs
     pictures: Decoded  # all of them, the training rows first
@@ -92,7 +94,7 @@ def open_pictures(config: TrainConfig) -> TaskRows:
 
 
 def _picture_reading(
-    train: Sequence[Item], valid: Sequence[Item], labels: Sequence[str], base: ModuleBase, config: TrainConfig
+    train: Items[Item], valid: Items[Item], labels: Sequence[str], base: ModuleBase, config: TrainConfig
 ) -> PictureReading:
     inputs = picture_inputs(base.preprocessing, base.name, config.image_size)
     paths = [item.path for item in (*train, *valid)]
@@ -100,46 +102,98 @@ def _picture_reading(
     return PictureReading(train, valid, labels, inputs, pictures, config.augment)
 
 
-MakeReading = Callable[[Sequence[Item], Sequence[Item], Sequence[str], ModuleBase, TrainConfig], Reading]
+class Labelled(Protocol):
+    """A row with a label."""
+
+    @property
+    def label(self) -> str | None:
+        """Its class, if it has one."""
+
+    @property
+    def source(self) -> str:
+        """Where it stands."""
+
+    @property
+    def digest(self) -> str:
+        """Alike for rows that are the same."""
+
+    @property
+    def asked(self) -> str:
+        """What people are shown of it."""
 
 
-def labelled_rows(found: MediaData, config: TrainConfig, make: MakeReading) -> TaskRows:
-    """The rows of a task with classes, from files with labels: how many there are of each, and which are held out."""
-    valid = found.valid
-    train = found.train
+class Found(Protocol):
+    """What was read beside the rows."""
+
+    @property
+    def valid(self) -> Any:
+        """Rows for validation; None if the data say no split."""
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Whose hashes the manifest of the run holds."""
+
+    @property
+    def skipped(self) -> Skipped:
+        """What cannot be used."""
+
+    @property
+    def told(self) -> tuple[str, ...]:
+        """What was done."""
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What may be wrong."""
+
+
+T = TypeVar("T", bound=Labelled)
+MakeReading = Callable[[Items[T], Items[T], Sequence[str], ModuleBase, TrainConfig], Reading]
+
+
+def labelled_rows(found: MediaData, config: TrainConfig, make: MakeReading[Item]) -> TaskRows:
+    """The rows of a task with classes, from files with labels, of which some are held out."""
+    train, valid = found.train, found.valid
     if valid is None:
         train, valid = split_items(found.train, config.valid_split, config.seed)
+    rows = rows_of_labels(found, train, valid, config, make)
+    return replace(rows, media={item.source: item.path for item in valid})
+
+
+def rows_of_labels(
+    found: Found, train: Items[T], valid: Items[T], config: TrainConfig, make: MakeReading[T]
+) -> TaskRows:
+    """The rows of a task with classes, and those held out: how many there are of each."""
     labels = sorted({str(item.label) for item in train})
     if len(labels) < 2:
         raise DataError(f"{config.data} has the one label {labels[0]!r}: two are the least to tell apart")
-    unknown = [item for item in valid if item.label not in labels]
-    valid = [item for item in valid if item.label in labels]
+    places = [number for number, item in enumerate(valid) if item.label in labels]
+    unknown = [str(item.label) for item in valid if item.label not in labels]
+    held = Chosen(valid, places)
     warnings = [
         f"left out: {plural(len(unknown), 'validation row')} of labels that no training row has "
-        f"({listing(sorted({str(item.label) for item in unknown}), 6)})"
+        f"({listing(sorted(set(unknown)), 6)})"
     ] * bool(unknown)
     learned = {item.digest for item in train}
-    known = frozenset(number for number, item in enumerate(valid) if item.digest in learned)
-    first = {item.digest: number for number, item in reversed(list(enumerate(valid)))}
+    known = frozenset(number for number, item in enumerate(held) if item.digest in learned)
+    first = {item.digest: number for number, item in reversed(list(enumerate(held)))}
     return TaskRows(
-        labels=labels, sources=[item.source for item in valid], digest=digest_of((*train, *valid)),
-        reading=partial(make, train, valid, labels), files=found.files, has_valid_part=found.valid is not None,
-        known=known,
-        unseen=sorted(set(first.values()) - known), skipped=found.skipped,
+        labels=labels, sources=[item.source for item in held], digest=digest_of((*train, *held)),
+        reading=partial(make, train, held, labels), files=found.files, has_valid_part=found.valid is not None,
+        known=known, unseen=sorted(set(first.values()) - known), skipped=found.skipped,
         learned=AnswerCounts(len(train), Counter(str(item.label) for item in train)),
-        told=found.told, warnings=(*found.warnings, *warnings), media={item.source: item.path for item in valid},
+        told=found.told, warnings=(*found.warnings, *warnings),
     )  # fmt: skip
 
 
-def digest_of(items: Iterable[Item]) -> str:
-    """Hash of files with what is to be learned of them."""
+def digest_of(items: Iterable[Labelled]) -> str:
+    """Hash of rows with what is to be learned of them."""
     total = hashlib.sha256()
     for item in items:
-        total.update(f"{item.digest} {item.label!r} {item.text!r}\n".encode())
+        total.update(f"{item.digest} {item.label!r}\n".encode())
     return total.hexdigest()
 
 
-def targets(items: Sequence[Item], labels: Sequence[str]) -> dict[str, NDArray[np.int64]]:
+def targets(items: Sequence[Labelled], labels: Sequence[str]) -> dict[str, NDArray[np.int64]]:
     """Numbers of the labels, int64 (rows,); none where rows have no label, as those that are only to be told."""
     if any(item.label is None for item in items):
         return {}
@@ -147,16 +201,16 @@ def targets(items: Sequence[Item], labels: Sequence[str]) -> dict[str, NDArray[n
     return {"labels": np.array([places[str(item.label)] for item in items], np.int64)}
 
 
-def label_answers(outputs: Sequence[NDArray[Any]], items: Sequence[Item], labels: Sequence[str]) -> list[Answer]:
+def label_answers(outputs: Sequence[NDArray[Any]], items: Sequence[Labelled], labels: Sequence[str]) -> list[Answer]:
     """The likeliest label of each row, from its logits float32 (classes,), beside the right one."""
     return [
-        Answer(item.source, item.label or "", said, {"accuracy": float(said == item.label)}, item.source)
+        Answer(item.asked, item.label or "", said, {"accuracy": float(said == item.label)}, item.source)
         for item, said in ((item, labels[int(made.argmax())]) for item, made in zip(items, outputs, strict=True))
     ]
 
 
 def label_details(
-    outputs: Sequence[NDArray[Any]], items: Sequence[Item], labels: Sequence[str]
+    outputs: Sequence[NDArray[Any]], items: Sequence[Labelled], labels: Sequence[str]
 ) -> dict[str, dict[str, Any]]:
     """`calibration` and, of two classes, `thresholds` (see core/cross_fitted), as far as there are rows enough."""
     numbers = targets(items, labels).get("labels")

@@ -21,6 +21,7 @@ from thimble.training.tasks.reading import FRAMES, TRAIN, VALID, Reading, expect
 from thimble.training.watch import Watch
 
 SAMPLE_ROWS = 32  # training rows that are measured too
+TOGETHER = 32  # rows measured in one batch where their loss depends on it: whatever the memory, before as after
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,24 @@ class ModuleTask:
     def work(self, rows: Sequence[int], execution: ExecutionPlan, key: StepKey) -> Work:
         """The batches of one step; rows of like cost stand together, since the costliest is what all are padded to."""
         order = sorted(rows, key=lambda row: -self.costs[row])
-        parts = cut(order, self.costs, execution.micro_tokens, are_alike(self.reading))
+        # What is learned together the session itself cuts.
+        parts = [order] if self._is_together else self._cut(TRAIN, order, execution)
         batches = [self.reading.batch(TRAIN, part, key) for part in parts]
         if self.rows_of_step:
             expect(self.reading, TRAIN, self.rows_of_step(key.step + 1))
         return Work([batches], sum(count_targets(batch) for batch in batches))
+
+    def _cut(self, part: str, rows: Sequence[int], execution: ExecutionPlan) -> list[list[int]]:
+        """Rows in micro-batches; where a loss is of all rows together, in parts that are always the same."""
+        if self._is_together:
+            return [list(rows[start : start + TOGETHER]) for start in range(0, len(rows), TOGETHER)]
+        costs = self.costs if part == TRAIN else self.reading.valid_costs
+        return cut(rows, costs, execution.micro_tokens, are_alike(self.reading))
+
+    @property
+    def _is_together(self) -> bool:
+        """Whether the loss of a row depends on the others of its batch."""
+        return self.reading.loss == "pairs"
 
     def features(
         self, session: ModuleSession, state: TrainState, execution: ExecutionPlan, open_file: OpenFile, control: Control
@@ -102,9 +116,8 @@ class ModuleTask:
     def _batches(
         self, part: str, rows: Sequence[int], execution: ExecutionPlan, control: Control, what: str
     ) -> Iterator[ModuleBatch]:
-        costs = self.costs if part == TRAIN else self.reading.valid_costs
         done = 0
-        parts = cut(rows, costs, execution.micro_tokens, are_alike(self.reading))
+        parts = self._cut(part, rows, execution)
         for numbers, batch in zip(parts, read_ahead(self.reading, part, parts), strict=True):
             if control.should_stop():
                 return

@@ -60,6 +60,20 @@ class Ahead(Protocol):
         """Begin to read rows of a part that will be asked for next."""
 
 
+@runtime_checkable
+class Warned(Protocol):
+    """A reading that found something odd in its rows."""
+
+    @property
+    def warnings(self) -> Sequence[str]:
+        """What may be wrong with the rows as this base takes them."""
+
+
+def warnings_of(reading: Reading) -> Sequence[str]:
+    """What a reading warns of."""
+    return reading.warnings if isinstance(reading, Warned) else ()
+
+
 def expect(reading: Reading, part: str, rows: Sequence[int]) -> None:
     """Let a reading that can begin with rows that will be asked for next."""
     if isinstance(reading, Ahead):

@@ -1,0 +1,158 @@
+"""`thimble train` on texts: labels and pairs, on a tiny BERT, with adapters that PEFT opens."""
+
+import json
+
+import numpy as np
+import pytest
+
+import thimble
+from encoders import pairs, sentences, write_encoder, write_rows
+from thimble.errors import InputError
+
+pytest.importorskip("transformers")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return write_encoder(tmp_path_factory.mktemp("encoder"))
+
+
+@pytest.fixture(scope="module")
+def topics(base, tmp_path_factory):
+    """A run on labelled texts: its folder, its report and what it told."""
+    out, told = tmp_path_factory.mktemp("runs") / "topics", []
+    data = write_rows(out.parent / "rows.jsonl", sentences())
+    report = thimble.train(
+        data, base=base, task="classify-text", out=out, rank=4, learning_rate=1e-3, max_steps=40, valid_split=0.4,
+        on_event=told.append,
+    )  # fmt: skip
+    return out, report, [getattr(event, "text", "") for event in told]
+
+
+@pytest.fixture(scope="module")
+def found(base, tmp_path_factory):
+    """A run on pairs, given as rows."""
+    out = tmp_path_factory.mktemp("runs") / "pairs"
+    told = []
+    report = thimble.train(
+        pairs(), base=base, task="embed", out=out, rank=4, learning_rate=5e-3, epochs=8, valid_split=0.5,
+        on_event=told.append,
+    )  # fmt: skip
+    return out, report, [getattr(event, "text", "") for event in told]
+
+
+def test_labels_of_texts_are_learned_from_a_head_on_the_frozen_model(topics):
+    _, report, told = topics
+    assert report.task == "classify-text"
+    assert report.unit == "tokens"
+    assert report.metrics_after["accuracy"] > report.metrics_before["accuracy"] > 0.4
+    assert report.loss_after < report.loss_base / 2
+    assert report.loss_train_after < report.loss_train_before
+    assert any(text.startswith("head: a logistic regression") for text in told)
+    assert any(text.startswith("labels: 3 different answers") for text in told)
+
+
+def test_other_halves_of_pairs_are_found_further_up(found):
+    _, report, told = found
+    assert report.task == "embed"
+    assert list(report.metrics_before) == ["MRR", "recall@1", "recall@5", "recall@10"]
+    assert report.metrics_rows == 12
+    assert not any("pooler" in text for text in told)
+    assert report.loss_train_after < report.loss_train_before
+
+
+def test_peft_gives_the_same_logits(topics, base):
+    peft, torch, transformers = (pytest.importorskip(name) for name in ("peft", "torch", "transformers"))
+    out, _, _ = topics
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
+    config = json.loads((out / "adapter" / "adapter_config.json").read_text())
+    assert config["task_type"] == "SEQ_CLS"
+    model = peft.PeftModel.from_pretrained(model, out / "adapter").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    answers = json.loads((out / "report.json").read_text())["samples"]
+    labels = json.loads(_notes(out)["labels"])
+    with torch.no_grad():
+        for answer in answers:
+            logits = model(**tokenizer(answer["asked"], return_tensors="pt")).logits[0]
+            assert labels[int(logits.argmax())] == answer["after"]
+
+
+def _notes(out):
+    from safetensors import safe_open
+
+    with safe_open(out / "adapter" / "adapter_model.safetensors", "np") as file:
+        return file.metadata()
+
+
+def test_peft_gives_the_same_embeddings(found, base):
+    peft, torch, transformers = (pytest.importorskip(name) for name in ("peft", "torch", "transformers"))
+    out, _, _ = found
+    config = json.loads((out / "adapter" / "adapter_config.json").read_text())
+    assert config["task_type"] == "FEATURE_EXTRACTION"
+    model = peft.PeftModel.from_pretrained(transformers.AutoModel.from_pretrained(base), out / "adapter").eval()
+    ours = thimble_embeddings(out, base, ["the cat .", "red"])
+    tokens = transformers.AutoTokenizer.from_pretrained(base)(["the cat .", "red"], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        hidden = model(**tokens).last_hidden_state
+    mask = tokens["attention_mask"][..., None]
+    theirs = torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
+    np.testing.assert_allclose(ours, theirs.numpy(), atol=1e-5)
+
+
+def thimble_embeddings(out, base, texts):
+    import torch
+    from transformers import AutoModel
+
+    from thimble.backends.torch.module_losses import LOSSES
+    from thimble.data.sentence_tokens import SentenceTokenizer, TokenCounts
+
+    model = AutoModel.from_pretrained(base, add_pooling_layer=False).eval()
+    thimble.attach(model, adapter=out / "adapter")
+    tokenizer = SentenceTokenizer(base, json.loads((base / "config.json").read_text()))
+    rows = tokenizer.padded(tokenizer.encode([(text,) for text in texts], TokenCounts()))
+    inputs = {name: torch.from_numpy(values) for name, values in rows.items()}
+    with torch.no_grad():
+        return LOSSES["pairs"].output(model, inputs, {}).numpy()
+
+
+def test_the_task_is_told_by_the_base_and_the_columns(base, tmp_path):
+    from thimble.config.train import TrainConfig
+    from thimble.events import EventLog, ignore
+    from thimble.training.task_choice import choose_task
+
+    for rows, task in ((sentences(), "classify-text"), (pairs(), "embed")):
+        data = write_rows(tmp_path / "rows.jsonl", rows)
+        config = TrainConfig(data=str(data), base=str(base))
+        assert choose_task(config, EventLog(ignore)) == task
+
+
+def test_all_that_is_wrong_is_told_at_once(base, tmp_path):
+    rows = [{"text": "a", "label": "x"}] * 20
+    with pytest.raises(InputError) as raised:
+        thimble.train(write_rows(tmp_path / "a.jsonl", rows), base=base, task="classify-text", image_size=32)
+    assert "--image-size 32: says nothing for --task classify-text" in str(raised.value)
+    assert "has the one label 'x'" in str(raised.value)
+
+
+def test_texts_need_a_tokenizer(tmp_path):
+    program = tmp_path / "mine.py"
+    program.write_text(
+        "import torch\n\ndef build():\n    return torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 2))\n"
+    )
+    data = write_rows(tmp_path / "a.jsonl", sentences())
+    with pytest.raises(InputError, match="is a function of your own, which has no tokenizer"):
+        thimble.train(data, base=f"{program}:build", task="classify-text")
+
+
+def test_scored_pairs_are_measured_by_the_order_of_their_cosines(base, tmp_path):
+    words = [row["text"].split()[-2] for row in sentences()][::3]
+    rows = [
+        {"sentence1": f"the {one} .", "sentence2": f"a {other}", "score": float(place % 5)}
+        for place, (one, other) in enumerate(zip(words, words[7:] + words[:7], strict=True))
+    ]
+    report = thimble.train(
+        write_rows(tmp_path / "a.jsonl", rows), base=base, task="embed", out=tmp_path / "run", rank=4, max_steps=3,
+        learning_rate=5e-3, valid_split=0.3,
+    )  # fmt: skip
+    assert list(report.metrics_after) == ["Spearman"]
+    assert -1 <= report.metrics_before["Spearman"] <= 1
