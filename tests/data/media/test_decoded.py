@@ -68,7 +68,7 @@ def test_what_is_no_longer_expected_is_not_kept_waiting():
     decoded.expect([5])
     reader.may_go.set()
     assert values(decoded.arrays([5])) == [5]
-    assert len(reader.read) < 100
+    assert len(reader.read) < 500  # a few were under way, as many as there are cores
 
 
 def test_a_full_disk_costs_time_and_nothing_else(monkeypatch):

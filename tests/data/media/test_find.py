@@ -2,7 +2,10 @@ import json
 import os
 import shutil
 
+import numpy as np
 import pytest
+import soundfile
+from PIL import Image
 
 from media_files import write_classes, write_clip, write_picture
 from thimble.data.media.find import find_media, guess_kind
@@ -170,6 +173,21 @@ def test_a_few_broken_files_are_left_out_and_listed(tmp_path):
     told = [problem for row in data.skipped.found for problem in row.problems]
     assert told[0].startswith("cats/0.png: cannot be decoded whole")
     assert told[1].startswith("dogs/0.png: is a web page")
+
+
+def test_what_moves_is_silent_or_long_is_used_and_told(tmp_path):
+    frames = [Image.new("L", (8, 8), value) for value in (0, 99)]
+    folder = write_classes(tmp_path / "pictures", {"cats": 1, "dogs": 1})
+    frames[0].save(folder / "cats" / "a.gif", save_all=True, append_images=frames[1:])
+    told = find_media(folder, "image").warnings
+    assert "1 file with several frames, of which the first is taken: cats/a.gif" in told
+    for label in ("de", "fr"):
+        write_clip(tmp_path / "clips" / label / "long.wav", 3.0, 8000, hertz=500 if label == "de" else 300)
+    soundfile.write(tmp_path / "clips" / "de" / "silent.wav", np.zeros(800), 8000)
+    data = find_media(tmp_path / "clips", "audio", most_seconds=2)
+    assert len(data.train) == 3
+    assert "2 files longer than 2 seconds, of which the rest is not heard: de/long.wav, fr/long.wav" in data.warnings
+    assert "1 file silent from beginning to end: de/silent.wav" in data.warnings
 
 
 def test_many_broken_files_refuse_the_folder(tmp_path):
@@ -371,6 +389,23 @@ def test_a_path_that_is_nothing_is_refused(tmp_path):
     assert "does not exist" in problems_of(tmp_path / "picturs")[0]
 
 
+def test_a_folder_that_cannot_be_read_is_no_empty_one(tmp_path, monkeypatch):
+    write_classes(tmp_path, {"cats": 2, "dogs": 2})
+    real = os.scandir
+
+    def scandir(place):
+        if str(place).endswith("cats"):
+            raise PermissionError(13, "Permission denied", str(place))
+        return real(place)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert "cats cannot be read: Permission denied" in problems_of(tmp_path)[0]
+
+
+def test_a_name_that_no_file_can_have_is_refused(tmp_path):
+    assert "cannot be" in problems_of(tmp_path / ("x" * 300))[0]
+
+
 def test_transcripts_as_common_voice_has_them(tmp_path):
     for number in range(3):
         write_clip(tmp_path / "clips" / f"{number}.wav", hertz=300 + 100 * number)
@@ -421,3 +456,22 @@ def test_what_a_folder_holds_is_guessed(tmp_path, name, kind):
 def test_what_a_table_names_is_guessed(tmp_path):
     assert guess_kind(write_table(tmp_path / "a.csv", "path,label", "x/y.flac,cat")) == "audio"
     assert guess_kind(write_table(tmp_path / "b.csv", "prompt,completion", "hello,cat")) == ""
+    assert guess_kind(write_table(tmp_path / "c.tsv", "path\tsentence", "y.mp3\thello")) == "audio"
+
+
+def test_what_may_be_text_to_learn_from_is_text(tmp_path):
+    rows = [{"prompt": "What is it?", "completion": "A cat.", "image": "1.png"}] * 2
+    chat = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "file": "1.png"}]
+    assert guess_kind(write_table(tmp_path / "a.jsonl", *map(json.dumps, rows))) == ""
+    assert guess_kind(write_table(tmp_path / "b.jsonl", *map(json.dumps, chat))) == ""
+    folder = write_classes(tmp_path / "manual", {"figures": 9})
+    write_table(folder / "chapter.md", "Some text.")
+    assert guess_kind(folder) == ""
+    write_classes(tmp_path / "pets", {"cat": 30, "dog": 30})
+    write_table(tmp_path / "pets" / "classes.txt", "cat", "dog")
+    assert guess_kind(tmp_path / "pets") == "image"
+
+
+def test_pictures_beside_a_table_of_names_without_suffix_are_guessed(pictures):
+    write_table(pictures / "train.csv", "image_id,label", "0,cat", "1,dog")
+    assert guess_kind(pictures) == "image"

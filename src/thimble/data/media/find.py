@@ -2,23 +2,28 @@
 
 import itertools
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
+from thimble.data.columns import Fields, Left, NamedColumns
 from thimble.data.media.checks import check_items
 from thimble.data.media.folders import items_by_folder, unpacked_folder, walk
 from thimble.data.media.items import Item, MediaData, oddities
 from thimble.data.media.kinds import AUDIO, IMAGE, NOUNS, is_media
-from thimble.data.media.manifests import ManifestReader, has_paths
+from thimble.data.media.manifests import ManifestReader, has_paths, names_media
 from thimble.data.records import Skipped
+from thimble.data.row_forms import recognise
 from thimble.data.sources.find import find_files
 from thimble.data.sources.kinds import TEXT, kind_of
-from thimble.data.sources.raw import Source, Told
+from thimble.data.sources.raw import RawRow, Source, Told
 from thimble.data.sources.read import read_rows
 from thimble.data.sources.splits import SPLITS
-from thimble.errors import DataError, InputError, Problems, listing, plural
+from thimble.errors import DataError, InputError, Problems, escaped, listing, plural
 
+GUESSED_FILES = 10_000  # by whose names the kind is guessed
 MOST_SECONDS = 30.0  # of a clip that are decoded to see that it can be, unless the caller says otherwise
+T = TypeVar("T")
 Splits = Mapping[str, list[Source]]
 
 
@@ -51,11 +56,11 @@ def find_media(
     """
     path, told, skipped, problems = Path(path).expanduser(), Told(), Skipped(is_strict), Problems()
     reader = ManifestReader(kind, (prompt_column, completion_column), needed, told, skipped)
-    tables = _tables(path, kind, prompt_column, needed, told)
+    tables = _reading(path, _tables, path, kind, prompt_column, needed, told)
     if tables or prompt_column or completion_column:
         found = _from_tables(path, tables, reader, problems)
     else:
-        found = problems.attempt(_from_folder, path, kind, needed, told) or {}
+        found = problems.attempt(_reading, path, _from_folder, path, kind, needed, told) or {}
         skipped.rows += sum(map(len, found.values()))
     checked = check_items(found, kind, most_seconds, skipped, told)
     _check(path, kind, needed, checked, skipped, problems)
@@ -68,22 +73,49 @@ def find_media(
 
 
 def guess_kind(path: Path) -> str:
-    """What a file or folder holds by its first files and rows: "image", "audio", or "" for anything else."""
+    """What a file or folder holds by its first files and rows: "image", "audio", or "" for anything else.
+
+    What may be text to learn from is text: rows of a known form, and folders with a text for every twenty pictures.
+    """
     path = Path(path).expanduser()
-    names = [path.name] if path.is_file() else [file.name for file in itertools.islice(walk(path), 10_000)]
+    names = [path.name] if path.is_file() else [file.name for file in itertools.islice(walk(path), GUESSED_FILES)]
     counts = {kind: sum(is_media(name, kind) for name in names) for kind in (IMAGE, AUDIO)}
     best = max(counts, key=lambda kind: counts[kind])
-    if counts[best] and 2 * counts[best] > len(names):
-        return best
+    texts = sum(kind_of(Path(name)) == TEXT for name in names)
+    is_media_folder = 2 * counts[best] > len(names) and 20 * texts <= counts[best]
+    row = _first_row(path)
+    if row and _is_text(row):
+        return ""
+    named = next((kind for kind in (IMAGE, AUDIO) if row and names_media(row, kind)), "")
+    return named or (best if is_media_folder else "")
+
+
+def _first_row(path: Path) -> RawRow | None:
+    """The first row of the tables that a path leads to; None if there are none."""
     try:
         sources = [source for sources in find_files(path).splits.values() for source in sources if source.kind != TEXT]
-        row = next(read_rows(sources[0], Told())) if sources else None
+        return next(read_rows(sources[0], Told())) if sources else None
     except InputError:
-        return ""
-    cells = (
-        [cell for cell in row.value.values() if isinstance(cell, str)] if row and isinstance(row.value, dict) else []
-    )
-    return next((kind for kind in (IMAGE, AUDIO) if any(is_media(cell, kind) for cell in cells)), "")
+        return None
+
+
+def _is_text(row: RawRow) -> bool:
+    """Whether a row is of a form that texts are learned from; one with nothing but a text may be a transcript."""
+    if not isinstance(row.value, Mapping):
+        return True  # messages without a name, or what is refused as text
+    try:
+        return recognise(Fields(row.value), NamedColumns(), Left())[0] != "plain text"
+    except InputError:
+        return False
+
+
+def _reading(path: Path, work: Callable[..., T], *args: Any) -> T:
+    """Do something with a folder; one that the system does not open is a DataError."""
+    try:
+        return work(*args)
+    except OSError as error:
+        where = escaped(str(error.filename or path))
+        raise DataError(f"{where[:200]} cannot be read: {error.strerror or error}.") from error
 
 
 def _tables(path: Path, kind: str, prompt_column: str, needed: str, told: Told) -> Splits:

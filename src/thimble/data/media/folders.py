@@ -19,7 +19,7 @@ def walk(folder: Path) -> Iterator[Path]:
     """All files below a folder in the order of their names, but for hidden ones; links are followed, none twice."""
     seen: set[tuple[int, int]] = set()
     count = 0
-    for parent, folders, names in os.walk(folder, followlinks=True):
+    for parent, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
         place = os.stat(parent)
         if (place.st_dev, place.st_ino) in seen:  # a link that leads back
             folders.clear()
@@ -30,6 +30,10 @@ def walk(folder: Path) -> Iterator[Path]:
         if count > MOST_FILES:
             raise DataError(f"{folder} holds more than {MOST_FILES:,} files: name the folder of the data itself.")
         yield from (Path(parent, name) for name in sorted(names) if not is_hidden(name))
+
+
+def _refuse(error: OSError) -> None:
+    raise error  # a folder that cannot be read is no empty one
 
 
 def unpacked_folder(folder: Path, told: Told) -> Path:

@@ -39,6 +39,16 @@ def has_paths(row: RawRow, kind: str, prompt_column: str) -> bool:
     return fields.has(prompt_column) if prompt_column else bool(fields.among(PATHS[kind]))
 
 
+def names_media(row: RawRow, kind: str) -> bool:
+    """Whether a column of paths of a row names a file that is a picture, or a clip, by its suffix."""
+    if not isinstance(row.value, Mapping):
+        return False
+    fields = Fields(row.value)
+    cells = (fields.peek(name) for name in fields.among(PATHS[kind]))
+    texts = (cell.get("path") if isinstance(cell, Mapping) else cell for cell in cells)
+    return any(isinstance(text, str) and is_media(text, kind) for text in texts)
+
+
 class ManifestReader:
     """Reads items from the rows of tables; knows what is worth telling of them."""
 
@@ -89,7 +99,11 @@ class ManifestReader:
     def _item(self, fields: Fields, row: RawRow, source: Source) -> Item:
         column = self._path_column or fields.first(PATHS[self._kind])
         if column is None:
-            inside = "; files inside of the table are not read: write each to a file" if source.kind in BINARY else ""
+            inside = (
+                "; files inside of the table are not read: write each to a file (docs/pictures_and_sound.md)"
+                if source.kind in BINARY
+                else ""
+            )
             raise DataError(
                 f"has no column of paths: expected file_name or path, or name it with --prompt-column; the columns are "
                 f"{listing(fields)}{inside}. If that is a first row and no names, put a line of names above it"
