@@ -1,11 +1,12 @@
-"""`make bench-serve`: Thimble against llama-server over HTTP, the same file, alternating in one run.
+"""`make bench-serve`: Thimble against llama-server over HTTP, the same file, alternating in one run; and PEFT.
 
-    python benchmarks/serve.py [--base FILE.gguf] [--rounds 3] [--only streams prompts gaps]
+    python benchmarks/serve.py [--base FILE.gguf] [--rounds 3] [--only streams prompts gaps peft]
 
 Both servers run all the time, each idle while the other is asked; this process is the load. Prompts are pieces of
 general text that differ between streams and rounds; answers are greedy, and no end of an answer counts. Adapters are
 drawn at random, rank 16 on every linear layer. llama-server, built by `make bench-serve`, is told to keep no prompts:
-its cache mixes adapters. Writes serve.json and its part of RESULTS.md.
+its cache mixes adapters. PEFT's mixed batch (serve_peft.py) serves nobody: it runs the load of 8 streams and 8 adapters
+in one call, on a model of the same shape, while the servers are idle. Writes serve.json and its part of RESULTS.md.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from itertools import count
 from pathlib import Path
 
 import numpy as np
+from make_models import SHAPES
 from serve_engine import draw_adapter
 
 from thimble.data.model import open_model
@@ -44,6 +46,7 @@ STREAMS = {
     "8 streams, 8 adapters": (8, 8), "8 streams, base": (8, 0), "1 stream, base": (1, 0),
     "8 streams, 1 adapter": (8, 1), "1 stream, 1 adapter": (1, 1),
 }  # fmt: skip
+MIXED, PEFT = "8 streams, 8 adapters", "PEFT, float32"  # a load, and who has it in one call
 
 
 @dataclass
@@ -210,7 +213,7 @@ class Texts:
         return [list(map(int, self.ids[start : start + tokens])) for start in starts]
 
 
-async def measure(both, texts, rounds, only):
+async def measure(both, texts, rounds, only, shape):
     """All loads, in rounds; in each round each server has each load once, with the same prompts."""
     found = {}
 
@@ -231,6 +234,9 @@ async def measure(both, texts, rounds, only):
             (prompt,) = texts.draw(tokens)
             for server in order:
                 await note(f"prompt of {tokens:,} tokens", server, reading(server, prompt))
+        if "peft" in only and shape:
+            found.setdefault(MIXED, {}).setdefault(PEFT, []).append(mixed_batch(shape))
+            print(f"{MIXED}, {PEFT}: {found[MIXED][PEFT][-1]}", flush=True)
         if "gaps" in only:
             prompts, (long,) = texts.draw(PROMPT, 7), texts.draw(LONG)
             for server in order:
@@ -238,6 +244,18 @@ async def measure(both, texts, rounds, only):
                     f"7 streams, 1 adapter, while a prompt of {LONG:,} is read", server, gaps(server, prompts, long)
                 )
     return found
+
+
+def mixed_batch(shape):
+    """PEFT's mixed batch, in a process of its own."""
+    line = [sys.executable, HERE / "serve_peft.py", "--shape", shape, "--streams", str(STREAMS[MIXED][0])]
+    return json.loads(subprocess.run(line, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1])
+
+
+def shape_of(spec):
+    """The name of the shape of a base, or None."""
+    sizes = spec.hidden_size, spec.intermediate_size, spec.num_layers
+    return next((name for name, shape in SHAPES.items() if shape[:3] == sizes), None)
 
 
 async def reading(server, prompt):
@@ -256,16 +274,18 @@ def figure(rounds, name):
 
 def table(found, memory):
     """Rows of ours, theirs and the ratio."""
-    lines = ["| load | figure | thimble | llama-server | ratio |", "|---|---|---|---|---|"]
+    lines = ["| load | figure | thimble | against | | ratio |", "|---|---|---|---|---|---|"]
     for load, by_server in found.items():
-        ours, theirs = by_server["thimble"], by_server["llama-server"]
-        names = [name if name != "first token" else "first token, p95, seconds" for name in ours[0]]
-        for name in names:
-            one, other = figure(ours, name), figure(theirs, name)
-            lines.append(f"| {load} | {name} | {one:.3g} | {other:.3g} | {one / other:.2f} |")
+        ours = by_server.get("thimble")
+        for server, theirs in by_server.items():
+            if server == "thimble":
+                continue
+            for name in (name if name != "first token" else "first token, p95, seconds" for name in theirs[0]):
+                one, other = figure(ours, name) if ours else float("nan"), figure(theirs, name)
+                lines.append(f"| {load} | {name} | {one:.3g} | {server} | {other:.3g} | {one / other:.2f} |")
+    one, other = (memory[name] / 1e6 for name in ("thimble", "llama-server"))
     lines.append(
-        f"| all of them | memory of its own, MB | {memory['thimble'] / 1e6:.0f} | {memory['llama-server'] / 1e6:.0f} "
-        f"| {memory['thimble'] / memory['llama-server']:.2f} |"
+        f"| all of them | memory of its own, MB | {one:.0f} | llama-server | {other:.0f} | {one / other:.2f} |"
     )
     return "\n".join(lines)
 
@@ -283,14 +303,18 @@ def main():
     parser.add_argument("--base", default=None)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
-        "--only", nargs="+", choices=["streams", "prompts", "gaps"], default=["streams", "prompts", "gaps"]
+        "--only",
+        nargs="+",
+        choices=["streams", "prompts", "gaps", "peft"],
+        default=["streams", "prompts", "gaps", "peft"],
     )
     options = parser.parse_args()
     if not LLAMA_SERVER.exists():
         sys.exit(f"{LLAMA_SERVER} is not there: `make bench-serve` builds it first")
     model = open_model(options.base or str(default_base()))
     with tempfile.TemporaryDirectory() as folder, servers(model.base, Path(folder)) as both:
-        found = asyncio.run(measure(both, Texts(model.tokenizer), options.rounds, options.only))
+        texts, shape = Texts(model.tokenizer), shape_of(model.base.spec)
+        found = asyncio.run(measure(both, texts, options.rounds, options.only, shape))
         memory = {server.name: server.resident_bytes for server in both}
     name, rounds = processor()[0], options.rounds
     head = (

@@ -1,6 +1,6 @@
 """The engine in one process: streams with and without adapters, pauses while a long prompt arrives, shared beginnings.
 
-    python benchmarks/serve_engine.py [--base BASE] [--store file] [--rounds 3]
+    python benchmarks/serve_engine.py [--base BASE] [--store file] [--decode int8] [--rounds 3]
 
 Loads alternate within each round, so that what else the machine does falls on all of them; medians are printed, of the
 wall clock and of the processor's. Adapters are drawn at random, rank 16 on every linear layer.
@@ -98,17 +98,19 @@ def main():
     parser.add_argument("--base", default=None)
     parser.add_argument("--store", default="file", choices=["file", "dense", "int8"])
     parser.add_argument("--compute", default="auto")
+    parser.add_argument("--decode", default="int8", choices=["int8", "float"])
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     base = open_base(options.base or default_base())
     compute = choose_compute(options.compute, False)[0]
-    session = TorchSession(base, compute, options.store)
+    session = TorchSession(base, compute, options.store, decode=options.decode)
     actives = [session.load(draw_adapter(base.spec, seed)) for seed in range(STREAMS)]
     rates = {name: [] for name in LOADS}
     for _ in range(options.rounds):
         for name, count in LOADS.items():
             rates[name].append(streams(session, base.spec, actives[:count] or [session.load(None)]))
-    print(f"{base.name}, {compute}, store {options.store}, {STREAMS} streams, {PROMPT} tokens in, {ANSWER} out")
+    ways = f"{compute}, store {options.store}, decode {options.decode}"
+    print(f"{base.name}, {ways}, {STREAMS} streams, {PROMPT} tokens in, {ANSWER} out")
     medians = {name: [statistics.median(both) for both in zip(*found, strict=True)] for name, found in rates.items()}
     for name, (clock, processor) in medians.items():
         tax = medians["base"][1] / processor - 1

@@ -80,4 +80,5 @@ def main() -> None:
     print(json.dumps({"tokens_per_second": rate, "peak_bytes": peak_bytes(), "seconds": seconds}))
 
 
-main()
+if __name__ == "__main__":
+    main()

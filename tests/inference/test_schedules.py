@@ -5,7 +5,7 @@ import pytest
 
 from families import make_hf_folder
 from samples import IDS, make_adapter
-from stress.schedules import random_schedules
+from stress.schedules import random_schedules, whole_number_schedules
 from thimble.backends.torch.session import TorchSession
 from thimble.inference.engine import Engine
 from thimble.inference.sampling import SamplingOptions
@@ -17,6 +17,13 @@ from thimble.models.merged import write_merged
 def test_each_request_gets_what_it_gets_alone_in_any_schedule(seed):
     line = random_schedules(160, seed)
     assert (line.tried, line.wrong) == (160, 0), line.note
+    assert " 0 tokens of prompts" not in line.note
+
+
+def test_each_request_in_whole_numbers_gets_what_it_gets_in_an_engine_of_its_own():
+    line = whole_number_schedules(80, 3)
+    assert (line.tried, line.wrong) == (80, 0), line.note
+    assert "within 0e+00 of the request alone" in line.note
     assert " 0 tokens of prompts" not in line.note
 
 

@@ -74,6 +74,8 @@ TRIALS: dict[str, tuple[Callable[[int], Line], int]] = {
     "modes": (storage.modes, 1),
     "traffic": (traffic.traffic, 600),  # seconds
     "schedules": (schedules.random_schedules, 10_000),
+    "whole_numbers": (schedules.whole_number_schedules, 2_000),
+    "real_schedules": (schedules.real_schedules, 200),
 }
 
 

@@ -3,7 +3,9 @@
 Up to 32 adapters of ragged ranks come, are replaced under the same name and go, requests begin alike and are cancelled,
 the cache is too small for all. Every token of every answer is compared with a cold reading of all before it: it must be
 the likeliest one there, unless two are as good as equal, and its log-probability must be that of the cold reading. The
-same holds against the reference in float64 with the adapter merged into the weights, which shares no code with it.
+same holds against the reference in float64 with the adapter merged into the weights, which shares no code with it (of
+the real base that would take too long). Where products are in whole numbers a cold reading is another thing: there each
+answer must be that of the request alone in an engine of its own.
 """
 
 import time
@@ -20,7 +22,7 @@ from thimble.core.lowrank import Factors, merge
 from thimble.inference.engine import Engine
 from thimble.inference.sampling import SamplingOptions
 from thimble.models import forward
-from thimble.models.base import open_base
+from thimble.models.base import default_base, open_base
 
 NEAR = 1e-4  # two logits are as good as equal; and the largest difference of a log-probability
 MOST_NEAR = 1e-3  # share of tokens of which two are as good as equal
@@ -52,14 +54,14 @@ class Outcome:
     cached: int = 0  # tokens of prompts that were not read
 
 
-def draw_adapter(base, random):
-    """Of some rank, of all layers or of some, with magnitudes now and then."""
+def draw_adapter(base, random, size):
+    """Of some rank, of all layers or of some, with magnitudes now and then; numbers of B are of some size."""
     only, rank = random.choice(["", "", "q_proj", "down_proj", "layers.1"]), int(random.integers(1, 9))
     layers = {}
     for path, shape in base.spec.linear_shapes().items():
         if only in path:
             first = kaiming(LayerData(path, shape, rank, float(random.uniform(0.5, 2))))
-            layers[path] = replace(first, B=(random.standard_normal(first.B.shape) * 0.1).astype(np.float32))
+            layers[path] = replace(first, B=(random.standard_normal(first.B.shape) * size).astype(np.float32))
     if random.random() < 0.15:
         lengths = {path: np.linalg.norm(base.weights[f"{path}.weight"].read(), axis=1) for path in layers}
         layers = {path: Factors(f.A, f.B, f.scale, lengths[path] * 1.1) for path, f in layers.items()}
@@ -90,10 +92,12 @@ class Merged:
 class Schedule:
     """One engine and the customers that use it."""
 
+    adapters, b_size = ADAPTERS, 0.1
+
     def __init__(self, session, base, seed, keeps_prefixes):
         self.session, self.base, self.random = session, base, np.random.default_rng(seed)
         random = self.random
-        self.names = [self.loaded() for _ in range(int(random.integers(1, ADAPTERS + 1)))] + [session.load(None)]
+        self.names = [self.loaded() for _ in range(int(random.integers(1, self.adapters + 1)))] + [session.load(None)]
         self.texts = [random.integers(3, 290, LONGEST_PROMPT).astype(np.int32) for _ in range(3)]
         self.engine = Engine(
             session, num_workers=int(random.integers(1, 3)), max_slots=int(random.integers(1, 20)),
@@ -101,10 +105,10 @@ class Schedule:
             is_interactive=bool(random.random() < 0.8), keeps_prefixes=keeps_prefixes,
         )  # fmt: skip
         self.asked: dict[int, Asked] = {}
-        self.outcome, self.merged = Outcome(), Merged(base)
+        self.outcome = Outcome()
 
     def loaded(self):
-        return self.session.load(draw_adapter(self.base, self.random))
+        return self.session.load(draw_adapter(self.base, self.random, self.b_size))
 
     def prompt(self):
         """The beginning of a known text with an end of its own, of any lengths."""
@@ -162,7 +166,7 @@ class Schedule:
             assert int(cold[len(written)].argmax()) in request.options.stop_ids or self.is_near(cold[len(written)])
         if request.finish == "length":
             assert len(written) == request.options.max_new_tokens
-        merged = self.merged.logits(ids, request.adapter, len(request.prompt) - 1)
+        merged = self.merged_logits(ids, request)
         for row, other, token, logprob in zip(cold, merged, written, request.logprobs, strict=False):
             self.outcome.tokens += 1
             likeliest = int(row.argmax())
@@ -171,6 +175,12 @@ class Schedule:
                 self.outcome.near, self.outcome.wrong = self.outcome.near + is_near, self.outcome.wrong + (not is_near)
             self.outcome.drift = max(self.outcome.drift, abs(logprob - log_probability(row, token)))
             self.outcome.merged_drift = max(self.outcome.merged_drift, abs(logprob - log_probability(other, token)))
+
+    def merged_logits(self, ids, request):
+        """Of the model that the adapter is merged into, from the end of the prompt on."""
+        if not hasattr(self, "_merged"):
+            self._merged = Merged(self.base)
+        return self._merged.logits(ids, request.adapter, len(request.prompt) - 1)
 
     def is_near(self, row):
         second, first = np.sort(row)[-2:]
@@ -181,21 +191,70 @@ def log_probability(row, token):
     return row[token] - row.max() - np.log(np.exp(row - row.max()).sum())
 
 
+class RealSchedule(Schedule):
+    """One of the default base: compared with cold readings alone."""
+
+    adapters, b_size = 8, 0.02
+
+    def merged_logits(self, ids, request):
+        return self.session.logits(ids, request.adapter)[len(request.prompt) - 1 :].astype(np.float64)
+
+
+class WholeNumberSchedule(Schedule):
+    """One where prompts and answers are multiplied in whole numbers."""
+
+    def check(self, request):
+        self.outcome.requests += 1
+        self.outcome.tokens += len(request.written)
+        engine, written, logprobs = Engine(self.session, is_interactive=False), [], []
+        engine.add(request.prompt, request.options, request.adapter)
+        while not engine.is_idle:
+            for token in engine.step():
+                if token.id is not None:
+                    written.append(token.id)
+                    logprobs.append(token.logprobs.chosen)
+        count = len(request.written)
+        is_whole = request.finish == "cancelled" or count == len(written)
+        self.outcome.wrong += not is_whole or request.written != written[:count]
+        for found, alone in zip(request.logprobs, logprobs, strict=False):
+            self.outcome.drift = max(self.outcome.drift, abs(found - alone))
+
+
 def random_schedules(count, seed=0, each=40):
     """Schedules of some requests each, with and without a prefix cache."""
-    began, base = time.perf_counter(), open_base(TINY)
-    session, outcomes = TorchSession(base, "fp32", "dense"), []
+    base = open_base(TINY)
+    return _line("requests in random schedules", Schedule, TorchSession(base, "fp32", "dense"), base, count, seed, each)
+
+
+def real_schedules(count, seed=0):
+    """The same on the default base, whose blocks are decoded in float32."""
+    base = open_base(default_base())
+    return _line("requests in random schedules, default base", RealSchedule, TorchSession(base), base, count, seed, 20)
+
+
+def whole_number_schedules(count, seed=0, each=40):
+    """The same where activations are rounded to eight bits."""
+    base = open_base(TINY.with_name("llama_q8_0.gguf"))
+    session = TorchSession(base, "fp32", "file", decode="int8")
+    return _line("requests in whole numbers", WholeNumberSchedule, session, base, count, seed, each)
+
+
+def _line(what, kind, session, base, count, seed, each):
+    """Run schedules of a kind until there were so many requests."""
+    began, outcomes = time.perf_counter(), []
     for number in range(-(-count // each)):
-        schedule = Schedule(session, base, (seed, number), keeps_prefixes=number % 4 != 3)
+        schedule = kind(session, base, (seed, number), keeps_prefixes=number % 4 != 3)
         outcomes.append(schedule.run(min(each, count - number * each)))
-    sums = {
-        name: sum(getattr(one, name) for one in outcomes) for name in ("requests", "tokens", "near", "wrong", "cached")
-    }
+    names = ("requests", "tokens", "near", "wrong", "cached")
+    sums = {name: sum(getattr(one, name) for one in outcomes) for name in names}
     drift, merged = max(one.drift for one in outcomes), max(one.merged_drift for one in outcomes)
+    against = {
+        Schedule: f"{drift:.0e} of a cold reading and {merged:.0e} of the merged model",
+        RealSchedule: f"{drift:.0e} of a cold reading", WholeNumberSchedule: f"{drift:.0e} of the request alone",
+    }  # fmt: skip
     note = (
         f"{sums['tokens']:,} tokens, {sums['near']} where two were as good as equal, log-probabilities within "
-        f"{drift:.0e} of a cold reading and {merged:.0e} of the merged model, {sums['cached']:,} tokens of prompts "
-        "from the cache"
+        f"{against[kind]}, {sums['cached']:,} tokens of prompts from the cache"
     )
     wrong = sums["wrong"] + (drift > NEAR) + (merged > NEAR) + (sums["near"] > MOST_NEAR * max(1000, sums["tokens"]))
-    return Line("requests in random schedules", sums["requests"], int(wrong), time.perf_counter() - began, note)
+    return Line(what, sums["requests"], int(wrong), time.perf_counter() - began, note)

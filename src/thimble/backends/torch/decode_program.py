@@ -14,7 +14,7 @@ from numba.extending import register_jitable
 
 from thimble.backends.torch.block_products import RUN
 from thimble.backends.torch.compiled import compiled, specialised
-from thimble.backends.torch.dot_products import add_mixed, array_at, call_product, dot
+from thimble.backends.torch.dot_products import add_mixed, array_at, call_product, dot, largest_of, sum_of
 from thimble.backends.torch.fused import ONE, _gelu, _silu, _turn, exp, tanh
 from thimble.backends.torch.gang import CLOSED, advance, join
 from thimble.backends.torch.paged import BLOCK_TOKENS
@@ -283,13 +283,10 @@ def _softmax(scores, cap):
     if cap != 0:
         for n in range(scores.shape[0]):
             scores[n] = cap * tanh(scores[n] / cap)
-    top, total = scores[0], np.float32(0)
-    for n in range(scores.shape[0]):
-        top = max(top, scores[n])
+    top = largest_of(scores.ctypes.data, scores.shape[0])
     for n in range(scores.shape[0]):
         scores[n] = exp(scores[n] - top)
-    for n in range(scores.shape[0]):
-        total += scores[n]
+    total = sum_of(scores.ctypes.data, scores.shape[0])
     for n in range(scores.shape[0]):
         scores[n] = scores[n] / total
 

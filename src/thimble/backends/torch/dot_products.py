@@ -4,7 +4,7 @@ Blocks are decoded in registers. All is done in one order, whatever rows stand b
 activations in whole numbers are those of `thimble.backends.torch.block_products`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from llvmlite import ir
@@ -140,19 +140,66 @@ def add_mixed(typing_context, dtype, weights, count, rows, jump, width, out):
 
     def write(context, builder, signature, arguments):
         _, weights, count, rows, jump, width, out = arguments
+        even = builder.and_(count, LONG(-2))
         for lanes, begin, end in _pieces(builder, width, (2 * _LANES, _LANES // 2, 1)):
             with cgutils.for_range_slice(builder, begin, end, LONG(lanes)) as (at, _):
                 kind, to = ir.VectorType(FLOAT, lanes), builder.add(out, builder.mul(at, LONG(4)))
-                (place,) = _accumulators(builder, kind, 1)
-                builder.store(_load(builder, to, kind).value, place)
-                with cgutils.for_range(builder, count) as loop:
-                    row = builder.add(rows, builder.mul(loop.index, jump))
-                    weight = _load(builder, builder.add(weights, builder.mul(loop.index, LONG(4))), FLOAT)
-                    _accumulate(place, _plain(builder, dtype.literal_value, row, at, lanes), weight)
-                builder.store(builder.load(place), builder.inttoptr(to, kind.as_pointer()), align=1)
+                places = _accumulators(builder, kind, 2)  # in turn: neither waits for the sum before
+                for first, last, step in ((LONG(0), even, 2), (even, count, 1)):
+                    with cgutils.for_range_slice(builder, first, last, LONG(step)) as (number, _):
+                        for place, n in zip(places[:step], (number, builder.add(number, LONG(1))), strict=False):
+                            row = builder.add(rows, builder.mul(n, jump))
+                            weight = _load(builder, builder.add(weights, builder.mul(n, LONG(4))), FLOAT)
+                            _accumulate(place, _plain(builder, dtype.literal_value, row, at, lanes), weight)
+                both = [Lanes(builder, builder.load(place)) for place in places]
+                total = both[0] + both[1] + _load(builder, to, kind)
+                builder.store(total.value, builder.inttoptr(to, kind.as_pointer()), align=1)
         return context.get_dummy_value()
 
     return types.none(dtype, *[types.intp] * 6), write
+
+
+@intrinsic
+def sum_of(typing_context, x, count):
+    """Return the sum of so many float32 numbers at address x."""
+
+    def write(context, builder, signature, arguments):
+        return _reduced(builder, *arguments, 0.0, lambda a, b: a + b).value
+
+    return types.float32(types.intp, types.intp), write
+
+
+@intrinsic
+def largest_of(typing_context, x, count):
+    """Return the largest of so many float32 numbers at address x, at least one; a NaN may be passed over."""
+
+    def write(context, builder, signature, arguments):
+        def larger(a, b):
+            return Lanes(builder, builder.select(builder.fcmp_ordered(">", a.value, b.value), a.value, b.value))
+
+        return _reduced(builder, *arguments, float("-inf"), larger).value
+
+    return types.float32(types.intp, types.intp), write
+
+
+def _reduced(
+    builder: ir.IRBuilder, x: ir.Value, count: ir.Value, first: float, both: Callable[[Lanes, Lanes], Lanes]
+) -> Lanes:
+    """Numbers at an address made one, in lanes first: always in the same order."""
+    found: Lanes | None = None
+    for lanes, begin, end in _pieces(builder, count):
+        kind = ir.VectorType(FLOAT, lanes)
+        place = cgutils.alloca_once(builder, kind)
+        builder.store(ir.Constant(kind, [first] * lanes), place)
+        with cgutils.for_range_slice(builder, begin, end, LONG(lanes)) as (at, _):
+            own = _load(builder, builder.add(x, builder.mul(at, LONG(4))), kind)
+            builder.store(both(Lanes(builder, builder.load(place)), own).value, place)
+        total = Lanes(builder, builder.load(place))
+        while total.count > 1:
+            half = total.count // 2
+            total = both(total.pick(range(half)), total.pick(range(half, total.count)))
+        found = total if found is None else both(found, total)
+    return found.lane(0)
 
 
 @intrinsic
