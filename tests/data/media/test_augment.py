@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from thimble.config import groups
 from thimble.data.media.augment import CHANGES, augment
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
@@ -13,6 +14,10 @@ def test_a_change_is_a_function_of_its_key(name):
     assert all((one == other).all() for one, other in zip(found, again, strict=True))
     assert len({one.tobytes() for one in found}) > 1
     assert all(one.shape == PICTURE.shape and one.dtype == np.uint8 for one in found)
+
+
+def test_the_option_names_the_ways_there_are():
+    assert groups.CHANGES == tuple(CHANGES)
 
 
 def test_nothing_named_changes_nothing():

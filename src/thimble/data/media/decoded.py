@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from thimble.data.spool import Spool
-from thimble.errors import DataError, DoesNotFitError, RunError
+from thimble.errors import DataError, DoesNotFitError, RunError, escaped
 from thimble.models.machine import cache_folder, usable_cores
 
 MOST_KEPT_BYTES = 4 << 30  # of decoded files, and at most half of the free disk
@@ -83,12 +83,17 @@ class Decoded:
         try:
             array = self._read(self._paths[number])
         except DataError as error:
-            raise RunError(
-                f"{self._paths[number]} {error.problems[0]}. It was whole when the run began: put it back and go on "
-                "with --resume"
-            ) from error
+            raise lost(self._paths[number], error) from error
         array.flags.writeable = False
         return array
+
+
+def lost(path: Path, error: DataError) -> RunError:
+    """What to do about a file that was whole when the run began, and cannot be decoded any more."""
+    return RunError(
+        f"{escaped(str(path))} {error.problems[0]}. It was whole when the run began: put it back and go on with "
+        "--resume"
+    )
 
 
 def _free_bytes() -> int:

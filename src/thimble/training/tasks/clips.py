@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 from thimble.backends.module_session import ModuleBatch
 from thimble.backends.session import StepKey
 from thimble.config.train import TrainConfig
+from thimble.data.media.decoded import lost
 from thimble.data.media.find import find_media
 from thimble.data.media.items import Item
 from thimble.data.media.sound import read_sound
 from thimble.data.spool import Spool
-from thimble.errors import BaseModelError, DoesNotFitError
+from thimble.errors import BaseModelError, DataError, DoesNotFitError
 from thimble.models.module_base import ModuleBase
 from thimble.training.answers import Answer
 from thimble.training.tasks.labels import label_answers, label_details, labelled_rows, targets
@@ -49,7 +50,10 @@ class KeptClips:
             return self._kept[self._places[row]]
         item = self._items[row]
         seconds = min(item.seconds, self._most)
-        samples = read_sound(item.path, self._inputs.rate, seconds)
+        try:
+            samples = read_sound(item.path, self._inputs.rate, seconds)
+        except DataError as error:
+            raise lost(item.path, error) from error
         found: Features = self._inputs.features(samples, self.costs[row])
         if self._kept is not None:
             try:
