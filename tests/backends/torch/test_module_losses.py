@@ -13,6 +13,7 @@ from thimble.backends.session import Objective, StepKey, Work
 from thimble.backends.torch.module_losses import LOSSES, TEMPERATURE, by_length, run
 from thimble.backends.torch.module_session import ModuleTorchSession
 from thimble.core.method import Method
+from thimble.files.peft import save_adapter
 from thimble.models.execution import ExecutionPlan
 
 
@@ -157,3 +158,52 @@ def test_the_gradient_of_a_step_that_does_not_fit_is_that_of_one_large_batch(fol
     assert part.loss.nats == pytest.approx(whole.loss.nats, rel=1e-5)
     np.testing.assert_allclose(part.flat, whole.flat, atol=1e-6 * np.abs(whole.flat).max() + 1e-7)
     assert np.abs(whole.flat).max() > 0
+
+
+# ---- beside PEFT ----------------------------------------------------------------------------------------------------
+
+
+def peft_losses(folder, adapter, batches, rate):
+    """The losses of PEFT with PyTorch's AdamW, each step one padded batch, from the same A and B."""
+    import peft
+    from transformers import AutoModel
+
+    model = peft.PeftModel.from_pretrained(AutoModel.from_pretrained(folder), adapter, is_trainable=True).eval()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimiser, losses = torch.optim.AdamW(trained, rate, weight_decay=0.0), []
+    for batch in batches:
+        inputs = {name: torch.from_numpy(values) for name, values in batch.inputs.items()}
+        mask = inputs["attention_mask"][..., None]
+        hidden = model(**inputs).last_hidden_state * mask
+        first, second = functional.normalize(hidden.sum(1) / mask.sum(1), dim=-1).chunk(2)
+        near, own = first @ second.T / TEMPERATURE, torch.arange(len(first))
+        loss = (functional.cross_entropy(near, own) + functional.cross_entropy(near.T, own)) / 2
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimiser.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def our_losses(own, batches, rate):
+    state, losses = own.start(own.fresh_adapter(), Method(0.0, 1.0, 0.0, False, 1.0, 0, 0.999)), []
+    for step, batch in enumerate(batches):
+        work = Work([[batch]], len(batch.numbers))
+        gradient = own.gradient(state, work, Objective(), ExecutionPlan("dense", 1, 9999, 9999), StepKey(0, step))
+        state = own.apply(state, gradient, rate)
+        losses.append(gradient.loss.mean)
+    return losses
+
+
+def test_twenty_steps_have_the_losses_of_peft(folder, tmp_path):
+    pytest.importorskip("peft")
+    own = session(folder)
+    save_adapter(own.fresh_adapter(), tmp_path / "adapter")
+    batches = [
+        ModuleBatch(texts(16, seed), {"pair": np.arange(16).reshape(2, -1).T, "content": np.arange(16)}, range(8))
+        for seed in range(20)
+    ]
+    theirs = peft_losses(folder, tmp_path / "adapter", batches, 1e-3)
+    np.testing.assert_allclose(our_losses(own, batches, 1e-3), theirs, atol=1e-4)
+    assert len(set(theirs)) == 20
