@@ -7,7 +7,8 @@ import pyarrow.parquet
 import pytest
 
 from thimble.data.columns import NamedColumns
-from thimble.data.sentences import Sentence, SentenceReader, read_sentences, split_sentences, task_of, two_labels
+from thimble.data.sentence_split import split_sentences
+from thimble.data.sentences import Sentence, SentenceReader, read_sentences, task_of, two_labels
 from thimble.errors import DataError
 
 
@@ -151,3 +152,17 @@ def test_pairs_that_have_a_text_in_common_by_way_of_others_stay_on_one_side():
 def test_texts_with_two_labels_are_found():
     rows = [Sentence(("a",), "x", None, "1"), Sentence((" A",), "y", None, "2"), Sentence(("b",), "x", None, "3")]
     assert two_labels(rows) == [("1", "2")]
+
+
+def test_texts_alone_are_enough_where_nothing_is_learned():
+    def parsed_alone(task, row, **named):
+        return SentenceReader(task, NamedColumns(**named), needs_answers=False).parse(row, "a line").record
+
+    assert parsed_alone("classify-text", {"text": "a"}) == Sentence(("a",), None, None, "a line")
+    assert parsed_alone("classify-text", {"text": "a", "label": "x"}).label == "x"
+    assert parsed_alone("classify-text", {"premise": "a", "hypothesis": "b"}).texts == ("a", "b")
+    assert parsed_alone("embed", {"question": "a", "answer": "b"}).texts == ("a",)
+    assert parsed_alone("embed", {"answer": "b"}).texts == ("b",)
+    assert parsed_alone("embed", {"Frage": "a"}, prompt="Frage", completion="Antwort").texts == ("a",)
+    with pytest.raises(DataError, match="the columns are mood: expected one of the forms text; question; prompt"):
+        parsed_alone("embed", {"mood": "a"})

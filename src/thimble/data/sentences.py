@@ -4,7 +4,6 @@ Column names are those of datasets' text classification and of Sentence Transfor
 positive, sentence1 and sentence2 with a score, anchor, positive and negative); the user may name others.
 """
 
-import hashlib
 import itertools
 import json
 from collections import Counter
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from thimble.data.columns import LABELS, Fields, Left, NamedCheck, NamedColumns
-from thimble.data.records import MAX_VALIDATION_ROWS, Skipped, checked_rows
+from thimble.data.records import Skipped, checked_rows
 from thimble.data.row_forms import named_prompt
 from thimble.data.row_values import cell_text, describe, is_missing, loaded, shown, text_of
 from thimble.data.rows import Parsed, said
@@ -83,6 +82,7 @@ class SentenceData:
     format: str  # "text and label"
     train: Items[Sentence]
     valid: Items[Sentence] | None  # None: the data has no file of its own for this
+    test: Items[Sentence] | None
     skipped: Skipped
     told: tuple[str, ...]  # files and columns that were not used
     warnings: tuple[str, ...]  # what may be wrong
@@ -90,7 +90,7 @@ class SentenceData:
 
 
 def read_sentences(
-    path: str | Path, task: str, is_strict: bool = False, named: NamedColumns | None = None
+    path: str | Path, task: str, is_strict: bool = False, named: NamedColumns | None = None, needs_answers: bool = True
 ) -> SentenceData:
     """Read the rows of a task from whatever `read_dataset` reads.
 
@@ -99,6 +99,7 @@ def read_sentences(
         task: `classify-text` or `embed`.
         is_strict: Whether a single row that cannot be used is too many, instead of a tenth of them.
         named: The columns that the user named.
+        needs_answers: Whether rows need a label, or what belongs to the anchor; without it a text is enough.
 
     Returns:
         The rows, in temporary files.
@@ -110,13 +111,13 @@ def read_sentences(
     skipped, unused = Skipped(is_strict), Unused()
     forms: Counter[str] = Counter()
     rows: dict[str, Spool[Sentence]] = {split: Spool(_packed, _unpacked) for split in splits}
-    for split, parsed in checked_rows(splits, SentenceReader(task, named), told, skipped):
+    for split, parsed in checked_rows(splits, SentenceReader(task, named, needs_answers), told, skipped):
         rows[split].append(parsed.record)
         forms[parsed.form] += 1
         unused.add(parsed.left)
     _check_alike(rows.values(), task)
     return SentenceData(
-        format=said(forms), train=rows["train"], valid=rows.get("valid"), skipped=skipped,
+        format=said(forms), train=rows["train"], valid=rows.get("valid"), test=rows.get("test"), skipped=skipped,
         told=(*told.notes, *unused.notes), warnings=(*told.warnings, *unused.warnings),
         files=tuple(dict.fromkeys(file.path for files in splits.values() for file in files)),
     )  # fmt: skip
@@ -160,8 +161,8 @@ def guess_task(path: str | Path) -> str:
 class SentenceReader:
     """Reads rows one by one, by the columns that the user named or else by those that are known."""
 
-    def __init__(self, task: str, named: NamedColumns | None = None) -> None:
-        self._task, self._named = task, named or NamedColumns()
+    def __init__(self, task: str, named: NamedColumns | None = None, needs_answers: bool = True) -> None:
+        self._task, self._named, self._needs_answers = task, named or NamedColumns(), needs_answers
         self._check = NamedCheck(self._named)
 
     def parse(self, row: Any, source: str) -> Parsed[Sentence]:
@@ -172,9 +173,18 @@ class SentenceReader:
         fields, left = Fields(row), Left()
         self._check.see(fields)
         read = _labelled if self._task == CLASSIFY else _pair
+        if not self._needs_answers and not self._has_answer(fields):
+            read = _texts_alone
         form, parts = read(fields, self._named, left)
         fields.leave(left)
         return Parsed(Sentence(source=source, **parts), form, left)
+
+    def _has_answer(self, fields: Fields) -> bool:
+        """Whether a row says what it is called; texts to be embedded say nothing of the kind."""
+        if self._task == EMBED:
+            return False
+        named = self._named.completion
+        return fields.has(named) if named else fields.first_filled(KINDS) is not None
 
     def check(self) -> None:
         """Raise a DataError if a column that the user named is in none of the rows read so far."""
@@ -198,6 +208,19 @@ def _labelled(fields: Fields, named: NamedColumns, left: Left) -> tuple[str, dic
     if problems.found:
         raise DataError(*problems.found)
     return form, {"texts": tuple(texts), "label": label}
+
+
+def _texts_alone(fields: Fields, named: NamedColumns, left: Left) -> tuple[str, dict[str, Any]]:
+    """A text, or two that are read together, of which nothing is known."""
+    if named:
+        form, texts = _named_text(fields, named)
+        return form, {"texts": texts}
+    pair = next((pair for pair in TWO_TEXTS if all(map(fields.__contains__, pair))), None)
+    name = fields.first((*TEXTS, *ANCHORS, *POSITIVES))
+    if not name:
+        raise DataError(_unknown(fields, "", "text; question; prompt"))
+    names = pair or (name,)
+    return ", ".join(map(fields.shown, names)), {"texts": tuple(_text(fields.take(n), fields.shown(n)) for n in names)}
 
 
 def _columns_of_label(fields: Fields) -> tuple[tuple[str, ...], str]:
@@ -299,63 +322,19 @@ def _score(fields: Fields, name: str) -> float:
 
 def _unknown(fields: Fields, task: str, forms: str) -> str:
     found = listing(map(shown, fields), 20) or "none"
+    expects = f"--task {task} expects" if task else "expected"
     return (
-        f"the columns are {found}: --task {task} expects one of the forms {forms}; if yours have other names, add "
+        f"the columns are {found}: {expects} one of the forms {forms}; if yours have other names, add "
         "--prompt-column and --completion-column"
     )
 
 
-# ---- split
-
-
-def split_sentences(rows: Items[Sentence], share: float, seed: int) -> tuple[list[int], list[int]]:
-    """Numbers of the rows to learn from, and of those held out, so that what was learned is measured on other texts.
-
-    Rows of one label are held out in its share. Rows to be labelled that hold the same texts, and pairs that have a
-    text in common, also by way of others, stay on one side. A row's side depends on its content, the seed and the other
-    contents, not on its place. At most MAX_VALIDATION_ROWS are held out.
-    """
-    groups: dict[int, list[int]] = {}
-    for number, group in enumerate(_groups(rows)):
-        groups.setdefault(group, []).append(number)
-    by_label: dict[str | None, list[list[int]]] = {}
-    for numbers in groups.values():
-        by_label.setdefault(rows[numbers[0]].label, []).append(numbers)
-    share = min(share, MAX_VALIDATION_ROWS / max(1, len(rows)))
-    held: set[int] = set()
-    for of_label in by_label.values():
-        wanted = round(share * sum(map(len, of_label)))
-        for numbers in sorted(of_label, key=lambda numbers: _digest(rows[numbers[0]], seed)):
-            if len(numbers) <= wanted:
-                held.update(numbers)
-                wanted -= len(numbers)
-    return [number for number in range(len(rows)) if number not in held], sorted(held)
-
-
-def _groups(rows: Items[Sentence]) -> list[int]:
-    """The group of each row, by the number of its first row: rows that must not be parted."""
-    first: dict[str, int] = {}  # of each content, the first row
-    parent = list(range(len(rows)))
-
-    def root(number: int) -> int:
-        while parent[number] != number:
-            parent[number] = number = parent[parent[number]]
-        return number
-
-    for number, row in enumerate(rows):
-        for content in contents(row):
-            one, other = sorted((root(number), root(first.setdefault(content, number))))
-            parent[other] = one
-    return [root(number) for number in range(len(rows))]
+# ---- contents ---------------------------------------------------------------------------------------------------
 
 
 def contents(row: Sentence) -> list[str]:
     """What two rows must not have in common if one is to say something new: all texts together, or each of a pair."""
     return [row.digest] if row.label is not None else [folded(text) for text in row.texts[:2]]
-
-
-def _digest(row: Sentence, seed: int) -> bytes:
-    return hashlib.sha256(json.dumps([seed, row.texts, row.label]).encode()).digest()
 
 
 def two_labels(rows: Items[Sentence]) -> list[tuple[str, str]]:

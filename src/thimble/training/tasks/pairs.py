@@ -62,18 +62,19 @@ class PairReading:
     def batch(self, part: str, rows: Sequence[int], key: StepKey | None) -> ModuleBatch:
         """Texts of some rows, each int64 (texts, tokens): all anchors, then what belongs to them, then negatives.
 
-        Targets are `pair` int64 (rows, 2), the places of the two halves of each row; `content` int64 (texts,), alike
-        for texts that are the same but for case and spaces; and `score` float32 (rows,) if rows have one.
+        Targets are `pair` int64 (rows, 2), the places of the two halves of each row, if rows have two; `content` int64
+        (texts,), alike for texts that are the same but for case and spaces; `score` float32 (rows,) if rows have one.
         """
         own = self.train if part == TRAIN else self.valid
-        places = [(row, side) for side in (0, 1) for row in rows]
+        places = [(row, side) for side in (0, 1) for row in rows if side < len(own.tokens[row])]
         places += [(row, side) for row in rows for side in range(2, len(own.tokens[row]))]
         found = [own.rows[row] for row in rows]
         by_row = dict(zip(rows, found, strict=True))
         texts = [folded(by_row[row].texts[side]) for row, side in places]
         number = {text: place for place, text in enumerate(dict.fromkeys(texts))}
-        halves = np.arange(2 * len(rows)).reshape(2, -1).T
-        targets: dict[str, NDArray[Any]] = {"pair": halves, "content": np.array([number[text] for text in texts])}
+        targets: dict[str, NDArray[Any]] = {"content": np.array([number[text] for text in texts])}
+        if len(found[0].texts) > 1:
+            targets["pair"] = np.arange(2 * len(rows)).reshape(2, -1).T
         if found[0].score is not None:
             targets["score"] = np.array([row.score for row in found], np.float32)
         return ModuleBatch(self.tokenizer.padded([own.tokens[row][side] for row, side in places]), targets, rows)
@@ -83,6 +84,14 @@ class PairReading:
         asked = [self.valid.rows[row] for row in rows]
         made = np.stack(outputs) if len(outputs) else np.zeros((0, 2, 1), np.float32)
         return _alike(asked, made) if asked and asked[0].score is not None else _found(asked, made)
+
+    def lines(self, outputs: Sequence[NDArray[Any]], rows: Sequence[int]) -> list[dict[str, Any]]:
+        """The embedding of each text."""
+        items = [self.valid.rows[row] for row in rows]
+        return [
+            {"file": item.source, "text": item.texts[0], "embedding": [round(float(value), 7) for value in made]}
+            for item, made in zip(items, outputs, strict=True)
+        ]
 
     def extra(self, outputs: Sequence[NDArray[Any]], rows: Sequence[int]) -> Mapping[str, Any]:
         """Among how many candidates each anchor's other half was looked for."""

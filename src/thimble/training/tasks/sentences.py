@@ -12,6 +12,7 @@ from thimble.backends.module_session import ModuleBatch
 from thimble.backends.session import StepKey
 from thimble.config.train import TrainConfig
 from thimble.data.columns import NamedColumns
+from thimble.data.sentence_split import split_sentences
 from thimble.data.sentence_tokens import SentenceTokenizer, TokenCounts, Tokens
 from thimble.data.sentences import (
     CLASSIFY,
@@ -20,7 +21,6 @@ from thimble.data.sentences import (
     SentenceData,
     contents,
     read_sentences,
-    split_sentences,
     two_labels,
 )
 from thimble.data.spool import Chosen, Items
