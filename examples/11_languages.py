@@ -1,8 +1,8 @@
 """Prepare clips that tell languages apart: letters and syllables spoken in KLettres (Debian's klettres-data, GPL-2).
 
 Usage: python examples/11_languages.py KLETTRES FOLDER, where KLETTRES is usr/share/klettres of the unpacked package.
-Letters and syllables that are held out were not heard in training. Each language has hardly more than one speaker: what is
-learned may be voices as well as languages.
+Letters and syllables that are held out were not heard in training. Each language has hardly more than one speaker: what
+is learned may be voices as well as languages.
 """
 
 import shutil
