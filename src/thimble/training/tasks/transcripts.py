@@ -75,15 +75,6 @@ class TranscriptReading:
         scores, sizes = score_transcript(written, item.text) if item.text else ({}, {})
         return Answer(item.source, item.text or "", written, scores, item.source, sizes=sizes)
 
-    def lines(self, outputs: Sequence[NDArray[Any]], rows: Sequence[int]) -> list[dict[str, Any]]:
-        """The file of each clip and what is said in it, beside the transcript that it has."""
-        found = []
-        for made, item in zip(outputs, (self.items[1][row] for row in rows), strict=True):
-            text, has_end = self.tokens.decode(made.tolist())
-            line = {"file": str(item.path), "text": text, **({} if has_end else {"cut_off": True})}
-            found.append({**line, **({"reference": item.text} if item.text else {})})
-        return found
-
     def extra(self, outputs: Sequence[NDArray[Any]], rows: Sequence[int]) -> Mapping[str, Any]:
         """Errors over all clips, and how many texts are empty, go round in circles or were cut off."""
         answers = self.answers(outputs, rows)
@@ -168,28 +159,6 @@ def open_transcripts(config: TrainConfig) -> TaskRows:
         known=known, unseen=sorted(set(first.values()) - known), skipped=found.skipped,
         told=(*found.told, *_known_texts(train, valid)), warnings=found.warnings,
         media={item.source: item.path for item in valid},
-    )  # fmt: skip
-
-
-def measured_transcripts(config: TrainConfig, labels: Sequence[str], needs_answers: bool) -> TaskRows:
-    """The clips that a finished adapter is asked about: those for tests, else those for validation, else all."""
-    needed = "text" if needs_answers else ""
-    columns = config.prompt_column, config.completion_column
-    found = find_media(Path(config.data), "audio", *columns, needed, config.strict, config.max_seconds)
-    items = found.test or found.valid or found.train
-    if needs_answers:
-        items = _heard_whole(items, config.max_seconds, found)
-        found.skipped.check()
-    long = [item.source for item in items if item.seconds > config.max_seconds]
-    warnings = [
-        f"{plural(len(long), 'clip is', 'clips are')} longer than {config.max_seconds:g} s, and only the beginning is "
-        f"written down: {listing(long, 3)}; cut such clips into pieces"
-    ] * bool(long)
-    return TaskRows(
-        labels=(), sources=[item.source for item in items], digest=digest_of(items),
-        reading=partial(_transcript_reading, (), items), files=found.files, unseen=range(len(items)),
-        skipped=found.skipped, told=found.told, warnings=(*found.warnings, *warnings),
-        media={item.source: item.path for item in items},
     )  # fmt: skip
 
 
