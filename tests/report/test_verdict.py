@@ -60,6 +60,14 @@ def test_the_verdict_claims_what_was_measured(report: dict[str, Any], start: str
         assert word in said
 
 
+def test_transcripts_that_are_none_are_counted() -> None:
+    details = {"CER": 0.2, "empty": 2, "in circles": 0, "cut off": 1}
+    cautions = judge(task(0.1, 0.6, task_details=details), steps(20)).cautions
+    expected = "Among the texts written after training: 2 empty; 1 cut off at --max-new-tokens."
+    assert expected in cautions
+    assert not judge(task(0.1, 0.6, task_details={"empty": 0, "in circles": 0, "cut off": 0}), steps(20)).cautions
+
+
 @pytest.mark.parametrize(
     ("name", "why"),
     [("diverged", "step 23: the loss was NaN or Inf"), ("risen", "the loss had risen from 2.01 to 31.70")],

@@ -143,7 +143,7 @@ def _metric(report: Report, name: str) -> dict[str, Any]:
     is_share = all(not is_number(value) or 0 <= value <= 1 for value in (before, after))
     note = f"mean {'share ' if is_share else ''}over {of}"
     if name in ERROR_RATES:
-        note = f"errors over the {ERROR_RATES[name]} of the expected texts of {of}: less is better"
+        note = f"errors over the {ERROR_RATES[name]} of all expected texts, in small letters, without punctuation"
     if counts and is_number(before) and is_number(after):
         note = f"{percent(before)}{ARROW}{percent(after)} ({interval(after, rows)})"
     return {

@@ -75,8 +75,19 @@ def _tries(report: Report, steps: Steps, is_by_loss: bool) -> int:
 
 def _cautions(report: Report) -> tuple[str, ...]:
     """What a reader of the verdict must know with it."""
-    rules = (_forgot_much, _weak_language, _known, _few_texts, _recall, _no_better_than_one)
+    rules = (_lost, _forgot_much, _weak_language, _known, _few_texts, _recall, _no_better_than_one)
     return tuple(text for text in (rule(report) for rule in rules) if text)
+
+
+def _lost(report: Report) -> str:
+    """Transcripts that are no transcripts: a recogniser that is lost says nothing, or the same again and again."""
+    details = report.get("task_details") or {}
+    counts = {
+        "empty": details.get("empty"), "in circles, the same words again and again": details.get("in circles"),
+        "cut off at --max-new-tokens": details.get("cut off"),
+    }  # fmt: skip
+    found = [f"{count:,} {what}" for what, count in counts.items() if count]
+    return f"Among the texts written after training: {'; '.join(found)}." if found else ""
 
 
 def _forgot_much(report: Report) -> str:
