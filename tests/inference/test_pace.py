@@ -49,6 +49,14 @@ def test_a_pass_that_costs_much_whatever_it_reads_reads_enough_to_be_worth_it(fi
     assert expected / 1.3 <= pace.prompt_tokens <= expected * 1.3 + LEAST_TOKENS
 
 
+def test_two_measurements_beside_other_work_make_no_long_pause():
+    """They say that a token costs hardly anything, which so few cannot know."""
+    pace = Pace()
+    for seconds, tokens in ((0.885, 0), (1.495, 32), (1.559, 64)):
+        pace.note(seconds, tokens)
+    assert pace.prompt_tokens <= 96
+
+
 def test_what_a_pass_costs_is_known_from_passes_of_one_length_too():
     pace = Pace()
     for _ in range(50):

@@ -3,6 +3,7 @@
 MOST_STRETCH = 2.5  # of a step that only writes, by the prompts it reads as well
 LEAST_TOKENS, MOST_TOKENS = 16, 256  # of prompts in a step, however slow or fast they are
 FIRST_TOKENS = 32  # before anything was measured
+MOST_GROWTH = 2  # of a mean length: the line is not known far beyond what it was fitted to
 WEIGHT = 0.2  # of the latest measurement in a running mean
 LEAST_SPREAD = 4.0  # of lengths, as a standard deviation in tokens, that tell what a token costs
 
@@ -28,7 +29,7 @@ class Pace:
         tokens, added = self._means[:2]
         first = max(0.0, added - self._token_seconds * tokens)
         allowed = (MOST_STRETCH - 1) * self._writing_seconds - first
-        wanted = int(max(allowed, 2 * first) / self._token_seconds)
+        wanted = int(min(max(allowed, 2 * first) / self._token_seconds, MOST_GROWTH * tokens))
         return min(max(LEAST_TOKENS, wanted // LEAST_TOKENS * LEAST_TOKENS), MOST_TOKENS)
 
     def note(self, seconds: float, prompt_tokens: int) -> None:
