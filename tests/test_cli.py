@@ -84,10 +84,10 @@ def test_a_truncated_base_is_refused(refused, examples, tmp_path, tiny_base):
     assert "download or copy it again" in text
 
 
-def test_a_folder_of_another_family_is_refused(refused, examples, tmp_path):
+def test_a_folder_of_another_kind_is_refused(refused, examples, tmp_path):
     (tmp_path / "base").mkdir()
-    (tmp_path / "base" / "config.json").write_text('{"model_type": "mamba"}')
-    assert "model_type 'mamba': supported are llama" in refused("train", examples, "--base", "base")
+    (tmp_path / "base" / "config.json").write_text('{"model_type": "t5"}')
+    assert "model_type 't5': supported are llama" in refused("train", examples, "--base", "base")
 
 
 def test_the_default_base_that_is_not_installed_names_the_command(refused, examples, monkeypatch):

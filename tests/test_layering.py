@@ -34,7 +34,7 @@ RULES = {
     "config": Part("errors core config", packages_later="yaml"),
     "report": Part("errors events core config report", packages_later="jinja2 matplotlib"),
     "files": Part("errors core files", packages="numpy"),
-    "models": Part("errors core files models", packages="numpy"),
+    "models": Part("errors core files models", packages="numpy", packages_later="torch transformers"),
     "data/sources": Part("errors data/sources", packages_later="pyarrow yaml"),
     "data": Part(
         "errors events core config files models data data/sources", packages="numpy",

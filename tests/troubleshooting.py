@@ -315,7 +315,7 @@ CASES: dict[str, list[Case]] = {
              ["plan", "mine.jsonl", "--base", "model"], base_with(architectures=["LlamaForSequenceClassification"])),
         Case("The weights are quantised", "", ["plan", "mine.jsonl", "--base", "Llama-3.2-1B-Instruct-bnb-4bit"], quantised_base),
         Case("It is another kind of model", "", ["plan", "mine.jsonl", "--base", "model"],
-             lambda: write("model/config.json", '{"model_type": "mixtral"}')),
+             lambda: write("model/config.json", '{"model_type": "t5"}')),
         Case("The folder holds its weights twice", "", ["plan", "mine.jsonl", "--base", "model", "--rank", "4"], weights_twice, shows="twice"),
         Case("The folder holds several GGUF files", "", ["plan", "mine.jsonl", "--base", "models"],
              lambda: [write(f"models/model.{kind}.gguf", TINY.read_bytes()) for kind in ("Q4_0", "Q8_0")]),

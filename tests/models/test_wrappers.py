@@ -193,8 +193,6 @@ def test_what_a_text_config_leaves_out_is_what_its_class_takes():
         ({"model_type": "paligemma", "text_config": {}}, "paligemma is a model of text and images"),
         ({"model_type": "t5"}, "'t5': supported are llama, .*; t5 is an encoder-decoder model"),
         ({"model_type": "bert"}, "bert is an encoder"),
-        ({"model_type": "mixtral"}, "mixtral is a mixture of experts"),
-        ({"model_type": "mamba"}, "mamba is a model with recurrent layers"),
         ({"model_type": "whisper"}, "whisper is a speech model"),
     ],
 )  # fmt: skip

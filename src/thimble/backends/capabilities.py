@@ -16,9 +16,12 @@ OPTIONS = {
     "frozen A": "--freeze-a",
     "dropout": "--dropout",
     "KL reference": "--keep-general",
+    "weights": None,  # inits that decompose them
     "calibration": None,
     "inference": None,
 }
+# What a base that runs through transformers honours.
+THROUGH_TRANSFORMERS = frozenset(OPTIONS) - {"calibration"}
 
 
 def required(adapter: Adapter, method: Method, objective: Objective | None = None) -> frozenset[str]:

@@ -11,6 +11,7 @@ from thimble.backends.module_session import ModuleSession
 from thimble.backends.session import Session
 from thimble.data.model import Model
 from thimble.data.records import general_records
+from thimble.errors import ConfigError
 from thimble.models.base import Base
 from thimble.models.module_base import ModuleBase
 
@@ -19,6 +20,8 @@ SAMPLE_TOKENS = 512  # of text that shows compute int8 which columns of the acti
 
 def choose_store(wanted: str, base: Base, compute: str) -> tuple[tuple[str, ...], str]:
     """The stores that come into question for an already chosen compute type, the fastest first, and why that one."""
+    if not base.is_own:
+        return _store_of_transformers(wanted, base, compute)
     if compute == "int8":
         return ("int8",), "store int8: compute int8 multiplies int8 weights, and keeps them so"
     if wanted != "auto":
@@ -28,11 +31,25 @@ def choose_store(wanted: str, base: Base, compute: str) -> tuple[tuple[str, ...]
     return ("dense", "file"), "store dense: the weights of a folder are held in the compute type"
 
 
+def _store_of_transformers(wanted: str, base: Base, compute: str) -> tuple[tuple[str, ...], str]:
+    asked = [f"--compute {compute}"] * (compute == "int8") + [f"--store {wanted}"] * (wanted not in ("auto", "dense"))
+    if asked:
+        raise ConfigError(
+            f"{' and '.join(asked)}: {base.name} is a {base.spec.family}, which runs through transformers, with "
+            "weights in fp32 or bf16 alone: leave it out"
+        )
+    return ("dense",), "store dense: transformers keeps the weights in the compute type"
+
+
 def open_session(model: Model, compute: str, store: str, is_streamed: bool = False, decode: str = "float") -> Session:
     """Load a base into the torch engine; `is_streamed` reads weights from the file for each product and keeps none.
 
     `decode` is `float`, or `int8` to quantise activations where answers are written with weights in blocks.
     """
+    if not model.base.is_own:
+        from thimble.backends.torch.transformers_session import TransformersSession
+
+        return TransformersSession(model.base, compute)
     from thimble.backends.torch.session import TorchSession
 
     sample = _sample(model) if compute == "int8" else None

@@ -31,7 +31,7 @@ from thimble.models.execution import ExecutionPlan
 from thimble.models.forward import Drop, Update
 
 Array = NDArray[np.float64]
-CAPABILITIES = frozenset(options.OPTIONS) - {"calibration"}
+CAPABILITIES = frozenset(options.OPTIONS) - {"weights", "calibration"}
 BETA1, EPSILON = 0.9, 1e-8  # of AdamW
 KINDS = ("A", "B", "magnitude")
 
@@ -118,7 +118,7 @@ class ReferenceSession:
 
     def __init__(self, base: Base, capabilities: frozenset[str] = CAPABILITIES) -> None:
         self.capabilities = capabilities
-        self._spec = base.spec
+        self._spec = base.decoder
         self._weights = {name: weight.read().astype(np.float64) for name, weight in base.weights.items()}
 
     @property

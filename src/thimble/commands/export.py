@@ -22,7 +22,7 @@ from thimble.core.adapter import Adapter
 from thimble.data.encode import Row
 from thimble.data.examples import encode_examples, general_rows, open_data, split_and_encode
 from thimble.data.model import Model, model_with_adapters
-from thimble.errors import ConfigError, InputError, Problems, install_line, listing, plural
+from thimble.errors import ConfigError, InputError, Problems, as_word, install_line, listing, plural
 from thimble.events import EventLog, OnEvent, ignore
 from thimble.exports.gguf_adapter import check_exportable, write_gguf_adapter
 from thimble.exports.llamacpp import is_installed
@@ -105,6 +105,9 @@ def _prepare(config: ExportConfig, log: EventLog) -> tuple[Model, Adapter | None
     paths = [config.adapter] if config.adapter else []
     model, adapters = model_with_adapters(config.base, paths, problems, log)
     adapter, whole = adapters.get(config.adapter), None
+    if model and not model.base.is_own:
+        problems.attempt(_check_own, config, model)
+        problems.required()
     if adapter and config.approximate_rank and not adapter.has_magnitudes:
         problems.add(f"--approximate-rank is for DoRA, and {config.adapter} is plain LoRA: leave it out")
     if adapter and config.to == "gguf" and not config.merged and not config.approximate_rank:
@@ -117,6 +120,18 @@ def _prepare(config: ExportConfig, log: EventLog) -> tuple[Model, Adapter | None
     if adapter and config.approximate_rank:
         adapter = _without_magnitudes(adapter, model, config.approximate_rank, log)
     return model, adapter, whole
+
+
+def _check_own(config: ExportConfig, model: Model) -> None:
+    """Refuse to write a GGUF of a family whose names and layout there are not known here."""
+    adapter, base = as_word(config.adapter or "ADAPTER"), as_word(str(model.base.path))
+    merged = f"write a merged folder with thimble merge {adapter} --base {base} --out merged"
+    model.base.check_own(
+        "thimble export --to gguf" if config.to == "gguf" else "thimble export",
+        f"{merged}, of which llama.cpp's own convert_hf_to_gguf.py makes a GGUF file"
+        if config.to == "gguf"
+        else merged,
+    )
 
 
 def _without_magnitudes(adapter: Adapter, model: Model, rank: int, log: EventLog) -> Adapter:

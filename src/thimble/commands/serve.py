@@ -72,6 +72,10 @@ def serve(config: ServeConfig, on_event: OnEvent = ignore, should_stop: ShouldSt
         problems.add(f"--host {config.host}: other machines can reach that, so it wants an --api-key")
     opened = problems.attempt(listen, config.host, config.port)
     model, adapters = _open(config, problems, log)
+    if model:
+        problems.attempt(
+            model.base.check_own, "thimble serve", "ask it with thimble chat, or a whole file with generate"
+        )
     opened, model = problems.required(opened, model)
     service = _make_service(config, model, adapters, log, should_stop)
     report = ServeReport(address_of(opened), service.base_name, messages=log.messages)

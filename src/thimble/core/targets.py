@@ -98,8 +98,8 @@ def share_out(
 
 
 def block_of(path: str) -> int:
-    """Number of the block that a layer belongs to."""
-    return int(path.split(".")[2])
+    """Number of the block that a layer belongs to; 0 for one outside the blocks."""
+    return next((int(part) for part in path.split(".") if part.isdecimal()), 0)
 
 
 def _matches(target: str, path: str, num_blocks: int) -> bool:

@@ -66,8 +66,10 @@ class Examples:
 def make_encoder(model: Model, config: DataOptions) -> Encoder:
     """The encoder for a base, by the options of the data."""
     spec = model.base.spec
+    # Of other families than our own the positions may be learned ones, which end with the context.
+    seq_len = config.seq_len if model.base.is_own else min(config.seq_len, spec.max_positions)
     return Encoder(
-        model.tokenizer, model.template, config.seq_len, config.loss_on, spec.vocab_size, spec.max_positions
+        model.tokenizer, model.template, seq_len, config.loss_on, spec.vocab_size, spec.max_positions
     )  # fmt: skip
 
 

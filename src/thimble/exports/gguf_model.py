@@ -138,7 +138,7 @@ def _tensor(
 ) -> _Tensor:
     weight, layer = base.weights[weight_name], weight_name.removesuffix(".weight")
     name, order = gguf_name(base, weight_name)
-    dtype = tensor_type(name, weight.shape, file_type, base.spec, importance is not None)
+    dtype = tensor_type(name, weight.shape, file_type, base.decoder, importance is not None)
     return _Tensor(name, weight, order, updates.get(layer), dtype, importance.get(layer) if importance else None)
 
 

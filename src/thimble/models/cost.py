@@ -5,10 +5,13 @@ from dataclasses import dataclass, fields
 
 from thimble.core.sizes import BUFFER_TOKENS, PADDED_KEYS, TILE, WINDOW, WINDOW_ROWS, logit_chunk, windows
 from thimble.core.targets import Size, block_of
+from thimble.models import transformers_cost
 from thimble.models.base import EMBEDDING, HEAD, Base
 from thimble.models.execution import ExecutionPlan
 from thimble.models.machine import Machine
+from thimble.models.model_spec import ModelSpec
 from thimble.models.spec import DecoderSpec
+from thimble.models.transformers_spec import TransformersSpec
 
 COMPUTE_BYTES = {"fp32": 4, "bf16": 2, "int8": 2}  # of an activation
 PROCESS_BYTES = 330_000_000  # Python, torch, numba and their libraries, before any weight
@@ -47,7 +50,7 @@ class MemoryPlan:
         return {field.name: getattr(self, field.name) for field in fields(self)} | {"total": self.total}
 
 
-def adapter_parameters(spec: DecoderSpec, sizes: Mapping[str, Size], use_dora: bool = False) -> int:
+def adapter_parameters(spec: ModelSpec, sizes: Mapping[str, Size], use_dora: bool = False) -> int:
     """Parameters of an adapter, by the sizes of its layers."""
     shapes = spec.linear_shapes()
     return sum(size.rank * sum(shapes[path]) + use_dora * shapes[path][0] for path, size in sizes.items())
@@ -69,7 +72,7 @@ def lowest_block(layers: Iterable[str]) -> int:
     return min(map(block_of, layers))
 
 
-def cache_token_bytes(spec: DecoderSpec, compute: str) -> int:
+def cache_token_bytes(spec: ModelSpec, compute: str) -> int:
     """What the keys and values of one token take, in bytes."""
     return 2 * spec.num_layers * spec.kv_size * COMPUTE_BYTES[compute]
 
@@ -90,17 +93,32 @@ class MemoryInputs:
 def estimate_memory(base: Base, inputs: MemoryInputs, execution: ExecutionPlan) -> MemoryPlan:
     """Expected peak memory of a run, in parts."""
     compute, trained, width = inputs.compute, inputs.trained, COMPUTE_BYTES[inputs.compute]
+    if isinstance(base.spec, TransformersSpec):
+        return _memory_of_transformers(base, base.spec, inputs, execution)
     working = 4 + 2 * width if inputs.is_delta else 0 if compute == "fp32" else width
     adapter = trained * (ADAPTER_NUMBER_BYTES + 4 * execution.num_shares + working)
-    activations = _activation_bytes(base.spec, width, execution, inputs.lowest)
+    activations = _activation_bytes(base.decoder, width, execution, inputs.lowest)
     # One size of a batch takes part in more products where shares run in parallel.
     products = PRODUCTS * PRODUCT_BYTES * (execution.num_shares + execution.num_sizes - 1)
     return MemoryPlan(
         process=PROCESS_BYTES + base.spec.vocab_size * TOKEN_BYTES + products,
         weights=_weight_bytes(base, compute, execution),
-        adapter=max([adapter, *(_init_bytes(base.spec, need, trained, activations) for need in inputs.needs)]),
+        adapter=max([adapter, *(_init_bytes(base.decoder, need, trained, activations) for need in inputs.needs)]),
         activations=activations,
         scratch=execution.num_shares * _scratch_bytes(base, compute, inputs.longest, execution),
+    )
+
+
+def _memory_of_transformers(
+    base: Base, spec: TransformersSpec, inputs: MemoryInputs, execution: ExecutionPlan
+) -> MemoryPlan:
+    width = COMPUTE_BYTES[inputs.compute]
+    return MemoryPlan(
+        process=transformers_cost.PROCESS_BYTES + spec.vocab_size * TOKEN_BYTES,
+        weights=transformers_cost.weight_bytes(base.num_parameters, width),
+        adapter=inputs.trained * (ADAPTER_NUMBER_BYTES + 4 + 8 * inputs.is_delta),
+        activations=transformers_cost.activation_bytes(spec, width, execution, inputs.lowest),
+        scratch=transformers_cost.scratch_bytes(spec, execution, inputs.longest),
     )
 
 
@@ -133,7 +151,7 @@ def _rounded(tokens: int, shares: int) -> int:
 
 def _scratch_bytes(base: Base, compute: str, longest: int, execution: ExecutionPlan) -> int:
     """What one core needs while it runs a block or the loss, by the names in `backends.torch`."""
-    spec, width = base.spec, COMPUTE_BYTES[compute]
+    spec, width = base.decoder, COMPUTE_BYTES[compute]
     tokens = _rounded(-(-execution.tokens_at_once // execution.num_shares), 1)
     hidden, inner, heads = spec.hidden_size, spec.intermediate_size, spec.q_size + 2 * spec.kv_size
     largest = max(hidden, inner, spec.q_size)
@@ -174,6 +192,10 @@ def estimate_seconds(base: Base, compute: str, work: StepWork, execution: Execut
     elementwise work goes by the rate of copying.
     """
     spec, width = base.spec, COMPUTE_BYTES[compute]
+    if isinstance(spec, TransformersSpec):
+        batches = max(1.0, work.tokens / execution.micro_tokens)
+        flops = machine.flops.get(compute) or max(machine.flops.values())
+        return transformers_cost.seconds(spec, base.num_parameters, work.tokens, work.trained, flops, batches)
     rate = machine.flops.get("fp32" if compute == "fp32" else "bf16") or max(machine.flops.values())
     linears = sum(rows * cols for rows, cols in spec.linear_shapes().values())
     checkpointed = max(0, execution.checkpointed_blocks - work.lowest)

@@ -11,6 +11,7 @@ from thimble.files.tensors import TensorFile, open_tensors
 from thimble.files.untrusted import names_in, printable, read_json_object
 from thimble.models.quantized import check_not_quantized
 from thimble.models.spec import DecoderSpec, spec_from_config
+from thimble.models.transformers_base import describe_folder, runs_through_transformers
 from thimble.models.weight_files import MOST_CONFIG_BYTES, choose_files
 from thimble.models.weights import EMBEDDING, HEAD, Base, Weight, check_complete, unread_layers
 from thimble.models.wrappers import TEXT, plain_name, unwrap
@@ -24,11 +25,16 @@ def open_folder(folder: Path, name: str) -> Base:
     if not os.path.lexists(folder / "config.json"):
         raise BaseModelError(f"base {folder} has no config.json; it holds {listing(names_in(folder)) or 'nothing'}")
     config = read_json_object(folder / "config.json", MOST_CONFIG_BYTES, BaseModelError)
-    inner, wrapper = unwrap(config)
+    is_foreign = runs_through_transformers(config)
+    inner, wrapper = (config, None) if is_foreign else unwrap(config)
     chosen = choose_files(folder)
     files = [open_tensors(path) for path in chosen.files]
     holders = _holders(folder, files)
     warnings = check_not_quantized(folder, name, config, {given: info for given, (_, info) in holders.items()})
+    if is_foreign:
+        foreign, weights = describe_folder(folder, config, holders)
+        told = (*chosen.warnings, *warnings)
+        return Base(name, folder, foreign, weights, None, foreign.prefix, TEXT, chosen.notes, told)
     spec = spec_from_config({key: value for key, value in inner.items() if key not in _QUANTIZED})
     weights = _weights(folder, holders, spec)
     spec, told = _settle_head(folder, spec, weights)

@@ -37,7 +37,7 @@ def carried_header(base: Base) -> dict[str, Any]:
 
 def made_header(base: Base) -> dict[str, Any]:
     """The metadata of a folder without its vocabulary; a BaseModelError if GGUF has no place for a setting."""
-    spec, arch = base.spec, architecture(base)
+    spec, arch = base.decoder, architecture(base)
     check_convertible(base)
     general = {"general.architecture": arch, "general.type": "model", "general.name": base.path.name}
     sizes = {
@@ -57,7 +57,7 @@ def made_header(base: Base) -> dict[str, Any]:
 def rope_tensors(base: Base) -> dict[str, NDArray[np.float32]]:
     """Rotary divisors, float32 (dim / 2,), that a file of a folder holds as tensors, by name."""
     settings = _rope_settings(base)
-    kind, rope = rope_type(settings), next((rope for rope in base.spec.ropes if rope), None)
+    kind, rope = rope_type(settings), next((rope for rope in base.decoder.ropes if rope), None)
     if rope is None:
         return {}
     plain = _theta(settings) ** -(np.arange(len(rope.inv_freq)) / len(rope.inv_freq))
@@ -70,7 +70,7 @@ def rope_tensors(base: Base) -> dict[str, NDArray[np.float32]]:
 
 def check_convertible(base: Base) -> None:
     """Refuse what a folder says and llama.cpp would compute otherwise, for GGUF has no key for it."""
-    spec = base.spec
+    spec = base.decoder
     found = []
     if spec.family not in _GEMMAS and any(spec.windows):
         found.append(f"a sliding window of {max(filter(None, spec.windows)):,} tokens, and llama.cpp has none in it")
@@ -106,11 +106,11 @@ def _rope_settings(base: Base) -> dict[str, Any]:
     given = {**(config.get("rope_parameters") or {}), **(config.get("rope_scaling") or {})}
     local = given.get("sliding_attention") or {}
     given |= given.get("full_attention") or {}
-    default = 1e6 if base.spec.family == "gemma3" else 2e6 if base.spec.family == "smollm3" else 1e4
+    default = 1e6 if base.decoder.family == "gemma3" else 2e6 if base.decoder.family == "smollm3" else 1e4
     given["rope_theta"] = given.get("rope_theta") or config.get("rope_theta") or default
     given["local_theta"] = local.get("rope_theta") or config.get("rope_local_base_freq") or 1e4
     original = config.get("original_max_position_embeddings") or given.get("original_max_position_embeddings")
-    given["original"] = original or base.spec.max_positions
+    given["original"] = original or base.decoder.max_positions
     return given
 
 

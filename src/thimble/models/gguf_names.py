@@ -26,7 +26,7 @@ def architecture(base: Base) -> str:
     """What a GGUF file of this base has as general.architecture."""
     if base.metadata is not None:
         return str(base.metadata["general.architecture"])
-    return ARCHITECTURES.get(base.spec.family, base.spec.family)
+    return ARCHITECTURES.get(base.decoder.family, base.decoder.family)
 
 
 def gguf_name(base: Base, weight: str) -> GgufName:
@@ -34,8 +34,8 @@ def gguf_name(base: Base, weight: str) -> GgufName:
     if base.metadata is not None:
         found = base.weights[weight]
         return GgufName(found.info.name, found.order)
-    order = row_order(weight, base.weights[weight].shape, architecture(base), base.spec)
-    return GgufName(_converted(base.spec, weight), order)
+    order = row_order(weight, base.weights[weight].shape, architecture(base), base.decoder)
+    return GgufName(_converted(base.decoder, weight), order)
 
 
 def _converted(spec: DecoderSpec, weight: str) -> str:

@@ -32,6 +32,15 @@ MOST_REMEMBERED = 32  # sets of cores, quotas and versions
 DISK_SAMPLE_BYTES = 1 << 26
 
 
+def prepare_threads() -> None:
+    """Keep torch's threads from spinning while they wait; to be called before torch is first imported.
+
+    On a machine that does other work too spinning costs far more than it saves, and steals the cores of our own
+    threads. A user's own setting is kept.
+    """
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+
 @dataclass(frozen=True)
 class Machine:
     """Rates of this machine."""

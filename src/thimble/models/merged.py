@@ -176,6 +176,14 @@ def check_mergeable(base: Base, layers: Sequence[str], adapter: str = "DIR") -> 
             "write a new file of a type that you name, and be told what rounding loses, with `thimble export "
             f"{as_word(adapter)} --merged --type Q8_0 --out merged.gguf`; or merge into a folder of float weights"
         )
+    if other := [
+        layer for layer in layers if layer in base.spec.linear_shapes() and f"{layer}.weight" not in base.weights
+    ]:
+        raise BaseModelError(
+            f"base {base.path} cannot be merged into: transformers makes the weights of {listing(other, 2)} of tensors "
+            "that the files hold in another form; keep the adapter beside it, as in `thimble chat --adapter "
+            f"{as_word(adapter)}`"
+        )
     weights = {layer: base.weights[f"{layer}.weight"] for layer in layers if f"{layer}.weight" in base.weights}
     wrong = [f"{layer} is {weight.dtype}" for layer, weight in weights.items() if weight.dtype not in FLOAT_DTYPES]
     if wrong:
@@ -286,16 +294,19 @@ def merged_rows(layer: str, weight: Weight, factors: Factors, on_layer: OnLayer)
 
     A RunError if a sum does not fit the dtype, or W holds NaN or Inf.
     """
-    num_rows, columns = weight.shape
-    step = max(1, WINDOW_VALUES // columns)
+    num_rows, columns = weight.info.shape
+    step = num_rows if weight.is_turned else max(1, WINDOW_VALUES // columns)
     # Wide enough that what is lost is lost by rounding to the dtype of the file, and rounding happens once.
     wide = np.float64 if weight.dtype == "F32" else np.float32
     lost = size = 0.0
     for first in range(0, num_rows, step):
         rows = slice(first, min(first + step, num_rows))
-        old = dequantize(weight.raw()[rows], weight.dtype, (rows.stop - rows.start, columns))  # (rows, in)
-        magnitude = None if factors.magnitude is None else factors.magnitude[rows]
-        exact = merge(old.astype(wide, copy=False), Factors(factors.A, factors.B[rows], factors.scale, magnitude))
+        old = dequantize(weight.raw()[rows], weight.dtype, (rows.stop - rows.start, columns)).astype(wide, copy=False)
+        if weight.is_turned:
+            exact = np.ascontiguousarray(merge(old.T, factors).T)
+        else:
+            magnitude = None if factors.magnitude is None else factors.magnitude[rows]
+            exact = merge(old, Factors(factors.A, factors.B[rows], factors.scale, magnitude))
         size += float(np.linalg.norm(exact - old)) ** 2
         if not math.isfinite(size):
             raise RunError(f"{layer} of the base holds NaN or Inf: nothing is written")

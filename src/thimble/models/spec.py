@@ -61,9 +61,24 @@ class DecoderSpec:
         return self.num_kv_heads * self.head_dim
 
     @property
-    def angles_depend_on_length(self) -> bool:
-        """Whether a token is turned otherwise in a long row than in a short one."""
-        return any(rope is not None and rope.long_inv_freq is not None for rope in self.ropes)
+    def about(self) -> str:
+        """The family, in words for people."""
+        return self.family
+
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether a token is turned alike in a long row and in a short one, so that rows may share it."""
+        return not any(rope is not None and rope.long_inv_freq is not None for rope in self.ropes)
+
+    @property
+    def checkpointable_blocks(self) -> int:
+        """Blocks that can run under activation checkpointing: all."""
+        return self.num_layers
+
+    @property
+    def adapter_settings(self) -> Mapping[str, bool]:
+        """Fields of PEFT's config that adapters have beyond those of a plain one: none."""
+        return {}
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         """Path of every linear layer of the blocks and its (out, in), in the order they run."""

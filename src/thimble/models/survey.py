@@ -66,7 +66,7 @@ class Subject:
 def _read(weight: Weight) -> tuple[Array | None, str]:
     """A weight, float32 (out, in); or None, and why it has no spectrum."""
     matrix = weight.read()
-    weight.release(slice(0, weight.shape[0]))  # a base may be larger than memory
+    weight.release(slice(0, weight.info.shape[0]))  # a base may be larger than memory
     if not np.isfinite(matrix).all():
         return None, "holds NaN or Inf"
     return (matrix, "") if matrix.any() else (None, "is all zeros")

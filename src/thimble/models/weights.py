@@ -20,6 +20,7 @@ from thimble.files.tensor_info import TensorInfo
 from thimble.files.tensors import TensorFile
 from thimble.files.untrusted import printable
 from thimble.models.frozen_base import quick_hash, whole_hash
+from thimble.models.model_spec import ModelSpec
 from thimble.models.spec import DecoderSpec
 
 FLOATS = (*BLOCKS, "F64")  # types of weights; how each may be used is for those to say who use them
@@ -37,11 +38,12 @@ class Weight:
     # row i of the file is row order[i] of the weight, int64 (rows,); None if they agree
     order: NDArray[np.int64] | None = None
     offset: float = 0.0  # added to what the file holds (1 for Gemma's norms in a folder)
+    is_turned: bool = False  # whether the file holds a matrix as (in, out), as those of GPT-2
 
     @property
     def shape(self) -> tuple[int, ...]:
         """(out, in) of a matrix, (size,) of a vector."""
-        return self.info.shape
+        return self.info.shape[::-1] if self.is_turned else self.info.shape
 
     @property
     def dtype(self) -> str:
@@ -50,15 +52,15 @@ class Weight:
 
     def raw(self) -> NDArray[np.uint8]:
         """The file's own bytes, uint8 (rows, bytes per row) of a matrix; a view, nothing is copied."""
-        return self.file.raw(self.info.name).reshape(self.shape[0], -1)
+        return self.file.raw(self.info.name).reshape(self.info.shape[0], -1)
 
     def will_need(self) -> None:
         """Have the file read ahead."""
         self.file.will_need(self.info.name)
 
     def release(self, rows: slice) -> None:
-        """Let go of the memory of some rows, which the file can fill again."""
-        size = self.info.nbytes // self.shape[0]
+        """Let go of the memory of some rows of the file, which the file can fill again."""
+        size = self.info.nbytes // self.info.shape[0]
         self.file.release(self.info.name, rows.start * size, rows.stop * size)
 
     def raw_rows(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
@@ -76,6 +78,8 @@ class Weight:
     def read(self) -> NDArray[np.float32]:
         """The numbers, float32, in the order of transformers."""
         values = self.file.read(self.info.name)
+        if self.is_turned:
+            values = np.ascontiguousarray(values.T)
         if self.order is not None:
             ordered = np.empty_like(values)
             ordered[self.order] = values
@@ -89,7 +93,7 @@ class Base:
 
     name: str  # what the user called it, or the file's name
     path: Path  # the GGUF file or the folder
-    spec: DecoderSpec  # its description
+    spec: ModelSpec  # its description
     weights: Mapping[str, Weight]  # tensors by their transformers name
     metadata: Mapping[str, Any] | None  # GGUF key-value pairs, or None for a folder
     # what PEFT puts in front of `layers.0...` in the names of its modules; another for text models inside of a wrapper
@@ -97,6 +101,23 @@ class Base:
     loader: str = "AutoModelForCausalLM"  # the class of transformers that opens it with these names
     notes: tuple[str, ...] = ()  # which of several files were read, and the like
     warnings: tuple[str, ...] = ()  # what may not be as its owner thinks
+
+    @property
+    def is_own(self) -> bool:
+        """Whether Thimble's own engine runs it; any other runs through transformers."""
+        return isinstance(self.spec, DecoderSpec)
+
+    @property
+    def decoder(self) -> DecoderSpec:
+        """The description that Thimble's own engine runs by; a BaseModelError where the base is of no such family."""
+        if not isinstance(self.spec, DecoderSpec):
+            raise BaseModelError(f"base {self.name} is a {self.spec.about}; expected a family of Thimble's own engine")
+        return self.spec
+
+    def check_own(self, what: str, instead: str) -> None:
+        """Refuse what only Thimble's own engine can do, and say what to do instead."""
+        if not self.is_own:
+            raise BaseModelError(f"{what}: base {self.name} is a {self.spec.about}; {instead}")
 
     @property
     def files(self) -> tuple[Path, ...]:

@@ -61,12 +61,6 @@ OTHER_KINDS = {
                     "an encoder-decoder model"),
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "distilbert", "deberta", "deberta-v2", "electra", "albert",
                      "modernbert", "nomic_bert", "eurobert"), "an encoder, which writes no text"),
-    **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "olmoe", "granitemoe", "deepseek_v2",
-                     "deepseek_v3", "phimoe", "dbrx", "llama4", "jetmoe", "glm4_moe", "ernie4_5_moe"),
-                    "a mixture of experts"),
-    **dict.fromkeys(("mamba", "mamba2", "falcon_mamba", "rwkv", "recurrent_gemma", "jamba", "zamba", "zamba2", "bamba",
-                     "falcon_h1", "granitemoehybrid", "nemotron_h", "lfm2", "qwen3_next", "xlstm"),
-                    "a model with recurrent layers"),
     **dict.fromkeys(("paligemma", "mllama", "llama4", "gemma3n", "gemma4", "aya_vision", "cohere2_vision",
                      "internvl_chat", "molmo", "molmo2", "kosmos-2", "blip-2", "instructblip", "phi3_v",
                      "phi4_multimodal", "minicpmv", "florence2", "lfm2_vl", "qwen3_vl_moe", "qwen2_5_omni"),
@@ -112,8 +106,8 @@ def unwrap(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], Wrapper | None
         if isinstance(kind, str) and kind in OTHER_KINDS:
             raise BaseModelError(
                 f"config.json names model_type {shown(kind)}: supported are llama, mistral, smollm3, qwen2, qwen3, "
-                f"gemma2, gemma3 and phi3, and the text models inside of {', '.join(WRAPPERS)}; {kind} is "
-                f"{OTHER_KINDS[kind]}"
+                f"gemma2, gemma3 and phi3, the text models inside of {', '.join(WRAPPERS)}, and the causal language "
+                f"models of transformers; {kind} is {OTHER_KINDS[kind]}"
             )
         return config, None
     text = dict(group(config, "text_config") or _flat(config))  # older Qwen2-VL folders have it all on one level

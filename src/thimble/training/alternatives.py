@@ -52,12 +52,17 @@ def _changes(config: TrainConfig, run_plan: RunPlan, machine: Machine) -> Iterat
     """Options that make a run cheaper: as they are typed, and as values."""
     base, work = run_plan.model.base, run_plan.work
     num_blocks = base.spec.num_layers
-    if "int8" in machine.flops and run_plan.config.compute != "int8" and config.store in ("auto", "int8"):
+    if (
+        base.is_own
+        and "int8" in machine.flops
+        and run_plan.config.compute != "int8"
+        and config.store in ("auto", "int8")
+    ):
         yield "--compute int8", {"compute": "int8"}
     if 0 < num_blocks // 2 and work.lowest < num_blocks // 2:
         name = f"last-{num_blocks - num_blocks // 2}"
         yield f"--targets {name}", {"targets": (name,)}
-    if run_plan.execution.checkpointed_blocks < num_blocks:
+    if run_plan.execution.checkpointed_blocks < base.spec.checkpointable_blocks:
         inputs = memory_inputs(config, run_plan.config.compute, base, run_plan.examples, run_plan.sizes)
         least = estimate_memory(base, inputs, replace(run_plan.execution, checkpointed_blocks=num_blocks)).total
         gigabytes = math.ceil(least / 1e8) / 10

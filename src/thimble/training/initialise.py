@@ -7,13 +7,14 @@ written, so that a weight that cannot be decomposed still refuses the run.
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from thimble.backends.capabilities import THROUGH_TRANSFORMERS
 from thimble.config.train import TrainConfig
 from thimble.config.values import read_pattern
 from thimble.core.adapter import Adapter, fresh_adapter
@@ -27,7 +28,7 @@ from thimble.files.peft import load_adapter
 from thimble.models.adapters import check_fits, check_is_of_text
 from thimble.models.gguf_adapter import is_gguf
 from thimble.models.merged import FLOAT_DTYPES
-from thimble.models.spec import DecoderSpec
+from thimble.models.model_spec import ModelSpec
 from thimble.training import run_folder
 from thimble.training.calibration import (
     CAPABILITY,
@@ -71,6 +72,9 @@ def check_init(init: Init, config: TrainConfig, model: Model, layers: Sequence[s
         check_fits(path, adapter, model.base)
         return {layer: Size(factors.rank, factors.scale) for layer, factors in adapter.layers.items()}
     problems, shapes = Problems(), model.base.spec.linear_shapes()
+    if not model.base.is_own:
+        who = f"{model.base.name}, which runs through transformers,"
+        problems.attempt(_check_capability, init, config, THROUGH_TRANSFORMERS, who)
     sizes = problems.attempt(_plan_sizes, config, model.base.spec, layers)
     plain = config.replace(rank_pattern=(), alpha_pattern=())
     sizes = sizes or _plan_sizes(plain, model.base.spec, layers)  # so that what else is wrong is reported too
@@ -85,7 +89,7 @@ def check_init(init: Init, config: TrainConfig, model: Model, layers: Sequence[s
     return sizes
 
 
-def _plan_sizes(config: TrainConfig, spec: DecoderSpec, layers: Sequence[str]) -> dict[str, Size]:
+def _plan_sizes(config: TrainConfig, spec: ModelSpec, layers: Sequence[str]) -> dict[str, Size]:
     """Rank and scale of each layer as far as they are known before training; rank auto counts as the most it may be."""
     shapes = spec.linear_shapes()
     if config.rank is None and config.energy is not None:
@@ -140,7 +144,7 @@ def initialise(
 ) -> Initialization:
     """Choose the ranks that were left open, and make the adapter that training begins with."""
     began, measured = time.perf_counter(), dict[str, Any]()
-    _check_capability(init, config, session)
+    _check_capability(init, config, session.capabilities)
     calibration = Calibration(data, session, log)
     if init.needs == "adapter":
         log.decision("ranks and scales: those of the adapter that training goes on with")
@@ -160,14 +164,19 @@ def initialise(
     return Initialization(adapter, config, {**measured, "seconds": seconds})
 
 
-def _check_capability(init: Init, config: TrainConfig, session: CalibrationSession) -> None:
-    """Refuse by name what needs calibration, if the session cannot calibrate."""
-    wanted = [f"--init {init}"] if init.needs not in ("nothing", "adapter") else []
-    wanted += ["--rank auto"] if config.rank is None and init.needs != "adapter" else []
-    if wanted and CAPABILITY not in session.capabilities:
-        plain = listing(name for name, known in INITS.items() if known.needs == "nothing")
+def _check_capability(init: Init, config: TrainConfig, capabilities: Set[str], who: str = "this backend") -> None:
+    """Refuse by name what needs calibration, or the weights, where the session has none to give."""
+    needed = {"nothing": "", "adapter": "", "weights": "weights"}.get(init.needs, CAPABILITY)
+    wanted = [f"--init {init}"] if needed and needed not in capabilities else []
+    wanted += (
+        ["--rank auto"] if config.rank is None and init.needs != "adapter" and CAPABILITY not in capabilities else []
+    )
+    if wanted:
+        plain = listing(
+            name for name, known in INITS.items() if known.needs == "nothing" or known.needs in capabilities
+        )
         raise ConfigError(
-            f"{listing(wanted)}: this backend cannot calibrate; expected a number for --rank, and an --init of {plain} "
+            f"{listing(wanted)}: {who} cannot calibrate; expected a number for --rank, and an --init of {plain} "
             "or adapter:PATH"
         )
 

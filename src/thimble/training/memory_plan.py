@@ -16,7 +16,7 @@ from thimble.models import cost
 from thimble.models.base import Base
 from thimble.models.execution import ExecutionPlan
 from thimble.models.machine import Machine, available_bytes
-from thimble.models.spec import DecoderSpec
+from thimble.models.model_spec import ModelSpec
 from thimble.training.step_schedule import StepSchedule, text_schedule
 
 MOST_SIZES = 7  # of batches, however uneven the rows are: what many rows make together varies less
@@ -78,8 +78,9 @@ def plan_cost(
     inputs = memory_inputs(config, compute, base, examples, sizes)
     num_sizes = min(MOST_SIZES, len({padded(length) for length in lengths}))
     step_tokens = min(config.batch_tokens, examples.train_report.tokens)
-    cores = target.machine.cores
+    cores = target.machine.cores if base.is_own else 1  # transformers runs one micro-batch at a time
     plans = [*first, *execution_plans(step_tokens, inputs.longest, stores, spec.num_layers, num_sizes, cores)]
+    plans = [plan for plan in plans if plan.checkpointed_blocks <= spec.checkpointable_blocks]
     allowed, whose = config.memory_budget or target.free_bytes, "--memory-budget allows"
     if not config.memory_budget or (not target.is_here and target.free_bytes < allowed):
         allowed, whose = target.free_bytes, "this machine has free" if target.is_here else "--machine leaves"
@@ -96,7 +97,7 @@ def plan_cost(
     return RunCost(compute, (why_compute, why_store), step_schedule, execution, memory, allowed, work, seconds)
 
 
-def rate_layers(config: TrainConfig, sizes: Mapping[str, Size], spec: DecoderSpec) -> list[tuple[int, int]]:
+def rate_layers(config: TrainConfig, sizes: Mapping[str, Size], spec: ModelSpec) -> list[tuple[int, int]]:
     """The rank that alpha is divided by, and in, of each adapted layer: what default learning rates depend on."""
     shapes = spec.linear_shapes()
     # Rank auto divides every alpha by the same number, whatever rank a layer is given.

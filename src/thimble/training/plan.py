@@ -254,7 +254,7 @@ def describe_base(model: Model) -> str:
     base = model.base
     kinds = " and ".join(list(base.dtypes())[:2])
     size = f"{base.num_parameters / 1e6:.0f}M parameters, {base.size_bytes / 1e6:.0f} MB of {kinds}"
-    return f"{base.name} ({base.spec.family}, {size})"
+    return f"{base.name} ({base.spec.about}{',' if base.is_own else ';'} {size})"
 
 
 def _log_cost(cost: RunCost, rows: int, num_blocks: int, log: EventLog) -> None:

@@ -74,7 +74,7 @@ def test_a_shared_prefix_is_computed_once_and_gradients_stay(family, monkeypatch
     seen = seen_tokens(monkeypatch)
     check_gradients(base, Work([[pack(rows)]], 48), Method(), monkeypatch)
     whole = sum(len(row.ids) for row in rows)
-    saved = 0 if base.spec.angles_depend_on_length else 2 * 60 + 40
+    saved = 2 * 60 + 40 if base.spec.shares_prefixes else 0
     assert [tokens for tokens, _ in seen] == [whole - saved, whole]
 
 

@@ -70,16 +70,16 @@ class Decoder:
     """A frozen base, ready to run."""
 
     def __init__(self, base: Base, store: str, compute: torch.dtype) -> None:
-        self.spec = base.spec
+        self.spec = base.decoder
         self.compute = compute
         self.memory = Memory(compute)
-        self.ropes = list({id(rope): rope for rope in base.spec.ropes if rope is not None}.values())  # each once
+        self.ropes = list({id(rope): rope for rope in base.decoder.ropes if rope is not None}.values())  # each once
         self._base, self._store = base, store
         self.embedding = self._linear([EMBEDDING])
-        self.head = self.embedding if base.spec.is_tied else self._linear([HEAD])
+        self.head = self.embedding if base.decoder.is_tied else self._linear([HEAD])
         self.norm = self._norm(FINAL_NORM.removesuffix(".weight"))
-        self.gate = Gated(base.spec.activation)
-        self.blocks = [self._block(number) for number in range(base.spec.num_layers)]
+        self.gate = Gated(base.decoder.activation)
+        self.blocks = [self._block(number) for number in range(base.decoder.num_layers)]
         for number, projection in enumerate(self.projections):
             projection.number = number
 

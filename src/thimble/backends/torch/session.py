@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 
 from thimble.backends.session import ForwardRow, LayerInfo, Objective, Pass, StepKey, Work
 from thimble.backends.torch import calibrate, labelled_rows
-from thimble.backends.torch.adamw import AdamW
 from thimble.backends.torch.adapters import ActiveAdapter
 from thimble.backends.torch.compute import DTYPES
 from thimble.backends.torch.decode_step import DecodeStep
 from thimble.backends.torch.decoder import Decoder
 from thimble.backends.torch.features import Features
+from thimble.backends.torch.flat_training import FlatTraining, TrainState, begin
 from thimble.backends.torch.frozen import load_matrix
 from thimble.backends.torch.gradient import Gradient
 from thimble.backends.torch.kv_cache import KvCache
@@ -44,7 +44,18 @@ from thimble.models.cost import lowest_block
 from thimble.models.execution import ExecutionPlan
 
 CAPABILITIES = frozenset(
-    {"delta form", "DoRA", "rsLoRA", "LoRA+", "frozen A", "dropout", "KL reference", "calibration", "inference"}
+    {
+        "delta form",
+        "DoRA",
+        "rsLoRA",
+        "LoRA+",
+        "frozen A",
+        "dropout",
+        "KL reference",
+        "weights",
+        "calibration",
+        "inference",
+    }
 )
 
 
@@ -56,16 +67,7 @@ class KlReference:
     hidden: torch.Tensor  # (tokens, hidden), the last hidden states of the base, compute type
 
 
-@dataclass(frozen=True)
-class TrainState:
-    """An adapter in training, with its optimiser."""
-
-    active: ActiveAdapter
-    method: Method
-    optimiser: AdamW
-
-
-class TorchSession:
+class TorchSession(FlatTraining):
     """A frozen base, ready to run, in compute type `fp32`, `bf16` or `int8`.
 
     Weights are kept as the store says, `dense`, `int8` or `file`; compute int8 has a store of its own, and a sample of
@@ -102,7 +104,7 @@ class TorchSession:
 
     @property
     def shares_prefixes(self) -> bool:
-        return not self._base.spec.angles_depend_on_length
+        return self._base.spec.shares_prefixes
 
     # ---- adapters -------------------------------------------------------------------------------------------------
 
@@ -113,10 +115,7 @@ class TorchSession:
         return active
 
     def start(self, adapter: Adapter, method: Method) -> TrainState:
-        active = self.load(adapter)
-        spans, goal = active.spans, active.flat.clone() if method.weight_decay else None
-        rates = [(spans.A, 0.0 if method.freezes_a else 1.0), (spans.B, method.lora_plus), (spans.magnitude, 1.0)]
-        return TrainState(active, method, AdamW(active.flat, method.weight_decay, goal, rates, method.beta2))
+        return begin(self.load(adapter), method)
 
     @out_of_memory
     @torch.no_grad()
@@ -137,9 +136,6 @@ class TorchSession:
         """A weight as it is kept, which may be coarser than in the file: float32 (out, in)."""
         projection = next(group for group in self.decoder.projections if path in group.columns)
         return projection.frozen.decoded(projection.columns[path]).float().numpy()
-
-    def adapter(self, state: TrainState) -> Adapter:
-        return state.active.export()
 
     # ---- training -------------------------------------------------------------------------------------------------
 
@@ -189,14 +185,7 @@ class TorchSession:
     def kl_reference(self, batch: Batch) -> KlReference:
         return KlReference(batch, self._hidden(batch, BARE)[: len(batch.ids)].clone())
 
-    def apply(self, state: TrainState, gradient: Gradient, rate: float) -> TrainState:
-        most = state.method.max_grad_norm
-        scale = most / gradient.norm if gradient.norm > most else 1.0
-        state.optimiser.step(torch.from_numpy(gradient.flat), rate, scale)
-        return self._refreshed(state)
-
     def _refreshed(self, state: TrainState) -> TrainState:
-        """Have the trained parameters reach the layers."""
         for factors in state.active.layers.values():
             factors.refresh()
         state.active.tables.clear()
@@ -338,36 +327,6 @@ class TorchSession:
     ) -> dict[str, dict[str, tuple[NDArray[np.float64], float]]]:
         """See thimble.backends.torch.calibrate.captured_energy."""
         return calibrate.captured_energy(self.decoder, batches, candidates, **options)
-
-    # ---- checkpoints ----------------------------------------------------------------------------------------------
-
-    def snapshot(
-        self, state: TrainState, into: Mapping[str, NDArray[np.float32]] | None = None
-    ) -> dict[str, NDArray[np.float32]]:
-        kept = dict(into or {})
-        for name, values in self._arrays(state).items():
-            if name in kept:
-                np.copyto(kept[name], values)
-            else:
-                kept[name] = values.copy()
-        return kept
-
-    def _arrays(self, state: TrainState) -> dict[str, NDArray[np.float32]]:
-        """All that training changes: the flat adapter and AdamW's moments and step count."""
-        return {"adapter": state.active.flat.numpy(), **state.optimiser.state()}
-
-    def restore(self, state: TrainState, arrays: Mapping[str, NDArray[np.float32]]) -> TrainState:
-        state.optimiser.restore(arrays)
-        if "adapter" in arrays:
-            state.active.flat.copy_(torch.from_numpy(arrays["adapter"]))
-        return self._refreshed(state)
-
-    def is_finite(self, state: TrainState) -> bool:
-        return all(np.isfinite(values).all() for values in self._arrays(state).values())
-
-    def unmoved_layers(self, state: TrainState) -> list[str]:
-        moved = state.active.views(state.optimiser.squares)
-        return [path for path, part in moved.items() if not (bool(part.A.any()) or bool(part.B.any()))]
 
 
 def _one(adapter: ActiveAdapter) -> list[tuple[slice, Mapping]]:

@@ -192,5 +192,5 @@ def text_task(run_plan: RunPlan) -> TextTask:
         base=run_plan.model.base, fingerprint=run_plan.origin["base"], compute=config.compute,
         epochs=run_plan.step_schedule.epochs if run_plan.step_schedule.total_steps else 0,
         # What dropout leaves out differs from row to row, in a prefix that they share too.
-        shares_prefixes=not config.dropout and not run_plan.model.base.spec.angles_depend_on_length,
+        shares_prefixes=not config.dropout and run_plan.model.base.spec.shares_prefixes,
     )  # fmt: skip
