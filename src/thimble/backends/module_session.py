@@ -4,9 +4,10 @@ The model runs as its framework runs it; adapter, head and optimiser are Thimble
 arguments of the module, and the session what comes of them.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,6 +65,21 @@ class ModuleSession(TrainingSession, Protocol):
     @property
     def head(self) -> str:
         """The path of the last Linear, which makes the logits; empty if there is none."""
+
+    def save_merged(self, folder: Path) -> dict[str, float]:
+        """Write the module with the adapter in its weights into a folder, as safetensors; the session ends with that.
+
+        Given is the length of the update of each layer. An InputError names layers that cannot hold theirs.
+        """
+
+    def new_features(self, batch: ModuleBatch, open_file: Callable[[], BinaryIO], rows: int) -> Any:
+        """Room in a file for what the frozen beginning of the module makes of so many rows like those of a batch.
+
+        None where there is no such beginning without which the module says the same; OSError if there is no room.
+        """
+
+    def add_features(self, features: Any, batches: Iterator[ModuleBatch]) -> Iterator[int]:
+        """Compute what is to be kept of the rows of each batch, and tell how many are done; OSError on a full disk."""
 
     def measure(self, batch: ModuleBatch) -> Measured:
         """Run a micro-batch forward and back, for what it takes; nothing is learned."""

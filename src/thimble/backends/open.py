@@ -1,6 +1,6 @@
 """The way into a backend: the store of the frozen weights, and a session of the engine, which is loaded only now."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from thimble.backends.module_session import ModuleSession
 from thimble.backends.session import Session
+from thimble.core.adapter import Adapter
 from thimble.data.model import Model
 from thimble.data.records import general_records
 from thimble.errors import ConfigError
@@ -91,3 +92,21 @@ def open_module_session(
     chosen, why = usual_targets(found.module, targets, whole)
     session.attach(list(chosen), train_also=whole, seed=seed, **options)
     return OpenedModule(session, found.base, whole, tuple(chosen), (why, *session.described()))
+
+
+def open_used_module(
+    base: ModuleBase, task: str, loss: str, labels: Sequence[str], adapter: Adapter, first: Mapping[str, NDArray[Any]]
+) -> tuple[ModuleSession, ModuleBase]:
+    """Load a module for a task and put a finished adapter on it.
+
+    `first` are values of what is trained whole before training, such as the head that was fitted to the frozen module:
+    the bare base has them.
+    """
+    from thimble.backends.torch.module_session import ModuleTorchSession
+    from thimble.backends.torch.open_module import open_module
+
+    found = open_module(base, task, labels)
+    session = ModuleTorchSession(found.module, loss, found.head)
+    session.set_whole(first)
+    session.attach(adapter=adapter)
+    return session, found.base

@@ -10,7 +10,7 @@ from thimble.config.evaluate import EvaluateConfig
 from thimble.config.groups import COLUMNS
 from thimble.core.adapter import Adapter
 from thimble.core.labels import AnswerCounts
-from thimble.core.metrics import LossSum
+from thimble.core.metrics import METRICS, LossSum
 from thimble.data.examples import Examples, encode_examples, log_read, open_data
 from thimble.data.given_rows import FOLDER
 from thimble.data.model import Model, log_base, model_with_adapters
@@ -27,6 +27,8 @@ from thimble.training.control import Control
 from thimble.training.evaluation import ValidationSet, losses_alone, measure, rows_alone
 from thimble.training.evidence import log_labels, log_language, log_recall
 from thimble.training.metric import ChosenMetric, choose_questions, score_answers
+from thimble.training.module_answers import measure_adapters
+from thimble.training.module_use import is_of_module
 
 SHOWN_ANSWERS, MOST_SHOWN = 3, 12
 PASS_TOKENS = 1024  # of a batch, which one worker runs
@@ -98,6 +100,8 @@ class Measured(NamedTuple):
 def evaluate(config: EvaluateConfig, on_event: OnEvent = ignore, should_stop: ShouldStop = never) -> EvaluateReport:
     """Measure the bare base and each adapter on the same rows; those measured before a stop are reported."""
     log = EventLog(on_event)
+    if is_of_module(config.adapter):
+        return _evaluate_module(config, log, should_stop)
     model, examples, adapters, questions, metric = _prepare(config, log)  # before torch is loaded
     from thimble.backends.torch.compute import choose_compute
     from thimble.backends.torch.threads import num_cores
@@ -121,7 +125,8 @@ def evaluate(config: EvaluateConfig, on_event: OnEvent = ignore, should_stop: Sh
         alone = losses_alone(session, active, validation, execution, control)
         total, answers = measure(session, active, validation, execution, control, alone)
         measured[name] = Measured(total, alone, score_answers(answers, metric, log))
-    results = _results(measured, metric, examples)
+    sources = [row.source for row in examples.valid]
+    results = _results(measured, metric, sources, examples.unseen)
     rows = ({"model": name, **answer.described()} for name, found in measured.items() for answer in found.answers)
     write_answers(config.answers, rows, log)
     _require_scores(results, measured, metric, log)
@@ -130,11 +135,28 @@ def evaluate(config: EvaluateConfig, on_event: OnEvent = ignore, should_stop: Sh
     return EvaluateReport(named, model.base.name, len(examples.valid), answered, metric.name, results, log.messages)
 
 
-def _results(measured: Mapping[str, Measured], metric: ChosenMetric, examples: Examples) -> list[Result]:
-    """How each model did, and how it compares with the first, the base."""
+def _evaluate_module(config: EvaluateConfig, log: EventLog, should_stop: ShouldStop) -> EvaluateReport:
+    """Measure adapters on modules, with what they are compared with first."""
+    run_folder.check_new_file(config.answers, "--answers")
+    used, scores = measure_adapters(config, log, should_stop)
+    metric = ChosenMetric("labels" if used.rows.labels else "none", METRICS["labels"] if used.rows.labels else None)
+    measured = {
+        name: Measured(sum(found.row_losses.values(), LossSum()), dict(found.row_losses), list(found.answers))
+        for name, found in scores.items()
+    }
+    results = _results(measured, metric, used.rows.sources, used.rows.unseen)
+    rows = ({"model": name, **answer.described()} for name, found in measured.items() for answer in found.answers)
+    write_answers(config.answers, rows, log)
+    count = len(used.rows.sources)
+    return EvaluateReport(config.data, used.base.name, count, count, metric.name, results, log.messages)
+
+
+def _results(
+    measured: Mapping[str, Measured], metric: ChosenMetric, sources: Sequence[str], numbers: Sequence[int]
+) -> list[Result]:
+    """How each model did, and how it compares with the first, on the rows of these numbers."""
     results: list[Result] = []
-    sources = [row.source for row in examples.valid]
-    unseen = {sources[number] for number in examples.unseen}
+    unseen = {sources[number] for number in numbers}
     for name, (total, alone, answers) in measured.items():
         chosen = of_every_label(answers, SHOWN_ANSWERS, MOST_SHOWN) if metric.has_labels else range(len(answers))
         shown = [

@@ -30,7 +30,10 @@ from thimble.inference.engine import PREFILL_TOKENS, Engine
 from thimble.inference.sampling import SamplingOptions
 from thimble.models.cost import cache_token_bytes
 from thimble.models.machine import available_bytes
-from thimble.training.run_folder import check_room
+from thimble.training.answers import write_answers as write_lines
+from thimble.training.module_answers import predictions
+from thimble.training.module_use import is_of_module
+from thimble.training.run_folder import check_new_file, check_room
 
 SHOWN_ANSWERS = 3
 MEMORY_SHARE = 3  # of the free memory, one part in so many is for keys and values: a cache that grows is there twice
@@ -115,6 +118,8 @@ def write_answers(
     rows: Iterable[Any] | None, config: GenerateConfig, on_event: OnEvent = ignore, should_stop: ShouldStop = never
 ) -> GenerateReport:
     """Answer rows from Python, or of the file in `config` if they are None, into the file `out`."""
+    if rows is None and is_of_module(config.adapter):
+        return _predict(config, EventLog(on_event), should_stop)
     log, file = EventLog(on_event), AnswerFile(config.out or "answers.jsonl")
     work = _prepare(config, log, file, rows)
     report = work.report(str(file.path))
@@ -139,6 +144,25 @@ def write_answers(
     finally:
         file.close()
     return report
+
+
+def _predict(config: GenerateConfig, log: EventLog, should_stop: ShouldStop) -> GenerateReport:
+    """Ask an adapter on a module about every row; the file is written once, with the rows done until then."""
+    problems = Problems()
+    if not config.out:
+        problems.add("--out is not given: name the file for the answers, such as --out answers.jsonl")
+    elif not config.overwrite:
+        problems.attempt(check_new_file, config.out, "--out")
+    problems.required()
+    used, lines = predictions(config, log, should_stop)
+    began, found = time.perf_counter(), list(lines)
+    write_lines(config.out, found, log)
+    count = len(used.reading.valid_costs)
+    return GenerateReport(
+        "done" if len(found) == count else "interrupted", config.data, used.base.name, used.trained.path,
+        config.out or "", count, len(found), seconds=time.perf_counter() - began, samples=found[:SHOWN_ANSWERS],
+        messages=log.messages,
+    )  # fmt: skip
 
 
 def answer_rows(

@@ -1,5 +1,6 @@
 """`thimble merge`: adapters combined and made smaller, merged into the weights of a base, or taken off them again."""
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,12 +12,14 @@ from thimble.core.lowrank import Factors
 from thimble.data.model import base_with_adapters, find_base, log_base
 from thimble.errors import ConfigError, InputError, Problems, listing
 from thimble.events import EventLog, OnEvent, ShouldStop, ignore, never
+from thimble.files.peft import named_for_peft
 from thimble.models import merged
 from thimble.models.adapter_base import FINGERPRINT, base_of
 from thimble.models.adapters import check_all_fit, load_adapters, stored_bytes
 from thimble.models.base import Base
 from thimble.report.card import derived_card
 from thimble.training.card import about_adapter, write_card
+from thimble.training.module_use import is_of_module, open_trained, read_trained
 from thimble.training.run_folder import atomic_folder, check_new_folder
 
 
@@ -38,6 +41,7 @@ class MergeReport:
         kinds: The same by kind of layer; the last is `all`.
         rounding: Of a merged base: dtype of the weights to the largest error of a layer of that dtype.
         messages: Decisions, notes and warnings, in order.
+        loader: The class of transformers that opens a merged base, or the function of the user's own that made it.
     """
 
     status: str
@@ -53,6 +57,7 @@ class MergeReport:
     kinds: list[merged.MergedKind]
     rounding: dict[str, float]
     messages: dict[str, list[str]]
+    loader: str = "AutoModelForCausalLM"
 
 
 class _StoppedError(Exception):
@@ -62,6 +67,8 @@ class _StoppedError(Exception):
 def merge(config: MergeConfig, on_event: OnEvent = ignore, should_stop: ShouldStop = never) -> MergeReport:
     """Combine adapters; write a smaller adapter, a base with them or one without; nothing if stopped on the way."""
     log, out = EventLog(on_event), Path(config.out).absolute()
+    if is_of_module(config.adapter):
+        return _merge_module(config, log)
     adapters, base = _prepare(config, log)
     layers: list[merged.MergedLayer] = []
     status, original = "done", None
@@ -93,6 +100,37 @@ def merge(config: MergeConfig, on_event: OnEvent = ignore, should_stop: ShouldSt
         config.combination_type, base.name if base else "",
         _base_to_name(str(out), adapters, base) if is_adapter else "", str(original.path) if original else "",
         layers, merged.by_kind(layers), rounding, log.messages,
+    )  # fmt: skip
+
+
+def _merge_module(config: MergeConfig, log: EventLog) -> MergeReport:
+    """Write a module with one adapter in its weights, beside what else its folder holds."""
+    problems = Problems(config.problems)
+    if len(config.adapter) > 1 or config.writes_adapter or config.unmerge:
+        problems.add("adapters on modules are merged one by one into their base: give one ADAPTER and --out, no more")
+    problems.attempt(check_new_folder, Path(config.out), 0)
+    trained = problems.attempt(read_trained, config.adapter[0])
+    (trained,) = problems.required(trained)
+    session, base, _ = open_trained(trained, config.base, log)
+    log.stage(f"merging into {base.name}")
+    with atomic_folder(Path(config.out)) as folder:
+        moved = session.save_merged(folder)
+        for path in base.path.iterdir() if base.path.is_dir() else ():
+            if (
+                path.suffix in (".json", ".txt")
+                and not (folder / path.name).exists()
+                and "safetensors" not in path.name
+            ):
+                shutil.copyfile(path, folder / path.name)
+    layers = [
+        merged.MergedLayer(
+            path, "F32", factors.rank, 0, factors.num_parameters, 0, 4 * factors.num_parameters, 0, moved[path], 0.0
+        )
+        for path, factors in named_for_peft(trained.adapter).items()
+    ]  # fmt: skip
+    return MergeReport(
+        "done", "base", config.out, list(config.adapter), list(config.weights), config.combination_type, base.name, "",
+        "", layers, merged.by_kind(layers), {}, log.messages, base.loader,
     )  # fmt: skip
 
 

@@ -4,11 +4,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from thimble.config.train import PlanConfig
+from thimble.errors import ConfigError
 from thimble.events import EventLog, OnEvent, ignore
 from thimble.models.machine import disk_bytes_per_second
 from thimble.training.alternatives import Alternative, alternatives
 from thimble.training.memory_plan import Target, target_machine
+from thimble.training.module_plan import plan_module_run
 from thimble.training.plan import describe_base, plan_run
+from thimble.training.task_choice import TEXT, choose_task
 
 
 @dataclass
@@ -33,6 +36,8 @@ class PlanReport:
             programs took meanwhile, disk_bytes is measured now. With --machine, is_estimate is true.
         alternatives: Other runs, and what they would cost.
         messages: Decisions, notes and warnings.
+        task: What would be trained.
+        unit: What `tokens` are: tokens, or for other tasks pixels or frames.
     """
 
     base: str
@@ -51,11 +56,15 @@ class PlanReport:
     machine: dict[str, Any]
     alternatives: list[Alternative]
     messages: dict[str, list[str]]
+    task: str = TEXT
+    unit: str = "tokens"
 
 
 def plan(config: PlanConfig, on_event: OnEvent = ignore) -> PlanReport:
     """Decide everything that `train` would, and count what it would cost; write nothing."""
     log = EventLog(on_event)
+    if (task := choose_task(config, log)) != TEXT:
+        return _plan_module(config, task, log)
     run_plan = plan_run(config, log, needs_folder=False)
     config = config.replace(remeasure=False)
     target, steps, report = target_machine(config), run_plan.step_schedule.total_steps, run_plan.examples.train_report
@@ -71,6 +80,27 @@ def plan(config: PlanConfig, on_event: OnEvent = ignore) -> PlanReport:
         tokens_per_second=run_plan.work.tokens / run_plan.seconds_per_step,
         machine={**asdict(target.machine), **disk, "is_estimate": not target.is_here},
         alternatives=list(alternatives(config, run_plan, target.machine)), messages=log.messages,
+    )  # fmt: skip
+
+
+def _plan_module(config: PlanConfig, task: str, log: EventLog) -> PlanReport:
+    """The same of a run on a module, which is opened and run for a few rows to measure what it takes."""
+    if config.machine:
+        raise ConfigError(
+            f"--machine {','.join(config.machine)}: a module is measured where it runs, so there is no plan for "
+            f"another machine with --task {task}; leave it out"
+        )
+    plan = plan_module_run(config, task, log, needs_folder=False)
+    costs, steps, base = plan.reading.costs, plan.step_schedule.total_steps, plan.opened.base
+    seconds = plan.seconds_per_step
+    return PlanReport(
+        base=base.name, base_parameters=base.num_parameters, adapter_parameters=plan.opened.session.trained_parameters,
+        rows=len(costs), tokens_per_epoch=sum(costs), target_tokens_per_epoch=len(costs),
+        longest_row_tokens=max(costs), steps=steps, memory=plan.memory.parts(), available_bytes=plan.allowed_bytes,
+        seconds_per_step=seconds, seconds_total=seconds * steps if steps else (plan.step_schedule.minutes or 0) * 60,
+        tokens_per_second=sum(costs) / plan.step_schedule.steps_per_epoch / seconds,
+        machine=asdict(target_machine(config).machine), alternatives=[], messages=log.messages, task=task,
+        unit=plan.reading.unit,
     )  # fmt: skip
 
 

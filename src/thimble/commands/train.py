@@ -1,6 +1,7 @@
 """`thimble train`: from examples to an adapter, with proof of what it learned."""
 
 import contextlib
+import math
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -104,7 +105,11 @@ def _train_module(run_plan: ModulePlan, control: Control, started: float) -> Tra
     """Fit a head to the frozen module, train, publish."""
     adapter = initial_adapter(run_plan, control)
     sink = _begin(run_plan, None if run_plan.checkpoint else replace(adapter, origin={}), control.log)
-    task = ModuleTask(run_plan.reading, run_plan.watch, run_plan.opened.base.name, run_plan.step_schedule.rows)
+    schedule = run_plan.step_schedule
+    task = ModuleTask(
+        run_plan.reading, run_plan.watch, run_plan.opened.base.name, schedule.rows,
+        epochs=schedule.epochs if schedule.total_steps else math.inf, is_augmented=bool(run_plan.config.augment),
+    )  # fmt: skip
     result = run(_loop_plan(run_plan, adapter, {}), task, run_plan.opened.session, OneProcess(), sink, control)
     return _end(run_plan, result, sink, control.log, started)
 

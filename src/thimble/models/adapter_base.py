@@ -114,7 +114,7 @@ def base_of(adapters: Mapping[str, Adapter]) -> Base:
 def _find(path: str, adapter: Adapter) -> Base:
     """The first place that holds the base an adapter was trained on, by its hash; else what lies at the named place."""
     folder = find_adapter(path)
-    manifest = _manifest_base(folder.parent)
+    manifest = manifest_base(folder.parent)
     wanted = adapter.notes.get(FINGERPRINT) or _text(manifest, "quick_fingerprint")
     changed: Base | None = None
     for place, is_named in _places(folder, manifest, adapter, wanted):
@@ -169,7 +169,7 @@ def _opened(place: Path) -> Base | None:
         return None
 
 
-def _manifest_base(run: Path) -> dict[str, Any]:
+def manifest_base(run: Path) -> dict[str, Any]:
     """What the manifest of the run folder around an adapter says of the base; nothing if there is none to read."""
     with contextlib.suppress(InputError, OSError, ValueError, RecursionError):
         found = json.loads(read_bytes(run / "manifest.json", _MOST_MANIFEST_BYTES, AdapterError))
@@ -208,7 +208,7 @@ def difference(path: str, adapter: Adapter, base: Base) -> str | None:
 def _known_name(path: str, adapter: Adapter) -> str:
     """What the base of an adapter is called, by the run folder around it or by PEFT's field."""
     with contextlib.suppress(InputError, OSError):
-        if name := _text(_manifest_base(find_adapter(path).parent), "name"):
+        if name := _text(manifest_base(find_adapter(path).parent), "name"):
             return name
     return adapter.base
 

@@ -7,6 +7,7 @@ from thimble.core.adapter import Adapter
 from thimble.errors import AdapterError, Problems, listing, plural
 from thimble.files.peft import CONFIG_FILE, WEIGHTS_FILE, find_adapter, layer_of, load_adapter, modules_to_save
 from thimble.files.tensors import open_tensors
+from thimble.files.untrusted import printable
 from thimble.models.adapter_base import difference
 from thimble.models.base import Base
 from thimble.models.gguf_adapter import gguf_sizes, is_gguf, is_gguf_adapter, load_gguf_adapter
@@ -57,6 +58,11 @@ def _read(path: str, base: Base | None) -> Adapter:
 
 def check_is_of_text(path: str, adapter: Adapter) -> None:
     """Refuse an adapter of another kind than commands run: they adapt linear layers of text models, and those alone."""
+    if task := adapter.notes.get("task", ""):
+        raise AdapterError(
+            f"adapter {path} was trained for {printable(task)}, and this is for models that write text: "
+            "thimble evaluate and thimble generate use it"
+        )
     convolutions = [layer for layer, factors in adapter.layers.items() if factors.layout.kernel]
     embeddings = [layer for layer, factors in adapter.layers.items() if factors.layout.is_embedding]
     modules = modules_to_save(adapter)

@@ -222,6 +222,9 @@ def render_generate(report: Any) -> str:
     """How many rows were answered, the first of them, and where they are."""
     parts = []
     for sample in report.samples:
+        if "answer" not in sample:  # what a model that does not write says of a file
+            parts.append("\n".join(f"  {name:>11}: {_clip(_shown(value), 11)}" for name, value in sample.items()))
+            continue
         asked = sample.get("prompt") or sample.get("text") or sample["messages"][-1]["content"]
         lines = [("asked", asked), ("expected", sample.get("reference")), ("answer", sample["answer"])]
         parts.append("\n".join(f"  {name:>8}: {_clip(text)}" for name, text in lines if text is not None))
@@ -230,10 +233,19 @@ def render_generate(report: Any) -> str:
     counts += [f"{report.unanswered:,} cannot be"] * bool(report.unanswered)
     counts += [f"{plural(report.length_limited, 'answer')} cut off by the length"] * bool(report.length_limited)
     speed = f"{report.completion_tokens:,} tokens in {clock(report.seconds)}, {report.tokens_per_second:,.0f} tokens/s"
+    speed = speed if report.completion_tokens else clock(report.seconds)
     state = ", ".join(counts) + (f" ({speed})" if report.seconds else "")
     places = [f"answers  {report.out}", *([f"go on    {report.go_on}"] if report.go_on else [])]
     state = state if report.status == "done" else f"{report.status}: {state}"
     return "\n\n".join([*parts, state, "\n".join(places)])
+
+
+def _shown(value: Any) -> str:
+    """A value of a line; of many numbers the largest."""
+    if isinstance(value, Mapping):
+        best = sorted(value.items(), key=lambda pair: -pair[1])
+        return ", ".join(f"{name} {share:.1%}" for name, share in best[:SHOWN_SAMPLES])
+    return str(value)
 
 
 def render_serve(report: Any) -> str:
@@ -255,7 +267,11 @@ def render_merge(report: Any) -> str:
     if report.original:
         cost = f"the weights of {escaped(report.original)} again, bit for bit"
     base = f"--base {as_word(report.needs_base)} " if report.needs_base else ""
-    use = f"{report.wrote:<8} {escaped(report.out)}\ntry it   thimble chat {base}{option} {as_word(report.out)}"
+    use = f"{report.wrote:<8} {escaped(report.out)}\n"
+    if report.loader in ("AutoModelForCausalLM", ""):
+        use += f"try it   thimble chat {base}{option} {as_word(report.out)}"
+    else:
+        use += f"open it  with {report.loader}, in Python"
     return "\n\n".join([_table(rows), cost, use])
 
 
@@ -326,10 +342,15 @@ def render_plan(report: Any) -> str:
         ("machine", _machine(report.machine)),
         ("base", report.base),
         ("adapter", f"{formatting.amount(report.adapter_parameters)} parameters ({share:.1%} of the base)"),
-        ("data", f"{report.rows:,} rows, {tokens}; longest row {report.longest_row_tokens:,}"),
+        (
+            "data",
+            f"{report.rows:,} rows, {tokens}; longest row {report.longest_row_tokens:,}"
+            if is_text(vars(report))
+            else f"{report.task}: {report.rows:,} rows, {report.tokens_per_epoch:,} {report.unit}",
+        ),
         ("memory", f"{_size(report.memory['total'])} of {_size(report.available_bytes)} free"),
         ("", f"MB: {parts}"),
-        ("speed", f"{report.tokens_per_second:,.0f} tokens/s, {report.seconds_per_step:.2f} s a step"),
+        ("speed", f"{_rate(report.tokens_per_second, report.unit)}, {report.seconds_per_step:.2f} s a step"),
         ("time", f"{report.seconds_total / 60:.1f} minutes{steps}"),
     ]
     for other in report.alternatives:

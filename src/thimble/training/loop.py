@@ -264,7 +264,7 @@ class _Loop:
         progress = self.progress
         key = StepKey(self.plan.method.seed, progress.steps)
         while True:
-            work = self.task.work(rows, progress.execution, key)._replace(features=features)
+            work = self.task.work(rows, progress.execution, key, features)
             try:
                 part = self.session.gradient(self.state, work, objective, progress.execution, key)
                 return self.collective.sum(part), work.target_tokens

@@ -17,6 +17,7 @@ from thimble.models.adapter_base import base_notes
 from thimble.models.hub_cache import hub_name_of
 from thimble.training.control import Control
 from thimble.training.module_plan import ModulePlan
+from thimble.training.module_use import FUNCTION, LABELS, PREPROCESSING, TASK
 from thimble.training.run_folder import START
 from thimble.training.tasks.module_task import are_alike, cut, noting_labels
 from thimble.training.tasks.reading import TRAIN, read_ahead
@@ -39,10 +40,11 @@ def initial_adapter(plan: ModulePlan, control: Control) -> Adapter:
 def notes_of(plan: ModulePlan) -> dict[str, str]:
     """What Thimble needs to use the adapter again, beside what PEFT keeps."""
     config = plan.config
-    notes = {"thimble_version": __version__, "init": config.init, "task": config.task}
-    notes |= {"labels": json.dumps(list(plan.rows.labels), ensure_ascii=False)} if plan.rows.labels else {}
+    notes = {"thimble_version": __version__, "init": config.init, TASK: config.task}
+    notes |= {LABELS: json.dumps(list(plan.rows.labels), ensure_ascii=False)} if plan.rows.labels else {}
+    notes |= {FUNCTION: plan.opened.base.function} if plan.opened.base.function else {}
     inputs = json.dumps(dict(plan.reading.preprocessing), sort_keys=True)
-    return {**notes, "preprocessing": inputs, **base_notes(plan.origin["base"])}
+    return {**notes, PREPROCESSING: inputs, **base_notes(plan.origin["base"])}
 
 
 def _peft_name(plan: ModulePlan) -> str:

@@ -57,8 +57,11 @@ class Task(Protocol[S]):
     def unit(self) -> str:
         """What costs are counted in, for people: `tokens`, `pixels`, `frames`."""
 
-    def work(self, rows: Sequence[int], execution: ExecutionPlan, key: StepKey) -> Work:
-        """The batches of one step, from the numbers of its rows; what is random in them is drawn from the key."""
+    def work(self, rows: Sequence[int], execution: ExecutionPlan, key: StepKey, features: Any = None) -> Work:
+        """The batches of one step, from the numbers of its rows; what is random in them is drawn from the key.
+
+        Where features of the rows are known, they go along.
+        """
 
     def features(
         self, session: S, state: TrainState, execution: ExecutionPlan, open_file: OpenFile, control: Control

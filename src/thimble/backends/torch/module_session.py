@@ -6,9 +6,10 @@ that statistics of norms keep still and the base's own dropout leaves nothing ou
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -18,15 +19,17 @@ from torch import Tensor, nn
 from thimble.backends.module_session import Measured, ModuleBatch
 from thimble.backends.session import LayerInfo, Objective, StepKey, Work
 from thimble.backends.torch.adamw import AdamW
-from thimble.backends.torch.attach import Attachment, adapter_of, adapter_off, attach
+from thimble.backends.torch.attach import Attachment, adapter_of, adapter_off, attach, detach, merge
 from thimble.backends.torch.gradient import Gradient
 from thimble.backends.torch.memory import out_of_memory
 from thimble.backends.torch.module_cost import measure
+from thimble.backends.torch.module_features import KeptRows, add_features, new_features
 from thimble.backends.torch.module_losses import LOSSES, RowLosses, as_tensors, by_length, logits_of, run
 from thimble.core.adapter import Adapter
 from thimble.core.method import Method
 from thimble.core.metrics import LossSum
 from thimble.files.peft import named_for_peft
+from thimble.files.tensors import write_safetensors
 from thimble.models.execution import ExecutionPlan
 
 Tensors = Mapping[str, Tensor]
@@ -70,7 +73,7 @@ class ModuleTorchSession:
     def __init__(self, module: nn.Module, loss: str, head: str = "") -> None:
         self.module, self.head = module.eval(), head
         self._loss = LOSSES[loss]
-        self.attachment: Attachment
+        self._attached: Attachment | None = None
         self._flat: Tensor
         self._spans: dict[str, list[slice]]  # of `A`, `B`, `magnitude` and `whole` in the vector
         self._here: ActiveValues  # what the parameters hold
@@ -81,8 +84,14 @@ class ModuleTorchSession:
         self, targets: str | Sequence[str] = "all-linear", adapter: Adapter | None = None, **options: Any
     ) -> None:
         """Put LoRA on the module, new or finished; see `thimble.attach`. An InputError names every problem."""
-        self.attachment = attach(self.module, targets, adapter=adapter, **options)
+        self._attached = attach(self.module, targets, adapter=adapter, **options)
         self._lay_out()
+
+    @property
+    def attachment(self) -> Attachment:
+        """What `attach` put on the module."""
+        assert self._attached, "attach comes first"
+        return self._attached
 
     def _lay_out(self) -> None:
         """Have all trained parameters be views of one vector: all A, all B, all magnitudes, then what is whole."""
@@ -145,12 +154,28 @@ class ModuleTorchSession:
         for name, array in values.items():
             with torch.no_grad():
                 tensors[name].copy_(torch.from_numpy(np.asarray(array)))
-            self.attachment.base_values[name] = tensors[name].detach().clone()
+            if self._attached:
+                self._attached.base_values[name] = tensors[name].detach().clone()
 
     def set_head(self, weight: NDArray[np.float32], bias: NDArray[np.float32]) -> None:
         """Give the head other values: float32 (classes, width) and (classes,), which one without a bias cannot have."""
         head = self.module.get_submodule(self.head)
         self.set_whole({f"{self.head}.weight": weight} | ({} if head.bias is None else {f"{self.head}.bias": bias}))
+
+    def save_merged(self, folder: Path) -> dict[str, float]:
+        places = self.attachment.places
+        before = {place.path: getattr(place.layer, place.weight).detach().clone() for place in places}
+        merge(self.module)
+        moved = {
+            place.path: float((getattr(place.layer, place.weight) - before[place.path]).norm()) for place in places
+        }
+        detach(self.module)
+        if hasattr(self.module, "save_pretrained"):
+            self.module.save_pretrained(folder)
+        else:
+            values = {name: tensor.numpy() for name, tensor in self.module.state_dict().items()}
+            write_safetensors(folder / "model.safetensors", values)
+        return moved
 
     def fresh_adapter(self) -> Adapter:
         """The adapter as it is now, with what is trained whole."""
@@ -220,7 +245,7 @@ class ModuleTorchSession:
         batches: Sequence[ModuleBatch] = [batch for share in work.shares for batch in share]
         with self._collecting(flat), torch.random.fork_rng(devices=[]):
             for number, batch in enumerate(batches):
-                total += self._backward(batch, execution.micro_tokens, _seed(key, number))
+                total += self._backward(batch, execution.micro_tokens, _seed(key, number), work.features)
         flat.mul_(1 / work.target_tokens)
         return Gradient(total, flat.numpy())
 
@@ -238,7 +263,13 @@ class ModuleTorchSession:
             for dropout in drops:
                 dropout.eval()
 
-    def _backward(self, batch: ModuleBatch, most: int, seed: int) -> LossSum:
+    def new_features(self, batch: ModuleBatch, open_file: Callable[[], BinaryIO], rows: int) -> KeptRows | None:
+        return new_features(self.module, self._loss, batch, open_file, rows)
+
+    def add_features(self, features: KeptRows, batches: Iterator[ModuleBatch]) -> Iterator[int]:
+        return add_features(self.module, self._loss, features, batches)
+
+    def _backward(self, batch: ModuleBatch, most: int, seed: int, features: KeptRows | None = None) -> LossSum:
         """Add the gradient of a micro-batch; of rows whose loss is one of all together, in parts of at most so many
         tokens.
         """
@@ -247,7 +278,8 @@ class ModuleTorchSession:
         if len(parts) > 1 and sum(part["input_ids"].numel() for _, part in parts) > most:
             return self._backward_twice(parts, targets, seed)
         torch.manual_seed(seed)
-        losses = self._loss.rows(self._loss.forward(self.module, inputs, targets), targets)
+        with features.in_place(batch.numbers) if features else contextlib.nullcontext():
+            losses = self._loss.rows(self._loss.forward(self.module, inputs, targets), targets)
         losses.nats.sum().backward()
         return _sum_of(losses)
 

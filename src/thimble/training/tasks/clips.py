@@ -20,7 +20,14 @@ from thimble.data.spool import Spool
 from thimble.errors import BaseModelError, DataError, DoesNotFitError
 from thimble.models.module_base import ModuleBase
 from thimble.training.answers import Answer
-from thimble.training.tasks.labels import label_answers, label_details, labelled_rows, targets
+from thimble.training.tasks.labels import (
+    label_answers,
+    label_details,
+    label_lines,
+    labelled_rows,
+    measured_rows,
+    targets,
+)
 from thimble.training.tasks.reading import FRAMES, TRAIN, TaskRows
 
 if TYPE_CHECKING:
@@ -119,6 +126,10 @@ class ClipReading:
         """The likeliest label of each clip."""
         return label_answers(outputs, [self.items[1][row] for row in rows], self.labels)
 
+    def lines(self, outputs: Sequence[NDArray[Any]], rows: Sequence[int]) -> list[dict[str, Any]]:
+        """The label of each clip, and how likely the module finds it."""
+        return label_lines(outputs, [self.items[1][row] for row in rows], self.labels)
+
     def extra(self, outputs: Sequence[NDArray[Any]], rows: Sequence[int]) -> Mapping[str, Any]:
         """How far probabilities can be believed, and thresholds of two classes."""
         return label_details(outputs, [self.items[1][row] for row in rows], self.labels)
@@ -131,6 +142,15 @@ def open_clips(config: TrainConfig) -> TaskRows:
         most_seconds=config.max_seconds,
     )  # fmt: skip
     return labelled_rows(found, config, _clip_reading)
+
+
+def measured_clips(config: TrainConfig, labels: Sequence[str], needs_answers: bool) -> TaskRows:
+    """Find clips to be told by a finished adapter, with their labels if they are needed."""
+    found = find_media(
+        Path(config.data), "audio", config.prompt_column, config.completion_column,
+        "label" if needs_answers else "", config.strict, config.max_seconds,
+    )  # fmt: skip
+    return measured_rows(found, found.test or found.valid or found.train, labels, config.data, _clip_reading)
 
 
 def _clip_reading(

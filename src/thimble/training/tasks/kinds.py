@@ -1,14 +1,14 @@
 """The tasks there are beside text: how each finds its rows, what it is trained on, and what is usual for it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from thimble.config.train import TrainConfig
-from thimble.training.tasks.clips import open_clips
-from thimble.training.tasks.labels import open_pictures
+from thimble.training.tasks.clips import measured_clips, open_clips
+from thimble.training.tasks.labels import measured_pictures, open_pictures
 from thimble.training.tasks.reading import TaskRows
-from thimble.training.tasks.sentences import open_pairs, open_texts
-from thimble.training.tasks.transcripts import open_transcripts
+from thimble.training.tasks.sentences import measured_pairs, measured_texts, open_pairs, open_texts
+from thimble.training.tasks.transcripts import measured_transcripts, open_transcripts
 
 
 @dataclass(frozen=True)
@@ -16,6 +16,8 @@ class TaskKind:
     """One task."""
 
     open_rows: Callable[[TrainConfig], TaskRows]  # raises DataError
+    # The rows that a finished adapter with these labels is asked about, with answers if they are needed.
+    measured_rows: Callable[[TrainConfig, Sequence[str], bool], TaskRows]
     loss: str  # `labels`, `pairs` or `tokens`
     step_rows: int  # rows of a step
     rate: float = 2e-3  # peak learning rate of adapter and head (docs/any_model.md)
@@ -29,9 +31,9 @@ class TaskKind:
 
 
 KINDS: Mapping[str, TaskKind] = {
-    "classify-image": TaskKind(open_pictures, "labels", 32),
-    "classify-audio": TaskKind(open_clips, "labels", 16),
-    "transcribe": TaskKind(open_transcripts, "tokens", 16, rate=1e-3),
-    "classify-text": TaskKind(open_texts, "labels", 32, peft_type="SEQ_CLS"),
-    "embed": TaskKind(open_pairs, "pairs", 32, peft_type="FEATURE_EXTRACTION"),
+    "classify-image": TaskKind(open_pictures, measured_pictures, "labels", 32),
+    "classify-audio": TaskKind(open_clips, measured_clips, "labels", 16),
+    "transcribe": TaskKind(open_transcripts, measured_transcripts, "tokens", 16, rate=1e-3),
+    "classify-text": TaskKind(open_texts, measured_texts, "labels", 32, peft_type="SEQ_CLS"),
+    "embed": TaskKind(open_pairs, measured_pairs, "pairs", 32, peft_type="FEATURE_EXTRACTION"),
 }

@@ -80,6 +80,10 @@ class PictureReading:
         """The likeliest label of each picture."""
         return label_answers(outputs, [self.valid[row] for row in rows], self.labels)
 
+    def lines(self, outputs: Sequence[NDArray[Any]], rows: Sequence[int]) -> list[dict[str, Any]]:
+        """The label of each picture, and how likely the module finds it."""
+        return label_lines(outputs, [self.valid[row] for row in rows], self.labels)
+
     def extra(self, outputs: Sequence[NDArray[Any]], rows: Sequence[int]) -> Mapping[str, Any]:
         """How far probabilities can be believed, and thresholds of two classes."""
         return label_details(outputs, [self.valid[row] for row in rows], self.labels)
@@ -91,6 +95,15 @@ def open_pictures(config: TrainConfig) -> TaskRows:
         Path(config.data), "image", config.prompt_column, config.completion_column, is_strict=config.strict
     )
     return labelled_rows(found, config, _picture_reading)
+
+
+def measured_pictures(config: TrainConfig, labels: Sequence[str], needs_answers: bool) -> TaskRows:
+    """Find pictures to be told by a finished adapter, with their labels if they are needed."""
+    needed = "label" if needs_answers else ""
+    columns = config.prompt_column, config.completion_column
+    found = find_media(Path(config.data), "image", *columns, needed=needed, is_strict=config.strict)
+    items = found.test or found.valid or found.train
+    return measured_rows(found, items, labels, config.data, _picture_reading)
 
 
 def _picture_reading(
@@ -185,6 +198,31 @@ def rows_of_labels(
     )  # fmt: skip
 
 
+def measured_rows(found: Found, items: Items[T], labels: Sequence[str], source: str, make: MakeReading[T]) -> TaskRows:
+    """The rows that a finished adapter with these labels is asked about; a DataError if it knows none of theirs.
+
+    `source` is the data as the user named it.
+    """
+    places = [number for number, item in enumerate(items) if item.label is None or item.label in labels]
+    left = [str(item.label) for item in items if item.label is not None and item.label not in labels]
+    if not places:
+        raise DataError(
+            f"{source} has no row of a label that the adapter knows ({listing(labels, 6)}), but "
+            f"{listing(sorted(set(left)), 6)}"
+        )
+    warnings = [
+        f"left out: {plural(len(left), 'row')} of labels that the adapter does not know "
+        f"({listing(sorted(set(left)), 6)})"
+    ] * bool(left)
+    known = Chosen(items, places)
+    first = {item.digest: number for number, item in reversed(list(enumerate(known)))}
+    return TaskRows(
+        labels=labels, sources=[item.source for item in known], digest=digest_of(known),
+        reading=partial(make, (), known, labels), files=found.files, unseen=sorted(first.values()),
+        skipped=found.skipped, told=found.told, warnings=(*found.warnings, *warnings),
+    )  # fmt: skip
+
+
 def digest_of(items: Iterable[Labelled]) -> str:
     """Hash of rows with what is to be learned of them."""
     total = hashlib.sha256()
@@ -221,6 +259,20 @@ def label_details(
     if found["thresholds"]:
         found["thresholds"]["name"] = labels[found["thresholds"]["label"]]
     return {name: detail for name, detail in found.items() if detail}
+
+
+def label_lines(
+    outputs: Sequence[NDArray[Any]], items: Sequence[Labelled], labels: Sequence[str]
+) -> list[dict[str, Any]]:
+    """A line a file: the likeliest label with its probability, all labels with theirs, and the right one if known."""
+    found = []
+    for item, made in zip(items, outputs, strict=True):
+        shares = probabilities(made)
+        best = int(shares.argmax())
+        line = {"file": item.source, "label": labels[best], "probability": round(float(shares[best]), 6)}
+        line["probabilities"] = {label: round(float(share), 6) for label, share in zip(labels, shares, strict=True)}
+        found.append(line | ({"expected": item.label} if item.label is not None else {}))
+    return found
 
 
 def probabilities(logits: NDArray[Any]) -> NDArray[np.float64]:

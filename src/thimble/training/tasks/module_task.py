@@ -32,6 +32,8 @@ class ModuleTask:
     watch_rows: Watch  # what validation rows are for, by their numbers
     base_name: str  # for messages
     rows_of_step: Callable[[int], Sequence[int]] | None = None  # to read ahead
+    epochs: float = 0  # how often each row is read, about
+    is_augmented: bool = False  # whether training rows are another each time
 
     @property
     def costs(self) -> Sequence[int]:
@@ -43,11 +45,14 @@ class ModuleTask:
         """What these are."""
         return self.reading.unit
 
-    def work(self, rows: Sequence[int], execution: ExecutionPlan, key: StepKey) -> Work:
+    def work(self, rows: Sequence[int], execution: ExecutionPlan, key: StepKey, features: Any = None) -> Work:
         """The batches of one step; rows of like cost stand together, since the costliest is what all are padded to."""
         order = sorted(rows, key=lambda row: -self.costs[row])
         # What is learned together the session itself cuts.
         parts = [order] if self._is_together else self._cut(TRAIN, order, execution)
+        if features is not None:
+            batches = [features.batch(part) for part in parts]
+            return Work([batches], sum(count_targets(batch) for batch in batches), features)
         batches = [self.reading.batch(TRAIN, part, key) for part in parts]
         if self.rows_of_step:
             expect(self.reading, TRAIN, self.rows_of_step(key.step + 1))
@@ -68,8 +73,30 @@ class ModuleTask:
     def features(
         self, session: ModuleSession, state: TrainState, execution: ExecutionPlan, open_file: OpenFile, control: Control
     ) -> Any:
-        """Nothing is kept."""
-        return None
+        """What the frozen beginning of the module makes of the training rows, where they are read more than once."""
+        if self.epochs <= 1 or self._is_together or len(set(self.costs)) > 1:  # of uneven rows nothing has one shape
+            return None
+        if self.is_augmented:
+            control.log.note("the frozen beginning is run in every epoch: --augment changes its inputs each time")
+            return None
+        rows = range(len(self.costs))
+        parts = cut(rows, self.costs, execution.micro_tokens)
+        try:
+            first = self.reading.batch(TRAIN, parts[0], None)
+            features = session.new_features(first, open_file, len(rows))
+            if features is None:
+                return None
+            batches = self._batches(TRAIN, rows, execution, control, "")
+            for done in session.add_features(features, batches):
+                control.log.progress(f"running training rows through {features.path}, row", done, len(rows))
+        except (OSError, MemoryError) as error:
+            why = error.strerror or error if isinstance(error, OSError) else "memory ran out"
+            control.log.note(f"the frozen beginning is run in every epoch: what it makes cannot be kept ({why})")
+            return None
+        control.log.decision(
+            f"{features.path}: run once over the training rows; what comes of it is kept on disk meanwhile"
+        )
+        return None if control.should_stop() else features
 
     def objectives(self, session: ModuleSession) -> list[Objective]:
         """The loss of the reading."""

@@ -53,6 +53,14 @@ class Reading(Protocol):
 
 
 @runtime_checkable
+class Telling(Protocol):
+    """A reading of which something is to be said row by row."""
+
+    def lines(self, outputs: Sequence[NDArray[Any]], rows: Sequence[int]) -> list[dict[str, Any]]:
+        """What `thimble generate` writes of each validation row, as plain data."""
+
+
+@runtime_checkable
 class Ahead(Protocol):
     """A reading whose rows take a while to read, and may be read before they are asked for."""
 
@@ -82,7 +90,7 @@ def expect(reading: Reading, part: str, rows: Sequence[int]) -> None:
 
 def read_ahead(reading: Reading, part: str, parts: Sequence[Sequence[int]]) -> Iterator[ModuleBatch]:
     """A batch of each of some parts of rows, not augmented; the next one is begun while one is used."""
-    for rows, following in zip(parts, (*parts[1:], ()), strict=True):
+    for rows, following in zip(parts, (*parts[1:], ()), strict=False):
         batch = reading.batch(part, rows, None)
         expect(reading, part, following)
         yield batch

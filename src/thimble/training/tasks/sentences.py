@@ -27,7 +27,14 @@ from thimble.data.spool import Chosen, Items
 from thimble.errors import BaseModelError, listing, plural
 from thimble.models.module_base import ModuleBase
 from thimble.training.answers import Answer
-from thimble.training.tasks.labels import label_answers, label_details, rows_of_labels, targets
+from thimble.training.tasks.labels import (
+    label_answers,
+    label_details,
+    label_lines,
+    measured_rows,
+    rows_of_labels,
+    targets,
+)
 from thimble.training.tasks.pairs import PairReading, tokens_of
 from thimble.training.tasks.reading import TRAIN, TaskRows
 
@@ -72,6 +79,10 @@ class TextReading:
         """The likeliest label of each text."""
         return label_answers(outputs, [self.valid[row] for row in rows], self.labels)
 
+    def lines(self, outputs: Sequence[NDArray[Any]], rows: Sequence[int]) -> list[dict[str, Any]]:
+        """The label of each text, and how likely the module finds it."""
+        return label_lines(outputs, [self.valid[row] for row in rows], self.labels)
+
     def extra(self, outputs: Sequence[NDArray[Any]], rows: Sequence[int]) -> Mapping[str, Any]:
         """How far probabilities can be believed, and thresholds of two classes."""
         return label_details(outputs, [self.valid[row] for row in rows], self.labels)
@@ -90,6 +101,25 @@ def open_texts(config: TrainConfig) -> TaskRows:
     ] * bool(twice)
     found = replace(found, warnings=(*found.warnings, *warnings))
     return rows_of_labels(found, train, valid, config, _text_reading)
+
+
+def measured_texts(config: TrainConfig, labels: Sequence[str], needs_answers: bool) -> TaskRows:
+    """Read labelled texts to be told by a finished adapter."""
+    found = read_sentences(config.data, CLASSIFY, config.strict, NamedColumns.of(config))
+    items = found.train if found.valid is None else found.valid
+    return measured_rows(found, items, labels, config.data, _text_reading)
+
+
+def measured_pairs(config: TrainConfig, labels: Sequence[str], needs_answers: bool) -> TaskRows:
+    """Read pairs to measure a finished adapter on."""
+    found = read_sentences(config.data, EMBED, config.strict, NamedColumns.of(config))
+    items = found.train if found.valid is None else found.valid
+    first = {row.digest: number for number, row in reversed(list(enumerate(items)))}
+    return TaskRows(
+        labels=(), sources=[row.source for row in items], digest=_digest(items),
+        reading=partial(_pair_reading, Chosen(items, ()), items), files=found.files, unseen=sorted(first.values()),
+        skipped=found.skipped, told=found.told, warnings=found.warnings,
+    )  # fmt: skip
 
 
 def open_pairs(config: TrainConfig) -> TaskRows:

@@ -51,11 +51,11 @@ class TextTask:
 
     unit = "tokens"
 
-    def work(self, rows: Sequence[int], execution: ExecutionPlan, key: StepKey) -> Work:
+    def work(self, rows: Sequence[int], execution: ExecutionPlan, key: StepKey, features: Any = None) -> Work:
         """The batches of one step, from the numbers of its rows."""
         chosen = [self.rows[number] for number in rows]
         batches = shares(chosen, execution.num_shares, execution.micro_tokens, self.shares_prefixes)
-        return Work(batches, sum(row.target_tokens for row in chosen))
+        return Work(batches, sum(row.target_tokens for row in chosen), features)
 
     def features(
         self, session: Session, state: TrainState, execution: ExecutionPlan, open_file: OpenFile, control: Control

@@ -75,6 +75,14 @@ class TranscriptReading:
         scores, sizes = score_transcript(written, item.text) if item.text else ({}, {})
         return Answer(item.source, item.text or "", written, scores, item.source, sizes=sizes)
 
+    def lines(self, outputs: Sequence[NDArray[Any]], rows: Sequence[int]) -> list[dict[str, Any]]:
+        """What was written of each clip."""
+        answers = self.answers(outputs, rows)
+        return [
+            {"file": one.source, "text": one.written} | ({"expected": one.reference} if one.reference else {})
+            for one in answers
+        ]
+
     def extra(self, outputs: Sequence[NDArray[Any]], rows: Sequence[int]) -> Mapping[str, Any]:
         """Errors over all clips, and how many texts are empty, go round in circles or were cut off."""
         answers = self.answers(outputs, rows)
@@ -159,6 +167,21 @@ def open_transcripts(config: TrainConfig) -> TaskRows:
         known=known, unseen=sorted(set(first.values()) - known), skipped=found.skipped,
         told=(*found.told, *_known_texts(train, valid)), warnings=found.warnings,
         media={item.source: item.path for item in valid},
+    )  # fmt: skip
+
+
+def measured_transcripts(config: TrainConfig, labels: Sequence[str], needs_answers: bool) -> TaskRows:
+    """Find clips to be written down by a finished adapter, with their transcripts if they are needed."""
+    found = find_media(
+        Path(config.data), "audio", config.prompt_column, config.completion_column, "text" if needs_answers else "",
+        config.strict, config.max_seconds,
+    )  # fmt: skip
+    items = _heard_whole(found.test or found.valid or found.train, config.max_seconds, found)
+    first = {item.digest: number for number, item in reversed(list(enumerate(items)))}
+    return TaskRows(
+        labels=(), sources=[item.source for item in items], digest=digest_of(items),
+        reading=partial(_transcript_reading, (), items), files=found.files, unseen=sorted(first.values()),
+        skipped=found.skipped, told=found.told, warnings=found.warnings,
     )  # fmt: skip
 
 

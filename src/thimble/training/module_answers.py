@@ -1,0 +1,110 @@
+"""What finished adapters on modules say of rows: measured for `evaluate`, or line by line for `generate`."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from thimble.config.evaluate import EvaluateConfig
+from thimble.config.generate import GenerateConfig
+from thimble.errors import AdapterError, ConfigError, Problems, listing, plural
+from thimble.events import EventLog, ShouldStop
+from thimble.report.words import FROZEN_WITH_HEAD
+from thimble.training.control import Control
+from thimble.training.module_use import Trained, UsedModule, as_train_config, open_used, read_trained
+from thimble.training.protocols import Scores
+from thimble.training.tasks.kinds import KINDS
+from thimble.training.tasks.module_task import ModuleTask, cut
+from thimble.training.tasks.reading import VALID, TaskRows, Telling
+from thimble.training.watch import Watch
+
+
+def measure_adapters(
+    config: EvaluateConfig, log: EventLog, should_stop: ShouldStop
+) -> tuple[UsedModule, dict[str, Scores]]:
+    """Measure adapters of one task on the same rows, and first what they are compared with.
+
+    Given are the last module that was opened, and the scores by name: of `base`, or of the frozen model with a trained
+    head where the run folder still has that head, and of each adapter.
+    """
+    problems = Problems(config.problems)
+    trained = [found for path in config.adapter if (found := problems.attempt(read_trained, path))]
+    rows = problems.attempt(_rows, trained, config, True) if len(trained) == len(config.adapter) else None
+    problems.required()
+    assert rows
+    _log_rows(rows, log)
+    scores: dict[str, Scores] = {}
+    for one in trained:
+        if should_stop():
+            break
+        used = open_used(one, config.base, rows, as_train_config(config, one), log)
+        task, control = ModuleTask(used.reading, Watch(), used.base.name), Control(log, should_stop)
+        names = {one.path: used.session.load(one.adapter)}
+        if not scores and (used.has_first_head or not used.kind.has_head):
+            names = {FROZEN_WITH_HEAD if used.kind.has_head else "base": used.session.load(None), **names}
+        elif not scores:
+            log.note(
+                "the head that was fitted before training is not there (it lies in start/ of the run folder): the "
+                "adapter is measured alone"
+            )
+        for name, active in names.items():
+            log.stage(f"measuring {name}")
+            scores[name] = task.evaluate(used.session, active, used.execution, control)
+    return used, scores
+
+
+def predictions(
+    config: GenerateConfig, log: EventLog, should_stop: ShouldStop
+) -> tuple[UsedModule, Iterator[dict[str, Any]]]:
+    """The adapter that is asked, and a line for each row, as they are ready."""
+    problems = Problems(config.problems)
+    trained = problems.attempt(read_trained, config.adapter[0])
+    rows = problems.attempt(_rows, [trained], config, False) if trained else None
+    if config.out and not config.out.endswith(".jsonl"):
+        problems.add(f"--out {config.out}: predictions are written as JSON lines; name a file that ends in .jsonl")
+    if config.resume:
+        problems.add("--resume: predictions are made anew, which takes a pass over the rows; leave it out")
+    problems.required()
+    assert rows
+    assert trained
+    _log_rows(rows, log)
+    used = open_used(trained, config.base, rows, as_train_config(config, trained), log)
+    if not isinstance(used.reading, Telling):
+        raise ConfigError(
+            f"adapter {trained.path} is for {trained.task}, which says nothing of single rows: thimble evaluate "
+            "measures how well they are told apart"
+        )
+    return used, _lines(used, used.reading, log, should_stop)
+
+
+def _lines(used: UsedModule, telling: Telling, log: EventLog, should_stop: ShouldStop) -> Iterator[dict[str, Any]]:
+    reading, session, execution, done = used.reading, used.session, used.execution, 0
+    active = session.load(used.trained.adapter)
+    log.stage(f"asking about {plural(len(reading.valid_costs), 'row')}")
+    for numbers in cut(range(len(reading.valid_costs)), reading.valid_costs, execution.micro_tokens):
+        if should_stop():
+            return
+        batch = reading.batch(VALID, numbers, None)
+        outputs = [row for made in session.outputs(active, iter([batch]), execution) for row in made]
+        yield from telling.lines(outputs, numbers)
+        done += len(numbers)
+        log.progress("rows answered,", done, len(reading.valid_costs))
+
+
+def _rows(trained: list[Trained], config: EvaluateConfig | GenerateConfig, needs_answers: bool) -> TaskRows:
+    """The rows that adapters are asked about, which have to be for one task, with the same labels."""
+    kinds = {(one.task, one.labels) for one in trained}
+    if len(kinds) > 1:
+        tasks = listing(f"{one.path} ({one.task}, {plural(len(one.labels), 'label')})" for one in trained)
+        raise AdapterError(f"the adapters are for different tasks or labels: {tasks}; measure them one by one")
+    if not config.data:
+        raise ConfigError(
+            "no data is given: name a file or folder, as in: thimble evaluate pictures/ --adapter runs/mine-1"
+        )
+    first = trained[0]
+    return KINDS[first.task].measured_rows(as_train_config(config, first), first.labels, needs_answers)
+
+
+def _log_rows(rows: TaskRows, log: EventLog) -> None:
+    for note in rows.told:
+        log.note(note)
+    for warning in rows.warnings:
+        log.warning(warning)
