@@ -186,7 +186,7 @@ def test_what_moves_is_silent_or_long_is_used_and_told(tmp_path):
     soundfile.write(tmp_path / "clips" / "de" / "silent.wav", np.zeros(800), 8000)
     data = find_media(tmp_path / "clips", "audio", most_seconds=2)
     assert len(data.train) == 3
-    assert "2 files longer than 2 seconds, of which the rest is not heard: de/long.wav, fr/long.wav" in data.warnings
+    assert "2 files longer than 2 seconds, the most that is heard: de/long.wav, fr/long.wav" in data.warnings
     assert "1 file silent from beginning to end: de/silent.wav" in data.warnings
 
 

@@ -84,5 +84,5 @@ def _listen(most_seconds: float, item: Item) -> Checked:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     remark = "silent from beginning to end" if heard.is_silent else ""
     if heard.seconds > most_seconds:
-        remark = f"longer than {most_seconds:g} seconds, of which the rest is not heard"
+        remark = f"longer than {most_seconds:g} seconds, the most that is heard"
     return Checked(replace(item, digest=digest, seconds=heard.seconds), remark=remark)
