@@ -177,6 +177,27 @@ def test_clips_are_told_apart_by_their_class(clips, tmp_path):
     assert peft.PeftModel.from_pretrained(opened, tmp_path / "run" / "adapter")
 
 
+def test_a_finished_adapter_writes_down_a_folder_of_clips_and_is_measured_beside_its_base(run, clips, tmp_path):
+    folder, report = run
+    files = ["low/low-1.wav", "high/high-2.wav", "middle/middle-3.wav", "low/low-4.wav"]
+    for file in files:
+        (tmp_path / "calls" / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "calls" / file).write_bytes((clips / file).read_bytes())
+    write_clip(tmp_path / "calls" / "long.wav", "low", 0, seconds=7)
+    thimble.generate(str(tmp_path / "calls"), out=str(tmp_path / "texts.jsonl"), adapter=str(folder))
+    lines = [json.loads(line) for line in (tmp_path / "texts.jsonl").read_text().splitlines()]
+    assert sorted(line["file"] for line in lines) == sorted(str(path) for path in (tmp_path / "calls").rglob("*.wav"))
+    assert all(isinstance(line["text"], str) for line in lines)
+    measured = thimble.evaluate(str(clips), adapter=str(folder), answers=str(tmp_path / "answers.jsonl"))
+    base, adapter = measured.results
+    assert adapter.scores["CER"] < base.scores["CER"]
+    said = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    for line in lines:
+        name = f"({line['file'].rpartition('/')[2]})"
+        texts = [one["written"] for one in said if name in one["source"] and one["model"] != "base"]
+        assert texts in ([], [line["text"]])
+
+
 # ---- what is wrong with clips, transcripts and bases ----------------------------------------------------------------
 
 

@@ -12,7 +12,7 @@ from thimble.training.control import Control
 from thimble.training.module_use import Trained, UsedModule, as_train_config, open_used, read_trained
 from thimble.training.protocols import Scores
 from thimble.training.tasks.kinds import KINDS
-from thimble.training.tasks.module_task import ModuleTask, cut
+from thimble.training.tasks.module_task import ModuleTask, are_alike, cut
 from thimble.training.tasks.reading import VALID, TaskRows, Telling
 from thimble.training.watch import Watch
 
@@ -79,7 +79,8 @@ def _lines(used: UsedModule, telling: Telling, log: EventLog, should_stop: Shoul
     reading, session, execution, done = used.reading, used.session, used.execution, 0
     active = session.load(used.trained.adapter)
     log.stage(f"asking about {plural(len(reading.valid_costs), 'row')}")
-    for numbers in cut(range(len(reading.valid_costs)), reading.valid_costs, execution.micro_tokens):
+    parts = cut(range(len(reading.valid_costs)), reading.valid_costs, execution.micro_tokens, are_alike(reading))
+    for numbers in parts:
         if should_stop():
             return
         batch = reading.batch(VALID, numbers, None)

@@ -76,12 +76,13 @@ class TranscriptReading:
         return Answer(item.source, item.text or "", written, scores, item.source, sizes=sizes)
 
     def lines(self, outputs: Sequence[NDArray[Any]], rows: Sequence[int]) -> list[dict[str, Any]]:
-        """What was written of each clip."""
-        answers = self.answers(outputs, rows)
-        return [
-            {"file": one.source, "text": one.written} | ({"expected": one.reference} if one.reference else {})
-            for one in answers
-        ]
+        """The file of each clip and what is said in it, beside the transcript that it has."""
+        found = []
+        for made, item in zip(outputs, (self.items[1][row] for row in rows), strict=True):
+            text, has_end = self.tokens.decode(made.tolist())
+            line = {"file": str(item.path), "text": text, **({} if has_end else {"cut_off": True})}
+            found.append({**line, **({"expected": item.text} if item.text else {})})
+        return found
 
     def extra(self, outputs: Sequence[NDArray[Any]], rows: Sequence[int]) -> Mapping[str, Any]:
         """Errors over all clips, and how many texts are empty, go round in circles or were cut off."""
@@ -171,17 +172,25 @@ def open_transcripts(config: TrainConfig) -> TaskRows:
 
 
 def measured_transcripts(config: TrainConfig, labels: Sequence[str], needs_answers: bool) -> TaskRows:
-    """Find clips to be written down by a finished adapter, with their transcripts if they are needed."""
-    found = find_media(
-        Path(config.data), "audio", config.prompt_column, config.completion_column, "text" if needs_answers else "",
-        config.strict, config.max_seconds,
-    )  # fmt: skip
-    items = _heard_whole(found.test or found.valid or found.train, config.max_seconds, found)
+    """The clips that a finished adapter is asked about: those for tests, else those for validation, else all."""
+    needed = "text" if needs_answers else ""
+    columns = config.prompt_column, config.completion_column
+    found = find_media(Path(config.data), "audio", *columns, needed, config.strict, config.max_seconds)
+    items = found.test or found.valid or found.train
+    if needs_answers:
+        items = _heard_whole(items, config.max_seconds, found)
+        found.skipped.check()
+    long = [item.source for item in items if item.seconds > config.max_seconds]
+    warnings = [
+        f"{plural(len(long), 'clip takes', 'clips take')} more than {config.max_seconds:g} s, and the beginning alone "
+        f"is written down: {listing(long, 3)}; cut such clips into pieces"
+    ] * bool(long)
     first = {item.digest: number for number, item in reversed(list(enumerate(items)))}
     return TaskRows(
         labels=(), sources=[item.source for item in items], digest=digest_of(items),
         reading=partial(_transcript_reading, (), items), files=found.files, unseen=sorted(first.values()),
-        skipped=found.skipped, told=found.told, warnings=found.warnings,
+        skipped=found.skipped, told=found.told, warnings=(*found.warnings, *warnings),
+        media={item.source: item.path for item in items},
     )  # fmt: skip
 
 
@@ -215,5 +224,8 @@ def _transcript_reading(
             f"{base.name} writes of a clip ({listing(long, 5)}): cut the clips shorter, with their transcripts"
         )
     clips = KeptClips(train, inputs, config.max_seconds), KeptClips(valid, inputs, config.max_seconds)
-    told = {"max_seconds": config.max_seconds, **({"language": tokens.language} if tokens.language else {})}
-    return TranscriptReading((train, valid), clips, tokens, min(config.max_new_tokens, tokens.most), told)
+    # A finished adapter writes as many tokens as it did in its run.
+    most = min(config.max_new_tokens, base.preprocessing.get("max_new_tokens", tokens.most), tokens.most)
+    told = {"max_seconds": config.max_seconds, "max_new_tokens": most}
+    told |= {"language": tokens.language} if tokens.language else {}
+    return TranscriptReading((train, valid), clips, tokens, most, told)
