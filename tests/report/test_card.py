@@ -34,6 +34,28 @@ def test_the_hub_reads_the_front_matter_and_shows_the_text():
         assert part in card.text, part
 
 
+def test_a_task_has_its_pipeline_and_no_words_of_text_models():
+    about = dataclasses.replace(
+        ABOUT,
+        file="",
+        hub_name="",
+        base="vit",
+        loader="AutoModelForImageClassification",
+        task="classify-image",
+        labels=3,
+    )
+    card = ModelCard(card_of(about=about, task="classify-image"))
+    assert card.data.pipeline_tag == "image-classification"
+    for part in ('AutoModelForImageClassification.from_pretrained("path/to/vit", num_labels=3, ignore_mismatched_sizes',
+                 "| | frozen model with a trained head | with the adapter |", "| loss on held-out pictures, nats |",
+                 "thimble generate DATA --adapter adapter --base BASE --out answers.jsonl"):  # fmt: skip
+        assert part in card.text, part
+    for other in ("llama", "vllm", "ADAPTER"):
+        assert other not in card.text
+    own = ModelCard(card_of(about=dataclasses.replace(about, base="net.py:build", loader=""), task="classify-image"))
+    assert "import" not in own.text
+
+
 @pytest.mark.parametrize("state", STATES)
 def test_a_run_in_any_state_has_a_card(state):
     card = ModelCard(card_of(STATES[state][0]))

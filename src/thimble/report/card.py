@@ -19,12 +19,19 @@ from thimble.config.train import TrainConfig
 from thimble.errors import escaped
 from thimble.report.formatting import is_number, number
 from thimble.report.verdict import score
+from thimble.report.words import TEXT, is_text, words_of
 
 CARD = "README.md"
 MOST_BYTES = 1_000_000  # of a card of ours; a longer one is not ours
 MOST_FILES = 4  # of the data, whose hashes are listed
 # Which highest ranks vLLM can be started with.
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+# What the hub calls the tasks.
+PIPELINES = {
+    TEXT: "text-generation", "classify-text": "text-classification", "embed": "sentence-similarity",
+    "classify-image": "image-classification", "classify-audio": "audio-classification",
+    "transcribe": "automatic-speech-recognition",
+}  # fmt: skip
 _MARKER = re.compile(r"<!-- Written by Thimble; (?:sha256 ([0-9a-f]{64}|))\. [^\n]*-->")
 # Options that say how a run was watched and kept, and not what it made.
 _NOT_REPEATED = {"out", "resume", "accept_changes", "explain", "memory_budget", "checkpoint_every_steps",
@@ -40,11 +47,13 @@ class About:
         hub_name: Its hub name, `owner/name`; empty if none is known.
         file: Name of the file, if the base is a GGUF file.
         license: Of the base; empty if it does not say.
-        loader: The class of transformers that opens the base.
+        loader: The class of transformers that opens the base; empty for a function of the user's own.
         ranks: Of the layers.
         scales: Of the layers.
         parameters: In the adapter.
         use_dora: Whether it is DoRA.
+        task: What it was trained for.
+        labels: How many classes it tells apart; 0 where there are none.
     """
 
     base: str
@@ -56,6 +65,8 @@ class About:
     scales: Sequence[float]
     parameters: int
     use_dora: bool
+    task: str = TEXT
+    labels: int = 0
 
 
 def is_ours(path: Path) -> bool:
@@ -109,7 +120,11 @@ def _front_matter(about: About) -> str:
     tags = [f"base_model:adapter:{about.hub_name}"] * bool(about.hub_name) + ["lora", "peft", "thimble"]
     lines = [f"base_model: {json.dumps(about.hub_name)}"] * bool(about.hub_name) + ["library_name: peft"]
     lines += [f"license: {json.dumps(about.license)}"] * bool(about.license)
-    lines += ["pipeline_tag: text-generation", "tags:", *(f"- {json.dumps(tag)}" for tag in tags)]
+    lines += [
+        f"pipeline_tag: {PIPELINES.get(about.task, PIPELINES[TEXT])}",
+        "tags:",
+        *(f"- {json.dumps(tag)}" for tag in tags),
+    ]
     return "".join(f"{line}\n" for line in lines)
 
 
@@ -118,7 +133,11 @@ def _figures(report: Mapping[str, Any]) -> str:
     rows = [
         (what, *(number(report[f"{name}_{when}"]) for when in ends))
         for what, name, ends in (
-            ("loss on held-out rows, nats per token", "loss", ("base", "after")),
+            (
+                f"loss on held-out {words_of(report).rows}, nats" + " per token" * is_text(report),
+                "loss",
+                ("base", "after"),
+            ),
             ("loss on general text, nats per token", "general", ("before", "after")),
         )
         if is_number(report[f"{name}_{ends[0]}"])
@@ -128,7 +147,10 @@ def _figures(report: Mapping[str, Any]) -> str:
     rows += [(f"{_plain(name)}, of {report['metrics_rows']:,} answers", *sides) for name, *sides in told]
     if not rows:
         return "Nothing was measured: no rows were held out."
-    return "\n".join(["| | base | with the adapter |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)])
+    before = words_of(report).before.removeprefix("the ")
+    return "\n".join(
+        [f"| | {before} | with the adapter |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)]
+    )
 
 
 def _score(report: Mapping[str, Any], name: str, metrics: Mapping[str, float]) -> str:
@@ -151,14 +173,9 @@ def _command(name: str, config: Options, left_out: Iterable[str]) -> str:
 
 def _use(about: About) -> str:
     """How the adapter is used elsewhere."""
-    base = about.hub_name or ("path/to/its/folder" if about.file else f"path/to/{_plain(about.base)}")
-    file = f', gguf_file="{_plain(about.file)}"' if about.file and not about.hub_name else ""
-    parts = [
-        "## Use\n\nWith PEFT, where `adapter` is this folder:\n\n```python\nfrom peft import PeftModel\n"
-        f"from transformers import {about.loader}\n\n"
-        f'base = {about.loader}.from_pretrained("{base}"{file})\n'
-        'model = PeftModel.from_pretrained(base, "adapter")\n```'
-    ]
+    if about.task != TEXT:
+        return _use_in_task(about)
+    base, parts = _base_elsewhere(about), [f"## Use\n\n{_with_peft(about)}"]
     if about.use_dora:
         return "\n\n".join([*parts, "llama.cpp, Ollama and vLLM do not run DoRA: merge it into the base with "
                             "`thimble merge adapter --base BASE --out merged`."])  # fmt: skip
@@ -181,6 +198,29 @@ def _use(about: About) -> str:
             "mine=adapter\n```"
         )
     return "\n\n".join(parts)
+
+
+def _use_in_task(about: About) -> str:
+    """The same of an adapter that makes no model write as an answer to a prompt."""
+    base = "" if about.hub_name else " --base BASE"
+    parts = ["## Use\n\n```bash\nthimble generate DATA --adapter adapter" + base + " --out answers.jsonl\n```"]
+    return "\n\n".join([*parts, _with_peft(about)] if about.loader else parts)
+
+
+def _base_elsewhere(about: About) -> str:
+    return about.hub_name or ("path/to/its/folder" if about.file else f"path/to/{_plain(about.base)}")
+
+
+def _with_peft(about: About) -> str:
+    """The lines of Python that open base and adapter."""
+    file = f', gguf_file="{_plain(about.file)}"' if about.file and not about.hub_name else ""
+    classes = f", num_labels={about.labels}, ignore_mismatched_sizes=True" if about.labels else ""
+    return (
+        "With PEFT, where `adapter` is this folder:\n\n```python\nfrom peft import PeftModel\n"
+        f"from transformers import {about.loader}\n\n"
+        f'base = {about.loader}.from_pretrained("{_base_elsewhere(about)}"{file}{classes})\n'
+        'model = PeftModel.from_pretrained(base, "adapter")\n```'
+    )
 
 
 def _plain(text: str) -> str:

@@ -1,5 +1,6 @@
 """The card of an adapter folder: what it says of the adapter and its base, and where it may be written."""
 
+import json
 import os
 from pathlib import Path
 
@@ -27,9 +28,20 @@ def about_adapter(adapter: Adapter, base: FrozenBase | None) -> About:
         hub_name=hub_name,
         file=base.path.name if base and is_file else "",
         license=license_of(base) if base else "",
-        loader=base.loader if base else "AutoModelForCausalLM",
+        loader="" if "function" in adapter.notes else base.loader if base else "AutoModelForCausalLM",
         ranks=[factors.rank for factors in layers],
         scales=[factors.scale for factors in layers],
         parameters=sum(factors.num_parameters for factors in layers),
         use_dora=adapter.has_magnitudes,
+        task=adapter.notes.get("task", "text"),
+        labels=_count_labels(adapter),
     )
+
+
+def _count_labels(adapter: Adapter) -> int:
+    """How many classes an adapter tells apart, by its notes; none if they are of somebody else's making."""
+    try:
+        found = json.loads(adapter.notes.get("labels", "[]"))
+    except ValueError:
+        return 0
+    return len(found) if isinstance(found, list) else 0
