@@ -10,7 +10,7 @@ import pytest
 import thimble as package
 from families import make_hf_folder
 from thimble.core.adapter import Adapter
-from thimble.core.lowrank import Factors, delta
+from thimble.core.lowrank import Factors, Layout, delta
 from thimble.errors import InputError
 from thimble.files.peft import save_adapter
 from thimble.files.tensors import open_tensors, write_safetensors
@@ -372,6 +372,22 @@ def test_what_is_stopped_before_the_first_layer_is_still_shown(tiny_base, adapte
 
 
 # ---- refusals -------------------------------------------------------------------------------------------------------
+
+
+def test_an_adapter_of_pictures_is_looked_into_without_its_base(thimble, refused, tmp_path):
+    random = np.random.default_rng(0)
+    a, b = random.standard_normal((2, 27)).astype("f4"), random.standard_normal((9, 2)).astype("f4")
+    head = {"fc.weight": np.ones((2, 9), "f4"), "fc.bias": np.ones(2, "f4")}
+    notes = {"task": "classify-image", "labels": '["cat", "dog"]'}
+    factors = Factors(a, b, 1.0, layout=Layout((3, 3)))
+    save_adapter(Adapter({"stem.conv": factors}, notes=notes, replaced=head), tmp_path / "pictures")
+    code, out, text = thimble("inspect", "pictures")
+    assert code == 0
+    assert "pictures: 1 layer of rank 2\n" in out
+    assert f"{np.linalg.norm(b @ a):.3g}" in out
+    assert "intruders" not in out
+    assert 'pictures: for classify-image, labels ["cat", "dog"]; trained whole: fc.bias, fc.weight' in text
+    assert "leave out --base" in refused("pictures", "--base", "net.py:build")
 
 
 def test_a_path_that_is_nothing_is_refused_with_what_was_expected(refused, tmp_path):

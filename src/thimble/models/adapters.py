@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from thimble.core.adapter import Adapter
-from thimble.errors import AdapterError, Problems, listing, plural
+from thimble.errors import AdapterError, InputError, Problems, listing, plural
 from thimble.files.peft import CONFIG_FILE, WEIGHTS_FILE, find_adapter, layer_of, load_adapter, modules_to_save
 from thimble.files.tensors import open_tensors
 from thimble.files.untrusted import printable
@@ -19,9 +19,14 @@ NOT_TEXT = (
 )  # fmt: skip
 
 
-def load_adapters(paths: Sequence[str], problems: Problems, base: Base | None = None) -> dict[str, Adapter]:
-    """Read adapters, by the path the user gave; those in GGUF files need the base that they were made for."""
-    read = {path: problems.attempt(_read, path, base) for path in paths}
+def load_adapters(
+    paths: Sequence[str], problems: Problems, base: Base | None = None, is_of_text: bool = True
+) -> dict[str, Adapter]:
+    """Read adapters, by the path the user gave; those in GGUF files need the base that they were made for.
+
+    If they have to be of text, those of other models are refused.
+    """
+    read = {path: problems.attempt(_read, path, base, is_of_text) for path in paths}
     return {path: adapter for path, adapter in read.items() if adapter}
 
 
@@ -48,12 +53,26 @@ def stored_bytes(paths: Iterable[str], base: Base | None) -> dict[str, int]:
     return sizes
 
 
-def _read(path: str, base: Base | None) -> Adapter:
+def _read(path: str, base: Base | None, is_of_text: bool) -> Adapter:
     if is_gguf(path):
         return load_gguf_adapter(path, base)
     adapter = load_adapter(path)
-    check_is_of_text(path, adapter)
+    if is_of_text:
+        check_is_of_text(path, adapter)
     return adapter
+
+
+def is_of_module(path: str) -> bool:
+    """Whether an adapter that can be read is of another model than one of text."""
+    try:
+        adapter = load_adapter(path)
+    except InputError:
+        return False
+    try:
+        check_is_of_text(path, adapter)
+    except AdapterError:
+        return True
+    return False
 
 
 def check_is_of_text(path: str, adapter: Adapter) -> None:

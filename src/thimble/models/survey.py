@@ -26,13 +26,13 @@ class Subject:
 
     kind: str  # `base`, `adapter` or `two adapters`
     names: list[str]  # what it is called
-    base: Base | None  # the base; None for two adapters
+    base: Base | None  # None for two adapters, and for one of no text model
     adapters: list[Adapter] = field(default_factory=list)  # none, one or two
     blocks: list[int] = field(default_factory=list)  # numbers of the blocks whose weights are decomposed
 
     def _opened(self) -> Base:
         if self.base is None:
-            raise ValueError("two adapters are compared without a base")
+            raise ValueError("nothing is known of the weights without a base")
         return self.base
 
     def layers(self) -> list[str]:
@@ -47,6 +47,8 @@ class Subject:
         if self.kind == "two adapters":
             first, second = (adapter.layers[layer] for adapter in self.adapters)
             return inspection.overlap_of(layer, first, second), ""
+        if self.kind == "adapter" and self.base is None:
+            return inspection.update_of(layer, self.adapters[0].layers[layer], None, is_decomposed=False), ""
         weight = self._opened().weights[f"{layer}.weight"]
         matrix, fault = _read(weight)
         if self.kind == "base":

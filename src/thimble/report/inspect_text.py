@@ -54,12 +54,17 @@ def _blocks_of(report: Any) -> str:
 def _adapter_parts(report: Any) -> list[str]:
     ranks = sorted({update.rank for update in report.updates})
     rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}" if ranks else "no rank"
-    head = f"{report.names[0]}: {plural(len(report.updates), 'layer')} of {rank}, on {report.base}"
+    head = f"{report.names[0]}: {plural(len(report.updates), 'layer')} of {rank}"
     rows: list[tuple[str, ...]] = [
         ("mean", "layers", "|ΔW|", "of |W|", "stable", "effective", "90 %", "99 %",
          "writes top/bottom", "reads top/bottom", "intruders")
     ]  # fmt: skip
     rows += [_update_row(name, mean) for name, mean in _means(report).items()]
+    if not report.base:  # what needs its weights is not known
+        rows = [(*row[:3], *row[4:8]) for row in rows]
+        legend = "  stable, effective, 90 %, 99 %: rank of ΔW by four measures."
+        return [head, table(rows, columns()), legend, _moves(report)]
+    head = f"{head}, on {report.base}"
     legend = (
         "  stable, effective, 90 %, 99 %: rank of ΔW by four measures. top/bottom: how far its leading directions\n"
         "  lie along the largest and the smallest of W, as a multiple of chance. intruders: of the 10 largest\n"
