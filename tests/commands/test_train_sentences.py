@@ -8,6 +8,7 @@ import pytest
 import thimble
 from encoders import pairs, sentences, write_encoder, write_rows
 from thimble.errors import InputError
+from thimble.report.words import FROZEN_WITH_HEAD
 
 pytest.importorskip("transformers")
 
@@ -156,3 +157,51 @@ def test_scored_pairs_are_measured_by_the_order_of_their_cosines(base, tmp_path)
     )  # fmt: skip
     assert list(report.metrics_after) == ["Spearman"]
     assert -1 <= report.metrics_before["Spearman"] <= 1
+
+
+# ---- finished adapters ----------------------------------------------------------------------------------------------
+
+
+def test_generate_gives_each_text_its_label_and_how_likely_it_is(topics, tmp_path):
+    out, report, _ = topics
+    data = write_rows(
+        tmp_path / "new.jsonl", [{"text": "the cat dog cow ."}, {"text": "red blue"}, {"text": "saw axe"}]
+    )
+    thimble.generate(data, out=tmp_path / "answers.jsonl", adapter=[out])
+    lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert [line["text"] for line in lines] == ["the cat dog cow .", "red blue", "saw axe"]
+    assert {line["label"] for line in lines} <= {"animal", "colour", "tool"}
+    for line in lines:
+        assert sum(line["probabilities"].values()) == pytest.approx(1, abs=1e-5)
+        assert line["probability"] == max(line["probabilities"].values())
+
+
+def test_evaluate_measures_labels_beside_the_frozen_model_with_its_head(topics, tmp_path):
+    out, report, _ = topics
+    found = thimble.evaluate(write_rows(tmp_path / "rows.jsonl", sentences()), adapter=[out])
+    frozen, trained = found.results
+    assert (frozen.name, trained.name) == (FROZEN_WITH_HEAD, str(out))
+    assert trained.scores["accuracy"] > frozen.scores["accuracy"]
+
+
+def test_evaluate_measures_retrieval_beside_the_base(found, tmp_path):
+    out, report, _ = found
+    measured = thimble.evaluate(write_rows(tmp_path / "rows.jsonl", pairs()), adapter=[out])
+    bare, trained = measured.results
+    assert (bare.name, trained.name) == ("base", str(out))
+    assert trained.scores["MRR"] > bare.scores["MRR"]
+
+
+@pytest.mark.parametrize("name", ["vectors.jsonl", "vectors.npy"])
+def test_generate_embeds_texts(found, base, tmp_path, name):
+    out, _, _ = found
+    data = write_rows(tmp_path / "new.jsonl", [{"text": "the cat ."}, {"text": "red"}])
+    thimble.generate(data, out=tmp_path / name, adapter=[out])
+    if name.endswith("npy"):
+        made = np.load(tmp_path / name)
+        assert made.dtype == np.float32
+    else:
+        lines = [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+        assert [line["text"] for line in lines] == ["the cat .", "red"]
+        made = np.array([line["embedding"] for line in lines])
+    np.testing.assert_allclose(made, thimble_embeddings(out, base, ["the cat .", "red"]), atol=1e-5)

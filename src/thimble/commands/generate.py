@@ -30,8 +30,7 @@ from thimble.inference.engine import PREFILL_TOKENS, Engine
 from thimble.inference.sampling import SamplingOptions
 from thimble.models.cost import cache_token_bytes
 from thimble.models.machine import available_bytes
-from thimble.training.answers import write_answers as write_lines
-from thimble.training.module_answers import predictions
+from thimble.training.module_answers import predictions, write_predictions
 from thimble.training.module_use import is_of_module
 from thimble.training.run_folder import check_new_file, check_room
 
@@ -156,7 +155,7 @@ def _predict(config: GenerateConfig, log: EventLog, should_stop: ShouldStop) -> 
     problems.required()
     used, lines = predictions(config, log, should_stop)
     began, found = time.perf_counter(), list(lines)
-    write_lines(config.out, found, log)
+    write_predictions(config.out or "", found, log)
     count = len(used.reading.valid_costs)
     return GenerateReport(
         "done" if len(found) == count else "interrupted", config.data, used.base.name, used.trained.path,

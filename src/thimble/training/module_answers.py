@@ -1,16 +1,24 @@
 """What finished adapters on modules say of rows: measured for `evaluate`, or line by line for `generate`."""
 
-from collections.abc import Iterator
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from thimble.config.evaluate import EvaluateConfig
 from thimble.config.generate import GenerateConfig
-from thimble.errors import AdapterError, ConfigError, Problems, listing, plural
+from thimble.data.sentences import EMBED
+from thimble.errors import AdapterError, ConfigError, Problems, RunError, listing, plural
 from thimble.events import EventLog, ShouldStop
+from thimble.files.atomic import write_atomic
 from thimble.report.words import FROZEN_WITH_HEAD
+from thimble.training.answers import write_answers
 from thimble.training.control import Control
 from thimble.training.module_use import Trained, UsedModule, as_train_config, open_used, read_trained
 from thimble.training.protocols import Scores
+from thimble.training.run_folder import make_folder
 from thimble.training.tasks.kinds import KINDS
 from thimble.training.tasks.module_task import ModuleTask, are_alike, cut
 from thimble.training.tasks.reading import VALID, TaskRows, Telling
@@ -58,8 +66,12 @@ def predictions(
     problems = Problems(config.problems)
     trained = problems.attempt(read_trained, config.adapter[0])
     rows = problems.attempt(_rows, [trained], config, False) if trained else None
-    if config.out and not config.out.endswith(".jsonl"):
-        problems.add(f"--out {config.out}: predictions are written as JSON lines; name a file that ends in .jsonl")
+    ends = (".jsonl", ".npy") if trained and trained.task == EMBED else (".jsonl",)
+    if config.out and not config.out.endswith(ends):
+        arrays = ", or in .npy for an array of embeddings alone" if len(ends) > 1 else ""
+        problems.add(
+            f"--out {config.out}: predictions are written as JSON lines; name a file that ends in .jsonl{arrays}"
+        )
     if config.resume:
         problems.add("--resume: predictions are made anew, which takes a pass over the rows; leave it out")
     problems.required()
@@ -73,6 +85,20 @@ def predictions(
             "measures how well they are told apart"
         )
     return used, _lines(used, used.reading, log, should_stop)
+
+
+def write_predictions(path: str, lines: Sequence[Mapping[str, Any]], log: EventLog) -> None:
+    """Write lines as JSON, or of a file in .npy their embeddings alone, as an array float32 (rows, width) of numpy."""
+    if not path.endswith(".npy"):
+        write_answers(path, lines, log)
+        return
+    made = io.BytesIO()
+    np.save(made, np.array([line["embedding"] for line in lines], np.float32))
+    try:
+        make_folder(Path(path).absolute().parent)
+        write_atomic(Path(path), [made.getbuffer()])
+    except OSError as error:
+        raise RunError(f"the embeddings cannot be written to {path} ({error.strerror or error})") from None
 
 
 def _lines(used: UsedModule, telling: Telling, log: EventLog, should_stop: ShouldStop) -> Iterator[dict[str, Any]]:

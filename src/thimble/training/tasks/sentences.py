@@ -81,7 +81,9 @@ class TextReading:
 
     def lines(self, outputs: Sequence[NDArray[Any]], rows: Sequence[int]) -> list[dict[str, Any]]:
         """The label of each text, and how likely the module finds it."""
-        return label_lines(outputs, [self.valid[row] for row in rows], self.labels)
+        items = [self.valid[row] for row in rows]
+        lines = label_lines(outputs, items, self.labels)
+        return [{"text": item.asked, **line} for item, line in zip(items, lines, strict=True)]
 
     def extra(self, outputs: Sequence[NDArray[Any]], rows: Sequence[int]) -> Mapping[str, Any]:
         """How far probabilities can be believed, and thresholds of two classes."""
@@ -104,16 +106,16 @@ def open_texts(config: TrainConfig) -> TaskRows:
 
 
 def measured_texts(config: TrainConfig, labels: Sequence[str], needs_answers: bool) -> TaskRows:
-    """Read labelled texts to be told by a finished adapter."""
-    found = read_sentences(config.data, CLASSIFY, config.strict, NamedColumns.of(config))
-    items = found.train if found.valid is None else found.valid
+    """Read texts to be told by a finished adapter, with their labels if they are needed."""
+    found = read_sentences(config.data, CLASSIFY, config.strict, NamedColumns.of(config), needs_answers)
+    items = found.test or found.valid or found.train
     return measured_rows(found, items, labels, config.data, _text_reading)
 
 
 def measured_pairs(config: TrainConfig, labels: Sequence[str], needs_answers: bool) -> TaskRows:
-    """Read pairs to measure a finished adapter on."""
-    found = read_sentences(config.data, EMBED, config.strict, NamedColumns.of(config))
-    items = found.train if found.valid is None else found.valid
+    """Read pairs to measure a finished adapter on, or texts alone to be embedded by it."""
+    found = read_sentences(config.data, EMBED, config.strict, NamedColumns.of(config), needs_answers)
+    items = found.test or found.valid or found.train
     first = {row.digest: number for number, row in reversed(list(enumerate(items)))}
     return TaskRows(
         labels=(), sources=[row.source for row in items], digest=_digest(items),
