@@ -34,6 +34,6 @@ KINDS: Mapping[str, TaskKind] = {
     "classify-image": TaskKind(open_pictures, measured_pictures, "labels", 32),
     "classify-audio": TaskKind(open_clips, measured_clips, "labels", 16),
     "transcribe": TaskKind(open_transcripts, measured_transcripts, "tokens", 16, rate=1e-3),
-    "classify-text": TaskKind(open_texts, measured_texts, "labels", 32, peft_type="SEQ_CLS"),
-    "embed": TaskKind(open_pairs, measured_pairs, "pairs", 32, peft_type="FEATURE_EXTRACTION"),
+    "classify-text": TaskKind(open_texts, measured_texts, "labels", 32, 5e-4, 5.0, "SEQ_CLS"),
+    "embed": TaskKind(open_pairs, measured_pairs, "pairs", 32, 1e-3, 4.0, "FEATURE_EXTRACTION"),
 }
