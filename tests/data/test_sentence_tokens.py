@@ -41,7 +41,7 @@ def test_what_is_cut_and_what_is_unknown_is_counted(bert):
     ours.encode([("the cat",), ("sat " * 40,), ("zebra",)], counts)
     assert (counts.texts, counts.cut, counts.unknown) == (3, [30], 1)
     cut, unknown = counts.told(12)
-    assert cut == "1 text of 3 (33%) longer than 12 tokens lost 30 tokens in all at the end"
+    assert cut == "1 text of 3 (33.3%) longer than 12 tokens lost 30 tokens in all at the end"
     assert unknown.startswith("5.3% of the tokens are unknown")
     quiet = TokenCounts()
     ours.encode([("the cat",)], quiet)

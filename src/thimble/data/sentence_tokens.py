@@ -54,7 +54,7 @@ class TokenCounts:
         if self.cut:
             share = len(self.cut) / self.texts
             found.append(
-                f"{plural(len(self.cut), 'text')} of {self.texts:,} ({share:.0%}) longer than {most:,} tokens lost "
+                f"{plural(len(self.cut), 'text')} of {self.texts:,} ({share:.1%}) longer than {most:,} tokens lost "
                 f"{plural(sum(self.cut), 'token')} in all at the end"
             )
         if self.unknown > UNKNOWN_SHARE * self.tokens:
