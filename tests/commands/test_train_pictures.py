@@ -164,6 +164,15 @@ def test_it_is_evaluated_beside_the_frozen_model_with_its_head(run, pictures, tm
     assert lora.labels["rows"] == 30
 
 
+def test_a_run_that_has_ended_goes_by_its_data_wherever_they_lie(run, pictures, tmp_path):
+    shutil.copytree(pictures, tmp_path / "moved")
+    again = thimble.train(tmp_path / "moved", out=run.out, resume=True)
+    assert (again.status, again.loss_after) == ("done", run.loss_after)
+    (tmp_path / "moved" / "lying" / "0.png").unlink()
+    with pytest.raises(InputError, match="DATA .*moved: the run in .*, which has ended, was made with others"):
+        thimble.train(tmp_path / "moved", out=run.out, resume=True)
+
+
 def test_a_folder_is_labelled_picture_by_picture(run, pictures, tmp_path):
     out = tmp_path / "labels.jsonl"
     report = thimble.generate(pictures, adapter=run.out, out=str(out))
@@ -176,9 +185,7 @@ def test_a_folder_is_labelled_picture_by_picture(run, pictures, tmp_path):
     assert told / 120 == pytest.approx(thimble.evaluate(pictures, adapter=run.out).results[1].scores["accuracy"])
 
 
-@pytest.mark.parametrize(
-    ("command", "options"), [("chat", {}), ("export", {"out": "x.gguf"}), ("serve", {}), ("inspect", {})]
-)
+@pytest.mark.parametrize(("command", "options"), [("chat", {}), ("export", {"out": "x.gguf"}), ("serve", {})])
 def test_commands_for_text_refuse_it_by_name(run, command, options):
     named = {"adapter": run.out} if command in ("chat", "serve") else {}
     with pytest.raises(InputError, match="was trained for classify-image"):

@@ -6,6 +6,7 @@ from thimble.config.inspect_ import InspectConfig
 from thimble.config.train import TrainConfig
 from thimble.core.method import AUTO_RANK, INITS
 from thimble.core.targets import Size
+from thimble.data.model import find_base
 from thimble.errors import Problems
 from thimble.events import EventLog, ignore
 from thimble.models.inspection import InitShares, find_block, kind_of
@@ -25,6 +26,10 @@ def plan_measurement(config: InspectConfig, log: EventLog) -> RunPlan:
         problems.add(f"{' and '.join(given)} cannot be used with --data: no weight is decomposed and nothing is drawn")
     options = {"data": config.data, "base": config.base, "seed": config.seed}
     options |= {name: getattr(config, name) for name in COLUMNS}
+    base = problems.attempt(find_base, config.base)
+    if base and not base.is_own:
+        problems.attempt(base.check_own, "inspect --data", "gradients are gathered by Thimble's own engine alone")
+        problems.required()
     run = TrainConfig.build({**options, "rank": "auto", "init": "gradient", "eval_rows": 0, "eval_every_steps": 0})
     planning = EventLog(ignore)  # most of what it decides is about training
     run_plan = problems.attempt(plan_run, run, planning, needs_folder=False)

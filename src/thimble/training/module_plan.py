@@ -96,7 +96,7 @@ def plan_module_run(config: TrainConfig, task: str, log: EventLog, needs_folder:
     opened, rows, reading = _check(config, task, kind, folder, needs_folder, log)
     _log_opened(opened, rows, reading, config, log)
     schedule = _schedule(config, kind, opened, reading)
-    _log_schedule(schedule, len(reading.costs), log)
+    _log_schedule(schedule, len(reading.costs), "adapter and head" if kind.has_head else "adapters", log)
     cost = plan_memory(config, opened.session, reading, schedule)
     execution = cost.execution
     checkpoint = latest_checkpoint(folder) if config.resume else None
@@ -204,7 +204,7 @@ def _log_opened(opened: OpenedModule, rows: TaskRows, reading: Reading, config: 
         log_few(len(rows.sources), len(rows.unseen), len(reading.costs), rows.has_valid_part, log)
 
 
-def _log_schedule(schedule: StepSchedule, rows: int, log: EventLog) -> None:
+def _log_schedule(schedule: StepSchedule, rows: int, trained: str, log: EventLog) -> None:
     if schedule.minutes:
         log.decision(f"length: {schedule.minutes:g} minutes")
     else:
@@ -212,4 +212,4 @@ def _log_schedule(schedule: StepSchedule, rows: int, log: EventLog) -> None:
         log.decision(f"length: {steps}, {schedule.epochs:.1f} passes over {plural(rows, 'row')}")
     if schedule.is_default_rate:
         times = "".join(f", times {factor:.2g} for {name}" for name, factor in schedule.rate_factors.items())
-        log.decision(f"learning rate: {schedule.rate:g}, what usually does well for adapter and head{times}")
+        log.decision(f"learning rate: {schedule.rate:g}, what usually does well for {trained}{times}")

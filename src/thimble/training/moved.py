@@ -12,10 +12,13 @@ from thimble.config.paths import exists, path_in
 from thimble.config.train import TrainConfig
 from thimble.config.values import as_typed, flag
 from thimble.data.examples import open_data
-from thimble.data.model import find_base
+from thimble.data.model import find_base, find_module_base
 from thimble.errors import ConfigError, as_word, listing
 from thimble.events import EventLog
+from thimble.training.checkpoint import saved_origin
 from thimble.training.run_folder import hash_file, read_config, read_json
+from thimble.training.task_choice import TEXT
+from thimble.training.tasks.kinds import KINDS
 
 PARTS = ("data", "base", "metric")  # what a run that goes on reads, beside its folder
 
@@ -60,17 +63,27 @@ def check_finished(config: TrainConfig, folder: Path) -> None:
     saved, manifest = read_config(folder), read_json(folder / "manifest.json") or {}
     _check_length(config, saved, folder)
     wrong = []
+    task = str(saved.get("task", TEXT))
     if saved and config.base != saved.get("base") and (expected := manifest.get("base", {}).get("sha256")):
-        wrong += [] if find_base(config.base).fingerprint() == expected else [f"--base {config.base}"]
-    if saved and config.data != saved.get("data") and (files := manifest.get("data")):
-        found = [hash_file(path) for path in open_data(config).files]
-        wrong += [] if sorted(found) == sorted(files.values()) else [f"DATA {config.data}"]
+        base = find_module_base(config.base, task) if task in KINDS else find_base(config.base)
+        wrong += [] if base.fingerprint() == expected else [f"--base {config.base}"]
+    if saved and config.data != saved.get("data") and not _is_of_these_data(config, task, folder, manifest):
+        wrong.append(f"DATA {config.data}")
     if wrong:
         raise ConfigError(
             f"{listing(wrong)}: the run in {folder}, which has ended, was made with others, "
             f"{saved.get('data')} and {saved.get('base') or 'the default base'}; leave it out, or begin another run "
             "with another --out"
         )
+
+
+def _is_of_these_data(config: TrainConfig, task: str, folder: Path, manifest: Mapping[str, Any]) -> bool:
+    """Whether a run that has ended was made of the data that are named now; so it is if nothing is known of its own."""
+    if task in KINDS:
+        began = saved_origin(folder)
+        return not began or KINDS[task].open_rows(config).digest == began["data"]
+    expected = manifest.get("data")
+    return not expected or sorted(map(hash_file, open_data(config).files)) == sorted(expected.values())
 
 
 def _check_length(config: TrainConfig, saved: Mapping[str, Any], folder: Path) -> None:

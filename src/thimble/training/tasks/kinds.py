@@ -20,7 +20,7 @@ class TaskKind:
     measured_rows: Callable[[TrainConfig, Sequence[str], bool], TaskRows]
     loss: str  # `labels`, `pairs` or `tokens`
     step_rows: int  # rows of a step
-    rate: float = 2e-3  # peak learning rate of adapter and head (docs/any_model.md)
+    rate: float = 2e-3  # peak learning rate of adapter and head (docs/tasks.md)
     epochs: float = 10.0
     peft_type: str | None = None  # what PEFT calls the task, where it opens the adapter in a class made for it
 
