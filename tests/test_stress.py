@@ -34,7 +34,15 @@ def test_no_hostile_folder_runs_anything():
 
 @pytest.mark.parametrize(
     ("name", "count"),
-    [("kill", 2), ("stopped", 3), ("numbers", 15), ("signals", 2), ("full_runs", 4), ("many_rows", 20_000)],
+    [
+        ("kill", 2),
+        ("kill_pictures", 2),
+        ("stopped", 3),
+        ("numbers", 15),
+        ("signals", 2),
+        ("full_runs", 4),
+        ("many_rows", 20_000),
+    ],
 )
 def test_runs_end_as_they_would_have_or_say_that_they_failed(name, count, monkeypatch):
     monkeypatch.setattr(runs, "MOST_SECONDS_TO_END", 60.0)  # of a machine that does other things too

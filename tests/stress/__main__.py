@@ -43,6 +43,7 @@ BEGIN, END = "<!-- the table: written by make stress -->", "<!-- the end of the 
 # The longest first, so that none is left alone at the end.
 TRIALS: dict[str, tuple[Callable[[int], Line], int]] = {
     "kill": (runs.kill_runs, 200),
+    "kill_pictures": (runs.kill_runs_on_pictures, 100),
     "gguf": (files.fuzz_gguf, 1_000_000),
     "soak": (runs.soak, 24_000),
     "data": (data.fuzz_data, 100_000),

@@ -21,6 +21,7 @@ from stress import TINY, Line
 from stress.storage import Failing
 
 STEPS = 12
+PICTURE_STEPS = 150  # shorter ones
 KNOBS: dict[str, Any] = {
     "base": str(TINY), "seq_len": 64, "batch_tokens": 64, "max_new_tokens": 2, "eval_rows": 0, "compute": "fp32",
     "rank": 4, "dropout": 0.1,
@@ -56,34 +57,85 @@ def _train(folder: Path, out: Path, options: dict[str, Any]) -> None:
     thimble.train(folder / "mine.jsonl", out=str(out), max_steps=STEPS, checkpoint_every_steps=1, **KNOBS, **options)
 
 
+def _train_on_pictures(folder: Path, out: Path, options: dict[str, Any]) -> None:
+    """The same on pictures, with a network of the user's own."""
+    import thimble
+
+    os.environ["OMP_NUM_THREADS"] = "1"
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    thimble.train(
+        folder / "pictures", base=f"{folder / 'net.py'}:build", out=str(out), max_steps=PICTURE_STEPS,
+        checkpoint_every_steps=1, rank=4, batch_rows=8, image_size=12, augment="shift", dropout=0.1, **options,
+    )  # fmt: skip
+
+
+NET = """import torch
+from torch import nn
+
+
+def build():
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 2)
+    return nn.Sequential(*layers)
+"""
+
+
+@contextlib.contextmanager
+def pictures() -> Iterator[Path]:
+    """A folder with pictures of two classes and a file that makes a network."""
+    from PIL import Image
+
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "net.py").write_text(NET)
+        for number in range(40):
+            place = Path(folder, "pictures", "bright" if number % 2 else "dark")
+            place.mkdir(parents=True, exist_ok=True)
+            noise = random.Random(number).randbytes(12 * 12 * 3)
+            shade = Image.frombytes("RGB", (12, 12), bytes(value // 2 + 60 * (number % 2) for value in noise))
+            shade.save(place / f"{number}.png")
+        yield Path(folder)
+
+
 def kill_runs(count: int) -> Line:
     """Kill runs at random moments, some of them again when they are resumed, and compare with the uninterrupted run."""
+    with examples() as folder:
+        return _kill(count, folder, _train, "runs killed and resumed")
+
+
+def kill_runs_on_pictures(count: int) -> Line:
+    """The same of runs on pictures."""
+    with pictures() as folder:
+        return _kill(count, folder, _train_on_pictures, "runs on pictures killed and resumed", PICTURE_STEPS)
+
+
+def _kill(
+    count: int, folder: Path, train: Callable[[Path, Path, dict[str, Any]], None], name: str, last: int = STEPS
+) -> Line:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["thimble.commands.train", "thimble.backends.torch.session", "matplotlib.figure"])
     began, dice, wrong, killed = time.perf_counter(), random.Random(0), 0, Counter[str]()
-    with examples() as folder:
 
-        def run(out: Path, options: dict[str, Any], seconds: float | None = None) -> int | None:
-            process = context.Process(target=_train, args=(folder, out, options))
-            process.start()
-            process.join(seconds)
-            if process.exitcode is None and process.pid:
-                os.kill(process.pid, signal.SIGKILL)
-                process.join()
-            return process.exitcode
+    def run(out: Path, options: dict[str, Any], seconds: float | None = None) -> int | None:
+        process = context.Process(target=train, args=(folder, out, options))
+        process.start()
+        process.join(seconds)
+        if process.exitcode is None and process.pid:
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
+        return process.exitcode
 
-        run(folder / "warm", {})
-        started = time.perf_counter()
-        run(folder / "whole", {})
-        seconds, expected = time.perf_counter() - started, ending(folder / "whole")
-        for number in range(count):
-            out = folder / f"run-{number}"
-            for again in range(1 + number % 3):
-                code = run(out, {"resume": True} if again else {}, dice.uniform(0.3, 0.95) * seconds)
-                killed[_place(out) if code == -signal.SIGKILL else "not at all: it had ended"] += 1
-            wrong += run(out, {"resume": True}) != 0 or ending(out) != expected
+    run(folder / "warm", {})
+    started = time.perf_counter()
+    run(folder / "whole", {})
+    seconds, expected = time.perf_counter() - started, ending(folder / "whole", last)
+    for number in range(count):
+        out = folder / f"run-{number}"
+        for again in range(1 + number % 3):
+            code = run(out, {"resume": True} if again else {}, dice.uniform(0.3, 0.95) * seconds)
+            killed[_place(out) if code == -signal.SIGKILL else "not at all: it had ended"] += 1
+        wrong += run(out, {"resume": True}) != 0 or ending(out, last) != expected
     places = ", ".join(f"{times} {place}" for place, times in killed.most_common())
-    return Line("runs killed and resumed", count, wrong, time.perf_counter() - began, f"killed: {places}")
+    return Line(name, count, wrong, time.perf_counter() - began, f"killed: {places}")
 
 
 def _place(out: Path) -> str:
