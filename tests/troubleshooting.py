@@ -311,8 +311,9 @@ CASES: dict[str, list[Case]] = {
              "refused by its name, and every key of GGUF metadata too. Fields that only other programs read are told as a note.",
              ["plan", "mine.jsonl", "--base", "model"],
              base_with(residual_multiplier=0.22, attention_multiplier=0.015, rope_scaling={"type": "dynamic", "factor": 2.0})),
-        Case("The base is a classifier or an embedding model", "Without a language head there is nothing that writes text.",
-             ["plan", "mine.jsonl", "--base", "model"], base_with(architectures=["LlamaForSequenceClassification"])),
+        Case("The base is a classifier or an embedding model", "Without a language head there is nothing that writes text. Such a "
+             "model learns to tell texts apart (`--task classify-text`), or to find those that belong together (`--task embed`).",
+             ["plan", "mine.jsonl", "--base", "model", "--task", "text"], base_with(architectures=["LlamaForSequenceClassification"])),
         Case("The weights are quantised", "", ["plan", "mine.jsonl", "--base", "Llama-3.2-1B-Instruct-bnb-4bit"], quantised_base),
         Case("It is another kind of model", "", ["plan", "mine.jsonl", "--base", "model"],
              lambda: write("model/config.json", '{"model_type": "t5"}')),

@@ -296,7 +296,7 @@ def test_a_hostile_adapter_is_refused_quickly_and_nothing_of_it_is_kept(tmp_path
         with pytest.raises(AdapterError, match=message):
             load_adapter(tmp_path)
         seconds.append(time.process_time() - began)
-    assert min(seconds) < 0.05
+    assert min(seconds) < 0.5  # what is not refused early takes seconds
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
@@ -343,7 +343,7 @@ def test_every_hostile_file_of_tensors_is_refused_quickly(tmp_path, case):
         with pytest.raises(AdapterError):
             load_adapter(tmp_path)
         seconds.append(time.process_time() - began)
-    assert min(seconds) < 0.05
+    assert min(seconds) < 0.5  # what is not refused early takes seconds
 
 
 @pytest.mark.parametrize(

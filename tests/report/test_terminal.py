@@ -62,7 +62,8 @@ def test_what_was_not_measured_is_shown_as_such():
 @pytest.mark.parametrize(("steps", "time"), [(130, "3.8 minutes for 130 steps"), (None, "3.8 minutes")])
 def test_a_plan_is_a_line_for_each_question(steps, time):
     report = SimpleNamespace(
-        base="a.gguf (llama, 135M parameters)", base_parameters=134_515_008, adapter_parameters=4_884_480, rows=400,
+        task="text", unit="tokens", base="a.gguf (llama, 135M parameters)", base_parameters=134_515_008,
+        adapter_parameters=4_884_480, rows=400,
         tokens_per_epoch=80_000, target_tokens_per_epoch=9_000, longest_row_tokens=900, steps=steps,
         memory={"weights": 98_000_000, "total": 1_700_000_000}, available_bytes=8_000_000_000, seconds_per_step=1.73,
         seconds_total=225.0, tokens_per_second=1088.0,

@@ -53,7 +53,7 @@ def stored_bytes(paths: Iterable[str], base: Base | None) -> dict[str, int]:
     return sizes
 
 
-def _read(path: str, base: Base | None, is_of_text: bool) -> Adapter:
+def _read(path: str, base: Base | None, is_of_text: bool = True) -> Adapter:
     if is_gguf(path):
         return load_gguf_adapter(path, base)
     adapter = load_adapter(path)

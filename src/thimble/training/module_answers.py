@@ -36,8 +36,7 @@ def measure_adapters(
     problems = Problems(config.problems)
     trained = [found for path in config.adapter if (found := problems.attempt(read_trained, path))]
     rows = problems.attempt(_rows, trained, config, True) if len(trained) == len(config.adapter) else None
-    problems.required()
-    assert rows
+    (rows,) = problems.required(rows)
     _log_rows(rows, log)
     scores: dict[str, Scores] = {}
     for one in trained:
@@ -74,9 +73,7 @@ def predictions(
         )
     if config.resume:
         problems.add("--resume: predictions are made anew, which takes a pass over the rows; leave it out")
-    problems.required()
-    assert rows
-    assert trained
+    trained, rows = problems.required(trained, rows)
     _log_rows(rows, log)
     used = open_used(trained, config.base, rows, as_train_config(config, trained), log)
     if not isinstance(used.reading, Telling):

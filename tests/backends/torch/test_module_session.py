@@ -1,5 +1,7 @@
 """Modules of any kind in training: against PEFT and plain torch, which do the same."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -137,13 +139,8 @@ def pairs(count, seed=0):
     random = np.random.default_rng(seed)
     ids, mask = random.integers(20, size=(2 * count, 5)), np.ones((2 * count, 5), np.int64)
     mask[:, 3:] = random.integers(2, size=(2 * count, 1))
-    return ModuleBatch({"input_ids": ids, "attention_mask": mask}, {}, list(range(count)))
-
-
-def half(batch, rows):
-    count = len(batch.numbers)
-    both = [*range(rows.start, rows.stop), *range(count + rows.start, count + rows.stop)]
-    return ModuleBatch({name: values[both] for name, values in batch.inputs.items()}, {}, batch.numbers[rows])
+    places = {"pair": np.arange(2 * count).reshape(2, count).T, "content": np.arange(2 * count)}
+    return ModuleBatch({"input_ids": ids, "attention_mask": mask}, places, list(range(count)))
 
 
 def test_pairs_are_told_apart_from_all_others_of_their_step_whatever_its_parts():
@@ -156,10 +153,11 @@ def test_pairs_are_told_apart_from_all_others_of_their_step_whatever_its_parts()
     cosines, own = first @ second.T / 0.05, torch.arange(6)
     expected = (functional.cross_entropy(cosines, own) + functional.cross_entropy(cosines.T, own)) / 2
     found = []
-    for cut in ([batch], [half(batch, slice(0, 2)), half(batch, slice(2, 6))]):
+    for most in (PLAN.micro_tokens, 10):
         session = attached(Embedder(), "pairs", "")
         state = session.start(session.fresh_adapter(), Method())
-        found.append(session.gradient(state, Work([cut], 6), Objective(), PLAN, StepKey(0, 0)))
+        plan = replace(PLAN, micro_tokens=most)
+        found.append(session.gradient(state, Work([[batch]], 6), Objective(), plan, StepKey(0, 0)))
     assert found[0].loss.mean == pytest.approx(float(expected.detach()), abs=1e-5)
     assert found[1].loss.mean == pytest.approx(found[0].loss.mean, abs=1e-5)
     assert found[0].norm > 0.01
@@ -184,14 +182,15 @@ def test_tokens_are_learned_as_transformers_counts_their_loss():
     labels[1, 2:] = -100
     with torch.no_grad():
         expected = float(module(input_ids=torch.from_numpy(ids), labels=torch.from_numpy(labels)).loss)
+    given = {"prompt": np.zeros((3, 1), np.int64), "most": np.full(3, 5)}
     session = attached(module, "tokens", "")
     (rows,) = session.losses(
-        session.load(None), iter([ModuleBatch({"input_ids": ids}, {"labels": labels}, [0, 1, 2])]), PLAN
+        session.load(None), iter([ModuleBatch({"input_ids": ids}, {"labels": labels, **given}, [0, 1, 2])]), PLAN
     )
     assert [row.tokens for row in rows] == [4, 2, 4]
     assert sum(row.nats for row in rows) / 10 == pytest.approx(expected, abs=1e-5)
-    (written,) = session.outputs(session.load(None), iter([ModuleBatch({"input_ids": ids}, {}, [0, 1, 2])]), PLAN)
-    assert written.shape[0] == 3
+    (written,) = session.outputs(session.load(None), iter([ModuleBatch({"input_ids": ids}, given, [0, 1, 2])]), PLAN)
+    assert written.shape == (3, 5)
 
 
 def test_dropout_is_a_function_of_the_step(tmp_path):

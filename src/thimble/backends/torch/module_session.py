@@ -90,7 +90,8 @@ class ModuleTorchSession:
     @property
     def attachment(self) -> Attachment:
         """What `attach` put on the module."""
-        assert self._attached, "attach comes first"
+        if self._attached is None:
+            raise ValueError("attach comes first")
         return self._attached
 
     def _lay_out(self) -> None:
