@@ -59,6 +59,18 @@ def test_what_was_not_measured_is_shown_as_such():
     assert "interrupted: 130 steps" in text
 
 
+def test_a_mean_of_what_is_not_right_or_wrong_is_no_count_of_rows():
+    found = {"metric": "none", "metrics_rows": 269, "metric_comparisons": {}, "task": "embed"}
+    metrics = {
+        "metrics_before": {"MRR": 0.65, "recall@1": 144 / 269},
+        "metrics_after": {"MRR": 0.72, "recall@1": 168 / 269},
+    }
+    lines = render_train(SimpleNamespace(**{**full_report(), **found, **metrics})).splitlines()
+    shown = {line.split()[0]: line.split()[1:] for line in lines if line.split()}
+    assert shown["MRR"] == ["65%", "(mean", "of", "269)", "72%", "(mean", "of", "269)"]
+    assert shown["recall@1"] == ["144/269", "(54%)", "168/269", "(62%)"]
+
+
 @pytest.mark.parametrize(("steps", "time"), [(130, "3.8 minutes for 130 steps"), (None, "3.8 minutes")])
 def test_a_plan_is_a_line_for_each_question(steps, time):
     report = SimpleNamespace(

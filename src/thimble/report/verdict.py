@@ -254,7 +254,7 @@ def score(report: Report, name: str, share: float) -> str:
 
 def may_be_count(name: str, value: float) -> bool:
     """Whether a mean may be that of right-or-wrong."""
-    return 0 <= value <= 1 and name not in ERROR_RATES
+    return 0 <= value <= 1 and name not in SHARES
 
 
 def figure(name: str, value: float) -> str:
