@@ -20,6 +20,7 @@ from thimble.backends.module_session import Measured, ModuleBatch
 from thimble.backends.session import LayerInfo, Objective, StepKey, Work
 from thimble.backends.torch.adamw import AdamW
 from thimble.backends.torch.attach import Attachment, adapter_of, adapter_off, attach, detach, merge
+from thimble.backends.torch.flat_training import FlatTraining
 from thimble.backends.torch.gradient import Gradient
 from thimble.backends.torch.memory import out_of_memory
 from thimble.backends.torch.module_cost import measure
@@ -62,7 +63,7 @@ class ModuleState:
     initial: Adapter  # for what is no number: base, notes, settings
 
 
-class ModuleTorchSession:
+class ModuleTorchSession(FlatTraining):
     """A frozen module and the loss it is trained on, by its name; `head` is the path of its last Linear, if it has one.
 
     `attach` comes first, then `start` or `use`.
@@ -302,12 +303,6 @@ class ModuleTorchSession:
             self._loss.forward(self.module, part, targets).backward(slopes[rows])
         return _sum_of(losses)
 
-    def apply(self, state: ModuleState, gradient: Gradient, rate: float) -> ModuleState:
-        most = state.method.max_grad_norm
-        scale = most / gradient.norm if gradient.norm > most else 1.0
-        state.optimiser.step(torch.from_numpy(gradient.flat), rate, scale)
-        return state
-
     # ---- measuring ------------------------------------------------------------------------------------------------
 
     def losses(
@@ -354,17 +349,6 @@ class ModuleTorchSession:
 
     # ---- checkpoints ----------------------------------------------------------------------------------------------
 
-    def snapshot(
-        self, state: ModuleState, into: Mapping[str, NDArray[np.float32]] | None = None
-    ) -> dict[str, NDArray[np.float32]]:
-        kept = dict(into or {})
-        for name, values in self._arrays(state).items():
-            if name in kept:
-                np.copyto(kept[name], values)
-            else:
-                kept[name] = values.copy()
-        return kept
-
     def _arrays(self, state: ModuleState) -> dict[str, NDArray[np.float32]]:
         return {"adapter": self._flat.numpy(), **state.optimiser.state()}
 
@@ -373,9 +357,6 @@ class ModuleTorchSession:
         if "adapter" in arrays:
             self._flat.copy_(torch.from_numpy(arrays["adapter"]))
         return state
-
-    def is_finite(self, state: ModuleState) -> bool:
-        return all(np.isfinite(values).all() for values in self._arrays(state).values())
 
     def unmoved_layers(self, state: ModuleState) -> list[str]:
         moved = {id(parameter): bool(state.optimiser.squares[span].any()) for parameter, span in self._views}
