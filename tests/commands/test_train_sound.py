@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import numpy as np
 import peft
@@ -158,6 +159,20 @@ def test_a_run_that_is_cut_short_ends_as_it_would_have(base, clips, tmp_path):
     ours, theirs = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "cut"))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert again.loss_after == whole.loss_after
+
+
+def test_a_run_knows_its_transcripts_again(base, clips, tmp_path):
+    shutil.copytree(clips, tmp_path / "clips")
+    steps, cut = [], {**QUICK, "max_steps": 6, "checkpoint_every_steps": 2}
+    thimble.train(
+        tmp_path / "clips", base=str(base), out=str(tmp_path / "cut"), **cut,
+        on_event=lambda event: steps.append(event) if event.kind == "step" else None,
+        should_stop=lambda: len(steps) == 3,
+    )  # fmt: skip
+    table = tmp_path / "clips" / "metadata.csv"
+    table.write_text(table.read_text(encoding="utf-8").replace("Low.", "Bass."), encoding="utf-8")
+    with pytest.raises(InputError, match="the data"):
+        thimble.train(tmp_path / "clips", out=str(tmp_path / "cut"), resume=True)
 
 
 def test_clips_are_told_apart_by_their_class(clips, tmp_path):

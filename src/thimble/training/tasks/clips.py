@@ -19,15 +19,7 @@ from thimble.data.media.sound import read_sound
 from thimble.data.spool import Spool
 from thimble.errors import BaseModelError, DataError, DoesNotFitError
 from thimble.models.module_base import ModuleBase
-from thimble.training.answers import Answer
-from thimble.training.tasks.labels import (
-    label_answers,
-    label_details,
-    label_lines,
-    labelled_rows,
-    measured_rows,
-    targets,
-)
+from thimble.training.tasks.labels import LabelAnswers, labelled_rows, measured_rows, targets
 from thimble.training.tasks.reading import FRAMES, TRAIN, TaskRows
 
 if TYPE_CHECKING:
@@ -95,16 +87,19 @@ def clip_inputs(base: ModuleBase) -> "ClipInputs":
 
 
 @dataclass(frozen=True)
-class ClipReading:
-    """Clips of the training and the validation rows, whose class is to be found."""
+class ClipRows:
+    """Clips of the training and the validation rows."""
 
     items: tuple[Sequence[Item], Sequence[Item]]  # to learn from, held out
     clips: tuple[KeptClips, KeptClips]
-    labels: Sequence[str]  # the classes: their places are the numbers that the head gives
     preprocessing: Mapping[str, Any]
 
-    loss = "labels"
     unit = FRAMES
+
+    @property
+    def valid(self) -> Sequence[Item]:
+        """The validation rows."""
+        return self.items[1]
 
     @property
     def costs(self) -> Sequence[int]:
@@ -116,23 +111,20 @@ class ClipReading:
         """Frames of each validation clip."""
         return self.clips[1].costs
 
+
+@dataclass(frozen=True)
+class ClipReading(ClipRows, LabelAnswers):
+    """The same, whose class is to be found."""
+
+    labels: Sequence[str]  # the classes: their places are the numbers that the head gives
+
+    loss = "labels"
+
     def batch(self, part: str, rows: Sequence[int], key: StepKey | None) -> ModuleBatch:
         """Features of clips, and their classes int64 (rows,)."""
         side = 0 if part == TRAIN else 1
         items = [self.items[side][row] for row in rows]
         return ModuleBatch(self.clips[side].batch(rows), targets(items, self.labels), rows)
-
-    def answers(self, outputs: Sequence[NDArray[Any]], rows: Sequence[int]) -> list[Answer]:
-        """The likeliest label of each clip."""
-        return label_answers(outputs, [self.items[1][row] for row in rows], self.labels)
-
-    def lines(self, outputs: Sequence[NDArray[Any]], rows: Sequence[int]) -> list[dict[str, Any]]:
-        """The label of each clip, and how likely the module finds it."""
-        return label_lines(outputs, [self.items[1][row] for row in rows], self.labels)
-
-    def extra(self, outputs: Sequence[NDArray[Any]], rows: Sequence[int]) -> Mapping[str, Any]:
-        """How far probabilities can be believed, and thresholds of two classes."""
-        return label_details(outputs, [self.items[1][row] for row in rows], self.labels)
 
 
 def open_clips(config: TrainConfig) -> TaskRows:
@@ -158,4 +150,4 @@ def _clip_reading(
 ) -> ClipReading:
     inputs = clip_inputs(base)
     clips = KeptClips(train, inputs, config.max_seconds), KeptClips(valid, inputs, config.max_seconds)
-    return ClipReading((train, valid), clips, labels, {"max_seconds": config.max_seconds})
+    return ClipReading((train, valid), clips, {"max_seconds": config.max_seconds}, labels)

@@ -1,8 +1,7 @@
 """Classes: pictures whose label is to be found; what the module says becomes a label with its probability."""
 
-import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 from thimble.backends.module_session import ModuleBatch
 from thimble.backends.session import StepKey
 from thimble.config.train import TrainConfig
+from thimble.core.confidence import probabilities
 from thimble.core.cross_fitted import calibration, thresholds
 from thimble.core.labels import AnswerCounts
 from thimble.data.media.augment import augment
@@ -27,11 +27,46 @@ from thimble.errors import DataError, listing, plural
 from thimble.models.module_base import ModuleBase
 from thimble.models.picture_inputs import PictureInputs, picture_inputs
 from thimble.training.answers import Answer
-from thimble.training.tasks.reading import TRAIN, Reading, TaskRows
+from thimble.training.tasks.reading import TRAIN, Known, Reading, TaskRows, digest_of, first_of_each, known_rows
+
+
+class Labelled(Known, Protocol):
+    """A row with a label."""
+
+    @property
+    def label(self) -> str | None:
+        """Its class, if it has one."""
+
+    @property
+    def source(self) -> str:
+        """Where it stands."""
+
+    @property
+    def asked(self) -> str:
+        """What people are shown of it."""
+
+
+class LabelAnswers:
+    """What a reading with classes says of its validation rows."""
+
+    valid: Items[Any]  # rows with a label
+    labels: Sequence[str]  # the classes: their places are the numbers that the head gives
+
+    def answers(self, outputs: Sequence[NDArray[Any]], rows: Sequence[int]) -> list[Answer]:
+        """The likeliest label of each row."""
+        return label_answers(outputs, [self.valid[row] for row in rows], self.labels)
+
+    def lines(self, outputs: Sequence[NDArray[Any]], rows: Sequence[int]) -> list[dict[str, Any]]:
+        """The label of each row, and how likely the module finds it."""
+        return label_lines(outputs, [self.valid[row] for row in rows], self.labels)
+
+    def extra(self, outputs: Sequence[NDArray[Any]], rows: Sequence[int]) -> Mapping[str, Any]:
+        """How far probabilities can be believed, and thresholds of two classes."""
+        return label_details(outputs, [self.valid[row] for row in rows], self.labels)
 
 
 @dataclass(frozen=True)
-class PictureReading:
+class PictureReading(LabelAnswers):
     """Pictures of the training and the validation rows."""
 
     train: Items[Item]
@@ -76,18 +111,6 @@ class PictureReading:
     def _numbers(self, part: str, rows: Sequence[int]) -> list[int]:
         return [row if part == TRAIN else len(self.train) + row for row in rows]
 
-    def answers(self, outputs: Sequence[NDArray[Any]], rows: Sequence[int]) -> list[Answer]:
-        """The likeliest label of each picture."""
-        return label_answers(outputs, [self.valid[row] for row in rows], self.labels)
-
-    def lines(self, outputs: Sequence[NDArray[Any]], rows: Sequence[int]) -> list[dict[str, Any]]:
-        """The label of each picture, and how likely the module finds it."""
-        return label_lines(outputs, [self.valid[row] for row in rows], self.labels)
-
-    def extra(self, outputs: Sequence[NDArray[Any]], rows: Sequence[int]) -> Mapping[str, Any]:
-        """How far probabilities can be believed, and thresholds of two classes."""
-        return label_details(outputs, [self.valid[row] for row in rows], self.labels)
-
 
 def open_pictures(config: TrainConfig) -> TaskRows:
     """Find the pictures of a run and hold some out; raises DataError with every problem."""
@@ -113,26 +136,6 @@ def _picture_reading(
     paths = [item.path for item in (*train, *valid)]
     pictures = Decoded(paths, partial(read_picture, size=inputs.size))
     return PictureReading(train, valid, labels, inputs, pictures, config.augment)
-
-
-class Labelled(Protocol):
-    """A row with a label."""
-
-    @property
-    def label(self) -> str | None:
-        """Its class, if it has one."""
-
-    @property
-    def source(self) -> str:
-        """Where it stands."""
-
-    @property
-    def digest(self) -> str:
-        """Alike for rows that are the same."""
-
-    @property
-    def asked(self) -> str:
-        """What people are shown of it."""
 
 
 class Found(Protocol):
@@ -186,13 +189,12 @@ def rows_of_labels(
         f"left out: {plural(len(unknown), 'validation row')} of labels that no training row has "
         f"({listing(sorted(set(unknown)), 6)})"
     ] * bool(unknown)
-    learned = {item.digest for item in train}
-    known = frozenset(number for number, item in enumerate(held) if item.digest in learned)
-    first = {item.digest: number for number, item in reversed(list(enumerate(held)))}
+    known = known_rows(train, held)
     return TaskRows(
-        labels=labels, sources=[item.source for item in held], digest=digest_of((*train, *held)),
+        labels=labels, sources=[item.source for item in held],
+        digest=digest_of((item.digest, item.label) for item in (*train, *held)),
         reading=partial(make, train, held, labels), files=found.files, has_valid_part=found.valid is not None,
-        known=known, unseen=sorted(set(first.values()) - known), skipped=found.skipped,
+        known=known, unseen=[number for number in first_of_each(held) if number not in known], skipped=found.skipped,
         learned=AnswerCounts(len(train), Counter(str(item.label) for item in train)),
         told=found.told, warnings=(*found.warnings, *warnings),
     )  # fmt: skip
@@ -215,20 +217,12 @@ def measured_rows(found: Found, items: Items[T], labels: Sequence[str], source: 
         f"({listing(sorted(set(left)), 6)})"
     ] * bool(left)
     known = Chosen(items, places)
-    first = {item.digest: number for number, item in reversed(list(enumerate(known)))}
     return TaskRows(
-        labels=labels, sources=[item.source for item in known], digest=digest_of(known),
-        reading=partial(make, (), known, labels), files=found.files, unseen=sorted(first.values()),
+        labels=labels, sources=[item.source for item in known],
+        digest=digest_of((item.digest, item.label) for item in known),
+        reading=partial(make, (), known, labels), files=found.files, unseen=first_of_each(known),
         skipped=found.skipped, told=found.told, warnings=(*found.warnings, *warnings),
     )  # fmt: skip
-
-
-def digest_of(items: Iterable[Labelled]) -> str:
-    """Hash of rows with what is to be learned of them."""
-    total = hashlib.sha256()
-    for item in items:
-        total.update(f"{item.digest} {item.label!r}\n".encode())
-    return total.hexdigest()
 
 
 def targets(items: Sequence[Labelled], labels: Sequence[str]) -> dict[str, NDArray[np.int64]]:
@@ -267,16 +261,9 @@ def label_lines(
     """A line a file: the likeliest label with its probability, all labels with theirs, and the right one if known."""
     found = []
     for item, made in zip(items, outputs, strict=True):
-        shares = probabilities(made)
+        shares = probabilities(made[None])[0]
         best = int(shares.argmax())
         line = {"file": item.source, "label": labels[best], "probability": round(float(shares[best]), 6)}
         line["probabilities"] = {label: round(float(share), 6) for label, share in zip(labels, shares, strict=True)}
         found.append(line | ({"expected": item.label} if item.label is not None else {}))
-    return found
-
-
-def probabilities(logits: NDArray[Any]) -> NDArray[np.float64]:
-    """Softmax of logits float32 (classes,)."""
-    shares = np.exp(logits.astype(np.float64) - logits.max())
-    found: NDArray[np.float64] = shares / shares.sum()
     return found

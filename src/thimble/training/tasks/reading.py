@@ -1,6 +1,7 @@
 """How rows of one kind of data become batches of a module, and what it makes of them answers for people."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -94,6 +95,36 @@ def read_ahead(reading: Reading, part: str, parts: Sequence[Sequence[int]]) -> I
         batch = reading.batch(part, rows, None)
         expect(reading, part, following)
         yield batch
+
+
+class Known(Protocol):
+    """A row that is known again."""
+
+    @property
+    def digest(self) -> str:
+        """Alike for rows that are the same."""
+
+
+def first_of_each(rows: Iterable[Known]) -> list[int]:
+    """Numbers of rows; of those that are the same, that of the first."""
+    first: dict[str, int] = {}
+    for number, row in enumerate(rows):
+        first.setdefault(row.digest, number)
+    return list(first.values())
+
+
+def known_rows(train: Iterable[Known], valid: Iterable[Known]) -> frozenset[int]:
+    """Numbers of validation rows that are training rows too."""
+    learned = {row.digest for row in train}
+    return frozenset(number for number, row in enumerate(valid) if row.digest in learned)
+
+
+def digest_of(rows: Iterable[tuple[str, Any]]) -> str:
+    """Hash of rows, each by what it is and what is to be learned of it, hexadecimal."""
+    total = hashlib.sha256()
+    for what, learned in rows:
+        total.update(f"{what} {learned!r}\n".encode())
+    return total.hexdigest()
 
 
 @dataclass(frozen=True)

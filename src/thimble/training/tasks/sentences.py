@@ -1,6 +1,5 @@
 """Rows of text for encoders, opened: sentences with labels, whose label is to be found, and pairs."""
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,21 +25,13 @@ from thimble.data.sentences import (
 from thimble.data.spool import Chosen, Items
 from thimble.errors import BaseModelError, listing, plural
 from thimble.models.module_base import ModuleBase
-from thimble.training.answers import Answer
-from thimble.training.tasks.labels import (
-    label_answers,
-    label_details,
-    label_lines,
-    measured_rows,
-    rows_of_labels,
-    targets,
-)
+from thimble.training.tasks.labels import LabelAnswers, measured_rows, rows_of_labels, targets
 from thimble.training.tasks.pairs import PairReading, tokens_of
-from thimble.training.tasks.reading import TRAIN, TaskRows
+from thimble.training.tasks.reading import TRAIN, TaskRows, digest_of, first_of_each
 
 
 @dataclass(frozen=True)
-class TextReading:
+class TextReading(LabelAnswers):
     """Sentences of the training and the validation rows, whose label is to be found."""
 
     train: Items[Sentence]
@@ -75,19 +66,10 @@ class TextReading:
         inputs = self.tokenizer.padded([tokens[row] for row in rows])
         return ModuleBatch(inputs, targets([items[row] for row in rows], self.labels), rows)
 
-    def answers(self, outputs: Sequence[NDArray[Any]], rows: Sequence[int]) -> list[Answer]:
-        """The likeliest label of each text."""
-        return label_answers(outputs, [self.valid[row] for row in rows], self.labels)
-
     def lines(self, outputs: Sequence[NDArray[Any]], rows: Sequence[int]) -> list[dict[str, Any]]:
         """The label of each text, and how likely the module finds it."""
-        items = [self.valid[row] for row in rows]
-        lines = label_lines(outputs, items, self.labels)
-        return [{"text": item.asked, **line} for item, line in zip(items, lines, strict=True)]
-
-    def extra(self, outputs: Sequence[NDArray[Any]], rows: Sequence[int]) -> Mapping[str, Any]:
-        """How far probabilities can be believed, and thresholds of two classes."""
-        return label_details(outputs, [self.valid[row] for row in rows], self.labels)
+        lines = super().lines(outputs, rows)
+        return [{"text": self.valid[row].asked, **line} for row, line in zip(rows, lines, strict=True)]
 
 
 # ---- opened ---------------------------------------------------------------------------------------------------------
@@ -116,10 +98,9 @@ def measured_pairs(config: TrainConfig, labels: Sequence[str], needs_answers: bo
     """Read pairs to measure a finished adapter on, or texts alone to be embedded by it."""
     found = read_sentences(config.data, EMBED, config.strict, NamedColumns.of(config), needs_answers)
     items = found.test or found.valid or found.train
-    first = {row.digest: number for number, row in reversed(list(enumerate(items)))}
     return TaskRows(
         labels=(), sources=[row.source for row in items], digest=_digest(items),
-        reading=partial(_pair_reading, Chosen(items, ()), items), files=found.files, unseen=sorted(first.values()),
+        reading=partial(_pair_reading, Chosen(items, ()), items), files=found.files, unseen=first_of_each(items),
         skipped=found.skipped, told=found.told, warnings=found.warnings,
     )  # fmt: skip
 
@@ -129,11 +110,11 @@ def open_pairs(config: TrainConfig) -> TaskRows:
     found, train, valid = _read(config, EMBED)
     learned = {content for row in train for content in contents(row)}
     known = frozenset(number for number, row in enumerate(valid) if not learned.isdisjoint(contents(row)))
-    first = {row.digest: number for number, row in reversed(list(enumerate(valid)))}
     return TaskRows(
         labels=(), sources=[row.source for row in valid], digest=_digest(train, valid),
         reading=partial(_pair_reading, train, valid), files=found.files, has_valid_part=found.valid is not None,
-        known=known, unseen=sorted(set(first.values()) - known), skipped=found.skipped, told=found.told,
+        known=known, unseen=[number for number in first_of_each(valid) if number not in known], skipped=found.skipped,
+        told=found.told,
         warnings=found.warnings,
     )  # fmt: skip
 
@@ -149,11 +130,7 @@ def _read(config: TrainConfig, task: str) -> tuple[SentenceData, Items[Sentence]
 
 def _digest(*parts: Items[Sentence]) -> str:
     """Hash of rows with what is to be learned of them."""
-    total = hashlib.sha256()
-    for part in parts:
-        for row in part:
-            total.update(repr((row.texts, row.label, row.score)).encode())
-    return total.hexdigest()
+    return digest_of((repr(row.texts), (row.label, row.score)) for part in parts for row in part)
 
 
 def _text_reading(

@@ -20,9 +20,8 @@ from thimble.data.transcript_tokens import TranscriptTokens
 from thimble.errors import DataError, MissingPackageError, install_line, listing, plural
 from thimble.models.module_base import ModuleBase
 from thimble.training.answers import Answer, mean_scores
-from thimble.training.tasks.clips import KeptClips, clip_inputs
-from thimble.training.tasks.labels import digest_of
-from thimble.training.tasks.reading import FRAMES, TRAIN, TaskRows
+from thimble.training.tasks.clips import ClipRows, KeptClips, clip_inputs
+from thimble.training.tasks.reading import TRAIN, TaskRows, digest_of, first_of_each, known_rows
 
 NORMALISATION = "small letters, without punctuation and symbols, one space between words"
 IGNORED = -100  # a label that is not compared
@@ -30,27 +29,13 @@ REPEATS = 4  # times that a word or two stand one after the other, from which on
 
 
 @dataclass(frozen=True)
-class TranscriptReading:
+class TranscriptReading(ClipRows):
     """Clips of the training and the validation rows, with what is said in them."""
 
-    items: tuple[Sequence[Item], Sequence[Item]]  # to learn from, held out
-    clips: tuple[KeptClips, KeptClips]
     tokens: TranscriptTokens
     most_tokens: int  # that are written of a clip
-    preprocessing: Mapping[str, Any]
 
     loss = "tokens"
-    unit = FRAMES
-
-    @property
-    def costs(self) -> Sequence[int]:
-        """Frames of each training clip."""
-        return self.clips[0].costs
-
-    @property
-    def valid_costs(self) -> Sequence[int]:
-        """Frames of each validation clip."""
-        return self.clips[1].costs
 
     def batch(self, part: str, rows: Sequence[int], key: StepKey | None) -> ModuleBatch:
         """Features of clips; `prompt` int64 (rows, given tokens), `most` int64 (rows,), and of clips with a transcript
@@ -68,7 +53,7 @@ class TranscriptReading:
 
     def answers(self, outputs: Sequence[NDArray[Any]], rows: Sequence[int]) -> list[Answer]:
         """What was written of each clip, with its errors."""
-        return [self._answer(made, self.items[1][row]) for made, row in zip(outputs, rows, strict=True)]
+        return [self._answer(made, self.valid[row]) for made, row in zip(outputs, rows, strict=True)]
 
     def _answer(self, made: NDArray[Any], item: Item) -> Answer:
         written, _ = self.tokens.decode(made.tolist())
@@ -78,7 +63,7 @@ class TranscriptReading:
     def lines(self, outputs: Sequence[NDArray[Any]], rows: Sequence[int]) -> list[dict[str, Any]]:
         """The file of each clip and what is said in it, beside the transcript that it has."""
         found = []
-        for made, item in zip(outputs, (self.items[1][row] for row in rows), strict=True):
+        for made, item in zip(outputs, (self.valid[row] for row in rows), strict=True):
             text, has_end = self.tokens.decode(made.tolist())
             line = {"file": str(item.path), "text": text, **({} if has_end else {"cut_off": True})}
             found.append({**line, **({"expected": item.text} if item.text else {})})
@@ -159,13 +144,12 @@ def open_transcripts(config: TrainConfig) -> TaskRows:
         train, valid = split_items(train, config.valid_split, config.seed)
     if not train:
         raise DataError(f"{config.data}: no clip is left to learn from", *found.skipped.told())
-    learned = {item.digest for item in train}
-    known = frozenset(number for number, item in enumerate(valid) if item.digest in learned)
-    first = {item.digest: number for number, item in reversed(list(enumerate(valid)))}
+    known = known_rows(train, valid)
     return TaskRows(
-        labels=(), sources=[item.source for item in valid], digest=digest_of((*train, *valid)),
+        labels=(), sources=[item.source for item in valid],
+        digest=digest_of((item.digest, item.text) for item in (*train, *valid)),
         reading=partial(_transcript_reading, train, valid), files=found.files, has_valid_part=found.valid is not None,
-        known=known, unseen=sorted(set(first.values()) - known), skipped=found.skipped,
+        known=known, unseen=[number for number in first_of_each(valid) if number not in known], skipped=found.skipped,
         told=(*found.told, *_known_texts(train, valid)), warnings=found.warnings,
         media={item.source: item.path for item in valid},
     )  # fmt: skip
@@ -185,10 +169,10 @@ def measured_transcripts(config: TrainConfig, labels: Sequence[str], needs_answe
         f"{plural(len(long), 'clip takes', 'clips take')} more than {config.max_seconds:g} s, and the beginning alone "
         f"is written down: {listing(long, 3)}; cut such clips into pieces"
     ] * bool(long)
-    first = {item.digest: number for number, item in reversed(list(enumerate(items)))}
     return TaskRows(
-        labels=(), sources=[item.source for item in items], digest=digest_of(items),
-        reading=partial(_transcript_reading, (), items), files=found.files, unseen=sorted(first.values()),
+        labels=(), sources=[item.source for item in items],
+        digest=digest_of((item.digest, item.text) for item in items),
+        reading=partial(_transcript_reading, (), items), files=found.files, unseen=first_of_each(items),
         skipped=found.skipped, told=found.told, warnings=(*found.warnings, *warnings),
         media={item.source: item.path for item in items},
     )  # fmt: skip
@@ -228,4 +212,4 @@ def _transcript_reading(
     most = min(config.max_new_tokens, base.preprocessing.get("max_new_tokens", tokens.most), tokens.most)
     told = {"max_seconds": config.max_seconds, "max_new_tokens": most}
     told |= {"language": tokens.language} if tokens.language else {}
-    return TranscriptReading((train, valid), clips, tokens, most, told)
+    return TranscriptReading((train, valid), clips, told, tokens, most)
