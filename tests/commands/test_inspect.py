@@ -386,7 +386,7 @@ def test_an_adapter_of_pictures_is_looked_into_without_its_base(thimble, refused
     assert "pictures: 1 layer of rank 2\n" in out
     assert f"{np.linalg.norm(b @ a):.3g}" in out
     assert "intruders" not in out
-    assert 'pictures: for classify-image, labels ["cat", "dog"]; trained whole: fc.bias, fc.weight' in text
+    assert "pictures: for classify-image, labels cat, dog; trained whole: fc.bias, fc.weight" in text
     assert "leave out --base" in refused("pictures", "--base", "net.py:build")
 
 

@@ -24,6 +24,9 @@ from thimble.models.frozen_base import FrozenBase
 from thimble.models.hub_cache import HUB_ADDRESS, cached_snapshot, hub_name_of, is_hub_form
 
 FINGERPRINT = "base_fingerprint"  # note of an adapter
+# The same of one that was trained for another task than text: the task, its classes as JSON, the function of the user's
+# own that made its base, and how inputs are made, as JSON.
+TASK, LABELS, FUNCTION, PREPROCESSING = "task", "labels", "function", "preprocessing"
 MOST_TRIED = 16  # GGUF files of a folder whose hashes are looked at
 DEFAULT_HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"  # what the default base was made from
 # Metadata of a GGUF that name the model it was converted from. `general.base_model` is no such: it is what that model
@@ -37,6 +40,16 @@ _MOST_SHOWN = 12  # characters of a fingerprint
 def base_notes(fingerprint: str) -> dict[str, str]:
     """What the notes of an adapter say of its base: its quick fingerprint, and neither its name nor where it lies."""
     return {FINGERPRINT: fingerprint}
+
+
+def labels_of(adapter: Adapter) -> tuple[str, ...] | None:
+    """The classes that an adapter tells apart, by its notes; None if the note is damaged."""
+    try:
+        found = json.loads(adapter.notes.get(LABELS, "[]"))
+    except ValueError:
+        return None
+    is_whole = isinstance(found, list) and all(isinstance(label, str) for label in found)
+    return tuple(found) if is_whole else None
 
 
 def peft_name(base: Base) -> str:

@@ -8,7 +8,7 @@ from thimble.errors import AdapterError, InputError, Problems, listing, plural
 from thimble.files.peft import CONFIG_FILE, WEIGHTS_FILE, find_adapter, layer_of, load_adapter, modules_to_save
 from thimble.files.tensors import open_tensors
 from thimble.files.untrusted import printable
-from thimble.models.adapter_base import difference
+from thimble.models.adapter_base import TASK, difference
 from thimble.models.base import Base
 from thimble.models.gguf_adapter import gguf_sizes, is_gguf, is_gguf_adapter, load_gguf_adapter
 
@@ -62,7 +62,7 @@ def _read(path: str, base: Base | None, is_of_text: bool = True) -> Adapter:
     return adapter
 
 
-def is_of_module(path: str) -> bool:
+def is_of_other_model(path: str) -> bool:
     """Whether an adapter that can be read is of another model than one of text."""
     try:
         adapter = load_adapter(path)
@@ -77,7 +77,7 @@ def is_of_module(path: str) -> bool:
 
 def check_is_of_text(path: str, adapter: Adapter) -> None:
     """Refuse an adapter of another kind than commands run: they adapt linear layers of text models, and those alone."""
-    if task := adapter.notes.get("task", ""):
+    if task := adapter.notes.get(TASK, ""):
         raise AdapterError(
             f"adapter {path} was trained for {printable(task)}, and this is for models that write text: "
             "thimble evaluate and thimble generate use it"

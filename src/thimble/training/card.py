@@ -1,13 +1,13 @@
 """The card of an adapter folder: what it says of the adapter and its base, and where it may be written."""
 
-import json
 import os
 from pathlib import Path
 
 from thimble.core.adapter import Adapter
-from thimble.models.adapter_base import known_hub_name, license_of
+from thimble.models.adapter_base import FUNCTION, TASK, known_hub_name, labels_of, license_of
 from thimble.models.frozen_base import FrozenBase
 from thimble.report.card import CARD, About, is_ours
+from thimble.report.words import TEXT
 from thimble.training.run_folder import write_text
 
 
@@ -28,20 +28,11 @@ def about_adapter(adapter: Adapter, base: FrozenBase | None) -> About:
         hub_name=hub_name,
         file=base.path.name if base and is_file else "",
         license=license_of(base) if base else "",
-        loader="" if "function" in adapter.notes else base.loader if base else "AutoModelForCausalLM",
+        loader="" if FUNCTION in adapter.notes else base.loader if base else "AutoModelForCausalLM",
         ranks=[factors.rank for factors in layers],
         scales=[factors.scale for factors in layers],
         parameters=sum(factors.num_parameters for factors in layers),
         use_dora=adapter.has_magnitudes,
-        task=adapter.notes.get("task", "text"),
-        labels=_count_labels(adapter),
+        task=adapter.notes.get(TASK, TEXT),
+        labels=len(labels_of(adapter) or ()),
     )
-
-
-def _count_labels(adapter: Adapter) -> int:
-    """How many classes an adapter tells apart, by its notes; none if they are of somebody else's making."""
-    try:
-        found = json.loads(adapter.notes.get("labels", "[]"))
-    except ValueError:
-        return 0
-    return len(found) if isinstance(found, list) else 0

@@ -13,11 +13,10 @@ from thimble.core.adapter import Adapter
 from thimble.core.logistic import fit_probe
 from thimble.errors import plural
 from thimble.files.peft import load_adapter
-from thimble.models.adapter_base import base_notes
+from thimble.models.adapter_base import FUNCTION, LABELS, PREPROCESSING, TASK, base_notes
 from thimble.models.hub_cache import hub_name_of
 from thimble.training.control import Control
 from thimble.training.module_plan import ModulePlan
-from thimble.training.module_use import FUNCTION, LABELS, PREPROCESSING, TASK
 from thimble.training.run_folder import START
 from thimble.training.tasks.module_task import are_alike, cut, noting_labels
 from thimble.training.tasks.reading import TRAIN, read_ahead

@@ -15,15 +15,23 @@ from thimble.core.adapter import Adapter
 from thimble.data.model import find_module_base
 from thimble.errors import AdapterError, InputError, listing
 from thimble.events import EventLog
-from thimble.files.peft import find_adapter, load_adapter
-from thimble.models.adapter_base import FINGERPRINT, NAME_IT, manifest_base
+from thimble.files.peft import WEIGHTS_FILE, find_adapter, load_adapter
+from thimble.files.tensors import open_tensors
+from thimble.models.adapter_base import (
+    FINGERPRINT,
+    FUNCTION,
+    NAME_IT,
+    PREPROCESSING,
+    TASK,
+    labels_of,
+    manifest_base,
+)
 from thimble.models.execution import ExecutionPlan
 from thimble.models.module_base import ModuleBase
 from thimble.training.run_folder import START
 from thimble.training.tasks.kinds import KINDS, TaskKind
 from thimble.training.tasks.reading import Reading, TaskRows
 
-TASK, LABELS, FUNCTION, PREPROCESSING = "task", "labels", "function", "preprocessing"  # notes of an adapter
 _AS_OPTIONS = {"max_seconds": "max_seconds", "language": "language", "max_tokens": "seq_len"}  # of inputs
 PASS_ROWS = 32  # of the costliest kind, run together
 
@@ -64,7 +72,7 @@ class UsedModule:
 def task_of(path: str) -> str:
     """The task of an adapter, by its notes; empty for one that is of text, or cannot be read."""
     try:
-        return load_adapter(path).notes.get(TASK, "")
+        return str(open_tensors(find_adapter(path) / WEIGHTS_FILE).metadata.get(TASK, ""))  # the header alone is read
     except (InputError, OSError, ValueError):
         return ""
 
@@ -80,17 +88,10 @@ def read_trained(path: str) -> Trained:
     task = adapter.notes.get(TASK, "")
     if task not in KINDS:
         raise AdapterError(f"adapter {path} is for {task or 'text'!r}: expected one of {listing(KINDS, 9)}")
-    return Trained(path, adapter, task, _labels(path, adapter))
-
-
-def _labels(path: str, adapter: Adapter) -> tuple[str, ...]:
-    try:
-        found = json.loads(adapter.notes.get(LABELS, "[]"))
-    except ValueError:
-        found = None
-    if not isinstance(found, list) or not all(isinstance(label, str) for label in found):
+    labels = labels_of(adapter)
+    if labels is None:
         raise AdapterError(f"adapter {path} has damaged labels in the notes of its tensor file: copy it again")
-    return tuple(found)
+    return Trained(path, adapter, task, labels)
 
 
 def open_used(trained: Trained, named: str | None, rows: TaskRows, config: TrainConfig, log: EventLog) -> UsedModule:

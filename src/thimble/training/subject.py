@@ -9,7 +9,8 @@ from thimble.data.model import base_with_adapters, is_hub_name, log_base
 from thimble.errors import AdapterError, BaseModelError, ConfigError, Problems, listing, plural
 from thimble.events import EventLog, ShouldStop
 from thimble.files.peft import CONFIG_FILE, WEIGHTS_FILE
-from thimble.models.adapters import is_of_module, load_adapters
+from thimble.models.adapter_base import TASK, labels_of
+from thimble.models.adapters import is_of_other_model, load_adapters
 from thimble.models.gguf_adapter import is_gguf_adapter
 from thimble.models.places import find_place
 from thimble.models.survey import Row, Subject, choose_blocks
@@ -23,15 +24,13 @@ def open_subject(config: InspectConfig, problems: Problems, log: EventLog) -> Su
     bases, adapters = ([name for name, kind in named if kind == wanted] for wanted in ("base", "adapter"))
     problems.add(*_misplaced(config, bases, adapters))
     base, opened, named_base = None, {}, bases[0] if bases else config.base
-    of_module = [name for name in adapters if is_of_module(name)]
-    if named_base is None and (of_module or len(adapters) == 2):  # for themselves, or compared with one another
+    others = [name for name in adapters if is_of_other_model(name)]
+    if named_base is None and (others or len(adapters) == 2):  # for themselves, or compared with one another
         opened = load_adapters(adapters, problems, is_of_text=False)
-        for name, adapter in opened.items() if of_module else ():
+        for name, adapter in opened.items() if others else ():
             log.note(f"{name}: {_purpose(adapter)}")
-    elif of_module:
-        problems.add(
-            f"adapter {of_module[0]} is of no text model, whose weights alone are looked into: leave out --base"
-        )
+    elif others:
+        problems.add(f"adapter {others[0]} is of no text model, whose weights alone are looked into: leave out --base")
     elif named_base is not None or None not in kinds:
         base, opened = base_with_adapters(named_base, adapters, problems, log)
     if base:
@@ -53,9 +52,9 @@ def open_subject(config: InspectConfig, problems: Problems, log: EventLog) -> Su
 
 def _purpose(adapter: Adapter) -> str:
     """What an adapter of another model than one of text is for, and what of it is no low-rank update."""
-    task, labels = adapter.notes.get("task"), adapter.notes.get("labels")
+    task, labels = adapter.notes.get(TASK), labels_of(adapter)
     whole = f"; trained whole: {listing(sorted(adapter.replaced))}" if adapter.replaced else ""
-    return f"for {task or 'a model of its own'}{f', labels {labels}' if labels else ''}{whole}"
+    return f"for {task or 'a model of its own'}{f', labels {listing(labels)}' if labels else ''}{whole}"
 
 
 def _kind_of(name: str) -> str:
