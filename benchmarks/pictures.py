@@ -8,18 +8,12 @@ tensors.
 """
 
 import argparse
-import json
-import os
-import resource
-import statistics
-import subprocess
 import sys
-import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from sides import run
 
 from thimble.backends.module_session import ModuleBatch
 from thimble.backends.session import Objective, StepKey, Work
@@ -29,7 +23,7 @@ from thimble.data.media.pictures import read_picture, to_pixels
 from thimble.files.peft import save_adapter
 from thimble.models.execution import ExecutionPlan
 
-ROWS, RANK, RATE, WARM = 32, 16, 1e-3, 2  # of a step; steps that are not timed
+ROWS, RANK, RATE = 32, 16, 1e-3
 HALF = (0.5, 0.5, 0.5)
 
 
@@ -85,42 +79,9 @@ def peft_steps(given):
         yield float(loss.detach())
 
 
-def measure(given):
-    """Run one side, and print what it took."""
-    losses, seconds, processor = [], [], []
-    began, used = time.perf_counter(), time.process_time()
-    for loss in {"thimble": thimble_steps, "peft": peft_steps}[given.side](given):
-        losses.append(loss)
-        seconds.append(time.perf_counter() - began)
-        processor.append(time.process_time() - used)
-        began, used = time.perf_counter(), time.process_time()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    timed = statistics.mean(seconds[WARM:]), statistics.mean(processor[WARM:])
-    print(json.dumps({"seconds": timed[0], "processor": timed[1], "peak": peak, "losses": losses}))
-
-
-parser = argparse.ArgumentParser()
-parser.add_argument("folder", type=Path)
-parser.add_argument("--steps", type=int, default=20)
-parser.add_argument("--rounds", type=int, default=2)
-parser.add_argument("--size", type=int, default=96, help="pixels of a side")
-parser.add_argument("--channels-last", action="store_true", help="the layout of PEFT's tensors")
-parser.add_argument("--side")
-parser.add_argument("--adapter")
-given = parser.parse_args()
-if given.side:
-    sys.exit(measure(given))
-found = {"thimble": [], "peft": []}
-with tempfile.TemporaryDirectory() as place:
-    for side in [*found] * given.rounds:
-        command = [sys.executable, __file__, *sys.argv[1:], "--side", side, "--adapter", f"{place}/adapter"]
-        done = subprocess.run(command, check=True, capture_output=True, text=True, env=dict(os.environ))
-        found[side].append(json.loads(done.stdout))
-        took = "{seconds:.2f} s a step, {processor:.2f} s of processor time".format(**found[side][-1])
-        print(f"{side:<8} {took}, {found[side][-1]['peak'] / 1e6:,.0f} MB at most", flush=True)
-ours, theirs = (
-    {name: statistics.median(one[name] for one in found[side]) for name in ("seconds", "peak")} for side in found
-)
-apart = np.abs(np.subtract(found["thimble"][0]["losses"], found["peft"][0]["losses"])).max()
-print(f"{theirs['seconds'] / ours['seconds']:.2f} times as fast, {ours['peak'] / theirs['peak']:.2f} of the memory")
-print(f"losses of {given.steps} steps are at most {apart:.1e} apart")
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--size", type=int, default=96, help="pixels of a side")
+    parser.add_argument("--channels-last", action="store_true", help="the layout of PEFT's tensors")
+    run(parser, {"thimble": thimble_steps, "peft": peft_steps})
