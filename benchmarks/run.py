@@ -20,10 +20,12 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 MODELS = Path(os.environ.get("THIMBLE_BENCH_MODELS", HERE / "models"))
-DEMO_DATA = HERE.parent / "demo" / "data"
+DEMO = HERE.parent / "demo"
+DEMO_DATA = DEMO / "data"
 PEERS_PYTHON = HERE / "peers-env" / "bin" / "python"  # of the environment made from peers.txt
 ROUNDS = 3
 GROUP = Path("/sys/fs/cgroup/memory/thimble-bench")
+BEGIN, END = "<!-- serving: written by benchmarks/serve.py -->", "<!-- end of serving -->"
 NO_MORE = "at most"
 NO_LESS = "at least"
 
@@ -395,6 +397,55 @@ def export(group: str) -> list[Row]:
     return rows
 
 
+def pictures(group: str) -> list[Row]:
+    """A network of convolutions on pictures, in both layouts that PEFT's tensors may have."""
+    rows = []
+    for peer, options in (("PEFT", ()), ("PEFT, channels-last", ("--channels-last",))):
+        found = run_contestant("pictures.py", demo("image"), "--rounds", str(ROUNDS), *options)
+        rows += compared_steps(group, "EfficientNet-lite0, 32 pictures of 96 pixels, fp32", found, peer, (1.2, 0.8))
+    return rows
+
+
+def sentences(group: str) -> list[Row]:
+    """A text encoder on pairs of uneven length."""
+    found = run_contestant("encoder.py", demo("sentences"), "--rounds", str(ROUNDS))
+    return compared_steps(group, "MiniLM, 32 questions and answers, fp32", found, "PEFT", (2, 0.6))
+
+
+def speech(group: str) -> list[Row]:
+    """Whisper on short clips, against PEFT with windows of the longest clip, and with those of its processor."""
+    contestants = {
+        way: ("speech.py", demo("speech/names"), demo("speech/whisper"), "--way", way)
+        for way in ("thimble", "peft", "peft-30")
+    }
+    found = alternate(contestants, ROUNDS)
+    ours, what = found["thimble"], "Whisper tiny.en, 16 clips, fp32"
+    rows = []
+    for way, peer in (("peft", "PEFT, windows of the longest clip"), ("peft-30", "PEFT, windows of 30 seconds")):
+        ratios = {
+            "speed": found[way]["seconds"] / ours["seconds"], "memory": ours["peak_bytes"] / found[way]["peak_bytes"],
+            "steps_per_second": 1 / ours["seconds"], "peak_bytes": ours["peak_bytes"],
+        }  # fmt: skip
+        rows += compared_steps(group, what, ratios, peer, (1.4, 0.7))
+    return rows
+
+
+def compared_steps(group: str, what: str, found: dict, peer: str, goals: tuple[float, float]) -> list[Row]:
+    """Speed and memory of steps that sides.py compared."""
+    rate, size = f"{found['steps_per_second']:.2f} steps/s", f"{found['peak_bytes'] / 1e9:.2f} GB"
+    return [
+        Row(group, f"steps/s, {what}", peer, found["speed"], NO_LESS, goals[0], rate),
+        Row(group, f"peak memory, {what}", peer, found["memory"], NO_MORE, goals[1], size),
+    ]
+
+
+def demo(name: str) -> str:
+    """Data and base that a demo fetched."""
+    if not (DEMO / name).exists():
+        raise SystemExit(f"{DEMO / name} is missing: run `make demo-image demo-speech demo-encoder` first")
+    return str(DEMO / name)
+
+
 def show_help(group: str) -> list[Row]:
     """Seconds of `thimble --help`."""
     times = []
@@ -418,6 +469,9 @@ GROUPS: dict[str, Callable[[str], list[Row]]] = {
     "8b": larger_than_memory,
     "chat": chat,
     "export": export,
+    "pictures": pictures,
+    "speech": speech,
+    "sentences": sentences,
     "quality": quality,
     "sizes": sizes,
     "planner": planner,
@@ -465,7 +519,13 @@ def as_page(lines: list[dict]) -> str:
         page += ["", "![Tokens per second over row length and model size](sizes.svg)"]
     if (HERE / "initialisation.md").exists():
         page += ["", (HERE / "initialisation.md").read_text().rstrip()]
-    return "\n".join(page) + "\n"
+    return "\n".join([*page, "", serving()]) + "\n"
+
+
+def serving() -> str:
+    """What `make bench-serve` wrote into the page, between its marks."""
+    page = (HERE / "RESULTS.md").read_text()
+    return page[page.index(BEGIN) : page.index(END) + len(END)]
 
 
 def _met(line: dict) -> str:

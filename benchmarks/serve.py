@@ -26,6 +26,7 @@ from pathlib import Path
 
 import numpy as np
 from make_models import SHAPES
+from run import BEGIN, END
 from serve_engine import draw_adapter
 
 from thimble.data.model import open_model
@@ -37,7 +38,6 @@ from thimble.models.machine import processor
 
 HERE = Path(__file__).parent
 LLAMA_SERVER = HERE / "peers-env" / "llama-server"
-BEGIN, END = "<!-- serving: written by benchmarks/serve.py -->", "<!-- end of serving -->"
 ADAPTERS, PROMPT, ANSWER, LONG, CORES = 8, 121, 128, 1000, 2
 CONTEXT = 2048  # of each stream
 START_SECONDS = 300

@@ -19,7 +19,7 @@ Steps = Callable[[argparse.Namespace], Iterator[float]]  # takes the options, an
 def run(parser: argparse.ArgumentParser, sides: Mapping[str, Steps]) -> None:
     """Compare the steps of `thimble` with those of `peft`: time, peak memory, losses; adds the options it needs.
 
-    The first side writes its initial adapter to `--adapter`, where the other finds it.
+    The first side writes its initial adapter to `--adapter`, where the other finds it. The last line is a JSON object.
     """
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=2)
@@ -41,9 +41,12 @@ def run(parser: argparse.ArgumentParser, sides: Mapping[str, Steps]) -> None:
         {name: statistics.median(one[name] for one in found[side]) for name in ("seconds", "peak")}
         for side in ("thimble", "peft")
     )
-    apart = np.abs(np.subtract(found["thimble"][0]["losses"], found["peft"][0]["losses"])).max()
-    print(f"{theirs['seconds'] / ours['seconds']:.2f} times as fast, {ours['peak'] / theirs['peak']:.2f} of the memory")
-    print(f"losses of {given.steps} steps are at most {apart:.1e} apart")
+    told = {
+        "steps_per_second": 1 / ours["seconds"], "peak_bytes": ours["peak"],
+        "speed": theirs["seconds"] / ours["seconds"], "memory": ours["peak"] / theirs["peak"],
+        "losses_apart": float(np.abs(np.subtract(found["thimble"][0]["losses"], found["peft"][0]["losses"])).max()),
+    }  # fmt: skip
+    print(json.dumps(told))
 
 
 def measure(steps: Iterator[float]) -> None:

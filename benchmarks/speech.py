@@ -1,11 +1,10 @@
-"""Whisper on short clips: seconds of a step and peak memory of thimble train, and of PEFT as its users have it.
+"""One contestant: Whisper on short clips, by thimble train, or by PEFT as its users have it; the last line is JSON.
 
-    python benchmarks/speech.py DATA BASE [--steps 30] [--ways thimble peft peft-30]
+    python benchmarks/speech.py demo/speech/names demo/speech/whisper [--way peft]
 
-DATA is a folder with metadata.csv, such as demo/speech/names. `peft` cuts the encoder to the longest clip, which is the
-best that can be had of one window for all; `peft-30` gives it the 30 seconds of WhisperProcessor. Both get features
-that are made before the clock starts, batches of 16 clips, LoRA of rank 16 on all linear layers, and float32 unless
---dtype names another. Each way runs in a process of its own.
+`peft` cuts the encoder to the longest clip, which is the best that can be had of one window for all; `peft-30` gives it
+the 30 seconds of WhisperProcessor. Both get features that are made before the clock starts, batches of 16 clips, LoRA
+of rank 16 on all linear layers, and float32 unless --dtype names another.
 """
 
 import argparse
@@ -13,8 +12,6 @@ import csv
 import json
 import resource
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -85,29 +82,14 @@ def peft_steps(args: argparse.Namespace) -> list[float]:
     return took
 
 
-def main() -> None:
-    """Run the ways one after the other, and print a table."""
+if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data")
     parser.add_argument("base")
+    parser.add_argument("--way", choices=("thimble", "peft", "peft-30"), default="thimble")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--dtype", default="float32", help="of PEFT: float32 or bfloat16")
-    parser.add_argument("--ways", nargs="+", default=["thimble", "peft", "peft-30"])
-    parser.add_argument("--way", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.way:
-        took = thimble_steps(args) if args.way == "thimble" else peft_steps(args)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        print(json.dumps({"seconds": statistics.median(took[args.steps // 5 :]), "peak_bytes": peak}))
-        return
-    print(f"{'':10} {'s a step':>9} {'clips/s':>9} {'peak GB':>9}")
-    for way in args.ways:
-        command = [sys.executable, __file__, args.data, args.base, "--steps", str(args.steps), "--dtype", args.dtype]
-        done = subprocess.run([*command, "--way", way], stdout=subprocess.PIPE, text=True, check=True)
-        found = json.loads(done.stdout.splitlines()[-1])
-        speed, peak = ROWS / found["seconds"], found["peak_bytes"] / 1e9
-        print(f"{way:10} {found['seconds']:9.3f} {speed:9.1f} {peak:9.2f}", flush=True)
-
-
-if __name__ == "__main__":
-    main()
+    took = thimble_steps(args) if args.way == "thimble" else peft_steps(args)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps({"seconds": statistics.median(took[args.steps // 5 :]), "peak_bytes": peak}))
