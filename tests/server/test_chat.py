@@ -230,6 +230,15 @@ def test_a_tool_is_called_where_that_is_asked_for(server, choice, is_streamed):
     assert not text
 
 
+@pytest.mark.parametrize("white", [" ", "\t", "\r"])
+def test_a_call_that_is_demanded_does_not_go_on_with_white_space_for_ever(server, white):
+    wanted = {str(token): 100 for token in server.post("/tokenize", {"prompt": white}).json()["tokens"]}
+    told = server.chat(
+        tools=[TOOL], tool_choice="required", parallel_tool_calls=False, logit_bias=wanted, max_tokens=300
+    )
+    assert told.choices[0].finish_reason == "tool_calls"
+
+
 def test_a_conversation_with_calls_can_go_on(server):
     first = server.chat(tools=[TOOL], tool_choice="required", max_tokens=300, parallel_tool_calls=False)
     message = first.choices[0].message

@@ -1,7 +1,8 @@
 """What requests may hold: fields of OpenAI, with some of vLLM and llama.cpp. Any other is refused, none is ignored.
 
-Only names for the client's own records change nothing (`user`, `metadata`, `safety_identifier`, `prompt_cache_key`). A
-field that is null is one that is not there, known or not: clients write out all that they have.
+Names for the client's own records (`user`, `metadata`, `safety_identifier`, `prompt_cache_key`) change nothing, nor
+does what OpenAI's client adds to a message that it was given (`parsed`, `index`). A field that is null is one that is
+not there, known or not: clients write out all that they have.
 """
 
 from collections.abc import Callable, Sequence
@@ -70,12 +71,14 @@ class CalledFunction(Body):
 
     name: str
     arguments: str = "{}"
+    parsed_arguments: Any = Field(None, description="What a client made of the arguments.")
 
 
 class ToolCall(Body):
     """A call that an assistant message made."""
 
     id: str | None = None
+    index: int | None = Field(None, description="The place that it had in a stream.")
     type: Literal["function"] = "function"
     function: CalledFunction
 
@@ -89,6 +92,7 @@ class Message(Body):
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
+    parsed: Any = Field(None, description="What a client made of the content.")
     refusal: None = None
     annotations: None | Annotated[list[Any], Field(max_length=0)] = None
     audio: None = None
@@ -200,6 +204,7 @@ class StreamOptions(Body):
     """What a stream tells beside the answer."""
 
     include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = Field(None, description="No event is padded.")
 
 
 Stop = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
@@ -278,7 +283,7 @@ class ChatBody(Generation):
 
     @model_validator(mode="after")
     def _is_chat(self) -> Self:
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs: only with logprobs")
         is_free = self.tool_choice in (None, "none") or (self.tool_choice == "auto" and self.tools is not None)
         if not is_free and not self.tools:

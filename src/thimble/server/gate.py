@@ -1,7 +1,8 @@
 """Who may come in: hosts, origins and keys are checked before anything else is looked at; what came is logged.
 
 A page in a browser can send requests to a server on the same machine, and, once its name leads there (DNS rebinding),
-read the answers: so a server for this machine alone wants to be called by the names of this machine.
+read the answers: so a server for this machine alone wants to be called by the names of this machine. A page that may
+come may also read what it is answered, for which its browser wants headers (CORS, as the Fetch standard has it).
 """
 
 import hmac
@@ -16,10 +17,12 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from thimble.server.refusal import Refusal
-from thimble.server.sending import send_refusal
+from thimble.server.replies import Text
+from thimble.server.sending import send_refusal, send_text
 
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 GONE = 499  # what the log says of a client that left, as nginx does
+ASKED_AGAIN_SECONDS = 600  # after which a browser asks again whether a page may come
 _REQUEST_ID = re.compile(r"[\w.-]{1,64}", re.ASCII)
 
 OnRequest = Callable[[dict[str, Any]], None]
@@ -85,26 +88,30 @@ class Gate:
         }  # fmt: skip
         scope.setdefault("state", {})["log"] = log
 
+        added = [(b"x-request-id", name.encode())]
+
         async def send_named(message: MutableMapping[str, Any]) -> None:
             if message["type"] == "http.response.start":
                 log["status"] = message["status"]
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", name.encode())]
+                message["headers"] = [*message.get("headers", ()), *added]
             await send(message)
 
         try:
+            self._check_names(headers)
+            added += _for_pages(headers)
             await self._let_in(scope, headers, receive, send_named)
+        except Refusal as refusal:
+            await send_refusal(refusal, send_named)
         finally:
             log["seconds"] = round(time.monotonic() - began, 4)
             self._on_request(log)
 
     async def _let_in(self, scope: Scope, headers: Headers, receive: Receive, send: Send) -> None:
-        try:
-            self._check_names(headers)
-            if scope["path"] not in self._public:
-                self._keys.check_client(headers)
-        except Refusal as refusal:
-            await send_refusal(refusal, send)
+        if scope["method"] == "OPTIONS" and {"origin", "access-control-request-method"} <= set(headers):
+            await send_text(Text(b"", "text/plain"), send)  # the headers of `_for_pages` are the answer
             return
+        if scope["path"] not in self._public:
+            self._keys.check_client(headers)
         await self._app(scope, receive, send)
 
     def _check_names(self, headers: Headers) -> None:
@@ -117,6 +124,24 @@ class Gate:
             raise Refusal(
                 403, f"pages of {origin[:100]} may not use this server: name it with --allowed-host", "Origin"
             )
+
+
+def _for_pages(headers: Headers) -> list[tuple[bytes, bytes]]:
+    """What a browser wants to hear before it hands an answer to a page that may come; nothing for other clients."""
+    if (origin := headers.get("origin")) is None:
+        return []
+    told = {
+        "access-control-allow-origin": origin,
+        "access-control-expose-headers": "x-request-id, retry-after",
+        "vary": "Origin",
+    }
+    if "access-control-request-method" in headers:
+        told |= {
+            "access-control-allow-methods": "GET, POST",
+            "access-control-allow-headers": headers.get("access-control-request-headers", ""),
+            "access-control-max-age": str(ASKED_AGAIN_SECONDS),
+        }
+    return [(name.encode(), value.encode("latin-1")) for name, value in told.items()]
 
 
 def _host_of(address: str) -> str:

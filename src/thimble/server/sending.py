@@ -21,7 +21,9 @@ _EVENT_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 
 async def read_json(headers: Headers, receive: Receive, most_bytes: int) -> Any:
-    """The body of a request as plain data; a Refusal if it is too long, too slow, too deep, or no JSON."""
+    """The body of a request as plain data; a Refusal if it is packed, too long, too slow, too deep, or no JSON."""
+    if (packed := headers.get("content-encoding", "identity")) != "identity":
+        raise Refusal(415, f"the body is packed ({packed[:40]}): send it as plain JSON", "Content-Encoding")
     try:
         async with asyncio.timeout(BODY_SECONDS):
             data = await _read(headers, receive, most_bytes)

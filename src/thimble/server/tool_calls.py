@@ -15,6 +15,7 @@ import llguidance
 from thimble.core.metrics import parse_tool_calls
 from thimble.data.template import ChatTemplate
 from thimble.data.tool_text import call_text
+from thimble.server.grammar import WHITESPACE
 from thimble.server.stop_text import StopText
 
 OPENING, CLOSING = "<tool_call>", "</tool_call>"
@@ -89,7 +90,8 @@ def calls_grammar(tools: Sequence[Mapping[str, Any]], form: CallForm, is_single:
         for tool in tools
     ]
     before, behind = (json.dumps(text) if text else "" for text in (form.before, form.behind))
-    rules = [f"body: %json {json.dumps({'anyOf': alternatives})}"]
+    schema = {"anyOf": alternatives, "x-guidance": {"whitespace_pattern": WHITESPACE}}
+    rules = [f"body: %json {json.dumps(schema)}"]
     if is_free:  # a lazy lexeme ends where the mark does, so that no text can hold it
         rules += ["start: call* TEXT", f"call: mark body {behind}", f"mark[lazy]: TEXT {before}", r"TEXT: /(.|\n)*/"]
     else:
