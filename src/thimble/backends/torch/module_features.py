@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from thimble.backends.module_session import ModuleBatch
+from thimble.backends.torch.forward_passes import running, unchanged
 from thimble.backends.torch.memory import out_of_memory
 from thimble.backends.torch.module_losses import ModuleLoss, as_tensors
 
@@ -40,14 +41,9 @@ class Prefix:
     def replaced(self, made: Tensor) -> Iterator[None]:
         """Within this, the blocks are not run: what they would make is given, float32 (rows, ...)."""
         first, *others = self.blocks
-        for block in (*self.before, *others):
-            block.forward = lambda x, *args, **kwargs: x
-        first.forward = lambda *args, **kwargs: made
-        try:
+        passed = [(block, unchanged) for block in (*self.before, *others)]
+        with running([*passed, (first, lambda *args, **kwargs: made)]):
             yield
-        finally:
-            for block in (*self.before, *self.blocks):
-                del block.forward
 
     @contextlib.contextmanager
     def noted(self) -> Iterator[list[Any]]:

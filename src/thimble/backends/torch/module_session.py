@@ -6,6 +6,7 @@ that statistics of norms keep still and the base's own dropout leaves nothing ou
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from thimble.backends.session import LayerInfo, Objective, StepKey, Work
 from thimble.backends.torch.adamw import AdamW
 from thimble.backends.torch.attach import Attachment, adapter_of, adapter_off, attach, detach, merge
 from thimble.backends.torch.flat_training import FlatTraining
+from thimble.backends.torch.folding import Folding
 from thimble.backends.torch.gradient import Gradient
 from thimble.backends.torch.memory import out_of_memory
 from thimble.backends.torch.module_cost import measure
@@ -115,6 +117,11 @@ class ModuleTorchSession(FlatTraining):
                 start = span.stop
         self._here = ActiveValues(self._flat, self._scales(), "here")
 
+    @functools.cached_property
+    def folding(self) -> Folding:
+        """The convolutions that are computed together with what follows them while a gradient is."""
+        return Folding(self.attachment)
+
     def _scales(self) -> tuple[float, ...]:
         return tuple(layer.scale for layer in self.attachment.lora.values())
 
@@ -141,14 +148,20 @@ class ModuleTorchSession(FlatTraining):
 
     def described(self) -> tuple[str, ...]:
         """What is adapted and trained, a line each."""
-        return tuple(
-            f"adapter: {line}" if not number else line for number, line in enumerate(str(self.attachment).split("\n"))
-        )
+        told = (f"adapter: {line}" if not n else line for n, line in enumerate(str(self.attachment).split("\n")))
+        return (*told, *self.folding.described())
 
     def measure(self, batch: ModuleBatch) -> Measured:
         """What a micro-batch takes; see thimble.backends.torch.module_cost."""
+        self.folding.check(lambda: self._measured_gradient(batch))
         with self._collecting(torch.zeros_like(self._flat)):
             return measure(self.module, lambda: self._backward(batch, NO_LIMIT, 0))
+
+    def _measured_gradient(self, batch: ModuleBatch) -> Tensor:
+        flat = torch.zeros_like(self._flat)
+        with self._collecting(flat):
+            self._backward(batch, NO_LIMIT, 0)
+        return flat
 
     def set_whole(self, values: Mapping[str, NDArray[Any]]) -> None:
         """Give what is trained whole other values, in the base too: a head that was fitted."""
@@ -258,7 +271,8 @@ class ModuleTorchSession(FlatTraining):
             parameter.grad = flat[span].view(parameter.shape)
         drops = [layer.dropout.train() for layer in self.attachment.lora.values() if layer.dropout.p]
         try:
-            yield
+            with self.folding.in_place():
+                yield
         finally:
             for parameter, _ in self._views:
                 parameter.grad = None
