@@ -217,6 +217,30 @@ def test_a_hook_of_the_users_own_sees_what_it_saw():
         assert is_close(made.numpy(), functional.conv2d(x, module[1].expand.weight).numpy())
 
 
+def flat_network():
+    """Norms and convolutions are themselves the blocks of the list that begins frozen."""
+    module = network()
+    return nn.Sequential(*module[0], *module[3][:2], module[3][3], nn.Flatten(), nn.Linear(20, 3)).eval()
+
+
+def test_kept_features_take_the_place_of_folded_convolutions(tmp_path):
+    batch, found = pictures(), []
+    for is_kept in (False, True):
+        session = ModuleTorchSession(flat_network(), "labels", "7")
+        session.attach(["3"], train_also=["7"], rank=4, seed=5)
+        state, features = session.start(session.fresh_adapter(), Method()), None
+        if is_kept:
+            with (tmp_path / "kept").open("w+b") as file:
+                features = session.new_features(batch, lambda: file, 6)
+                assert list(session.add_features(features, iter([batch]))) == [6]
+        work = Work([[batch]], 6, features)
+        found += [session.gradient(state, work, Objective(), PLAN, StepKey(0, 0)).flat for _ in range(2)]
+    assert len(session.folding.folded) == 2
+    assert (found[2] == found[3]).all()
+    assert np.abs(found[0]).max() > 0.01
+    assert is_close(found[2], found[0])
+
+
 def test_less_is_kept_for_the_backward_pass():
     folded, plain = (attached(folds=folds).measure(pictures(4)).kept_bytes for folds in (True, False))
     assert folded < 0.6 * plain
