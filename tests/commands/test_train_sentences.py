@@ -78,6 +78,19 @@ def test_peft_gives_the_same_logits(topics, base):
             assert labels[int(logits.argmax())] == answer["after"]
 
 
+def test_peft_opens_it_by_its_folder_alone(topics, tmp_path):
+    peft, torch, transformers = (pytest.importorskip(name) for name in ("peft", "torch", "transformers"))
+    out, _, _ = topics
+    thimble.generate(write_rows(tmp_path / "a.jsonl", sentences()), out=tmp_path / "found.jsonl", adapter=[out])
+    lines = [json.loads(line) for line in (tmp_path / "found.jsonl").read_text().splitlines()]
+    model = peft.AutoPeftModelForSequenceClassification.from_pretrained(out / "adapter", num_labels=3).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model.peft_config["default"].base_model_name_or_path)
+    with torch.no_grad():
+        for line in lines[::19]:
+            theirs = model(**tokenizer(line["text"], return_tensors="pt")).logits.softmax(1)[0]
+            np.testing.assert_allclose(list(line["probabilities"].values()), theirs.numpy(), atol=2e-6)
+
+
 def _notes(out):
     from safetensors import safe_open
 

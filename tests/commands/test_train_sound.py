@@ -107,6 +107,31 @@ def test_peft_opens_the_adapter_and_writes_the_same(run, base, clips):
         assert tokens.decode(written[0].tolist())[0] == line["after"]
 
 
+def test_peft_finds_its_class_and_base_by_the_folder_alone(run):
+    folder, _ = run
+    model = peft.AutoPeftModel.from_pretrained(folder / "adapter")
+    assert type(model.base_model.model).__name__ == "WhisperForConditionalGeneration"
+
+
+def test_an_adapter_that_peft_trained_hears_in_the_window_of_its_base(base, clips, tmp_path):
+    torch.manual_seed(4)
+    model = transformers.AutoModelForSpeechSeq2Seq.from_pretrained(base)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(model, config).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    found = thimble.generate(clips, adapter=str(tmp_path / "adapter"), out=str(tmp_path / "texts.jsonl"))
+    told = "task: transcribe, since it was trained on a WhisperForConditionalGeneration; --task names another"
+    assert told in found.messages["decision"]
+    lines = [json.loads(line) for line in (tmp_path / "texts.jsonl").read_text().splitlines()]
+    extract = transformers.WhisperFeatureExtractor.from_pretrained(base)
+    tokens = TranscriptTokens(base, "tiny")
+    for line in lines[::9]:
+        samples, rate = soundfile.read(line["file"], dtype="float32")
+        heard = extract(samples, sampling_rate=rate, return_tensors="pt")
+        written = write_tokens(model.base_model.model, {**heard}, torch.tensor([tokens.prompt]), 32)
+        assert line["text"] == tokens.decode(written[0].tolist())[0]
+
+
 def test_twenty_steps_have_the_losses_of_peft(base, clips):
     """The same A and B, rows and AdamW; PEFT is given whole prompts and labels, as its users write them."""
     tokens, inputs = TranscriptTokens(base, "tiny"), ClipInputs(base, "tiny")

@@ -1,6 +1,6 @@
 """The way into a backend: the store of the frozen weights, and a session of the engine, which is loaded only now."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,8 @@ from thimble.backends.session import Session
 from thimble.core.adapter import Adapter
 from thimble.data.model import Model
 from thimble.data.records import general_records
-from thimble.errors import ConfigError
+from thimble.errors import AdapterError, ConfigError, listing
+from thimble.files.peft import named_for_peft
 from thimble.models.base import Base
 from thimble.models.module_base import ModuleBase
 
@@ -96,11 +97,12 @@ def open_module_session(
 
 def open_used_module(
     base: ModuleBase, task: str, loss: str, labels: Sequence[str], adapter: Adapter, first: Mapping[str, NDArray[Any]]
-) -> tuple[ModuleSession, ModuleBase]:
+) -> tuple[ModuleSession, ModuleBase, tuple[str, ...]]:
     """Load a module for a task and put a finished adapter on it.
 
     `first` are values of what is trained whole before training, such as the head that was fitted to the frozen module:
-    the bare base has them.
+    the bare base has them. Given beside the session are the base, and the modules of it that its files do not hold,
+    which the adapter does; an AdapterError if it does not.
     """
     from thimble.backends.torch.module_session import ModuleTorchSession
     from thimble.backends.torch.open_module import open_module
@@ -109,4 +111,33 @@ def open_used_module(
     session = ModuleTorchSession(found.module, loss, found.head)
     session.set_whole(first)
     session.attach(adapter=adapter)
-    return session, found.base
+    if lacking := [path for path in found.drawn if not any(name.startswith(f"{path}.") for name in adapter.replaced)]:
+        raise AdapterError(
+            f"the adapter holds no {listing(lacking)}, nor does base {base.name}: it was drawn at random in training "
+            "and is lost; train again with it in modules_to_save, or name with --base the model that has it"
+        )
+    return session, found.base, found.drawn
+
+
+def openable_tasks(base: ModuleBase) -> dict[str, str]:
+    """The tasks that a folder can be opened for, and the class of transformers that each of them is opened in."""
+    from thimble.backends.torch.open_module import classes_of
+
+    return classes_of(base)
+
+
+def fitting_tasks(base: ModuleBase, tasks: Iterable[str], adapter: Adapter) -> list[str]:
+    """Of some tasks, those in whose class all layers of an adapter are, and the tensors that it replaces."""
+    from thimble.backends.torch.open_module import names_in_class
+
+    needed = {*named_for_peft(adapter), *adapter.replaced}
+    return [task for task in tasks if needed <= names_in_class(base, task)]
+
+
+def class_count(base: ModuleBase, task: str, adapter: Adapter) -> int:
+    """How many classes the head of an adapter tells apart, or that of its base where it has none."""
+    from thimble.backends.torch.open_module import head_of
+
+    head, count = head_of(base, task)
+    values = adapter.replaced.get(f"{head}.weight")
+    return count if values is None else len(values)

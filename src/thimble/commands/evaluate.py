@@ -27,8 +27,8 @@ from thimble.training.control import Control
 from thimble.training.evaluation import ValidationSet, losses_alone, measure, rows_alone
 from thimble.training.evidence import log_labels, log_language, log_recall
 from thimble.training.metric import ChosenMetric, choose_questions, score_answers
+from thimble.training.module_adapter import is_of_module
 from thimble.training.module_answers import measure_adapters
-from thimble.training.module_use import is_of_module
 
 SHOWN_ANSWERS, MOST_SHOWN = 3, 12
 PASS_TOKENS = 1024  # of a batch, which one worker runs
@@ -100,7 +100,7 @@ class Measured(NamedTuple):
 def evaluate(config: EvaluateConfig, on_event: OnEvent = ignore, should_stop: ShouldStop = never) -> EvaluateReport:
     """Measure the bare base and each adapter on the same rows; those measured before a stop are reported."""
     log = EventLog(on_event)
-    if is_of_module(config.adapter):
+    if is_of_module(config.adapter, config.task, config.base):
         return _evaluate_module(config, log, should_stop)
     model, examples, adapters, questions, metric = _prepare(config, log)  # before torch is loaded
     from thimble.backends.torch.compute import choose_compute

@@ -30,8 +30,8 @@ from thimble.inference.engine import PREFILL_TOKENS, Engine
 from thimble.inference.sampling import SamplingOptions
 from thimble.models.cost import cache_token_bytes
 from thimble.models.machine import available_bytes
+from thimble.training.module_adapter import is_of_module
 from thimble.training.module_answers import predictions, write_predictions
-from thimble.training.module_use import is_of_module
 from thimble.training.run_folder import check_new_file, check_room
 
 SHOWN_ANSWERS = 3
@@ -117,7 +117,7 @@ def write_answers(
     rows: Iterable[Any] | None, config: GenerateConfig, on_event: OnEvent = ignore, should_stop: ShouldStop = never
 ) -> GenerateReport:
     """Answer rows from Python, or of the file in `config` if they are None, into the file `out`."""
-    if rows is None and is_of_module(config.adapter):
+    if rows is None and is_of_module(config.adapter, config.task, config.base):
         return _predict(config, EventLog(on_event), should_stop)
     log, file = EventLog(on_event), AnswerFile(config.out or "answers.jsonl")
     work = _prepare(config, log, file, rows)

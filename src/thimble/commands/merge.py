@@ -19,7 +19,8 @@ from thimble.models.adapters import check_all_fit, load_adapters, stored_bytes
 from thimble.models.base import Base
 from thimble.report.card import derived_card
 from thimble.training.card import about_adapter, write_card
-from thimble.training.module_use import is_of_module, open_trained, read_trained
+from thimble.training.module_adapter import is_of_module, read_trained
+from thimble.training.module_use import open_trained
 from thimble.training.run_folder import atomic_folder, check_new_folder
 
 
@@ -67,7 +68,7 @@ class _StoppedError(Exception):
 def merge(config: MergeConfig, on_event: OnEvent = ignore, should_stop: ShouldStop = never) -> MergeReport:
     """Combine adapters; write a smaller adapter, a base with them or one without; nothing if stopped on the way."""
     log, out = EventLog(on_event), Path(config.out).absolute()
-    if is_of_module(config.adapter):
+    if is_of_module(config.adapter, config.task, config.base):
         return _merge_module(config, log)
     adapters, base = _prepare(config, log)
     layers: list[merged.MergedLayer] = []
@@ -109,9 +110,9 @@ def _merge_module(config: MergeConfig, log: EventLog) -> MergeReport:
     if len(config.adapter) > 1 or config.writes_adapter or config.unmerge:
         problems.add("adapters on modules are merged one by one into their base: give one ADAPTER and --out, no more")
     problems.attempt(check_new_folder, Path(config.out), 0)
-    trained = problems.attempt(read_trained, config.adapter[0])
+    trained = problems.attempt(read_trained, next(iter(config.adapter), ""), config.task, config.base, log)
     (trained,) = problems.required(trained)
-    session, base, _ = open_trained(trained, config.base, log)
+    session, base, _ = open_trained(trained, log)
     log.stage(f"merging into {base.name}")
     with atomic_folder(Path(config.out)) as folder:
         moved = session.save_merged(folder)

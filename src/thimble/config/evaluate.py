@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from thimble.config.groups import AdapterListOptions, DataOptions, EvaluationOptions
+from thimble.config.groups import AdapterListOptions, DataOptions, EvaluationOptions, SpokenPurposeOptions
 
 
 @dataclass(frozen=True)
-class EvaluateConfig(EvaluationOptions, AdapterListOptions, DataOptions):
+class EvaluateConfig(EvaluationOptions, SpokenPurposeOptions, AdapterListOptions, DataOptions):
     """The options of `thimble evaluate`."""

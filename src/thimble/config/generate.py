@@ -4,13 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from thimble.config.groups import AnswerOptions, ColumnOptions
+from thimble.config.groups import AnswerOptions, ColumnOptions, SpokenPurposeOptions
 from thimble.config.options import option
 from thimble.config.values import WHOLE_PATH
 
 
 @dataclass(frozen=True)
-class GenerateConfig(AnswerOptions, ColumnOptions):
+class GenerateConfig(AnswerOptions, SpokenPurposeOptions, ColumnOptions):
     """The options of `thimble generate`."""
 
     group: ClassVar[str] = "prompts"

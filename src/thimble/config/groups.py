@@ -68,6 +68,25 @@ class TaskOptions(BaseOptions):
 
 
 @dataclass(frozen=True)
+class PurposeOptions(Options):
+    """What finished adapters are for, where their folders do not say it: those of other trainers need not."""
+
+    group: ClassVar[str] = "task"
+
+    task: str = option("auto", "What the adapters were trained for, where neither they nor their base says it: text, "
+        "classify-text, embed, classify-image, classify-audio or transcribe.",
+        choices=("auto", *TASKS))  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SpokenPurposeOptions(PurposeOptions):
+    """The same, and what clips need beside."""
+
+    language: str | None = option(None, "Language spoken in clips, as Whisper calls it, such as es, for adapters that "
+        "do not say it on bases that know several.", metavar="CODE")  # fmt: skip
+
+
+@dataclass(frozen=True)
 class ComputeOptions(BaseOptions):
     """How a base is computed with."""
 

@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from thimble.config.options import Options, option
+from thimble.config.groups import PurposeOptions
+from thimble.config.options import option
 from thimble.config.values import WHOLE_PATH, at_least, flag, share
 from thimble.errors import plural
 
@@ -23,7 +24,7 @@ def weights(values: Sequence[float]) -> str | None:
 
 
 @dataclass(frozen=True)
-class MergeConfig(Options):
+class MergeConfig(PurposeOptions):
     """The options of `thimble merge`."""
 
     group: ClassVar[str] = "merge"

@@ -28,7 +28,7 @@ class Adapter:
         replaced: Tensors of the model that were trained themselves, and take the place of the base's: heads, norms,
             biases; by their names in the model, float32 (counters of norms int64).
         settings: Fields of PEFT's config that are not those of a plain adapter of a text model: `bias`,
-            `fan_in_fan_out`, `task_type`.
+            `fan_in_fan_out`, `task_type`, `auto_mapping`.
     """
 
     layers: Mapping[str, Factors]

@@ -282,7 +282,7 @@ def _read_whole(file: TensorFile, info: TensorInfo) -> NDArray[Any]:
 def _settings(config: AdapterConfig, is_text: bool) -> dict[str, Any]:
     """What the config says that is not so of a plain adapter of a text model."""
     found = {"bias": config.bias, "fan_in_fan_out": config.fan_in_fan_out}
-    found |= {} if is_text else {"task_type": config.task_type}
+    found |= {} if is_text else {"task_type": config.task_type, "auto_mapping": config.auto_mapping}
     return {name: value for name, value in found.items() if value != PEFT_FIELDS[name]}
 
 

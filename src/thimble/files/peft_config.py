@@ -32,6 +32,8 @@ _UNSET: tuple[Any, ...] = (None, False, "none", [], {})
 _KEEPS_BASE: tuple[Any, ...] = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 BIASES = ("none", "all", "lora_only")
 _CONTROL = re.compile("[\\x00-\\x08\\x0b\\x0c\\x0e-\\x1f\\x7f-\\x9f]")  # but for tabs and ends of lines
+MODEL_CLASS, PARENT_LIBRARY = "base_model_class", "parent_library"  # of auto_mapping
+_DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 _NAME = re.compile(r"[A-Za-z0-9_\-][A-Za-z0-9_.\-]*")
 
 
@@ -82,6 +84,7 @@ class AdapterConfig:
     modules_to_save: tuple[str, ...] = ()  # ends of paths of modules that were trained whole
     fan_in_fan_out: bool = False  # whether weights of layers lie as (in, out)
     task_type: str | None = None  # which class of PEFT opens it, for PEFT
+    auto_mapping: Mapping[str, str] | None = None  # without that, the class of the model that was trained
 
     def allowed_ranks(self, layer: str) -> set[int]:
         """The rank a layer must have; with keys that are regular expressions, theirs too."""
@@ -104,8 +107,19 @@ def read_adapter_config(path: Path) -> AdapterConfig:
     patterns = (Pattern(config.get(name) or {}) for name in ("rank_pattern", "alpha_pattern"))
     whole = (config.get("bias") or "none", tuple(config.get("modules_to_save") or ()))
     is_turned, task = bool(config.get("fan_in_fan_out")), config.get("task_type")
-    task = task if isinstance(task, str) and re.fullmatch("[A-Z_]{1,40}", task) else None
-    return AdapterConfig(base, config["r"], float(config["lora_alpha"]), *flags, *patterns, *whole, is_turned, task)
+    task = task if isinstance(task, str) and re.fullmatch("[A-Z0-9_]{1,40}", task) else None
+    return AdapterConfig(
+        base, config["r"], float(config["lora_alpha"]), *flags, *patterns, *whole, is_turned, task,
+        _auto_mapping(config.get("auto_mapping")),
+    )  # fmt: skip
+
+
+def _auto_mapping(value: Any) -> Mapping[str, str] | None:
+    """The class that was trained and the module that defines it, as names alone: nothing that they name is imported."""
+    if not isinstance(value, dict) or {*value} != {MODEL_CLASS, PARENT_LIBRARY}:
+        return None
+    is_named = all(isinstance(name, str) and len(name) <= 200 and _DOTTED.fullmatch(name) for name in value.values())
+    return value if is_named else None
 
 
 def _is_rank(value: Any) -> bool:

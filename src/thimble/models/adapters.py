@@ -82,6 +82,11 @@ def check_is_of_text(path: str, adapter: Adapter) -> None:
             f"adapter {path} was trained for {printable(task)}, and this is for models that write text: "
             "thimble evaluate and thimble generate use it"
         )
+    if (said := adapter.settings.get("task_type")) not in (None, "CAUSAL_LM"):
+        raise AdapterError(
+            f"adapter {path} was trained for PEFT's {said}, and this is for models that write text: "
+            "thimble evaluate and thimble generate use it, where its base can be opened for that"
+        )
     convolutions = [layer for layer, factors in adapter.layers.items() if factors.layout.kernel]
     embeddings = [layer for layer, factors in adapter.layers.items() if factors.layout.is_embedding]
     modules = modules_to_save(adapter)

@@ -17,6 +17,7 @@ from thimble.models.weight_files import MOST_CONFIG_BYTES, choose_files
 
 _FUNCTION = re.compile(r"(?s)(?P<file>.+\.py):(?P<name>[A-Za-z_]\w*)")
 PREPROCESSING = "preprocessor_config.json"
+AS_BASE = "as_base"  # beside what that says: whether inputs are made as the base's own code does, for another trainer's
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class ModuleBase:
         preprocessing: How inputs are made, as `preprocessor_config.json` says it.
         loader: The class of transformers that opens it; the function for one of the user's own. Known once it is
             opened, as is what follows.
+        module_class: Its own class there, with the module that defines it; empty for a function.
         num_parameters: How many numbers it holds.
         weights_hash: Of the weights that a function made, which its file need not hold.
         notes: Which of several files were read, and the like.
@@ -45,6 +47,7 @@ class ModuleBase:
     files: tuple[Path, ...] = ()
     preprocessing: Mapping[str, Any] = field(default_factory=dict)
     loader: str = ""
+    module_class: str = ""
     num_parameters: int = 0
     weights_hash: str = ""
     notes: tuple[str, ...] = ()

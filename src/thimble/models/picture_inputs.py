@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from thimble.errors import BaseModelError
+from thimble.models.module_base import AS_BASE
 
 USUAL_SIZE = 224  # pixels of a side
 USUAL_MEAN = USUAL_STD = (0.5, 0.5, 0.5)  # values from -1 to 1
 MOST_SIZE = 4096
+BICUBIC, MOST_RESAMPLE = 3, 5  # of Pillow
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,8 @@ class PictureInputs:
     size: int  # pixels of a side
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    resample: int = BICUBIC  # how it is resized, as Pillow numbers it
+    warnings: tuple[str, ...] = ()  # what of the base's own way is not done so
 
     def as_data(self) -> dict[str, Any]:
         """It as plain data, by the names of `preprocessor_config.json`."""
@@ -44,7 +48,18 @@ def picture_inputs(said: Mapping[str, Any], base: str, size: int | None = None) 
     std = (1.0, 1.0, 1.0) if is_plain else _three(said, ("image_std", "std"), USUAL_STD, base)
     if min(std) <= 0:
         raise BaseModelError(f"base {base} divides pictures by {std}: expected numbers above 0")
-    return PictureInputs(size or _size(said, base), mean, std)
+    side = size or _size(said, base)
+    if not said.get(AS_BASE):
+        return PictureInputs(side, mean, std)
+    resample = said.get("resample", BICUBIC)
+    is_known = type(resample) is int and 0 <= resample <= MOST_RESAMPLE
+    sides = said.get("size")
+    is_cut = bool(said.get("do_center_crop")) or isinstance(sides, Mapping) and "shortest_edge" in sides
+    warnings = (
+        f"base {base} cuts the middle out of pictures, and here both sides are resized to {side} pixels: what is no "
+        "square looks otherwise than it did to the adapter; cut it before",
+    ) * is_cut
+    return PictureInputs(side, mean, std, resample if is_known else BICUBIC, warnings)
 
 
 def _three(said: Mapping[str, Any], names: tuple[str, ...], usual: tuple[float, float, float], base: str) -> Any:

@@ -13,10 +13,10 @@ from thimble.data.sentences import EMBED
 from thimble.errors import AdapterError, ConfigError, Problems, RunError, listing, plural
 from thimble.events import EventLog, ShouldStop
 from thimble.files.atomic import write_atomic
-from thimble.report.words import FROZEN_WITH_HEAD
 from thimble.training.answers import write_answers
 from thimble.training.control import Control
-from thimble.training.module_use import Trained, UsedModule, as_train_config, open_used, read_trained
+from thimble.training.module_adapter import Trained, read_trained
+from thimble.training.module_use import UsedModule, as_train_config, open_used
 from thimble.training.protocols import Scores
 from thimble.training.run_folder import make_folder
 from thimble.training.tasks.kinds import KINDS
@@ -34,7 +34,7 @@ def measure_adapters(
     head where the run folder still has that head, and of each adapter.
     """
     problems = Problems(config.problems)
-    trained = [found for path in config.adapter if (found := problems.attempt(read_trained, path))]
+    trained = [found for path in config.adapter if (found := _read(path, config, problems, log))]
     rows = problems.attempt(_rows, trained, config, True) if len(trained) == len(config.adapter) else None
     (rows,) = problems.required(rows)
     _log_rows(rows, log)
@@ -42,16 +42,17 @@ def measure_adapters(
     for one in trained:
         if should_stop():
             break
-        used = open_used(one, config.base, rows, as_train_config(config, one), log)
+        used = open_used(one, rows, as_train_config(config, one), log)
         task, control = ModuleTask(used.reading, Watch(), used.base.name), Control(log, should_stop)
         names = {one.path: used.session.load(one.adapter)}
-        if not scores and (used.has_first_head or not used.kind.has_head):
-            names = {FROZEN_WITH_HEAD if used.kind.has_head else "base": used.session.load(None), **names}
+        if not scores and used.compared_with:
+            names = {used.compared_with: used.session.load(None), **names}
         elif not scores:
-            log.note(
-                "the head that was fitted before training is not there (it lies in start/ of the run folder): the "
-                "adapter is measured alone"
-            )
+            why = (
+                "the base has no head for these classes" if one.is_of_peft
+                else "the head that was fitted before training is not there (it lies in start/ of the run folder)"
+            )  # fmt: skip
+            log.note(f"{why}: the adapter is measured alone")
         for name, active in names.items():
             log.stage(f"measuring {name}")
             scores[name] = task.evaluate(used.session, active, used.execution, control)
@@ -63,7 +64,7 @@ def predictions(
 ) -> tuple[UsedModule, Iterator[dict[str, Any]]]:
     """The adapter that is asked, and a line for each row, as they are ready."""
     problems = Problems(config.problems)
-    trained = problems.attempt(read_trained, config.adapter[0])
+    trained = _read(next(iter(config.adapter), ""), config, problems, log)
     rows = problems.attempt(_rows, [trained], config, False) if trained else None
     ends = (".jsonl", ".npy") if trained and trained.task == EMBED else (".jsonl",)
     if config.out and not config.out.endswith(ends):
@@ -75,7 +76,7 @@ def predictions(
         problems.add("--resume: predictions are made anew, which takes a pass over the rows; leave it out")
     trained, rows = problems.required(trained, rows)
     _log_rows(rows, log)
-    used = open_used(trained, config.base, rows, as_train_config(config, trained), log)
+    used = open_used(trained, rows, as_train_config(config, trained), log)
     if not isinstance(used.reading, Telling):
         raise ConfigError(
             f"adapter {trained.path} is for {trained.task}, which says nothing of single rows: thimble evaluate "
@@ -113,18 +114,22 @@ def _lines(used: UsedModule, telling: Telling, log: EventLog, should_stop: Shoul
         log.progress("rows answered,", done, len(reading.valid_costs))
 
 
+def _read(path: str, config: EvaluateConfig | GenerateConfig, problems: Problems, log: EventLog) -> Trained | None:
+    return problems.attempt(read_trained, path, config.task, config.base, log)
+
+
 def _rows(trained: list[Trained], config: EvaluateConfig | GenerateConfig, needs_answers: bool) -> TaskRows:
     """The rows that adapters are asked about, which have to be for one task, with the same labels."""
-    kinds = {(one.task, one.labels) for one in trained}
+    kinds = {(one.task, one.classes) for one in trained}
     if len(kinds) > 1:
-        tasks = listing(f"{one.path} ({one.task}, {plural(len(one.labels), 'label')})" for one in trained)
+        tasks = listing(f"{one.path} ({one.task}, {plural(len(one.classes.names), 'label')})" for one in trained)
         raise AdapterError(f"the adapters are for different tasks or labels: {tasks}; measure them one by one")
     if not config.data:
         raise ConfigError(
             "no data is given: name a file or folder, as in: thimble evaluate pictures/ --adapter runs/mine-1"
         )
     first = trained[0]
-    return KINDS[first.task].measured_rows(as_train_config(config, first), first.labels, needs_answers)
+    return KINDS[first.task].measured_rows(as_train_config(config, first), first.classes, needs_answers)
 
 
 def _log_rows(rows: TaskRows, log: EventLog) -> None:

@@ -13,6 +13,7 @@ from thimble.core.adapter import Adapter
 from thimble.core.logistic import fit_probe
 from thimble.errors import plural
 from thimble.files.peft import load_adapter
+from thimble.files.peft_config import MODEL_CLASS, PARENT_LIBRARY
 from thimble.models.adapter_base import FUNCTION, LABELS, PREPROCESSING, TASK, base_notes
 from thimble.models.hub_cache import hub_name_of
 from thimble.training.control import Control
@@ -32,8 +33,17 @@ def initial_adapter(plan: ModulePlan, control: Control) -> Adapter:
     elif plan.kind.has_head:
         _fit_head(plan, control)
     adapter = plan.opened.session.fresh_adapter()
-    settings = adapter.settings | ({"task_type": plan.kind.peft_type} if not plan.opened.base.function else {})
+    settings = adapter.settings | _peft_settings(plan)
     return replace(adapter, base=_peft_name(plan), notes=notes_of(plan), settings=settings)
+
+
+def _peft_settings(plan: ModulePlan) -> dict[str, Any]:
+    """What tells PEFT's auto classes how to open the base: its word for the task, or where it has none the class."""
+    if plan.opened.base.function:
+        return {}
+    library, _, name = plan.opened.base.module_class.rpartition(".")
+    mapping = None if plan.kind.peft_type else {MODEL_CLASS: name, PARENT_LIBRARY: library}
+    return {"task_type": plan.kind.peft_type, "auto_mapping": mapping}
 
 
 def notes_of(plan: ModulePlan) -> dict[str, str]:

@@ -9,6 +9,7 @@ from thimble.data.model import base_with_adapters, is_hub_name, log_base
 from thimble.errors import AdapterError, BaseModelError, ConfigError, Problems, listing, plural
 from thimble.events import EventLog, ShouldStop
 from thimble.files.peft import CONFIG_FILE, WEIGHTS_FILE
+from thimble.files.peft_config import MODEL_CLASS
 from thimble.models.adapter_base import TASK, labels_of
 from thimble.models.adapters import is_of_other_model, load_adapters
 from thimble.models.gguf_adapter import is_gguf_adapter
@@ -52,9 +53,11 @@ def open_subject(config: InspectConfig, problems: Problems, log: EventLog) -> Su
 
 def _purpose(adapter: Adapter) -> str:
     """What an adapter of another model than one of text is for, and what of it is no low-rank update."""
-    task, labels = adapter.notes.get(TASK), labels_of(adapter)
+    task, labels, said = adapter.notes.get(TASK), labels_of(adapter), adapter.settings.get("task_type")
+    mapped = adapter.settings.get("auto_mapping")
+    in_peft = f"PEFT's {said}" if said else f"a {mapped[MODEL_CLASS]}" if mapped else "a model of its own"
     whole = f"; trained whole: {listing(sorted(adapter.replaced))}" if adapter.replaced else ""
-    return f"for {task or 'a model of its own'}{f', labels {listing(labels)}' if labels else ''}{whole}"
+    return f"for {task or in_peft}{f', labels {listing(labels)}' if labels else ''}{whole}"
 
 
 def _kind_of(name: str) -> str:

@@ -19,14 +19,14 @@ def choose_task(config: TrainConfig, log: EventLog) -> str:
     if config.task != "auto":
         return config.task
     kind = _kind(config.data)
-    base = _config(config.base)
+    base = base_config(config.base)
     if kind == "image":
         return _told("classify-image", "the data are pictures", log)
     if kind == "audio":
         is_writer = base.get("is_encoder_decoder") is True and "Classification" not in str(base.get("architectures"))
         task = "transcribe" if is_writer else "classify-audio"
         return _told(task, "the data are sound" + (", and the base writes texts" if task == "transcribe" else ""), log)
-    if base and not _writes(base):
+    if base and not writes_texts(base.get("architectures")):
         reads = f"the base is a {base.get('model_type')!r}, which reads and does not write"
         if guess_task(config.data) == EMBED:
             return _told(EMBED, f"{reads}, and the rows are pairs", log)
@@ -41,7 +41,7 @@ def _kind(data: str) -> str:
         return ""
 
 
-def _config(base: str | None) -> dict[str, object]:
+def base_config(base: str | None) -> dict[str, object]:
     """config.json of a base; empty if it has none that can be read."""
     if not base or is_function(base):
         return {}
@@ -51,9 +51,8 @@ def _config(base: str | None) -> dict[str, object]:
         return {}
 
 
-def _writes(base: dict[str, object]) -> bool:
-    """Whether a model writes texts, by what its config calls it."""
-    names = base.get("architectures")
+def writes_texts(names: object) -> bool:
+    """Whether a model writes texts, by the names of its classes, as the config of a base has them."""
     if not isinstance(names, list):
         return True
     return any(end in str(name) for name in names for end in ("CausalLM", "LMHead", "ConditionalGeneration"))

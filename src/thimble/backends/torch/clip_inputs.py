@@ -25,8 +25,18 @@ class ClipInputs:
     It takes `rate` samples a second; `most_seconds` is the longest window that it has.
     """
 
-    def __init__(self, folder: Path, name: str) -> None:
-        """Open the extractor of a base called `name`; raises BaseModelError if the folder has none for sound."""
+    def __init__(self, folder: Path, name: str, has_own_window: bool = False) -> None:
+        """Open the extractor of a base; raises BaseModelError if the folder has none for sound.
+
+        Args:
+            folder: Of the base.
+            name: What it is called in messages.
+            has_own_window: Whether clips are heard as the extractor itself cuts them, for an adapter that was trained
+                so: in Whisper's 30 seconds, or as long as they are.
+
+        Raises:
+            BaseModelError: If the folder has none for sound.
+        """
         try:
             from transformers import AutoFeatureExtractor
         except ImportError:
@@ -47,12 +57,16 @@ class ClipInputs:
         own = getattr(self._extractor, "chunk_length", None) or getattr(self._extractor, "max_length", 0) / FRAMES
         self.most_seconds = float(own or _USUAL_SECONDS)
         names = self._extractor.model_input_names
+        self._step = STEP_SECONDS * FRAMES  # windows are multiples of so many hundredths of a second
+        if has_own_window:
+            has_fixed = hasattr(self._extractor, "chunk_length")
+            self._step = round(self.most_seconds * FRAMES) if has_fixed else 1
         self._takes_frames = "input_values" not in names and not hasattr(self._extractor, "chunk_length")
 
     def frames(self, seconds: float) -> int:
-        """The window of a clip, in hundredths of a second: whole seconds, at least one."""
-        whole = math.ceil(max(min(seconds, self.most_seconds), 1e-9) / STEP_SECONDS - 1e-6) * STEP_SECONDS
-        return int(max(STEP_SECONDS, whole) * FRAMES)
+        """The window of a clip, in hundredths of a second: by default whole seconds, at least one."""
+        heard = min(seconds, self.most_seconds) * FRAMES
+        return max(1, math.ceil(heard / self._step - 1e-6)) * self._step
 
     def features(self, samples: NDArray[np.float32], frames: int = 0) -> dict[str, NDArray[Any]]:
         """What the model takes of a clip, by name, without the axis of rows.

@@ -39,13 +39,15 @@ class OpenedModule:
         module: float32, in evaluation.
         base: The base, with what is known once it is opened.
         head: The path of the last Linear, which makes the logits; empty for tasks without classes.
-        fresh: Paths of the modules that were made anew and are to be trained whole.
+        fresh: Paths of the modules that were made anew, and of the head: they are to be trained whole.
+        drawn: Of these, the ones that the base does not hold, which were drawn from the seed.
     """
 
     module: nn.Module
     base: ModuleBase
     head: str
     fresh: tuple[str, ...]
+    drawn: tuple[str, ...] = ()
 
 
 def open_module(base: ModuleBase, task: str, labels: Sequence[str] = (), seed: int = 0) -> OpenedModule:
@@ -77,7 +79,7 @@ def open_module(base: ModuleBase, task: str, labels: Sequence[str] = (), seed: i
             "module with one"
         )
     known = replace(opened.base, num_parameters=sum(parameter.numel() for parameter in module.parameters()))
-    return OpenedModule(module, known, head, opened.fresh)
+    return OpenedModule(module, known, head, opened.fresh, opened.drawn)
 
 
 # ---- a function of the user's own -----------------------------------------------------------------------------------
@@ -102,11 +104,12 @@ def _call_function(base: ModuleBase, labels: Sequence[str]) -> OpenedModule:
         raise BaseModelError(f"{option}: {PREPROCESSING} of the module is {said!r:.60}; expected a dict")
     head = _last_linear(module) if labels else ""
     known = replace(base, weights_hash=_hash(module, head), preprocessing={**base.preprocessing, **said})
-    if head and module.get_submodule(head).out_features != len(labels):
+    is_other = bool(head) and module.get_submodule(head).out_features != len(labels)
+    if is_other:
         old = module.get_submodule(head)
         new = nn.Linear(old.in_features, len(labels), bias=old.bias is not None)
         module.set_submodule(head, new)
-    return OpenedModule(module, known, head, (head,) if head else ())
+    return OpenedModule(module, known, head, (head,) if head else (), (head,) if is_other else ())
 
 
 def _takes(function: Any, name: str) -> bool:
@@ -139,23 +142,31 @@ def _without_pooler(opened: OpenedModule) -> OpenedModule:
     if getattr(module, "pooler", None) is None or not _takes(type(module), "add_pooling_layer"):
         return opened
     module.pooler = None  # type: ignore[assignment]
-    return replace(opened, fresh=tuple(path for path in opened.fresh if path.partition(".")[0] != "pooler"))
+    fresh, drawn = (
+        tuple(path for path in paths if path.partition(".")[0] != "pooler") for paths in (opened.fresh, opened.drawn)
+    )
+    return replace(opened, fresh=fresh, drawn=drawn)
 
 
 # ---- a folder -------------------------------------------------------------------------------------------------------
 
 
-def _open_folder(base: ModuleBase, task: str, labels: Sequence[str]) -> OpenedModule:
+def _transformers(base: ModuleBase) -> Any:
     try:
         import transformers
     except ImportError:
         raise MissingPackageError(
             f"base {base.name} is opened by transformers, which is not installed: run {install_line('models')}"
         ) from None
+    return transformers
+
+
+def _open_folder(base: ModuleBase, task: str, labels: Sequence[str]) -> OpenedModule:
+    transformers = _transformers(base)
     config = _config(base, transformers)
     name = LOADERS[task]
     loader = getattr(transformers, name)
-    if type(config) not in loader._model_mapping:
+    if not _class_of(loader, config):
         raise BaseModelError(
             f"base {base.name} is a {escaped(base.model_type)}: {name} of transformers has none for {task}"
         )
@@ -175,11 +186,57 @@ def _open_folder(base: ModuleBase, task: str, labels: Sequence[str]) -> OpenedMo
             ) from error
     allow_short_windows(module)
     anew = {*info["missing_keys"], *(key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"])}
-    fresh = _owners(module, anew)
+    fresh = drawn = _owners(module, anew)
     head = _last_linear(module) if labels else ""
     if head and not any(head == path or head.startswith(path + ".") for path in fresh):
         fresh = (*fresh, head)
-    return OpenedModule(module, replace(base, loader=name), head, fresh)
+    kind = type(module)
+    known = replace(base, loader=name, module_class=f"{kind.__module__}.{kind.__qualname__}")
+    return OpenedModule(module, known, head, fresh, drawn)
+
+
+def classes_of(base: ModuleBase) -> dict[str, str]:
+    """The tasks that a folder can be opened for, and the class that opens each.
+
+    Embeddings are those of texts: what hears or sees has none here.
+    """
+    transformers = _transformers(base)
+    config = _config(base, transformers)
+    found = {task: _class_of(getattr(transformers, loader), config) for task, loader in LOADERS.items()}
+    hears_or_sees = any(found[task] for task in ("classify-image", "classify-audio", "transcribe"))
+    return {task: name for task, name in found.items() if name and not (task == "embed" and hears_or_sees)}
+
+
+def head_of(base: ModuleBase, task: str) -> tuple[str, int]:
+    """The path of the head that a base has in the class of a task, and its classes; nothing is loaded."""
+    if base.function:
+        module = _call_function(base, ()).module
+        head = _last_linear(module)
+        return head, module.get_submodule(head).out_features if head else 0
+    module = _without_weights(base, task)
+    return _last_linear(module), module.config.num_labels
+
+
+def names_in_class(base: ModuleBase, task: str) -> set[str]:
+    """Paths of all modules and names of all tensors that a base has in the class of a task; nothing is loaded."""
+    module = _without_weights(base, task)
+    return {path for path, _ in module.named_modules()} | {*module.state_dict()}
+
+
+def _without_weights(base: ModuleBase, task: str) -> Any:
+    """The module of a folder on the device meta, where its tensors hold nothing."""
+    transformers = _transformers(base)
+    config = _config(base, transformers)
+    with torch.device("meta"), _quiet(transformers):
+        return getattr(transformers, LOADERS[task]).from_config(config)
+
+
+def _class_of(loader: Any, config: Any) -> str:
+    """The name of the class that an auto class opens a config in; empty if it has none."""
+    if type(config) not in loader._model_mapping:
+        return ""
+    found = loader._model_mapping[type(config)]
+    return (found[0] if isinstance(found, tuple) else found).__name__
 
 
 def _config(base: ModuleBase, transformers: Any) -> Any:

@@ -29,8 +29,8 @@ class Look(NamedTuple):
     is_animated: bool  # then its first frame is taken
 
 
-def read_picture(path: Path, size: int) -> NDArray[np.uint8]:
-    """A picture as RGB, resized to a square (bicubic, without keeping the ratio of its sides).
+def read_picture(path: Path, size: int, resample: int = 3) -> NDArray[np.uint8]:
+    """A picture as RGB, resized to a square, without keeping the ratio of its sides.
 
     It is turned as its EXIF says, laid on white where it is transparent, and taken from its first frame if it moves.
     16 bits become 8 by dividing by 257; grey, palettes and CMYK become RGB as Pillow has it, without colour profiles.
@@ -38,6 +38,7 @@ def read_picture(path: Path, size: int) -> NDArray[np.uint8]:
     Args:
         path: The file; its content says what it is, not its name.
         size: Pixels of a side of the result.
+        resample: How it is resized, as Pillow numbers it: 2 is bilinear, 3 bicubic.
 
     Returns:
         (size, size, 3).
@@ -48,7 +49,7 @@ def read_picture(path: Path, size: int) -> NDArray[np.uint8]:
     from PIL import Image
 
     picture = open_picture(path, size)
-    return np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC), np.uint8)
+    return np.asarray(picture.resize((size, size), Image.Resampling(resample)), np.uint8)
 
 
 def open_picture(path: Path, size: int) -> "Image.Image":

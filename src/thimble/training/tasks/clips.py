@@ -18,9 +18,9 @@ from thimble.data.media.items import Item
 from thimble.data.media.sound import read_sound
 from thimble.data.spool import Spool
 from thimble.errors import BaseModelError, DataError, DoesNotFitError
-from thimble.models.module_base import ModuleBase
+from thimble.models.module_base import AS_BASE, ModuleBase
 from thimble.training.tasks.labels import LabelAnswers, labelled_rows, measured_rows, targets
-from thimble.training.tasks.reading import FRAMES, TRAIN, TaskRows
+from thimble.training.tasks.reading import FRAMES, TRAIN, Classes, TaskRows
 
 if TYPE_CHECKING:
     from thimble.backends.torch.clip_inputs import ClipInputs
@@ -83,7 +83,7 @@ def clip_inputs(base: ModuleBase) -> "ClipInputs":
             f"base {base.name} is a function: how sound is made ready stands in preprocessor_config.json, so take a "
             "Hugging Face folder"
         )
-    return ClipInputs(base.path, base.name)
+    return ClipInputs(base.path, base.name, bool(base.preprocessing.get(AS_BASE)))
 
 
 @dataclass(frozen=True)
@@ -136,13 +136,13 @@ def open_clips(config: TrainConfig) -> TaskRows:
     return labelled_rows(found, config, _clip_reading)
 
 
-def measured_clips(config: TrainConfig, labels: Sequence[str], needs_answers: bool) -> TaskRows:
+def measured_clips(config: TrainConfig, classes: Classes, needs_answers: bool) -> TaskRows:
     """Find clips to be told by a finished adapter, with their labels if they are needed."""
     found = find_media(
         Path(config.data), "audio", config.prompt_column, config.completion_column,
         "label" if needs_answers else "", config.strict, config.max_seconds,
     )  # fmt: skip
-    return measured_rows(found, found.test or found.valid or found.train, labels, config.data, _clip_reading)
+    return measured_rows(found, found.test or found.valid or found.train, classes, config.data, _clip_reading)
 
 
 def _clip_reading(

@@ -1,12 +1,12 @@
 """The tasks there are beside text: how each finds its rows, what it is trained on, and what is usual for it."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from thimble.config.train import TrainConfig
 from thimble.training.tasks.clips import measured_clips, open_clips
 from thimble.training.tasks.labels import measured_pictures, open_pictures
-from thimble.training.tasks.reading import TaskRows
+from thimble.training.tasks.reading import Classes, TaskRows
 from thimble.training.tasks.sentences import measured_pairs, measured_texts, open_pairs, open_texts
 from thimble.training.tasks.transcripts import measured_transcripts, open_transcripts
 
@@ -16,8 +16,8 @@ class TaskKind:
     """One task."""
 
     open_rows: Callable[[TrainConfig], TaskRows]  # raises DataError
-    # The rows that a finished adapter with these labels is asked about, with answers if they are needed.
-    measured_rows: Callable[[TrainConfig, Sequence[str], bool], TaskRows]
+    # The rows that a finished adapter with these classes is asked about, with answers if they are needed.
+    measured_rows: Callable[[TrainConfig, Classes, bool], TaskRows]
     loss: str  # `labels`, `pairs` or `tokens`
     step_rows: int  # rows of a step
     rate: float = 2e-3  # peak learning rate of adapter and head (docs/tasks.md)

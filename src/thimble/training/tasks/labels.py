@@ -27,7 +27,16 @@ from thimble.errors import DataError, listing, plural
 from thimble.models.module_base import ModuleBase
 from thimble.models.picture_inputs import PictureInputs, picture_inputs
 from thimble.training.answers import Answer
-from thimble.training.tasks.reading import TRAIN, Known, Reading, TaskRows, digest_of, first_of_each, known_rows
+from thimble.training.tasks.reading import (
+    TRAIN,
+    Classes,
+    Known,
+    Reading,
+    TaskRows,
+    digest_of,
+    first_of_each,
+    known_rows,
+)
 
 
 class Labelled(Known, Protocol):
@@ -80,6 +89,11 @@ class PictureReading(LabelAnswers):
     unit = "pixels"
 
     @property
+    def warnings(self) -> Sequence[str]:
+        """What the base does with pictures, and is not done here."""
+        return self.inputs.warnings
+
+    @property
     def preprocessing(self) -> Mapping[str, Any]:
         """Size, mean and standard deviation of pictures."""
         return self.inputs.as_data()
@@ -120,13 +134,13 @@ def open_pictures(config: TrainConfig) -> TaskRows:
     return labelled_rows(found, config, _picture_reading)
 
 
-def measured_pictures(config: TrainConfig, labels: Sequence[str], needs_answers: bool) -> TaskRows:
+def measured_pictures(config: TrainConfig, classes: Classes, needs_answers: bool) -> TaskRows:
     """Find pictures to be told by a finished adapter, with their labels if they are needed."""
     needed = "label" if needs_answers else ""
     columns = config.prompt_column, config.completion_column
     found = find_media(Path(config.data), "image", *columns, needed=needed, is_strict=config.strict)
     items = found.test or found.valid or found.train
-    return measured_rows(found, items, labels, config.data, _picture_reading)
+    return measured_rows(found, items, classes, config.data, _picture_reading)
 
 
 def _picture_reading(
@@ -134,7 +148,7 @@ def _picture_reading(
 ) -> PictureReading:
     inputs = picture_inputs(base.preprocessing, base.name, config.image_size)
     paths = [item.path for item in (*train, *valid)]
-    pictures = Decoded(paths, partial(read_picture, size=inputs.size))
+    pictures = Decoded(paths, partial(read_picture, size=inputs.size, resample=inputs.resample))
     return PictureReading(train, valid, labels, inputs, pictures, config.augment)
 
 
@@ -200,11 +214,12 @@ def rows_of_labels(
     )  # fmt: skip
 
 
-def measured_rows(found: Found, items: Items[T], labels: Sequence[str], source: str, make: MakeReading[T]) -> TaskRows:
-    """The rows that a finished adapter with these labels is asked about; a DataError if it knows none of theirs.
+def measured_rows(found: Found, items: Items[T], classes: Classes, source: str, make: MakeReading[T]) -> TaskRows:
+    """The rows that a finished adapter with these classes is asked about; a DataError if it knows none of theirs.
 
     `source` is the data as the user named it.
     """
+    labels, told = (classes.names, []) if classes.are_known else _named_by(items, classes.names, source)
     places = [number for number, item in enumerate(items) if item.label is None or item.label in labels]
     left = [str(item.label) for item in items if item.label is not None and item.label not in labels]
     if not places:
@@ -221,8 +236,30 @@ def measured_rows(found: Found, items: Items[T], labels: Sequence[str], source: 
         labels=labels, sources=[item.source for item in known],
         digest=digest_of((item.digest, item.label) for item in known),
         reading=partial(make, (), known, labels), files=found.files, unseen=first_of_each(known),
-        skipped=found.skipped, told=found.told, warnings=(*found.warnings, *warnings),
+        skipped=found.skipped, told=found.told, warnings=(*found.warnings, *told, *warnings),
     )  # fmt: skip
+
+
+def _named_by(items: Items[T], numbered: Sequence[str], source: str) -> tuple[Sequence[str], list[str]]:
+    """Labels of the data for classes that are known by their numbers alone, and how they were taken, for people."""
+    found = sorted({item.label for item in items if item.label is not None})
+    if not found:
+        return numbered, ["the adapter does not name its labels, nor does its base: they are told by their numbers"]
+    if {*found} <= {*numbered}:
+        return numbered, []
+    numbers = [str(number) for number in range(len(numbered))]
+    if {*found} <= {*numbers}:
+        return numbers, []
+    if len(found) != len(numbered):
+        raise DataError(
+            f"{source} has {plural(len(found), 'label')} ({listing(found, 6)}), and the adapter, which does not name "
+            f"its own, tells {len(numbered)} apart: write them into id2label of the base's config.json, by number"
+        )
+    order = listing((f"{number} {label}" for number, label in enumerate(found)), 12)
+    return found, [
+        f"the adapter does not name its labels: those of {source} are taken in the order of the alphabet ({order}); "
+        "if it was trained with another order, write it into id2label of the base's config.json"
+    ]
 
 
 def targets(items: Sequence[Labelled], labels: Sequence[str]) -> dict[str, NDArray[np.int64]]:

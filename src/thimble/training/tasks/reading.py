@@ -128,6 +128,18 @@ def digest_of(rows: Iterable[tuple[str, Any]]) -> str:
 
 
 @dataclass(frozen=True)
+class Classes:
+    """The classes of a finished adapter, by the numbers that its head gives; none for tasks without classes.
+
+    Where `are_known` is false, the adapter says how many there are, and the names are numbers alone: those of the data
+    may be meant.
+    """
+
+    names: Sequence[str]
+    are_known: bool = True
+
+
+@dataclass(frozen=True)
 class TaskRows:
     """The data of a task before its module is opened.
 

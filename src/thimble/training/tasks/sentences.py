@@ -27,7 +27,7 @@ from thimble.errors import BaseModelError, listing, plural
 from thimble.models.module_base import ModuleBase
 from thimble.training.tasks.labels import LabelAnswers, measured_rows, rows_of_labels, targets
 from thimble.training.tasks.pairs import PairReading, tokens_of
-from thimble.training.tasks.reading import TRAIN, TaskRows, digest_of, first_of_each
+from thimble.training.tasks.reading import TRAIN, Classes, TaskRows, digest_of, first_of_each
 
 
 @dataclass(frozen=True)
@@ -87,14 +87,14 @@ def open_texts(config: TrainConfig) -> TaskRows:
     return rows_of_labels(found, train, valid, config, _text_reading)
 
 
-def measured_texts(config: TrainConfig, labels: Sequence[str], needs_answers: bool) -> TaskRows:
+def measured_texts(config: TrainConfig, classes: Classes, needs_answers: bool) -> TaskRows:
     """Read texts to be told by a finished adapter, with their labels if they are needed."""
     found = read_sentences(config.data, CLASSIFY, config.strict, NamedColumns.of(config), needs_answers)
     items = found.test or found.valid or found.train
-    return measured_rows(found, items, labels, config.data, _text_reading)
+    return measured_rows(found, items, classes, config.data, _text_reading)
 
 
-def measured_pairs(config: TrainConfig, labels: Sequence[str], needs_answers: bool) -> TaskRows:
+def measured_pairs(config: TrainConfig, classes: Classes, needs_answers: bool) -> TaskRows:
     """Read pairs to measure a finished adapter on, or texts alone to be embedded by it."""
     found = read_sentences(config.data, EMBED, config.strict, NamedColumns.of(config), needs_answers)
     items = found.test or found.valid or found.train

@@ -21,7 +21,7 @@ from thimble.errors import DataError, MissingPackageError, install_line, listing
 from thimble.models.module_base import ModuleBase
 from thimble.training.answers import Answer, mean_scores
 from thimble.training.tasks.clips import ClipRows, KeptClips, clip_inputs
-from thimble.training.tasks.reading import TRAIN, TaskRows, digest_of, first_of_each, known_rows
+from thimble.training.tasks.reading import TRAIN, Classes, TaskRows, digest_of, first_of_each, known_rows
 
 NORMALISATION = "small letters, without punctuation and symbols, one space between words"
 IGNORED = -100  # a label that is not compared
@@ -155,7 +155,7 @@ def open_transcripts(config: TrainConfig) -> TaskRows:
     )  # fmt: skip
 
 
-def measured_transcripts(config: TrainConfig, labels: Sequence[str], needs_answers: bool) -> TaskRows:
+def measured_transcripts(config: TrainConfig, classes: Classes, needs_answers: bool) -> TaskRows:
     """The clips that a finished adapter is asked about: those for tests, else those for validation, else all."""
     needed = "text" if needs_answers else ""
     columns = config.prompt_column, config.completion_column
