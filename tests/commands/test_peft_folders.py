@@ -76,6 +76,12 @@ def test_it_is_measured_and_what_was_taken_for_granted_is_told(topics, tmp_path)
     assert "0 animal, 1 colour, 2 tool" in warning
 
 
+def test_a_language_says_nothing_for_texts(topics, tmp_path):
+    data = write_rows(tmp_path / "rows.jsonl", sentences())
+    with pytest.raises(InputError, match="--language es: says nothing for classify-text, only for transcribe"):
+        thimble.evaluate(data, adapter=str(topics[0]), language="es")
+
+
 def test_other_numbers_of_labels_are_refused(topics, tmp_path):
     folder, _ = topics
     rows = [row for row in sentences() if row["label"] != "tool"]

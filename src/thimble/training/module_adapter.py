@@ -15,7 +15,7 @@ from thimble.data.model import find_module_base
 from thimble.errors import AdapterError, ConfigError, InputError, listing
 from thimble.events import EventLog
 from thimble.files.peft import CONFIG_FILE, WEIGHTS_FILE, find_adapter, load_adapter
-from thimble.files.peft_config import MODEL_CLASS, read_adapter_config
+from thimble.files.peft_config import MODEL_CLASS, PARENT_LIBRARY, read_adapter_config
 from thimble.files.tensors import open_tensors
 from thimble.models.adapter_base import FUNCTION, NAME_IT, TASK, labels_of, manifest_base
 from thimble.models.hub_cache import cached_snapshot, is_hub_form
@@ -78,8 +78,10 @@ def _is_of_module_in_peft(path: str, named: str | None) -> bool:
     base = base_config(named or str(cached_snapshot(config.base) or config.base))
     if base.get("is_encoder_decoder") is True:
         return True
-    names = [config.auto_mapping[MODEL_CLASS]] if config.auto_mapping else base.get("architectures")
-    return not writes_texts(names)
+    if not config.auto_mapping:
+        return not writes_texts(base.get("architectures"))
+    is_known = config.auto_mapping[PARENT_LIBRARY].startswith("transformers.")  # else a class of somebody's own
+    return is_known and not writes_texts([config.auto_mapping[MODEL_CLASS]])
 
 
 # ---- read -----------------------------------------------------------------------------------------------------------

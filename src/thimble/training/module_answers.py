@@ -24,6 +24,8 @@ from thimble.training.tasks.module_task import ModuleTask, are_alike, cut
 from thimble.training.tasks.reading import VALID, TaskRows, Telling
 from thimble.training.watch import Watch
 
+TRANSCRIBE = "transcribe"
+
 
 def measure_adapters(
     config: EvaluateConfig, log: EventLog, should_stop: ShouldStop
@@ -129,6 +131,8 @@ def _rows(trained: list[Trained], config: EvaluateConfig | GenerateConfig, needs
             "no data is given: name a file or folder, as in: thimble evaluate pictures/ --adapter runs/mine-1"
         )
     first = trained[0]
+    if config.language and first.task != TRANSCRIBE:
+        raise ConfigError(f"--language {config.language}: says nothing for {first.task}, only for {TRANSCRIBE}")
     return KINDS[first.task].measured_rows(as_train_config(config, first), first.classes, needs_answers)
 
 

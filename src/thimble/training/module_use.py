@@ -112,6 +112,6 @@ def as_train_config(config: EvaluateConfig | GenerateConfig, trained: Trained) -
     values |= {
         name: said[noted] for noted, name in _AS_OPTIONS.items() if isinstance(said.get(noted), int | float | str)
     }
-    if config.language and trained.task == "transcribe":
+    if config.language:
         values["language"] = config.language
     return TrainConfig.build({**values, "task": trained.task})
