@@ -12,8 +12,9 @@ it is in the module: other forward passes stand before its own while a gradient 
 """
 
 import contextlib
+import functools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +55,7 @@ class FoldedConvolution:
         else:
             before, low_rank.state = low_rank.state, _FOLDED
             try:
-                with self._running(self._with_update):
+                with self._running(functools.partial(self._with_update, low_rank)):
                     yield
             finally:
                 low_rank.state = before
@@ -66,9 +67,8 @@ class FoldedConvolution:
     def _without_update(self, x: Tensor) -> Tensor:
         return _Folded.apply(x.contiguous(memory_format=torch.channels_last), None, None, self)
 
-    def _with_update(self, x: Tensor) -> Tensor:
-        assert self.low_rank
-        return _Folded.apply(x.contiguous(memory_format=torch.channels_last), *self.low_rank.sides(), self)
+    def _with_update(self, low_rank: LowRank, x: Tensor) -> Tensor:
+        return _Folded.apply(x.contiguous(memory_format=torch.channels_last), *low_rank.sides(), self)
 
     def updated(self, a: Tensor, b: Tensor) -> Tensor:
         """g (W + scale · B A), in the shape of the weight."""
@@ -76,8 +76,7 @@ class FoldedConvolution:
 
     def side(self, b: Tensor) -> Tensor:
         """What is multiplied with A x, or with A, for all that the update adds: g · scale · B, (out, rank, 1, 1)."""
-        assert self.low_rank
-        return self.gain * self.low_rank.scale * b
+        return self.gain * (self.low_rank.scale if self.low_rank else 0.0) * b
 
 
 def _gain_and_bias(layer: nn.Conv2d, norm: nn.BatchNorm2d | None) -> tuple[Tensor, Tensor | None]:
@@ -85,10 +84,9 @@ def _gain_and_bias(layer: nn.Conv2d, norm: nn.BatchNorm2d | None) -> tuple[Tenso
     bias = None if layer.bias is None else layer.bias.detach()
     if norm is None:
         return torch.ones(layer.out_channels), bias
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    gain = (norm.running_var.double() + norm.eps).rsqrt()
-    shift = -norm.running_mean.double() + (0.0 if bias is None else bias.double())
+    mean, variance = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)  # a norm without is not folded
+    gain = (variance.double() + norm.eps).rsqrt()
+    shift = -mean.double() + (0.0 if bias is None else bias.double())
     if norm.affine:
         gain = gain * norm.weight.detach().double()
         return gain.float(), (gain * shift + norm.bias.detach().double()).float()
@@ -128,8 +126,8 @@ class _Folded(torch.autograd.Function):
 
 def _back(
     folded: FoldedConvolution, grad: Tensor, x: Tensor, weight: Tensor, wants_x: bool, wants_weight: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of x and of a weight."""
+) -> tuple[Any, Any]:
+    """The gradients of x and of a weight; None for one that is not wanted."""
     of_x, of_weight, _ = _convolve_back(grad, x, weight, None, *folded.geometry, (wants_x, wants_weight, False))
     return of_x, of_weight
 
@@ -141,7 +139,6 @@ def _back_with_update(
     out, width, side = len(weight), weight[0].numel(), folded.side(b)
     if out * width <= 2 * len(a) * (out + width):  # multiplications for each pixel, one way and the other
         of_x, of_weight = _back(folded, grad, x, weight, wants_x, True)
-        assert of_weight is not None
         flat = of_weight.flatten(1)
         of_side = flat @ a.flatten(1).t()
         return of_x, (side.flatten(1).t() @ flat).view(a.shape), folded.side(of_side.view(b.shape))
@@ -149,5 +146,4 @@ def _back_with_update(
     low = _convolve(x, a, None, *folded.geometry)
     of_low, of_side, _ = _convolve_back(grad, low, side, None, *_POINTWISE, (True, True, False))
     _, of_a = _back(folded, of_low, x, a, False, True)
-    assert of_a is not None
     return of_x, of_a, folded.side(of_side)

@@ -120,10 +120,11 @@ class _Frozen:
     def followed(self, owner: nn.Module) -> Iterator[_Followed]:
         """The convolutions that a module calls once, and what follows each."""
         calls = _calls_in(owner) if any(self.is_convolution(layer) for layer in owner.children()) else None
-        for node, layer in calls.layers.items() if calls else ():
+        if calls is None:
+            return
+        for node, layer in calls.layers.items():
             if not self.is_convolution(layer):
                 continue
-            assert calls
             found, reader = _Followed(layer), calls.reader(node)
             if self._is_norm(norm := calls.layers.get(reader)):
                 found, reader = replace(found, norm=norm), calls.reader(reader)
