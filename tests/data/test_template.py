@@ -199,6 +199,22 @@ def test_calls_without_definitions_are_written_too():
     assert "# Tools" not in text
 
 
+def test_a_template_for_tools_writes_the_conversations_that_have_some():
+    template = ChatTemplate(DEFAULT_SYSTEM, tool_use=OBJECT_ARGUMENTS)
+    assert template.uses_tools
+    assert template.knows_tools([WEATHER])
+    assert not template.knows_tools(None)
+    assert template.render([USER], [WEATHER]) == ChatTemplate(OBJECT_ARGUMENTS).render([USER], [WEATHER])
+    assert template.render([USER]) == ChatTemplate(DEFAULT_SYSTEM).render([USER])
+    assert template.default_system == "You are Helpful."
+
+
+def test_a_template_for_tools_that_writes_none_is_not_taken():
+    assert ChatTemplate(CHATML, tool_use=NO_SYSTEM).render([USER], [WEATHER]) == (
+        ChatTemplate(CHATML).render([USER], [WEATHER])
+    )
+
+
 def test_the_instruction_around_the_tools_is_short():
     assert len(tool_text.definitions_text([]).split()) <= 25
 

@@ -231,3 +231,20 @@ def test_a_template_that_refuses_to_end_with_a_question_is_known_by_what_it_writ
     assert template.takes_system
     assert template.opening == "<user>"
     assert not template.uses_date
+
+
+def test_of_templates_by_name_the_one_for_tools_is_taken_where_transformers_takes_it(tmp_path):
+    """As in Hermes 2 Pro, Hermes 3 and Command R; without a template of that name the default writes all."""
+    write_tokenizer("qwen2", tmp_path)
+    made = AutoTokenizer.from_pretrained(tmp_path)
+    made.chat_template = {"default": TEMPLATES["chatml"], "tool_use": TEMPLATES["hermes"]}
+    made.save_pretrained(tmp_path)
+    theirs, ours = AutoTokenizer.from_pretrained(tmp_path), template_of(tokenizer_from_folder(tmp_path))
+    plain = [(messages, tools) for messages, tools in CONVERSATIONS.values() if tools or not has_tools(messages, tools)]
+    seen = set()
+    for messages, tools in plain:
+        expected = outcome(theirs.apply_chat_template, messages, tools=tools, tokenize=False)
+        if not isinstance(expected, Exception):
+            seen.add(bool(tools))
+            assert ours.render(messages, tools) == expected
+    assert seen == {False, True}

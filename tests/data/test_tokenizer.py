@@ -331,8 +331,33 @@ def test_the_default_of_several_templates_is_taken(folder):
     templates = [{"name": "tool_use", "template": "for tools"}, {"name": "default", "template": "for all"}]
     write_config(folder, chat_template=templates)
     assert tokenizer_from_folder(folder).chat_template == "for all"
+    assert tokenizer_from_folder(folder).tool_template == "for tools"
+    write_config(folder, chat_template="for all")
+    assert tokenizer_from_folder(folder).tool_template is None
     write_config(folder)
     assert tokenizer_from_folder(folder).chat_template is None
+
+
+def test_templates_in_files_of_their_own_are_read_by_name(folder):
+    (folder / "chat_template.jinja").write_text("for all")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("for tools")
+    tokenizer = tokenizer_from_folder(folder)
+    assert (tokenizer.chat_template, tokenizer.tool_template) == ("for all", "for tools")
+
+
+def test_a_gguf_file_has_a_template_for_tools_under_the_key_of_llama_cpp(smollm_file):
+    metadata = {**open_tensors(smollm_file).metadata, "tokenizer.chat_template.tool_use": "for tools"}
+    tokenizer = tokenizer_from_gguf(metadata)
+    assert tokenizer.tool_template == "for tools"
+    assert tokenizer.chat_template == metadata["tokenizer.chat_template"]
+
+
+def test_several_templates_none_of_which_is_the_default_are_told(folder):
+    write_config(folder, chat_template=[{"name": name, "template": f"for {name}"} for name in ("rag", "story")])
+    tokenizer = tokenizer_from_folder(folder)
+    assert tokenizer.chat_template == "for rag"
+    assert "chat templates rag, story and none called default: rag is used" in tokenizer.warnings[0]
 
 
 def test_plain_text_knows_the_added_tokens_of_a_folder_by_the_same_ids(folder):

@@ -15,6 +15,7 @@ from thimble.core.lowrank import merge
 from thimble.data.batches import micro_batches
 from thimble.data.encode import Row
 from thimble.data.model import model_of
+from thimble.data.tokenizer import tokenizer_from_folder, tokenizer_from_gguf
 from thimble.data.vocab_to_gguf import vocab_header
 from thimble.errors import BaseModelError, RunError
 from thimble.exports import gguf_model
@@ -88,6 +89,16 @@ def test_both_are_the_same_base_here(both):
     assert (first.bos_id, first.eos_id, first.stop_ids) == (second.bos_id, second.eos_id, second.stop_ids)
     assert first.add_bos == second.add_bos
     assert first.chat_template == second.chat_template
+
+
+def test_a_template_for_tools_is_written_where_llama_cpp_looks_for_it(tmp_path):
+    folder = make_hf_folder("qwen2", tmp_path)
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("for tools")
+    (folder / "chat_template.jinja").write_text("for all")
+    header = vocab_header(folder, tokenizer_from_folder(folder), 320)
+    assert header["tokenizer.chat_templates"] == ["tool_use"]
+    assert tokenizer_from_gguf(header).tool_template == "for tools"
 
 
 @pytest.mark.parametrize("family", sorted(HF_ONLY))

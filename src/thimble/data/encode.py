@@ -186,7 +186,7 @@ class Encoder:
             )
         if seen["with system"] and not template.takes_system:
             notes.append("the chat template has no system role: system text is put in front of the first user turn")
-        if seen["tools"] and not template.uses_tools:
+        if seen["tools as text"]:
             notes.append("the chat template does not know tools: they are written into the system message as JSON")
         if seen["chat"] and template.uses_date:
             notes.append("the chat template writes the date into every prompt: today's rows differ from tomorrow's")
@@ -282,9 +282,9 @@ class Encoder:
         messages = record.messages or ()
         uses_tools = has_tools(messages, record.tools)
         has_system = any(turn["role"] == "system" for turn in messages)
-        writes_tools = uses_tools and not self._template.uses_tools
+        writes_tools = uses_tools and not self._template.knows_tools(record.tools)
         self._seen["chat"] += 1
-        self._seen["tools"] += uses_tools
+        self._seen["tools as text"] += writes_tools
         self._seen["with system"] += has_system
         self._seen["with marks"] += any(messages[index].get("weight") == 0 for index in answers(messages))
         self._seen["without system"] += not has_system and not writes_tools

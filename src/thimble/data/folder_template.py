@@ -1,26 +1,42 @@
-"""The chat template of a Hugging Face folder, from the file that transformers would take it from."""
+"""The chat templates of a Hugging Face folder, from the files that transformers would take them from."""
 
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from thimble.data.added_tokens import read_settings
-from thimble.errors import BaseModelError
-from thimble.files.untrusted import is_inside, read_bytes, shown
+from thimble.errors import BaseModelError, listing
+from thimble.files.untrusted import is_inside, printable, read_bytes, shown
 
 MOST_TEMPLATE_BYTES, MOST_TEMPLATES = 1_000_000, 100
 
 
-def folder_template(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """The default chat template of a folder: of its own files, else of tokenizer_config.json, else of a processor."""
+class Templates(NamedTuple):
+    """The chat templates of a base."""
+
+    default: str | None = None
+    tool_use: str | None = None  # for conversations with tools, if they have one of their own
+    warnings: tuple[str, ...] = ()
+
+
+def folder_templates(folder: Path, config: Mapping[str, Any]) -> Templates:
+    """The chat templates of a folder: of its own files, else of tokenizer_config.json, else of a processor."""
     of_processor = read_settings(folder / "chat_template.json").get("chat_template")
     places = [
         _of_files(folder),
         *(_by_name(template, folder) for template in (config.get("chat_template"), of_processor)),
     ]
     found = next((templates for templates in places if templates), {})
-    return found.get("default") or next(iter(found.values()), None)
+    tool_use = found.get("tool_use")
+    if "default" in found or not found:
+        return Templates(found.get("default"), tool_use)
+    name = next(iter(found))
+    warning = (
+        f"{folder.name} has the chat templates {listing(map(printable, found), 6)} and none called default: {printable(name)} "
+        "is used; write the one that you mean into chat_template.jinja"
+    )
+    return Templates(found[name], tool_use, (warning,) * (len(found) > 1))
 
 
 def _of_files(folder: Path) -> dict[str, str | None]:

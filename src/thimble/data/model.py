@@ -60,7 +60,7 @@ def template_of(tokenizer: Tokenizer) -> ChatTemplate | None:
         return None
     return ChatTemplate(
         tokenizer.chat_template, tokenizer.bos_token or "", tokenizer.eos_token or "",
-        more_tokens=tokenizer.named_tokens,
+        tool_use=tokenizer.tool_template, more_tokens=tokenizer.named_tokens,
     )  # fmt: skip
 
 

@@ -62,7 +62,7 @@ class ChatTemplate:
 
     def __init__(
         self, source: str, bos_token: str = "", eos_token: str = "",
-        *, more_tokens: Mapping[str, str] | None = None, now: datetime | None = None,
+        *, tool_use: str | None = None, more_tokens: Mapping[str, str] | None = None, now: datetime | None = None,
     ) -> None:  # fmt: skip
         """Take a template; its process starts when it is first needed, or by `start`.
 
@@ -70,6 +70,8 @@ class ChatTemplate:
             source: Jinja source.
             bos_token: Text of the token that begins a document, for templates that write it.
             eos_token: Text of the token that ends one.
+            tool_use: Jinja source for conversations with definitions of tools, for bases that have one of its own; it
+                is taken instead, as by transformers, if it writes them.
             more_tokens: Texts of other special tokens by the names that templates know them by, such as `pad_token`.
             now: The time a template may ask for; fixed, so that all rows of a run agree.
 
@@ -81,6 +83,9 @@ class ChatTemplate:
         self.source = source
         self._now = now or datetime.now()
         self._process = TemplateProcess(source, {**(more_tokens or {}), "bos_token": bos_token, "eos_token": eos_token})
+        self._tool_use: ChatTemplate | None = None
+        if tool_use:
+            self._tool_use = ChatTemplate(tool_use, bos_token, eos_token, more_tokens=more_tokens, now=self._now)
 
     def start(self) -> None:
         """Start the process of the template, without waiting for it."""
@@ -120,7 +125,12 @@ class ChatTemplate:
         Raises:
             BaseModelError: If the template cannot be used at all.
         """
-        return Renderings(self, messages, tools, wanted)
+        return Renderings(self._for(tools), messages, tools, wanted)
+
+    def _for(self, tools: Sequence[Any] | None) -> "ChatTemplate":
+        """The template that writes a conversation with these tools."""
+        own = self._tool_use if tools else None
+        return self if own is None or own._argument_form is None else own
 
     @functools.cached_property
     def isolation(self) -> str | None:
@@ -137,10 +147,14 @@ class ChatTemplate:
         """Whether the template has a place for a system message."""
         return _SYSTEM in self._tried("system").lower()
 
-    @functools.cached_property
+    @property
     def uses_tools(self) -> bool:
         """Whether the template writes tool definitions, calls and results by itself."""
-        return self._argument_form is not None
+        return self.knows_tools([_TOOL])
+
+    def knows_tools(self, tools: Sequence[Any] | None) -> bool:
+        """Whether calls and results of a conversation with these definitions are written as the base knows them."""
+        return self._for(tools)._argument_form is not None
 
     @functools.cached_property
     def default_system(self) -> str | None:
@@ -213,11 +227,12 @@ class ChatTemplate:
         """A conversation and tools as this template takes them."""
         messages = complete(messages)
         is_with_tools = has_tools(messages, tools)
-        if is_with_tools and not self.uses_tools:
+        knows_tools = self._argument_form is not None
+        if is_with_tools and not knows_tools:
             messages, tools = write_tools(messages, tools), None
         if not self.takes_system:
             messages = fold_system(messages)
-        if not (is_with_tools and self.uses_tools):
+        if not (is_with_tools and knows_tools):
             return messages, None
         return self._with_arguments(messages), tools
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from thimble.data import gguf_vocab
 from thimble.data.added_tokens import join_added_tokens, read_settings, settings_of
-from thimble.data.folder_template import checked_template, folder_template
+from thimble.data.folder_template import Templates, checked_template, folder_templates
 from thimble.data.folder_vocab import ADVICE, prefix_contradictions, read_inner
 from thimble.data.gguf_vocab import rust_faults
 from thimble.errors import BaseModelError
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import tokenizers
 
 
+TEMPLATE_KEYS = ("tokenizer.chat_template", "tokenizer.chat_template.tool_use")  # of a GGUF file, as llama.cpp has them
 NAMED_TOKENS = ("unk_token", "sep_token", "pad_token", "cls_token", "mask_token")  # beside bos and eos
 
 
@@ -35,7 +36,7 @@ class Tokenizer:
         eos_id: int | None,
         stop_ids: Sequence[int] = (),
         add_bos: bool = False,
-        chat_template: str | None = None,
+        templates: Templates | None = None,
         named_tokens: Mapping[str, str] | None = None,
         warnings: Sequence[str] = (),
     ) -> None:
@@ -60,9 +61,10 @@ class Tokenizer:
         self.special_tokens = {self._added.get(index) or inner.id_to_token(index): index for index in self.special_ids}
         self.stop_ids = self._stops(stop_ids)
         self.add_bos = add_bos and bos_id is not None
-        self.chat_template = chat_template
+        templates = templates or Templates()
+        self.chat_template, self.tool_template = templates.default, templates.tool_use
         self.named_tokens = dict(named_tokens or {})
-        self.warnings = tuple(warnings)
+        self.warnings = (*warnings, *templates.warnings)
 
     def _stops(self, given: Sequence[int]) -> frozenset[int]:
         named = {index for index in self.special_ids if self._added.get(index) in gguf_vocab.END_TOKENS}
@@ -161,7 +163,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], source: str = "the GGUF fil
         eos_id=vocab.ids.get("eos"),
         stop_ids=[vocab.ids[name] for name in ("eot", "eom") if name in vocab.ids],
         add_bos=vocab.adds_bos,
-        chat_template=checked_template(metadata.get("tokenizer.chat_template"), source),
+        templates=Templates(*(checked_template(metadata.get(key), source) for key in TEMPLATE_KEYS)),
     )
 
 
@@ -184,7 +186,7 @@ def tokenizer_from_folder(folder: Path) -> Tokenizer:
             eos_id=eos_id,
             stop_ids=further,
             add_bos=begins_with_bos if adds_bos is None else bool(adds_bos),
-            chat_template=folder_template(folder, config),
+            templates=folder_templates(folder, config),
             named_tokens={name: text for name in NAMED_TOKENS if (text := _token_text(config.get(name)))},
             warnings=warnings,
         )

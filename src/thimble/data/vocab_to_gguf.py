@@ -13,7 +13,7 @@ import numpy as np
 from thimble.data.added_tokens import read_settings
 from thimble.data.gguf_vocab import BYTE, CONTROL, KEY, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, byte_of
 from thimble.data.pretokenize import PRE_TOKENIZERS
-from thimble.data.tokenizer import Tokenizer
+from thimble.data.tokenizer import TEMPLATE_KEYS, Tokenizer
 from thimble.errors import BaseModelError
 
 if TYPE_CHECKING:
@@ -68,8 +68,10 @@ def vocab_header(folder: Path, tokenizer: Tokenizer, size: int) -> dict[str, Any
         **_ids(folder, tokenizer, size),
         "add_eos_token": np.bool_(False),
     }
-    template = {"tokenizer.chat_template": tokenizer.chat_template} if tokenizer.chat_template else {}
-    return {KEY + name: value for name, value in header.items()} | template
+    given = zip(TEMPLATE_KEYS, (tokenizer.chat_template, tokenizer.tool_template), strict=True)
+    templates: dict[str, Any] = {key: text for key, text in given if text}
+    templates |= {"tokenizer.chat_templates": ["tool_use"]} if tokenizer.tool_template else {}
+    return {KEY + name: value for name, value in header.items()} | templates
 
 
 def _tokens(
