@@ -15,7 +15,7 @@ from thimble.core.lowrank import merge
 from thimble.data.batches import micro_batches
 from thimble.data.encode import Row
 from thimble.data.model import model_of
-from thimble.data.tokenizer import tokenizer_from_folder, tokenizer_from_gguf
+from thimble.data.tokenizer import TEMPLATE_KEYS, tokenizer_from_folder
 from thimble.data.vocab_to_gguf import vocab_header
 from thimble.errors import BaseModelError, RunError
 from thimble.exports import gguf_model
@@ -98,7 +98,7 @@ def test_a_template_for_tools_is_written_where_llama_cpp_looks_for_it(tmp_path):
     (folder / "chat_template.jinja").write_text("for all")
     header = vocab_header(folder, tokenizer_from_folder(folder), 320)
     assert header["tokenizer.chat_templates"] == ["tool_use"]
-    assert tokenizer_from_gguf(header).tool_template == "for tools"
+    assert [header[key] for key in TEMPLATE_KEYS] == ["for all", "for tools"]
 
 
 @pytest.mark.parametrize("family", sorted(HF_ONLY))

@@ -33,8 +33,8 @@ def folder_templates(folder: Path, config: Mapping[str, Any]) -> Templates:
         return Templates(found.get("default"), tool_use)
     name = next(iter(found))
     warning = (
-        f"{folder.name} has the chat templates {listing(map(printable, found), 6)} and none called default: {printable(name)} "
-        "is used; write the one that you mean into chat_template.jinja"
+        f"{folder.name} has the chat templates {listing(map(printable, found), 6)} and none called default: "
+        f"{printable(name)} is used; write the one that you mean into chat_template.jinja"
     )
     return Templates(found[name], tool_use, (warning,) * (len(found) > 1))
 
