@@ -489,6 +489,13 @@ def test_a_folder_of_runs_is_answered_with_one_of_them(tmp_path):
         (["config.json", "model.safetensors"], ".", "it is a base: name it with --base"),
         ([CONFIG_FILE, WEIGHTS_FILE], WEIGHTS_FILE, "name the folder around it, /"),
         ([f"checkpoint-50/{CONFIG_FILE}", f"checkpoint-50/{WEIGHTS_FILE}"], ".", "name one of its folders, such as /"),
+        ([f"checkpoint-{n}/{name}" for n in (9, 100, 20) for name in (CONFIG_FILE, WEIGHTS_FILE)], ".",
+         "/checkpoint-100"),
+        (["adapters.safetensors", CONFIG_FILE], "adapters.safetensors", "an adapter of mlx-lm"),
+        (["pytorch_lora_weights.safetensors"], ".", "a LoRA of diffusers, for a model that makes pictures"),
+        (["pytorch_lora_weights.safetensors"], "pytorch_lora_weights.safetensors", "a LoRA of diffusers"),
+        ([WEIGHTS_FILE], ".", "adapter_config.json is missing"),
+        ([WEIGHTS_FILE], WEIGHTS_FILE, "adapter_config.json is missing"),
     ],
 )  # fmt: skip
 def test_what_is_no_adapter_folder_is_answered_with_what_it_is(tmp_path, files, named, said):
@@ -498,6 +505,30 @@ def test_what_is_no_adapter_folder_is_answered_with_what_it_is(tmp_path, files, 
     with pytest.raises(AdapterError) as caught:
         find_adapter(tmp_path / named)
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["lora_unet_mid_attn.lora_down.weight", "unet.mid.attn.lora_A.weight"])
+def test_a_lora_of_pictures_is_known_by_its_tensors(tmp_path, name):
+    safetensors.numpy.save_file({name: np.ones((2, 4), "f4")}, tmp_path / "style.safetensors")
+    for place in (tmp_path, tmp_path / "style.safetensors"):
+        with pytest.raises(AdapterError, match=r"style.safetensors is a LoRA .*, for a model that makes pictures"):
+            find_adapter(place)
+
+
+def test_an_embedding_that_peft_saved_because_the_vocabulary_grew_is_told_as_one(tmp_path):
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    from families import hf_model
+
+    with torch.random.fork_rng():
+        model = hf_model("llama")
+        model.resize_token_embeddings(330)
+    peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    with pytest.raises(AdapterError) as caught:
+        load_adapter(tmp_path)
+    assert len(caught.value.problems) == 2
+    for problem, name in zip(caught.value.problems, ("lm_head", "embed_tokens"), strict=True):
+        assert f"{name}.weight F32 (330, 32) is a whole " in problem
+        assert "merge_and_unload" in problem
 
 
 @pytest.mark.parametrize("name", ["base_model.model.layers.{n}.q.lora_A.default.weight", "layers.{n}.q.lora_A.weight"])
