@@ -393,8 +393,11 @@ def test_an_adapter_of_pictures_is_looked_into_without_its_base(thimble, refused
 def test_a_path_that_is_nothing_is_refused_with_what_was_expected(refused, tmp_path):
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "a.txt").write_text("hello")
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "adapters.safetensors").write_bytes(b"")
     for name, state in (
         ("missing.gguf", "does not exist"),
+        ("theirs", "it is an adapter of mlx-lm"),
         ("notes", "it holds a.txt"),
         ("notes/a.txt", "another file"),
     ):

@@ -522,7 +522,8 @@ def test_an_embedding_that_peft_saved_because_the_vocabulary_grew_is_told_as_one
     with torch.random.fork_rng():
         model = hf_model("llama")
         model.resize_token_embeddings(330)
-    peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+    adapted.save_pretrained(tmp_path, save_embedding_layers=True)  # as it does by itself where it sees a larger one
     with pytest.raises(AdapterError) as caught:
         load_adapter(tmp_path)
     assert len(caught.value.problems) == 2

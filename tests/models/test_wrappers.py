@@ -10,6 +10,7 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from stress.foreign_files import CONFIGS as PLAIN_CONFIGS
+from stress.foreign_files import write_base
 from thimble.backends.tape import OPS
 from thimble.core.adapter import Adapter
 from thimble.core.lowrank import Factors
@@ -119,6 +120,14 @@ def test_an_adapter_of_the_vision_part_is_refused_by_name(outside, tmp_path):
     adapter = load_adapter(write_adapter(tmp_path / "theirs", outside, "model.language_model.layers.0.mlp.up_proj"))
     with pytest.raises(AdapterError, match=f"1 layer outside of the text model, such as {outside}, which Thimble"):
         check_fits("theirs", adapter, open_base(tmp_path / "base"))
+
+
+def test_an_adapter_of_the_head_is_refused_as_one_and_not_as_that_of_another_base(tmp_path):
+    base = open_base(write_base(tmp_path / "base", PLAIN_CONFIGS[0]))
+    adapter = load_adapter(write_adapter(tmp_path / "theirs", "lm_head", "model.layers.0.mlp.up_proj"))
+    with pytest.raises(AdapterError, match="adapts lm_head, the output head, .* merge_and_unload") as caught:
+        check_fits("theirs", adapter, base)
+    assert "does not belong" not in str(caught.value)
 
 
 # --- names in files, by the version that wrote them

@@ -7,7 +7,7 @@ no framework and no base.
 import json
 import os
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,10 @@ from numpy.typing import NDArray
 from thimble.core.adapter import Adapter, is_finite
 from thimble.core.lowrank import Factors
 from thimble.core.method import MOST_SCALE
-from thimble.errors import AdapterError, BaseModelError, InputError, as_word, listing
+from thimble.errors import AdapterError, BaseModelError, InputError, listing
+from thimble.files.foreign_adapters import MOST_HEADER_BYTES, MOST_TENSORS, PARTS, what_lies_there
+from thimble.files.peft_config import CONFIG_FILE as CONFIG_FILE
+from thimble.files.peft_config import WEIGHTS_FILE as WEIGHTS_FILE
 from thimble.files.peft_config import AdapterConfig, read_adapter_config
 from thimble.files.peft_tensors import (
     COUNTER,
@@ -33,9 +36,6 @@ from thimble.files.tensor_info import TensorInfo
 from thimble.files.tensors import TensorFile, open_tensors, write_safetensors
 from thimble.files.untrusted import names_in, printable, some
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
-_PARTS = (CONFIG_FILE, WEIGHTS_FILE)
 # What classes of transformers, by their versions, put in front of the layers of a text model: alone, without its head,
 # or inside of a model of text and images (`model.language_model.` since 4.52, the other way round before).
 PREFIXES = (
@@ -44,13 +44,7 @@ PREFIXES = (
 )  # fmt: skip
 PLAIN = PREFIXES[0]
 MOST_TRIES = 20  # to read an adapter that is being replaced
-MOST_HEADER_BYTES, MOST_TENSORS = 8_000_000, 20_000
 MOST_BYTES = 1 << 32  # of the numbers of an adapter
-PICKLE, MLX_FILE = "adapter_model.bin", "adapters.safetensors"
-TO_SAFETENSORS = (
-    "if you trust it, convert it with safetensors.torch.save_file(torch.load('adapter_model.bin', weights_only=True), "
-    "'adapter_model.safetensors')"
-)
 
 # What PEFT 0.21 writes for a plain LoRA adapter, field by field, so that its loader finds nothing missing.
 PEFT_FIELDS: dict[str, Any] = {
@@ -178,7 +172,7 @@ def find_adapter(path: str | Path) -> Path:
     """The adapter folder for a path that names it or the run folder around it."""
     path = Path(path)
     for folder in (path, path / "adapter"):
-        if all(os.path.lexists(folder / name) for name in _PARTS):
+        if all(os.path.lexists(folder / name) for name in PARTS):
             return folder  # whether these are files is seen when they are opened
     try:
         found = names_in(path)
@@ -187,28 +181,11 @@ def find_adapter(path: str | Path) -> Path:
         found, state = [], f"cannot be opened ({getattr(error, 'strerror', None) or error})"
         state = "does not exist" if isinstance(error, FileNotFoundError) else state
         state = "is not a folder" if isinstance(error, NotADirectoryError) else state
+    known = what_lies_there(path, found)
     raise AdapterError(
         f"adapter {printable(str(path))} {state}: expected a folder with {CONFIG_FILE} and {WEIGHTS_FILE}, or the run "
-        f"folder around it{_what_lies_there(path, found)}"
+        f"folder around it{'; ' * bool(known)}{known}"
     )
-
-
-def _what_lies_there(path: Path, found: Collection[str]) -> str:
-    """What else a path leads to, by the names that lie there, with what to do; empty if that is not known."""
-    if path.name in _PARTS and path.is_file():
-        return f"; name the folder around it, {as_word(str(path.parent))}"
-    if MLX_FILE in found:
-        return (
-            "; it is an adapter of mlx-lm, which names and turns the matrices in another way: mlx_lm.fuse writes the "
-            "whole model with it, a folder for --base"
-        )
-    for kind, inner in (("run folders", "adapter"), ("folders", "")):
-        places = [name for name in found if all(os.path.lexists(path / name / inner / part) for part in _PARTS)]
-        if places:
-            return f"; name one of its {kind}, such as {as_word(str(path / sorted(places)[-1]))}"
-    if PICKLE in found:
-        return f"; {PICKLE} is a pickle, which can run code when read: {TO_SAFETENSORS}"
-    return "; it is a base: name it with --base" if "config.json" in found else ""
 
 
 def load_adapter(path: str | Path) -> Adapter:

@@ -16,6 +16,7 @@ from thimble.core.method import MOST_SCALE
 from thimble.errors import AdapterError
 from thimble.files.untrusted import read_json_object, shown, some
 
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 MOST_BYTES = 1 << 20
 MAX_RANK = 2048  # twice the largest anybody trains: a delta form is kept as one adapter of twice the rank
 MOST_ALPHA = MOST_SCALE * MAX_RANK

@@ -26,6 +26,7 @@ COUNTER = "num_batches_tracked"  # of a norm: the one tensor of whole numbers
 MOST_KERNEL_AXES = 3
 MOST_STRANGE = 5  # tensors that are told of: an adapter in another layout has hundreds
 _OF_BASE = f".{INSIDE}.weight"
+_OF_VOCABULARY = {"embed_tokens": "embedding", "lm_head": "output head"}
 _FLOATS = ("F32", "F16", "BF16")
 _NAME = re.compile(r"base_model\.model\.(?P<path>[A-Za-z0-9_.\-]{1,512})")
 _SIDES = "|".join(map(re.escape, (A, B, MAGNITUDE, EMBEDDING_A, EMBEDDING_B)))
@@ -110,6 +111,12 @@ def sort_tensors(file: TensorFile, config: AdapterConfig) -> AdapterTensors:
 
 
 def _is_nothing(info: TensorInfo) -> str:
+    if kind := next((kind for end, kind in _OF_VOCABULARY.items() if info.name.endswith(f".{end}.weight")), ""):
+        return (
+            f"tensor {info.name} {info.dtype} {info.shape} is a whole {kind}, which PEFT saves too if the model's "
+            "vocabulary was made larger: load both with PEFT, and write the merged model (merge_and_unload, then "
+            "save_pretrained), a folder for --base"
+        )
     what = f"tensor {info.name} {info.dtype} {info.shape} is not a LoRA matrix in PEFT's layout"
     is_renamed = "lora_" in info.name and not (_NAME.fullmatch(info.name) and _SIDE.fullmatch(info.name))
     return f"{what}, {ROOT}PATH.lora_A.weight: save it with PEFT's save_pretrained" if is_renamed else what

@@ -119,6 +119,12 @@ def check_fits(path: str, adapter: Adapter, base: Base) -> None:
             "which Thimble does not run: train it again on the text model alone, with PEFT's "
             r'target_modules=r".*(language_model|text_model).*\.(q|k|v|o|gate|up|down)_proj"'
         )
+    if "lm_head" in unknown:
+        raise AdapterError(
+            f"adapter {path} adapts lm_head, the output head, and Thimble runs updates of linear layers of the blocks "
+            "alone: load both with PEFT and write the merged model (merge_and_unload, then save_pretrained), a folder "
+            "for --base, or train it again without lm_head among the target_modules"
+        )
     if unknown or wrong:
         made_for = f"; it was made for {adapter.base}: name that with --base" if adapter.base else ""
         what = [f"it adapts {listing(unknown, 2)}, which the base lacks"] if unknown else []

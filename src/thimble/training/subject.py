@@ -8,6 +8,7 @@ from thimble.core.adapter import Adapter, conflicts
 from thimble.data.model import base_with_adapters, is_hub_name, log_base
 from thimble.errors import AdapterError, BaseModelError, ConfigError, Problems, listing, plural
 from thimble.events import EventLog, ShouldStop
+from thimble.files.foreign_adapters import what_lies_there
 from thimble.files.peft import CONFIG_FILE, WEIGHTS_FILE
 from thimble.files.peft_config import MODEL_CLASS
 from thimble.models.adapter_base import TASK, labels_of
@@ -67,11 +68,14 @@ def _kind_of(name: str) -> str:
         return "adapter"
     if _is_base(place) or is_hub_name(name):
         return "base"
-    found = listing(sorted(inner.name for inner in place.iterdir())) or "nothing" if place.is_dir() else ""
+    inner = sorted(path.name for path in place.iterdir()) if place.is_dir() else []
+    found = listing(inner) or "nothing" if place.is_dir() else ""
     state = f"it holds {found}" if found else "it is another file" if place.exists() else "it does not exist"
+    known = what_lies_there(place, inner) if place.exists() else ""
     raise ConfigError(
         f"{name} is neither a base nor an adapter: {state}; expected a GGUF file, a Hugging Face folder (config.json "
         f"and safetensors), an adapter folder ({CONFIG_FILE} and {WEIGHTS_FILE}) or the run folder around it"
+        f"{'; ' * bool(known)}{known}"
     )
 
 
