@@ -32,11 +32,14 @@ _OF_KOHYA = re.compile(r"(lora_(unet|te\d?|transformer)_|lora_prior_).+\.(lora_(
 
 
 def what_lies_there(path: Path, found: Collection[str]) -> str:
-    """What a path leads to that is no adapter folder, with what to do; empty if that is not known.
+    """What a path leads to that is no adapter folder.
 
     Args:
         path: What was named.
         found: Names of what lies in it; none of a file.
+
+    Returns:
+        What it is and what to do; empty if that is not known.
     """
     if path.name in PARTS and path.is_file():
         folder = path.parent
