@@ -165,15 +165,9 @@ def new_features(
     return KeptRows(prefix, open_file(), rows, batch, made.shape[1:])
 
 
-def add_features(
-    module: nn.Module, loss: ModuleLoss, features: KeptRows, batches: Iterator[ModuleBatch]
-) -> Iterator[int]:
-    """See ModuleSession.add_features."""
-    done = 0
-    for batch in batches:
-        features.put(batch, *_run(module, loss, features.prefix, batch))
-        done += len(batch.numbers)
-        yield done
+def add_features(module: nn.Module, loss: ModuleLoss, features: KeptRows, batch: ModuleBatch) -> None:
+    """Keep what is made of the rows of a batch; OSError on a full disk."""
+    features.put(batch, *_run(module, loss, features.prefix, batch))
 
 
 @out_of_memory

@@ -280,10 +280,16 @@ class ModuleTorchSession(FlatTraining):
                 dropout.eval()
 
     def new_features(self, batch: ModuleBatch, open_file: Callable[[], BinaryIO], rows: int) -> KeptRows | None:
-        return new_features(self.module, self._loss, batch, open_file, rows)
+        with self.folding.in_place():
+            return new_features(self.module, self._loss, batch, open_file, rows)
 
     def add_features(self, features: KeptRows, batches: Iterator[ModuleBatch]) -> Iterator[int]:
-        return add_features(self.module, self._loss, features, batches)
+        done = 0
+        for batch in batches:
+            with self.folding.in_place():
+                add_features(self.module, self._loss, features, batch)
+            done += len(batch.numbers)
+            yield done
 
     def _backward(self, batch: ModuleBatch, most: int, seed: int, features: KeptRows | None = None) -> LossSum:
         """Add the gradient of a micro-batch; of rows whose loss is one of all together, in parts of at most so many

@@ -27,7 +27,7 @@ def usual_targets(module: nn.Module, targets: Sequence[str], whole: Sequence[str
     """
     survey = Survey(module)
     if len(targets) == 1 and (last := _LAST.fullmatch(targets[0])):
-        return _last_blocks(survey, int(last[1]), whole)
+        return _last_blocks(survey, module, int(last[1]), whole)
     if list(targets) != [LINEARS]:
         return targets, f"targets: {', '.join(targets)}, as asked for"
     kind, why = _suited(survey, whole)
@@ -38,7 +38,7 @@ def _suited(survey: Survey, whole: Sequence[str]) -> tuple[str, str]:
     """The kind of layers that holds most of what is frozen."""
     sizes = {kind: 0 for kind in (LINEARS, CONVOLUTIONS, POINTWISE)}
     for path, layer in survey.modules.items():
-        if any(path == one or path.startswith(one + ".") for one in whole):
+        if _is_inside(path, whole):
             continue
         for kind in sizes:
             if survey.is_of(kind, path):
@@ -51,16 +51,27 @@ def _suited(survey: Survey, whole: Sequence[str]) -> tuple[str, str]:
     return CONVOLUTIONS, f", since {what}"
 
 
-def _last_blocks(survey: Survey, count: int, whole: Sequence[str]) -> tuple[Sequence[str], str]:
-    """The layers in the last blocks of the longest list of blocks."""
-    lists = {path: layer for path, layer in survey.modules.items() if isinstance(layer, nn.ModuleList | nn.Sequential)}
-    path = max(lists, key=lambda path: len(lists[path]), default="")
-    if not path or count > len(lists[path]):
-        has = f"{path} has {plural(len(lists[path]), 'block')}" if path else "the module has no list of blocks"
-        raise InputError(f"--targets last-{count}: {has}; name fewer, or layers by their names")
+def _last_blocks(survey: Survey, module: nn.Module, count: int, whole: Sequence[str]) -> tuple[Sequence[str], str]:
+    """The layers in the last blocks of the longest list of blocks, which the module itself may be.
+
+    Blocks without a layer to adapt, such as a pooling, count for nothing.
+    """
     kind, _ = _suited(survey, whole)
-    begins = tuple(f"{path}.{number}." for number in range(len(lists[path]) - count, len(lists[path])))
-    found = [layer for layer in survey.modules if (layer + ".").startswith(begins) and survey.is_of(kind, layer)]
-    if not found:
-        raise InputError(f"--targets last-{count}: the last of {path} hold no layer that LoRA takes; name layers")
-    return found, f"targets: {kind} in the last {count} of {plural(len(lists[path]), 'block')} of {path}"
+    layers = [path for path in survey.modules if survey.is_of(kind, path) and not _is_inside(path, whole)]
+    lists = dict[str, list[list[str]]]()  # the layers of each block
+    for path, blocks in module.named_modules():
+        if isinstance(blocks, nn.ModuleList | nn.Sequential):
+            names = [f"{path}.{name}".lstrip(".") for name, _ in blocks.named_children()]
+            lists[path] = [held for name in names if (held := [layer for layer in layers if _is_inside(layer, [name])])]
+    path = max(lists, key=lambda path: len(lists[path]), default="")
+    where, longest = path or "the module", lists.get(path, [])
+    if count > len(longest):
+        blocks = f"{where} has {plural(len(longest), 'block')} with layers to adapt"
+        has = blocks if longest else "the module has no list of blocks"
+        raise InputError(f"--targets last-{count}: {has}; name fewer, or layers by their names")
+    found = [layer for held in longest[-count:] for layer in held]
+    return found, f"targets: {kind} in the last {count} of {plural(len(longest), 'block')} of {where}"
+
+
+def _is_inside(path: str, modules: Sequence[str]) -> bool:
+    return any(path == module or path.startswith(module + ".") for module in modules)
