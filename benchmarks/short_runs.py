@@ -11,8 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from thimble.backends.open import open_session
-from thimble.backends.session import Objective, Session, StepKey
+from thimble.backends.session import Objective, Session, StepKey, TrainState
+from thimble.backends.torch.session import TorchSession
 from thimble.config.train import TrainConfig
 from thimble.core.method import Method, parse_init
 from thimble.core.metrics import LossSum
@@ -105,7 +105,7 @@ class Bench:
     """The base, loaded once, and the training runs that are made with it."""
 
     def __init__(self) -> None:
-        self._session: Session | None = None
+        self._session: TorchSession | None = None
         self._initial: tuple[tuple[Any, ...], Initialization | None] = ((), None)
         self._measured: dict[tuple[Any, ...], float] = {}  # losses of the base
 
@@ -113,6 +113,14 @@ class Bench:
         """The run that these options of `thimble train` make."""
         config = TrainConfig.build({"eval_rows": 0, "eval_every_steps": 0, **options})
         return plan_run(config, EventLog(ignore), needs_folder=False)
+
+    def begin(self, options: Mapping[str, Any]) -> tuple[RunPlan, TorchSession, TrainState]:
+        """The run of some options before its first step."""
+        run_plan = self.plan(options)
+        config = run_plan.config
+        self._session = self._session or TorchSession(run_plan.model.base, config.compute, run_plan.execution.store)
+        method = Method(lora_plus=config.lora_plus, seed=config.seed, beta2=config.adam_beta2 or 0.0)
+        return run_plan, self._session, self._session.start(self._begun(run_plan, self._session).adapter, method)
 
     def train(
         self, options: Mapping[str, Any], eval_tokens: int, eval_every_steps: int = 0,
@@ -123,11 +131,8 @@ class Bench:
         The curve is (tokens read in training, validation loss), before the first step, every few steps, and at the end.
         `untouched` are most validation rows behind those, and their tokens, that the result is measured on as well.
         """
-        began, run_plan = time.perf_counter(), self.plan(options)
-        config, schedule, execution = run_plan.config, run_plan.step_schedule, run_plan.execution
-        session = self._session = self._session or open_session(run_plan.model, config.compute, execution.store)
-        method = Method(lora_plus=config.lora_plus, seed=config.seed, beta2=config.adam_beta2 or 0.0)
-        state, task = session.start(self._begun(run_plan, session).adapter, method), text_task(run_plan)
+        began, (run_plan, session, begun) = time.perf_counter(), self.begin(options)
+        state, config, schedule, execution = begun, run_plan.config, run_plan.step_schedule, run_plan.execution
         held = list(_first(run_plan.examples.valid, eval_tokens))
         apart = list(_first(run_plan.examples.valid[len(held) :][: untouched[0]], untouched[1]))
         general = run_plan.general[:GENERAL_ROWS]
@@ -143,11 +148,8 @@ class Bench:
             if key not in self._measured:
                 self._measured[key] = loss(rows)
         tokens, curve, steps = 0, [(0, self._measured[before])], schedule.total_steps or 0
-        for step in range(steps):
-            rows = schedule.rows(step)
-            gradient = session.gradient(state, task.work(rows, execution), Objective(), execution, StepKey(0, step))
-            state = session.apply(state, gradient, schedule.rate_at(step, 0.0))
-            tokens += sum(task.costs[row] for row in rows)
+        for step, (after, read) in enumerate(take_steps(run_plan, session, begun)):
+            state, tokens = after, tokens + read
             if step + 1 == steps or (eval_every_steps and (step + 1) % eval_every_steps == 0):
                 curve.append((tokens, loss(held)))
         batches = micro_batches(apart, measuring.micro_tokens)
@@ -171,6 +173,19 @@ class Bench:
         found = self._initial[1]
         assert found is not None
         return found
+
+
+def take_steps(
+    run_plan: RunPlan, session: Session, state: TrainState, objectives: Sequence[Objective] = (Objective(),)
+) -> Iterator[tuple[TrainState, int]]:
+    """Take the steps of a run, whose objectives take turns: after each the state, and the tokens it read."""
+    schedule, execution, task = run_plan.step_schedule, run_plan.execution, text_task(run_plan)
+    for step in range(schedule.total_steps or 0):
+        rows, key = schedule.rows(step), StepKey(run_plan.config.seed, step)
+        objective = objectives[step % len(objectives)]
+        gradient = session.gradient(state, task.work(rows, execution, key), objective, execution, key)
+        state = session.apply(state, gradient, schedule.rate_at(step, 0.0))
+        yield state, sum(task.costs[row] for row in rows)
 
 
 def _first(rows: Sequence[Row], tokens: int) -> Iterator[Row]:

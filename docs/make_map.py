@@ -27,6 +27,7 @@ HEAD = """
 """
 WITHOUT_DOCSTRING = {
     "py.typed": "Tells type checkers that Thimble has types.",
+    "data/beginnings.jsonl": "Beginnings of texts and questions, after which the base writes what it is to keep.",
     "data/general.jsonl": "General texts and questions, to measure forgetting.",
     "report/page.html": "The template of the page.",
 }

@@ -427,6 +427,18 @@ def test_where_nothing_has_moved_keeping_answers_has_no_gradient(backend, sessio
     assert kept.loss == plain.loss
 
 
+def test_answers_are_kept_where_there_are_labels(backend, session):
+    """What a row without a label says, and what stands before the first label of another, is free to change."""
+    rows = make_rows(seed=8)
+    blind = Row(rows[0].ids, np.full_like(rows[0].labels, IGNORED), "")
+    with_blind, alone, everywhere = (
+        gradient_of(session, make_adapter(), objective=Objective(0.9, session.kl_reference(pack(kept)))).flat
+        for kept in ([blind, rows[4]], [rows[4]], [replace(rows[4], labels=np.zeros_like(rows[4].labels))])
+    )
+    assert_near(with_blind, alone, BACKENDS[backend].precision)
+    assert np.linalg.norm(everywhere - alone) > 0.01 * np.linalg.norm(alone)
+
+
 def test_a_step_of_keeping_answers_brings_the_model_back_to_the_base(session):
     """Under a weight near 1 the gradient is that of the divergence, whatever the rows."""
     kept = gradient_of(session, make_adapter(), objective=kl_objective(session, 1 - 1e-6))

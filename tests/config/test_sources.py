@@ -89,6 +89,24 @@ def test_a_run_of_an_earlier_release_goes_on_with_the_optimiser_it_began_with(ru
     assert build_config(TrainConfig, {}, write("rank: 4\n")).adam_beta2 is None
 
 
+def test_a_run_of_an_earlier_release_keeps_the_answers_that_it_began_with(run):
+    """Its config.yaml has a weight alone: answers to general text were kept then, in every step."""
+    kept = {"keep_general": 0.3}
+    path = run / "config.yaml"
+    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **kept}))
+    resumed = build_config(TrainConfig, {"out": str(run), "resume": True})
+    repeated = build_config(TrainConfig, {"out": "runs/again"}, str(path))
+    for config in (resumed, repeated):
+        assert (config.keep_general, config.keep_general_on, config.keep_general_every_steps) == (0.3, "general", 1)
+    new = build_config(TrainConfig, kept)
+    assert (new.keep_general_on, new.keep_general_every_steps) == ("own", 4)
+    changed = build_config(TrainConfig, {"out": str(run), "resume": True, "keep_general_on": "own"})
+    assert changed.problems == (
+        "--keep-general-on own: the run to resume began with general; leave it out, or begin another run with another "
+        "--out",
+    )
+
+
 @pytest.mark.parametrize("values", [{"rank": "8"}, {"lora_r": 8}, {"lora-rank": 8}])
 @pytest.mark.parametrize(
     ("named", "file"), [({"out": "runs/mine-1"}, None), ({}, "runs/mine-1/config.yaml"), ({}, "options.yaml")]

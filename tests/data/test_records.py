@@ -6,7 +6,7 @@ import tracemalloc
 
 import pytest
 
-from thimble.data.records import Record, general_records, read_dataset, split_rows
+from thimble.data.records import Record, beginning_records, general_records, read_dataset, split_rows
 from thimble.data.sources import json_rows, text
 from thimble.errors import DataError, MissingPackageError
 
@@ -577,6 +577,16 @@ def test_the_general_records_are_half_text_half_chat():
     assert sum(record.text is not None for record in records) == 15
     assert all(len(record.messages) == 2 for record in records if record.messages)
     assert len({record.text or record.messages[0]["content"] for record in records}) == 30
+
+
+def test_the_beginnings_that_the_base_goes_on_from_are_others_than_what_is_measured():
+    records = beginning_records()
+    assert len(records) == len({record.text or record.messages[0]["content"] for record in records}) == 64
+    assert sum(record.text is not None for record in records) == 24
+    measured = {record.text or record.messages[0]["content"] for record in general_records()}
+    for record in records:
+        begins = record.text or record.messages[0]["content"]
+        assert not any(text.startswith(begins) for text in measured), begins
 
 
 # --- rows that cannot be used

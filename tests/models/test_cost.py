@@ -41,6 +41,18 @@ def test_the_delta_form_and_what_an_init_is_made_of_take_memory(base):
         assert estimate_memory(base, needy, execution).total > estimate_memory(base, plain, execution).total
 
 
+def test_answers_that_are_kept_take_memory_and_time(base):
+    small, plain = ExecutionPlan("dense", 1, 64, 64), MemoryInputs("bf16", 1000, 64)
+    found = estimate_memory(base, plain, small)
+    longer = estimate_memory(base, replace(plain, kl_pass_tokens=256), small)
+    assert longer.activations > 3 * found.activations, "a pass of more tokens than a micro-batch has"
+    kept = estimate_memory(base, replace(plain, kl_places=1000), small)
+    assert kept.total - found.total == 1000 * base.spec.hidden_size * 2
+    work = StepWork(1024, 512, 256, 1000)
+    seconds = [estimate_seconds(base, "bf16", replace(work, kl_tokens=n), small, MACHINE) for n in (0, 64, 128)]
+    assert seconds[0] < seconds[1] < seconds[2]
+
+
 def test_each_way_to_save_memory_is_slower_by_the_order_of_execution_plans():
     fast = ExecutionPlan("dense", 2, 1024, 2048)
     for slow in (replace(fast, checkpointed_blocks=4), replace(fast, num_shares=1), replace(fast, micro_tokens=512),

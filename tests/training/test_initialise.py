@@ -339,7 +339,7 @@ def test_keeping_general_answers_forgets_less(examples, tiny_base, tmp_path):
     for keep in (0.0, 0.9):
         report = thimble.train(
             examples, base=tiny_base, out=str(tmp_path / str(keep)), keep_general=keep, learning_rate=0.01,
-            **{**QUICK, "max_steps": 25},
+            **{**QUICK, "max_steps": 25}, keep_general_on="general", keep_general_every_steps=1,
         )  # fmt: skip
         moved[keep] = report.general_after - report.general_before
         assert report.loss_after < report.loss_before

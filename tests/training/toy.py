@@ -136,7 +136,7 @@ class ToyTask:
     def features(self, session, state, execution, open_file, control):
         return None
 
-    def objectives(self, session):
+    def objectives(self, session, execution, control):
         return [Objective(weight, "the reference" if weight else None) for weight in self.weights]
 
     def watch(self, session, adapter, execution):

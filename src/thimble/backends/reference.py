@@ -70,7 +70,7 @@ class KlReference:
     """Text and what the bare base makes of it."""
 
     batch: Batch
-    logits: Array  # float64 (T, vocabulary)
+    logits: Array  # float64 (labels, vocabulary)
 
 
 @dataclass(frozen=True)
@@ -211,9 +211,13 @@ class ReferenceSession:
         return forward.cross_entropy(OPS, scores, labels[places])
 
     def _summed_divergence(self, updates: Updates, reference: KlReference) -> Any:
-        """Σ KL(base ‖ model) over all tokens of the reference, without dropout."""
-        scores = forward.logits(OPS, self._spec, self._weights, self._hidden(updates, reference.batch))
-        return forward.divergence(OPS, scores, reference.logits)
+        """Σ KL(base ‖ model) over the places of the reference, without dropout."""
+        return forward.divergence(OPS, self._scores(updates, reference.batch), reference.logits)
+
+    def _scores(self, updates: Updates, batch: Batch) -> Any:
+        """Logits (labels, vocabulary) at the places that carry a label."""
+        places = np.flatnonzero(batch.labels != IGNORED)
+        return forward.logits(OPS, self._spec, self._weights, self._hidden(updates, batch)[places])
 
     def unmoved_layers(self, state: ReferenceState) -> list[str]:
         squares = _views(state.first, state.exp_avg_sq)
@@ -240,16 +244,12 @@ class ReferenceSession:
             yield [self._divergence(adapter, row) for row in _rows(batch)]
 
     def _divergence(self, adapter: Updates, row: Batch) -> Divergence:
-        places = np.flatnonzero(row.labels != IGNORED)
-        base, moved = (
-            forward.logits(OPS, self._spec, self._weights, self._hidden(updates, row)[places])
-            for updates in ({}, adapter)
-        )
+        base, moved = (self._scores(updates, row) for updates in (Updates(), adapter))
         same = int((base.argmax(1) == moved.argmax(1)).sum())
-        return Divergence(float(forward.divergence(OPS, moved, base)), same, len(places))
+        return Divergence(float(forward.divergence(OPS, moved, base)), same, len(base))
 
     def kl_reference(self, batch: Batch) -> KlReference:
-        return KlReference(batch, forward.logits(OPS, self._spec, self._weights, self._hidden(Updates(), batch)))
+        return KlReference(batch, self._scores(Updates(), batch))
 
     def release(self) -> None:
         """See Session; nothing is kept."""

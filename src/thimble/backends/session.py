@@ -61,7 +61,8 @@ class Work(NamedTuple):
 
 @dataclass(frozen=True)
 class Objective:
-    """What a step minimises: (1 - kl_weight) · cross-entropy + kl_weight · KL(base ‖ model) on reference text.
+    """What a step minimises: (1 - kl_weight) · cross-entropy + kl_weight · KL(base ‖ model) on reference text, the mean
+    over its places that carry a label.
 
     Attributes:
         kl_weight: From 0 up to 1.
@@ -250,7 +251,7 @@ class Session(TrainingSession, Protocol):
         """How far each row of each batch is from the bare base, at the places that carry a label."""
 
     def kl_reference(self, batch: Batch) -> Any:
-        """What the bare base makes of some text, for `Objective`."""
+        """What the bare base makes of some text at the places that carry a label, for `Objective`."""
 
     @property
     def independent_tokens(self) -> int:

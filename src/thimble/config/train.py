@@ -48,16 +48,18 @@ class PlanConfig(TrainConfig):
         check=values.machine, metavar="cores=N,memory=SIZE")  # fmt: skip
 
 
+KL_OPTIONS = ("keep_general", "keep_general_on", "keep_general_every_steps")
+
 # Options that make a run what it is: a run that is resumed keeps them as it began. (Base and data are known by their
 # hashes, so that they may lie elsewhere.)
 FIXED = (
     *COLUMNS, "loss_on", "seq_len", "batch_tokens", "seed", "targets", "rank", "rank_pattern", "alpha",
-    "alpha_pattern", "strength", "use_rslora", "use_dora", "init", "freeze_a", "dropout", "keep_general", "valid_split",
+    "alpha_pattern", "strength", "use_rslora", "use_dora", "init", "freeze_a", "dropout", *KL_OPTIONS, "valid_split",
     "task", "train_also", "batch_rows", "image_size", "augment", "max_seconds", "language",
 )  # fmt: skip
 
 # What runs did before there was an option for it: a config.yaml without it is of such a run.
-BEFORE: Mapping[str, Any] = {"adam_beta2": 0.999}
+BEFORE: Mapping[str, Any] = {"adam_beta2": 0.999, "keep_general_on": "general", "keep_general_every_steps": 1}
 
 # Options that say nothing for some tasks: given there, they are refused.
 ONLY_FOR: Mapping[str, tuple[str, ...]] = {
@@ -69,7 +71,7 @@ ONLY_FOR: Mapping[str, tuple[str, ...]] = {
     "max_new_tokens": ("text", "transcribe"),
     **dict.fromkeys(
         ("prompt_template", "text_column", "loss_on", "batch_tokens", "metric", "eval_rows", "rank_budget", "energy",
-         "energy_of", "calibration_steps", "explain", "keep_general", "strength", "store"), ("text",),
+         "energy_of", "calibration_steps", "explain", *KL_OPTIONS, "strength", "store"), ("text",),
     ),
 }  # fmt: skip
 

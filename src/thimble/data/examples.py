@@ -3,11 +3,13 @@
 import functools
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from thimble.config.groups import DataOptions
 from thimble.config.train import TrainConfig
 from thimble.core.labels import AnswerCounts
 from thimble.data.columns import NamedColumns
-from thimble.data.encode import Encoder, Row
+from thimble.data.encode import IGNORED, Encoder, Row
 from thimble.data.encode_all import EncodeReport, encode_all
 from thimble.data.model import Model
 from thimble.data.records import (
@@ -15,6 +17,7 @@ from thimble.data.records import (
     Dataset,
     Record,
     Skipped,
+    beginning_records,
     general_records,
     read_dataset,
     split_rows,
@@ -111,6 +114,14 @@ def general_rows(model: Model, config: DataOptions) -> tuple[Row, ...]:
     """General text for the forgetting check; conversations only where the base has a template for them."""
     records = [record for record in general_records() if model.template or record.text is not None]
     return tuple(encode_all(records, make_encoder(model, config.replace(loss_on="auto")))[0])
+
+
+def beginnings(model: Model, config: DataOptions) -> tuple[Row, ...]:
+    """What the base goes on from in texts of its own, without a label; questions only where it has a template."""
+    records = [record for record in beginning_records() if model.template or record.text is not None]
+    encoder = make_encoder(model, config)
+    openings = ((encoder.opening(record), record.source) for record in records)
+    return tuple(Row(ids, np.full(len(ids), IGNORED, np.int32), source) for ids, source in openings)
 
 
 def log_examples(examples: Examples, log: EventLog) -> None:

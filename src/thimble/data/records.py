@@ -170,11 +170,23 @@ def split_rows(records: Items[Record], valid_fraction: float, seed: int) -> tupl
 
 def general_records() -> tuple[Record, ...]:
     """Short general passages and questions that come with Thimble, to measure what training makes a model forget."""
-    file = importlib.resources.files("thimble.data") / "general.jsonl"
-    lines = file.read_text(encoding="utf-8").splitlines()
+    return tuple(parse_row(row, source).record for source, row in _rows_of("general.jsonl"))
+
+
+def beginning_records() -> tuple[Record, ...]:
+    """Other questions, without answers, and beginnings of texts, for the base to go on from."""
     return tuple(
-        parse_row(json.loads(line), f"general.jsonl line {number}").record for number, line in enumerate(lines, start=1)
+        Record(text=row["text"], source=source)
+        if "text" in row
+        else Record(({"role": "user", "content": row["prompt"]},), source=source)
+        for source, row in _rows_of("beginnings.jsonl")
     )
+
+
+def _rows_of(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of a file that comes with Thimble, each behind its place."""
+    lines = (importlib.resources.files("thimble.data") / name).read_text(encoding="utf-8").splitlines()
+    return ((f"{name} line {number}", json.loads(line)) for number, line in enumerate(lines, start=1))
 
 
 def checked_rows(

@@ -1,7 +1,7 @@
 """How much memory and time a run will need, part by part, before anything is loaded."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from thimble.core.sizes import BUFFER_TOKENS, PADDED_KEYS, TILE, WINDOW, WINDOW_ROWS, logit_chunk, windows
 from thimble.core.targets import Size, block_of
@@ -27,6 +27,9 @@ OVERHEAD_SECONDS = 1e-3  # of a block's pass
 DECODED = 2.5e9  # values per second and core
 ONE_SHARE = 1.1  # a step that is not cut into a share a core
 ADAPTER_NUMBER_BYTES = 2 * 3 * 4  # master and two moments, float32, and a copy of their last valid state
+KL_READINGS = (
+    1.5  # of texts on which answers are kept, in those of a training row: the base's logits are made again too
+)
 SKETCH_NUMBERS = 4  # of a gradient's sketch, for each parameter of the adapter that is made from it
 
 
@@ -38,7 +41,7 @@ class MemoryPlan:
     weights: int  # frozen weights in memory, or the pages of the memory-mapped file
     adapter: int  # adapter, gradients and optimiser; A₀ and B₀ of the delta form
     activations: int  # what the forward pass keeps for the backward pass
-    scratch: int  # decoded weights, logits and the temporaries of one block, on each core
+    scratch: int  # decoded weights, logits and temporaries of one block, on each core; hidden states of a KL reference
 
     @property
     def total(self) -> int:
@@ -88,6 +91,8 @@ class MemoryInputs:
     # what the init and the ranks are made of: `weights`, `inputs`, `gradients`, `quantised`
     needs: tuple[str, ...] = ()
     is_delta: bool = False  # whether the run trains in delta form, which keeps A₀ and B₀
+    kl_pass_tokens: int = 0  # of the texts beside a step, on which the base's answers are kept
+    kl_places: int = 0  # of all of these texts, at which the base's hidden states are kept
 
 
 def estimate_memory(base: Base, inputs: MemoryInputs, execution: ExecutionPlan) -> MemoryPlan:
@@ -97,7 +102,8 @@ def estimate_memory(base: Base, inputs: MemoryInputs, execution: ExecutionPlan) 
         return _memory_of_transformers(base, base.spec, inputs, execution)
     working = 4 + 2 * width if inputs.is_delta else 0 if compute == "fp32" else width
     adapter = trained * (ADAPTER_NUMBER_BYTES + 4 * execution.num_shares + working)
-    activations = _activation_bytes(base.decoder, width, execution, inputs.lowest)
+    activations = _activation_bytes(base.decoder, width, execution, inputs)
+    kept = inputs.kl_places * base.decoder.hidden_size * width
     # One size of a batch takes part in more products where shares run in parallel.
     products = PRODUCTS * PRODUCT_BYTES * (execution.num_shares + execution.num_sizes - 1)
     return MemoryPlan(
@@ -105,7 +111,7 @@ def estimate_memory(base: Base, inputs: MemoryInputs, execution: ExecutionPlan) 
         weights=_weight_bytes(base, compute, execution),
         adapter=max([adapter, *(_init_bytes(base.decoder, need, trained, activations) for need in inputs.needs)]),
         activations=activations,
-        scratch=execution.num_shares * _scratch_bytes(base, compute, inputs.longest, execution),
+        scratch=kept + execution.num_shares * _scratch_bytes(base, compute, inputs.longest, execution),
     )
 
 
@@ -113,6 +119,7 @@ def _memory_of_transformers(
     base: Base, spec: TransformersSpec, inputs: MemoryInputs, execution: ExecutionPlan
 ) -> MemoryPlan:
     width = COMPUTE_BYTES[inputs.compute]
+    execution = replace(execution, micro_tokens=max(execution.micro_tokens, inputs.kl_pass_tokens))
     return MemoryPlan(
         process=transformers_cost.PROCESS_BYTES + spec.vocab_size * TOKEN_BYTES,
         weights=transformers_cost.weight_bytes(base.num_parameters, width),
@@ -135,8 +142,9 @@ def _weight_bytes(base: Base, compute: str, execution: ExecutionPlan) -> int:
     return base.num_parameters * (1 if execution.store == "int8" else COMPUTE_BYTES[compute])
 
 
-def _activation_bytes(spec: DecoderSpec, width: int, execution: ExecutionPlan, lowest: int) -> int:
-    tokens = _rounded(execution.tokens_at_once, execution.num_shares)
+def _activation_bytes(spec: DecoderSpec, width: int, execution: ExecutionPlan, inputs: MemoryInputs) -> int:
+    lowest = inputs.lowest
+    tokens = max(_rounded(execution.tokens_at_once, execution.num_shares), _rounded(inputs.kl_pass_tokens, 1))
     block = 2 * spec.hidden_size + 2 * spec.q_size + 2 * spec.kv_size + 2 * spec.intermediate_size
     checkpointed = max(0, execution.checkpointed_blocks - lowest)
     kept = spec.num_layers - lowest - checkpointed
@@ -183,6 +191,7 @@ class StepWork:
     trained: int  # parameters of the adapter
     lowest: int = 0  # number of the lowest adapted block; nothing goes back through those below
     epochs: float = 1.0  # how often each row is read: of the blocks below, what they make of it is kept the first time
+    kl_tokens: float = 0.0  # of texts on which the base's answers are kept, on average beside a step
 
 
 def estimate_seconds(base: Base, compute: str, work: StepWork, execution: ExecutionPlan, machine: Machine) -> float:
@@ -193,25 +202,27 @@ def estimate_seconds(base: Base, compute: str, work: StepWork, execution: Execut
     """
     spec, width = base.spec, COMPUTE_BYTES[compute]
     if isinstance(spec, TransformersSpec):
-        batches = max(1.0, work.tokens / execution.micro_tokens)
+        tokens = work.tokens + KL_READINGS * work.kl_tokens
+        batches = max(1.0, tokens / execution.micro_tokens)
         flops = machine.flops.get(compute) or max(machine.flops.values())
-        return transformers_cost.seconds(spec, base.num_parameters, work.tokens, work.trained, flops, batches)
+        return transformers_cost.seconds(spec, base.num_parameters, tokens, work.trained, flops, batches)
     rate = machine.flops.get("fp32" if compute == "fp32" else "bf16") or max(machine.flops.values())
     linears = sum(rows * cols for rows, cols in spec.linear_shapes().values())
     checkpointed = max(0, execution.checkpointed_blocks - work.lowest)
     below = work.lowest / spec.num_layers
     passes = 2 * (1 - below) + checkpointed / spec.num_layers + below / max(1.0, work.epochs)
-    frozen = 2 * linears * passes * work.tokens
+    tokens, targets = work.tokens + work.kl_tokens, work.target_tokens + KL_READINGS * work.kl_tokens
+    frozen = 2 * linears * passes * tokens
     seconds = frozen / (machine.flops.get(compute, rate) * (REACHED_INT8 if compute == "int8" else REACHED))
-    seconds += 4 * spec.vocab_size * spec.hidden_size * work.target_tokens / (rate * REACHED)
-    seconds += 2 * (passes + 1) * work.trained * work.tokens / (rate * REACHED_LOW_RANK)
+    seconds += 4 * spec.vocab_size * spec.hidden_size * targets / (rate * REACHED)
+    seconds += 2 * (passes + 1) * work.trained * tokens / (rate * REACHED_LOW_RANK)
     seen = work.row_tokens / 2 + TILE / 2
-    attention = 2 * spec.q_size * spec.num_layers * seen * work.tokens * (2 * passes + 3)
+    attention = 2 * spec.q_size * spec.num_layers * seen * tokens * (2 * passes + 3)
     seconds += attention / (machine.flops.get("fp32", rate) * REACHED_ATTENTION)  # float32 in every compute type
     block = 2 * (spec.hidden_size + spec.q_size + spec.kv_size + spec.intermediate_size)
-    moved = work.tokens * spec.num_layers * passes * width * (block + spec.num_heads * seen)
+    moved = tokens * spec.num_layers * passes * width * (block + spec.num_heads * seen)
     seconds += moved * MOVES / machine.copy_bytes
-    batches = max(1.0, work.tokens / execution.micro_tokens)
+    batches = max(1.0, tokens / execution.micro_tokens)
     seconds += batches * spec.num_layers * passes * OVERHEAD_SECONDS / execution.num_shares
     if execution.store == "file" or execution.store == "int8" and compute != "int8":
         seconds += batches * base.num_parameters * passes / (DECODED * machine.cores)

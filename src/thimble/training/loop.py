@@ -181,6 +181,7 @@ class _Loop:
 
     def train(self) -> None:
         """Take all steps, and end with the best valid adapter."""
+        objectives = self.task.objectives(self.session, self.progress.execution, self.control)
         self.log.stage("training")
         with contextlib.ExitStack() as held:
 
@@ -188,7 +189,7 @@ class _Loop:
                 return held.enter_context(self.sink.scratch_file())
 
             features = self.task.features(self.session, self.state, self.plan.execution, open_file, self.control)
-            self._take_steps(features)
+            self._take_steps(objectives, features)
         self._log_early_end()
         if not self.session.is_finite(self.state):
             self.diverged = self.diverged or "parameters of the adapter or moments of its optimiser are NaN or Inf"
@@ -199,10 +200,9 @@ class _Loop:
         self._keep_best()
         self.sink.end_steps()
 
-    def _take_steps(self, features: Any) -> None:
+    def _take_steps(self, objectives: Sequence[Objective], features: Any) -> None:
         """Take all steps, of rows whose features may be known."""
         self.session.release()  # evaluation and training have buffers of other sizes
-        objectives = self.task.objectives(self.session)
         if not self.valid:
             self._remember()
         self.began, self.idle_seconds = time.perf_counter() - self.progress.seconds, 0.0

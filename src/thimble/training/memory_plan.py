@@ -17,6 +17,7 @@ from thimble.models.base import Base
 from thimble.models.execution import ExecutionPlan
 from thimble.models.machine import Machine, available_bytes
 from thimble.models.model_spec import ModelSpec
+from thimble.training.kl_reference import kl_pass_tokens, kl_places
 from thimble.training.step_schedule import StepSchedule, text_schedule
 
 MOST_SIZES = 7  # of batches, however uneven the rows are: what many rows make together varies less
@@ -91,7 +92,13 @@ def plan_cost(
     square = sum(length * length for length in lengths) / report.tokens
     epochs = step_schedule.epochs if step_schedule.total_steps else 1.0
     work = cost.StepWork(
-        report.tokens / steps, report.target_tokens / steps, square, inputs.trained, inputs.lowest, epochs
+        report.tokens / steps,
+        report.target_tokens / steps,
+        square,
+        inputs.trained,
+        inputs.lowest,
+        epochs,
+        inputs.kl_pass_tokens / config.keep_general_every_steps,
     )
     seconds = cost.estimate_seconds(base, compute, work, execution, target.machine)
     return RunCost(compute, (why_compute, why_store), step_schedule, execution, memory, allowed, work, seconds)
@@ -113,7 +120,8 @@ def memory_inputs(
     return cost.MemoryInputs(
         compute=compute, trained=cost.adapter_parameters(base.spec, sizes, config.use_dora),
         longest=max(examples.train_report.longest, examples.valid_report.longest), lowest=cost.lowest_block(sizes),
-        needs=(init.needs, *calibrates), is_delta=init.is_delta,
+        needs=(init.needs, *calibrates), is_delta=init.is_delta, kl_pass_tokens=kl_pass_tokens(config),
+        kl_places=kl_places(config),
     )  # fmt: skip
 
 

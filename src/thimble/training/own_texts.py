@@ -1,12 +1,14 @@
-"""Texts that the base itself writes: on them a run measures how far it has moved the model from its base.
+"""Texts that the base itself writes: on some a run measures how far it has moved the model, on others it is held back.
 
 The base is right about them by definition, so whatever a model gives otherwise it has unlearned, on any subject that
-the base writes of. They are drawn from the base once, from the beginnings of general text, and kept in the cache.
+the base writes of. They are drawn from the base once and kept in the cache. Those that measure go on from the
+beginnings of general text, those that hold back from others: what is measured was not trained on.
 """
 
 import contextlib
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,47 +29,57 @@ from thimble.training import run_folder
 from thimble.training.control import Control
 from thimble.training.evaluation import ValidationSet, make_engine
 
-TEXTS = 150  # in all, as many from each beginning
+TEXTS = 150  # to measure on, as many from each beginning
 TEXT_TOKENS = 20  # of a text at most, behind its beginning
 BEGINNING_TOKENS = 4  # of a plain text; that of a conversation is its prompt
 LEAST_SHARE = 0.5  # of the texts that are to hold something, or nothing is concluded from them
 
 
-def own_texts(
-    session: Session, base: Base, fingerprint: str, general: Sequence[Row], validation: ValidationSet,
-    execution: ExecutionPlan, control: Control,
-) -> list[Row]:  # fmt: skip
-    """About `TEXTS` texts of the base, known by its quick fingerprint, as rows that carry a label wherever it wrote a
-    token, by beginnings that are the rows' sources; none if somebody wants to leave.
-    """
-    beginnings = [_beginning(row) for row in general]
-    path = cache_folder() / "texts" / f"{_key(fingerprint, beginnings)}.json"
-    written = _kept(path, len(beginnings) * _each(general), base.spec.vocab_size)
-    if not written:
-        control.log.stage("the base writes some texts, once, to see later what it forgets")
-        written = _write(session, beginnings, _each(general), validation, execution, control)
-        if written:
-            with contextlib.suppress(OSError):  # no home, or no room there: written again next time
-                run_folder.write_json(path, written)
-    numbered = zip(written, range(len(written)), strict=True)
-    return [_row(beginnings[n % len(general)], ids, general[n % len(general)].source) for ids, n in numbered]
+@dataclass(frozen=True)
+class Writer:
+    """The base that writes, and how."""
+
+    base: Base
+    fingerprint: str  # what the texts are kept by: of the base, and of all else that they are to depend on
+    validation: ValidationSet  # whose tokenizer and cache the engine has
+
+    def texts(
+        self, session: Session, beginnings: Sequence[Row], count: int, why: str, execution: ExecutionPlan,
+        control: Control,
+    ) -> list[Row]:  # fmt: skip
+        """About so many texts, as rows that carry a label wherever the base wrote a token, with the sources of their
+        beginnings; none if somebody wants to leave. `why` is told when they are written.
+        """
+        starts, each = [row.ids for row in beginnings], max(1, round(count / max(1, len(beginnings))))
+        path = cache_folder() / "texts" / f"{_key(self.fingerprint, count, starts)}.json"
+        written = _kept(path, len(starts) * each, self.base.spec.vocab_size)
+        if not written:
+            control.log.stage(f"the base writes some texts, once, {why}")
+            written = _write(session, starts, each, self.validation, execution, control)
+            if written:
+                with contextlib.suppress(OSError):  # no home, or no room there: written again next time
+                    run_folder.write_json(path, written)
+        return [_row(beginnings[number % len(starts)], ids) for number, ids in enumerate(written)]
+
+    def measuring(
+        self, session: Session, general: Sequence[Row], execution: ExecutionPlan, control: Control
+    ) -> list[Row]:
+        """The texts to measure on, which begin as general text does."""
+        beginnings = [_beginning(row) for row in general]
+        return self.texts(session, beginnings, TEXTS, "to see later what it forgets", execution, control)
 
 
-def _each(general: Sequence[Row]) -> int:
-    """Texts from each beginning."""
-    return max(1, round(TEXTS / max(1, len(general))))
-
-
-def _beginning(row: Row) -> NDArray[np.int32]:
+def _beginning(row: Row) -> Row:
     """What the base goes on from: the prompt of a conversation, or the first tokens of a text."""
     first = int(np.flatnonzero(row.labels != IGNORED)[0])
-    return row.ids[: max(first + 1, BEGINNING_TOKENS)]
+    tokens = max(first + 1, BEGINNING_TOKENS)
+    return Row(row.ids[:tokens], row.labels[:tokens], row.source)
 
 
-def _key(fingerprint: str, beginnings: Sequence[NDArray[np.int32]]) -> str:
+def _key(fingerprint: str, count: int, starts: Sequence[NDArray[np.int32]]) -> str:
     """What the texts depend on, hashed: the base, what they begin with, how many there are and how long they are."""
-    total = hashlib.sha256(f"{fingerprint} {TEXTS} {TEXT_TOKENS}".encode())
-    for ids in beginnings:
+    total = hashlib.sha256(f"{fingerprint} {count} {TEXT_TOKENS}".encode())
+    for ids in starts:
         total.update(ids.tobytes() + b".")
     return total.hexdigest()[:32]
 
@@ -104,11 +116,11 @@ def _write(
     return written
 
 
-def _row(beginning: NDArray[np.int32], written: Sequence[int], source: str) -> Row:
-    ids = np.concatenate([beginning, np.array(written, np.int32)])
+def _row(beginning: Row, written: Sequence[int]) -> Row:
+    ids = np.concatenate([beginning.ids, np.array(written, np.int32)])
     labels = np.append(ids[1:], np.int32(IGNORED))
-    labels[: len(beginning) - 1] = IGNORED
-    return Row(ids, labels, source)
+    labels[: len(beginning.ids) - 1] = IGNORED
+    return Row(ids, labels, beginning.source)
 
 
 def measure_divergence(

@@ -26,6 +26,7 @@ from thimble.training.evidence import log_evidence
 from thimble.training.facts import RunFacts
 from thimble.training.guard import EPOCHS_IN_A_ROW, MEMORISED_NATS
 from thimble.training.initialise import check_init
+from thimble.training.kl_reference import described
 from thimble.training.memory_plan import RunCost, plan_cost
 from thimble.training.metric import ChosenMetric, choose_questions
 from thimble.training.moved import log_new_places, missing_parts
@@ -126,7 +127,7 @@ def plan_run(config: TrainConfig, log: EventLog, needs_folder: bool = True) -> R
     checkpoint = latest_checkpoint(folder) if config.resume else None
     kept = checkpoint.progress.get("execution") if checkpoint else None  # sums in another order end in other digits
     cost = plan_cost(config, model.base, examples, sizes, (ExecutionPlan(**kept),) if kept else ())
-    _log_cost(cost, len(examples.train), model.base.spec.num_layers, log)
+    _log_cost(config, cost, len(examples.train), model.base.spec.num_layers, log)
     steps = cost.step_schedule.total_steps or (cost.step_schedule.minutes or 0.0) * 60 / cost.seconds_per_step
     config = config.replace(adam_beta2=_choose_beta2(config, steps, log))
     watch, strength = _choose_ends(config, examples, steps, log)
@@ -257,7 +258,7 @@ def describe_base(model: Model) -> str:
     return f"{base.name} ({base.spec.about}{',' if base.is_own else ';'} {size})"
 
 
-def _log_cost(cost: RunCost, rows: int, num_blocks: int, log: EventLog) -> None:
+def _log_cost(config: TrainConfig, cost: RunCost, rows: int, num_blocks: int, log: EventLog) -> None:
     why_compute, why_store = cost.reasons
     log.decision(f"compute: {why_compute}")
     _log_step_schedule(cost.step_schedule, rows, log)
@@ -272,6 +273,8 @@ def _log_cost(cost: RunCost, rows: int, num_blocks: int, log: EventLog) -> None:
     log.decision(f"memory: {need}, in micro-batches of {execution.micro_tokens} tokens{parallel}, {kept}{streamed}")
     steps, seconds = cost.step_schedule.total_steps, cost.seconds_per_step
     in_all = f", {seconds * steps / 60:.1f} minutes in all" if steps else ""
+    if kept := described(config):
+        log.decision(kept)
     log.decision(f"time: about {seconds:.2g} s a step{in_all}; measuring before and after comes on top")
 
 

@@ -68,7 +68,7 @@ class Task(Protocol[S]):
     ) -> Any:
         """What the frozen part below the adapters makes of the rows, kept in a file; None where that saves nothing."""
 
-    def objectives(self, session: S) -> Sequence[Objective]:
+    def objectives(self, session: S, execution: ExecutionPlan, control: Control) -> Sequence[Objective]:
         """What the steps minimise, taken in turn; at least one."""
 
     def watch(self, session: S, adapter: ActiveAdapter, execution: ExecutionPlan) -> list[LossSum]:

@@ -108,10 +108,10 @@ def divergence_at(
 
 
 def divergence(decoder: Decoder, hidden: Tensor, base_hidden: Tensor, weight: float) -> Tensor:
-    """weight · Σ KL(base ‖ model) over the tokens of some text, a float32 scalar; its gradient flows to `hidden` only.
+    """weight · Σ KL(base ‖ model) over some places of a text, a float32 scalar; its gradient flows to `hidden` only.
 
     Its gradient at the logits is softmax(model) − softmax(base): the model is pulled to all the base would have said,
-    not only to the word that followed. `hidden` has padding, `base_hidden`, (tokens, hidden), has none.
+    not only to the word that followed. Hidden states: (places, hidden) each.
     """
     return _Divergence.apply(hidden, base_hidden, decoder, weight)  # type: ignore[no-any-return]
 
@@ -119,20 +119,19 @@ def divergence(decoder: Decoder, hidden: Tensor, base_hidden: Tensor, weight: fl
 class _Divergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, base_hidden: Tensor, decoder: Decoder, weight: float) -> Tensor:
-        grad, total = torch.zeros_like(hidden), 0.0
-        size = logit_chunk(len(base_hidden), 4 * decoder.head.rows)
+        grad, total, softcap = torch.zeros_like(hidden), 0.0, decoder.spec.final_softcap
+        size = logit_chunk(len(base_hidden), 4 * ALIVE * decoder.head.rows)
         for start in range(0, len(base_hidden), size):
             rows = slice(start, min(start + size, len(base_hidden)))
             x = decoder.norm.forward(hidden[rows])
             # In float32: what the two differ by is smaller than the steps of bfloat16 at the size of logits.
             wanted = decoder.logits(base_hidden[rows], torch.float32).log_softmax(1)
-            logits = decoder.logits(hidden[rows], torch.float32)
-            found = logits.log_softmax(1)
+            found = decoder.logits(hidden[rows], torch.float32)
+            bent = (found / softcap).square_().neg_().add_(1) if softcap else 1.0
+            found = found.log_softmax(1)
             share = wanted.exp()
-            total += float((share * (wanted - found)).sum())
-            slope = (found.exp() - share).mul_(weight)
-            if decoder.spec.final_softcap:
-                slope *= 1 - (logits / decoder.spec.final_softcap) ** 2
+            total += float(torch.dot(share.view(-1), wanted.sub_(found).view(-1)))
+            slope = found.exp_().sub_(share).mul_(weight).mul_(bent)
             decoder.head.input_grad(slope.to(hidden.dtype), x)
             grad[rows] = decoder.norm.backward(hidden[rows], x)
         ctx.save_for_backward(grad)

@@ -38,7 +38,7 @@ from thimble.core.sizes import padded
 from thimble.core.targets import block_of
 from thimble.data.batches import Batch, lay_out
 from thimble.data.encode import IGNORED
-from thimble.data.prefixes import Segment, whole_rows
+from thimble.data.prefixes import Segment
 from thimble.models.base import Base
 from thimble.models.cost import lowest_block
 from thimble.models.execution import ExecutionPlan
@@ -64,7 +64,7 @@ class KlReference:
     """Text and what the base makes of it."""
 
     batch: Batch
-    hidden: torch.Tensor  # (tokens, hidden), the last hidden states of the base, compute type
+    hidden: torch.Tensor  # (labels, hidden), the last hidden states of the base there, compute type
 
 
 class TorchSession(FlatTraining):
@@ -177,13 +177,13 @@ class TorchSession(FlatTraining):
         """Add the gradient of the KL term."""
         reference: KlReference = objective.kl_reference
         lora = Lora(ranges=_one(state.active), grads=state.active.views(flat), freezes_a=state.method.freezes_a)
-        hidden = self._hidden(reference.batch, lora, execution.checkpointed_blocks)
+        hidden = self._labelled_hidden(reference.batch, lora, execution.checkpointed_blocks)
         divergence(self.decoder, hidden, reference.hidden, objective.kl_weight / len(reference.hidden)).backward()
 
     @out_of_memory
     @torch.no_grad()
     def kl_reference(self, batch: Batch) -> KlReference:
-        return KlReference(batch, self._hidden(batch, BARE)[: len(batch.ids)].clone())
+        return KlReference(batch, self._labelled_hidden(batch, BARE))
 
     def _refreshed(self, state: TrainState) -> TrainState:
         for factors in state.active.layers.values():
@@ -193,8 +193,10 @@ class TorchSession(FlatTraining):
         self.decoder.measure(state.active.layers)
         return state
 
-    def _hidden(self, batch: Batch, lora: Lora, checkpointed_blocks: int = 0) -> torch.Tensor:
-        return self.decoder.hidden(batch.ids, self.decoder.pack(whole_rows(batch.starts), lora, checkpointed_blocks))
+    def _labelled_hidden(self, batch: Batch, lora: Lora, checkpointed_blocks: int = 0) -> torch.Tensor:
+        """Last hidden states at the labels of a batch, (labels, hidden): a copy, in the order they are computed."""
+        found = labelled(self.decoder, batch, lora, self.shares_prefixes, checkpointed_blocks)
+        return found.hidden[torch.from_numpy(np.flatnonzero(found.labels != IGNORED))]
 
     def _label_loss(
         self, batch: Batch, lora: Lora, execution: ExecutionPlan, features: Features | None = None
@@ -234,16 +236,17 @@ class TorchSession(FlatTraining):
     def row_losses(
         self, adapter: ActiveAdapter, batches: Sequence[Batch], execution: ExecutionPlan
     ) -> Iterator[list[LossSum]]:
-        return self._of_batches(labelled_rows.row_losses, adapter, batches, execution)
+        return self.of_batches(labelled_rows.row_losses, adapter, batches, execution)
 
     def divergences(
         self, adapter: ActiveAdapter, batches: Sequence[Batch], execution: ExecutionPlan
     ) -> Iterator[list[Divergence]]:
-        return self._of_batches(labelled_rows.divergences, adapter, batches, execution)
+        return self.of_batches(labelled_rows.divergences, adapter, batches, execution)
 
-    def _of_batches(
+    def of_batches(
         self, measure: Callable[..., Any], adapter: ActiveAdapter, batches: Sequence[Batch], execution: ExecutionPlan
     ) -> Iterator[Any]:
+        """What a function like those of `labelled_rows` finds of each batch, in order, as it is ready."""
         lora = Lora(ranges=_one(adapter))
         tasks = [functools.partial(measure, self.decoder, batch, lora, self.shares_prefixes) for batch in batches]
         return map_parallel(tasks, execution.num_shares)

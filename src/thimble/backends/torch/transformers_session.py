@@ -159,14 +159,16 @@ class TransformersSession(FlatTraining):
         return functional.cross_entropy(self.model.logits(group.ids, group.places), group.targets, reduction="none")
 
     def _add_divergence(self, active: Updates, objective: Objective, flat: Tensor, execution: ExecutionPlan) -> None:
-        """Add the gradient of the KL term: at all tokens of the reference, which the base reads again each time."""
+        """Add the gradient of the KL term, on text that the base reads again each time."""
         batch: Batch = objective.kl_reference
-        for group in _labelled(replace(batch, labels=np.zeros_like(batch.labels))):
+        for group in _labelled(batch):
+            if not len(group.targets):
+                continue
             with torch.no_grad():
                 wanted = self._bare_logits(group)
             with active.collecting(flat), self.model.using(active.low_ranks, execution.checkpointed_blocks):
                 nats = _divergences(wanted, self.model.logits(group.ids, group.places)).sum()
-                (nats * (objective.kl_weight / batch.tokens)).backward()
+                (nats * (objective.kl_weight / batch.target_tokens)).backward()
 
     def kl_reference(self, batch: Batch) -> Batch:
         return batch

@@ -98,7 +98,7 @@ class ModuleTask:
         )
         return None if control.should_stop() else features
 
-    def objectives(self, session: ModuleSession) -> list[Objective]:
+    def objectives(self, session: ModuleSession, execution: ExecutionPlan, control: Control) -> list[Objective]:
         """The loss of the reading."""
         return [Objective()]
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,12 +18,12 @@ from thimble.models.base import Base
 from thimble.models.execution import ExecutionPlan
 from thimble.training.control import Control
 from thimble.training.evaluation import ROWS_ALONE, ValidationSet, losses_alone, measure, row_losses, validation_loss
+from thimble.training.kl_reference import KlTerm, kl_term
 from thimble.training.metric import ChosenMetric, score_answers
-from thimble.training.own_texts import measure_divergence, own_texts
+from thimble.training.own_texts import Writer, measure_divergence
 from thimble.training.plan import RunPlan
 from thimble.training.protocols import OpenFile, Scores
 
-REFERENCE_TOKENS = 256  # of general text beside each step, where the base's answers to it are to be kept
 FEATURE_TOKENS = 512  # run together where what comes of them is kept
 KNOWN_NATS = 0.01  # a validation loss below it: the answers are known before anything is learned
 
@@ -41,8 +41,7 @@ class TextTask:
     metric: ChosenMetric  # scores answers
     train_sample: Sequence[Row]  # training rows that are measured too, to tell recall from generalisation
     general: Sequence[Row]  # rows of general text, for the forgetting check
-    kl_rows: Sequence[Row]  # other rows of general text, on which the answers of the base are to be kept
-    kl_weight: float  # of keeping them, from 0 up to 1
+    kl: KlTerm  # how the answers of the base are kept
     base: Base  # the base, for what is odd about it
     fingerprint: str  # of the base, as it was when it was opened
     compute: str  # the compute type, likewise
@@ -82,13 +81,11 @@ class TextTask:
         control.log.decision(f"{what}: run once over the training rows; what comes of them is kept on disk meanwhile")
         return features
 
-    def objectives(self, session: Session) -> list[Objective]:
-        """Cross-entropy, and where the answers of the base are to be kept a KL term on general text, in turn."""
-        if not self.kl_weight or not self.kl_rows:
-            return [Objective()]
-        longest = max(REFERENCE_TOKENS, *(len(row.ids) for row in self.kl_rows))
-        batches = micro_batches(self.kl_rows, longest)
-        return [Objective(self.kl_weight, session.kl_reference(batch)) for batch in batches]
+    def objectives(self, session: Session, execution: ExecutionPlan, control: Control) -> list[Objective]:
+        """Cross-entropy, and where the answers of the base are to be kept a KL term every few steps."""
+        # What a run is resumed with is to be what it began with, so texts that another dtype wrote are others.
+        kept_by = replace(self.writer, fingerprint=f"{self.fingerprint} {self.compute}")
+        return self.kl.objectives(session, kept_by, execution, control)
 
     def watch(self, session: Session, adapter: ActiveAdapter, execution: ExecutionPlan) -> list[LossSum]:
         """The loss of each watched row."""
@@ -117,8 +114,13 @@ class TextTask:
         self, session: Session, adapter: ActiveAdapter, execution: ExecutionPlan, control: Control
     ) -> Mapping[str, Any]:
         """Measured on texts that the base wrote."""
-        texts = own_texts(session, self.base, self.fingerprint, self.general, self.validation, execution, control)
+        texts = self.writer.measuring(session, self.general, execution, control)
         return measure_divergence(session, adapter, texts, execution, control)
+
+    @property
+    def writer(self) -> Writer:
+        """The base as a writer of texts."""
+        return Writer(self.base, self.fingerprint, self.validation)
 
     def initial_loss(
         self, session: Session, adapter: ActiveAdapter, base: Scores, execution: ExecutionPlan, control: Control
@@ -174,9 +176,8 @@ def _loss(
 
 
 def text_task(run_plan: RunPlan) -> TextTask:
-    """The task of a run; where the answers of the base are kept, half of the general text is, and half is measured."""
-    general, weight = run_plan.general, run_plan.config.keep_general
-    kept, measured = (tuple(row for number, row in enumerate(general) if number % 4 // 2 == half) for half in (0, 1))
+    """The task of a run."""
+    kl, general = kl_term(run_plan.config, run_plan.model, run_plan.general)
     train, config, watch = run_plan.examples.train, run_plan.config, run_plan.watch
     watched, confirming, choosing = (
         [run_plan.examples.valid[number] for number in numbers]
@@ -188,7 +189,7 @@ def text_task(run_plan: RunPlan) -> TextTask:
         rows=train, costs=run_plan.examples.train_report.lengths, watched=watched,
         confirming=confirming, choosing=choosing,
         validation=run_plan.validation, metric=run_plan.metric, train_sample=sample,
-        general=measured if weight else general, kl_rows=kept if weight else (), kl_weight=weight,
+        general=general, kl=kl,
         base=run_plan.model.base, fingerprint=run_plan.origin["base"], compute=config.compute,
         epochs=run_plan.step_schedule.epochs if run_plan.step_schedule.total_steps else 0,
         # What dropout leaves out differs from row to row, in a prefix that they share too.

@@ -1,0 +1,98 @@
+"""What holds a model to its base while it learns: every few steps a KL term, on texts that the base wrote.
+
+The base's answers are kept as those of an old task are in learning without forgetting (Li and Hoiem, arXiv:1606.09282,
+equation 2), with the whole distribution at each place, and on texts of the model's own: nothing is needed but the base.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from thimble.backends.session import Objective, Session
+from thimble.config.train import TrainConfig
+from thimble.data.batches import micro_batches
+from thimble.data.encode import Row
+from thimble.data.examples import beginnings
+from thimble.data.model import Model
+from thimble.errors import plural
+from thimble.models.execution import ExecutionPlan
+from thimble.training.control import Control
+from thimble.training.own_texts import LEAST_SHARE, TEXT_TOKENS, Writer
+
+TEXTS = 128
+PASS_TOKENS = 256  # of the texts beside a step
+GENERAL_TOKENS = 1100  # of the half of the general text that may be kept, about: tokenizers differ
+
+
+@dataclass(frozen=True)
+class KlTerm:
+    """How the answers of the base are kept."""
+
+    weight: float = 0.0  # against learning the task, from 0 up to 1; 0: they are not
+    every_steps: int = 1  # which steps do both
+    beginnings: Sequence[Row] = ()  # what the base goes on from in texts of its own, or
+    general: Sequence[Row] = ()  # rows of general text
+
+    def objectives(
+        self, session: Session, writer: Writer, execution: ExecutionPlan, control: Control
+    ) -> list[Objective]:
+        """What the steps minimise, in turn: cross-entropy, and every few steps a KL term too."""
+        rows = self._rows(session, writer, execution, control) if self.weight else []
+        if not rows:
+            return [Objective()]
+        longest = max(PASS_TOKENS, *(len(row.ids) for row in rows))
+        batches = micro_batches(rows, longest, shares_prefixes=session.shares_prefixes)
+        found = []
+        for number, batch in enumerate(batches, 1):
+            found += [Objective()] * (self.every_steps - 1)
+            found.append(Objective(self.weight, session.kl_reference(batch)))
+            control.log.progress("reading with the base what it is to keep, batch", number, len(batches))
+        return found
+
+    def _rows(self, session: Session, writer: Writer, execution: ExecutionPlan, control: Control) -> Sequence[Row]:
+        """The texts, with a label at each place where the answer is kept; none if the base writes too little."""
+        if self.general:
+            return [replace(row, labels=np.zeros_like(row.labels)) for row in self.general]
+        why = "to be held to them while it learns"
+        texts = writer.texts(session, self.beginnings, TEXTS, why, execution, control)
+        filled = [text for text in texts if text.target_tokens > 1]  # more than its end
+        if texts and len(filled) < LEAST_SHARE * len(texts):
+            control.log.warning(
+                f"the base writes nothing but its end token after {len(texts) - len(filled)} of "
+                f"{plural(len(texts), 'beginning')}: none of its answers are kept; --keep-general-on general keeps "
+                "those to general text"
+            )
+            return []
+        return filled
+
+
+def described(config: TrainConfig) -> str:
+    """What is kept and when, for people; nothing if it is not."""
+    every, is_own = config.keep_general_every_steps, config.keep_general_on == "own"
+    when = "each step" if every == 1 else f"one step of {every}"
+    what = f"{TEXTS} texts that it writes" if is_own else "half of the general text, which is not measured then"
+    kept = f"answers of the base: kept in {when}, with a weight of {config.keep_general:g}, on {what}"
+    return kept if config.keep_general else ""
+
+
+def kl_pass_tokens(config: TrainConfig) -> int:
+    """Tokens of texts beside a step that keeps answers; 0 if none does."""
+    return PASS_TOKENS if config.keep_general else 0
+
+
+def kl_places(config: TrainConfig) -> int:
+    """At how many places the base's hidden states are kept during the run, at most or about."""
+    of_own = TEXTS * (TEXT_TOKENS + 1)
+    return (of_own if config.keep_general_on == "own" else GENERAL_TOKENS) if config.keep_general else 0
+
+
+def kl_term(config: TrainConfig, model: Model, general: Sequence[Row]) -> tuple[KlTerm, Sequence[Row]]:
+    """The KL term of a run, and the general text that is left to measure on: none of it was trained on."""
+    weight, every = config.keep_general, config.keep_general_every_steps
+    if not weight:
+        return KlTerm(), general
+    if config.keep_general_on == "own":
+        return KlTerm(weight, every, beginnings=beginnings(model, config)), general
+    kept, measured = ([row for number, row in enumerate(general) if number % 4 // 2 == half] for half in (0, 1))
+    return KlTerm(weight, every, general=kept), measured

@@ -1,0 +1,162 @@
+"""Answers of the base that are kept: on which texts, in which steps, and what comes of it."""
+
+import json
+
+import numpy as np
+import pytest
+
+import thimble
+from thimble.backends.session import Objective
+from thimble.data.encode import IGNORED, Row
+from thimble.events import EventLog
+from thimble.files.peft import load_adapter
+from thimble.models.execution import ExecutionPlan
+from thimble.training.control import Control
+from thimble.training.kl_reference import KlTerm
+
+EXECUTION = ExecutionPlan("dense", 1, 64, 64)
+QUICK = {"seq_len": 64, "batch_tokens": 64, "max_new_tokens": 3, "compute": "fp32", "rank": 4, "eval_rows": 0}
+
+
+class Reading:
+    """A session that reads: its references are the texts themselves."""
+
+    shares_prefixes = False
+
+    def kl_reference(self, batch):
+        return batch
+
+
+class Writing:
+    """A base that writes so many tokens behind each beginning, its end token at least."""
+
+    def __init__(self, tokens):
+        self.tokens, self.asked = tokens, []
+
+    def texts(self, session, beginnings, count, why, execution, control):
+        self.asked.append((len(beginnings), count, why))
+        return [text(self.tokens(number), f"beginning {number % len(beginnings)}") for number in range(count)]
+
+
+def text(written, source):
+    ids = np.arange(3, 7 + written, dtype=np.int32)
+    labels = np.append(ids[1:], IGNORED).astype(np.int32)
+    labels[:3] = IGNORED
+    return Row(ids, labels, source)
+
+
+def objectives(term, writer=None):
+    log = EventLog(lambda event: None)
+    return term.objectives(Reading(), writer, EXECUTION, Control(log)), log.messages["warning"]
+
+
+STARTS = [text(0, f"beginning {number}") for number in range(64)]
+
+
+def test_without_a_weight_every_step_is_of_the_task_alone():
+    assert objectives(KlTerm()) == ([Objective()], [])
+
+
+def test_every_fourth_step_keeps_the_answers_to_other_texts_of_the_base():
+    writer = Writing(lambda number: 20)
+    found, told = objectives(KlTerm(0.1, 4, beginnings=STARTS), writer)
+    assert writer.asked == [(64, 128, "to be held to them while it learns")]
+    assert not told
+    assert [objective.kl_weight for objective in found] == [0.0, 0.0, 0.0, 0.1] * (len(found) // 4)
+    passes = [objective.kl_reference for objective in found[3::4]]
+    assert len(passes) == 13, "128 texts of 24 tokens, ten in a pass"
+    assert max(batch.tokens for batch in passes) <= 256
+    assert sum(batch.target_tokens for batch in passes) == 128 * 20, (
+        "at what the base wrote, and not at what it was given"
+    )
+    assert all(objective.kl_reference is None for place, objective in enumerate(found, 1) if place % 4)
+
+
+def test_a_text_that_is_empty_is_left_out():
+    found, told = objectives(KlTerm(0.1, 1, beginnings=STARTS), Writing(lambda number: 20 * (number % 3 > 0)))
+    assert not told
+    assert sum(objective.kl_reference.target_tokens for objective in found) == 20 * 85
+
+
+def test_a_base_that_writes_nothing_but_its_end_token_is_told_and_nothing_is_kept():
+    found, told = objectives(KlTerm(0.1, 4, beginnings=STARTS), Writing(lambda number: 1 + 19 * (number % 4 == 0)))
+    assert found == [Objective()]
+    assert told == [
+        "the base writes nothing but its end token after 96 of 128 beginnings: none of its answers are kept; "
+        "--keep-general-on general keeps those to general text"
+    ]
+
+
+def test_somebody_who_leaves_while_the_base_writes_is_told_nothing():
+    assert objectives(KlTerm(0.1, 4, beginnings=STARTS), Writing(lambda number: 0)) != ([Objective()], [])
+
+    class Left:
+        def texts(self, *args):
+            return []
+
+    assert objectives(KlTerm(0.1, 4, beginnings=STARTS), Left()) == ([Objective()], [])
+
+
+def test_general_text_is_kept_at_each_of_its_places():
+    rows = [text(20, f"general {number}") for number in range(15)]
+    found, _ = objectives(KlTerm(0.2, 1, general=rows))
+    assert sum(objective.kl_reference.target_tokens for objective in found) == sum(len(row.ids) for row in rows)
+
+
+# ---- whole runs -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "thimble" / "texts"
+
+
+@pytest.fixture
+def train(examples, tiny_base, tmp_path, cache):
+    def train(name, **options):
+        return thimble.train(examples, base=tiny_base, out=str(tmp_path / name), **{**QUICK, **options})
+
+    return train
+
+
+def test_keeping_answers_moves_the_model_less_where_none_were_kept(train):
+    """The texts that it is measured on are others, and general text is measured whole."""
+    options = {"max_steps": 24, "learning_rate": 0.02}
+    plain, kept = (train(str(weight), keep_general=weight, **options) for weight in (0.0, 0.9))
+    assert kept.loss_after < kept.loss_before
+    assert kept.divergence["kl"] < 0.8 * plain.divergence["kl"]
+    assert kept.general_before == plain.general_before
+
+
+def test_a_run_that_is_resumed_keeps_the_same_answers_though_the_cache_is_gone(train, tmp_path, cache):
+    options = {"max_steps": 8, "keep_general": 0.5, "keep_general_every_steps": 2, "checkpoint_every_steps": 3}
+    train("whole", **options)
+    taken = []
+    train(
+        "broken", **options, should_stop=lambda: len(taken) >= 3,
+        on_event=lambda e: taken.append(e) if e.kind == "step" else None,
+    )  # fmt: skip
+    for file in cache.iterdir():
+        file.unlink()
+    assert train("broken", resume=True, **options).status == "done"
+    one, two = (load_adapter(tmp_path / name).layers for name in ("whole", "broken"))
+    for path, factors in one.items():
+        np.testing.assert_array_equal(factors.A, two[path].A)
+        np.testing.assert_array_equal(factors.B, two[path].B)
+
+
+def test_what_is_kept_is_written_once_and_told(train, cache):
+    report = train("one", max_steps=2, keep_general=0.1)
+    files = {path: path.stat().st_ino for path in cache.iterdir()}
+    assert {len(json.loads(path.read_text())) for path in files} == {128, report.divergence["texts"]}
+    told = "answers of the base: kept in one step of 4, with a weight of 0.1, on 128 texts that it writes"
+    assert told in report.messages["decision"]
+    train("two", max_steps=2, keep_general=0.1)
+    assert {path: path.stat().st_ino for path in cache.iterdir()} == files
+
+
+def test_a_plan_counts_what_keeping_answers_takes(examples, tiny_base):
+    plans = [thimble.plan(examples, base=tiny_base, seq_len=64, keep_general=weight) for weight in (0.0, 0.1)]
+    assert plans[0].memory["total"] < plans[1].memory["total"]
+    assert plans[0].seconds_per_step < plans[1].seconds_per_step
