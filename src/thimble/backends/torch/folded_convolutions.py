@@ -103,16 +103,14 @@ class _Folded(torch.autograd.Function):
         if folded.limits:
             made.clamp_(*folded.limits)
         ctx.folded, ctx.shape = folded, x.shape
-        ctx.save_for_backward(
-            *((None, None, None, None) if a is None else (x, a, b, weight)), made if folded.limits else None
-        )
+        ctx.save_for_backward(None if a is None else x, a, b, made if folded.limits else None)
         return made
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         folded: FoldedConvolution = ctx.folded
-        x, a, b, weight, made = ctx.saved_tensors
+        x, a, b, made = ctx.saved_tensors
         if made is not None:
             grad = torch.ops.aten.hardtanh_backward(grad, made, *folded.limits)
         grad = grad.contiguous(memory_format=torch.channels_last)
@@ -121,7 +119,7 @@ class _Folded(torch.autograd.Function):
             # Of x the shape alone is read here: it need not have been kept.
             like = torch.empty(ctx.shape, memory_format=torch.channels_last)
             return _back(folded, grad, like, folded.weight, wants_x, False)[0], None, None, None
-        return *_back_with_update(folded, grad, x, a, b, weight, wants_x), None
+        return *_back_with_update(folded, grad, x, a, b, wants_x), None
 
 
 def _back(
@@ -133,10 +131,11 @@ def _back(
 
 
 def _back_with_update(
-    folded: FoldedConvolution, grad: Tensor, x: Tensor, a: Tensor, b: Tensor, weight: Tensor, wants_x: bool
+    folded: FoldedConvolution, grad: Tensor, x: Tensor, a: Tensor, b: Tensor, wants_x: bool
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """The gradients of x, A and B: by way of that of the whole weight where it is small, else by way of A x."""
-    out, width, side = len(weight), weight[0].numel(), folded.side(b)
+    weight, side = folded.updated(a, b), folded.side(b)  # made again: for all layers it would be a second model
+    out, width = weight.flatten(1).shape
     if out * width <= 2 * len(a) * (out + width):  # multiplications for each pixel, one way and the other
         of_x, of_weight = _back(folded, grad, x, weight, wants_x, True)
         flat = of_weight.flatten(1)

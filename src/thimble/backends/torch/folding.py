@@ -5,6 +5,7 @@ be traced stays as it is, and so does whatever is called more than once, is trai
 """
 
 import contextlib
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -142,9 +143,16 @@ class _Leaves(fx.Tracer):
 
 @dataclass(frozen=True)
 class _Calls:
-    """What the forward pass of a module calls: the modules that it calls once, by the node of its graph."""
+    """The modules that a forward pass calls once, by the node of its graph."""
 
     layers: Mapping[fx.Node | None, nn.Module]
+
+    @classmethod
+    def of(cls, owner: nn.Module, graph: fx.Graph) -> "_Calls":
+        """Those of the pass of a module."""
+        nodes = [node for node in graph.nodes if node.op == "call_module"]
+        counts = Counter(node.target for node in nodes)
+        return cls({node: owner.get_submodule(str(node.target)) for node in nodes if counts[node.target] == 1})
 
     def reader(self, node: fx.Node | None) -> fx.Node | None:
         """The call of a module whose only input is what another makes, if that is read nowhere else."""
@@ -157,10 +165,9 @@ def _calls_in(owner: nn.Module) -> _Calls | None:
     """The calls of a module; None if it cannot be traced: where its way depends on numbers, say."""
     if "forward" in vars(owner):
         return None
-    try:
-        graph = _Leaves().trace(owner)
-    except Exception:  # whatever a forward pass of the user's makes of what is no tensor
-        return None
-    nodes = [node for node in graph.nodes if node.op == "call_module"]
-    counts = Counter(node.target for node in nodes)
-    return _Calls({node: owner.get_submodule(node.target) for node in nodes if counts[node.target] == 1})
+    # Functions beside its class that compute with sizes, as some that pad do, cannot be traced: taken as a whole.
+    beside = sys.modules.get(type(owner).__module__)
+    for taken_whole in ((), (beside,)) if beside else ((),):
+        with contextlib.suppress(Exception):  # whatever a pass of the user's makes of what is no tensor
+            return _Calls.of(owner, _Leaves(taken_whole).trace(owner))
+    return None
