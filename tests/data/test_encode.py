@@ -396,6 +396,25 @@ def test_text_that_has_been_through_a_template_is_warned_of(smollm, smollm_templ
     assert warning.startswith("marks of a chat template stand in the text of 2 rows, first [INST] in ")
 
 
+def test_marks_of_turns_in_plain_text_are_told_and_those_of_another_template_are_a_warning(smollm, smollm_template):
+    encoder = Encoder(smollm, smollm_template, 64)
+    encoder.encode(Record(text="<p>Lines of a page.</p>", source="a line 1"))
+    assert not any("marks" in said for said in (*encoder.notes, *encoder.warnings))
+    encoder.encode(Record(text="<|im_start|>user\nHi<|im_end|>\n", source="a line 2"))
+    assert encoder.warnings == []
+    assert "marks of turns stand in the plain text of 1 row, first <|im_start|> in a line 2" in encoder.notes[1]
+    encoder.encode(Record(text="[INST] Hi [/INST] Hello", source="a line 3"))
+    encoder.encode(Record(text="### Human: Hi### Assistant: Hello", source="a line 4"))
+    (warning,) = encoder.warnings
+    assert warning.startswith(
+        "marks of another chat template than the base's stand in the plain text of 2 rows, first [INST] in a line 3"
+    )
+    bare = Encoder(smollm, None, 64)
+    bare.encode(Record(text="[INST] Hi [/INST] Hello", source="a line 3"))
+    assert bare.warnings == []
+    assert "teach answers alone" in bare.notes[1]
+
+
 def test_answers_that_never_end_are_warned_of(encoder_of):
     encoder = encoder_of("{% for m in messages %}{{ m.role }}: {{ m.content }}<file_sep>{% endfor %}")
     encoder.encode(chat(user(), answer()))

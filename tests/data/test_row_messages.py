@@ -125,3 +125,74 @@ def test_what_is_no_text_is_refused_by_name(key):
 def test_a_definition_may_be_flat_or_text(tool):
     tools = parse_row({"messages": [ASK, ANSWER], "tools": [tool]}, "").record.tools
     assert tools == ({"type": "function", "function": {"name": "f", "parameters": {}}},)
+
+
+# --- content in blocks
+
+USE = {"type": "tool_use", "id": "toolu_1", "name": "weather", "input": {"city": "Oslo"}}
+RESULT = {"type": "tool_result", "tool_use_id": "toolu_1", "content": "rain"}
+CALL = {"type": "function", "id": "toolu_1", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+
+
+def text(said):
+    return {"type": "text", "text": said}
+
+
+def test_blocks_of_calls_and_results_are_calls_and_results():
+    calling = {"role": "assistant", "content": [text("One moment."), USE]}
+    answered = {"role": "user", "content": [RESULT, text("And in Bergen?")]}
+    assert read(ASK, calling, answered, ANSWER) == (
+        ASK,
+        {"role": "assistant", "tool_calls": [CALL], "content": "One moment."},
+        {"role": "tool", "content": "rain", "tool_call_id": "toolu_1"},
+        {"role": "user", "content": "And in Bergen?"},
+        ANSWER,
+    )
+    alone = read(
+        ASK, {"role": "assistant", "content": [USE], "weight": 0}, {"role": "user", "content": [RESULT]}, ANSWER
+    )
+    assert alone[1] == {"role": "assistant", "tool_calls": [CALL], "content": None, "weight": 0}
+    assert [turn["role"] for turn in alone] == ["user", "assistant", "tool", "assistant"]
+
+
+def test_a_result_may_be_of_parts_and_an_error_is_told():
+    result = {**RESULT, "content": [text("ra"), text("in")], "is_error": True, "cache_control": {"type": "ephemeral"}}
+    row = {"messages": [ASK, {"role": "assistant", "content": [USE]}, {"role": "user", "content": [result]}, ANSWER]}
+    parsed = parse_row(row, "")
+    assert parsed.record.messages[2]["content"] == "rain"
+    assert parsed.left.filled == ["messages.is_error", "messages.cache_control"]
+
+
+def test_blocks_of_thoughts_are_thoughts():
+    said = {"role": "assistant", "content": [{"type": "thinking", "thinking": "Hm.", "signature": "x"}, text("Yes")]}
+    message = read(ASK, said)[1]
+    assert message == {"role": "assistant", "content": "Yes", "thinking": "Hm.", "reasoning_content": "Hm."}
+
+
+def test_what_no_block_may_be_is_refused_by_its_type_without_a_word_of_pictures():
+    said = problem(ASK, {"role": "assistant", "content": [{"type": "server_tool_use", "name": "f"}]})
+    assert "part 1 is of type server_tool_use: expected parts of type text, tool_use, tool_result, thinking" in said
+    assert "images" not in said
+    assert "images" in problem({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}, ANSWER)
+
+
+def test_a_schema_of_inputs_is_that_of_parameters():
+    for key in ("input_schema", "inputSchema"):
+        tool = {"name": "weather", "description": "Weather", key: {"type": "object"}}
+        function = {"name": "weather", "description": "Weather", "parameters": {"type": "object"}}
+        assert parse_row({"messages": [ASK, ANSWER], "tools": [tool]}, "").record.tools == (
+            {"type": "function", "function": function},
+        )
+
+
+def test_a_system_text_may_come_in_parts():
+    for key, value in (
+        ("system", [text("Be "), text("brief.")]),
+        ("systemInstruction", {"role": "system", "parts": [{"text": "Be "}, {"text": "brief."}]}),
+    ):
+        assert read(ASK, ANSWER, **{key: value})[0] == {"role": "system", "content": "Be brief."}
+
+
+def test_messages_of_gemini_are_messages():
+    row = {"contents": [{"role": "user", "parts": [{"text": "Hi"}]}, {"role": "model", "parts": [{"text": "Hello"}]}]}
+    assert parse_row(row, "").record.messages == (ASK, ANSWER)

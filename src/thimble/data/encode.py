@@ -26,7 +26,7 @@ Ids = NDArray[np.int32]
 # How other templates mark turns: text that holds them has been through one already.
 MARKERS = (
     "<|im_start|>", "<|im_end|>", "[INST]", "[/INST]", "<start_of_turn>", "<end_of_turn>", "<|start_header_id|>",
-    "<|eot_id|>", "<|user|>", "<|assistant|>", "### Instruction:", "### Response:",
+    "<|eot_id|>", "<|user|>", "<|assistant|>", "### Instruction:", "### Response:", "### Human:", "### Assistant:",
 )  # fmt: skip
 LIKE_MARKS = re.compile(r"<[^<>\s]{1,64}>|\[/?[A-Z_]{2,32}\]|### [A-Z][a-z]+:")  # what is worth looking up
 
@@ -82,7 +82,7 @@ class Encoder:
         self._vocab_size = math.inf if vocab_size is None else vocab_size
         self._context = None if context_tokens is None else Context(context_tokens, context_tokens)
         self._seen: Counter[str] = Counter()
-        self._first_mark = ""
+        self._first_marks: dict[str, str] = {}
         stops = [text for text, index in tokenizer.special_tokens.items() if index in tokenizer.stop_ids]
         self._marks = {*MARKERS, *tokenizer.special_tokens}
         self._turns = Turns(template, tokenizer.special_tokens, stops, tokenizer.eos_token) if template else None
@@ -177,6 +177,12 @@ class Encoder:
         notes = ["target tokens: every token" if self._loss_on == "all" else _learned(seen)] if seen else []
         if seen["raw"]:
             notes.append("the base has no chat template: prompt and completion are joined as they stand")
+        if seen["marked as here"]:
+            notes.append(
+                f"marks of turns stand in the plain text of {plural(seen['marked as here'], 'row')}, first "
+                f"{self._first_marks['marked as here']}: every token is learned, those of questions too; messages, or "
+                "prompt and completion, teach answers alone"
+            )
         if template is None:
             return notes
         if seen["without system"] and template.default_system:
@@ -214,8 +220,14 @@ class Encoder:
         if seen["marked"]:
             warnings.append(
                 f"marks of a chat template stand in the text of {plural(seen['marked'], 'row')}, first "
-                f"{self._first_mark}: the template of the base writes such marks itself, so rows that were written "
-                "with a template already teach a form that nobody will ask for"
+                f"{self._first_marks['marked']}: the template of the base writes such marks itself, so rows that were "
+                "written with a template already teach a form that nobody will ask for"
+            )
+        if seen["marked otherwise"]:
+            warnings.append(
+                f"marks of another chat template than the base's stand in the plain text of "
+                f"{plural(seen['marked otherwise'], 'row')}, first {self._first_marks['marked otherwise']}: questions "
+                "are learned too, and nobody asks this base in that form; give messages, which its own template writes"
             )
         if seen["without thoughts"]:
             warnings.append(
@@ -260,12 +272,14 @@ class Encoder:
     def _check(self, record: Record, ids: Sequence[int], learned: Sequence[bool]) -> None:
         """Count whether the record has been through a template before, and whether its answer has an end."""
         texts = (message.get("content") or "" for message in record.messages or ())
-        mark = next((found for text in texts for found in LIKE_MARKS.findall(text) if found in self._marks), "")
-        if mark:
-            self._first_mark = self._first_mark or f"{mark} in {record.source}"
-            self._seen["marked"] += 1
+        if mark := next((found for text in texts for found in LIKE_MARKS.findall(text) if found in self._marks), ""):
+            self._count_mark("marked", mark, record)
         last = next(itertools.compress(reversed(ids), reversed(learned)), None)
         self._seen["open"] += last is not None and last not in self._tokenizer.stop_ids
+
+    def _count_mark(self, seen: str, mark: str, record: Record) -> None:
+        self._first_marks.setdefault(seen, f"{mark} in {record.source}")
+        self._seen[seen] += 1
 
     def _pieces(self, record: Record, written: Renderings | None = None) -> tuple[list[Piece], bool]:
         if self._template is None and record.completion is not None:
@@ -344,6 +358,9 @@ class Encoder:
 
     def _text_rows(self, record: Record) -> list[Row]:
         self._seen["text"] += 1
+        if mark := next((found for found in LIKE_MARKS.findall(record.text or "") if found in MARKERS), ""):
+            is_other = self._template is not None and mark not in self._template.source
+            self._count_mark("marked otherwise" if is_other else "marked as here", mark, record)
         ids = self._known(self._tokenizer.encode(record.text or ""))
         eos = self._tokenizer.eos_id
         ids += [eos] if eos is not None and ids[-1:] != [eos] else []

@@ -10,12 +10,22 @@ from typing import Any, NamedTuple, NoReturn
 from thimble.config.values import read_template
 from thimble.data.columns import LABELS, MOST_LISTED, Fields, Left, NamedColumns, folded, suggestion, typed_option
 from thimble.data.messages import answers
-from thimble.data.row_messages import ROLES, Message, are_messages, is_message, read_messages, refuse_media, roles_of
+from thimble.data.row_messages import (
+    ROLES,
+    Message,
+    are_messages,
+    content_text,
+    is_message,
+    read_messages,
+    refuse_media,
+    roles_of,
+)
 from thimble.data.row_values import cell_text, describe, is_filled, loaded, shown, text_of, yes_or_no
 from thimble.errors import DataError, Problems, listing
 
 CHATS = ("messages", "conversations")
-ALSO_CHATS = ("conversation", "dialog", "dialogue", "turns", "chat")  # if they hold a list: often they are a text
+# If they hold a list: often they are a text.
+ALSO_CHATS = ("conversation", "dialog", "dialogue", "turns", "chat", "contents")
 PROMPTS = ("prompt", "question", "query", "instruction", "input", "inputs", "user", "human")
 COMPLETIONS = ("completion", "response", "answer", "output", "answers", "target", "targets", "assistant", "gpt")
 KNOWN_PAIRS = (
@@ -24,11 +34,11 @@ KNOWN_PAIRS = (
 )  # fmt: skip
 PAIRS = tuple(dict.fromkeys((*KNOWN_PAIRS, *((prompt, answer) for prompt in PROMPTS for answer in COMPLETIONS))))
 CONTEXTS = ("input", "context", "contexts", "document", "documents", "passage", "passages", "background")
-SYSTEMS = ("system", "systemprompt", "systemmessage")
+SYSTEMS = ("system", "systemprompt", "systemmessage", "systeminstruction")
 HISTORIES = ("history", "chathistory", "conversationhistory")
 OPTIONAL = (*CONTEXTS, *SYSTEMS, *HISTORIES, "tools", "functions")  # columns that may be empty
 JUDGEMENTS = ("label", "ktotag")  # whether an answer is good
-REJECTED = ("rejected", "rejectedresponse", "rejectedmessages")
+REJECTED = ("rejected", "rejectedresponse", "rejectedmessages", "nonpreferredoutput")
 FORMS = (
     "messages", "conversations", *(f"{prompt} and {completion}" for prompt, completion in KNOWN_PAIRS[1:]),
     "instruction, input and output", "text",
@@ -244,7 +254,7 @@ def _history(fields: Fields, left: Left) -> list[Message]:
 def _conversation(turns: list[Message], fields: Fields, left: Left) -> tuple[Message, ...]:
     """Put the column `system` in front and make sure there is something to learn."""
     name = fields.first_left(SYSTEMS)
-    system = text_of(fields.take(name), fields.shown(name)) if name else ""
+    system = content_text(fields.take(name), fields.shown(name), fields.shown(name), left) if name else ""
     if system and turns and turns[0]["role"] == "system":
         if turns[0]["content"].strip() != system.strip():
             raise DataError(

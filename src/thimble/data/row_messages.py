@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from thimble.data.columns import Fields, Left, folded
+from thimble.data.content_blocks import KINDS, unfolded
 from thimble.data.row_values import describe, is_filled, loaded, text_of, yes_or_no
 from thimble.errors import DataError, Problems, listing
 
@@ -23,10 +24,11 @@ SHOWN_ROLES = {
     "role": "system, user, assistant or tool",
     "from": "system, human, user, gpt, assistant, tool, observation, function_call",
 }
-CONTENTS = ("content", "value", "text")
+CONTENTS = ("content", "value", "text", "parts")
 PLAIN_KEYS = (("role", "content"), ("from", "value"))  # of most messages
 THOUGHTS = ("reasoningcontent", "reasoning", "thinking")  # templates of thinking models write the first
 TEXT_PARTS = ("text", "inputtext", "outputtext")
+_PARTS = listing(("text", *KINDS))
 # Marks on a message: whether 1 or true says that it is learned.
 MARKS = {
     "weight": True, "loss": True, "train": True, "training": True, "trainable": True, "lossmask": True,
@@ -49,7 +51,7 @@ def read_messages(turns: Any, key: str, left: Left) -> list[Message]:
         raise DataError(f"{key} is empty: expected messages, each with role and content")
     problems, checked = Problems(), []
     for number, turn in enumerate(turns, start=1):
-        for message in spoken(loaded(turn)):
+        for message in (part for said in spoken(loaded(turn)) for part in unfolded(said)):
             checked.append(problems.attempt(_message, message, f"{key} {number}", key, left))
     if problems.found:
         raise DataError(*problems.found)
@@ -93,7 +95,7 @@ def _message(turn: Any, where: str, column: str, left: Left) -> Message:
         message |= _answer(fields, where, left)
     else:
         key = fields.first(CONTENTS) or "content"
-        message["content"] = _content(fields.take(key), f"{where} {fields.shown(key)}", column, left)
+        message["content"] = content_text(fields.take(key), f"{where} {fields.shown(key)}", column, left)
     for key, name in (("name", "name"), ("toolcallid", "tool_call_id")):
         message |= {name: fields.take(key)} if key in fields else {}
     fields.leave(left)
@@ -166,9 +168,9 @@ def _answer(fields: Fields, where: str, left: Left) -> Message:
     message: Message = {}
     if calls:
         message["tool_calls"] = _calls(calls, f"{where} tool_calls", left)
-        message["content"] = _content(fields.take(key) or "", shown, fields.within, left) or None
+        message["content"] = content_text(fields.take(key) or "", shown, fields.within, left) or None
     else:
-        message["content"] = _content(fields.take(key), shown, fields.within, left)
+        message["content"] = content_text(fields.take(key), shown, fields.within, left)
     if thoughts and fields.is_filled(thoughts):
         text = text_of(fields.take(thoughts), f"{where} {fields.shown(thoughts)}")
         message |= {fields.shown(thoughts): text, "reasoning_content": text}  # the template may read either
@@ -185,8 +187,12 @@ def _said_call(fields: Fields, where: str, left: Left) -> Message:
     return {"tool_calls": _calls(calls, f"{where} {fields.shown(key)}", left), "content": None}
 
 
-def _content(value: Any, where: str, column: str, left: Left) -> str:
-    """The text of a message; OpenAI's list of parts is joined as long as all parts are text."""
+def content_text(value: Any, where: str, column: str, left: Left) -> str:
+    """The text of a message, or of an object that holds it; a list of parts is joined as long as all are text."""
+    if isinstance(value, Mapping) and (inner := Fields(value, column)).first_filled(CONTENTS):
+        value = inner.take(inner.first_filled(CONTENTS) or "")
+        inner.take("role")
+        inner.leave(left)
     if not isinstance(value, list | tuple):
         return text_of(value, where)
     texts = []
@@ -195,9 +201,11 @@ def _content(value: Any, where: str, column: str, left: Left) -> str:
         kind = fields.take("type")
         is_text = folded(str(kind)) in TEXT_PARTS if kind else "text" in fields
         if not is_text:
+            is_media = any(word in folded(str(kind or part)) for word in MEDIA)
+            expected = "text; images, sound and files cannot be learned" if is_media else _PARTS
             raise DataError(
                 f"{where} part {number} is {f'of type {kind}' if kind else describe(part)}: expected parts of type "
-                "text; images, sound and files cannot be learned"
+                f"{expected}"
             )
         texts.append(text_of(fields.take("text"), f"{where} part {number}"))
         fields.leave(left)
@@ -252,9 +260,13 @@ def _tool(tool: Any, where: str, left: Left) -> Message:
             f"{where} is {describe(tool)}: expected a tool definition with name, description and parameters"
         )
     if function is tool:  # flat, with or without the type in it
-        return {"type": "function", "function": {key: value for key, value in tool.items() if key != "type"}}
-    outer.take("type")
-    outer.leave(left)
+        function = {key: value for key, value in tool.items() if key != "type"}
+    else:
+        outer.take("type")
+        outer.leave(left)
+    schema = next((key for key in function if folded(str(key)) == "inputschema"), None)  # Anthropic's name, and MCP's
+    if schema is not None and "parameters" not in function:
+        function = {"parameters" if key == schema else key: value for key, value in function.items()}
     return {"type": "function", "function": dict(function)}
 
 
