@@ -20,8 +20,9 @@ def test_each_request_gets_what_it_gets_alone_in_any_schedule(seed):
     assert " 0 tokens of prompts" not in line.note
 
 
-def test_each_request_in_whole_numbers_gets_what_it_gets_in_an_engine_of_its_own():
-    line = whole_number_schedules(80, 3)
+@pytest.mark.parametrize("cache_type", ["float", "int8"])
+def test_each_request_in_whole_numbers_gets_what_it_gets_in_an_engine_of_its_own(cache_type):
+    line = whole_number_schedules(80, 3, cache_type=cache_type)
     assert (line.tried, line.wrong) == (80, 0), line.note
     assert "within 0e+00 of the request alone" in line.note
     assert " 0 tokens of prompts" not in line.note

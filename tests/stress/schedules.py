@@ -232,11 +232,12 @@ def real_schedules(count, seed=0):
     return _line("requests in random schedules, default base", RealSchedule, TorchSession(base), base, count, seed, 20)
 
 
-def whole_number_schedules(count, seed=0, each=40):
-    """The same where activations are rounded to eight bits."""
+def whole_number_schedules(count, seed=0, each=40, cache_type="float"):
+    """The same where activations are rounded to eight bits, and keys and values too, if `cache_type` is int8."""
     base = open_base(TINY.with_name("llama_q8_0.gguf"))
-    session = TorchSession(base, "fp32", "file", decode="int8")
-    return _line("requests in whole numbers", WholeNumberSchedule, session, base, count, seed, each)
+    session = TorchSession(base, "fp32", "file", decode="int8", cache_type=cache_type)
+    what = "requests in whole numbers" + (", keys and values too" if cache_type == "int8" else "")
+    return _line(what, WholeNumberSchedule, session, base, count, seed, each)
 
 
 def _line(what, kind, session, base, count, seed, each):

@@ -43,19 +43,27 @@ def _store_of_transformers(wanted: str, base: Base, compute: str) -> tuple[tuple
     return ("dense",), "store dense: transformers keeps the weights in the compute type"
 
 
-def open_session(model: Model, compute: str, store: str, is_streamed: bool = False, decode: str = "float") -> Session:
+def open_session(
+    model: Model, compute: str, store: str, is_streamed: bool = False, decode: str = "float", cache_type: str = "float"
+) -> Session:
     """Load a base into the torch engine; `is_streamed` reads weights from the file for each product and keeps none.
 
-    `decode` is `float`, or `int8` to quantise activations where answers are written with weights in blocks.
+    `decode` is `float`, or `int8` to quantise activations where answers are written with weights in blocks;
+    `cache_type` is `float`, or `int8` to keep keys and values rounded.
     """
     if not model.base.is_own:
+        if cache_type != "float":
+            raise ConfigError(
+                f"--cache-type {cache_type}: {model.base.name} is a {model.base.spec.family}, which runs through "
+                "transformers, whose keys and values stay in the compute type: leave it out"
+            )
         from thimble.backends.torch.transformers_session import TransformersSession
 
         return TransformersSession(model.base, compute)
     from thimble.backends.torch.session import TorchSession
 
     sample = _sample(model) if compute == "int8" else None
-    return TorchSession(model.base, compute, store, is_streamed, sample, decode)
+    return TorchSession(model.base, compute, store, is_streamed, sample, decode, cache_type)
 
 
 def _sample(model: Model) -> NDArray[np.int32]:

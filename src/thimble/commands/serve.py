@@ -20,7 +20,7 @@ from thimble.events import Event, EventLog, OnEvent, ShouldStop, ignore, never
 from thimble.inference.adapters import AdapterRegistry
 from thimble.inference.engine import Engine
 from thimble.inference.warm_up import warm_up
-from thimble.models.cost import cache_token_bytes
+from thimble.models.cost import cache_token_bytes, int8_cache_token_bytes
 from thimble.models.machine import available_bytes
 
 if TYPE_CHECKING:
@@ -136,12 +136,12 @@ def _make_service(
     compute, why = choose_compute(config.compute, config.remeasure)
     log.decision(f"compute: {why}")
     decode = "int8" if config.decode == "auto" else config.decode
-    session = open_session(model, compute, choose_store(config.store, model.base, compute)[0][0], decode=decode)
+    store = choose_store(config.store, model.base, compute)[0][0]
+    session = open_session(model, compute, store, decode=decode, cache_type=config.cache_type)
     registry = AdapterRegistry(session, model.base)
     for name, path in adapters.items():
         registry.add(name, path)
-    most = available_bytes() // MEMORY_SHARE // cache_token_bytes(model.base.spec, compute)
-
+    most = _most_cached(config, model, compute, log)
     log.stage("compiling what answers run through: up to a minute when a version of Thimble first runs on a machine")
     warm_up(session, num_cores(), should_stop)
 
@@ -152,6 +152,18 @@ def _make_service(
         config.max_body, config.max_new_tokens, config.max_running + config.max_waiting, config.max_seconds, most
     )  # fmt: skip
     return Service(model, EngineThread(make_engine, limits.requests), registry, limits, config.seed)
+
+
+def _most_cached(config: ServeConfig, model: Model, compute: str, log: EventLog) -> int:
+    """How many tokens the key-value cache may hold, told with the memory that they take."""
+    spec, is_rounded = model.base.spec, config.cache_type == "int8"
+    token_bytes = int8_cache_token_bytes(spec) if is_rounded else cache_token_bytes(spec, compute)
+    most = available_bytes() // MEMORY_SHARE // token_bytes
+    log.decision(
+        f"keys and values: {'int8' if is_rounded else compute}, {token_bytes / 1e3:.1f} KB a token; up to {most:,} "
+        f"tokens ({most * token_bytes / 1e9:.2f} GB, a third of the free memory), taken as they are needed"
+    )
+    return most
 
 
 @contextmanager

@@ -29,6 +29,9 @@ class ServeConfig(WritingOptions):
         "THIMBLE_ADMIN_KEY of the environment; without one these routes are off.", metavar="KEY")  # fmt: skip
     allowed_host: tuple[str, ...] = option((), "Further names that the server is called by, or whose pages may use it, "
         "such as that of a proxy in front.", metavar="NAMES")  # fmt: skip
+    cache_type: str = option("float", "How keys and values of what was read are kept: float, in the dtype of "
+        "--compute; or int8, a little less exact, in about a quarter of the memory of fp32 and half of that of bf16.",
+        choices=("float", "int8"))  # fmt: skip
     max_new_tokens: int | None = option(None, "Longest answer, in tokens; default: what the context leaves.",
         check=at_least(1))  # fmt: skip
     max_running: int = option(64, "Answers written at the same time; others wait.", check=at_least(1))

@@ -14,6 +14,7 @@ from thimble.models.spec import DecoderSpec
 from thimble.models.transformers_spec import TransformersSpec
 
 COMPUTE_BYTES = {"fp32": 4, "bf16": 2, "int8": 2}  # of an activation
+SCALE_BYTES = 4  # of a key or a value in int8
 PROCESS_BYTES = 330_000_000  # Python, torch, numba and their libraries, before any weight
 TOKEN_BYTES = 800  # of the vocabulary, in the tokenizer
 PRODUCT_BYTES = 700_000  # that the libraries keep for each size of a product
@@ -78,6 +79,11 @@ def lowest_block(layers: Iterable[str]) -> int:
 def cache_token_bytes(spec: ModelSpec, compute: str) -> int:
     """What the keys and values of one token take, in bytes."""
     return 2 * spec.num_layers * spec.kv_size * COMPUTE_BYTES[compute]
+
+
+def int8_cache_token_bytes(spec: DecoderSpec) -> int:
+    """The same of keys and values in int8, each head of which has a float32 scale."""
+    return 2 * spec.num_layers * spec.num_kv_heads * (spec.head_dim + SCALE_BYTES)
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,12 @@ from numba.extending import register_jitable
 from thimble.backends.torch.block_products import RUN
 from thimble.backends.torch.compiled import compiled, specialised
 from thimble.backends.torch.dot_products import add_mixed, array_at, call_product, dot, largest_of, sum_of
-from thimble.backends.torch.fused import ONE, _gelu, _silu, _turn, exp, tanh
+from thimble.backends.torch.fused import ONE, _gelu, _silu, _turn, exp, int8_scale, tanh
 from thimble.backends.torch.gang import CLOSED, advance, join
-from thimble.backends.torch.paged import BLOCK_TOKENS
-from thimble.backends.torch.vectors import bits_of, from_bits, stored
-from thimble.files.blocks import TINY
+from thimble.backends.torch.paged import BLOCK_TOKENS, LIKE, keys_at, put_heads, rescale, scales_at, values_at
+from thimble.backends.torch.vectors import from_bits, is_rounded, stored
 
 NUMBER = 4  # bytes of a float32
-ROUNDER = np.float32(12582912.0)  # adding it rounds a float32 to a whole number, in its lower bits
 
 # Phases: what they do.
 NORMALISE = 0  # h = the residual stream x, normalised
@@ -55,12 +53,13 @@ LOW = A, B, RANKS, LOW_FIRST, RATES, SCALE = range(6)
 # quantised for products, and whether the gate is SiLU, not GELU; then addresses of float32 arrays whose rows, one a
 # token, lie closely: the residual stream; the input of a product; the same in int8, with the scale and the scaled sum
 # of each run, as in `block_products`; the result of a product; scale · h Aᵀ, and its width; scores of each thread,
-# (most keys,), and how many keys; logits. The head, where not all tokens are wanted, has such a row of its own: its
-# tokens are those whose numbers stand at an address, int64 (T,), which is 0 for the blocks.
+# (queries of a key head, most keys), and how many keys; bytes of a key head in a block of the cache; logits. The head,
+# where not all tokens are wanted, has such a row of its own: its tokens are those whose numbers stand at an address,
+# int64 (T,), which is 0 for the blocks.
 ROOM = (
     T, HIDDEN, HEADS, KV_HEADS, DIM, IS_INT8, IS_SILU, X, H, Q, SCALES, SUMS, Y, LOWS, LOWS_WIDTH, SCORES, MOST_KEYS,
-    LOGITS, WANTED,
-) = range(19)  # fmt: skip
+    HEAD_BYTES, LOGITS, WANTED,
+) = range(20)  # fmt: skip
 EPS, SCORE_SCALE, SOFTCAP, FINAL_SOFTCAP = range(4)  # numbers, float32; no soft-cap is 0
 
 
@@ -91,16 +90,10 @@ def _quantize(room, t, width, begin, end):
     h, tokens = _row(room[H], t, width), room[T]
     for run in range(begin, end):
         part, to = h[run * RUN : run * RUN + RUN], array_at(room[Q] + (run * tokens + t) * RUN, RUN, np.int8(0))
-        largest = np.int32(0)
-        for j in range(RUN):
-            largest = max(largest, bits_of(part[j]) & np.int32(0x7FFFFFFF))  # a NaN is above all numbers
-        size = from_bits(largest)
-        is_zero = size < TINY
-        scale = np.float32(0) if is_zero else size / np.float32(127)
-        inverse = np.float32(0) if is_zero else np.float32(127) / size
+        scale, inverse = int8_scale(part)
         total = np.int32(0)
         for j in range(RUN):
-            whole = np.int8(bits_of(part[j] * inverse + ROUNDER) - bits_of(ROUNDER))
+            whole = stored(part[j] * inverse, to)
             to[j] = whole
             total += np.int32(whole)
         _row(room[SCALES], run, tokens)[t] = scale
@@ -221,7 +214,13 @@ def _finish(kind, size, phase, job, j, room, adapters, chosen, cap, number, thre
 
 
 @register_jitable
-def _place_heads(phase, room, numbers, positions, rows, tables, keys, values, number, threads):
+def _head_at(phase, room, head):
+    """Where a key head of the layer begins in a block of the cache, in bytes."""
+    return (phase[BLOCK] * room[KV_HEADS] + head) * room[HEAD_BYTES]
+
+
+@register_jitable
+def _place_heads(phase, room, numbers, positions, rows, tables, like, number, threads):
     """A share of tokens and key heads: heads are normalised and turned, and keys and values put into their block."""
     heads, kv_heads, dim, angles = room[HEADS], room[KV_HEADS], room[DIM], phase[ANGLES]
     group, width, none = heads // kv_heads, (heads + 2 * kv_heads) * dim, np.zeros(dim, np.float32)
@@ -239,42 +238,65 @@ def _place_heads(phase, room, numbers, positions, rows, tables, keys, values, nu
             _normalise(key, _floats(phase[K_NORM], dim), numbers[EPS], key)
         _turn(key, none, cos, sin, ONE, ONE, key)
         block, place = tables[rows[t], positions[t] // BLOCK_TOKENS], positions[t] % BLOCK_TOKENS
-        to_keys, to_values = keys[block, head], values[block, head, place]
-        for j in range(dim):
-            to_keys[j, place] = stored(key[j], keys)
-            to_values[j] = stored(value[j], values)
+        put_heads(key, value, block + _head_at(phase, room, head), place, like)
 
 
 @specialised
-def _attend(kind, size, phase, room, numbers, positions, rows, tables, keys, values, number, threads):
+def _attend(kind, like, phase, room, numbers, positions, rows, tables, number, threads):
     """A share of tokens and key heads; the result is h, (T, heads · dim).
 
     Those of a head follow one another, so that what a request has read of it stays in the cache of the core; later
     tokens see more, so threads take turns.
     """
-    heads, kv_heads, dim, most = room[HEADS], room[KV_HEADS], room[DIM], room[MOST_KEYS] * NUMBER
-    group, jump = heads // kv_heads, BLOCK_TOKENS * size
+    heads, kv_heads, dim, width = room[HEADS], room[KV_HEADS], room[DIM], room[MOST_KEYS] * NUMBER
+    group = heads // kv_heads
+    scores = room[SCORES] + number * group * width
     for item in range(number, room[T] * kv_heads, threads):
         head, t = item // room[T], item % room[T]
-        end, table = positions[t] + 1, tables[rows[t]]
+        end, table, at = positions[t] + 1, tables[rows[t]], _head_at(phase, room, head)
         begin = max(0, end - phase[WINDOW])
-        low, high = begin // BLOCK_TOKENS, (end - 1) // BLOCK_TOKENS + 1
+        queries = room[Y] + (t * (heads + 2 * kv_heads) + head * group) * dim * NUMBER
+        _score(kind, like, table, at, begin, end, group, dim, queries, scores, width)
         for g in range(group):
-            query = room[Y] + ((t * (heads + 2 * kv_heads) + head * group + g) * dim) * NUMBER
-            mixed = room[H] + ((t * heads + head * group + g) * dim) * NUMBER
-            _floats(mixed, dim)[:] = np.float32(0)
-            scores = room[SCORES] + number * most
-            _floats(scores, (high - low) * BLOCK_TOKENS)[:] = np.float32(0)
-            for block in range(low, high):
-                own = keys[table[block], head].ctypes.data
-                add_mixed(kind, query, dim, own, jump, BLOCK_TOKENS, scores + (block - low) * BLOCK_TOKENS * NUMBER)
-            skipped = begin - low * BLOCK_TOKENS
-            _softmax(_floats(scores + skipped * NUMBER, end - begin), numbers[SOFTCAP])
-            for block in range(low, high):
-                start, stop = max(begin, block * BLOCK_TOKENS), min(end, (block + 1) * BLOCK_TOKENS)
-                own = values[table[block], head, start % BLOCK_TOKENS].ctypes.data
-                weights = scores + (start - low * BLOCK_TOKENS) * NUMBER
-                add_mixed(kind, weights, stop - start, own, dim * size, dim, mixed)
+            own = scores + g * width + begin % BLOCK_TOKENS * NUMBER
+            _softmax(_floats(own, end - begin), numbers[SOFTCAP])
+        out = room[H] + (t * heads + head * group) * dim * NUMBER
+        _mix(kind, like, table, at, begin, end, group, dim, scores, width, out)
+
+
+@specialised
+def _score(kind, like, table, at, begin, end, group, dim, queries, scores, width):
+    """Products of the queries of a head with the keys of tokens begin to end, whole blocks of them.
+
+    Its part of a block is `at` bytes behind the block; scores of a query are `width` bytes behind those of the last.
+    """
+    low, high = begin // BLOCK_TOKENS, (end - 1) // BLOCK_TOKENS + 1
+    for block in range(low, high):
+        head = table[block] + at
+        keys = keys_at(head, dim, like)
+        for g in range(group):
+            own = _row(scores + g * width, block - low, BLOCK_TOKENS)
+            own[:] = np.float32(0)
+            add_mixed(kind, queries + g * dim * NUMBER, dim, head, BLOCK_TOKENS * keys.itemsize, BLOCK_TOKENS,
+                      own.ctypes.data)  # fmt: skip
+            if is_rounded(like):
+                rescale(own, scales_at(head, dim, 0))
+
+
+@specialised
+def _mix(kind, like, table, at, begin, end, group, dim, scores, width, out):
+    """Write the values of tokens begin to end, times the weights that `_score`'s places hold, to rows (group, dim)."""
+    low, high = begin // BLOCK_TOKENS, (end - 1) // BLOCK_TOKENS + 1
+    _floats(out, group * dim)[:] = np.float32(0)
+    for block in range(low, high):
+        head, start, stop = table[block] + at, max(begin, block * BLOCK_TOKENS), min(end, (block + 1) * BLOCK_TOKENS)
+        values = values_at(head, dim, like)[start % BLOCK_TOKENS * dim :]
+        for g in range(group):
+            weights = _floats(scores + g * width + (start - low * BLOCK_TOKENS) * NUMBER, stop - start)
+            if is_rounded(like):
+                rescale(weights, scales_at(head, dim, 1)[start % BLOCK_TOKENS :])
+            add_mixed(kind, weights.ctypes.data, stop - start, values.ctypes.data, dim * values.itemsize, dim,
+                      out + g * dim * NUMBER)  # fmt: skip
 
 
 @register_jitable
@@ -295,23 +317,23 @@ def _softmax(scores, cap):
 
 
 @functools.cache
-def decode_program(kind: str) -> Callable[..., None]:
+def decode_program(kind: str, cache: str) -> Callable[..., None]:
     """Compile the program for bases in a compute type.
 
     Args:
-        kind: Type of the key-value cache and of adapters, `F32` or `BF16`.
+        kind: Type of adapters, `F32` or `BF16`.
+        cache: Kind of the key-value cache, one of `paged.LIKE`.
 
     Returns:
-        program(shared, phases, jobs, rooms, numbers, positions, rows, tables, adapters, chosen, keys, values) for
+        program(shared, phases, jobs, rooms, numbers, positions, rows, tables, adapters, chosen) for
         `gang.run_together`. phases, jobs, rooms and numbers are tables, as described above; for each token there is its
-        position, its row in tables and which adapter it has, or -1, all int64 (T,). tables, int32 (rows, blocks), says
-        which blocks of the cache hold what a row has read; adapters is int64 (adapters, jobs, LOW); keys and values are
-        as in `paged`, with the number of the layer before.
+        position, its row in tables and which adapter it has, or -1, all int64 (T,). tables, int64 (rows, blocks), holds
+        the addresses of the blocks that hold what a row has read; adapters is int64 (adapters, jobs, LOW).
     """
-    size = 4 if kind == "F32" else 2
+    size, like = 4 if kind == "F32" else 2, LIKE[cache]
 
     @compiled(nogil=True, error_model="numpy")
-    def program(shared, phases, jobs, rooms, numbers, positions, rows, tables, adapters, chosen, keys, values):
+    def program(shared, phases, jobs, rooms, numbers, positions, rows, tables, adapters, chosen):
         number, begun, threads = join(shared)
         if begun == CLOSED:
             return
@@ -330,11 +352,9 @@ def decode_program(kind: str) -> Callable[..., None]:
             elif what == ADD_NORMALISED:
                 _add_normalised(phase, room, numbers, number, threads)
             elif what == PLACE:
-                _place_heads(phase, room, numbers, positions, rows, tables, keys[phase[BLOCK]], values[phase[BLOCK]],
-                             number, threads)  # fmt: skip
+                _place_heads(phase, room, numbers, positions, rows, tables, like, number, threads)
             elif what == ATTEND:
-                _attend(kind, size, phase, room, numbers, positions, rows, tables, keys[phase[BLOCK]],
-                        values[phase[BLOCK]], number, threads)  # fmt: skip
+                _attend(cache, like, phase, room, numbers, positions, rows, tables, number, threads)
             else:
                 _make_input(what == GATE, room, jobs[phase[JOBS], COLUMNS], number, threads)
         advance(shared, number, threads, CLOSED)

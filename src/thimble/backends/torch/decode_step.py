@@ -20,7 +20,7 @@ from thimble.backends.torch.block_products import RUN, form_of, product_kernel
 from thimble.backends.torch.decode_program import decode_program
 from thimble.backends.torch.decoder import Block, Decoder
 from thimble.backends.torch.elementwise import RmsNorm
-from thimble.backends.torch.frozen import DenseMatrix, FileMatrix, FrozenLinear, Matrix, as_numpy
+from thimble.backends.torch.frozen import DenseMatrix, FileMatrix, FrozenLinear, Matrix
 from thimble.backends.torch.gang import run_together
 from thimble.backends.torch.kv_cache import KvCache, place_rows
 from thimble.backends.torch.lora_rows import look_up
@@ -67,7 +67,6 @@ class DecodeStep:
         spec, attention = decoder.spec, decoder.blocks[0].attention
         softcaps = attention.softcap or 0, spec.final_softcap or 0
         self._numbers = np.array([spec.norm_eps, attention.scale, *softcaps], np.float32)
-        self._program = decode_program(CODES[decoder.compute])
         self.most_tokens = 1 << 30 if self._is_int8 else FLOAT_TOKENS  # that the step is for
         self._lock = threading.Lock()  # a step uses all cores anyway
 
@@ -214,10 +213,10 @@ class DecodeStep:
                 own = slice(*np.searchsorted(wanted, [part.start, part.stop]).tolist())
                 positions, order = places.positions[part], wanted[own] - start
                 phases, angles = self._turned(positions, ends[part], bool(known))
-                rooms, arrays = self._rooms(one.ids[part], int(positions.max()), ranks, order, logits[own])
+                rooms, arrays = self._rooms(one.ids[part], int(positions.max()), ranks, order, logits[own], cache)
                 run_together(
-                    self._program, phases, self._jobs, rooms, self._numbers, positions, places.row_of[part],
-                    places.tables, adapters, of_token[part], as_numpy(cache.keys), as_numpy(cache.values),
+                    decode_program(CODES[self._decoder.compute], cache.kind), phases, self._jobs, rooms, self._numbers,
+                    positions, places.row_of[part], places.tables, adapters, of_token[part],
                 )  # fmt: skip
                 del angles, arrays  # whose addresses stood in the tables
         return logits
@@ -234,7 +233,7 @@ class DecodeStep:
         return phases, list(angles.values())
 
     def _rooms(
-        self, ids: NDArray[np.int32], last: int, ranks: int, wanted: Table, logits: NDArray[np.float32]
+        self, ids: NDArray[np.int32], last: int, ranks: int, wanted: Table, logits: NDArray[np.float32], cache: KvCache
     ) -> tuple[Table, list[Any]]:
         """The table of the room of the blocks and that of the head, and the arrays whose addresses stand there."""
         decoder, count, attention = self._decoder, len(ids), self._decoder.blocks[0].attention
@@ -247,12 +246,14 @@ class DecodeStep:
         }  # fmt: skip
         arrays = {name: decoder.memory.scratch(f"step {name}", count, *size) for name, size in sizes.items()}
         most_keys = (last // BLOCK_TOKENS + 1) * BLOCK_TOKENS
-        arrays["SCORES"] = decoder.memory.scratch("step scores", num_cores(), most_keys, torch.float32)
+        queries = num_cores() * attention.group
+        arrays["SCORES"] = decoder.memory.scratch("step scores", queries, most_keys, torch.float32)
         room = np.zeros(len(columns.ROOM), np.int64)
         room[columns.T], room[columns.HIDDEN], room[columns.X] = count, x.shape[1], x.data_ptr()
         room[columns.IS_INT8], room[columns.IS_SILU] = self._is_int8, decoder.gate.activation == "silu"
         room[columns.HEADS], room[columns.KV_HEADS] = attention.num_heads, attention.num_kv_heads
         room[columns.DIM], room[columns.LOWS_WIDTH], room[columns.MOST_KEYS] = attention.head_dim, ranks, most_keys
+        room[columns.HEAD_BYTES] = cache.head_bytes
         for name, array in arrays.items():
             room[getattr(columns, name)] = array.data_ptr()
         head = room.copy()

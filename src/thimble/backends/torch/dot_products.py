@@ -93,6 +93,8 @@ def _pieces(
 
 def _plain(builder: ir.IRBuilder, dtype: str, row: ir.Value, at: ir.Value, lanes: int) -> Lanes:
     """Some numbers of a row of a type without blocks, as float32 lanes."""
+    if dtype == "I8":  # which is not a type of files
+        return _load(builder, builder.add(row, at), ir.VectorType(BYTE, lanes)).widen_signed().to_float()
     address = builder.add(row, builder.mul(at, LONG(block_of(dtype)[1])))
     if dtype == "F32":  # whose decoder makes every NaN the same one, which costs more than the product
         return _load(builder, address, ir.VectorType(FLOAT, lanes))
@@ -135,7 +137,8 @@ def dot(typing_context, dtype, row, columns, x):
 def add_mixed(typing_context, dtype, weights, count, rows, jump, width, out):
     """Add Σ weights[n] · row n to the float32 numbers at address out, `width` of them.
 
-    weights is the address of `count` float32 numbers, rows that of rows of a type without blocks, `jump` bytes apart.
+    weights is the address of `count` float32 numbers, rows that of rows of a type without blocks, or of int8 (`I8`),
+    `jump` bytes apart.
     """
 
     def write(context, builder, signature, arguments):

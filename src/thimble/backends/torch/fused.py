@@ -10,6 +10,7 @@ from numba.extending import register_jitable
 
 from thimble.backends.torch.compiled import compiled
 from thimble.backends.torch.vectors import bits_of, from_bits, loaded, multiply_add, stored
+from thimble.files.blocks import TINY
 
 # Fast arithmetic but for flags that let the compiler assume away NaN; and no checks for division by zero, whose
 # branches keep a loop from being vectorised.
@@ -35,6 +36,18 @@ def exp(x):
 def tanh(x):
     """Hyperbolic tangent by `exp`."""
     return ONE - TWO / (exp(TWO * x) + ONE)
+
+
+@register_jitable
+def int8_scale(row):
+    """What float32 numbers are divided by to become int8, max |x| / 127, and the inverse; both 0 if all are about 0."""
+    largest = np.int32(0)
+    for j in range(row.shape[0]):
+        largest = max(largest, bits_of(row[j]) & np.int32(0x7FFFFFFF))  # a NaN is above all numbers
+    size = from_bits(largest)
+    if size < TINY:
+        return np.float32(0), np.float32(0)
+    return size / np.float32(127), np.float32(127) / size
 
 
 # ---- RMS normalisation ---------------------------------------------------------------------------------------------

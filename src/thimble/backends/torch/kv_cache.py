@@ -21,55 +21,66 @@ from thimble.backends.torch.attention import (
 )
 from thimble.backends.torch.frozen import as_numpy
 from thimble.backends.torch.memory import Memory
-from thimble.backends.torch.paged import BLOCK_TOKENS
+from thimble.backends.torch.paged import BLOCK_TOKENS, LIKE, head_bytes
 from thimble.backends.torch.threads import parallel_for
 from thimble.core.sizes import PADDED_KEYS, PADDED_QUERIES, TILE
 
 LONGEST_SINGLE = 8  # tokens of a row that are looked up one by one: fewer than make a tile worth while
-GROWTH = 1.5  # of the room, when it grows
+PIECE_BYTES = 1 << 24  # by which a cache grows, at least a block
 
 
 class KvCache:
-    """Room for blocks of keys and values, by number; see thimble.backends.session.KeyValueCache."""
+    """Room for blocks of keys and values, by number; see thimble.backends.session.KeyValueCache.
+
+    It grows by pieces and moves nothing, so that no answer waits while gigabytes are copied.
+
+    Args:
+        num_layers: Of the decoder.
+        spec: Of its attention.
+        kind: How numbers are kept: `F32`, `BF16` or `I8`, rounded with a scale for each token and head.
+    """
 
     block_tokens = BLOCK_TOKENS
 
-    def __init__(self, num_layers: int, spec: AttentionSpec, compute: torch.dtype) -> None:
-        self._layers, self._heads, self._dim, self._compute = num_layers, spec.num_kv_heads, spec.head_dim, compute
-        self.keys, self.values = self._rooms(0)
-
-    def _rooms(self, blocks: int) -> tuple[Tensor, Tensor]:
-        """Room for so many blocks: keys (layers, blocks, kv_heads, dim, tokens), values (..., tokens, dim)."""
-        shape, (a, b) = (self._layers, blocks, self._heads), (self._dim, BLOCK_TOKENS)
-        return torch.empty(*shape, a, b, dtype=self._compute), torch.empty(*shape, b, a, dtype=self._compute)
+    def __init__(self, num_layers: int, spec: AttentionSpec, kind: str) -> None:
+        self.kind, self._like = kind, LIKE[kind]
+        self.head_bytes = head_bytes(spec.head_dim, kind)
+        self._layer_bytes = spec.num_kv_heads * self.head_bytes
+        self._block_bytes = num_layers * self._layer_bytes
+        self._pieces: list[Tensor] = []
+        self.addresses = np.zeros(0, np.int64)  # of each block
 
     @property
     def blocks(self) -> int:
         """How many there is room for."""
-        return self.keys.shape[1]
+        return len(self.addresses)
 
     def reserve(self, blocks: int) -> None:
-        if blocks <= self.blocks:
-            return
-        old = self.keys, self.values
-        self.keys, self.values = self._rooms(max(blocks, int(GROWTH * self.blocks)))
-        for room, before in zip((self.keys, self.values), old, strict=True):
-            room[:, : before.shape[1]] = before
+        together = max(1, PIECE_BYTES // self._block_bytes)
+        while self.blocks < blocks:
+            piece = torch.empty(together, self._block_bytes, dtype=torch.uint8)
+            self._pieces.append(piece)
+            added = piece.data_ptr() + self._block_bytes * np.arange(together)
+            self.addresses = np.concatenate([self.addresses, added])
 
     def copy(self, source: int, target: int) -> None:
-        for room in (self.keys, self.values):
-            room[:, target] = room[:, source]
+        self._block(target).copy_(self._block(source))
+
+    def _block(self, number: int) -> Tensor:
+        piece, place = divmod(number, len(self._pieces[0]))
+        return self._pieces[piece][place]
 
     def layer(self, number: int) -> "Pool":
-        """Keys and values of a layer."""
-        return Pool(as_numpy(self.keys[number]), as_numpy(self.values[number]))
+        """Where the heads of a layer are."""
+        return Pool(number * self._layer_bytes, self.head_bytes, self._like)
 
 
 class Pool(NamedTuple):
     """One layer of a cache, for the loops of `thimble.backends.torch.paged`."""
 
-    keys: np.ndarray  # (blocks, kv_heads, dim, tokens)
-    values: np.ndarray  # (blocks, kv_heads, tokens, dim)
+    layer: int  # where its heads begin in a block, in bytes
+    head_size: int  # what each takes
+    like: np.generic  # a number as it is kept
 
 
 @dataclass(frozen=True)
@@ -79,22 +90,22 @@ class Places:
     cache: KvCache
     rows: Sequence[ForwardRow]
     starts: list[int]  # row s is tokens starts[s] to starts[s + 1]
-    tables: NDArray[np.int32]  # (rows, blocks): blocks of each row
+    tables: NDArray[np.int64]  # (rows, blocks): addresses of the blocks of each row
     row_of: NDArray[np.int64]  # (tokens,): row of each token
     positions: NDArray[np.int64]  # (tokens,): its place in its request
-    places: NDArray[np.int64]  # (tokens,): its place in the cache, counted in tokens
+    blocks: NDArray[np.int64]  # (tokens,): address of the block that it stands in
 
 
 def place_rows(rows: Sequence[ForwardRow], cache: KvCache) -> Places:
     """Look up where the tokens of some rows go."""
     lengths = [row.tokens for row in rows]
-    tables = np.zeros((len(rows), max(len(row.blocks) for row in rows)), np.int32)
+    tables = np.zeros((len(rows), max(len(row.blocks) for row in rows)), np.int64)
     for table, row in zip(tables, rows, strict=True):
-        table[: len(row.blocks)] = row.blocks
+        table[: len(row.blocks)] = cache.addresses[list(row.blocks)]
     row_of = np.repeat(np.arange(len(rows)), lengths)
     positions = np.concatenate([np.arange(row.position, row.position + row.tokens) for row in rows])
-    places = tables[row_of, positions // BLOCK_TOKENS].astype(np.int64) * BLOCK_TOKENS + positions % BLOCK_TOKENS
-    return Places(cache, rows, [0, *np.cumsum(lengths).tolist()], tables, row_of, positions, places)
+    blocks = tables[row_of, positions // BLOCK_TOKENS]
+    return Places(cache, rows, [0, *np.cumsum(lengths).tolist()], tables, row_of, positions, blocks)
 
 
 def attend_cached(
@@ -105,14 +116,9 @@ def attend_cached(
     tokens, shape = len(places.positions), (len(qkv), spec.num_kv_heads, spec.group, spec.head_dim)
     q = memory.scratch("queries", len(qkv), spec.num_heads * spec.head_dim, torch.float32).view(shape)
     pool = places.cache.layer(layer)
-    arrays = (
-        as_numpy(heads.contiguous()),
-        bias.numpy(),
-        *angle_arrays(angles, len(qkv)),
-        np.float32(spec.scale),
-        places.places,
-    )
-    parallel_for(tokens, qkv.shape[1], paged.add_heads, *arrays, as_numpy(q), *pool)
+    arrays = as_numpy(heads.contiguous()), bias.numpy(), *angle_arrays(angles, len(qkv)), np.float32(spec.scale)
+    where = places.blocks, places.positions % BLOCK_TOKENS
+    parallel_for(tokens, qkv.shape[1], paged.add_heads, *arrays, *where, *pool, as_numpy(q))
     mixed = memory.scratch("mixed", len(qkv), spec.num_heads * spec.head_dim)
     mixed[tokens:] = 0
     out, single = mixed.view(shape), 0
@@ -133,12 +139,14 @@ def _attend_one_by_one(q: Tensor, out: Tensor, tokens: slice, spec: AttentionSpe
         return
     positions, window = places.positions[tokens], spec.window or NO_WINDOW
     work = 2 * spec.group * spec.head_dim * min(int(positions.max()) + 1, window) // 8
-    seen = (places.row_of[tokens], positions, places.tables, window, np.float32(spec.softcap or 0.0))
-    parallel_for(count, work, paged.attend_blocks, as_numpy(q[tokens]), *pool, *seen, as_numpy(out[tokens]))
+    seen, cap = (places.row_of[tokens], positions, places.tables), np.float32(spec.softcap or 0.0)
+    parallel_for(
+        count, work, paged.attend_blocks, as_numpy(q[tokens]), *seen, *pool, window, cap, as_numpy(out[tokens])
+    )
 
 
 def _attend_row(
-    q: Tensor, out: Tensor, spec: AttentionSpec, row: ForwardRow, table: NDArray[np.int32], pool: Pool, memory: Memory
+    q: Tensor, out: Tensor, spec: AttentionSpec, row: ForwardRow, table: NDArray[np.int64], pool: Pool, memory: Memory
 ) -> None:
     """Attention of a long row, in tiles as in training; q, out (tokens, kv, group, dim)."""
     end, kv, dim = row.position + row.tokens, spec.num_kv_heads, spec.head_dim

@@ -17,7 +17,7 @@ from thimble.backends.session import ForwardRow, LayerInfo, Objective, Pass, Ste
 from thimble.backends.torch import calibrate, labelled_rows
 from thimble.backends.torch.adapters import ActiveAdapter
 from thimble.backends.torch.compute import DTYPES
-from thimble.backends.torch.decode_step import DecodeStep
+from thimble.backends.torch.decode_step import CODES, DecodeStep
 from thimble.backends.torch.decoder import Decoder
 from thimble.backends.torch.features import Features
 from thimble.backends.torch.flat_training import FlatTraining, TrainState, begin
@@ -72,7 +72,8 @@ class TorchSession(FlatTraining):
 
     Weights are kept as the store says, `dense`, `int8` or `file`; compute int8 has a store of its own, and a sample of
     any text, int32 (tokens,), of a few hundred tokens to choose its scales by. If streamed, they are read from the file
-    for each product and not kept. With `int8` as `decode`, answers are written in whole numbers over weights in blocks.
+    for each product and not kept. With `int8` as `decode`, answers are written in whole numbers over weights in blocks;
+    with `int8` as `cache_type`, keys and values are kept rounded.
     """
 
     capabilities = CAPABILITIES
@@ -80,7 +81,7 @@ class TorchSession(FlatTraining):
     @out_of_memory
     def __init__(
         self, base: Base, compute: str = "fp32", store: str = "dense", is_streamed: bool = False,
-        sample: NDArray[np.int32] | None = None, decode: str = "float",
+        sample: NDArray[np.int32] | None = None, decode: str = "float", cache_type: str = "float",
     ) -> None:  # fmt: skip
         self.decoder = Decoder(base, "file" if compute == "int8" else store, DTYPES[compute])
         if compute == "int8":
@@ -88,6 +89,7 @@ class TorchSession(FlatTraining):
                 raise ValueError("compute int8 needs a sample of text")
             self.decoder.quantize(sample)
         self._base, self._decode = base, decode
+        self._cache_kind = "I8" if cache_type == "int8" else CODES[self.decoder.compute]
         self._updates = RowUpdates([])
         if is_streamed:
             self.decoder.stream()
@@ -264,7 +266,7 @@ class TorchSession(FlatTraining):
     # ---- inference ------------------------------------------------------------------------------------------------
 
     def new_cache(self) -> KvCache:
-        return KvCache(len(self.decoder.blocks), self.decoder.blocks[0].attention, self.decoder.compute)
+        return KvCache(len(self.decoder.blocks), self.decoder.blocks[0].attention, self._cache_kind)
 
     def position_kind(self, end: int) -> int:
         return sum(rope.long_inv_freq is not None and end > rope.long_from for rope in self.decoder.ropes)

@@ -1,4 +1,4 @@
-"""Numbers side by side in a compiled loop, and single ones as float32 or bfloat16.
+"""Numbers side by side in a compiled loop, and single ones as float32, bfloat16 or int8.
 
 numba leaves vectors to LLVM's own vectoriser, which gives up on half of the block types; `Lanes` writes vector
 instructions that LLVM fits to the processor. bfloat16 is kept as uint16, the upper half of a float32.
@@ -14,6 +14,7 @@ from numba.extending import intrinsic
 
 BYTE, SHORT, INT, LONG = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 FLOAT = ir.FloatType()
+ROUNDER = 12582912.0  # 1.5 · 2^23: adding it to a float32 leaves the number rounded to nearest even in its lower bits
 # What the processor has beyond its kind; nothing is known of one that numba was told to compile for instead.
 _COMPILES_FOR_HOST = config.CPU_NAME is None and config.CPU_FEATURES is None
 FEATURES = {name for name, is_here in binding.get_host_cpu_features().items() if is_here and _COMPILES_FOR_HOST}
@@ -159,10 +160,12 @@ class Lanes:
 
 @intrinsic
 def loaded(typing_context, value):
-    """Read a number of an array, float32 or bfloat16 as uint16, as float32."""
+    """Read a number of an array, float32, bfloat16 as uint16 or int8, as float32."""
 
     def write(context, builder, signature, arguments):
         number = Lanes(builder, arguments[0])
+        if value == types.int8:
+            return number.widen_signed().to_float().value
         return number.value if value == types.float32 else (number.widen() << 16).from_bits().value
 
     return types.float32(value), write
@@ -170,13 +173,22 @@ def loaded(typing_context, value):
 
 @intrinsic
 def stored(typing_context, value, out):
-    """Convert float32 to what the array `out` holds: itself, or bfloat16 as uint16."""
+    """Convert float32 to what `out` is, a number or an array of them: itself, bfloat16 as uint16, or rounded int8."""
+    kind = getattr(out, "dtype", out)
 
     def write(context, builder, signature, arguments):
         number = Lanes(builder, arguments[0])
-        return number.value if out.dtype == types.float32 else number.quiet().bfloat16().value
+        if kind == types.int8:
+            return builder.trunc((number + ROUNDER).bits().value, BYTE)
+        return number.value if kind == types.float32 else number.quiet().bfloat16().value
 
-    return out.dtype(types.float32, out), write
+    return kind(types.float32, out), write
+
+
+@intrinsic
+def is_rounded(typing_context, like):
+    """Whether numbers of the type of `like` are int8: known when a loop is compiled, so that it has one way alone."""
+    return types.boolean(like), lambda context, builder, s, a: context.get_constant(types.boolean, like == types.int8)
 
 
 @intrinsic
