@@ -1,8 +1,9 @@
-"""What rounding activations to int8 changes while answers are written: perplexity and KL against float, general text.
+"""What rounding to int8 changes while answers are written: perplexity and KL against float, on general text.
 
-    python benchmarks/decode_quality.py [--base FILE.gguf] [--windows 16]
+    python benchmarks/decode_quality.py [--base FILE.gguf] [--windows 16] [--window 256] [--of decode]
 
-Windows of 256 tokens are read as an answer is written, 16 tokens a step, with the file's own blocks in both ways.
+Rounded are activations (`--decode int8`), or keys and values (`--cache-type int8`) with `--of cache_type`. Windows are
+read as an answer is written, 16 tokens a step, with the file's own blocks in both ways.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from thimble.backends.session import ForwardRow, Pass, Session
 from thimble.data.model import open_model
 from thimble.data.records import general_records
 
-WINDOW, STEP = 256, 16
+STEP = 16
 
 
 def log_probabilities(session: Session, ids: NDArray[np.int32]) -> NDArray[np.float64]:
@@ -39,25 +40,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--base")
     parser.add_argument("--windows", type=int, default=16)
+    parser.add_argument("--window", type=int, default=256, help="tokens")
+    parser.add_argument("--of", default="decode", choices=["decode", "cache_type"])
     given = parser.parse_args()
-    model = open_model(given.base)
-    ways = {decode: open_session(model, "fp32", "file", decode=decode) for decode in ("float", "int8")}
+    model, size = open_model(given.base), given.window
+    ways = [open_session(model, "fp32", "file", **{given.of: way}) for way in ("float", "int8")]
     text = "\n\n".join(
         record.text or "\n".join(message["content"] for message in record.messages or ())
         for record in general_records()
     )
     ids = np.array(model.tokenizer.encode(text), np.int32)
     rises, divergences = [], []
-    for number in range(min(given.windows, len(ids) // WINDOW)):
-        window = ids[number * WINDOW : (number + 1) * WINDOW]
-        exact, rounded = (log_probabilities(session, window)[:-1] for session in ways.values())
-        places = np.arange(WINDOW - 1), window[1:]
+    for number in range(min(given.windows, len(ids) // size)):
+        window = ids[number * size : (number + 1) * size]
+        exact, rounded = (log_probabilities(session, window)[:-1] for session in ways)
+        places = np.arange(size - 1), window[1:]
         rises.append(float((exact[places] - rounded[places]).mean()))
         divergences.append(float((np.exp(exact) * (exact - rounded)).sum(-1).mean()))
         print(f"window {number + 1}: perplexity {np.expm1(rises[-1]):+.2%}, KL {divergences[-1]:.4f}", flush=True)
     error = np.std(rises, ddof=1) / np.sqrt(len(rises))
     print(
-        f"{len(rises) * WINDOW} tokens: perplexity {np.expm1(np.mean(rises)):+.2%} (standard error {error:.2%}), ",
+        f"{len(rises) * size} tokens: perplexity {np.expm1(np.mean(rises)):+.2%} (standard error {error:.2%}), ",
         end="",
     )
     print(f"KL {np.mean(divergences):.4f}")

@@ -305,6 +305,7 @@ def serve(
     api_key: Names = ...,
     admin_key: str | None = None,
     allowed_host: Names = ...,
+    cache_type: Literal["float", "int8"] = "float",
     max_new_tokens: int | Literal["auto"] | None = None,
     max_running: int = 64,
     max_waiting: int = 256,

@@ -71,8 +71,9 @@ def test_it_serves_what_lies_under_runs_and_prints_a_line_that_works(tiny_base, 
 
 def test_keys_come_from_the_environment_and_requests_are_logged(tiny_base, runs, tmp_path):
     options = ("--base", tiny_base, "--adapter", f"mine={runs / 'tickets-1'}", "--log", "log.jsonl")
-    process, told = served(tmp_path, *options, THIMBLE_API_KEY="secret")
+    process, told = served(tmp_path, *options, "--cache-type", "int8", THIMBLE_API_KEY="secret")
     try:
+        assert re.search(r"keys and values: int8, [\d.]+ KB a token; up to [\d,]+ tokens \([\d.]+ GB, ", told)
         assert "$THIMBLE_API_KEY" in told
         assert "secret" not in told
         address = re.search(r"http://[\d.:]+", told)[0]

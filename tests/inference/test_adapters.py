@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from samples import IDS, make_adapter
+from thimble.backends.torch.decode_step import DecodeStep
 from thimble.backends.torch.session import TorchSession
 from thimble.core.adapter import Adapter
 from thimble.errors import AdapterError
@@ -139,6 +140,29 @@ def test_an_adapter_that_does_not_fit_is_an_error_and_changes_nothing(session, r
         with pytest.raises(AdapterError, match="does not belong to smollm2.gguf"):
             registry.get("late")
     assert registry.get("red") is before
+
+
+def test_the_first_adapters_are_read_ahead_as_far_as_they_take_so_much_memory(session, registry, folder, reads):
+    registry.read_ahead(most_bytes=0)
+    assert reads == []
+    registry.read_ahead(most_bytes=session.load(make_adapter(BASE, rank=4)).resident_bytes + 1)
+    assert reads == ["blue", "green"]  # the second one goes beyond
+    (folder / "red" / "adapter_model.safetensors").write_bytes(b"damaged")
+    registry.read_ahead()  # nobody asked for it
+    with pytest.raises(AdapterError, match="red"):
+        registry.get("red")
+
+
+def test_what_a_first_answer_would_look_up_of_an_adapter_is_there_once_it_is_read(session, registry, monkeypatch):
+    found, gather = [], DecodeStep._gather
+    monkeypatch.setattr(DecodeStep, "_gather", lambda step, one: (found.append(one), gather(step, one))[1])
+    active = registry.get("red")
+    assert found == [active]
+    engine = Engine(session)
+    engine.add(IDS[:9], SamplingOptions(3), active)
+    while not engine.is_idle:
+        engine.step()
+    assert found == [active]
 
 
 def test_a_name_that_is_loaded_again_stands_for_the_new_contents(session, registry, folder):

@@ -2,26 +2,29 @@
 
 import pytest
 
-from thimble.inference.pace import LEAST_TOKENS, MOST_STRETCH, Pace
+from thimble.inference.pace import LEAST_TOKENS, MOST_STRETCH, MOST_TOKENS, Pace
 
 
-def run(pace, steps, writing=0.03, token=0.001, first=0.0):
+def run(pace, steps, writing=0.03, token=0.001, first=0.0, waiting=1.0):
     """Steps of an engine that takes so many seconds to write, to begin with prompts, and to read a token of them.
 
     Every fourth reads the end of a prompt, which is shorter.
     """
     for number in range(steps):
-        tokens = pace.prompt_tokens if number % 2 else 0
+        tokens = pace.prompt_tokens(waiting) if number % 2 else 0
         tokens = tokens * 2 // 3 if number % 4 == 3 else tokens
         pace.note(writing + (first + token * tokens if tokens else 0.0), tokens)
 
 
-@pytest.mark.parametrize(("writing", "token"), [(0.03, 0.001), (0.2, 0.001), (0.01, 0.0001), (0.02, 0.01)])
-def test_a_step_is_stretched_no_more_than_it_may(writing, token):
+@pytest.mark.parametrize(
+    ("writing", "token", "first"),
+    [(0.03, 0.001, 0), (0.2, 0.001, 0), (0.01, 0.0001, 0), (0.02, 0.01, 0), (0.14, 0.002, 0.07), (0.06, 0.001, 0.06)],
+)
+def test_a_step_is_stretched_no_more_than_it_may(writing, token, first):
     pace = Pace()
-    run(pace, 40, writing, token)
-    tokens = pace.prompt_tokens
-    allowed = (MOST_STRETCH - 1) * writing / token
+    run(pace, 200, writing, token, first)
+    tokens = pace.prompt_tokens()
+    allowed = ((MOST_STRETCH - 1) * writing - first) / token
     assert tokens % LEAST_TOKENS == 0
     assert tokens <= max(LEAST_TOKENS, 1.05 * allowed)
     assert tokens >= min(allowed * 0.9 - LEAST_TOKENS, tokens)
@@ -30,15 +33,15 @@ def test_a_step_is_stretched_no_more_than_it_may(writing, token):
 def test_a_machine_that_becomes_slower_is_noticed():
     pace = Pace()
     run(pace, 40)
-    before = pace.prompt_tokens
+    before = pace.prompt_tokens()
     run(pace, 60, token=0.004)
-    assert pace.prompt_tokens <= before / 2
+    assert pace.prompt_tokens() <= before / 2
 
 
 def test_there_is_always_some_progress():
     pace = Pace()
     run(pace, 40, writing=0.001, token=10)
-    assert pace.prompt_tokens == LEAST_TOKENS
+    assert pace.prompt_tokens() == LEAST_TOKENS
 
 
 @pytest.mark.parametrize(("first", "token", "expected"), [(0.15, 0.004, 75), (0.5, 0.005, 200), (0.05, 0.01, 10)])
@@ -46,7 +49,7 @@ def test_a_pass_that_costs_much_whatever_it_reads_reads_enough_to_be_worth_it(fi
     """It cannot be short, so most of it is to be reading."""
     pace = Pace()
     run(pace, 200, 0.018, token, first)
-    assert expected / 1.3 <= pace.prompt_tokens <= expected * 1.3 + LEAST_TOKENS
+    assert expected / 1.3 <= pace.prompt_tokens() <= expected * 1.3 + LEAST_TOKENS
 
 
 def test_two_measurements_beside_other_work_make_no_long_pause():
@@ -54,7 +57,7 @@ def test_two_measurements_beside_other_work_make_no_long_pause():
     pace = Pace()
     for seconds, tokens in ((0.885, 0), (1.495, 32), (1.559, 64)):
         pace.note(seconds, tokens)
-    assert pace.prompt_tokens <= 96
+    assert pace.prompt_tokens() <= 96
 
 
 def test_what_a_pass_costs_is_known_from_passes_of_one_length_too():
@@ -62,4 +65,11 @@ def test_what_a_pass_costs_is_known_from_passes_of_one_length_too():
     for _ in range(50):
         pace.note(0.02, 0)
         pace.note(0.2, 32)
-    assert LEAST_TOKENS <= pace.prompt_tokens <= 64
+    assert LEAST_TOKENS <= pace.prompt_tokens() <= 64
+
+
+@pytest.mark.parametrize(("waiting", "writing", "times"), [(1, 7, 1), (3, 3, 1), (7, 1, 7), (6, 2, 3)])
+def test_where_more_wait_for_an_answer_than_read_one_prompts_get_as_much_more_of_the_time(waiting, writing, times):
+    pace = Pace()
+    run(pace, 200, writing=0.02, token=0.001, waiting=waiting / writing)
+    assert pace.prompt_tokens(waiting / writing) == pytest.approx(min(times * 30, MOST_TOKENS), abs=LEAST_TOKENS)

@@ -258,6 +258,9 @@ class ReferenceSession:
 
     independent_tokens = 0  # numpy sums many rows otherwise than few
 
+    def prepare(self, adapter: ActiveAdapter) -> None:
+        """See Session; there is nothing to prepare."""
+
     def new_cache(self) -> TokenCache:
         return TokenCache()
 

@@ -5,6 +5,7 @@ name stands for is looked up with each request, and what is kept of earlier requ
 adapter, not by its name.
 """
 
+import contextlib
 import re
 import threading
 from collections import OrderedDict
@@ -22,6 +23,7 @@ from thimble.models.base import Base
 BASE_NAME = "base"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 RESIDENT_BYTES = 1_000_000_000
+AHEAD_BYTES = 250_000_000  # of them, read before anybody asks: a second or two of work
 
 # Names with the versions they stood for, and what each is multiplied by.
 _Key = tuple[tuple[str, int, float], ...]
@@ -191,10 +193,25 @@ class AdapterRegistry:
                 self._keep(key, active)
             return active
 
+    def read_ahead(self, most_bytes: int = AHEAD_BYTES) -> None:
+        """Read the first adapters until they take so much memory, so that nobody waits for them.
+
+        One that cannot be read is told to whoever asks for it.
+
+        Args:
+            most_bytes: Of memory; the last one may go beyond.
+        """
+        for name in self.names:
+            if self.resident_bytes >= min(most_bytes, self._most):
+                return
+            with contextlib.suppress(AdapterError):
+                self.get(name)
+
     def _activated(self, adapter: Adapter) -> ActiveAdapter:
-        """An adapter in the session's memory, hashed here and not while a step of the engine waits for it."""
+        """An adapter in the session's memory, hashed and laid out here, not while a step of the engine waits for it."""
         active = self._session.load(adapter)
         _ = active.identity
+        self._session.prepare(active)
         return active
 
     def _read(self, key: _Key) -> Adapter:

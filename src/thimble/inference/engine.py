@@ -147,7 +147,8 @@ class Engine:
             return self._prefill()
         if not self._writing:
             return []
-        began, parts = time.perf_counter(), self._beside(self._pace.prompt_tokens) if self._reading else []
+        began, waiting = time.perf_counter(), len(self._reading) / len(self._writing)
+        parts = self._beside(self._pace.prompt_tokens(waiting)) if waiting else []
         self._writing.sort(key=lambda request: id(request.adapter))  # so that the rows of an adapter lie together
         self._speculation.guess(self._writing)
         written = [(request, 1 + len(request.guessed)) for request in self._writing]

@@ -21,15 +21,19 @@ class Pace:
         self._means: tuple[float, ...] = ()  # of n, of what was added, of n², of n times what was added
         self._token_seconds = 0.0  # that a token of a prompt adds
 
-    @property
-    def prompt_tokens(self) -> int:
-        """Tokens of prompts that may be read beside answers; a multiple of `LEAST_TOKENS`."""
+    def prompt_tokens(self, waiting: float = 1.0) -> int:
+        """Tokens of prompts that may be read beside answers; a multiple of `LEAST_TOKENS`.
+
+        `waiting` is how many wait for their first token for each one whose answer is written: where that is more than
+        one, a second of a pause costs fewer than a second of reading gains, so prompts get as much more of the time.
+        """
         if not (self._writing_seconds and self._means):
             return FIRST_TOKENS
         tokens, added = self._means[:2]
         first = max(0.0, added - self._token_seconds * tokens)
-        allowed = (MOST_STRETCH - 1) * self._writing_seconds - first
-        wanted = int(min(max(allowed, 2 * first) / self._token_seconds, MOST_GROWTH * tokens))
+        left = max(1.0, waiting) * (MOST_STRETCH - 1) * self._writing_seconds - first
+        for_tokens = left if left > 0 else 2 * first
+        wanted = int(min(for_tokens / self._token_seconds, MOST_GROWTH * tokens))
         return min(max(LEAST_TOKENS, wanted // LEAST_TOKENS * LEAST_TOKENS), MOST_TOKENS)
 
     def note(self, seconds: float, prompt_tokens: int) -> None:

@@ -156,7 +156,7 @@ class DecodeStep:
         norm = _phase("NORMALISE", NORM=self._norm(self._decoder.norm), IS_HEAD=1)
         return [norm, _phase("MULTIPLY", **found, TO=columns.LOGITS, IS_HEAD=1)]
 
-    def _gathered(self, adapter: ActiveAdapter) -> _Known:
+    def gathered(self, adapter: ActiveAdapter) -> _Known:
         """What the step is told of an adapter, kept with it until its values change."""
         known: _Known | None = adapter.tables.get(_WHOLE)
         if known is None:
@@ -201,7 +201,7 @@ class DecodeStep:
         """
         places = place_rows(one.rows, cache)
         distinct = list({id(row.adapter): row.adapter for row in one.rows if row.adapter.layers}.values())
-        known = [self._gathered(adapter) for adapter in distinct]
+        known = [self.gathered(adapter) for adapter in distinct]
         adapters = np.array([one.table for one in known], np.int64).reshape(-1, len(self._jobs), len(columns.LOW))
         chosen = np.array([distinct.index(row.adapter) if row.adapter.layers else -1 for row in one.rows], np.int64)
         of_token, ends = chosen[places.row_of], np.array([row.end for row in one.rows])[places.row_of]

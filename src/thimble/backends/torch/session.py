@@ -265,6 +265,10 @@ class TorchSession(FlatTraining):
 
     # ---- inference ------------------------------------------------------------------------------------------------
 
+    def prepare(self, adapter: ActiveAdapter) -> None:
+        if self._step:
+            self._step.gathered(adapter)
+
     def new_cache(self) -> KvCache:
         return KvCache(len(self.decoder.blocks), self.decoder.blocks[0].attention, self._cache_kind)
 

@@ -234,6 +234,9 @@ class TransformersSession(FlatTraining):
 
     # ---- inference ------------------------------------------------------------------------------------------------
 
+    def prepare(self, adapter: ActiveAdapter) -> None:
+        """See Session; there is nothing to prepare."""
+
     def new_cache(self) -> BlockCache | TokenCache:
         return BlockCache(self.cache_shapes, self.model.compute) if self.cache_shapes else TokenCache()
 
