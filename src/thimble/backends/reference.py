@@ -258,7 +258,7 @@ class ReferenceSession:
 
     independent_tokens = 0  # numpy sums many rows otherwise than few
 
-    def prepare(self, adapter: ActiveAdapter) -> None:
+    def prepare(self, adapter: Updates) -> None:
         """See Session; there is nothing to prepare."""
 
     def new_cache(self) -> TokenCache:

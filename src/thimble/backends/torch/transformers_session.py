@@ -234,7 +234,7 @@ class TransformersSession(FlatTraining):
 
     # ---- inference ------------------------------------------------------------------------------------------------
 
-    def prepare(self, adapter: ActiveAdapter) -> None:
+    def prepare(self, adapter: Updates) -> None:
         """See Session; there is nothing to prepare."""
 
     def new_cache(self) -> BlockCache | TokenCache:
