@@ -32,12 +32,8 @@ PIECE_BYTES = 1 << 24  # by which a cache grows, at least a block
 class KvCache:
     """Room for blocks of keys and values, by number; see thimble.backends.session.KeyValueCache.
 
-    It grows by pieces and moves nothing, so that no answer waits while gigabytes are copied.
-
-    Args:
-        num_layers: Of the decoder.
-        spec: Of its attention.
-        kind: How numbers are kept: `F32`, `BF16` or `I8`, rounded with a scale for each token and head.
+    It grows by pieces and moves nothing, so that no answer waits while gigabytes are copied. `kind` is how numbers are
+    kept: `F32`, `BF16`, or `I8`, rounded with a scale for each token and head.
     """
 
     block_tokens = BLOCK_TOKENS
