@@ -323,8 +323,8 @@ class OptimiserOptions(Options):
     max_grad_norm: float = option(1.0, "Gradients are scaled down to this global norm.", check=above(0))
     keep_general: float = option(0.0, "Weight, from 0 up to 1, of answering as the base does (KL divergence) against "
         "learning the task, in the steps that do both.", check=fraction)  # fmt: skip
-    keep_general_on: str = option("own", "For --keep-general: the texts on which answers are kept, own (128 that the "
-        "base writes, once) or general (half of the general text, which then is not measured).",
+    keep_general_on: str = option("own", "For --keep-general: the texts on which answers are kept, own (about 128 "
+        "that the base writes, once) or general (half of the general text, which then is not measured).",
         choices=("own", "general"))  # fmt: skip
     keep_general_every_steps: int = option(4, "For --keep-general: which steps do both, every Nth.",
         check=at_least(1))  # fmt: skip

@@ -11,7 +11,7 @@ import numpy as np
 
 from thimble.backends.session import Objective, Session
 from thimble.config.train import TrainConfig
-from thimble.data.batches import micro_batches
+from thimble.data.batches import Batch, micro_batches
 from thimble.data.encode import Row
 from thimble.data.examples import beginnings
 from thimble.data.model import Model
@@ -20,7 +20,7 @@ from thimble.models.execution import ExecutionPlan
 from thimble.training.control import Control
 from thimble.training.own_texts import LEAST_SHARE, TEXT_TOKENS, Writer
 
-TEXTS = 128
+TEXTS = 128  # about: as many from each beginning
 PASS_TOKENS = 256  # of the texts beside a step
 GENERAL_TOKENS = 1100  # of the half of the general text that may be kept, about: tokenizers differ
 
@@ -33,28 +33,28 @@ class KlTerm:
     every_steps: int = 1  # which steps do both
     beginnings: Sequence[Row] = ()  # what the base goes on from in texts of its own, or
     general: Sequence[Row] = ()  # rows of general text
+    # How the base is computed with: a run that is resumed writes the same texts again, if they are not kept any more.
+    computed: str = ""
 
     def objectives(
         self, session: Session, writer: Writer, execution: ExecutionPlan, control: Control
-    ) -> list[Objective]:
+    ) -> Sequence[Objective]:
         """What the steps minimise, in turn: cross-entropy, and every few steps a KL term too."""
         rows = self._rows(session, writer, execution, control) if self.weight else []
         if not rows:
             return [Objective()]
         longest = max(PASS_TOKENS, *(len(row.ids) for row in rows))
         batches = micro_batches(rows, longest, shares_prefixes=session.shares_prefixes)
-        found = []
-        for number, batch in enumerate(batches, 1):
-            found += [Objective()] * (self.every_steps - 1)
-            found.append(Objective(self.weight, session.kl_reference(batch)))
-            control.log.progress("reading with the base what it is to keep, batch", number, len(batches))
-        return found
+        # Rows of one kind stand together there, and short runs come to the first batches alone.
+        order = np.argsort(np.random.Philox(key=0).random_raw(len(batches)), kind="stable")
+        return _Turns(self, session, [batches[number] for number in order])
 
     def _rows(self, session: Session, writer: Writer, execution: ExecutionPlan, control: Control) -> Sequence[Row]:
         """The texts, with a label at each place where the answer is kept; none if the base writes too little."""
         if self.general:
             return [replace(row, labels=np.zeros_like(row.labels)) for row in self.general]
         why = "to be held to them while it learns"
+        writer = replace(writer, fingerprint=f"{writer.fingerprint} {self.computed}")
         texts = writer.texts(session, self.beginnings, TEXTS, why, execution, control)
         filled = [text for text in texts if text.target_tokens > 1]  # more than its end
         if texts and len(filled) < LEAST_SHARE * len(texts):
@@ -67,11 +67,33 @@ class KlTerm:
         return filled
 
 
+class _Turns(Sequence[Objective]):
+    """The objectives of as many steps as it takes to keep the answers to all texts once.
+
+    The base reads a batch of them when its turn first comes: short runs do not come to all.
+    """
+
+    def __init__(self, term: KlTerm, session: Session, batches: Sequence[Batch]) -> None:
+        self._term, self._session, self._batches = term, session, batches
+        self._read: dict[int, Objective] = {}  # by the number of the batch
+
+    def __len__(self) -> int:
+        return self._term.every_steps * len(self._batches)
+
+    def __getitem__(self, step: int) -> Objective:  # type: ignore[override]  # no slices
+        number, before = divmod(range(len(self))[step], self._term.every_steps)
+        if before < self._term.every_steps - 1:
+            return Objective()
+        if number not in self._read:
+            self._read[number] = Objective(self._term.weight, self._session.kl_reference(self._batches[number]))
+        return self._read[number]
+
+
 def described(config: TrainConfig) -> str:
     """What is kept and when, for people; nothing if it is not."""
     every, is_own = config.keep_general_every_steps, config.keep_general_on == "own"
     when = "each step" if every == 1 else f"one step of {every}"
-    what = f"{TEXTS} texts that it writes" if is_own else "half of the general text, which is not measured then"
+    what = f"about {TEXTS} texts that it writes" if is_own else "half of the general text, which is not measured then"
     kept = f"answers of the base: kept in {when}, with a weight of {config.keep_general:g}, on {what}"
     return kept if config.keep_general else ""
 
@@ -93,6 +115,7 @@ def kl_term(config: TrainConfig, model: Model, general: Sequence[Row]) -> tuple[
     if not weight:
         return KlTerm(), general
     if config.keep_general_on == "own":
-        return KlTerm(weight, every, beginnings=beginnings(model, config)), general
+        computed = f"{config.compute} {config.store}"
+        return KlTerm(weight, every, beginnings=beginnings(model, config), computed=computed), general
     kept, measured = ([row for number, row in enumerate(general) if number % 4 // 2 == half] for half in (0, 1))
     return KlTerm(weight, every, general=kept), measured

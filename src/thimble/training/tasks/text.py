@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -81,11 +81,9 @@ class TextTask:
         control.log.decision(f"{what}: run once over the training rows; what comes of them is kept on disk meanwhile")
         return features
 
-    def objectives(self, session: Session, execution: ExecutionPlan, control: Control) -> list[Objective]:
+    def objectives(self, session: Session, execution: ExecutionPlan, control: Control) -> Sequence[Objective]:
         """Cross-entropy, and where the answers of the base are to be kept a KL term every few steps."""
-        # What a run is resumed with is to be what it began with, so texts that another dtype wrote are others.
-        kept_by = replace(self.writer, fingerprint=f"{self.fingerprint} {self.compute}")
-        return self.kl.objectives(session, kept_by, execution, control)
+        return self.kl.objectives(session, self.writer, execution, control)
 
     def watch(self, session: Session, adapter: ActiveAdapter, execution: ExecutionPlan) -> list[LossSum]:
         """The loss of each watched row."""
