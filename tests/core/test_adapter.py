@@ -349,8 +349,7 @@ def test_every_hostile_file_of_tensors_is_refused_quickly(tmp_path, case):
 @pytest.mark.parametrize(
     "name",
     ["lora_bias", "use_qalora", "use_bdlora", "alora_invocation_tokens", "trainable_token_indices",
-     "target_parameters", "layer_replication", "megatron_config", "arrow_config", "velora_config", "kasa_config",
-     "monteclora_config"],
+     "layer_replication", "megatron_config", "arrow_config", "velora_config", "kasa_config", "monteclora_config"],
 )  # fmt: skip
 def test_what_would_change_the_function_is_refused_by_name(tmp_path, name):
     save_adapter(make_adapter(), tmp_path)

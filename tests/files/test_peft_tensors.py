@@ -15,7 +15,7 @@ from stress import TINY
 from thimble.core.lowrank import Factors, Layout
 from thimble.errors import InputError
 from thimble.files.peft import CONFIG_FILE, WEIGHTS_FILE, load_adapter, modules_to_save, save_adapter
-from thimble.files.peft_tensors import wrapped
+from thimble.files.peft_parameters import wrapped
 from thimble.models.base import open_base
 
 
@@ -116,8 +116,8 @@ def test_contents_alone_make_the_identity(tmp_path):
 
 
 def test_a_layer_inside_of_another_is_named_by_way_of_it():
-    assert wrapped("a.b.bias", {"a", "a.b"}) == "a.base_layer.b.base_layer.bias"
-    assert wrapped("a.b", {"a.b", "a.c"}) == "a.b"
+    assert wrapped("a.b.bias", {"a": 1, "a.b": 1}) == "a.base_layer.b.base_layer.bias"
+    assert wrapped("a.b", {"a.b": 1, "a.c": 1}) == "a.b"
 
 
 def test_a_factor_of_another_size_is_no_factor():

@@ -21,6 +21,7 @@ class Layout(NamedTuple):
     kernel: tuple[int, ...] = ()  # of a convolution (out, in, *kernel): `in` of A counts channels times places
     groups: int = 1  # of a convolution: B is (out, rank / groups), and reads of the h Aᵀ of its own group alone
     is_embedding: bool = False  # (in, out): a row for each of `in` words
+    experts: int = 0  # of a parameter that is no layer's weight: how many (out, in) it stacks, 1 if it has two axes
 
 
 LINEAR = Layout()
@@ -31,8 +32,9 @@ class Factors:
     """The update of one layer: scale · B A, and with DoRA the length of each row of the updated weight.
 
     Attributes:
-        A: float (rank, in).
-        B: float (out, rank); of a convolution in groups (out, rank / groups).
+        A: float (rank, in); of a parameter, the rows of its experts one after the other, (experts · rank, in).
+        B: float (out, rank); of a convolution in groups (out, rank / groups); of a parameter (out, rank · experts), first
+            column 0 of each expert, then column 1 of each.
         scale: The number the product is multiplied by.
         magnitude: float (out,), lengths of the rows of W + scale · B A after they are set anew (Liu et al., DoRA,
             arXiv:2402.09353, equation 5); None leaves them as they are.
@@ -48,17 +50,19 @@ class Factors:
     def __post_init__(self) -> None:
         if self.A.ndim != 2 or self.B.ndim != 2 or self.A.shape[0] != self.B.shape[1] * self.layout.groups:
             raise ValueError(f"A is {self.A.shape} and B is {self.B.shape}: expected (rank, in) and (out, rank)")
+        if self.layout.experts and self.A.shape[0] % self.layout.experts:
+            raise ValueError(f"A is {self.A.shape}: expected one rank for each of {self.layout.experts} experts")
         if self.magnitude is not None and self.magnitude.shape != (len(self.B),):
             raise ValueError(f"magnitude is {self.magnitude.shape}: expected ({len(self.B)},)")
 
     @property
     def rank(self) -> int:
-        """Number of rows of A."""
+        """Number of rows of A: of a parameter, those of all its experts."""
         return int(self.A.shape[0])
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(out, in) of the weight it updates."""
+        """(out, in) of the weight it updates, or of each matrix in it."""
         return len(self.B), int(self.A.shape[1])
 
     @property
@@ -77,19 +81,36 @@ def scale(alpha: float, rank: int, use_rslora: bool = False) -> float:
 
 
 def delta(factors: Factors) -> Array:
-    """The dense update, before any magnitude: scale · B A, float (out, in).
+    """The dense update, before any magnitude: scale · B A, float (out, in); of experts (experts · out, in), in order.
 
     >>> delta(Factors(np.ones((1, 2)), np.ones((2, 1)), 0.5)).tolist()
     [[0.5, 0.5], [0.5, 0.5]]
     """
+    if factors.layout.experts:
+        return np.concatenate([delta(expert) for expert in of_each_expert(factors)])
     return np.asarray(factors.scale * (factors.B @ factors.A))
+
+
+def of_each_expert(factors: Factors) -> list[Factors]:
+    """The update of each matrix that a parameter stacks, in order."""
+    count, rank = factors.layout.experts, factors.rank // factors.layout.experts
+    sides = ((factors.A[e * rank : (e + 1) * rank], factors.B[:, e::count]) for e in range(count))
+    return [Factors(a, b, factors.scale) for a, b in sides]
+
+
+def of_experts(updates: Sequence[Factors]) -> Factors:
+    """The other way round: updates of one rank and scale, (out, in) each, as that of the parameter that stacks them."""
+    b = np.stack([update.B for update in updates], 2).reshape(len(updates[0].B), -1)  # (out, rank, experts)
+    return Factors(
+        np.concatenate([update.A for update in updates]), b, updates[0].scale, layout=Layout(experts=len(updates))
+    )
 
 
 def merge(weight: Array, factors: Factors) -> Array:
     """Add an update to a weight in at least float32 and return it in the dtype of `weight`.
 
     Args:
-        weight: W, float (out, in); not changed.
+        weight: W, float (out, in), of experts (experts · out, in); not changed.
         factors: The update.
 
     Returns:

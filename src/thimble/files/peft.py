@@ -22,16 +22,8 @@ from thimble.files.foreign_adapters import MOST_HEADER_BYTES, MOST_TENSORS, PART
 from thimble.files.peft_config import CONFIG_FILE as CONFIG_FILE
 from thimble.files.peft_config import WEIGHTS_FILE as WEIGHTS_FILE
 from thimble.files.peft_config import AdapterConfig, read_adapter_config
-from thimble.files.peft_tensors import (
-    COUNTER,
-    ROOT,
-    LayerTensors,
-    outermost,
-    path_of,
-    sort_tensors,
-    tensors_of,
-    wrapped,
-)
+from thimble.files.peft_parameters import SETTING, wrapped, wrappers
+from thimble.files.peft_tensors import COUNTER, ROOT, LayerTensors, outermost, path_of, sort_tensors, tensors_of
 from thimble.files.tensor_info import TensorInfo
 from thimble.files.tensors import TensorFile, open_tensors, write_safetensors
 from thimble.files.untrusted import names_in, printable, some
@@ -77,8 +69,9 @@ def save_adapter(adapter: Adapter, folder: str | Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     adapter = adapter.plain()
     layers = named_for_peft(adapter)
-    tensors = dict(tensors_of(layers))
-    tensors |= {ROOT + wrapped(name, layers): values for name, values in adapter.replaced.items()}
+    tensors = dict(tensors_of(layers, _parameters(adapter)))
+    around = wrappers(layers)
+    tensors |= {ROOT + wrapped(name, around): values for name, values in adapter.replaced.items()}
     write_safetensors(folder / WEIGHTS_FILE, tensors, {**adapter.notes, "format": "pt"})
     text = json.dumps(_config_fields(adapter), indent=2, sort_keys=True, ensure_ascii=False)
     (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
@@ -87,9 +80,10 @@ def save_adapter(adapter: Adapter, folder: str | Path) -> None:
 def _config_fields(adapter: Adapter) -> dict[str, Any]:
     """PEFT's fields: the commonest rank and alpha, and patterns for the layers that differ."""
     layers = named_for_peft(adapter)
-    targets = {path: factors for path, factors in layers.items() if outermost(path, layers) == path}
-    ranks = {path: factors.rank for path, factors in targets.items()}
-    alphas = {path: factors.scale * factors.rank for path, factors in targets.items()}
+    holders = {path: factors for path, factors in layers.items() if outermost(path, layers) == path}
+    ranks = {path: factors.rank // max(1, factors.layout.experts) for path, factors in holders.items()}
+    alphas = {path: factors.scale * ranks[path] for path, factors in holders.items()}
+    targets = {path: factors for path, factors in holders.items() if not factors.layout.experts}
     rank, alpha = _commonest(ranks.values()), _commonest(alphas.values())
     # A short name would adapt the layers of the vision part too, which are called the same.
     is_text = adapter.prefix in PREFIXES[:2] and "task_type" not in adapter.settings
@@ -101,10 +95,17 @@ def _config_fields(adapter: Adapter) -> dict[str, Any]:
         "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
         "modules_to_save": modules_to_save(adapter) or None,
         "target_modules": _shortest_targets(targets) if is_text else sorted(targets),
+        "target_parameters": _parameters(adapter) or None,
         "use_dora": adapter.has_magnitudes,
         "rank_pattern": {path: value for path, value in ranks.items() if value != rank},
         "alpha_pattern": {path: value for path, value in alphas.items() if value != alpha},
     }
+
+
+def _parameters(adapter: Adapter) -> list[str]:
+    """The adapted parameters by their names in PEFT, in the order of their modules."""
+    names = {path: name for path, name in zip(adapter.layers, named_for_peft(adapter), strict=True)}
+    return [names[path] for path in adapter.settings.get(SETTING, ()) if path in names]
 
 
 def modules_to_save(adapter: Adapter) -> list[str]:
@@ -248,6 +249,8 @@ def _load(folder: Path) -> Adapter:
     _refuse(folder, [f"{name} holds numbers that are NaN or Inf: train it again" for name in broken])
     notes = {name: text for name, text in file.metadata.items() if name != "format"}
     settings = _settings(config, is_text=bool(prefixes) and not replaced)
+    if parameters := tuple(path for path, factors in layers.items() if factors.layout.experts):
+        settings[SETTING] = parameters
     return Adapter(layers, config.base, notes, {}, next(iter(prefixes), PLAIN), replaced, settings)
 
 

@@ -25,8 +25,8 @@ MOST_PATH_CHARACTERS = 1024
 
 # Fields of PEFT with which an adapter computes something else than scale · B A; unset or empty they mean nothing.
 _NOT_SUPPORTED = (
-    "lora_bias", "use_qalora", "use_bdlora", "alora_invocation_tokens", "trainable_token_indices", "target_parameters",
-    "layer_replication", "megatron_config", "arrow_config", "velora_config", "kasa_config", "monteclora_config",
+    "lora_bias", "use_qalora", "use_bdlora", "alora_invocation_tokens", "trainable_token_indices", "layer_replication",
+    "megatron_config", "arrow_config", "velora_config", "kasa_config", "monteclora_config",
 )  # fmt: skip
 _UNSET: tuple[Any, ...] = (None, False, "none", [], {})
 # Starts that leave the base as it is. With the others (PiSSA, OLoRA, CorDA, LoftQ, ...) PEFT changes the base too.
@@ -86,6 +86,7 @@ class AdapterConfig:
     fan_in_fan_out: bool = False  # whether weights of layers lie as (in, out)
     task_type: str | None = None  # which class of PEFT opens it, for PEFT
     auto_mapping: Mapping[str, str] | None = None  # without that, the class of the model that was trained
+    target_parameters: tuple[str, ...] = ()  # adapted parameters that are no layer's weight: names, or ends of them
 
     def allowed_ranks(self, layer: str) -> set[int]:
         """The rank a layer must have; with keys that are regular expressions, theirs too."""
@@ -111,7 +112,7 @@ def read_adapter_config(path: Path) -> AdapterConfig:
     task = task if isinstance(task, str) and re.fullmatch("[A-Z0-9_]{1,40}", task) else None
     return AdapterConfig(
         base, config["r"], float(config["lora_alpha"]), *flags, *patterns, *whole, is_turned, task,
-        _auto_mapping(config.get("auto_mapping")),
+        _auto_mapping(config.get("auto_mapping")), tuple(config.get("target_parameters") or ()),
     )  # fmt: skip
 
 
@@ -188,16 +189,25 @@ def _check_function(config: Mapping[str, Any]) -> list[str]:
 
 
 def _check_whole(config: Mapping[str, Any]) -> list[str]:
-    """What is wrong with what the config says of tensors that were trained themselves."""
-    problems, bias, modules = [], config.get("bias"), config.get("modules_to_save")
+    """What is wrong with what the config says of tensors that were trained themselves, and of parameters."""
+    problems, bias = [], config.get("bias")
     if bias not in (None, False, *BIASES):
         problems.append(f"bias is {shown(bias)}: expected one of {', '.join(BIASES)}")
-    if modules is None or modules is False:
-        return problems
-    if not isinstance(modules, list) or len(modules) > MOST_ENTRIES:
-        return [*problems, f"modules_to_save is {shown(modules)}: expected at most {MOST_ENTRIES:,} names of modules"]
-    wrong = [name for name in modules if not (isinstance(name, str) and len(name) <= 512 and _NAME.fullmatch(name))]
-    return problems + [f"modules_to_save names {shown(name)}: expected the name of a module" for name in wrong]
+    for field, kind in (("modules_to_save", "module"), ("target_parameters", "parameter")):
+        problems += _name_problems(field, config.get(field), kind)
+    if config.get("target_parameters") and config.get("use_dora"):
+        problems.append("use_dora is true with target_parameters, for which PEFT has no DoRA: expected one of them")
+    return problems
+
+
+def _name_problems(field: str, names: Any, kind: str) -> list[str]:
+    """What is wrong with a list of names of modules or parameters."""
+    if names in _UNSET:
+        return []
+    if not isinstance(names, list) or len(names) > MOST_ENTRIES:
+        return [f"{field} is {shown(names)}: expected at most {MOST_ENTRIES:,} names of {kind}s"]
+    wrong = [name for name in names if not (isinstance(name, str) and len(name) <= 512 and _NAME.fullmatch(name))]
+    return [f"{field} names {shown(name)}: expected the name of a {kind}" for name in wrong]
 
 
 def _check_texts(config: Mapping[str, Any]) -> list[str]:

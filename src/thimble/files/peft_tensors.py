@@ -5,7 +5,7 @@ of the model as it was.
 """
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 from thimble.core.lowrank import Factors, Layout
 from thimble.errors import listing
 from thimble.files.peft_config import MAX_RANK, AdapterConfig
+from thimble.files.peft_parameters import INSIDE, depth_of, module_of, name_parameters, unwrapped, wrapped, wrappers
 from thimble.files.tensor_info import TensorInfo
 from thimble.files.tensors import TensorFile
 from thimble.files.untrusted import some
 
-ROOT, INSIDE = "base_model.model.", "base_layer"
+ROOT = "base_model.model."
 A, B, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"  # sides of a layer
 EMBEDDING_A, EMBEDDING_B = "lora_embedding_A", "lora_embedding_B"
 COUNTER = "num_batches_tracked"  # of a norm: the one tensor of whole numbers
@@ -46,8 +47,8 @@ class LayerTensors:
 
     @property
     def rank(self) -> int:
-        """Number of rows of A."""
-        return self.A.shape[0]
+        """Number of rows of A; of a parameter for each of its experts."""
+        return self.A.shape[0] // max(1, self.layout.experts)
 
     def read(self, file: TensorFile, scale: float) -> Factors:
         """The factors, float32: A and B as matrices."""
@@ -66,48 +67,63 @@ class AdapterTensors:
 
 
 def path_of(name: str) -> str | None:
-    """The path of the layer that a tensor belongs to; None if it is none of a layer."""
+    """The path of the layer that a tensor belongs to, or of the module whose parameter it is of; None if of none."""
     match = _match(name)
-    return match[0] if match and match[1] else None
+    return match[0] if match and match[2] else None
 
 
-def _match(name: str) -> tuple[str, str] | None:
-    """The path that a tensor is of, and its side; without one the path is its own. None if it has no such name."""
+def _match(name: str) -> tuple[str, int, str] | None:
+    """The path that a tensor is of, how many wrappers lie around that which is named, and its side; without one the
+    path is its own. None if it has no such name.
+    """
     found = _NAME.fullmatch(name)
     if not found:
         return None
     side = _SIDE.fullmatch(found["path"])
     path, kind = (side["path"], side["side"]) if side else (found["path"], "")
-    return path.replace(f".{INSIDE}.", "."), kind
+    return *unwrapped(path), kind
 
 
 def sort_tensors(file: TensorFile, config: AdapterConfig) -> AdapterTensors:
     """Say of every tensor of a file what it is; nothing is read."""
-    sides: dict[str, dict[str, TensorInfo]] = {}
+    sides: dict[tuple[str, int], dict[str, TensorInfo]] = {}
     others: dict[str, TensorInfo] = {}
     problems, strange = [], []
     for name, info in file.tensors.items():
-        path, side = _match(name) or ("", "")
+        path, depth, side = _match(name) or ("", 0, "")
         if not path or not (info.dtype in _FLOATS if side else _is_replacement(info, config)):
             strange.append(info)
-        elif side in sides.get(path, ()) or (not side and path in others):
+        elif side in sides.get((path, depth), ()) or (not side and path in others):
             problems.append(f"tensor {name} is there twice, with {INSIDE} in its name and without")
         elif side:
-            sides.setdefault(path, {})[side] = info
+            sides.setdefault((path, depth), {})[side] = info
         elif config.bias == "none" or not any(part in name for part in _COPIES):
             others[path] = info
     strange += [
-        info for path, info in others.items() if info.name.endswith(_OF_BASE) and path.rpartition(".")[0] not in sides
+        info
+        for path, info in others.items()
+        if info.name.endswith(_OF_BASE) and (path.rpartition(".")[0], 0) not in sides
     ]
     problems += some(map(_is_nothing, strange), MOST_STRANGE)
-    layers = {}
-    for path, found in sides.items():
-        problem, layer = _pair(path, found, config.use_dora)
-        problems += [problem] if problem else []
-        layers |= {path: layer} if layer else {}
+    layers, wrong = _layers(sides, config)
     if not sides and not problems:
         problems.append("it holds no LoRA matrices")
-    return AdapterTensors(layers, others, problems)
+    return AdapterTensors(layers, others, problems + wrong)
+
+
+def _layers(
+    sides: dict[tuple[str, int], dict[str, TensorInfo]], config: AdapterConfig
+) -> tuple[dict[str, LayerTensors], list[str]]:
+    """The layers by path, parameters of a module in their order; and what is wrong with them."""
+    rows = {key: found[A].shape[0] if A in found and found[A].shape else 0 for key, found in sides.items()}
+    named = name_parameters(rows, config)
+    layers, problems = dict[str, LayerTensors](), list(named.problems)
+    for (module, depth), found in sorted(sides.items(), key=lambda item: -item[0][1]):
+        path = named.names.get((module, depth), module)
+        problem, layer = _pair(path, found, config.use_dora, named.experts.get(path, 0))
+        problems += [problem] if problem else []
+        layers |= {path: layer} if layer else {}
+    return layers, problems
 
 
 def _is_nothing(info: TensorInfo) -> str:
@@ -134,36 +150,41 @@ def _is_replacement(info: TensorInfo, config: AdapterConfig) -> bool:
     return any(owner.endswith(saved) for saved in config.modules_to_save for owner in owners)
 
 
-def _pair(path: str, found: dict[str, TensorInfo], use_dora: bool) -> tuple[str, LayerTensors | None]:
-    """The tensors of one layer, or what is wrong with them."""
+def _pair(path: str, found: dict[str, TensorInfo], use_dora: bool, experts: int) -> tuple[str, LayerTensors | None]:
+    """The tensors of one layer, or of a parameter of so many experts; or what is wrong with them."""
     pair = (EMBEDDING_A, EMBEDDING_B) if EMBEDDING_A in found or EMBEDDING_B in found else (A, B)
     expected = (*pair, MAGNITUDE) if use_dora else pair
     if sorted(found) != sorted(expected):
         return f"{path} has {listing(found)}: expected {listing(expected)}", None
     a, b, magnitude = found[pair[0]], found[pair[1]], found.get(MAGNITUDE)
     kernel, is_embedding = a.shape[2:], pair[0] == EMBEDDING_A
-    if len(kernel) > (0 if is_embedding else MOST_KERNEL_AXES) or len(a.shape) < 2:
+    if len(kernel) > (0 if is_embedding or experts else MOST_KERNEL_AXES) or len(a.shape) < 2:
         return _is_nothing(a), None
     if len(b.shape) != len(a.shape) or b.shape[2:] != (1,) * len(kernel):
         return f"{_is_nothing(b)}: its A is {a.shape}", None
     groups = a.shape[0] // max(1, b.shape[1])
     is_whole = groups * b.shape[1] == a.shape[0] and (groups == 1 or (bool(kernel) and b.shape[0] % groups == 0))
-    if not is_whole or not 1 <= a.shape[0] <= MAX_RANK or 0 in a.shape + b.shape:
+    if not is_whole or not 1 <= a.shape[0] <= MAX_RANK * max(1, experts) or 0 in a.shape + b.shape:
         wanted = "(rank, in) and (out, rank)" if not kernel else "(rank, in, kernel) and (out, rank / groups, ones)"
         return f"{path} has A {a.shape} and B {b.shape}: expected {wanted}, rank 1 to {MAX_RANK}", None
     if magnitude and magnitude.shape != (wide := _magnitude_shape(b.shape[0], len(kernel))):
         return f"{path} has a magnitude of shape {magnitude.shape}: expected {wide}", None
-    return "", LayerTensors(a, b, magnitude, Layout(kernel, groups, is_embedding))
+    return "", LayerTensors(a, b, magnitude, Layout(kernel, groups, is_embedding, experts))
 
 
 def _magnitude_shape(size: int, axes: int) -> tuple[int, ...]:
     return (1, size) + (1,) * axes if axes else (size,)
 
 
-def tensors_of(layers: dict[str, Factors]) -> Iterator[tuple[str, NDArray[Any]]]:
-    """The tensors of some layers, by the names and in the shapes that PEFT gives them."""
+def tensors_of(layers: dict[str, Factors], order: Sequence[str] = ()) -> Iterator[tuple[str, NDArray[Any]]]:
+    """The tensors of some layers, by the names and in the shapes that PEFT gives them.
+
+    `order` has the names of parameters among them in the order of their modules.
+    """
+    around = wrappers(layers)
     for path, factors in layers.items():
-        layout, name = factors.layout, ROOT + wrapped(path, layers)
+        layout, name = factors.layout, ROOT + wrapped(module_of(path, factors), around)
+        name += f".{INSIDE}" * (depth_of(path, layers, order) if layout.experts else 0)
         axes = len(layout.kernel)
         sides = {
             EMBEDDING_A if layout.is_embedding else A: factors.A.reshape(factors.rank, -1, *layout.kernel),
@@ -178,16 +199,3 @@ def outermost(path: str, layers: Collection[str]) -> str:
     """The adapted layer around a layer, whose rank and alpha PEFT gives it; the layer itself if none is around it."""
     ends = [dot.start() for dot in re.finditer(r"\.", path)]
     return next((path[:end] for end in ends if path[:end] in layers), path)
-
-
-def wrapped(name: str, layers: Collection[str]) -> str:
-    """The name of a module or a tensor, once some layers are wrapped.
-
-    >>> wrapped("attn.out_proj.bias", {"attn", "attn.out_proj"})
-    'attn.base_layer.out_proj.base_layer.bias'
-    """
-    parts, done = name.split("."), []
-    for number, part in enumerate(parts):
-        done += [INSIDE] if number and ".".join(parts[:number]) in layers else []
-        done.append(part)
-    return ".".join(done)
