@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from thimble.backends.torch.attached_layers import CHILD, LowRank, hook_beside, hook_within
+from thimble.backends.torch.attached_layers import LowRank, hook_beside, hook_within
 from thimble.backends.torch.attached_places import Place, Survey
 from thimble.backends.torch.attached_start import Start, read_options, start_from, start_new
 from thimble.core.adapter import Adapter
@@ -48,7 +48,7 @@ class Attachment:
     @property
     def lora(self) -> dict[str, LowRank]:
         """A and B by the path of the layer."""
-        return {place.path: getattr(place.layer, CHILD) for place in self.places}
+        return {place.path: getattr(place.layer, place.child) for place in self.places}
 
     @property
     def trained(self) -> dict[str, nn.Parameter]:
@@ -82,7 +82,7 @@ class Attachment:
     def _unreached(self) -> list[str]:
         """Types of modules with matrices of their own that LoRA cannot take, and how many parameters they hold."""
         survey, held = Survey(self.model), dict[str, int]()
-        whole = set(self.whole)
+        whole = {*self.whole, *(place.path for place in self.places if place.layout.experts)}
         for path, module in survey.modules.items():
             own = module.named_parameters(recurse=False)
             count = sum(p.numel() for name, p in own if p.dim() >= 2 and f"{path}.{name}" not in whole)
@@ -145,10 +145,12 @@ def _put_on(model: nn.Module, start: Start) -> Attachment:
         tensors[name].data = torch.from_numpy(values.copy()).to(tensors[name].device, tensors[name].dtype)
     for place in start.places:
         low_rank = LowRank(start.factors[place.path], start.origin.get(place.path), start.dropout)
-        place.layer.add_module(CHILD, low_rank.to(getattr(place.layer, place.weight).device))
+        place.layer.add_module(place.child, low_rank.to(getattr(place.layer, place.weight).device))
         low_rank.train(place.layer.training)
         found.hooks += (
-            hook_beside(place.layer) if place.is_beside else hook_within(place.called, place.inside, place.weight)
+            hook_beside(place.layer)
+            if place.is_beside
+            else hook_within(place.called, place.inside, place.weight, place.child)
         )
     found.hooks += [model.get_submodule(path).register_forward_pre_hook(_keep_statistics) for path in norms]
     found.hooks.append(model.register_forward_hook(_after_call))
@@ -354,7 +356,7 @@ def detach(model: nn.Module) -> None:
     for encoder in found.nested:
         encoder.use_nested_tensor = True
     for place in found.places:
-        delattr(place.layer, CHILD)
+        delattr(place.layer, place.child)
     for name, parameter in found.model.named_parameters():
         parameter.requires_grad_(found.was_trainable.get(name, True))
     del found.model.__dict__[_ATTRIBUTE]

@@ -2,7 +2,8 @@
 
 A layer whose forward pass is the known one keeps its weight and gets scale · B A x added to its output. One that is
 computed otherwise (packed attention, which never calls its out_proj; an embedding that makes its own positions) has its
-weight replaced by W + scale · B A while it is called: more memory, and right whatever it does with the weight.
+weight replaced by W + scale · B A while it is called: more memory, and right whatever it does with the weight. So have
+parameters that are no layer's weight, such as those of experts, each expert's matrix with an update of its own.
 """
 
 from functools import partial
@@ -32,14 +33,28 @@ def is_conv1d_of_transformers(layer: nn.Module) -> bool:
     return any((kind.__name__, kind.__module__) == ("Conv1D", "transformers.pytorch_utils") for kind in kinds)
 
 
+def is_stack(layer: nn.Module, weight: Tensor) -> bool:
+    """Whether a weight is that of experts: (experts, out, in), or (experts, in, out) if the module `is_transposed`."""
+    return weight.dim() == 3 and not isinstance(layer, nn.Conv1d)
+
+
 def as_matrix(layer: nn.Module, weight: Tensor) -> Tensor:
-    """A weight as (out, in): a view of it."""
+    """A weight as (out, in): a view of it; that of experts as (experts · out, in)."""
+    if is_stack(layer, weight):
+        return (weight.transpose(1, 2) if has_turned_experts(layer) else weight).flatten(0, 1)
     return weight.t() if is_turned(layer) else weight.flatten(1)
 
 
 def as_weight(layer: nn.Module, matrix: Tensor, shape: torch.Size) -> Tensor:
     """The other way round: (out, in) in the shape of the weight."""
+    if len(shape) == 3 and has_turned_experts(layer) and not isinstance(layer, nn.Conv1d):
+        return matrix.reshape(shape[0], shape[2], shape[1]).transpose(1, 2).contiguous()
     return (matrix.t() if is_turned(layer) else matrix).reshape(shape)
+
+
+def has_turned_experts(module: nn.Module) -> bool:
+    """Whether weights of experts lie as (experts, in, out), as PEFT knows it: by an attribute of transformers."""
+    return bool(getattr(module, "is_transposed", False))
 
 
 class LowRank(nn.Module):
@@ -129,11 +144,24 @@ class LowRank(nn.Module):
         if not self._takes_part(layer):
             return
         weight = getattr(layer, name)
+        if self.layout.experts:
+            layer.__dict__[name] = self._with_experts(layer, weight)
+            return
         a, b = (side.flatten(1) for side in self.sides())
         total = as_matrix(layer, weight) + self.scale * b @ a
         if self.magnitude is not None:
             total = total * self._rates(as_matrix(layer, weight))[:, None]
         layer.__dict__[name] = as_weight(layer, total, weight.shape).to(weight.dtype)
+
+    def _with_experts(self, layer: nn.Module, weight: Tensor) -> Tensor:
+        """The weights of experts with their updates, in the shape of `weight`; each product is added as it is made."""
+        count = self.layout.experts
+        a = self.A.unflatten(0, (count, -1)).to(weight.dtype)  # (experts, rank, in)
+        b = self.B.unflatten(1, (-1, count)).permute(2, 0, 1).to(weight.dtype)  # (experts, out, rank)
+        is_turned = is_stack(layer, weight) and has_turned_experts(layer)
+        left, right = (a.transpose(1, 2), b.transpose(1, 2)) if is_turned else (b, a)
+        stack = weight if is_stack(layer, weight) else weight[None]
+        return torch.baddbmm(stack, left, right, alpha=self.scale).view(weight.shape)
 
     def _takes_part(self, layer: nn.Module) -> bool:
         self.is_called = True
@@ -159,15 +187,18 @@ def hook_beside(layer: nn.Module) -> list[RemovableHandle]:
     return [layer.register_forward_hook(getattr(layer, CHILD).add, with_kwargs=True)]
 
 
-def hook_within(called: nn.Module, inside: str, name: str) -> list[RemovableHandle]:
-    """Replace a weight, of the module called or of one inside of it, while it is called."""
-    before, after = (partial(step, inside, name) for step in (_put_in, _take_out))
+def hook_within(called: nn.Module, inside: str, name: str, child: str) -> list[RemovableHandle]:
+    """Replace a weight, of the module called or of one inside of it, while it is called.
+
+    `child` is the name of its `LowRank` there.
+    """
+    before, after = partial(_put_in, inside, name, child), partial(_take_out, inside, name)
     return [called.register_forward_pre_hook(before), called.register_forward_hook(after, always_call=True)]
 
 
-def _put_in(inside: str, name: str, called: nn.Module, args: Any) -> None:
+def _put_in(inside: str, name: str, child: str, called: nn.Module, args: Any) -> None:
     layer = called.get_submodule(inside)
-    getattr(layer, CHILD).put_in(layer, name)
+    getattr(layer, child).put_in(layer, name)
 
 
 def _take_out(inside: str, name: str, called: nn.Module, args: Any, output: Any) -> None:

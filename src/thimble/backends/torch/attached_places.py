@@ -40,10 +40,15 @@ class Place:
     is_beside: bool  # whether the layer's forward pass is the known one
 
     @property
+    def child(self) -> str:
+        """What its `LowRank` is called inside of the layer; parameters of one module each have their own."""
+        return f"{CHILD}_{self.weight}" if self.layout.experts else CHILD
+
+    @property
     def shape(self) -> tuple[int, int]:
-        """(out, in) of the update; `in` of a convolution counts all channels, of every group."""
+        """(out, in) of the update, or of each expert's; `in` of a convolution counts all channels, of every group."""
         out, width = as_matrix(self.layer, getattr(self.layer, self.weight)).shape
-        return int(out), int(width) * self.layout.groups
+        return int(out) // max(1, self.layout.experts), int(width) * self.layout.groups
 
 
 @dataclass(frozen=True)
@@ -164,14 +169,19 @@ def _unfit_weight(survey: Survey, place: Place, kind: str) -> str:
         return f"is {kind} whose weight is computed at each call (weight_norm, parametrizations): remove that first"
     if isinstance(weight, UninitializedParameter):
         return f"is {kind} that has no shape before its first batch: run one through the model first"
+    if getattr(place.layer, "max_norm", None) is not None:
+        return "renormalises its weight at each call (max_norm), so the base would not stay as it is: set max_norm=None"
+    return unfit_numbers(survey, f"{place.path}.{place.weight}", weight, kind)
+
+
+def unfit_numbers(survey: Survey, name: str, weight: torch.Tensor, kind: str) -> str:
+    """Why a weight cannot take LoRA, whatever layer it is of, as the end of a sentence; empty if it can."""
     if weight.is_meta:
         return "has no numbers yet (it is on the device meta): load the model first"
     if not weight.is_floating_point():
         dtype = str(weight.dtype).removeprefix("torch.")
         return f"is {kind} with a weight of {dtype}: expected floats, not a quantised weight"
-    if getattr(place.layer, "max_norm", None) is not None:
-        return "renormalises its weight at each call (max_norm), so the base would not stay as it is: set max_norm=None"
-    shared = [name for name in survey.sharers(weight) if name != f"{place.path}.{place.weight}"]
+    shared = [other for other in survey.sharers(weight) if other != name]
     if shared:
         return (
             f"shares its weight with {listing(shared, 2)}: an update of one would be lost or doubled when it is "
@@ -191,7 +201,10 @@ def _not_taken(module: nn.Module, kind: str) -> str:
     if inner and not own:
         return f"is {kind}, which holds layers and is none: name them, such as {inner[0]}"
     if own:
-        return f"is {kind}: LoRA is made for {TAKEN}; train it whole with train_also"
+        return (
+            f"is {kind}: LoRA is made for {TAKEN}; name its parameters with target_parameters, or train it whole with "
+            "train_also"
+        )
     has_any = next(module.parameters(), None) is not None
     return f"is {kind}, which has no matrix to adapt" + (": train it whole with train_also" if has_any else "")
 

@@ -9,19 +9,24 @@ import numpy as np
 from torch import nn
 
 from thimble.backends.torch.attached_layers import as_matrix, is_conv1d_of_transformers
+from thimble.backends.torch.attached_parameters import choose_parameters, parameter_places, unfit_parameter
 from thimble.backends.torch.attached_places import KINDS, Place, Survey, choose, names, no_match, trained_whole, unfit
 from thimble.core.adapter import Adapter
 from thimble.core.inits import BUILDERS, LayerData, embedding
-from thimble.core.lowrank import Factors, scale
+from thimble.core.lowrank import Factors, of_experts, scale
 from thimble.core.method import ADAPTER, INITS, MOST_SCALE, Init, parse_init
 from thimble.errors import AdapterError, ConfigError, Problems, listing
 from thimble.files.peft import named_for_peft, named_for_text
 from thimble.files.peft_config import BIASES, MAX_RANK
+from thimble.files.peft_parameters import SETTING, in_order
 
 PEFT_NAMES = {
     "r": "rank", "lora_alpha": "alpha", "target_modules": "targets", "modules_to_save": "train_also",
     "lora_dropout": "dropout", "init_lora_weights": "init",
 }  # fmt: skip
+
+LISTS = ("train_also", "target_parameters")  # options that are lists of names
+NOTHING = Factors(np.zeros((1, 1)), np.zeros((1, 1)), 1.0)  # of a layer whose name alone is asked about
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,7 @@ class LoraOptions:
     dropout: float = 0.0  # lora_dropout: share of the inputs of A left out at each step of training
     init: str = "kaiming"  # init_lora_weights
     bias: str = "none"  # biases to train: none, lora_only (of adapted layers), all
+    target_parameters: str | tuple[str, ...] = ()  # parameters that are no layer's weight; a text is told as wrong
     seed: int = 0  # of random A and B
 
 
@@ -52,10 +58,10 @@ def read_options(targets: str | Sequence[str], options: Mapping[str, Any]) -> Lo
         raise ConfigError(
             *(f"{name} is no option of attach: {hint}" for name, hint in zip(unknown, hints, strict=True))
         )
-    also = options.get("train_also", ())
     patterns = {name: options.get(name) or {} for name in ("rank_pattern", "alpha_pattern")}
-    also = also if isinstance(also, str) else tuple(also or ())
-    return LoraOptions(targets, **{**options, **patterns, "train_also": also})
+    given = {name: options.get(name, ()) for name in LISTS}
+    lists = {name: value if isinstance(value, str) else tuple(value or ()) for name, value in given.items()}
+    return LoraOptions(targets, **{**options, **patterns, **lists})
 
 
 @dataclass(frozen=True)
@@ -80,30 +86,30 @@ def start_new(model: nn.Module, options: LoraOptions) -> Start:
     """A fresh adapter for a model; an InputError names every problem."""
     problems, survey = Problems(_option_problems(options)), Survey(model)
     if problems.found:  # names are looked for all the same, so that what is wrong with them is told too
-        also = () if isinstance(options.train_also, str) else options.train_also
-        options = LoraOptions(options.targets, also)
+        lists = {name: getattr(options, name) for name in LISTS if not isinstance(getattr(options, name), str)}
+        options = LoraOptions(options.targets, **lists)
     whole, wrong = trained_whole(survey, options.train_also)
     ranks, alphas = _Numbers(options.rank, options.rank_pattern), _Numbers(options.alpha, options.alpha_pattern)
     chosen = choose(survey, options.targets, whole, ranks.of)
-    problems.add(*wrong, *chosen.problems)
-    problems.add(*ranks.unused("rank_pattern", survey), *alphas.unused("alpha_pattern", survey))
+    parameters, unfit_ones = choose_parameters(survey, options.target_parameters, whole, chosen.places)
+    places = [*chosen.places, *parameters]
+    problems.add(*wrong, *chosen.problems, *unfit_ones)
+    problems.add(*ranks.unused("rank_pattern", survey, parameters), *alphas.unused("alpha_pattern", survey, parameters))
     init, factors, origin = parse_init(options.init), {}, {}
-    problems.add(*_place_problems(chosen.places, options, init, ranks))
-    problems.add(*_prefix_problems(chosen.places))
+    problems.add(*_place_problems(places, options, init, ranks))
+    problems.add(*_prefix_problems(places))
     problems.required()
-    for place in chosen.places:
+    for place in places:
         rank, holder = ranks.of(_holder(place)), _holder(place)
         made = _make(place, init, rank, scale(float(alphas.of(holder)), rank, options.use_rslora), options.seed)
         if init.is_delta:
             origin[place.path] = made
         lengths = np.linalg.norm(_matrix(place), axis=1) if options.use_dora else None
         factors[place.path] = replace(made, magnitude=lengths)
-    names_whole = _tensors_in(model, whole) | _biases(model, chosen.places, options.bias)
+    names_whole = _tensors_in(model, whole) | _biases(model, places, options.bias)
     inside = {path for path in ("", *survey.modules) if any(path == m or path.startswith(m + ".") for m in whole)}
-    settings = _settings(model, chosen.places, options.bias)
-    return Start(
-        chosen.places, factors, origin, sorted(names_whole), inside, settings, options.dropout, chosen.left_out
-    )
+    settings = _settings(model, places, options.bias)
+    return Start(places, factors, origin, sorted(names_whole), inside, settings, options.dropout, chosen.left_out)
 
 
 def _option_problems(options: LoraOptions) -> list[str]:
@@ -129,9 +135,10 @@ def _option_problems(options: LoraOptions) -> list[str]:
         check(f"alpha_pattern[{key!r}]", value, is_alpha(value), an_alpha)
     check("dropout", options.dropout, 0 <= options.dropout < 1, "a share from 0 up to, not including, 1")
     check("bias", options.bias, options.bias in BIASES, f"one of {', '.join(BIASES)}")
-    check("targets", options.targets, len(options.targets) > 0, "at least one layer or kind of layers")
-    one_text = isinstance(options.train_also, str)
-    check("train_also", options.train_also, not one_text, "a list of names")
+    has_any = len(options.targets) > 0 or len(options.target_parameters) > 0
+    check("targets", options.targets, has_any, "at least one layer or kind of layers")
+    for name in LISTS:
+        check(name, getattr(options, name), not isinstance(getattr(options, name), str), "a list of names")
     usable = [name for name, init in INITS.items() if init.needs in ("nothing", "weights") and name != ADAPTER]
     check("init", options.init, options.init in usable, f"one of {', '.join(usable)}; the others need calibration data")
     return problems
@@ -147,8 +154,9 @@ class _Numbers:
         found = [value for name, value in self._pattern.items() if names(name, path)]
         return found[-1] if found else self._default
 
-    def unused(self, option: str, survey: Survey) -> list[str]:
-        return [no_match(option, name, survey) for name in self._pattern if not survey.matching(name)]
+    def unused(self, option: str, survey: Survey, parameters: Sequence[Place]) -> list[str]:
+        own = [name for name in self._pattern if not any(names(name, place.path) for place in parameters)]
+        return [no_match(option, name, survey) for name in own if not survey.matching(name)]
 
 
 def _holder(place: Place) -> str:
@@ -160,7 +168,7 @@ def _place_problems(places: list[Place], options: LoraOptions, init: Init, ranks
     """What of the options some layers cannot have."""
     problems, packed = (
         [],
-        [place.path for place in places if place.called is not place.layer or place.weight != "weight"],
+        [place.path for place in places if place.called is not place.layer or place.weight == "in_proj_weight"],
     )
     computed = [place.path for place in places if not place.is_beside]
     if options.use_dora and packed:
@@ -172,6 +180,11 @@ def _place_problems(places: list[Place], options: LoraOptions, init: Init, ranks
             f"dropout={options.dropout:g}: {listing(computed)} computes with its weight in a way of its own, where "
             "there is no input of A to drop: take dropout=0, or leave it out"
         )
+    stacked = [place.path for place in places if place.layout.experts]
+    if stacked and (init.needs == "weights" or init.is_delta):
+        problems.append(f"init={init}: {listing(stacked)} is a parameter, for which kaiming or gaussian will do")
+    if stacked and options.use_dora:
+        problems.append(f"use_dora: {listing(stacked)} is a parameter, which PEFT's DoRA does not know: leave it out")
     grouped = [place.path for place in places if place.layout.groups > 1]
     if grouped and (init.needs == "weights" or init.is_delta):
         problems.append(
@@ -195,8 +208,7 @@ def _place_problems(places: list[Place], options: LoraOptions, init: Init, ranks
 
 def _prefix_problems(places: list[Place]) -> list[str]:
     """Layers that Thimble's own reader of adapters could not tell apart."""
-    nothing = Factors(np.zeros((1, 1)), np.zeros((1, 1)), 1.0)
-    prefixes = named_for_text({place.path: nothing for place in places})[1]
+    prefixes = named_for_text({place.path: NOTHING for place in places})[1]
     if len(prefixes) < 2:
         return []
     return [f"targets names layers in {listing(p + 'layers' for p in prefixes)}: adapt one of these parts at a time"]
@@ -208,7 +220,10 @@ def _matrix(place: Place) -> Any:
 
 
 def _make(place: Place, init: Init, rank: int, factor: float, seed: int) -> Factors:
-    """A and B of one layer."""
+    """A and B of one layer; of a parameter, those of each expert are drawn for themselves."""
+    if place.layout.experts:
+        drawn = (LayerData(f"{place.path}.{e}", place.shape, rank, factor, seed) for e in range(place.layout.experts))
+        return of_experts([BUILDERS[init.name](data) for data in drawn])
     needed = _matrix(place) if init.needs == "weights" else None
     data = LayerData(place.path, place.shape, rank, factor, seed, weight=needed)
     is_plain = init.needs == "nothing" and not init.is_delta
@@ -233,8 +248,15 @@ def _settings(model: nn.Module, places: list[Place], bias: str) -> dict[str, Any
     found: dict[str, Any] = {} if bias == "none" else {"bias": bias}
     if all(is_conv1d_of_transformers(place.layer) for place in places):  # of a mixture PEFT finds out for itself
         found["fan_in_fan_out"] = True
+    if parameters := _in_text([place.path for place in places if place.layout.experts]):
+        found[SETTING] = parameters
     # PEFT opens an adapter for generation in a class that asks for a model that can generate.
     return found if type(model).__name__.endswith("ForCausalLM") else {**found, "task_type": None}
+
+
+def _in_text(paths: Sequence[str]) -> tuple[str, ...]:
+    """Paths as adapters have them, in the same order."""
+    return tuple(named_for_text(dict.fromkeys(paths, NOTHING))[0])
 
 
 # ---- a finished one -------------------------------------------------------------------------------------------------
@@ -245,14 +267,18 @@ def start_from(model: nn.Module, adapter: Adapter, options: LoraOptions) -> Star
     problems, survey, adapter = Problems(), Survey(model), adapter.plain()
     if replace(options, dropout=0.0) != LoraOptions():
         problems.add("adapter is given, which has its own targets, ranks and modules: give no other option but dropout")
-    layers, places = named_for_peft(adapter), list[Place]()
+    parameters, places = parameter_places(survey), list[Place]()
+    adapter = in_order(adapter, _in_text(list(parameters)))
+    layers = named_for_peft(adapter)
     known = {place.path: place for path in survey.modules if survey.kind(path) for place in survey.places(path)}
     for path, factors in layers.items():
-        place, wrong = known.get(path), ""
+        place = (parameters if factors.layout.experts else known).get(path)
         if place is None:
             wrong = unfit(survey, path) if path in survey.modules else "is not in the model"
         else:
-            wrong = unfit(survey, _holder(place)) or _misfit(place, factors)
+            is_parameter = bool(place.layout.experts)
+            wrong = unfit_parameter(survey, place) if is_parameter else unfit(survey, _holder(place))
+            wrong = wrong or _misfit(place, factors)
             places.append(place)
         if wrong:
             problems.add(f"the adapter's layer {path} {wrong}")
@@ -266,7 +292,7 @@ def start_from(model: nn.Module, adapter: Adapter, options: LoraOptions) -> Star
         made_for = f"; it was made for {adapter.base}" if adapter.base else ""
         problems.found[-1] += made_for
         raise AdapterError(*problems.found)
-    order = {path: number for number, path in enumerate(known)}
+    order = {path: number for number, path in enumerate((*known, *parameters))}
     places.sort(key=lambda place: order[place.path])
     whole = {name.rpartition(".")[0] for name in adapter.replaced}
     return Start(

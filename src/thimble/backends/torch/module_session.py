@@ -144,7 +144,10 @@ class ModuleTorchSession(FlatTraining):
     def rate_layers(self) -> list[tuple[int, int]]:
         """(rank, in) of each adapted layer: what default learning rates depend on."""
         lora = self.attachment.lora
-        return [(len(lora[place.path].A), place.shape[1]) for place in self.attachment.places]
+        return [
+            (len(lora[place.path].A) // max(1, place.layout.experts), place.shape[1])
+            for place in self.attachment.places
+        ]
 
     def described(self) -> tuple[str, ...]:
         """What is adapted and trained, a line each."""
