@@ -9,9 +9,11 @@ import torch
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
+import thimble
+from stress import TINY
 from thimble.core.adapter import Adapter
 from thimble.core.lowrank import Factors, delta, of_each_expert, of_experts
-from thimble.errors import AdapterError
+from thimble.errors import AdapterError, InputError
 from thimble.files.peft import CONFIG_FILE, WEIGHTS_FILE, load_adapter, save_adapter
 from thimble.files.peft_parameters import SETTING, in_order
 
@@ -80,7 +82,7 @@ CASES = {
     "of two axes": {"target_parameters": ["router.weight", *BOTH]},
     "with layers": {"target_parameters": BOTH, "target_modules": ["dense"], "rank_pattern": {"dense": 3}},
     "rank-stabilised": {"target_parameters": BOTH, "use_rslora": True},
-    "ranks of some": {"target_parameters": BOTH, "rank_pattern": {"experts.up_proj": 4}, "alpha_pattern": {"down_proj": 3}},
+    "ranks of some": {"target_parameters": BOTH, "rank_pattern": {"up_proj": 4}, "alpha_pattern": {"down_proj": 3}},
 }  # fmt: skip
 
 
@@ -164,7 +166,8 @@ def test_what_does_not_say_which_parameter_is_meant_is_refused(tmp_path, fields,
 def test_a_wrapper_of_nothing_is_no_layer(tmp_path):
     trained_by_peft(tmp_path, target_modules=["dense"])
     tensors = load_file(tmp_path / WEIGHTS_FILE)
-    save_file({name.replace("dense.", "dense.base_layer."): value for name, value in tensors.items()}, tmp_path / WEIGHTS_FILE)  # fmt: skip
+    inner = {name.replace("dense.", "dense.base_layer."): value for name, value in tensors.items()}
+    save_file(inner, tmp_path / WEIGHTS_FILE)
     with pytest.raises(AdapterError, match="dense has LoRA for 1 of its parameters, and target_parameters names none"):
         load_adapter(tmp_path)
 
@@ -176,3 +179,25 @@ def test_experts_have_one_rank():
 
 
 FLAT = Factors(np.ones((1, 2), "f4"), np.ones((2, 1), "f4"), 1.0)
+
+
+def test_each_expert_is_inspected_for_itself(tmp_path):
+    trained_by_peft(tmp_path, target_parameters=BOTH)
+    model = peft.PeftModel.from_pretrained(net(), tmp_path).base_model.model.experts
+    found = {update.layer: update.norm for update in thimble.inspect(tmp_path).updates}
+    for name, wrapper in (("down_proj", model), ("up_proj", model.base_layer)):
+        for expert, update in enumerate(wrapper.get_delta_weight("default").detach()):
+            assert found[f"experts.{expert}.{name}"] == pytest.approx(float(update.norm()), rel=1e-5)
+
+
+def test_commands_refuse_by_name_what_they_cannot_run(tmp_path):
+    trained_by_peft(tmp_path / "theirs", target_parameters=BOTH)
+    for call in (
+        lambda: thimble.export(tmp_path / "theirs", to="gguf", base=str(TINY), out=str(tmp_path / "x.gguf")),
+        lambda: thimble.chat(adapter=[str(tmp_path / "theirs")], base=str(TINY)),
+        lambda: thimble.merge(tmp_path / "theirs", truncate=0.9, out=str(tmp_path / "merged")),
+    ):
+        with pytest.raises(
+            InputError, match=r"factors of parameters \(target_parameters\): experts.up_proj, experts.d"
+        ):
+            call()

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from thimble.core.inits import BUILDERS, LayerData
-from thimble.core.lowrank import LINEAR, Factors, difference, rank_for, svd_of_update, truncate
+from thimble.core.lowrank import LINEAR, Factors, difference, of_each_expert, rank_for, svd_of_update, truncate
 from thimble.core.targets import Size
 from thimble.errors import listing
 
@@ -57,6 +57,17 @@ class Adapter:
             for path, factors in self.layers.items()
         }
         return replace(self, layers=layers, origin={})
+
+    def by_expert(self) -> "Adapter":
+        """The same with a layer for each matrix that a parameter stacks: `mlp.experts.3.down_proj` of the fourth."""
+        layers: dict[str, Factors] = {}
+        for path, factors in self.layers.items():
+            module, _, name = path.rpartition(".")
+            apart = of_each_expert(factors) if factors.layout.experts > 1 else [factors]
+            layers |= (
+                {f"{module}.{e}.{name}": one for e, one in enumerate(apart)} if len(apart) > 1 else {path: factors}
+            )
+        return replace(self, layers=layers)
 
     def identity(self) -> str:
         """A hash of all that changes what the adapter computes, and of nothing else; the same for equal contents."""

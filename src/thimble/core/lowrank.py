@@ -33,8 +33,8 @@ class Factors:
 
     Attributes:
         A: float (rank, in); of a parameter, the rows of its experts one after the other, (experts · rank, in).
-        B: float (out, rank); of a convolution in groups (out, rank / groups); of a parameter (out, rank · experts), first
-            column 0 of each expert, then column 1 of each.
+        B: float (out, rank); of a convolution in groups (out, rank / groups); of a parameter (out, rank · experts),
+            first column 0 of each expert, then column 1 of each.
         scale: The number the product is multiplied by.
         magnitude: float (out,), lengths of the rows of W + scale · B A after they are set anew (Liu et al., DoRA,
             arXiv:2402.09353, equation 5); None leaves them as they are.

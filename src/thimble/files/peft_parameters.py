@@ -106,7 +106,7 @@ def name_parameters(rows: Mapping[tuple[str, int], int], config: AdapterConfig) 
 
 
 def _names_of(module: str, targets: Iterable[str], is_plain: bool) -> list[str]:
-    """Names of the parameters of a module among targets; those without a module are of all that are not plain layers."""
+    """Names of the parameters of a module among targets; without a module a target is of all that are no layers."""
     ends = (target.rpartition(".") for target in dict.fromkeys(targets))
     found = [name for end, _, name in ends if (f".{module}".endswith(f".{end}") if end else not is_plain)]
     return [f"{module}.{name}" for name in dict.fromkeys(found)]

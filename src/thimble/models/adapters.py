@@ -89,11 +89,13 @@ def check_is_of_text(path: str, adapter: Adapter) -> None:
         )
     convolutions = [layer for layer, factors in adapter.layers.items() if factors.layout.kernel]
     embeddings = [layer for layer, factors in adapter.layers.items() if factors.layout.is_embedding]
+    parameters = [layer for layer, factors in adapter.layers.items() if factors.layout.experts]
     modules = modules_to_save(adapter)
     biases = [name for name in adapter.replaced if "bias" in name and name.rpartition(".")[0] not in modules]
     kinds = {
         "factors of convolutions": convolutions, "factors of embeddings": embeddings,
-        "modules trained whole (modules_to_save)": modules, "trained biases": biases,
+        "factors of parameters (target_parameters)": parameters, "modules trained whole (modules_to_save)": modules,
+        "trained biases": biases,
     }  # fmt: skip
     found = [f"{kind}: {listing(names, 3)}" for kind, names in kinds.items() if names]
     if found:

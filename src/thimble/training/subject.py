@@ -49,7 +49,8 @@ def open_subject(config: InspectConfig, problems: Problems, log: EventLog) -> Su
                 f"blocks {listing(blocks, 40)} of {known} are decomposed, an even spread, since all of them would "
                 "take long: name others with --blocks"
             )
-    return Subject(kind, [base.name] if kind == "base" and base else adapters, base, list(opened.values()), blocks)
+    measured = [adapter.by_expert() for adapter in opened.values()]
+    return Subject(kind, [base.name] if kind == "base" and base else adapters, base, measured, blocks)
 
 
 def _purpose(adapter: Adapter) -> str:

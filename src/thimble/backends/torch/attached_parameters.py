@@ -61,9 +61,7 @@ def parameter_place(path: str, module: nn.Module, name: str) -> Place:
     return Place(f"{path}.{name}", module, name, module, "", Layout(experts=experts), False)
 
 
-def unfit_parameter(
-    survey: Survey, place: Place, whole: Iterable[str] = (), layers: Iterable[Place] = ()
-) -> str:
+def unfit_parameter(survey: Survey, place: Place, whole: Iterable[str] = (), layers: Iterable[Place] = ()) -> str:
     """Why a parameter cannot take LoRA, as the end of a sentence; empty if it can."""
     module = place.path.rpartition(".")[0]
     if survey.kind(module) == CONVOLUTIONS:
