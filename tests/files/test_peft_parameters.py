@@ -192,12 +192,13 @@ def test_each_expert_is_inspected_for_itself(tmp_path):
 
 def test_commands_refuse_by_name_what_they_cannot_run(tmp_path):
     trained_by_peft(tmp_path / "theirs", target_parameters=BOTH)
-    for call in (
-        lambda: thimble.export(tmp_path / "theirs", to="gguf", base=str(TINY), out=str(tmp_path / "x.gguf")),
-        lambda: thimble.chat(adapter=[str(tmp_path / "theirs")], base=str(TINY)),
-        lambda: thimble.merge(tmp_path / "theirs", truncate=0.9, out=str(tmp_path / "merged")),
+    held = r"holds factors of parameters \(target_parameters\): experts.up_proj, experts.d"
+    out, lacks = str(tmp_path / "out"), "which the base lacks"
+    for call, message in (
+        (lambda: thimble.export(tmp_path / "theirs", base=str(TINY), out=f"{out}.gguf"), lacks),
+        (lambda: thimble.chat(adapter=[str(tmp_path / "theirs")], base=str(TINY)), lacks),
+        (lambda: thimble.merge(tmp_path / "theirs", truncate=0.9, out=out), held),
+        (lambda: thimble.inspect(tmp_path / "theirs", base=str(TINY)), "more than linear layers of a text model"),
     ):
-        with pytest.raises(
-            InputError, match=r"factors of parameters \(target_parameters\): experts.up_proj, experts.d"
-        ):
+        with pytest.raises(InputError, match=message):
             call()

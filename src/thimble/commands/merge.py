@@ -15,7 +15,7 @@ from thimble.events import EventLog, OnEvent, ShouldStop, ignore, never
 from thimble.files.peft import named_for_peft
 from thimble.models import merged
 from thimble.models.adapter_base import FINGERPRINT, base_of
-from thimble.models.adapters import check_all_fit, load_adapters, stored_bytes
+from thimble.models.adapters import check_all_fit, check_is_of_layers, load_adapters, stored_bytes
 from thimble.models.base import Base
 from thimble.report.card import derived_card
 from thimble.training.card import about_adapter, write_card
@@ -207,6 +207,8 @@ def _prepare(config: MergeConfig, log: EventLog) -> tuple[dict[str, Adapter], Ba
         problems.add("no adapter is given: name an adapter folder or a run folder, as in: thimble merge runs/mine-1")
     problems.attempt(_check_names, config.adapter)
     base, adapters = _opened(config, problems, log)
+    for path, adapter in adapters.items():
+        problems.attempt(check_is_of_layers, path, adapter)
     wrong = conflicts(adapters)
     problems.add(*wrong, *([] if wrong else combination_problems(adapters, config.combination_type)))
     problems.add(*_weight_problems(adapters, config.weights))

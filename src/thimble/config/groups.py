@@ -259,6 +259,9 @@ class AdapterOptions(Options):
         check=share)  # fmt: skip
     targets: tuple[str, ...] = option(("all-linear",), "Layers to adapt: all-linear, attention, mlp, last-8 (all of "
         "the last 8 blocks), or names and patterns such as q_proj,v_proj.", metavar="NAMES")  # fmt: skip
+    target_parameters: tuple[str, ...] = option((), "Parameters to adapt beside the layers that are no layer's weight, "
+        "as experts are in many models, each expert at the rank: experts.gate_up_proj,experts.down_proj.",
+        metavar="NAMES")  # fmt: skip
     dropout: float = option(0.0, "Share of the inputs of A left out at each step.", check=fraction)
     freeze_a: bool = option(False, "Train B alone.")
 

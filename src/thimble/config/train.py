@@ -53,9 +53,9 @@ KL_OPTIONS = ("keep_general", "keep_general_on", "keep_general_every_steps")
 # Options that make a run what it is: a run that is resumed keeps them as it began. (Base and data are known by their
 # hashes, so that they may lie elsewhere.)
 FIXED = (
-    *COLUMNS, "loss_on", "seq_len", "batch_tokens", "seed", "targets", "rank", "rank_pattern", "alpha",
-    "alpha_pattern", "strength", "use_rslora", "use_dora", "init", "freeze_a", "dropout", *KL_OPTIONS, "valid_split",
-    "task", "train_also", "batch_rows", "image_size", "augment", "max_seconds", "language",
+    *COLUMNS, "loss_on", "seq_len", "batch_tokens", "seed", "targets", "target_parameters", "rank", "rank_pattern",
+    "alpha", "alpha_pattern", "strength", "use_rslora", "use_dora", "init", "freeze_a", "dropout", *KL_OPTIONS,
+    "valid_split", "task", "train_also", "batch_rows", "image_size", "augment", "max_seconds", "language",
 )  # fmt: skip
 
 # What runs did before there was an option for it: a config.yaml without it is of such a run.

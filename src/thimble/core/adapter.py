@@ -9,7 +9,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from thimble.core.inits import BUILDERS, LayerData
-from thimble.core.lowrank import LINEAR, Factors, difference, of_each_expert, rank_for, svd_of_update, truncate
+from thimble.core.lowrank import (
+    LINEAR,
+    Factors,
+    difference,
+    of_each_expert,
+    of_experts,
+    rank_for,
+    svd_of_update,
+    truncate,
+)
 from thimble.core.targets import Size
 from thimble.errors import listing
 
@@ -28,7 +37,8 @@ class Adapter:
         replaced: Tensors of the model that were trained themselves, and take the place of the base's: heads, norms,
             biases; by their names in the model, float32 (counters of norms int64).
         settings: Fields of PEFT's config that are not those of a plain adapter of a text model: `bias`,
-            `fan_in_fan_out`, `task_type`, `auto_mapping`.
+            `fan_in_fan_out`, `task_type`, `auto_mapping`; and `target_parameters`, the parameters of the model in its
+            order.
     """
 
     layers: Mapping[str, Factors]
@@ -108,10 +118,27 @@ def is_finite(factors: Factors) -> bool:
     return all(bool(np.isfinite(part).all()) for part in parts)
 
 
-def fresh_adapter(shapes: Mapping[str, tuple[int, int]], init: str, sizes: Mapping[str, Size], seed: int) -> Adapter:
-    """An adapter drawn at random, by an init that needs nothing but shapes, which leaves the model as it is."""
-    build = BUILDERS[init]
-    return Adapter({path: build(LayerData(path, shapes[path], *size, seed)) for path, size in sizes.items()})
+def fresh_adapter(
+    shapes: Mapping[str, tuple[int, int]], init: str, sizes: Mapping[str, Size], seed: int,
+    experts: Mapping[str, int] | None = None,
+) -> Adapter:  # fmt: skip
+    """An adapter drawn at random, by an init that needs nothing but shapes, which leaves the model as it is.
+
+    `experts` has how many matrices each parameter among them stacks.
+    """
+    layers = {path: LayerData(path, shapes[path], *size, seed) for path, size in sizes.items()}
+    stacked = experts or {}
+    return Adapter(
+        {path: drawn(init, layer, stacked[path]) if path in stacked else BUILDERS[init](layer)
+         for path, layer in layers.items()}
+    )  # fmt: skip
+
+
+def drawn(init: str, parameter: LayerData, experts: int) -> Factors:
+    """A and B of a parameter, whose rank is that of all its experts: each is drawn for itself, as a layer is."""
+    ranks = parameter.rank // experts
+    each = (replace(parameter, path=f"{parameter.path}.{number}", rank=ranks) for number in range(experts))
+    return of_experts([BUILDERS[init](expert) for expert in each])
 
 
 def conflicts(adapters: Mapping[str, Adapter]) -> list[str]:

@@ -34,10 +34,22 @@ def select_layers(targets: Sequence[str], layers: Iterable[str]) -> list[str]:
     return [path for path in layers if path in chosen]
 
 
+def select_parameters(targets: Sequence[str], parameters: Sequence[str]) -> list[str]:
+    """Choose parameters that are no layer's weight by their names, ends of names or patterns, as `select_layers` does.
+
+    No word stands for kinds of them: they are taken where they are named, and nowhere else.
+    """
+    chosen = {target: [path for path in parameters if _is_named(target, path)] for target in targets}
+    problems = [_no_parameter(target, parameters) for target, paths in chosen.items() if not paths]
+    if problems:
+        raise ConfigError(*problems)
+    return [path for path in parameters if any(path in paths for paths in chosen.values())]
+
+
 class Size(NamedTuple):
     """The size of one layer's update."""
 
-    rank: int
+    rank: int  # rows of A: of a parameter, those of all its experts
     scale: float  # factor of B A
 
 
@@ -109,7 +121,19 @@ def _matches(target: str, path: str, num_blocks: int) -> bool:
         return block_of(path) >= num_blocks - int(last[1])
     if target in GROUPS:
         return path.rsplit(".", 1)[-1] in GROUPS[target]
+    return _is_named(target, path)
+
+
+def _is_named(target: str, path: str) -> bool:
     return path == target or path.endswith("." + target) or fnmatch.fnmatchcase(path, target)
+
+
+def _no_parameter(target: str, parameters: Sequence[str]) -> str:
+    kinds = list(dict.fromkeys(".".join(path.split(".")[-2:]) for path in parameters))
+    near = difflib.get_close_matches(target, kinds, n=1)
+    meant = f"did you mean {near[0]}? " if near else ""
+    has = f"{meant}the base has {listing(kinds)}" if kinds else "the base has none but the weights of its layers"
+    return f"target_parameters names {target!r}, which no parameter of three dimensions is called: {has}"
 
 
 def _no_match(target: str, layers: list[str]) -> str:

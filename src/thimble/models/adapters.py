@@ -6,11 +6,13 @@ from pathlib import Path
 from thimble.core.adapter import Adapter
 from thimble.errors import AdapterError, InputError, Problems, listing, plural
 from thimble.files.peft import CONFIG_FILE, WEIGHTS_FILE, find_adapter, layer_of, load_adapter, modules_to_save
+from thimble.files.peft_parameters import in_order
 from thimble.files.tensors import open_tensors
 from thimble.files.untrusted import printable
 from thimble.models.adapter_base import TASK, difference
 from thimble.models.base import Base
 from thimble.models.gguf_adapter import gguf_sizes, is_gguf, is_gguf_adapter, load_gguf_adapter
+from thimble.models.model_spec import adapted_shapes
 
 # Parts of models of text and images, or of sound, that are not their text model.
 NOT_TEXT = (
@@ -62,14 +64,15 @@ def _read(path: str, base: Base | None, is_of_text: bool = True) -> Adapter:
     return adapter
 
 
-def is_of_other_model(path: str) -> bool:
-    """Whether an adapter that can be read is of another model than one of text."""
+def is_of_other_layers(path: str) -> bool:
+    """Whether an adapter that can be read updates anything but linear layers of a model of text."""
     try:
         adapter = load_adapter(path)
     except InputError:
         return False
     try:
         check_is_of_text(path, adapter)
+        check_is_of_layers(path, adapter)
     except AdapterError:
         return True
     return False
@@ -89,13 +92,11 @@ def check_is_of_text(path: str, adapter: Adapter) -> None:
         )
     convolutions = [layer for layer, factors in adapter.layers.items() if factors.layout.kernel]
     embeddings = [layer for layer, factors in adapter.layers.items() if factors.layout.is_embedding]
-    parameters = [layer for layer, factors in adapter.layers.items() if factors.layout.experts]
     modules = modules_to_save(adapter)
     biases = [name for name in adapter.replaced if "bias" in name and name.rpartition(".")[0] not in modules]
     kinds = {
         "factors of convolutions": convolutions, "factors of embeddings": embeddings,
-        "factors of parameters (target_parameters)": parameters, "modules trained whole (modules_to_save)": modules,
-        "trained biases": biases,
+        "modules trained whole (modules_to_save)": modules, "trained biases": biases,
     }  # fmt: skip
     found = [f"{kind}: {listing(names, 3)}" for kind, names in kinds.items() if names]
     if found:
@@ -105,9 +106,20 @@ def check_is_of_text(path: str, adapter: Adapter) -> None:
         )
 
 
+def check_is_of_layers(path: str, adapter: Adapter) -> None:
+    """Refuse an adapter that updates parameters beside layers, for what is made of layers alone."""
+    found = [path for path, factors in adapter.layers.items() if factors.layout.experts]
+    if found:
+        raise AdapterError(
+            f"adapter {path} holds factors of parameters (target_parameters): {listing(found, 3)}, and this is for "
+            "those of layers: evaluate, generate and chat use it, and in Python thimble.attach(model, adapter=folder) "
+            "and thimble.merge(model)"
+        )
+
+
 def check_fits(path: str, adapter: Adapter, base: Base) -> None:
     """Refuse an adapter whose layers are not the base's, naming the first that do not fit."""
-    shapes = base.spec.linear_shapes()
+    shapes, order = adapted_shapes(base.spec), list(base.spec.parameter_shapes())
     unknown = [layer for layer in adapter.layers if layer not in shapes]
     wrong = [
         f"{layer} is (out {factors.B.shape[0]}, in {factors.A.shape[1]}), the base has {shapes[layer]}"
@@ -126,6 +138,11 @@ def check_fits(path: str, adapter: Adapter, base: Base) -> None:
             f"adapter {path} adapts lm_head, the output head, and Thimble runs updates of linear layers of the blocks "
             "alone: load both with PEFT and write the merged model (merge_and_unload, then save_pretrained), a folder "
             "for --base, or train it again without lm_head among the target_modules"
+        )
+    if not unknown and in_order(adapter, order) is not adapter:
+        raise AdapterError(
+            f"adapter {path} names its target_parameters in another order than {base.name} has them, which says what "
+            f"its tensors are of: write them as {listing([name for name in order if name in adapter.layers], 4)} ..."
         )
     if unknown or wrong:
         made_for = f"; it was made for {adapter.base}: name that with --base" if adapter.base else ""

@@ -9,7 +9,7 @@ from thimble.models import transformers_cost
 from thimble.models.base import EMBEDDING, HEAD, Base
 from thimble.models.execution import ExecutionPlan
 from thimble.models.machine import Machine
-from thimble.models.model_spec import ModelSpec
+from thimble.models.model_spec import ModelSpec, adapted_shapes
 from thimble.models.spec import DecoderSpec
 from thimble.models.transformers_spec import TransformersSpec
 
@@ -56,7 +56,7 @@ class MemoryPlan:
 
 def adapter_parameters(spec: ModelSpec, sizes: Mapping[str, Size], use_dora: bool = False) -> int:
     """Parameters of an adapter, by the sizes of its layers."""
-    shapes = spec.linear_shapes()
+    shapes = adapted_shapes(spec)
     return sum(size.rank * sum(shapes[path]) + use_dora * shapes[path][0] for path, size in sizes.items())
 
 
@@ -99,6 +99,7 @@ class MemoryInputs:
     is_delta: bool = False  # whether the run trains in delta form, which keeps A₀ and B₀
     kl_pass_tokens: int = 0  # of the texts beside a step, on which the base's answers are kept
     kl_places: int = 0  # of all of these texts, at which the base's hidden states are kept
+    replaced: int = 0  # numbers of parameters that are adapted: their updated values are kept for the backward pass
 
 
 def estimate_memory(base: Base, inputs: MemoryInputs, execution: ExecutionPlan) -> MemoryPlan:
@@ -130,8 +131,9 @@ def _memory_of_transformers(
         process=transformers_cost.PROCESS_BYTES + spec.vocab_size * TOKEN_BYTES,
         weights=transformers_cost.weight_bytes(base.num_parameters, width),
         adapter=inputs.trained * (ADAPTER_NUMBER_BYTES + 4 + 8 * inputs.is_delta),
-        activations=transformers_cost.activation_bytes(spec, width, execution, inputs.lowest),
-        scratch=transformers_cost.scratch_bytes(spec, execution, inputs.longest),
+        activations=transformers_cost.activation_bytes(spec, width, execution, inputs.lowest) + width * inputs.replaced,
+        scratch=transformers_cost.scratch_bytes(spec, execution, inputs.longest)
+        + width * transformers_cost.GRADIENTS_ALIVE * min(inputs.replaced, spec.largest_parameter),
     )
 
 

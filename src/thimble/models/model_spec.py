@@ -57,3 +57,11 @@ class ModelSpec(Protocol):
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         """Path of every linear layer that can be adapted and its (out, in), in the order they run."""
+
+    def parameter_shapes(self) -> dict[str, tuple[int, int, int]]:
+        """Name of every parameter that can be adapted, though it is no layer's weight, and its (experts, out, in)."""
+
+
+def adapted_shapes(spec: ModelSpec) -> dict[str, tuple[int, int]]:
+    """(out, in) of all that can be adapted: of layers, and of each matrix that a parameter stacks."""
+    return spec.linear_shapes() | {path: shape[1:] for path, shape in spec.parameter_shapes().items()}

@@ -92,6 +92,10 @@ class DecoderSpec:
             shapes |= {"mlp.down_proj": (h, m)}
         return {f"model.layers.{i}.{name}": shape for i in range(self.num_layers) for name, shape in shapes.items()}
 
+    def parameter_shapes(self) -> dict[str, tuple[int, int, int]]:
+        """Parameters that are no layer's weight and can be adapted: none."""
+        return {}
+
     def bias_problems(self, names: Collection[str]) -> list[str]:
         """What is wrong with the biases among the names of tensors: those that are lacking, or that nobody reads."""
         if self.biases is None:

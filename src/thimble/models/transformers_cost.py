@@ -11,6 +11,7 @@ PROCESS_BYTES = 560_000_000  # Python, torch and transformers, before any weight
 KEPT = 1.3  # numbers kept for each that goes in or out of a linear layer: norms, activations and rotary embeddings
 BLOCK_WIDTHS = 8  # and of each block, so many times its width
 LOGITS_ALIVE = 3  # tables of logits at once, and their gradient
+GRADIENTS_ALIVE = 2  # of the updated values of a parameter at once
 COPIES = 1.1  # of the weights: while they are read a piece of the file is there too
 PADDED = 4 / 3  # tokens that run for each of a row
 REACHED = 0.45  # share of the rate of a large product

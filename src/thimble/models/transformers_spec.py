@@ -4,14 +4,16 @@ The model is built without numbers, on torch's device `meta`, so its layers are 
 read. Code of the folder's own is never run.
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from thimble.errors import BaseModelError, MissingPackageError, install_line, listing
 from thimble.files.peft import PLAIN, named_for_text
+from thimble.files.peft_parameters import SETTING
 from thimble.files.untrusted import printable, shown
 from thimble.models.fields import MOST
 from thimble.models.machine import prepare_threads
@@ -47,6 +49,8 @@ class TransformersSpec:
     converted: frozenset[str]  # paths of those whose weight transformers makes of what the file holds
     prefix: str  # what stands in front of `layers.0...` in the names of modules, where paths begin with `model.`
     root: str  # what stands in front of all names in the model but those of the head, and is left out in some files
+    parameters: Mapping[str, str] = field(default_factory=dict)  # paths of those of experts, and what they are called
+    experts: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)  # (experts, out, in) of each, by its path
     depends_on_length: bool = False  # whether a token is turned otherwise in a long row than in a short one
     notes: tuple[str, ...] = ()
 
@@ -60,13 +64,23 @@ class TransformersSpec:
         )
 
     @property
-    def adapter_settings(self) -> Mapping[str, bool]:
-        """Fields of PEFT's config: whether weights lie as (in, out)."""
-        return {"fan_in_fan_out": True} if self.turned and len(self.turned) == len(self.shapes) else {}
+    def adapter_settings(self) -> Mapping[str, Any]:
+        """Fields of PEFT's config: whether weights lie as (in, out), and the parameters in the order of the model."""
+        found = {"fan_in_fan_out": True} if self.turned and len(self.turned) == len(self.shapes) else {}
+        return {**found, SETTING: tuple(self.experts)} if self.experts else found
+
+    @property
+    def largest_parameter(self) -> int:
+        """Numbers of the largest parameter that is no layer's weight; 0 without any."""
+        return max((math.prod(shape) for shape in self.experts.values()), default=0)
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         """Path of every linear layer that can be adapted and its (out, in), in the order they run."""
         return dict(self.shapes)
+
+    def parameter_shapes(self) -> dict[str, tuple[int, int, int]]:
+        """Name of every parameter of three dimensions that is no layer's weight, and its (experts, out, in)."""
+        return dict(self.experts)
 
 
 def check_installed(family: str) -> None:
@@ -194,6 +208,8 @@ def _described(family: str, config: Any, model: Any) -> TransformersSpec:
     if not found:
         raise BaseModelError(f"a {family} has no linear layer that an adapter could update")
     modules, prefixes = named_for_text({path: path for path in found})
+    stacks = _stacks(model)
+    parameters, _ = named_for_text({path: path for path in stacks})
     text = config.get_text_config(decoder=True)
     layers, heads = int(text.num_hidden_layers), getattr(text, "num_attention_heads", 1)
     blocks = sum(isinstance(module, GradientCheckpointingLayer) for module in model.modules())
@@ -205,7 +221,8 @@ def _described(family: str, config: Any, model: Any) -> TransformersSpec:
         shapes={path: _shape(found[name]) for path, name in modules.items()},
         turned=frozenset(path for path, name in modules.items() if _is_turned(found[name])),
         converted=_converted(model, modules), prefix=next(iter(prefixes), PLAIN), root=model.base_model_prefix,
-        depends_on_length=_depends_on_length(text), notes=_notes(family, model, left_out),
+        parameters=parameters, experts={path: stacks[name] for path, name in parameters.items()},
+        depends_on_length=_depends_on_length(text), notes=_notes(family, model, stacks, left_out),
     )  # fmt: skip
 
 
@@ -217,14 +234,32 @@ def _unknown_to_peft(family: str) -> tuple[str, ...]:
     return _STATE_SPACE.get(family) or _EXPERTS.get(rules.get(family, ""), ())
 
 
-def _notes(family: str, model: Any, left_out: Sequence[str]) -> tuple[str, ...]:
-    """What adapters do not reach: experts that are one tensor of three dimensions, and what PEFT knows otherwise."""
-    experts = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 3 and "expert" in name)
+def _stacks(model: Any) -> dict[str, tuple[int, int, int]]:
+    """Parameters of three dimensions that are no layer's weight, by name: (experts, out, in), however they lie."""
+    from torch import nn
+
+    found = {}
+    for path, module in model.named_modules():
+        own = [] if isinstance(module, nn.Conv1d) or not path else module.named_parameters(recurse=False)
+        for name, parameter in own:
+            if parameter.dim() == 3:
+                experts, rows, columns = parameter.shape
+                is_turned = getattr(module, "is_transposed", False)
+                found[f"{path}.{name}"] = (experts, columns, rows) if is_turned else (experts, rows, columns)
+    return found
+
+
+def _notes(
+    family: str, model: Any, stacks: Mapping[str, tuple[int, int, int]], left_out: Sequence[str]
+) -> tuple[str, ...]:
+    """What adapters reach by name alone: experts that are one parameter; and what PEFT knows otherwise."""
+    experts = sum(math.prod(shape) for shape in stacks.values())
     every, told = sum(parameter.numel() for parameter in model.parameters()), []
     if experts:
+        names = ",".join(dict.fromkeys(".".join(path.split(".")[-2:]) for path in stacks))
         told.append(
-            f"{experts / every:.0%} of the parameters of this {family} are experts, tensors of three dimensions that "
-            "LoRA does not reach here: the other linear layers are adapted"
+            f"{experts / every:.0%} of the parameters of this {family} are experts, which are adapted if they are "
+            f"named: --target-parameters {names}"
         )
     if left_out:
         kinds = listing(dict.fromkeys(path.rpartition(".")[2] for path in left_out))

@@ -6,7 +6,7 @@ rows that the result is measured on.
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -75,6 +75,7 @@ class CalibrationData:
     execution: ExecutionPlan  # how many tokens are read at a time, and what is kept of them
     shapes: Mapping[str, tuple[int, int]]  # (out, in) of each adapted layer by path, in the order of the layers
     seed: int  # the run's seed
+    experts: Mapping[str, int] = field(default_factory=dict)  # how many matrices each parameter of the base stacks
 
     @classmethod
     def of_steps(

@@ -28,7 +28,7 @@ from thimble.files.peft import load_adapter
 from thimble.models.adapters import check_fits, check_is_of_text
 from thimble.models.gguf_adapter import is_gguf
 from thimble.models.merged import FLOAT_DTYPES
-from thimble.models.model_spec import ModelSpec
+from thimble.models.model_spec import ModelSpec, adapted_shapes
 from thimble.training import run_folder
 from thimble.training.calibration import (
     CAPABILITY,
@@ -71,7 +71,7 @@ def check_init(init: Init, config: TrainConfig, model: Model, layers: Sequence[s
         check_is_of_text(path, adapter)
         check_fits(path, adapter, model.base)
         return {layer: Size(factors.rank, factors.scale) for layer, factors in adapter.layers.items()}
-    problems, shapes = Problems(), model.base.spec.linear_shapes()
+    problems, shapes = Problems(), adapted_shapes(model.base.spec)
     if not model.base.is_own:
         who = f"{model.base.name}, which runs through transformers,"
         problems.attempt(_check_capability, init, config, THROUGH_TRANSFORMERS, who)
@@ -91,14 +91,16 @@ def check_init(init: Init, config: TrainConfig, model: Model, layers: Sequence[s
 
 def _plan_sizes(config: TrainConfig, spec: ModelSpec, layers: Sequence[str]) -> dict[str, Size]:
     """Rank and scale of each layer as far as they are known before training; rank auto counts as the most it may be."""
-    shapes = spec.linear_shapes()
+    shapes = adapted_shapes(spec)
     if config.rank is None and config.energy is not None:
         return {layer: Size(min(MOST_RANK, *shapes[layer]), 1.0) for layer in layers}
     rank = config.rank or AUTO_RANK
     if config.rank_budget is not None:
         rank = max(1, math.ceil(config.rank_budget / sum(sum(shapes[layer]) for layer in layers)))
     ranks, alphas = read_pattern(config.rank_pattern), read_pattern(config.alpha_pattern)
-    return size_layers(layers, rank, config.alpha, ranks, alphas, config.use_rslora, spec.num_layers)
+    sizes = size_layers(layers, rank, config.alpha, ranks, alphas, config.use_rslora, spec.num_layers)
+    experts = {path: shape[0] for path, shape in spec.parameter_shapes().items()}
+    return {path: Size(size.rank * experts.get(path, 1), size.scale) for path, size in sizes.items()}
 
 
 def _rank_problems(init: Init, sizes: Mapping[str, Size], shapes: Mapping[str, tuple[int, int]]) -> list[str]:
@@ -213,7 +215,8 @@ def make_adapter(init: Init, sizes: Mapping[str, Size], calibration: Calibration
     if init.needs == "adapter":
         return Adapter(load_adapter(init.path).layers)
     if init.needs == "nothing":
-        return fresh_adapter(calibration.data.shapes, init.name, sizes, calibration.data.seed)
+        data = calibration.data
+        return fresh_adapter(data.shapes, init.name, sizes, data.seed, data.experts)
     build, data = BUILDERS[init.name], calibration.data
     bare = {path: LayerData(path, data.shapes[path], *size, data.seed) for path, size in sizes.items()}
     layers = {layer.path: build(layer) for layer in _GATHERED[init.needs](init, bare, calibration)}

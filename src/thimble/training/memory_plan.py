@@ -16,7 +16,7 @@ from thimble.models import cost
 from thimble.models.base import Base
 from thimble.models.execution import ExecutionPlan
 from thimble.models.machine import Machine, available_bytes
-from thimble.models.model_spec import ModelSpec
+from thimble.models.model_spec import ModelSpec, adapted_shapes
 from thimble.training.kl_reference import kl_pass_tokens, kl_places
 from thimble.training.step_schedule import StepSchedule, text_schedule
 
@@ -106,9 +106,10 @@ def plan_cost(
 
 def rate_layers(config: TrainConfig, sizes: Mapping[str, Size], spec: ModelSpec) -> list[tuple[int, int]]:
     """The rank that alpha is divided by, and in, of each adapted layer: what default learning rates depend on."""
-    shapes = spec.linear_shapes()
+    shapes, stacks = adapted_shapes(spec), spec.parameter_shapes()
     # Rank auto divides every alpha by the same number, whatever rank a layer is given.
-    return [(size.rank if config.rank else AUTO_RANK, shapes[path][1]) for path, size in sizes.items()]
+    ranks = {path: size.rank // stacks[path][0] if path in stacks else size.rank for path, size in sizes.items()}
+    return [(ranks[path] if config.rank else AUTO_RANK, shapes[path][1]) for path in sizes]
 
 
 def memory_inputs(
@@ -117,11 +118,12 @@ def memory_inputs(
     """What the memory of a run depends on; ranks that are found from the data take memory before training."""
     init = parse_init(config.init)
     calibrates = ("inputs", "gradients") if config.rank is None else ()
+    stacks = base.spec.parameter_shapes()
     return cost.MemoryInputs(
         compute=compute, trained=cost.adapter_parameters(base.spec, sizes, config.use_dora),
         longest=max(examples.train_report.longest, examples.valid_report.longest), lowest=cost.lowest_block(sizes),
         needs=(init.needs, *calibrates), is_delta=init.is_delta, kl_pass_tokens=kl_pass_tokens(config),
-        kl_places=kl_places(config),
+        kl_places=kl_places(config), replaced=sum(math.prod(stacks[path]) for path in sizes if path in stacks),
     )  # fmt: skip
 
 

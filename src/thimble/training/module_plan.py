@@ -159,7 +159,7 @@ def _open(base: ModuleBase, config: TrainConfig, task: str, kind: TaskKind, rows
         base, task, kind.loss, rows.labels, config.targets, config.train_also, config.seed, rank=config.rank,
         alpha=config.alpha, rank_pattern={name: int(rank) for name, rank in read_pattern(config.rank_pattern).items()},
         alpha_pattern=read_pattern(config.alpha_pattern), use_rslora=config.use_rslora, use_dora=config.use_dora,
-        dropout=config.dropout, init=config.init,
+        dropout=config.dropout, init=config.init, target_parameters=config.target_parameters,
     )  # fmt: skip
 
 

@@ -1,13 +1,14 @@
 """A training run, checked and decided but not begun: what `train` carries out and `plan` describes."""
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from thimble.config.train import TrainConfig
 from thimble.core.method import parse_init
 from thimble.core.schedule import SHORT_RUN_STEPS, default_beta2
-from thimble.core.targets import Size, select_layers
+from thimble.core.targets import Size, select_layers, select_parameters
 from thimble.data.encode import Row
 from thimble.data.examples import Examples, general_rows, log_examples, open_data, skipped_rows, split_and_encode
 from thimble.data.model import Model, log_base, open_model
@@ -17,6 +18,7 @@ from thimble.files.peft import load_adapter
 from thimble.models.adapter_base import difference
 from thimble.models.cost import MemoryPlan, StepWork, adapter_parameters, cache_token_bytes
 from thimble.models.execution import ExecutionPlan
+from thimble.models.model_spec import adapted_shapes
 from thimble.training import run_folder
 from thimble.training.answers import Question
 from thimble.training.calibration import CalibrationData
@@ -105,10 +107,12 @@ class RunPlan:
 
     def calibration_data(self) -> CalibrationData:
         """The rows that initializations and ranks are found on: those of the first steps."""
-        shapes = self.model.base.spec.linear_shapes()
+        spec = self.model.base.spec
+        shapes, experts = adapted_shapes(spec), {path: shape[0] for path, shape in spec.parameter_shapes().items()}
         return CalibrationData.of_steps(
             self.examples.train, self.step_schedule.rows, self.config.calibration_steps, general_rows=self.general,
             execution=self.execution, shapes={path: shapes[path] for path in self.sizes}, seed=self.config.seed,
+            experts=experts,
         )  # fmt: skip
 
 
@@ -176,8 +180,24 @@ def _check(
 
 def plan_sizes(config: TrainConfig, model: Model, folder: Path) -> dict[str, Size]:
     """Rank and scale of each adapted layer, as far as known; the run folder knows where a resumed run began."""
-    layers = select_layers(config.targets, model.base.spec.linear_shapes())
-    return check_init(parse_init(config.init), config, model, layers, folder)
+    spec, problems = model.base.spec, Problems()
+    layers = problems.attempt(select_layers, config.targets, spec.linear_shapes())
+    parameters = problems.attempt(select_parameters, config.target_parameters, list(spec.parameter_shapes()))
+    problems.add(*_unfit_for(parameters or (), config))
+    layers, parameters = problems.required(layers, parameters)
+    return check_init(parse_init(config.init), config, model, [*layers, *parameters], folder)
+
+
+def _unfit_for(parameters: Sequence[str], config: TrainConfig) -> list[str]:
+    """What the options ask for that parameters cannot have."""
+    asked = {
+        f"--init {config.init}": config.init not in ("kaiming", "gaussian") and "adapter:" not in config.init,
+        "--use-dora": config.use_dora, f"--dropout {config.dropout:g}": config.dropout > 0,
+        "--rank auto": config.rank is None,
+    }  # fmt: skip
+    what = f"--target-parameters {','.join(config.target_parameters)}"
+    return [f"{name}: not with {what}, which has it in no adapter of PEFT; leave one of them out"
+            for name, is_asked in asked.items() if is_asked and parameters]  # fmt: skip
 
 
 def _origin(model: Model, examples: Examples, cost: RunCost) -> dict[str, str]:

@@ -12,7 +12,7 @@ from thimble.files.foreign_adapters import what_lies_there
 from thimble.files.peft import CONFIG_FILE, WEIGHTS_FILE
 from thimble.files.peft_config import MODEL_CLASS
 from thimble.models.adapter_base import TASK, labels_of
-from thimble.models.adapters import is_of_other_model, load_adapters
+from thimble.models.adapters import is_of_other_layers, load_adapters
 from thimble.models.gguf_adapter import is_gguf_adapter
 from thimble.models.places import find_place
 from thimble.models.survey import Row, Subject, choose_blocks
@@ -26,13 +26,16 @@ def open_subject(config: InspectConfig, problems: Problems, log: EventLog) -> Su
     bases, adapters = ([name for name, kind in named if kind == wanted] for wanted in ("base", "adapter"))
     problems.add(*_misplaced(config, bases, adapters))
     base, opened, named_base = None, {}, bases[0] if bases else config.base
-    others = [name for name in adapters if is_of_other_model(name)]
+    others = [name for name in adapters if is_of_other_layers(name)]
     if named_base is None and (others or len(adapters) == 2):  # for themselves, or compared with one another
         opened = load_adapters(adapters, problems, is_of_text=False)
         for name, adapter in opened.items() if others else ():
             log.note(f"{name}: {_purpose(adapter)}")
     elif others:
-        problems.add(f"adapter {others[0]} is of no text model, whose weights alone are looked into: leave out --base")
+        problems.add(
+            f"adapter {others[0]} updates more than linear layers of a text model, whose weights alone are looked "
+            "into: leave out --base"
+        )
     elif named_base is not None or None not in kinds:
         base, opened = base_with_adapters(named_base, adapters, problems, log)
     if base:

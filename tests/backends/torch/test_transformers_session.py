@@ -22,7 +22,7 @@ from thimble.backends.session import ForwardRow, Objective, Pass, StepKey, Work
 from thimble.backends.torch.transformers_cache import BlockCache
 from thimble.backends.torch.transformers_model import MOST_PADDING, groups_of
 from thimble.backends.torch.transformers_session import TransformersSession
-from thimble.core.adapter import Adapter
+from thimble.core.adapter import Adapter, drawn
 from thimble.core.inits import LayerData, kaiming
 from thimble.core.method import Method
 from thimble.data.batches import pack, shares
@@ -55,10 +55,15 @@ def session_of(family):
 
 
 def adapter_of(session, size=0.05, dora=False):
-    """An adapter of every layer, away from zero."""
+    """An adapter of every layer, and of the parameters of experts, away from zero."""
     random, layers = np.random.default_rng(2), {}
+    experts = {} if dora else {path: found[0] for path, found in session.model.spec.parameter_shapes().items()}
     for path, shape, _ in session.layers:
-        first = kaiming(LayerData(path, shape, 3, 2.0))
+        if dora and path in session.model.spec.parameters:
+            continue
+        count = experts.get(path, 0)
+        data = LayerData(path, shape, 3 * max(1, count), 2.0)
+        first = drawn("kaiming", data, count) if count else kaiming(data)
         layers[path] = replace(first, B=(random.standard_normal(first.B.shape) * size).astype(np.float32))
     found = Adapter(layers, prefix=session.model.spec.prefix, settings=session.model.spec.adapter_settings)
     return session.with_magnitudes(found) if dora else found
@@ -125,7 +130,7 @@ def test_a_gradient_reaches_every_layer_and_is_the_same_with_checkpointing(famil
     assert session.unmoved_layers(state) == []
 
 
-@pytest.mark.parametrize("family", ["gpt2", pytest.param("granite", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", ["gpt2", "qwen2_moe", pytest.param("granite", marks=pytest.mark.slow)])
 def test_twenty_steps_are_those_of_peft(family, tmp_path):
     session, rows = session_of(family), make_rows()
     first, method = adapter_of(session), Method(max_grad_norm=1e9)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from thimble.core.adapter import Adapter
-from thimble.core.lowrank import Factors
+from thimble.core.lowrank import Factors, Layout
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,7 @@ class _Shape:
     B: tuple[int, ...]
     scale: float
     has_magnitude: bool
+    layout: Layout
 
 
 class Spans(NamedTuple):
@@ -78,7 +79,8 @@ class ActiveAdapter:
     def __init__(self, adapter: Adapter | None, compute: torch.dtype) -> None:
         adapter = adapter or Adapter({})
         self._shapes = {
-            path: _Shape(f.A.shape, f.B.shape, f.scale, f.magnitude is not None) for path, f in adapter.layers.items()
+            path: _Shape(f.A.shape, f.B.shape, f.scale, f.magnitude is not None, f.layout)
+            for path, f in adapter.layers.items()
         }
         self._like = replace(adapter, layers={}, origin=dict(adapter.origin))
         every = adapter.layers.values()
@@ -135,10 +137,10 @@ class ActiveAdapter:
     def export(self) -> Adapter:
         """The current values as an adapter, float32."""
         views: Mapping[str, Parameters] = self.views(self.flat)
-        layers = {path: _copied(parameters, self._shapes[path].scale) for path, parameters in views.items()}
+        layers = {path: _copied(parameters, self._shapes[path]) for path, parameters in views.items()}
         return replace(self._like, layers=layers)
 
 
-def _copied(parameters: Parameters, scale: float) -> Factors:
+def _copied(parameters: Parameters, shape: _Shape) -> Factors:
     magnitude = None if parameters.magnitude is None else parameters.magnitude.numpy().copy()
-    return Factors(parameters.A.numpy().copy(), parameters.B.numpy().copy(), scale, magnitude)
+    return Factors(parameters.A.numpy().copy(), parameters.B.numpy().copy(), shape.scale, magnitude, shape.layout)

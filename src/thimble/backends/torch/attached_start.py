@@ -11,9 +11,9 @@ from torch import nn
 from thimble.backends.torch.attached_layers import as_matrix, is_conv1d_of_transformers
 from thimble.backends.torch.attached_parameters import choose_parameters, parameter_places, unfit_parameter
 from thimble.backends.torch.attached_places import KINDS, Place, Survey, choose, names, no_match, trained_whole, unfit
-from thimble.core.adapter import Adapter
+from thimble.core.adapter import Adapter, drawn
 from thimble.core.inits import BUILDERS, LayerData, embedding
-from thimble.core.lowrank import Factors, of_experts, scale
+from thimble.core.lowrank import Factors, scale
 from thimble.core.method import ADAPTER, INITS, MOST_SCALE, Init, parse_init
 from thimble.errors import AdapterError, ConfigError, Problems, listing
 from thimble.files.peft import named_for_peft, named_for_text
@@ -221,9 +221,8 @@ def _matrix(place: Place) -> Any:
 
 def _make(place: Place, init: Init, rank: int, factor: float, seed: int) -> Factors:
     """A and B of one layer; of a parameter, those of each expert are drawn for themselves."""
-    if place.layout.experts:
-        drawn = (LayerData(f"{place.path}.{e}", place.shape, rank, factor, seed) for e in range(place.layout.experts))
-        return of_experts([BUILDERS[init.name](data) for data in drawn])
+    if count := place.layout.experts:
+        return drawn(init.name, LayerData(place.path, place.shape, rank * count, factor, seed), count)
     needed = _matrix(place) if init.needs == "weights" else None
     data = LayerData(place.path, place.shape, rank, factor, seed, weight=needed)
     is_plain = init.needs == "nothing" and not init.is_delta

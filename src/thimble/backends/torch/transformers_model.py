@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from thimble.backends.torch.attached_layers import LowRank
+from thimble.backends.torch.attached_parameters import parameter_places
 from thimble.backends.torch.attached_places import Place, Survey
 from thimble.errors import BaseModelError, listing
 from thimble.files.untrusted import printable
@@ -191,4 +192,6 @@ def _load(base: Base, compute: torch.dtype) -> Any:
 def _places(model: nn.Module, spec: TransformersSpec) -> dict[str, Place]:
     """The weights that can be adapted, by the paths of their layers."""
     survey = Survey(model)
-    return {path: survey.places(name)[0] for path, name in spec.modules.items()}
+    layers = {path: survey.places(name)[0] for path, name in spec.modules.items()}
+    known = parameter_places(survey)
+    return layers | {path: known[name] for path, name in spec.parameters.items()}

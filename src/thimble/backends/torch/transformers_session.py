@@ -33,6 +33,7 @@ from thimble.data.encode import IGNORED
 from thimble.errors import ConfigError, listing
 from thimble.models.base import Base
 from thimble.models.execution import ExecutionPlan
+from thimble.models.model_spec import adapted_shapes
 
 BARE = Updates(None)
 
@@ -77,7 +78,7 @@ class TransformersSession(FlatTraining):
 
     @property
     def layers(self) -> tuple[LayerInfo, ...]:
-        shapes = self._base.spec.linear_shapes()
+        shapes = adapted_shapes(self._base.spec)
         return tuple(LayerInfo(path, shape, block_of(path)) for path, shape in shapes.items())
 
     @property
