@@ -2,7 +2,7 @@
 
 import pytest
 
-from thimble.core.targets import select_layers
+from thimble.core.targets import select_layers, select_parameters
 from thimble.errors import ConfigError
 
 KINDS = ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj")
@@ -27,3 +27,19 @@ def test_every_target_that_matches_nothing_is_told_with_the_nearest_name():
         "up_proj",
         "targets names 'wte', which matches none of the 9 layers: the base has q_proj, v_proj, up_proj",
     )
+
+
+def test_parameters_are_taken_where_they_are_named_and_nowhere_else():
+    parameters = [f"model.layers.{n}.mlp.experts.{name}" for n in range(2) for name in ("gate_up_proj", "down_proj")]
+    assert select_parameters([], parameters) == []
+    assert select_parameters(["down_proj", "layers.0.mlp.experts.gate_up_proj"], parameters) == [
+        parameters[0], parameters[1], parameters[3],
+    ]  # fmt: skip
+    assert select_parameters(["*.1.mlp.*"], parameters) == parameters[2:]
+    for word in ("all-linear", "mlp", "last-1"):
+        with pytest.raises(ConfigError, match=f"target_parameters names '{word}', which no parameter of three dimensi"):
+            select_parameters([word], parameters)
+    with pytest.raises(ConfigError, match="did you mean experts.down_proj"):
+        select_parameters(["experts.down_porj"], parameters)
+    with pytest.raises(ConfigError, match="the base has none but the weights of its layers"):
+        select_parameters(["experts.down_proj"], [])
