@@ -119,12 +119,18 @@ def check_is_of_layers(path: str, adapter: Adapter) -> None:
 
 def check_fits(path: str, adapter: Adapter, base: Base) -> None:
     """Refuse an adapter whose layers are not the base's, naming the first that do not fit."""
-    shapes, order = adapted_shapes(base.spec), list(base.spec.parameter_shapes())
+    shapes, stacks = adapted_shapes(base.spec), base.spec.parameter_shapes()
+    order = list(stacks)
     unknown = [layer for layer in adapter.layers if layer not in shapes]
     wrong = [
         f"{layer} is (out {factors.B.shape[0]}, in {factors.A.shape[1]}), the base has {shapes[layer]}"
         for layer, factors in adapter.layers.items()
         if layer in shapes and (factors.B.shape[0], factors.A.shape[1]) != shapes[layer]
+    ]
+    wrong += [
+        f"{layer} is of {factors.layout.experts} experts, the base has {stacks[layer][0]}"
+        for layer, factors in adapter.layers.items()
+        if layer in stacks and factors.layout.experts != stacks[layer][0]
     ]
     seeing = [layer for layer in unknown if any(part in layer for part in NOT_TEXT)]
     if seeing:
@@ -142,7 +148,8 @@ def check_fits(path: str, adapter: Adapter, base: Base) -> None:
     if not unknown and in_order(adapter, order) is not adapter:
         raise AdapterError(
             f"adapter {path} names its target_parameters in another order than {base.name} has them, which says what "
-            f"its tensors are of: write them as {listing([name for name in order if name in adapter.layers], 4)} ..."
+            "its tensors are of: write them in the order of the model, those of the block 0 first, such as "
+            f"{listing([name for name in order if name in adapter.layers][:2])}"
         )
     if unknown or wrong:
         made_for = f"; it was made for {adapter.base}: name that with --base" if adapter.base else ""
