@@ -105,7 +105,8 @@ def generate(data: str | Path | Iterable[Any] | None = None, out: str | Path | N
 
     Returns:
         A list of thimble.data.answers.Answer, one a row and in their order, each with `text`, `finish_reason`,
-        `prompt_tokens`, `completion_tokens` and `reference`; with `out` a thimble.commands.generate.GenerateReport.
+        `prompt_tokens`, `completion_tokens` and `reference`; of adapters for pictures, sound and sentences a dict a
+        row, as the command writes it; with `out` a thimble.commands.generate.GenerateReport.
 
     Raises:
         InputError: If it is refused.

@@ -1,6 +1,7 @@
 """`thimble train` on folders of pictures: the head first, then LoRA and head, with the report of every run."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -107,6 +108,37 @@ def test_a_run_that_is_cut_short_ends_as_it_would_have(pictures, model, tmp_path
     assert again.loss_after == whole.loss_after
 
 
+def test_pictures_inside_of_a_table_make_the_adapter_that_files_make(pictures, model, tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow.parquet import write_table
+
+    files = sorted(pictures.rglob("*.png"))
+    cells = [{"bytes": file.read_bytes(), "path": file.name} for file in files]
+    table = pyarrow.table({"image": cells, "label": [file.parent.name for file in files]})
+    write_table(table, tmp_path / "train.parquet")
+    made = []
+    for data, name in ((pictures, "files"), (tmp_path / "train.parquet", "table")):
+        report = thimble.train(data, base=model, out=str(tmp_path / name), **{**QUICK, "max_steps": 3})
+        assert report.validation_rows == 30
+        made.append((tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes())
+    assert made[0] == made[1]
+    assert (tmp_path / "table" / "report.html").read_text().count('<img src="data:image/') == 24
+    [line, *others] = thimble.generate(tmp_path / "train.parquet", adapter=str(tmp_path / "table"))
+    assert line["file"] == f"train.parquet row 1 ({files[0].name})"
+    assert len(others) == 119
+
+
+def test_a_module_that_fails_on_its_pictures_is_told_with_its_line(pictures, tmp_path):
+    program = tmp_path / "grey.py"
+    program.write_text(MODEL.replace("nn.Conv2d(3, 8", "nn.Conv2d(1, 8").replace("[0.5, 0.5, 0.5]", "0.5"))
+    with pytest.raises(InputError) as refused:
+        thimble.train(pictures, base=f"{program}:build", out=str(tmp_path / "run"), **QUICK)
+    assert "base grey.py:build fails on what it is given, which is pixel_values (1, 3, 12, 12)" in str(refused.value)
+    assert re.search(r"grey.py line \d+ \(return self.classifier\(", str(refused.value))
+    program.write_text(program.read_text().replace('{"size"', '{"num_channels": 1, "size"'))
+    assert thimble.train(pictures, base=f"{program}:build", out=str(tmp_path / "run"), **QUICK).status == "done"
+
+
 def test_options_that_say_nothing_for_pictures_are_refused_together(pictures, model, tmp_path):
     with pytest.raises(InputError) as refused:
         thimble.train(
@@ -183,6 +215,24 @@ def test_a_folder_is_labelled_picture_by_picture(run, pictures, tmp_path):
         assert sum(line["probabilities"].values()) == pytest.approx(1, abs=1e-4)
     told = sum(line["label"] == line["file"].split("/")[0] for line in lines)
     assert told / 120 == pytest.approx(thimble.evaluate(pictures, adapter=run.out).results[1].scores["accuracy"])
+
+
+def test_a_file_that_cannot_be_decoded_is_counted_and_told_where_a_label_would_be(run, pictures, tmp_path):
+    folder = tmp_path / "unknown"
+    folder.mkdir()
+    for number in range(12):
+        shutil.copy(pictures / "lying" / f"{number}.png", folder)
+    (folder / "cut.png").write_bytes((folder / "0.png").read_bytes()[:80])
+    report = thimble.generate(folder, adapter=run.out, out=str(tmp_path / "labels.jsonl"))
+    assert (report.rows, report.answered, report.unanswered) == (13, 12, 1)
+    lines = [json.loads(line) for line in (tmp_path / "labels.jsonl").read_text().splitlines()]
+    assert [line["file"] for line in lines if "label" not in line] == ["cut.png"]
+    assert "cannot be decoded whole" in lines[-1]["error"]
+    assert "1 of 13 rows cannot be used" in str(report.messages["warning"])
+    shutil.copytree(folder, tmp_path / "known" / "lying")
+    shutil.copytree(pictures / "square", tmp_path / "known" / "square")
+    found = thimble.evaluate(tmp_path / "known", adapter=run.out)
+    assert "1 of 53 rows cannot be used" in str(found.messages["warning"])
 
 
 @pytest.mark.parametrize(("command", "options"), [("chat", {}), ("export", {"out": "x.gguf"}), ("serve", {})])

@@ -1,12 +1,13 @@
 """`thimble train` on texts: labels and pairs, on a tiny BERT, with adapters that PEFT opens."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 
 import thimble
-from encoders import pairs, sentences, write_encoder, write_rows
+from encoders import VOCABULARY, pairs, sentences, write_encoder, write_rows, write_tokenizer
 from thimble.errors import InputError
 from thimble.report.words import FROZEN_WITH_HEAD
 
@@ -170,6 +171,55 @@ def test_scored_pairs_are_measured_by_the_order_of_their_cosines(base, tmp_path)
     )  # fmt: skip
     assert list(report.metrics_after) == ["Spearman"]
     assert -1 <= report.metrics_before["Spearman"] <= 1
+
+
+def test_numbers_that_are_amounts_are_refused_as_labels(base, tmp_path):
+    rows = [{"text": f"the {row['text']}", "label": number / 7} for number, row in enumerate(sentences()[:40])]
+    with pytest.raises(InputError, match="numbers for labels, 40 different ones .* no task estimates amounts"):
+        thimble.train(write_rows(tmp_path / "a.jsonl", rows), base=base, task="classify-text")
+
+
+def test_a_decoder_without_padding_tells_texts_of_any_length_apart(base, tmp_path):
+    """GPT-2 finds the last token of a row by the padding that its config names, and names none."""
+    import torch
+    import transformers
+
+    from thimble.backends.torch.open_module import open_module
+    from thimble.data.sentence_tokens import SentenceTokenizer, TokenCounts
+    from thimble.models.module_base import open_module_base
+
+    config = transformers.GPT2Config(
+        vocab_size=len(VOCABULARY), n_embd=32, n_layer=1, n_head=2, n_positions=32, bos_token_id=2, eos_token_id=3
+    )
+    torch.manual_seed(0)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    write_tokenizer(tmp_path / "gpt2")
+    opened = open_module(open_module_base(tmp_path / "gpt2"), "classify-text", ("a", "b"))
+    tokenizer = SentenceTokenizer(tmp_path / "gpt2", json.loads((tmp_path / "gpt2" / "config.json").read_text()))
+    rows = tokenizer.encode([("the cat dog",), ("red",), ("saw hammer drill .",)], TokenCounts())
+    inputs = {name: torch.from_numpy(array) for name, array in tokenizer.padded(rows).items()}
+    with torch.no_grad():
+        together = opened.module(**inputs).logits
+        alone = [opened.module(torch.from_numpy(row.ids[None].astype("int64"))).logits[0] for row in rows]
+    torch.testing.assert_close(together, torch.stack(alone), rtol=1e-5, atol=1e-6)
+    report = thimble.train(
+        write_rows(tmp_path / "rows.jsonl", sentences()), base=tmp_path / "gpt2", task="classify-text",
+        out=tmp_path / "run", rank=4, max_steps=1,
+    )  # fmt: skip
+    assert report.status == "done"
+
+
+def test_the_merged_model_says_that_a_text_has_one_label(topics, base, tmp_path):
+    """Else pipelines of transformers would read the logits of a base for several labels as such."""
+    copy = tmp_path / "base"
+    shutil.copytree(base, copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "problem_type": "multi_label_classification"}))
+    out, _, _ = topics
+    thimble.merge(adapter=str(out), base=str(copy), out=str(tmp_path / "merged"))
+    merged = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert merged["problem_type"] == "single_label_classification"
+    assert merged["id2label"] == {"0": "animal", "1": "colour", "2": "tool"}
 
 
 # ---- finished adapters ----------------------------------------------------------------------------------------------

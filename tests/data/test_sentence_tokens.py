@@ -1,5 +1,7 @@
 """Texts as encoders read them: the ids of transformers, cut at the model's length, in batches with little padding."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -56,6 +58,21 @@ def test_the_least_of_all_lengths_counts(bert):
     assert SentenceTokenizer(bert, roberta | {"max_position_embeddings": 24}).most_tokens == 22
     (bert / "sentence_bert_config.json").write_text('{"max_seq_length": 10}')
     assert SentenceTokenizer(bert, CONFIG).most_tokens == 10
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [({}, 0), ({"pad_token_id": 7}, 7), ({"pad_token_id": None, "eos_token_id": 3}, 0), ({"eos_token_id": [3, 4]}, 0)],
+)
+def test_rows_are_filled_up_with_what_the_model_knows_as_padding(bert, config, expected):
+    assert SentenceTokenizer(bert, config).pad_id == expected
+
+
+def test_without_padding_rows_are_filled_up_with_the_end(bert):
+    file = bert / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "pad_token": None}))
+    assert SentenceTokenizer(bert, {"eos_token_id": 3}).pad_id == 3
+    assert SentenceTokenizer(bert, {"eos_token_id": [3, 4]}).pad_id == 3
 
 
 def test_batches_hold_each_row_once_with_hardly_any_padding():

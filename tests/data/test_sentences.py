@@ -8,7 +8,7 @@ import pytest
 
 from thimble.data.columns import NamedColumns
 from thimble.data.sentence_split import split_sentences
-from thimble.data.sentences import Sentence, SentenceReader, read_sentences, task_of, two_labels
+from thimble.data.sentences import Sentence, SentenceReader, guess_task, read_sentences, task_of, two_labels
 from thimble.errors import DataError
 
 
@@ -94,6 +94,34 @@ def test_the_task_that_columns_are_made_for():
     assert task_of(["anchor", "positive", "negative"]) == "embed"
     assert task_of(["sentence1", "sentence2", "score"]) == "embed"
     assert task_of(["messages"]) == "" == task_of(["text"])
+
+
+def test_labels_with_fractions_of_two_texts_are_scores(tmp_path):
+    rows = [{"sentence1": "a", "sentence2": "b", "label": label, "idx": 0} for label in (5.0, 3.8, 0.25)]
+    assert guess_task(write(tmp_path / "stsb.jsonl", rows)) == "embed"
+    (tmp_path / "stsb.csv").write_text("sentence1,sentence2,label\na,b,5.000\na,b,3.800\n")
+    assert guess_task(tmp_path / "stsb.csv") == "embed"
+    assert guess_task(write(tmp_path / "ints.jsonl", [{**row, "label": float(n)} for n, row in enumerate(rows)])) == (
+        "classify-text"
+    )
+    one = [{"text": "a", "label": 0.5}, {"text": "b", "label": 1.5}]
+    assert guess_task(write(tmp_path / "one.jsonl", one)) == "classify-text"
+
+
+def test_classes_of_inference_are_no_scores(tmp_path):
+    rows = [{"premise": "a", "hypothesis": "b", "label": n % 3} for n in range(9)]
+    with pytest.raises(DataError, match="the labels are 0, 1 and 2, as data sets of inference number their classes"):
+        read_sentences(write(tmp_path / "nli.jsonl", rows), "embed")
+    scored = [{"premise": "a", "hypothesis": "b", "score": n % 3} for n in range(9)]
+    assert read_sentences(write(tmp_path / "scored.jsonl", scored), "embed").train[2].score == 2
+    graded = [{"sentence1": "a", "sentence2": "b", "label": n % 5} for n in range(9)]
+    assert read_sentences(write(tmp_path / "graded.jsonl", graded), "embed").train[4].score == 4
+
+
+def test_a_table_without_names_of_columns_is_told_of_them(tmp_path):
+    (tmp_path / "a.csv").write_text("good film,pos\nbad film,neg\n" * 3)
+    with pytest.raises(DataError, match="if that is a first row and no names, put a line of names above it"):
+        read_sentences(tmp_path / "a.csv", "classify-text")
 
 
 def write(path, rows):

@@ -155,19 +155,26 @@ def _predict(config: GenerateConfig, log: EventLog, should_stop: ShouldStop) -> 
     problems.required()
     used, lines = predictions(config, log, should_stop)
     began, found = time.perf_counter(), list(lines)
-    write_predictions(config.out or "", found, log)
-    count = len(used.reading.valid_costs)
+    skipped, count = used.rows.skipped, len(used.reading.valid_costs)
+    errors = [{"file": row.source, "error": "; ".join(row.problems)} for row in skipped.found]
+    write_predictions(config.out or "", found, errors, log)
     return GenerateReport(
         "done" if len(found) == count else "interrupted", config.data, used.base.name, used.trained.path,
-        config.out or "", count, len(found), seconds=time.perf_counter() - began, samples=found[:SHOWN_ANSWERS],
-        messages=log.messages,
+        config.out or "", count + skipped.count, len(found), unanswered=skipped.count,
+        seconds=time.perf_counter() - began, samples=found[:SHOWN_ANSWERS], messages=log.messages,
     )  # fmt: skip
 
 
 def answer_rows(
     rows: Iterable[Any] | None, config: GenerateConfig, on_event: OnEvent = ignore, should_stop: ShouldStop = never
-) -> list[Answer]:
-    """The same without a file; gives the answers in the order of the rows."""
+) -> list[Answer] | list[dict[str, Any]]:
+    """The same without a file; gives the answers in the order of the rows, of adapters on modules their lines."""
+    if is_of_module(config.adapter, config.task, config.base):
+        if rows is not None:
+            raise ConfigError(
+                f"adapter {config.adapter[0]} is asked about the rows of a file or folder: name it instead of rows"
+            )
+        return [*predictions(config, EventLog(on_event), should_stop)[1]]
     work = _prepare(config, EventLog(on_event), None, rows)
     found = {answer.row: answer for answer in _answers(work, set(), work.report(""), should_stop)}
     for row, problem in work.encoded.problems.items():

@@ -1,8 +1,9 @@
 """Answers that are labels: whether they are, and how well each label is found."""
 
 import json
+import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from thimble.core.significance import sign_test, wilson
@@ -16,7 +17,21 @@ LEAST_SHARE = 0.9  # of the rows have an answer that another row has too
 MOST_COUNTED = 1000  # different answers; from there on they are no labels
 FEW_ROWS = 5  # to learn a label from
 UNBALANCED_SHARE = 0.9  # of one label: what always gives that one is right as often
+MOST_STEPS = 10  # different labels with fractions that may be steps of a scale, such as half stars
 OTHER = "(other)"  # an answer that is none of the labels
+
+
+def are_amounts(labels: Collection[str]) -> bool:
+    """Whether labels are amounts to be estimated and no classes: numbers, some with a fraction, and many different.
+
+    >>> are_amounts(["0.5", "1.0", "1.5"]), are_amounts([f"{n / 7:.3f}" for n in range(20)])
+    (False, True)
+    """
+    try:
+        numbers = {float(label) for label in labels}
+    except ValueError:
+        return False
+    return len(numbers) > MOST_STEPS and any(number % 1 for number in numbers if math.isfinite(number))
 
 
 def label_of(answer: str) -> str:

@@ -85,8 +85,8 @@ class SentenceTokenizer:
         self.warnings = own.warnings
         lengths = [length for length in (*_lengths(folder, config), most_tokens) if length]
         self.most_tokens: int | None = min(lengths, default=None)
-        self.pad_id = _id(self._inner, own.named_tokens.get("pad_token"), config.get("pad_token_id"))
-        self._unknown = _id(self._inner, own.named_tokens.get("unk_token"), None)
+        self.pad_id = _padding(self._inner, own.named_tokens.get("pad_token"), config)
+        self._unknown = _id(self._inner, own.named_tokens.get("unk_token"))
         self._has_kinds = (config.get("type_vocab_size") or 0) > 1
 
     def encode(self, inputs: Iterable[tuple[str, ...]], counts: TokenCounts) -> list[Tokens]:
@@ -129,10 +129,19 @@ def _lengths(folder: Path, config: Mapping[str, Any]) -> list[int]:
     return [int(length) for length in lengths if isinstance(length, int | float) and 0 < length < NO_LIMIT]
 
 
-def _id(inner: "tokenizers.Tokenizer", token: str | None, otherwise: Any) -> int:
-    """The id of a token; without one the other, and 0 without that."""
-    found = inner.token_to_id(token) if token is not None else None
-    return found if found is not None else int(otherwise or 0)
+def _padding(inner: "tokenizers.Tokenizer", token: str | None, config: Mapping[str, Any]) -> int:
+    """The id that fills rows up. The config's own comes first: positions of RoBERTa, and the last token by which GPT-2
+    and other decoders tell classes apart, are counted by that one. Models without any are filled up with their end.
+    """
+    named = config.get("pad_token_id"), _id(inner, token), config.get("eos_token_id")
+    ids = (found[0] if isinstance(found, list) and found else found for found in named)
+    return next((found for found in ids if type(found) is int and found >= 0), 0)
+
+
+def _id(inner: "tokenizers.Tokenizer", token: str | None) -> int | None:
+    """The id of a token, if there is one."""
+    found: int | None = inner.token_to_id(token) if token is not None else None
+    return found
 
 
 def even_batches(lengths: Sequence[int], most_tokens: int) -> list[list[int]]:

@@ -6,6 +6,7 @@ positive, sentence1 and sentence2 with a score, anchor, positive and negative); 
 
 import itertools
 import json
+import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -37,6 +38,8 @@ POSITIVES = (
 )  # fmt: skip
 NEGATIVES = ("negative", "negatives", "neg", "hardnegative", *(f"negative{number}" for number in range(1, 17)))
 SCORES = ("score", "similarity", "similarityscore", "labels", "label")
+NLI = {0.0, 1.0, 2.0}  # entailment, neutral, contradiction
+GUESSED_ROWS = 100  # by which the task is guessed
 UNLABELLED = ("-1", "-1.0")  # which SNLI and GLUE write where there is no label
 LABEL_FORMS = "text and label; premise, hypothesis and label"
 PAIR_FORMS = "anchor and positive; question and answer; anchor, positive and negative; sentence1, sentence2 and score"
@@ -149,13 +152,25 @@ def task_of(fields: Collection[str]) -> str:
 
 
 def guess_task(path: str | Path) -> str:
-    """The task that the first row of some data is made for; empty if that is neither, or cannot be read."""
+    """The task that the first rows of some data are made for; empty if that is neither, or they cannot be read."""
     try:
         splits, told = find_files(Path(path).expanduser())
-        first = next((row.value for files in splits.values() for row in read_rows(files[0], told)), None)
+        rows = (row.value for files in splits.values() for row in read_rows(files[0], told))
+        first = [row for row in itertools.islice(rows, GUESSED_ROWS) if isinstance(row, Mapping)]
     except (DataError, OSError):
         return ""
-    return task_of(first) if isinstance(first, Mapping) else ""
+    task = task_of(first[0]) if first else ""
+    return EMBED if task == CLASSIFY and any(map(_is_scored, map(Fields, first))) else task
+
+
+def _is_scored(fields: Fields) -> bool:
+    """Whether two texts have a label that is a score and no class: a number with a fraction, as GLUE has STS-B."""
+    has_two = any(all(map(fields.__contains__, pair)) for pair in TWO_TEXTS)
+    label = fields.peek(fields.first(LABELS) or "") if has_two else None
+    try:
+        return label is not None and math.isfinite(float(label)) and float(label) % 1 != 0
+    except (TypeError, ValueError):
+        return False
 
 
 class SentenceReader:
@@ -164,6 +179,7 @@ class SentenceReader:
     def __init__(self, task: str, named: NamedColumns | None = None, needs_answers: bool = True) -> None:
         self._task, self._named, self._needs_answers = task, named or NamedColumns(), needs_answers
         self._check = NamedCheck(self._named)
+        self._labels: set[float] = set()  # that were taken for scores
 
     def parse(self, row: Any, source: str) -> Parsed[Sentence]:
         """Check a row; a DataError says everything that is wrong with it."""
@@ -177,7 +193,10 @@ class SentenceReader:
             read = _texts_alone
         form, parts = read(fields, self._named, left)
         fields.leave(left)
-        return Parsed(Sentence(source=source, **parts), form, left)
+        sentence = Sentence(source=source, **parts)
+        if sentence.score is not None and fields.first_filled(SCORES) in LABELS and len(self._labels) <= len(NLI):
+            self._labels.add(sentence.score)
+        return Parsed(sentence, form, left)
 
     def _has_answer(self, fields: Fields) -> bool:
         """Whether a row says what it is called; texts to be embedded say nothing of the kind."""
@@ -187,8 +206,17 @@ class SentenceReader:
         return fields.has(named) if named else fields.first_filled(KINDS) is not None
 
     def check(self) -> None:
-        """Raise a DataError if a column that the user named is in none of the rows read so far."""
+        """Raise a DataError if a column that the user named is in none of the rows read so far, or if what was taken
+        for scores are the classes of NLI, of which 0 is the most alike.
+        """
         self._check.check()
+        if self._labels == NLI:
+            raise DataError(
+                "the labels are 0, 1 and 2, as data sets of inference number their classes (0 is entailment), and no "
+                "scores: add --task classify-text to learn the classes; to learn embeddings, keep the rows of "
+                "entailment without their label, and contradictions as a column called negative; if they are scores, "
+                "call the column score"
+            )
 
 
 # ---- forms
@@ -325,7 +353,7 @@ def _unknown(fields: Fields, task: str, forms: str) -> str:
     expects = f"--task {task} expects" if task else "expected"
     return (
         f"the columns are {found}: {expects} one of the forms {forms}; if yours have other names, add "
-        "--prompt-column and --completion-column"
+        "--prompt-column and --completion-column; if that is a first row and no names, put a line of names above it"
     )
 
 

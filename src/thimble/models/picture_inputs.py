@@ -23,17 +23,20 @@ class PictureInputs:
     std: tuple[float, float, float]
     resample: int = BICUBIC  # how it is resized, as Pillow numbers it
     warnings: tuple[str, ...] = ()  # what of the base's own way is not done so
+    is_grey: bool = False  # whether the base takes one channel
 
     def as_data(self) -> dict[str, Any]:
         """It as plain data, by the names of `preprocessor_config.json`."""
-        return {"size": self.size, "image_mean": list(self.mean), "image_std": list(self.std)}
+        found = {"size": self.size, "image_mean": list(self.mean), "image_std": list(self.std)}
+        return found | ({"num_channels": 1} if self.is_grey else {})
 
 
 def picture_inputs(said: Mapping[str, Any], base: str, size: int | None = None) -> PictureInputs:
     """Read preprocessing, as a folder or a module of the user's own says it.
 
     Args:
-        said: By the names of `preprocessor_config.json`; `mean` and `std` are taken for `image_mean` and `image_std`.
+        said: By the names of `preprocessor_config.json`; `mean` and `std` are taken for `image_mean` and `image_std`,
+            and `num_channels` is that of `config.json`.
         base: Name of the base, for messages.
         size: That the user wants instead.
 
@@ -48,9 +51,12 @@ def picture_inputs(said: Mapping[str, Any], base: str, size: int | None = None) 
     std = (1.0, 1.0, 1.0) if is_plain else _three(said, ("image_std", "std"), USUAL_STD, base)
     if min(std) <= 0:
         raise BaseModelError(f"base {base} divides pictures by {std}: expected numbers above 0")
+    channels = said.get("num_channels", 3)
+    if channels not in (1, 3):
+        raise BaseModelError(f"base {base} takes pictures of {channels!r:.20} channels: expected 3 (RGB) or 1 (grey)")
     side = size or _size(said, base)
     if not said.get(AS_BASE):
-        return PictureInputs(side, mean, std)
+        return PictureInputs(side, mean, std, is_grey=channels == 1)
     resample = said.get("resample", BICUBIC)
     is_known = type(resample) is int and 0 <= resample <= MOST_RESAMPLE
     sides = said.get("size")
@@ -59,7 +65,7 @@ def picture_inputs(said: Mapping[str, Any], base: str, size: int | None = None) 
         f"base {base} cuts the middle out of pictures, and here both sides are resized to {side} pixels: what is no "
         "square looks otherwise than it did to the adapter; cut it before",
     ) * is_cut
-    return PictureInputs(side, mean, std, resample if is_known else BICUBIC, warnings)
+    return PictureInputs(side, mean, std, resample if is_known else BICUBIC, warnings, channels == 1)
 
 
 def _three(said: Mapping[str, Any], names: tuple[str, ...], usual: tuple[float, float, float], base: str) -> Any:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from thimble.config.train import TrainConfig
 from thimble.core.labels import AnswerCounts
+from thimble.data.media.inside import MediaFile
 from thimble.models.frozen_base import FrozenBase
 from thimble.training.metric import ChosenMetric
 
@@ -33,4 +34,6 @@ class RunFacts:
     safer_rate: float  # to try where the one that was taken diverged
     token_ratio: float = 0.0  # tokens for the words of the data, in those for English ones
     answers_path: str | None = None  # a file for all answers, if the user wants one
-    media: Mapping[str, Path] = field(default_factory=dict)  # pictures or clips of validation rows, by their sources
+    media: Mapping[str, MediaFile] = field(
+        default_factory=dict
+    )  # pictures or clips of validation rows, by their sources

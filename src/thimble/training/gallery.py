@@ -1,9 +1,9 @@
 """Pictures and clips of some validation rows, made small for the page of a run, with what was said of them."""
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from thimble.data.media.data_uri import clip_uri, picture_uri
+from thimble.data.media.inside import MediaFile
 from thimble.errors import InputError
 from thimble.report.gallery import Shown, choose_shown, group_of
 from thimble.training.answers import Answer
@@ -11,7 +11,7 @@ from thimble.training.facts import RunFacts
 from thimble.training.result import TrainReport
 
 MOST_PICTURES, MOST_CLIPS = 24, 12  # some kilobytes each
-_MAKERS: dict[str, tuple[Callable[[Path], str], int]] = {
+_MAKERS: dict[str, tuple[Callable[[MediaFile], str], int]] = {
     "classify-image": (picture_uri, MOST_PICTURES),
     "classify-audio": (clip_uri, MOST_CLIPS),
     "transcribe": (clip_uri, MOST_CLIPS),

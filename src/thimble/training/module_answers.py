@@ -9,6 +9,7 @@ import numpy as np
 
 from thimble.config.evaluate import EvaluateConfig
 from thimble.config.generate import GenerateConfig
+from thimble.data.examples import log_skipped
 from thimble.data.sentences import EMBED
 from thimble.errors import AdapterError, ConfigError, Problems, RunError, listing, plural
 from thimble.events import EventLog, ShouldStop
@@ -87,10 +88,14 @@ def predictions(
     return used, _lines(used, used.reading, log, should_stop)
 
 
-def write_predictions(path: str, lines: Sequence[Mapping[str, Any]], log: EventLog) -> None:
-    """Write lines as JSON, or of a file in .npy their embeddings alone, as an array float32 (rows, width) of numpy."""
+def write_predictions(
+    path: str, lines: Sequence[Mapping[str, Any]], errors: Sequence[Mapping[str, Any]], log: EventLog
+) -> None:
+    """Write lines as JSON, and behind them those of rows that cannot be used; or of a file in .npy the embeddings
+    alone, as an array float32 (rows, width) of numpy.
+    """
     if not path.endswith(".npy"):
-        write_answers(path, lines, log)
+        write_answers(path, [*lines, *errors], log)
         return
     made = io.BytesIO()
     np.save(made, np.array([line["embedding"] for line in lines], np.float32))
@@ -139,5 +144,6 @@ def _rows(trained: list[Trained], config: EvaluateConfig | GenerateConfig, needs
 def _log_rows(rows: TaskRows, log: EventLog) -> None:
     for note in rows.told:
         log.note(note)
+    log_skipped(rows.skipped, log)
     for warning in rows.warnings:
         log.warning(warning)

@@ -15,8 +15,9 @@ from thimble.core.metrics import METRICS
 from thimble.core.schedule import default_beta2
 from thimble.data.examples import log_skipped
 from thimble.data.model import find_module_base
-from thimble.errors import ConfigError, Problems, plural
+from thimble.errors import BaseModelError, ConfigError, Problems, ThimbleError, escaped, listing, plural
 from thimble.events import EventLog
+from thimble.files.user_program import place_of
 from thimble.models.cost import MemoryPlan
 from thimble.models.execution import ExecutionPlan
 from thimble.models.module_base import ModuleBase
@@ -25,12 +26,12 @@ from thimble.training.checkpoint import Checkpoint, check_origin, latest_checkpo
 from thimble.training.evidence import log_few
 from thimble.training.facts import RunFacts
 from thimble.training.metric import ChosenMetric
-from thimble.training.module_memory import plan_memory
+from thimble.training.module_memory import ModuleCost, plan_memory
 from thimble.training.moved import log_new_places, missing_parts
 from thimble.training.plan import ADAPTER_FILES, RUN_FOLDER_BYTES
 from thimble.training.step_schedule import StepSchedule, rate_factors
 from thimble.training.tasks.kinds import KINDS, TaskKind
-from thimble.training.tasks.reading import Reading, TaskRows, warnings_of
+from thimble.training.tasks.reading import TRAIN, Reading, TaskRows, warnings_of
 from thimble.training.watch import Watch, choose_watch, log_watch
 
 
@@ -97,7 +98,7 @@ def plan_module_run(config: TrainConfig, task: str, log: EventLog, needs_folder:
     _log_opened(opened, rows, reading, config, log)
     schedule = _schedule(config, kind, opened, reading)
     _log_schedule(schedule, len(reading.costs), "adapter and head" if kind.has_head else "adapters", log)
-    cost = plan_memory(config, opened.session, reading, schedule)
+    cost = _cost(config, opened, reading, schedule)
     execution = cost.execution
     checkpoint = latest_checkpoint(folder) if config.resume else None
     if checkpoint:
@@ -172,6 +173,20 @@ def _schedule(config: TrainConfig, kind: TaskKind, opened: OpenedModule, reading
         return float(f"{kind.rate * math.prod(factors.values()):.1e}"), factors
 
     return StepSchedule(config, [1] * count, config.batch_rows or kind.step_rows, count, usual, kind.epochs)
+
+
+def _cost(config: TrainConfig, opened: OpenedModule, reading: Reading, schedule: StepSchedule) -> ModuleCost:
+    """What the steps take; a BaseModelError if the module cannot be run on the rows at all."""
+    try:
+        return plan_memory(config, opened.session, reading, schedule)
+    except (ThimbleError, MemoryError):
+        raise
+    except Exception as error:  # of code that is not ours, run here for the first time
+        given = listing(f"{name} {array.shape}" for name, array in reading.batch(TRAIN, [0], None).inputs.items())
+        raise BaseModelError(
+            f"base {opened.base.name} fails on what it is given, which is {given} of one row: "
+            f"{escaped(place_of(error, str(opened.base.path)))}; how rows are made ready stands in docs/tasks.md"
+        ) from error
 
 
 def _origin(opened: OpenedModule, rows: TaskRows, execution: ExecutionPlan) -> dict[str, str]:

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import os
 import shutil
@@ -9,6 +10,8 @@ from PIL import Image
 
 from media_files import write_classes, write_clip, write_picture
 from thimble.data.media.find import find_media, guess_kind
+from thimble.data.media.pictures import read_picture
+from thimble.data.media.sound import read_sound
 from thimble.errors import DataError
 
 
@@ -370,19 +373,67 @@ def test_a_table_without_paths_says_which_columns_it_has(tmp_path):
         assert "the columns are number, label" in problems_of(path)[0]
 
 
-def test_files_inside_of_a_table_are_named_as_what_is_not_read(tmp_path):
+def write_inside(path, column, feature, cells, **more):
+    """A Parquet file with files inside, as the hub keeps data sets of pictures and clips."""
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow.parquet import write_table as write_parquet
 
+    noted = {"info": {"features": {column: {"_type": feature}}}} if feature else {}
+    table = pyarrow.table({column: cells, **more}).replace_schema_metadata({"huggingface": json.dumps(noted)})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_parquet(table, path)
+    return path
+
+
+def test_pictures_inside_of_a_table_are_what_they_are_as_files(tmp_path):
+    files = [write_picture(tmp_path / "files" / f"{number}.png", number) for number in range(3)]
+    names = "a/0.png", "1.png", None
+    cells = [{"bytes": file.read_bytes(), "path": name} for file, name in zip(files, names, strict=True)]
+    table = write_inside(tmp_path / "data" / "train-00000-of-00001.parquet", "image", "Image", cells, label=[3, 4, 3])
+    row = f"{table.name} row"
+    for path in (table, tmp_path / "data"):
+        data = find_media(path, "image")
+        assert guess_kind(path) == "image"
+        assert pairs(data.train) == [(f"{row} 1 (0.png)", "3"), (f"{row} 2 (1.png)", "4"), (f"{row} 3", "3")]
+        assert [item.digest for item in data.train] == [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+        for item, file in zip(data.train, files, strict=True):
+            assert (read_picture(item.path, 8) == read_picture(file, 8)).all()
+        assert not data.warnings[1:], data.warnings  # of few rows alone
+
+
+@pytest.mark.parametrize("suffix", [".wav", ".flac", ".mp3"])
+def test_clips_inside_of_a_table_are_what_they_are_as_files(tmp_path, suffix):
+    files = [write_clip(tmp_path / "files" / f"{number}{suffix}", hertz=200 + number) for number in range(2)]
+    cells = [{"bytes": file.read_bytes(), "path": None} for file in files]
+    table = write_inside(tmp_path / "t.parquet", "audio", "Audio", cells, text=["one", "two"])
+    assert guess_kind(table) == "audio"
+    data = find_media(table, "audio", needed="text")
+    assert [(item.text, round(item.seconds, 1)) for item in data.train] == [("one", 0.2), ("two", 0.2)]
+    for item, file in zip(data.train, files, strict=True):
+        assert (read_sound(item.path, 16000, 1.0) == read_sound(file, 16000, 1.0)).all()
+
+
+def test_bytes_without_a_note_of_what_they_are_go_by_the_name_of_their_column(tmp_path):
     content = write_picture(tmp_path / "a.png").read_bytes()
-    (tmp_path / "a.png").unlink()
-    rows = [{"image": {"bytes": content, "path": None}, "label": number} for number in range(3)]
-    features = {"image": {"_type": "Image"}, "label": {"dtype": "int64", "_type": "Value"}}
-    table = pyarrow.Table.from_pylist(rows)
-    noted = {"huggingface": json.dumps({"info": {"features": features}})}
-    (tmp_path / "data").mkdir()
-    write_parquet(table.replace_schema_metadata(noted), tmp_path / "data" / "train-00000-of-00001.parquet")
-    assert "files inside of the table are not read: write each to a file" in problems_of(tmp_path)[0]
+    table = write_inside(tmp_path / "t.parquet", "img", "", [content] * 4, label=["a", "b"] * 2)
+    assert guess_kind(table) == "image"
+    assert len(find_media(table, "image").train) == 4
+
+
+def test_what_is_wrong_with_a_file_inside_of_a_table_is_told_with_its_row(tmp_path):
+    content = write_picture(tmp_path / "a.png").read_bytes()
+    cells = [{"bytes": one, "path": name} for one, name in ((content, "a.png"), (content[:60], "b.png"))]
+    cells += [None, {"bytes": b"abc", "path": "c.heic"}, {"bytes": None, "path": "gone.png"}]
+    table = write_inside(tmp_path / "t.parquet", "image", "Image", cells, label=[*"ababa"])
+    told = problems_of(table)
+    assert [line.partition(":")[0] for line in told] == [
+        "t.parquet row 3", "t.parquet row 5", "t.parquet row 2 (b.png)", "t.parquet row 4 (c.heic)",
+        "4 of 5 rows cannot be used",
+    ]  # fmt: skip
+    assert "has no image: expected a picture in each row" in told[0]
+    assert "names gone.png, which is not there" in told[1]
+    assert "cannot be decoded whole" in told[2]
+    assert "is a .heic file, which is not read" in told[3]
 
 
 def test_a_path_that_is_nothing_is_refused(tmp_path):

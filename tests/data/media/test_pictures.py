@@ -130,3 +130,11 @@ def test_pixels_are_normalised_channel_by_channel():
     expected = ((picture / 255 - mean) / std).transpose(2, 0, 1)
     assert to_pixels(picture, mean, std).dtype == np.float32
     assert np.abs(to_pixels(picture, mean, std) - expected).max() < 1e-6
+
+
+def test_grey_is_what_pillow_makes_of_it():
+    picture = random(5, 4, 3)
+    expected = (np.asarray(Image.fromarray(picture).convert("L")) / 255 - 0.4) / 0.2
+    made = to_pixels(picture, (0.4,) * 3, (0.2,) * 3, is_grey=True)
+    assert (made.shape, made.dtype) == ((1, 5, 4), np.float32)
+    assert np.abs(made[0] - expected).max() < 1e-6

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from thimble.backends.torch.clip_inputs import allow_short_windows
+from thimble.data.sentence_tokens import SentenceTokenizer
 from thimble.errors import BaseModelError, MissingPackageError, escaped, install_line, listing
 from thimble.files.user_program import load_program, place_of
 from thimble.models.module_base import ModuleBase
@@ -173,6 +174,11 @@ def _open_folder(base: ModuleBase, task: str, labels: Sequence[str]) -> OpenedMo
     if labels:
         config.num_labels = len(labels)
         config.id2label, config.label2id = dict(enumerate(labels)), {label: n for n, label in enumerate(labels)}
+        config.problem_type = "single_label_classification"  # the base's own may be another, by which it would be read
+    if (
+        task == "classify-text" and getattr(config, "pad_token_id", None) is None
+    ):  # decoders find their last token by it
+        config.pad_token_id = SentenceTokenizer(base.path, base.config).pad_id
     with _quiet(transformers):
         try:
             module, info = loader.from_pretrained(

@@ -9,6 +9,7 @@ from functools import partial
 from itertools import islice
 from typing import NamedTuple
 
+from thimble.data.media.inside import open_media
 from thimble.data.media.items import Item
 from thimble.data.media.kinds import IMAGE, refusal
 from thimble.data.media.pictures import content_of, look_at_picture
@@ -80,7 +81,7 @@ def _look(item: Item) -> Checked:
 
 def _listen(most_seconds: float, item: Item) -> Checked:
     heard = listen_to(item.path, most_seconds)
-    with item.path.open("rb") as file:
+    with open_media(item.path) as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     remark = "silent from beginning to end" if heard.is_silent else ""
     if heard.seconds > most_seconds:

@@ -2,10 +2,10 @@
 
 import base64
 import io
-from pathlib import Path
 
 import numpy as np
 
+from thimble.data.media.inside import MediaFile
 from thimble.data.media.pictures import open_picture
 from thimble.data.media.sound import read_sound
 
@@ -15,7 +15,7 @@ PLAYED_RATE = 16_000  # samples a second
 PLAYED_SECONDS = 8.0
 
 
-def picture_uri(path: Path, side: int = SIDE) -> str:
+def picture_uri(path: MediaFile, side: int = SIDE) -> str:
     """A picture, its longer side at most `side` pixels, as JPEG, or as PNG where that is smaller: a drawing, a digit.
 
     A DataError says why it cannot be decoded, without the path.
@@ -31,7 +31,7 @@ def picture_uri(path: Path, side: int = SIDE) -> str:
     return _uri(f"image/{kind}", content)
 
 
-def clip_uri(path: Path) -> str:
+def clip_uri(path: MediaFile) -> str:
     """The first PLAYED_SECONDS of a clip as MP3, which every browser plays; as WAV where libsndfile writes none.
 
     A DataError says why it cannot be decoded, without the path.

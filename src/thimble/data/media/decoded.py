@@ -4,12 +4,12 @@ import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from thimble.data.media.inside import MediaFile
 from thimble.data.spool import Spool
 from thimble.errors import DataError, DoesNotFitError, RunError, escaped
 from thimble.models.machine import cache_folder, usable_cores
@@ -36,7 +36,9 @@ class Decoded:
     run goes through all of them in turn, and whatever is dropped last would be wanted next. Asked by one thread.
     """
 
-    def __init__(self, paths: Sequence[Path], read: Callable[[Path], Array], most_bytes: int = MOST_KEPT_BYTES) -> None:
+    def __init__(
+        self, paths: Sequence[MediaFile], read: Callable[[MediaFile], Array], most_bytes: int = MOST_KEPT_BYTES
+    ) -> None:
         """Read `paths` with `read`, and keep at most so many bytes of what comes of it."""
         self._paths, self._read, self._room = paths, read, min(most_bytes, _free_bytes() // 2)
         self._file: Spool[bytes] = Spool(bytes, bytes)
@@ -88,7 +90,7 @@ class Decoded:
         return array
 
 
-def lost(path: Path, error: DataError) -> RunError:
+def lost(path: MediaFile, error: DataError) -> RunError:
     """What to do about a file that was whole when the run began, and cannot be decoded any more."""
     return RunError(
         f"{escaped(str(path))} {error.problems[0]}. It was whole when the run began: put it back and go on with "

@@ -94,7 +94,7 @@ def _first_row(path: Path) -> RawRow | None:
     """The first row of the tables that a path leads to; None if there are none."""
     try:
         sources = [source for sources in find_files(path).splits.values() for source in sources if source.kind != TEXT]
-        return next(read_rows(sources[0], Told())) if sources else None
+        return next(read_rows(sources[0], Told(), has_media=True)) if sources else None
     except InputError:
         return None
 
@@ -132,7 +132,7 @@ def _tables(path: Path, kind: str, prompt_column: str, needed: str, told: Told) 
     try:
         splits, noted = find_files(path)
         splits = {split: [one for one in sources if one.kind != TEXT] for split, sources in splits.items()}
-        first = [next(read_rows(sources[0], Told())) for sources in splits.values()]
+        first = [next(read_rows(sources[0], Told(), has_media=True)) for sources in splits.values()]
     except (InputError, IndexError):
         if path.is_dir() and needed != "text" and (not needed or _has_media(path, kind)):
             return {}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from thimble.core.labels import FEW_ROWS, UNBALANCED_SHARE, AnswerCounts
+from thimble.data.media.inside import MediaFile
 from thimble.data.records import MAX_VALIDATION_ROWS, Skipped
 from thimble.errors import listing, plural
 
@@ -16,7 +17,7 @@ class Item:
     """One picture or clip.
 
     Attributes:
-        path: The file.
+        path: The file, or that which lies in a row.
         source: Where it is named, for people: "cats/3.png", "manifest.csv line 4".
         label: Its class, if it has one.
         text: Its transcript, if it has one.
@@ -24,7 +25,7 @@ class Item:
         seconds: How long a clip takes; 0 for pictures.
     """
 
-    path: Path
+    path: MediaFile
     source: str
     label: str | None = None
     text: str | None = None

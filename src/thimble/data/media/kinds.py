@@ -1,8 +1,8 @@
 """Files of pictures and sound by their names: which are read, which are not and what to convert them with."""
 
 import os
-from pathlib import Path
 
+from thimble.data.media.inside import MediaFile
 from thimble.errors import as_word
 
 IMAGE, AUDIO = "image", "audio"
@@ -42,7 +42,7 @@ def is_media(name: str, kind: str) -> bool:
     return suffix in SUFFIXES[kind] or suffix in _REFUSED[kind]
 
 
-def refusal(path: Path, kind: str) -> str:
+def refusal(path: MediaFile, kind: str) -> str:
     """What to do about a file of a kind that is not read; nothing if it may be."""
     way = _REFUSED[kind].get(path.suffix.lower(), "")
     if not way:

@@ -10,13 +10,14 @@ from typing import Any
 
 from thimble.data.columns import Fields, NamedCheck, NamedColumns
 from thimble.data.media.folders import walk
+from thimble.data.media.inside import Inside, MediaFile, content_inside
 from thimble.data.media.items import Item
 from thimble.data.media.kinds import AUDIO, IMAGE, NOUNS, is_media
 from thimble.data.records import Skipped
 from thimble.data.row_values import cell_text, describe, is_filled
-from thimble.data.sources.kinds import BINARY
 from thimble.data.sources.raw import RawRow, Source, Told
 from thimble.data.sources.read import read_rows
+from thimble.data.spool import Spool
 from thimble.errors import DataError, escaped, listing, plural
 
 # How columns are called, folded (see `columns.folded`): as datasets, Common Voice, NeMo and Kaggle have them.
@@ -40,12 +41,14 @@ def has_paths(row: RawRow, kind: str, prompt_column: str) -> bool:
 
 
 def names_media(row: RawRow, kind: str) -> bool:
-    """Whether a column of paths of a row names a file that is a picture, or a clip, by its suffix."""
+    """Whether a column of a row names a file that is a picture, or a clip, by its suffix, or holds one."""
     if not isinstance(row.value, Mapping):
         return False
     fields = Fields(row.value)
-    cells = (fields.peek(name) for name in fields.among(PATHS[kind]))
-    texts = (cell.get("path") if isinstance(cell, Mapping) else cell for cell in cells)
+    cells = {name: fields.peek(name) for name in fields.among(PATHS[kind])}
+    if any(content_inside(cell) for name, cell in cells.items() if name not in _PATHS):
+        return True
+    texts = (cell.get("path") if isinstance(cell, Mapping) else cell for cell in cells.values())
     return any(isinstance(text, str) and is_media(text, kind) for text in texts)
 
 
@@ -61,18 +64,20 @@ class ManifestReader:
         self._named = NamedCheck(NamedColumns(prompt=columns[0], completion=columns[1]))
         self._places: dict[Path, Place] = {}
         self._outside: list[str] = []  # sources of rows that name files elsewhere
+        self._contents: Spool[bytes] = Spool(bytes, bytes)  # of files that lie in rows
+        self._column = ""  # of paths, as the last row that has it calls it
 
     def read(self, source: Source) -> list[tuple[str, Item]]:
         """The items of one table, each with what the row says of its split; rows that cannot be used are noted."""
         items = []
-        for row in read_rows(source, self._told):
+        for row in read_rows(source, self._told, has_media=True):
             self._skipped.rows += 1
             try:
                 if row.problem:
                     raise DataError(row.problem)
                 fields = self._fields(row)
                 items.append(
-                    (str(fields.peek(fields.first(SPLIT_COLUMNS) or "") or ""), self._item(fields, row, source))
+                    (str(fields.peek(fields.first(SPLIT_COLUMNS) or "") or ""), self._item(fields, row.source, source))
                 )
             except DataError as error:
                 self._skipped.add(row.source, *error.problems)
@@ -96,24 +101,25 @@ class ManifestReader:
         self._named.see(fields)
         return fields
 
-    def _item(self, fields: Fields, row: RawRow, source: Source) -> Item:
+    def _item(self, fields: Fields, row: str, source: Source) -> Item:
         column = self._path_column or fields.first(PATHS[self._kind])
         if column is None:
-            inside = (
-                "; files inside of the table are not read: write each to a file (docs/pictures_and_sound.md)"
-                if source.kind in BINARY
-                else ""
-            )
-            raise DataError(
-                f"has no column of paths: expected file_name or path, or name it with --prompt-column; the columns are "
-                f"{listing(fields)}{inside}. If that is a first row and no names, put a line of names above it"
-            )
-        path = self._path(fields.cell(column) if self._path_column else fields.take(column), column, source)
+            raise DataError(self._no_column(fields))
+        self._column = column
+        path = self._file(fields.cell(column) if self._path_column else fields.take(column), column, row, source)
         answers = {name: self._answer(fields, name) for name in ANSWERS}
         if self._needed and not answers[self._needed]:
             raise DataError(f"has no {self._needed}{self._expected(fields)}")
-        where = f"{row.source} ({escaped(path.name)})"
+        where = f"{row} ({escaped(path.name)})" if path.name else row
         return Item(path, where, answers["label"], answers["text"])
+
+    def _no_column(self, fields: Fields) -> str:
+        if self._column:  # in a row before: tables leave out what is null
+            return f"has no {self._column}: expected a {NOUNS[self._kind][0]} in each row"
+        return (
+            f"has no column of paths: expected file_name or path, or name it with --prompt-column; the columns are "
+            f"{listing(fields)}. If that is a first row and no names, put a line of names above it"
+        )
 
     def _expected(self, fields: Fields) -> str:
         """What a row without an answer lacks: a value, or a column."""
@@ -135,6 +141,13 @@ class ManifestReader:
         if isinstance(value, list | Mapping):
             raise DataError(f"{column} is {describe(value)}: expected one {name}")
         return unicodedata.normalize("NFC", cell_text(value, column)).strip() or None
+
+    def _file(self, value: Any, column: str, row: str, source: Source) -> MediaFile:
+        """The file that a cell holds, or names."""
+        if (content := content_inside(value)) is None:
+            return self._path(value, column, source)
+        name = value.get("path") if isinstance(value, Mapping) else None
+        return Inside(self._contents, content, Path(name).name if isinstance(name, str) else "", row)
 
     def _path(self, value: Any, column: str, source: Source) -> Path:
         if isinstance(value, Mapping):  # as datasets has it

@@ -1,14 +1,13 @@
 """Pictures as arrays of one size, whatever they are stored as."""
 
 import io
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from thimble.data.media.inside import MediaFile, open_media
 from thimble.data.sources.kinds import other_kind
 from thimble.errors import DataError, MissingPackageError, install_line
 
@@ -29,7 +28,7 @@ class Look(NamedTuple):
     is_animated: bool  # then its first frame is taken
 
 
-def read_picture(path: Path, size: int, resample: int = 3) -> NDArray[np.uint8]:
+def read_picture(path: MediaFile, size: int, resample: int = 3) -> NDArray[np.uint8]:
     """A picture as RGB, resized to a square, without keeping the ratio of its sides.
 
     It is turned as its EXIF says, laid on white where it is transparent, and taken from its first frame if it moves.
@@ -52,7 +51,7 @@ def read_picture(path: Path, size: int, resample: int = 3) -> NDArray[np.uint8]:
     return np.asarray(picture.resize((size, size), Image.Resampling(resample)), np.uint8)
 
 
-def open_picture(path: Path, size: int) -> "Image.Image":
+def open_picture(path: MediaFile, size: int) -> "Image.Image":
     """A picture as RGB and upright, at least `size` pixels a side if it has so many; raises as `read_picture` does."""
     return _rgb(_loaded(_opened(content_of(path)), size))
 
@@ -64,31 +63,39 @@ def look_at_picture(content: bytes) -> Look:
     return Look(*_loaded(picture, 1).size, is_animated)
 
 
-def to_pixels(picture: NDArray[np.uint8], mean: Sequence[float], std: Sequence[float]) -> NDArray[np.float32]:
+def to_pixels(
+    picture: NDArray[np.uint8], mean: Sequence[float], std: Sequence[float], is_grey: bool = False
+) -> NDArray[np.float32]:
     """A picture as a network takes it: channels first, (x / 255 - mean) / std.
 
     Args:
         picture: (height, width, 3).
         mean: Of each channel, between 0 and 1.
         std: Of each channel.
+        is_grey: Whether the three become one, weighed as Pillow does (ITU-R 601), with the first mean and std.
 
     Returns:
-        (3, height, width).
+        (3, height, width), or (1, height, width) of grey.
     """
+    if is_grey:
+        from PIL import Image
+
+        picture, mean, std = np.asarray(Image.fromarray(picture).convert("L"))[..., None], mean[:1], std[:1]
     scale = (1 / (255 * np.asarray(std, np.float64))).astype(np.float32)
     shift = (-np.asarray(mean, np.float64) / np.asarray(std, np.float64)).astype(np.float32)
     return np.ascontiguousarray((picture * scale + shift).transpose(2, 0, 1))
 
 
-def content_of(path: Path) -> bytes:
+def content_of(path: MediaFile) -> bytes:
     """The bytes of a picture; a DataError, without the path, if it cannot be read or is too large to be one."""
     try:
-        with path.open("rb") as file:
-            if os.fstat(file.fileno()).st_size > MOST_BYTES:
-                raise DataError(f"is larger than {MOST_BYTES >> 20} MB: expected a picture; make it smaller")
-            return file.read()
+        with open_media(path) as file:
+            content = file.read(MOST_BYTES + 1)
     except OSError as error:
         raise DataError(f"cannot be read: {error.strerror or error}") from error
+    if len(content) > MOST_BYTES:
+        raise DataError(f"is larger than {MOST_BYTES >> 20} MB: expected a picture; make it smaller")
+    return content
 
 
 def _opened(content: bytes) -> "Image.Image":

@@ -1,12 +1,12 @@
 """Sound as one channel of samples at one rate, whatever it is stored as."""
 
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from thimble.data.media.inside import MediaFile, open_media
 from thimble.data.sources.kinds import other_kind
 from thimble.errors import DataError, MissingPackageError, install_line
 
@@ -22,7 +22,7 @@ class Heard(NamedTuple):
     is_silent: bool  # whether all samples that were decoded are 0
 
 
-def read_sound(path: Path, rate: int, most_seconds: float) -> NDArray[np.float32]:
+def read_sound(path: MediaFile, rate: int, most_seconds: float) -> NDArray[np.float32]:
     """The beginning of a clip as one channel: the mean of all channels, resampled.
 
     Args:
@@ -44,33 +44,34 @@ def read_sound(path: Path, rate: int, most_seconds: float) -> NDArray[np.float32
     return np.ascontiguousarray(soxr.resample(samples, own_rate, rate), np.float32)
 
 
-def listen_to(path: Path, most_seconds: float) -> Heard:
+def listen_to(path: MediaFile, most_seconds: float) -> Heard:
     """Decode what would be used of a clip to see that it can be; raises a DataError if not."""
     samples, rate, frames = _decoded(path, most_seconds)
     return Heard(frames / rate, not samples.any())
 
 
-def _decoded(path: Path, most_seconds: float) -> tuple[NDArray[np.float32], int, int]:
+def _decoded(path: MediaFile, most_seconds: float) -> tuple[NDArray[np.float32], int, int]:
     """Samples as they are stored, (frames,), samples a second, and how many frames the whole file has."""
     try:
         import soundfile
     except ImportError as error:
         raise MissingPackageError(f"sound is read with soundfile. Install it with: {install_line('models')}") from error
     try:
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))  # names need not be UTF-8
+        stored = open_media(path)
     except OSError as error:
         raise DataError(f"cannot be read: {error.strerror or error}") from error
-    try:
-        head = os.read(descriptor, HEAD_BYTES)
-        os.lseek(descriptor, 0, os.SEEK_SET)
+    with stored:
+        head = stored.read(HEAD_BYTES)
+        stored.seek(0)
         if not head:
             raise DataError("is empty: expected a clip")
-        with soundfile.SoundFile(descriptor, closefd=False) as file:
-            return _mono(file, most_seconds), file.samplerate, file.frames
-    except soundfile.LibsndfileError as error:
-        raise DataError(_refused(head, str(error.error_string))) from error
-    finally:
-        os.close(descriptor)
+        try:
+            # By the number of the open file, where there is one: names need not be UTF-8.
+            opened = stored.fileno() if isinstance(path, Path) else stored
+            with soundfile.SoundFile(opened, closefd=False) as file:
+                return _mono(file, most_seconds), file.samplerate, file.frames
+        except soundfile.LibsndfileError as error:
+            raise DataError(_refused(head, str(error.error_string))) from error
 
 
 def _refused(head: bytes, reason: str) -> str:

@@ -21,12 +21,16 @@ from thimble.data.sources.saved import indices_of, read_json
 from thimble.errors import DataError, MissingPackageError, install_line, listing
 
 ROWS_AT_A_TIME = 1000
+MEDIA_AT_A_TIME = 50  # rows that may hold pictures or clips, which take much more memory
 _MEDIA = {"Image", "Audio", "Video", "Pdf", "Nifti"}  # features that are no text
 _FORMATS = {".parquet": "a Parquet file", ".arrow": "an Arrow file", SAVED: "an Arrow folder"}
 
 
-def read_arrow(source: Source, told: Told) -> Iterator[RawRow]:
-    """The rows of a Parquet file, of an Arrow or Feather file, or of those that a state.json lists."""
+def read_arrow(source: Source, told: Told, has_media: bool = False) -> Iterator[RawRow]:
+    """The rows of a Parquet file, of an Arrow or Feather file, or of those that a state.json lists.
+
+    Pictures, clips and the like are passed over and told, unless the caller says that it `has_media` to read.
+    """
     try:
         import pyarrow
         import pyarrow.parquet
@@ -38,8 +42,10 @@ def read_arrow(source: Source, told: Told) -> Iterator[RawRow]:
     number = itertools.count(1)
     try:
         for batch in _saved_batches(source) if source.kind == SAVED else _batches(source):
-            for row in _rows(batch, source, told):
-                yield RawRow(row, f"{source.name} row {next(number)}")
+            size = MEDIA_AT_A_TIME if has_media else max(1, batch.num_rows)
+            for part in (batch.slice(begin, size) for begin in range(0, batch.num_rows, size)):
+                for row in _rows(part, source, told, has_media):
+                    yield RawRow(row, f"{source.name} row {next(number)}")
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError, OverflowError, MemoryError) as error:
         kind = "Parquet" if source.kind == ".parquet" else "Arrow"
         reason = str(error) or "it asks for more memory than there is"
@@ -112,11 +118,11 @@ def _mapped(folder: Path, file: Mapping[str, Any]) -> Any:
     return table.slice(file.get("skip") or 0, file.get("take"))
 
 
-def _rows(batch: Any, source: Source, told: Told) -> Iterator[dict[str, Any]]:
+def _rows(batch: Any, source: Source, told: Told, has_media: bool) -> Iterator[dict[str, Any]]:
     """The rows of a batch, each with the columns that have a value."""
     batch.validate(full=True)  # pyarrow would follow offsets to anywhere
     features = _features(batch.schema, source.path)
-    media = [name for name in batch.schema.names if _type_of(features.get(name)) in _MEDIA]
+    media = [name for name in batch.schema.names if _type_of(features.get(name)) in _MEDIA and not has_media]
     if media:
         told.warn(f"{source.name}: not read, since only text can be learned: {listing(_with_types(media, features))}")
     columns = []

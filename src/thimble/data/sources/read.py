@@ -18,20 +18,21 @@ SHOWN_CHARS, SHOWN_LINES = 1 << 16, 20  # of a text, to see whether it is a tabl
 _HEADER = re.compile(r"[^\W\d]\w*(?P<mark>[,;|])\w+((?P=mark)\w+)*")  # names of columns, with no space between
 
 
-def read_rows(source: Source, told: Told) -> Iterator[RawRow]:
+def read_rows(source: Source, told: Told, has_media: bool = False) -> Iterator[RawRow]:
     """The rows of one file, one after the other: a file of lines is never held in memory whole, a text is one row.
 
-    Rows that cannot be read come with the problem; a DataError if the file itself cannot, or has no rows.
+    Pictures and clips inside of tables are left out unless the caller says that it `has_media` to read. Rows that
+    cannot be read come with the problem; a DataError if the file itself cannot, or has no rows.
     """
     count = 0
-    for row in _rows(source, told):
+    for row in _rows(source, told, has_media):
         count += 1
         yield row
     if not count and source.kind != TEXT:
         raise DataError(f"{source.name} is empty: expected rows.")
 
 
-def _rows(source: Source, told: Told) -> Iterator[RawRow]:
+def _rows(source: Source, told: Told, has_media: bool) -> Iterator[RawRow]:
     open_file: Open = partial(unpacked, source.path, source.name)
     if source.kind == ".jsonl":
         return read_json_lines(open_file, source.name, told)
@@ -39,7 +40,9 @@ def _rows(source: Source, told: Told) -> Iterator[RawRow]:
         return read_json(open_file, source.name, told, source.part)
     if source.kind == ".csv":
         return read_csv(open_file, source.name, told)
-    return _text(open_file, source.name, told) if source.kind == TEXT else read_arrow(source, told)
+    if source.kind == TEXT:
+        return _text(open_file, source.name, told)
+    return read_arrow(source, told, has_media)
 
 
 def _text(open_file: Open, name: str, told: Told) -> Iterator[RawRow]:

@@ -15,7 +15,7 @@ from thimble.backends.session import StepKey
 from thimble.config.train import TrainConfig
 from thimble.core.confidence import probabilities
 from thimble.core.cross_fitted import calibration, thresholds
-from thimble.core.labels import AnswerCounts
+from thimble.core.labels import AnswerCounts, are_amounts
 from thimble.data.media.augment import augment
 from thimble.data.media.decoded import Decoded
 from thimble.data.media.find import find_media
@@ -115,7 +115,9 @@ class PictureReading(LabelAnswers):
         if key and self.changes:
             changed = zip(pictures, rows, strict=True)
             pictures = [augment(picture, self.changes, (key.seed, key.step, row)) for picture, row in changed]
-        pixels = np.stack([to_pixels(picture, self.inputs.mean, self.inputs.std) for picture in pictures])
+        pixels = np.stack(
+            [to_pixels(picture, self.inputs.mean, self.inputs.std, self.inputs.is_grey) for picture in pictures]
+        )
         return ModuleBatch({"pixel_values": pixels}, targets(items, self.labels), rows)
 
     def expect(self, part: str, rows: Sequence[int]) -> None:
@@ -146,7 +148,8 @@ def measured_pictures(config: TrainConfig, classes: Classes, needs_answers: bool
 def _picture_reading(
     train: Items[Item], valid: Items[Item], labels: Sequence[str], base: ModuleBase, config: TrainConfig
 ) -> PictureReading:
-    inputs = picture_inputs(base.preprocessing, base.name, config.image_size)
+    channels = {name: base.config[name] for name in ("num_channels",) if name in base.config}
+    inputs = picture_inputs({**channels, **base.preprocessing}, base.name, config.image_size)
     paths = [item.path for item in (*train, *valid)]
     pictures = Decoded(paths, partial(read_picture, size=inputs.size, resample=inputs.resample))
     return PictureReading(train, valid, labels, inputs, pictures, config.augment)
@@ -196,6 +199,12 @@ def rows_of_labels(
     labels = sorted({str(item.label) for item in train})
     if len(labels) < 2:
         raise DataError(f"{config.data} has the one label {labels[0]!r}: two are the least to tell apart")
+    if are_amounts(labels):
+        raise DataError(
+            f"{config.data} has numbers for labels, {len(labels):,} different ones ({listing(labels, 4)}): expected "
+            "classes, since no task estimates amounts; name the ranges that matter, such as low and high, or add "
+            "--task embed if the numbers say how alike two texts are"
+        )
     places = [number for number, item in enumerate(valid) if item.label in labels]
     unknown = [str(item.label) for item in valid if item.label not in labels]
     held = Chosen(valid, places)

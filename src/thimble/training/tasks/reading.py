@@ -12,6 +12,7 @@ from thimble.backends.module_session import ModuleBatch
 from thimble.backends.session import StepKey
 from thimble.config.train import TrainConfig
 from thimble.core.labels import AnswerCounts
+from thimble.data.media.inside import MediaFile
 from thimble.data.records import Skipped
 from thimble.models.module_base import ModuleBase
 from thimble.training.answers import Answer
@@ -171,4 +172,4 @@ class TaskRows:
     learned: AnswerCounts = field(default_factory=AnswerCounts)
     told: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
-    media: Mapping[str, Path] = field(default_factory=dict)
+    media: Mapping[str, MediaFile] = field(default_factory=dict)
