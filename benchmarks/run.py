@@ -403,6 +403,14 @@ def pictures(group: str) -> list[Row]:
     for peer, options in (("PEFT", ()), ("PEFT, channels-last", ("--channels-last",))):
         found = run_contestant("pictures.py", demo("image"), "--rounds", str(ROUNDS), *options)
         rows += compared_steps(group, "EfficientNet-lite0, 32 pictures of 96 pixels, fp32", found, peer, (1.2, 0.8))
+    for last in (1, 2):
+        found = run_contestant("kept_features.py", demo("image"), "--last", str(last))
+        what = f"EfficientNet-lite0, LoRA on the last {last} and the head: an epoch from kept features, times as fast"
+        told = f"{found['seconds']:.2f} s"
+        rows += [
+            Row(group, what, "an epoch that runs all", found["whole_over_kept_wall"], NO_LESS, 5.0, told, 1),
+            Row(group, what, "the first, which keeps them", found["first_over_second_wall"], NO_LESS, 5.0, told, 1),
+        ]
     return rows
 
 

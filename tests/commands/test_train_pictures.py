@@ -76,6 +76,8 @@ def test_a_folder_of_pictures_becomes_an_adapter_and_a_report(pictures, model, t
     assert report.metrics_rows == 30
     assert 0 <= report.metrics_before["accuracy"] <= 1
     assert report.loss_after < report.loss_base
+    folded = "convolutions: 3 train channels last, 1 of them with the frozen norm behind folded in"
+    assert folded in report.messages["decision"]
     assert report.labels["training_rows"] == {"lying": 30, "square": 30, "standing": 30}
     written = json.loads((tmp_path / "run" / "report.json").read_text())
     assert written["task"] == "classify-image"

@@ -17,7 +17,6 @@ from torch import Tensor, fx, nn
 from thimble.backends.torch.attach import Attachment
 from thimble.backends.torch.attached_layers import CHILD
 from thimble.backends.torch.folded_convolutions import LIMITS, FoldedConvolution
-from thimble.errors import plural
 
 MOST_APART = 1e-3  # two gradients that are the same, of their length
 
@@ -34,10 +33,8 @@ class Folding:
         if not self.folded:
             return ()
         norms = sum(one.norm is not None for one in self.folded)
-        count = plural(len(self.folded), "convolution")
-        return (
-            f"training: {count} channels last, {norms} of them with the frozen norm behind folded into the weights",
-        )
+        folded = f", {norms} of them with the frozen norm behind folded in" if norms else ""
+        return (f"convolutions: {len(self.folded)} train channels last{folded}",)
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
