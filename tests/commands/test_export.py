@@ -178,6 +178,7 @@ def test_plain_lora_is_not_approximated(adapter, tmp_path):
         ({"adapter": ""}, "no adapter is given"),
         ({"out": ""}, "no out is given: name what to write, such as --out adapter.gguf"),
         ({"out": "."}, "exists: name another file"),
+        ({"out": "new/"}, "--out .*/new/ is a folder: name a file in it, such as .*/new/adapter.gguf"),
         ({"out": "nowhere/x.gguf"}, "there is no folder"),
         ({"verify_only": True}, "is no file: with --verify-only name"),
         ({"to": "peft", "verify_only": True}, "--to peft has no proof, .* leave out --verify-only"),
@@ -188,7 +189,7 @@ def test_plain_lora_is_not_approximated(adapter, tmp_path):
 def test_what_cannot_be_is_refused(options, said, adapter, tmp_path):
     given = {"adapter": adapter, "base": str(GGUF), "out": "x.gguf", **options}
     if given["out"]:
-        given["out"] = str(tmp_path / given["out"])
+        given["out"] = f"{tmp_path}/{given['out']}"
     with pytest.raises(InputError, match=said):
         thimble.export(**given)
 

@@ -59,6 +59,16 @@ def test_tensors_of_layers_that_the_config_does_not_read_are_told(name, warned, 
     assert any(f"holds {name}, which a llama of this config.json does not read" in text for text in warnings) == warned
 
 
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "base_model.model."])
+def test_tensors_that_a_tool_has_renamed_are_told_with_the_name_that_they_should_have(prefix, tmp_path):
+    folder = make_hf_folder("llama", tmp_path)
+    file = open_tensors(folder / "model.safetensors")
+    tensors = {prefix + name: file.read(name).copy() for name in file.tensors}
+    write_safetensors(folder / "model.safetensors", tensors, {"format": "pt"})
+    with pytest.raises(BaseModelError, match=rf"are called {prefix}model.embed_tokens.weight and so on: save"):
+        open_base(folder)
+
+
 # --- bases from untrusted sources
 
 INDEX, SHARD = "model.safetensors.index.json", "model-00001-of-00002.safetensors"

@@ -95,6 +95,18 @@ def test_a_file_without_a_suffix_is_known_by_its_content(tmp_path):
     assert open_base(blob).num_parameters == open_base(TINY).num_parameters
 
 
+@pytest.mark.parametrize("named", [".", "blobs"])
+def test_the_store_of_ollama_names_the_files_in_which_its_models_lie(named, tmp_path):
+    blobs = tmp_path / "blobs"
+    blobs.mkdir()
+    (blobs / f"sha256-{'a' * 64}").write_text("a license")
+    (blobs / f"sha256-{'b' * 64}").write_bytes(TINY.read_bytes())
+    with pytest.raises(
+        BaseModelError, match=f"is the store of Ollama, .* name one, such as .*/blobs/sha256-{'b' * 64}"
+    ):
+        open_base(tmp_path / named)
+
+
 def test_ollamas_description_of_a_model_says_where_the_weights_lie(tmp_path):
     blob = tmp_path / "models" / "blobs" / f"sha256-{'0' * 64}"
     manifest = tmp_path / "models" / "manifests" / "registry.ollama.ai" / "library" / "llama3" / "latest"

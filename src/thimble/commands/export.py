@@ -157,14 +157,14 @@ def _file_type(config: ExportConfig) -> str:
 
 
 def _check_out(config: ExportConfig, whole: WholeModel | None) -> None:
-    suffix = ".gguf" if config.to == "gguf" else ""
+    example = f"{'model' if config.merged else 'adapter'}{'.gguf' if config.to == 'gguf' else ''}"
     if not config.out:
-        raise ConfigError(
-            f"no out is given: name what to write, such as --out {'model' if config.merged else 'adapter'}{suffix}"
-        )
+        raise ConfigError(f"no out is given: name what to write, such as --out {example}")
     path = Path(config.out)
     if config.to == "peft":
         check_new_folder(path, 0)
+    elif config.out.endswith("/"):
+        raise ConfigError(f"--out {config.out} is a folder: name a file in it, such as {config.out}{example}")
     elif config.verify_only:
         if not path.is_file():
             raise ConfigError(f"--out {path} is no file: with --verify-only name the GGUF file to prove again")

@@ -16,6 +16,7 @@ MOST_MANIFEST_BYTES, MOST_REF_BYTES = 1 << 20, 1 << 10
 MOST_SHOWN = 12  # pieces of a file in a command
 _OLLAMA_MODEL = "application/vnd.ollama.image.model"
 _NO_MODELS = re.compile(r".*(mmproj|imatrix).*|ggml-vocab.*", re.IGNORECASE)  # GGUF files beside those of models
+_OLLAMA_BLOB = re.compile(r"sha256-[0-9a-f]{64}")
 _OLLAMA_NAME = re.compile(r"[a-z][\w.-]+:[\w.-]+")
 # An address, from which a path takes a slash; of a model on the hub, with its name.
 _ADDRESS = re.compile(r"[a-z][a-z0-9+]+:/+((www\.)?(huggingface\.co|hf\.co)/(?P<name>[\w.-]+/[\w.-]+))?")
@@ -140,6 +141,12 @@ def _refuse_other_folders(folder: Path, names: set[str]) -> None:
             f"{folder} is the run folder of an adapter, not a base: name with --base the model that it was trained on, "
             "and the folder with --adapter"
         )
+    for blobs in (folder, folder / "blobs", folder / "models" / "blobs"):
+        if blobs.is_dir() and (models := _ollama_models(blobs)):
+            raise BaseModelError(
+                f"base {folder} is the store of Ollama, in which each model lies in a file: name one, such as "
+                f"{models[0]} (ollama show MODEL --modelfile tells which is whose, behind FROM)"
+            )
     pieces = sorted(name for name in names if _PIECE.fullmatch(name))
     if pieces:
         raise BaseModelError(_joining(folder / pieces[0]))
@@ -155,6 +162,15 @@ def _refuse_other_folders(folder: Path, names: set[str]) -> None:
             f"base {folder} has no config.json; it holds weights in the layout of their makers' own programs "
             f"({listing(sorted(names), 4)}): take the folder that transformers opens, often the one around it"
         )
+
+
+def _ollama_models(blobs: Path) -> list[Path]:
+    """The files of a store that begin as a GGUF does, the largest first: others are licenses, templates, adapters."""
+    found = []
+    for path in (blobs / name for name in names_in(blobs) if _OLLAMA_BLOB.fullmatch(name)):
+        with path.open("rb") as stream:
+            found += [path] if stream.read(4) == b"GGUF" else []
+    return sorted(found, key=lambda path: path.stat().st_size, reverse=True)
 
 
 def _check_whole(path: Path) -> None:

@@ -6,7 +6,7 @@ Nothing is read here but headers: a weight is a view of the memory-mapped file.
 
 import contextlib
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -172,7 +172,7 @@ def check_complete(path: Path, spec: DecoderSpec, weights: dict[str, Weight]) ->
             f"{unread[0]}, expected one of {listing(FLOATS, 20)}: take the same model in one of these types "
             f"({plural(len(unread), 'tensor')} of this one cannot be read)"
         )
-    problems = [f"base {path} lacks {listing(missing, 3)}: it is not complete"] if missing else []
+    problems = [f"base {path} lacks {listing(missing, 3)}: {_why_missing(missing, weights)}"] if missing else []
     if missing == [HEAD]:
         problems[0] += ", or config.json should say that the head is the embedding (tie_word_embeddings is not true)"
     problems += [f"base {path}: {what}" for what in wrong[:5]]
@@ -180,6 +180,18 @@ def check_complete(path: Path, spec: DecoderSpec, weights: dict[str, Weight]) ->
     if problems:
         raise BaseModelError(*problems)
     return {name: weight for name, weight in weights.items() if name in expected or name in optional}
+
+
+def _why_missing(missing: Sequence[str], given: Collection[str]) -> str:
+    """Why tensors are missing: something was put in front of all names, or they are not there."""
+    for name in given:
+        prefix = name.removesuffix(missing[0])
+        if name != prefix and all(f"{prefix}{other}" in given for other in missing):
+            return (
+                f"they are called {printable(name)} and so on: save the model again without what is around it "
+                "(a wrapper of torch.compile, of parallel training, of PEFT)"
+            )
+    return "it is not complete"
 
 
 def unread_layers(name: str, spec: DecoderSpec, given: Collection[str]) -> tuple[str, ...]:
