@@ -66,6 +66,10 @@ class ModuleSession(TrainingSession, Protocol):
     def head(self) -> str:
         """The path of the last Linear, which makes the logits; empty if there is none."""
 
+    @property
+    def convolutions(self) -> Sequence[str]:
+        """How convolutions are computed in training, for people: a line or none, certain once `measure` has run."""
+
     def save_merged(self, folder: Path) -> dict[str, float]:
         """Write the module with the adapter in its weights into a folder, as safetensors; the session ends with that.
 

@@ -99,6 +99,8 @@ def plan_module_run(config: TrainConfig, task: str, log: EventLog, needs_folder:
     schedule = _schedule(config, kind, opened, reading)
     _log_schedule(schedule, len(reading.costs), "adapter and head" if kind.has_head else "adapters", log)
     cost = _cost(config, opened, reading, schedule)
+    for decision in opened.session.convolutions:
+        log.decision(decision)
     execution = cost.execution
     checkpoint = latest_checkpoint(folder) if config.resume else None
     if checkpoint:

@@ -212,13 +212,32 @@ def test_only_what_is_known_to_follow_alone_is_folded(block, folded, norms):
     assert sum(one.norm is not None for one in session.folding.folded) == norms
 
 
-def test_a_module_that_says_something_else_so_is_run_as_it_is():
-    session = attached(network(Peeks))
-    assert session.folding.folded
-    with pytest.warns(UserWarning, match="as they are"):
-        session.measure(pictures(2))
-    assert not session.folding.folded
-    ours, plain = gradient_of(session), gradient_of(attached(network(Peeks), folds=False))
+class Views(nn.Module):
+    """Reads what a convolution makes in the order in which it has always lain in memory."""
+
+    def forward(self, x):
+        return x.view(len(x), -1)
+
+
+@pytest.mark.parametrize(
+    ("block", "end", "told"),
+    [
+        (Block, nn.Flatten, "8 train channels last, 8 of them with the frozen norm behind folded in"),
+        (Block, Views, "8 train in the module's layout, 8 of them with the frozen norm behind folded in"),
+        (Peeks, Views, "as they are, since folded with what follows them the gradient is another"),
+    ],
+)
+def test_what_a_module_does_not_bear_is_left_out(block, end, told):
+    def made():
+        module = network(block)
+        module[3], module[4], module[5] = module[3][:3], end(), nn.Linear(20 * 3 * 3, 3)
+        return module.eval()
+
+    session = attached(made())
+    measured = session.measure(pictures(2))
+    assert measured.kept_bytes > 0
+    assert session.convolutions == (f"convolutions: {told}",)
+    ours, plain = gradient_of(session), gradient_of(attached(made(), folds=False))
     assert is_close(ours.flat, plain.flat)
 
 

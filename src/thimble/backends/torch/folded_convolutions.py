@@ -6,9 +6,9 @@ section 3.1), so the convolution before it can have both in its weight and bias:
     norm(conv(x)) = conv(x; g W) + b,  g = weight / √(variance + eps),  b = g (bias of the convolution - mean) + bias
 
 With LoRA on the convolution, g (W + scale · B A) stands for g W: one convolution takes the place of three, and the
-gradients of A and B are those of the same product. Tensors lie channels last. Kept for the backward pass are the input,
-where there is an update, and the output, where there is a nonlinearity. This is exact up to rounding, and nothing of
-it is in the module: other forward passes stand before its own while a gradient is computed.
+gradients of A and B are those of the same product. Tensors lie channels last, where the module bears that. Kept for the
+backward pass are the input, where there is an update, and the output, where there is a nonlinearity. This is exact up
+to rounding, and nothing of it is in the module: other forward passes stand before its own while a gradient is computed.
 """
 
 import contextlib
@@ -41,7 +41,12 @@ class FoldedConvolution:
         self.geometry = (layer.stride, layer.padding, layer.dilation, False, (0, 0), layer.groups)
         gain, self.bias = _gain_and_bias(layer, norm)
         self.gain = gain[:, None, None, None]  # (out, 1, 1, 1)
-        self.weight = (self.gain * layer.weight.detach()).contiguous(memory_format=torch.channels_last)
+        self.weight = self.gain * layer.weight.detach()
+        self.lay_out(torch.channels_last)
+
+    def lay_out(self, layout: torch.memory_format) -> None:
+        """Have inputs, outputs and the weight lie in memory in some order."""
+        self.layout, self.weight = layout, self.weight.contiguous(memory_format=layout)
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
@@ -65,10 +70,10 @@ class FoldedConvolution:
         return running([(self.layer, forward), *((part, unchanged) for part in others)])
 
     def _without_update(self, x: Tensor) -> Tensor:
-        return _Folded.apply(x.contiguous(memory_format=torch.channels_last), None, None, self)
+        return _Folded.apply(x.contiguous(memory_format=self.layout), None, None, self)
 
     def _with_update(self, low_rank: LowRank, x: Tensor) -> Tensor:
-        return _Folded.apply(x.contiguous(memory_format=torch.channels_last), *low_rank.sides(), self)
+        return _Folded.apply(x.contiguous(memory_format=self.layout), *low_rank.sides(), self)
 
     def updated(self, a: Tensor, b: Tensor) -> Tensor:
         """g (W + scale · B A), in the shape of the weight."""
@@ -113,11 +118,11 @@ class _Folded(torch.autograd.Function):
         x, a, b, made = ctx.saved_tensors
         if made is not None:
             grad = torch.ops.aten.hardtanh_backward(grad, made, *folded.limits)
-        grad = grad.contiguous(memory_format=torch.channels_last)
+        grad = grad.contiguous(memory_format=folded.layout)
         wants_x = ctx.needs_input_grad[0]
         if a is None:
             # Of x the shape alone is read here: it need not have been kept.
-            like = torch.empty(ctx.shape, memory_format=torch.channels_last)
+            like = torch.empty(ctx.shape, memory_format=folded.layout)
             return _back(folded, grad, like, folded.weight, wants_x, False)[0], None, None, None
         return *_back_with_update(folded, grad, x, a, b, wants_x), None
 

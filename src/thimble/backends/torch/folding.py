@@ -6,12 +6,12 @@ be traced stays as it is, and so does whatever is called more than once, is trai
 
 import contextlib
 import sys
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeGuard
 
+import torch
 from torch import Tensor, fx, nn
 
 from thimble.backends.torch.attach import Attachment
@@ -25,16 +25,19 @@ class Folding:
     """The convolutions of a module that are computed otherwise while a gradient is: `folded`."""
 
     def __init__(self, attachment: Attachment) -> None:
-        self.folded = _find(attachment)
-        self._is_checked = not self.folded
+        self._found = self.folded = _find(attachment)
+        self._is_checked = False
 
     def described(self) -> Sequence[str]:
         """What is done, for people: a line, or none."""
-        if not self.folded:
+        if not self._found:
             return ()
+        if not self.folded:
+            return ("convolutions: as they are, since folded with what follows them the gradient is another",)
         norms = sum(one.norm is not None for one in self.folded)
+        how = "train channels last" if self.folded[0].layout == torch.channels_last else "train in the module's layout"
         folded = f", {norms} of them with the frozen norm behind folded in" if norms else ""
-        return (f"convolutions: {len(self.folded)} train channels last{folded}",)
+        return (f"convolutions: {len(self.folded)} {how}{folded}",)
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
@@ -45,21 +48,23 @@ class Folding:
             yield
 
     def check(self, gradient: Callable[[], Tensor]) -> None:
-        """Leave all convolutions as they are if a gradient, computed on some batch, is another with them folded.
+        """Keep what leaves a gradient, computed on some batch, as it is: all, all but the layout, or nothing.
 
-        It is where a convolution is called from without the module that was traced, or its output is written over.
+        A module that calls `view` on what a convolution makes fails with channels last. The gradient is another where
+        a convolution is called from without the module that was traced.
         """
-        if self._is_checked:
+        if self._is_checked or not self.folded:
             return
-        folded, self.folded = self.folded, ()
+        self.folded, self._is_checked = (), True
         expected = gradient()
-        with contextlib.suppress(RuntimeError):
-            self.folded = folded
-            self._is_checked = bool((gradient() - expected).norm() <= MOST_APART * expected.norm())
-        if not self._is_checked:
-            self.folded, self._is_checked = (), True
-            told = "convolutions run as they are: folded with their norms, the gradient of a batch is another"
-            warnings.warn(told, stacklevel=2)
+        self.folded = self._found
+        for layout in (torch.channels_last, torch.contiguous_format):
+            for one in self.folded:
+                one.lay_out(layout)
+            with contextlib.suppress(RuntimeError):
+                if (gradient() - expected).norm() <= MOST_APART * expected.norm():
+                    return
+        self.folded = ()
 
 
 def _find(attachment: Attachment) -> tuple[FoldedConvolution, ...]:

@@ -151,8 +151,14 @@ class ModuleTorchSession(FlatTraining):
 
     def described(self) -> tuple[str, ...]:
         """What is adapted and trained, a line each."""
-        told = (f"adapter: {line}" if not n else line for n, line in enumerate(str(self.attachment).split("\n")))
-        return (*told, *self.folding.described())
+        return tuple(
+            f"adapter: {line}" if not number else line for number, line in enumerate(str(self.attachment).split("\n"))
+        )
+
+    @property
+    def convolutions(self) -> Sequence[str]:
+        """How convolutions are computed while a gradient is; see ModuleSession."""
+        return self.folding.described()
 
     def measure(self, batch: ModuleBatch) -> Measured:
         """What a micro-batch takes; see thimble.backends.torch.module_cost."""
