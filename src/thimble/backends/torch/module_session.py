@@ -157,20 +157,18 @@ class ModuleTorchSession(FlatTraining):
 
     @property
     def convolutions(self) -> Sequence[str]:
-        """How convolutions are computed while a gradient is; see ModuleSession."""
         return self.folding.described()
 
     def measure(self, batch: ModuleBatch) -> Measured:
         """What a micro-batch takes; see thimble.backends.torch.module_cost."""
-        self.folding.check(lambda: self._measured_gradient(batch))
-        with self._collecting(torch.zeros_like(self._flat)):
-            return measure(self.module, lambda: self._backward(batch, NO_LIMIT, 0))
 
-    def _measured_gradient(self, batch: ModuleBatch) -> Tensor:
-        flat = torch.zeros_like(self._flat)
-        with self._collecting(flat):
-            self._backward(batch, NO_LIMIT, 0)
-        return flat
+        def gradient() -> Tensor:
+            with self._collecting(flat := torch.zeros_like(self._flat)):
+                self._backward(batch, NO_LIMIT, 0)
+            return flat
+
+        self.folding.check(gradient)
+        return measure(self.module, gradient)
 
     def set_whole(self, values: Mapping[str, NDArray[Any]]) -> None:
         """Give what is trained whole other values, in the base too: a head that was fitted."""
