@@ -10,6 +10,7 @@ import thimble
 from encoders import VOCABULARY, pairs, sentences, write_encoder, write_rows, write_tokenizer
 from thimble.errors import InputError
 from thimble.report.words import FROZEN_WITH_HEAD
+from thimble.training.checkpoint import BEFORE
 
 pytest.importorskip("transformers")
 
@@ -141,6 +142,32 @@ def test_the_task_is_told_by_the_base_and_the_columns(base, tmp_path):
         assert choose_task(config, EventLog(ignore)) == task
 
 
+@pytest.mark.parametrize(
+    ("config", "task"),
+    [
+        ({"model_type": "vit", "architectures": ["ViTForImageClassification"], "image_size": 224}, "classify-image"),
+        ({"model_type": "resnet", "architectures": ["ResNetForImageClassification"], "num_channels": 3},
+         "classify-image"),
+        ({"model_type": "whisper", "architectures": ["WhisperForConditionalGeneration"], "is_encoder_decoder": True,
+          "vocab_size": 51865, "num_mel_bins": 80}, "transcribe"),
+        ({"model_type": "wav2vec2", "architectures": ["Wav2Vec2ForCTC"], "vocab_size": 32, "conv_stride": [5]},
+         "classify-audio"),
+        ({"model_type": "bert", "architectures": ["BertModel"], "vocab_size": 30522}, "classify-text"),
+        ({"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"], "text_config": {},
+          "image_size": 896}, "text"),
+        ({"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 32000}, "text"),
+    ],
+)  # fmt: skip
+def test_a_base_that_takes_no_text_tells_the_task_where_the_data_do_not(tmp_path, config, task):
+    from thimble.config.train import TrainConfig
+    from thimble.events import EventLog, ignore
+    from thimble.training.task_choice import choose_task
+
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    data = write_rows(tmp_path / "rows.jsonl", [{"x": 1}])
+    assert choose_task(TrainConfig(data=str(data), base=str(tmp_path)), EventLog(ignore)) == task
+
+
 def test_all_that_is_wrong_is_told_at_once(base, tmp_path):
     rows = [{"text": "a", "label": "x"}] * 20
     with pytest.raises(InputError) as raised:
@@ -171,6 +198,64 @@ def test_scored_pairs_are_measured_by_the_order_of_their_cosines(base, tmp_path)
     )  # fmt: skip
     assert list(report.metrics_after) == ["Spearman"]
     assert -1 <= report.metrics_before["Spearman"] <= 1
+
+
+def write_pooling(folder, kind):
+    """What Sentence Transformers notes beside an encoder."""
+    (folder / "1_Pooling").mkdir()
+    modules = [{"type": "sentence_transformers.models.Pooling", "path": "1_Pooling"}]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps({f"pooling_mode_{kind}": True}))
+
+
+@pytest.mark.parametrize(("kind", "place"), [("cls_token", 0), ("lasttoken", -1)])
+def test_embeddings_are_pooled_as_the_base_notes_it(base, tmp_path, kind, place):
+    import peft
+    import torch
+    import transformers
+
+    shutil.copytree(base, tmp_path / "base")
+    write_pooling(tmp_path / "base", kind)
+    thimble.train(
+        pairs(), base=tmp_path / "base", task="embed", out=tmp_path / "run", rank=4, max_steps=2, learning_rate=5e-3
+    )
+    texts = ["the cat .", "red", "saw axe hammer drill"]
+    data = write_rows(tmp_path / "new.jsonl", [{"text": text} for text in texts])
+    made = [line["embedding"] for line in thimble.generate(data, adapter=str(tmp_path / "run"))]
+    model = transformers.AutoModel.from_pretrained(base).eval()
+    model = peft.PeftModel.from_pretrained(model, tmp_path / "run" / "adapter").eval()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(base / "tokenizer.json"))
+    tokenizer.backend_tokenizer.no_padding()
+    tokenizer.backend_tokenizer.no_truncation()
+    for text, own in zip(texts, made, strict=True):
+        ids = torch.tensor([tokenizer.backend_tokenizer.encode(text).ids])
+        with torch.no_grad():
+            hidden = model(ids).last_hidden_state[0, place]
+        np.testing.assert_allclose(own, hidden / hidden.norm(), atol=1e-5)
+
+
+def test_a_run_of_before_goes_on_with_the_mean(base, tmp_path):
+    """Earlier releases took the mean, whatever a base notes, and did not say so in what a run began with."""
+    shutil.copytree(base, tmp_path / "base")
+    options = {"base": tmp_path / "base", "task": "embed", "rank": 4, "max_steps": 4, "checkpoint_every_steps": 1}
+    data = write_rows(tmp_path / "pairs.jsonl", pairs())
+    whole = thimble.train(data, out=tmp_path / "whole", **options)
+    steps = []
+    cut = thimble.train(
+        data, out=tmp_path / "cut", **options, should_stop=lambda: len(steps) == 2,
+        on_event=lambda event: steps.append(event) if event.kind == "step" else None,
+    )  # fmt: skip
+    assert (whole.status, cut.status) == ("done", "interrupted")
+    before = tmp_path / "cut" / BEFORE
+    noted = json.loads(before.read_text())
+    assert noted["origin"].pop("pooling") == "mean"
+    before.write_text(json.dumps(noted))
+    write_pooling(tmp_path / "base", "cls_token")
+    thimble.train(data, out=tmp_path / "cut", resume=True)
+    ours, theirs = (
+        (tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("whole", "cut")
+    )
+    assert ours == theirs
 
 
 def test_numbers_that_are_amounts_are_refused_as_labels(base, tmp_path):

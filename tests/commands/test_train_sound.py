@@ -271,6 +271,22 @@ def test_transcripts_that_are_longer_than_the_base_can_write_are_refused(base, c
     assert not (tmp_path / "run").exists()
 
 
+def test_a_recogniser_of_letters_is_refused_by_name_and_transcripts_are_no_classes(clips, tmp_path):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    sizes |= {"conv_dim": (8,), "conv_stride": (320,), "conv_kernel": (320,), "num_feat_extract_layers": 1}
+    config = transformers.Wav2Vec2Config(
+        vocab_size=32, **sizes, num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2
+    )
+    transformers.Wav2Vec2ForCTC(config).save_pretrained(tmp_path / "ctc")
+    transformers.Wav2Vec2FeatureExtractor().save_pretrained(tmp_path / "ctc")
+    with pytest.raises(
+        InputError, match=r"recognisers that give a letter for each moment \(CTC\) are not trained here"
+    ):
+        thimble.train(clips, base=str(tmp_path / "ctc"), task="transcribe")
+    with pytest.raises(InputError, match="what stands in transcription is learned with --task transcribe"):
+        thimble.train(clips / "metadata.csv", base=str(tmp_path / "ctc"))
+
+
 def test_a_base_of_several_languages_wants_to_be_told_which(base, tmp_path):
     config = json.loads((base / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "vocab_size": 51_865}))

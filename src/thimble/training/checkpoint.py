@@ -34,6 +34,7 @@ KEPT = 2
 NAMED = "step-" + "[0-9]" * 8
 UNFINISHED = ".*.tmp"
 HASHED = ("base", "data")
+NOTED = (*HASHED, "pooling")  # of what a run is made of, beside what was measured before its first step
 BEFORE = "before.json"  # of the run folder
 # Since the release before, in what a run continues with; beside the keys that reports have too.
 RENAMED = {"way": "execution", "recomputed_blocks": "checkpointed_blocks"}

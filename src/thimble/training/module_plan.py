@@ -15,6 +15,7 @@ from thimble.core.metrics import METRICS
 from thimble.core.schedule import default_beta2
 from thimble.data.examples import log_skipped
 from thimble.data.model import find_module_base
+from thimble.data.pooling import MEAN
 from thimble.errors import BaseModelError, ConfigError, Problems, ThimbleError, escaped, listing, plural
 from thimble.events import EventLog
 from thimble.files.user_program import place_of
@@ -111,7 +112,7 @@ def plan_module_run(config: TrainConfig, task: str, log: EventLog, needs_folder:
     step_cost = sum(reading.costs) / schedule.steps_per_epoch
     watch = choose_watch(config, rows.unseen, reading.valid_costs, step_cost, steps)
     log_watch(watch, config.patience, log)
-    origin = _origin(opened, rows, execution)
+    origin = _origin(opened, rows, reading, execution)
     began = checkpoint.origin if checkpoint else (saved_origin(folder) or {}) if config.resume else {}
     places = {"base": str(opened.base.path), "data": config.data}
     check_origin(began, origin, places, config.accept_changes, log)
@@ -142,12 +143,19 @@ def _check(
     if base and rows:
         opened = problems.attempt(_open, base, config, task, kind, rows)
     if opened and rows:
-        reading = problems.attempt(rows.reading, opened.base, config)
+        reading = problems.attempt(rows.reading, _as_begun(opened.base, config, folder), config)
     if needs_folder:
         trained = opened.session.trained_parameters if opened else 0
         problems.attempt(run_folder.check_folder, folder, config.resume, RUN_FOLDER_BYTES + trained * 4 * ADAPTER_FILES)
     problems.attempt(run_folder.check_new_file, config.answers, "--answers")
     return problems.required(opened, rows, reading)
+
+
+def _as_begun(base: ModuleBase, config: TrainConfig, folder: Path) -> ModuleBase:
+    """The base with the pooling of the run that goes on: earlier releases took the mean, whatever a base notes."""
+    began = saved_origin(folder) if config.resume else None
+    pooling = {"pooling": began.get("pooling", MEAN)} if began else {}
+    return replace(base, preprocessing={**base.preprocessing, **pooling})
 
 
 def _open_rows(config: TrainConfig, kind: TaskKind) -> TaskRows:
@@ -191,13 +199,14 @@ def _cost(config: TrainConfig, opened: OpenedModule, reading: Reading, schedule:
         ) from error
 
 
-def _origin(opened: OpenedModule, rows: TaskRows, execution: ExecutionPlan) -> dict[str, str]:
+def _origin(opened: OpenedModule, rows: TaskRows, reading: Reading, execution: ExecutionPlan) -> dict[str, str]:
     from thimble.backends.torch.compute import torch_version
     from thimble.backends.torch.threads import num_cores
 
     return {
         "base": opened.base.quick_fingerprint(), "data": rows.digest, "cores": str(num_cores()),
         "execution": execution.described(), "torch": torch_version(),
+        **{name: str(value) for name, value in reading.preprocessing.items() if name == "pooling"},
     }  # fmt: skip
 
 

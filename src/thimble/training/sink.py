@@ -28,6 +28,7 @@ from thimble.training.card import about_adapter, write_card
 from thimble.training.checkpoint import (
     BEFORE,
     HASHED,
+    NOTED,
     clear_checkpoints,
     clear_unfinished,
     save_checkpoint,
@@ -89,7 +90,7 @@ class RunFolderSink:
         values = {
             "loss_base": base.loss, "loss_before": before.loss, "general_before": base.general_loss,
             "metrics_before": base.metrics, "metrics_rows": len(answers), "answers": answers,
-            "origin": {name: self._origin[name] for name in HASHED},
+            "origin": {name: self._origin[name] for name in NOTED if name in self._origin},
             "row_losses": [(row, loss.nats, loss.tokens) for row, loss in base.row_losses.items()],
             "general_rows": [(row, loss.nats, loss.tokens) for row, loss in base.general_rows.items()],
             "train_loss": None if math.isnan(base.train_loss) else base.train_loss,

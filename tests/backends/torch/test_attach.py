@@ -365,3 +365,19 @@ def test_code_that_reads_a_layers_own_fields_goes_on_working():
     thimble.attach(model, "all-conv", rank=2)
     assert model(torch.randn(2, 3, 40)).requires_grad
     assert type(model.wave) is nn.Conv1d
+
+
+@pytest.mark.parametrize("wrap", [lambda model: torch.compile(model, backend="eager"), nn.DataParallel])
+def test_a_wrapped_model_has_the_adapter_of_the_model_inside(wrap):
+    plain = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    wrapped, x = wrap(plain), torch.ones(3, 4)
+    before = wrapped(x)
+    thimble.attach(wrapped, ["0", "2"], rank=2)
+    with torch.no_grad():
+        for low_rank in (plain[0].lora, plain[2].lora):
+            low_rank.B.add_(0.5)
+    assert list(thimble.adapter_of(wrapped).layers) == ["0", "2"]
+    assert not torch.allclose(wrapped(x), before)
+    assert torch.equal(wrapped(x), plain(x))
+    thimble.detach(wrapped)
+    assert torch.equal(wrapped(x), before)

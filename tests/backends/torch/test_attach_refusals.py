@@ -201,6 +201,47 @@ def test_an_optimiser_that_was_made_before_is_told():
         thimble.adapter_of(model)
 
 
+def train_once(model, optimiser):
+    model(torch.ones(1, 4)).sum().backward()
+    optimiser.step()
+
+
+def test_a_head_that_learns_does_not_hide_that_the_adapter_does_not():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    optimiser = torch.optim.AdamW(model.parameters())
+    thimble.attach(model, ["0"], rank=2, train_also=["1"])
+    train_once(model, optimiser)
+    with pytest.warns(UserWarning, match="none of the adapter's parameters was written to .* make the optimiser after"):
+        thimble.adapter_of(model)
+
+
+def test_a_checkpoint_that_stops_the_gradient_is_told():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.head(torch.utils.checkpoint.checkpoint(self.body, x, use_reentrant=True))
+
+    model = Net()
+    thimble.attach(model, ["body"], rank=2, train_also=["head"])
+    with pytest.warns(UserWarning, match="None of the inputs have requires_grad"):
+        train_once(model, torch.optim.AdamW(parameter for parameter in model.parameters() if parameter.requires_grad))
+    with pytest.warns(UserWarning, match="use_reentrant=True stops them behind a frozen beginning"):
+        thimble.adapter_of(model)
+
+
+def test_a_model_wrapped_for_several_processes_is_refused(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Linear(4, 4)))
+        with pytest.raises(InputError, match=r"DistributedDataParallel, .* call thimble.attach\(model\) first"):
+            thimble.attach(wrapped, rank=2)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_steps_out_of_order_are_refused():
     model = nn.Sequential(nn.Linear(4, 4))
     for step in (thimble.adapter_of, thimble.merge, thimble.unmerge, thimble.detach):

@@ -121,6 +121,7 @@ def attach(
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"attach takes a torch.nn.Module, not {type(model).__name__}")
+    model = _unwrapped(model)
     if held := [path for path, module in model.named_modules() if _ATTRIBUTE in module.__dict__]:
         where = f" (on {listing(held)})" if held[0] else ""
         raise InputError(f"the model has an adapter already{where}: call thimble.detach(model) first")
@@ -129,6 +130,17 @@ def attach(
         return _put_on(model, start_new(model, given))
     finished = adapter if isinstance(adapter, Adapter) else load_adapter(adapter)
     return _put_on(model, start_from(model, finished, given))
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model that `torch.compile` or DataParallel goes around: its layers have the names that others know."""
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise InputError(
+            "the model is wrapped in DistributedDataParallel, which adds up gradients of the parameters that it found: "
+            "call thimble.attach(model) first, then wrap it"
+        )
+    inner = model.module if isinstance(model, nn.DataParallel) else getattr(model, "_orig_mod", None)
+    return _unwrapped(inner) if isinstance(inner, nn.Module) else model
 
 
 def _put_on(model: nn.Module, start: Start) -> Attachment:
@@ -181,8 +193,8 @@ def _keep_statistics(norm: nn.Module, args: Any) -> None:
 
 
 def _versions(found: Attachment) -> int:
-    """Grows whenever an optimiser writes into a trained parameter."""
-    return sum(parameter._version for parameter in found.trained.values())
+    """Grows whenever an optimiser writes into A or B; that it writes into a head says nothing of them."""
+    return sum(parameter._version for low_rank in found.lora.values() for parameter in low_rank.parameters())
 
 
 def _after_call(model: nn.Module, args: Any, output: Any) -> None:
@@ -236,7 +248,8 @@ def adapter_of(model: nn.Module) -> Adapter:
     if found.is_trained and not _has_changed(found):
         warnings.warn(
             "none of the adapter's parameters was written to since it was attached, though the model was called in "
-            "training: make the optimiser after thimble.attach, from the parameters of this model",
+            "training: make the optimiser after thimble.attach, from the parameters of this model, and let gradients "
+            "pass (torch.utils.checkpoint with use_reentrant=True stops them behind a frozen beginning)",
             stacklevel=2,
         )
     pairs = {path: low_rank.factors() for path, low_rank in found.lora.items()}

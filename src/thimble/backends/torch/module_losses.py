@@ -5,6 +5,7 @@ What a module returns is read here, whatever form it has: a tensor, or an output
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -74,7 +75,8 @@ class Pairs:
     is_of_rows = False
 
     def forward(self, module: nn.Module, inputs: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> Tensor:
-        return run(module, inputs, embeddings_of)
+        token = int(targets["token"].reshape(-1)[0]) if "token" in targets else None
+        return run(module, inputs, partial(embeddings_of, token=token))
 
     def rows(self, made: Tensor, targets: Mapping[str, Tensor]) -> RowLosses:
         nats = _ordered(made, targets) if "score" in targets else _found(made, targets)
@@ -191,8 +193,10 @@ def logits_of(made: Any, inputs: Mapping[str, Tensor]) -> Tensor:
     return found
 
 
-def embeddings_of(made: Any, inputs: Mapping[str, Tensor]) -> Tensor:
-    """The mean of the last hidden states over tokens that are there, of length 1: float32 (rows, width)."""
+def embeddings_of(made: Any, inputs: Mapping[str, Tensor], token: int | None = None) -> Tensor:
+    """The mean of the last hidden states over tokens that are there, or that of one `token`, the first (0) or the last
+    one (-1), of length 1: float32 (rows, width).
+    """
     found = getattr(made, "last_hidden_state", made)
     found = found[0] if isinstance(found, tuple | list) and found else found
     if not isinstance(found, Tensor):
@@ -200,6 +204,9 @@ def embeddings_of(made: Any, inputs: Mapping[str, Tensor]) -> Tensor:
     hidden, mask = found.float(), inputs.get("attention_mask")
     if hidden.dim() == 3:
         weights = torch.ones(hidden.shape[:2]) if mask is None else mask.float()
+        if token is not None:
+            place = (weights.sum(1).long() - 1) * (token < 0)
+            return functional.normalize(hidden[torch.arange(len(hidden)), place], dim=-1)
         hidden = (hidden * weights[..., None]).sum(1) / weights.sum(1, keepdim=True).clamp(min=1)
     return functional.normalize(hidden, dim=-1)
 

@@ -29,6 +29,10 @@ LOADERS = {
     "classify-audio": "AutoModelForAudioClassification",
     "transcribe": "AutoModelForSpeechSeq2Seq",
 }
+CTC = (
+    "; recognisers that give a letter for each moment (CTC) are not trained here: take one that writes its texts, such "
+    "as Whisper, or tell clips apart with --task classify-audio"
+)
 PREPROCESSING = "preprocessing"  # what a module of the user's own may say of its inputs
 
 
@@ -170,6 +174,7 @@ def _open_folder(base: ModuleBase, task: str, labels: Sequence[str]) -> OpenedMo
     if not _class_of(loader, config):
         raise BaseModelError(
             f"base {base.name} is a {escaped(base.model_type)}: {name} of transformers has none for {task}"
+            + (CTC if task == "transcribe" and type(config) in transformers.AutoModelForCTC._model_mapping else "")
         )
     if labels:
         config.num_labels = len(labels)

@@ -125,9 +125,11 @@ class ManifestReader:
         """What a row without an answer lacks: a value, or a column."""
         if self._answer_column or fields.among(ANSWERS[self._needed]):
             return ": expected one in each row"
+        said = fields.among(TEXTS) if self._kind == AUDIO and self._needed == "label" else []
+        written = f"; what stands in {fields.shown(said[0])} is learned with --task transcribe" if said else ""
         return (
             f": expected a column called {self._needed}, or name it with --completion-column; the columns are "
-            f"{listing(fields)}"
+            f"{listing(fields)}{written}"
         )
 
     def _answer(self, fields: Fields, name: str) -> str | None:

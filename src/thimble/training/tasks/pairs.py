@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from thimble.backends.module_session import ModuleBatch
 from thimble.backends.session import StepKey
 from thimble.core.retrieval import rank_scores, ranks, spearman_parts
+from thimble.data.pooling import MEAN, PLACES
 from thimble.data.sentence_tokens import SentenceTokenizer, TokenCounts, Tokens
 from thimble.data.sentences import Sentence, contents, folded
 from thimble.data.spool import Items
@@ -39,6 +40,7 @@ class PairReading:
     train: PairRows
     valid: PairRows
     tokenizer: SentenceTokenizer
+    pooling: str = MEAN
     warnings: Sequence[str] = ()
 
     loss = "pairs"
@@ -47,7 +49,7 @@ class PairReading:
     @property
     def preprocessing(self) -> Mapping[str, Any]:
         """The longest text, and how its tokens become one vector."""
-        return {"max_tokens": self.tokenizer.most_tokens, "pooling": "mean"}
+        return {"max_tokens": self.tokenizer.most_tokens, "pooling": self.pooling}
 
     @property
     def costs(self) -> Sequence[int]:
@@ -63,7 +65,8 @@ class PairReading:
         """Texts of some rows, each int64 (texts, tokens): all anchors, then what belongs to them, then negatives.
 
         Targets are `pair` int64 (rows, 2), the places of the two halves of each row, if rows have two; `content` int64
-        (texts,), alike for texts that are the same but for case and spaces; `score` float32 (rows,) if rows have one.
+        (texts,), alike for texts that are the same but for case and spaces; `score` float32 (rows,) if rows have one;
+        `token` int64 (), which token stands for its text, where it is no mean of all.
         """
         own = self.train if part == TRAIN else self.valid
         places = [(row, side) for side in (0, 1) for row in rows if side < len(own.tokens[row])]
@@ -75,6 +78,8 @@ class PairReading:
         targets: dict[str, NDArray[Any]] = {"content": np.array([number[text] for text in texts])}
         if len(found[0].texts) > 1:
             targets["pair"] = np.arange(2 * len(rows)).reshape(2, -1).T
+        if self.pooling in PLACES:
+            targets["token"] = np.array(PLACES[self.pooling])
         if found[0].score is not None:
             targets["score"] = np.array([row.score for row in found], np.float32)
         return ModuleBatch(self.tokenizer.padded([own.tokens[row][side] for row, side in places]), targets, rows)

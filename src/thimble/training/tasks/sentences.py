@@ -11,6 +11,7 @@ from thimble.backends.module_session import ModuleBatch
 from thimble.backends.session import StepKey
 from thimble.config.train import TrainConfig
 from thimble.data.columns import NamedColumns
+from thimble.data.pooling import pooling_of
 from thimble.data.sentence_split import split_sentences
 from thimble.data.sentence_tokens import SentenceTokenizer, TokenCounts, Tokens
 from thimble.data.sentences import (
@@ -144,7 +145,9 @@ def _text_reading(
 def _pair_reading(train: Items[Sentence], valid: Items[Sentence], base: ModuleBase, config: TrainConfig) -> PairReading:
     tokenizer, counts = open_tokenizer(base, config.seq_len), TokenCounts()
     parts = [tokens_of(part, tokenizer, counts) for part in (train, valid)]
-    return PairReading(*parts, tokenizer, _warnings(tokenizer, counts))
+    pooling, told = pooling_of(base.path, base.name)
+    pooling = base.preprocessing.get("pooling", pooling)  # a finished adapter goes on as it was trained
+    return PairReading(*parts, tokenizer, pooling, (*told, *_warnings(tokenizer, counts)))
 
 
 def open_tokenizer(base: ModuleBase, most_tokens: int | None) -> SentenceTokenizer:
