@@ -1,5 +1,7 @@
 """Messages in the words of many tools: roles, marks, parts, calls, thoughts."""
 
+import json
+
 import pytest
 
 from thimble.data.row_messages import MARKS
@@ -26,7 +28,15 @@ def problem(*messages):
         *[(name, "assistant") for name in ("assistant", "gpt", "model", "bot", "ai", "chatgpt", "bing", "bard", "AI")],
         *[
             (name, "tool")
-            for name in ("tool", "function", "ipython", "observation", "tool_response", "function_response")
+            for name in (
+                "environment",
+                "tool",
+                "function",
+                "ipython",
+                "observation",
+                "tool_response",
+                "function_response",
+            )
         ],
         *[(name, "system") for name in ("system", "developer", "System")],
     ],
@@ -196,3 +206,27 @@ def test_a_system_text_may_come_in_parts():
 def test_messages_of_gemini_are_messages():
     row = {"contents": [{"role": "user", "parts": [{"text": "Hi"}]}, {"role": "model", "parts": [{"text": "Hello"}]}]}
     assert parse_row(row, "").record.messages == (ASK, ANSWER)
+
+
+# --- tools in a message
+
+TOOL = {"type": "function", "function": {"name": "weather", "description": "Weather", "parameters": {}}}
+
+
+@pytest.mark.parametrize("key", ["tools", "functions"])
+def test_tools_that_a_system_message_defines_are_those_of_the_row(key):
+    for given in ([TOOL], [TOOL["function"]], json.dumps([TOOL])):
+        row = {"messages": [{"role": "system", "content": "Be brief.", key: given}, ASK, ANSWER]}
+        parsed = parse_row(row, "")
+        assert parsed.record.tools == (TOOL,)
+        assert parsed.record.messages[0] == {"role": "system", "content": "Be brief."}
+        assert parsed.form == "messages with tools"
+        assert not parsed.left.filled
+        assert parse_row(row | {"tools": [TOOL]}, "").record.tools == (TOOL,)
+
+
+def test_tools_in_a_column_and_others_in_a_message_are_refused():
+    row = {"messages": [{"role": "system", "content": "", "tools": [TOOL]}, ASK, ANSWER]}
+    other = {"type": "function", "function": {**TOOL["function"], "name": "other"}}
+    with pytest.raises(DataError, match="tools are defined differently in two places of the row"):
+        parse_row(row | {"tools": [other]}, "")

@@ -12,11 +12,19 @@ from stress.disk import Operation, Record
 from thimble.config.merge import MergeConfig
 from thimble.core.adapter import Adapter
 from thimble.core.lowrank import Factors
+from thimble.errors import ConfigError
 from thimble.files.peft import load_adapter
 from thimble.report.card import About, derived_card
 from thimble.training import run_folder
 from thimble.training.checkpoint import clear_unfinished
-from thimble.training.run_folder import atomic_folder, make_folder, publish_adapter, read_steps, write_text
+from thimble.training.run_folder import (
+    atomic_folder,
+    check_new_file,
+    make_folder,
+    publish_adapter,
+    read_steps,
+    write_text,
+)
 
 CARD_OF_OURS = derived_card(
     About("a", "", "", "", "AutoModelForCausalLM", [2], [1.0], 32, use_dora=False), "merge", MergeConfig(), []
@@ -197,3 +205,9 @@ def test_a_card_that_somebody_changed_goes_along_when_the_adapter_is_replaced(tm
     (folder / "README.md").write_text(CARD_OF_OURS)
     publish_adapter(tmp_path, made(3))
     assert not (folder / "README.md").exists(), "its figures are of another adapter"
+
+
+def test_a_folder_is_not_taken_for_the_name_of_a_file_to_write(tmp_path):
+    with pytest.raises(ConfigError, match="--answers is .*/new/, a folder: name a file in it, such as .*/new/answers"):
+        check_new_file(f"{tmp_path}/new/", "--answers")
+    check_new_file(f"{tmp_path}/answers.jsonl", "--answers")

@@ -18,7 +18,7 @@ ROLES = {
     "assistant": "assistant", "gpt": "assistant", "model": "assistant", "bot": "assistant", "ai": "assistant",
     "chatbot": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "tool": "tool",
     "function": "tool", "ipython": "tool", "observation": "tool", "toolresponse": "tool", "toolresult": "tool",
-    "functionresponse": "tool", "functionresult": "tool", "functioncall": CALL, "toolcall": CALL,
+    "functionresponse": "tool", "environment": "tool", "functionresult": "tool", "functioncall": CALL, "toolcall": CALL,
 }  # fmt: skip
 SHOWN_ROLES = {
     "role": "system, user, assistant or tool",
@@ -96,6 +96,8 @@ def _message(turn: Any, where: str, column: str, left: Left) -> Message:
     else:
         key = fields.first(CONTENTS) or "content"
         message["content"] = content_text(fields.take(key), f"{where} {fields.shown(key)}", column, left)
+    if role == "system" and (tools := read_tools(fields, left)):
+        message["tools"] = tools  # of the row, as it is defined there
     for key, name in (("name", "name"), ("toolcallid", "tool_call_id")):
         message |= {name: fields.take(key)} if key in fields else {}
     fields.leave(left)

@@ -54,7 +54,7 @@ class RowReader:
         self._check.see(fields)
         form, read = recognise(fields, self._named, left)
         parts = problems.attempt(read) or {}
-        tools = problems.attempt(read_tools, fields, left) if "text" not in parts else None
+        tools = problems.attempt(_tools, fields, parts, left) if "text" not in parts else None
         if problems.found:
             raise DataError(*problems.found)
         if tools:
@@ -68,6 +68,15 @@ class RowReader:
     def check(self) -> None:
         """Raise a DataError if a column that the user named is in none of the rows read so far."""
         self._check.check()
+
+
+def _tools(fields: Fields, parts: Mapping[str, Any], left: Left) -> tuple[dict[str, Any], ...]:
+    """The definitions of tools of a row: of a column, or of a system message."""
+    found = [turn.pop("tools") for turn in parts.get("messages") or () if "tools" in turn]
+    found += [tools] if (tools := read_tools(fields, left)) else []
+    if any(tools != found[0] for tools in found):
+        raise DataError("tools are defined differently in two places of the row: leave one of them out")
+    return found[0] if found else ()
 
 
 def parse_row(row: Any, source: str) -> Parsed[Record]:

@@ -79,6 +79,8 @@ def _is_filled(folder: Path) -> bool:
 
 def check_new_file(path: str | None, option: str) -> None:
     """Refuse a file to write, if one is named, that exists or whose place cannot be written."""
+    if path and path.endswith("/"):
+        raise ConfigError(f"{option} is {path}, a folder: name a file in it, such as {path}answers.jsonl")
     if path and Path(path).exists():
         raise ConfigError(f"{option} is {path}, which exists: name another file")
     if path:
