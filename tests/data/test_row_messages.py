@@ -137,6 +137,15 @@ def test_a_definition_may_be_flat_or_text(tool):
     assert tools == ({"type": "function", "function": {"name": "f", "parameters": {}}},)
 
 
+def test_messages_that_are_stored_column_by_column_are_messages():
+    """As `to_json` of datasets writes a sequence of objects."""
+    for keys in (("role", "content"), ("from", "value")):
+        columns = dict(zip(keys, (["user", "assistant"], ["Hi", "Hello"]), strict=True))
+        assert parse_row({"messages": columns}, "").record.messages == (ASK, ANSWER)
+    with pytest.raises(DataError, match="messages is an object with role, content: expected a list of messages"):
+        parse_row({"messages": {"role": ["user"], "content": ["a", "b"]}}, "")
+
+
 # --- content in blocks
 
 USE = {"type": "tool_use", "id": "toolu_1", "name": "weather", "input": {"city": "Oslo"}}

@@ -42,7 +42,7 @@ Message = dict[str, Any]
 
 def read_messages(turns: Any, key: str, left: Left) -> list[Message]:
     """Check the messages that stand in the column `key`; keys that nobody reads are noted in `left`."""
-    turns = loaded(turns)
+    turns = _in_rows(loaded(turns))
     if not isinstance(turns, list | tuple):
         is_printed = isinstance(turns, str) and turns.lstrip()[:3] in ("[{'", "['{")
         how = " (a list as Python prints it, which is no JSON: write the column with json.dumps)" if is_printed else ""
@@ -56,6 +56,14 @@ def read_messages(turns: Any, key: str, left: Left) -> list[Message]:
     if problems.found:
         raise DataError(*problems.found)
     return [turn for turn in checked if turn is not None]
+
+
+def _in_rows(turns: Any) -> Any:
+    """Messages one by one that are stored column by column, {"role": [...], "content": [...]}; others as they are."""
+    is_table = isinstance(turns, Mapping) and is_message(turns) and all(isinstance(c, list) for c in turns.values())
+    if not is_table or len(set(map(len, turns.values()))) != 1:
+        return turns
+    return [dict(zip(turns, cells, strict=True)) for cells in zip(*turns.values(), strict=True)]
 
 
 def spoken(turn: Any) -> list[Any]:

@@ -49,7 +49,7 @@ def read_arrow(source: Source, told: Told, has_media: bool = False) -> Iterator[
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError, OverflowError, MemoryError) as error:
         kind = "Parquet" if source.kind == ".parquet" else "Arrow"
         reason = str(error) or "it asks for more memory than there is"
-        raise DataError(f"{source.name} is not a whole {kind} file: {reason}. Fetch it again.") from error
+        raise DataError(f"{source.name} is not a whole {kind} file: {reason.rstrip('.')}. Fetch it again.") from error
 
 
 def _batches(source: Source) -> Iterator[Any]:
