@@ -262,3 +262,10 @@ def test_a_conversation_that_ends_in_a_chosen_and_a_rejected_answer_says_where_i
     told = problem({"conversations": [ASK], "chosen": chosen, "rejected": "No"})
     assert "chosen holds the answer" in told
     assert "put it behind the messages" in told
+
+
+@pytest.mark.parametrize(("name", "nothing"), [("history", "[]"), ("tools", "[]"), ("tools", "null"), ("system", "")])
+def test_nothing_may_be_written_as_text(name, nothing):
+    """As in the cells of a CSV, and in columns that were written with json.dumps."""
+    row = {"instruction": "Name a colour.", "output": "Red"}
+    assert parse_row({**row, name: nothing}, "").record == parse_row(row, "").record

@@ -240,7 +240,7 @@ def _history(fields: Fields, left: Left) -> list[Message]:
     column, pairs = fields.shown(name), loaded(fields.take(name))
     if not isinstance(pairs, list | tuple):
         raise DataError(f"{column} is {describe(pairs)}: expected a list of pairs, [[question, answer], ...]")
-    if all(is_message(pair) for pair in pairs):
+    if pairs and all(is_message(pair) for pair in pairs):
         return read_messages(pairs, column, left)
     turns = []
     for number, pair in enumerate(pairs, start=1):

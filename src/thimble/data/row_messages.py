@@ -255,7 +255,7 @@ def read_tools(fields: Fields, left: Left) -> tuple[Message, ...]:
     """The definitions of tools in a row, as those of OpenAI."""
     key = fields.first(("tools", "functions")) or "tools"
     shown, definitions = fields.shown(key), loaded(fields.take(key))
-    if not is_filled(definitions):
+    if not is_filled(definitions) or definitions == "null":  # as json.dumps writes None
         return ()
     if not isinstance(definitions, list | tuple):
         raise DataError(f"{shown} is {describe(definitions)}: expected a list of tool definitions")
