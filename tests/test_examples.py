@@ -20,6 +20,7 @@ MOST_LINES = 60
 RUN_HERE = {
     "01_tool_calling.py", "02_decompositions.py", "03_tickets.py", "04_pictures.py", "05_trainer.py", "06_lightning.py",
     "07_digits.py", "07_efficientnet.py", "08_sentences.py", "09_spanish.py", "10_whisper.py", "11_languages.py",
+    "12_small_vit.py",
 }  # fmt: skip
 needs_bfcl = pytest.mark.skipif(
     importlib.util.find_spec("bfcl_eval") is None, reason="needs the data: pip install --no-deps bfcl-eval"
@@ -181,6 +182,26 @@ def test_letters_that_are_held_out_are_not_learned_from(tmp_path):
     assert not parts["train"] & parts["valid"]
     assert f"{2 * len(parts['train'])} clips to learn from, {2 * len(parts['valid'])} held out" in out
     assert not list((tmp_path / "data").rglob("xx"))
+
+
+def test_a_small_vision_transformer_sees_half_of_the_digits_and_leaves_the_others_to_learn(tmp_path):
+    from PIL import Image
+    from transformers import ViTForImageClassification
+
+    for part, count in (("train", 3), ("valid", 2)):
+        for digit in range(10):
+            place = tmp_path / "digits" / part / str(digit)
+            place.mkdir(parents=True)
+            for number in range(count):
+                Image.new("L", (28, 28), 20 * digit + number).save(place / f"{number}.png")
+    out = run_example("12_small_vit.py", str(tmp_path / "digits"), str(tmp_path), "2", "1")
+    assert "of the held-out digits 0 to 4 are right" in out
+    left = {part: list((tmp_path / "digits-2" / part).rglob("*.png")) for part in ("train", "valid")}
+    assert {path.parent.name for path in left["train"]} == set("56789")
+    assert [len(paths) for paths in left.values()] == [10, 10]
+    model = ViTForImageClassification.from_pretrained(tmp_path / "base")
+    assert 1e6 < sum(parameter.numel() for parameter in model.parameters()) < 2e6
+    assert model.config.id2label == dict(enumerate("01234"))
 
 
 def test_a_whisper_of_ctranslate2_is_the_same_in_transformers(tmp_path):
