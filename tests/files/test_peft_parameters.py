@@ -16,6 +16,7 @@ from thimble.core.lowrank import Factors, delta, of_each_expert, of_experts
 from thimble.errors import AdapterError, InputError
 from thimble.files.peft import CONFIG_FILE, WEIGHTS_FILE, load_adapter, save_adapter
 from thimble.files.peft_parameters import SETTING, in_order
+from thimble.training.card import about_adapter
 
 EXPERTS, WIDTH, INNER = 3, 6, 4
 INPUT = torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(0))
@@ -202,3 +203,15 @@ def test_commands_refuse_by_name_what_they_cannot_run(tmp_path):
     ):
         with pytest.raises(InputError, match=message):
             call()
+
+
+def test_an_adapter_made_of_layers_alone_keeps_their_order(tmp_path):
+    expected = trained_by_peft(tmp_path / "theirs", target_parameters=BOTH)
+    save_adapter(Adapter(load_adapter(tmp_path / "theirs").layers, settings={"task_type": None}), tmp_path / "ours")
+    model = peft.PeftModel.from_pretrained(net(), tmp_path / "ours").eval()
+    torch.testing.assert_close(model(INPUT), expected, rtol=0, atol=1e-5)
+
+
+def test_the_rank_on_a_card_is_that_of_an_expert(tmp_path):
+    trained_by_peft(tmp_path, target_parameters=BOTH)
+    assert set(about_adapter(load_adapter(tmp_path), None).ranks) == {2}

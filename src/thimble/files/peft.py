@@ -22,7 +22,7 @@ from thimble.files.foreign_adapters import MOST_HEADER_BYTES, MOST_TENSORS, PART
 from thimble.files.peft_config import CONFIG_FILE as CONFIG_FILE
 from thimble.files.peft_config import WEIGHTS_FILE as WEIGHTS_FILE
 from thimble.files.peft_config import AdapterConfig, read_adapter_config
-from thimble.files.peft_parameters import SETTING, wrapped, wrappers
+from thimble.files.peft_parameters import SETTING, parameters_of, wrapped, wrappers
 from thimble.files.peft_tensors import COUNTER, ROOT, LayerTensors, outermost, path_of, sort_tensors, tensors_of
 from thimble.files.tensor_info import TensorInfo
 from thimble.files.tensors import TensorFile, open_tensors, write_safetensors
@@ -104,8 +104,8 @@ def _config_fields(adapter: Adapter) -> dict[str, Any]:
 
 def _parameters(adapter: Adapter) -> list[str]:
     """The adapted parameters by their names in PEFT, in the order of their modules."""
-    names = {path: name for path, name in zip(adapter.layers, named_for_peft(adapter), strict=True)}
-    return [names[path] for path in adapter.settings.get(SETTING, ()) if path in names]
+    names = dict(zip(adapter.layers, named_for_peft(adapter), strict=True))
+    return [names[path] for path in parameters_of(adapter)]
 
 
 def modules_to_save(adapter: Adapter) -> list[str]:

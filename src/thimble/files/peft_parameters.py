@@ -112,13 +112,20 @@ def _names_of(module: str, targets: Iterable[str], is_plain: bool) -> list[str]:
     return [f"{module}.{name}" for name in dict.fromkeys(found)]
 
 
+def parameters_of(adapter: Adapter) -> list[str]:
+    """The adapted parameters in the order of their modules: as the settings say, else as the layers lie."""
+    own = [path for path, factors in adapter.layers.items() if factors.layout.experts]
+    said = [path for path in adapter.settings.get(SETTING, ()) if path in own]
+    return said + [path for path in own if path not in said]
+
+
 def in_order(adapter: Adapter, order: Sequence[str]) -> Adapter:
     """An adapter as it is for a base whose parameters, by their paths in the adapter, stand in this order.
 
     Where its file names those of a module in another order, each wrapper is another parameter than was thought; an
     AdapterError if their scales differ, which are given by name.
     """
-    thought: list[str] = [name for name in adapter.settings.get(SETTING, ()) if name in adapter.layers]
+    thought = parameters_of(adapter)
     known, modules = set(order), dict.fromkeys(name.rpartition(".")[0] for name in thought)
     true: dict[str, str] = {}
     for module in modules:

@@ -29,7 +29,7 @@ def about_adapter(adapter: Adapter, base: FrozenBase | None) -> About:
         file=base.path.name if base and is_file else "",
         license=license_of(base) if base else "",
         loader="" if FUNCTION in adapter.notes else base.loader if base else "AutoModelForCausalLM",
-        ranks=[factors.rank for factors in layers],
+        ranks=[factors.rank // max(1, factors.layout.experts) for factors in layers],
         scales=[factors.scale for factors in layers],
         parameters=sum(factors.num_parameters for factors in layers),
         use_dora=adapter.has_magnitudes,
