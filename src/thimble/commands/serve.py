@@ -145,6 +145,7 @@ def _make_service(
     log.stage("compiling what answers run through: up to a minute when a version of Thimble first runs on a machine")
     warm_up(session, num_cores(), should_stop)
     registry.read_ahead()
+    session.release()  # what compiling and reading took
 
     def make_engine() -> Engine:
         return Engine(session, num_cores(), config.max_running, most, keeps_prefixes=True)

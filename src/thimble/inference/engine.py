@@ -147,16 +147,17 @@ class Engine:
             return self._prefill()
         if not self._writing:
             return []
-        began, waiting = time.perf_counter(), len(self._reading) / len(self._writing)
-        parts = self._beside(self._pace.prompt_tokens(waiting)) if waiting else []
+        began = time.perf_counter()
         self._writing.sort(key=lambda request: id(request.adapter))  # so that the rows of an adapter lie together
         self._speculation.guess(self._writing)
         written = [(request, 1 + len(request.guessed)) for request in self._writing]
+        answers, size = len(written), sum(size for _, size in written)
+        parts = self._beside(self._pace.prompt_tokens(answers, size, len(self._reading))) if self._reading else []
         tokens = self._run([[*written, *parts]])
         seconds = time.perf_counter() - began
-        self._pace.note(seconds, sum(size for _, size in parts))
+        self._pace.note(seconds, answers, size, sum(size for _, size in parts))
         if not parts:
-            self._speculation.note_pass(sum(size for _, size in written), seconds)
+            self._speculation.note_pass(size, seconds)
         return tokens
 
     # ---- room -----------------------------------------------------------------------------------------------------

@@ -100,13 +100,24 @@ class TokenCost:
 
     def share(self, tokens: int) -> float:
         """The cost of one more token than so many, as a share of what those take."""
+        slope = self._slope
+        if slope is None:
+            return FIRST_COST / max(tokens, 1)
+        whole = self.seconds(tokens)
+        return slope / whole if whole > 0 else 1.0
+
+    def seconds(self, tokens: float) -> float:
+        """How long a pass over so many tokens takes; there was at least one."""
+        weight, n, _, t, _ = self._sums
+        slope = self._slope or 0.0
+        return (t - slope * n) / weight + slope * tokens
+
+    @property
+    def _slope(self) -> float | None:
+        """Seconds of a further token; None while passes of one length alone were timed."""
         weight, n, nn, t, nt = self._sums
         spread = weight * nn - n * n
-        if spread <= 1e-6 * max(weight, 1) ** 2:
-            return FIRST_COST / max(tokens, 1)
-        slope = max((weight * nt - n * t) / spread, 0.0)
-        whole = (t - slope * n) / weight + slope * tokens
-        return slope / whole if whole > 0 else 1.0
+        return None if spread <= 1e-6 * max(weight, 1) ** 2 else max((weight * nt - n * t) / spread, 0.0)
 
 
 class Speculation:
