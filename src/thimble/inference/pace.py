@@ -25,7 +25,7 @@ class Pace:
         self._token_seconds = 0.0  # that a token of a prompt adds
 
     def prompt_tokens(self, answers: int, written: int, waiting: int) -> int:
-        """Tokens of prompts that may be read beside answers; a multiple of `LEAST_TOKENS`.
+        """How much of prompts may be read beside answers.
 
         Where more wait for their first token than read an answer, a second of a pause costs fewer people than a second
         of reading serves, so prompts get as much more of the time.
@@ -34,6 +34,9 @@ class Pace:
             answers: That the step goes on with.
             written: Tokens that it reads of them, guessed ones among them.
             waiting: Requests that wait for the end of their prompts.
+
+        Returns:
+            Tokens, a multiple of `LEAST_TOKENS`.
         """
         times = max(1.0, waiting / answers)
         if not (self._per_answer and self._means):
