@@ -235,6 +235,8 @@ def test_a_file_that_cannot_be_decoded_is_counted_and_told_where_a_label_would_b
     shutil.copytree(pictures / "square", tmp_path / "known" / "square")
     found = thimble.evaluate(tmp_path / "known", adapter=run.out)
     assert "1 of 53 rows cannot be used" in str(found.messages["warning"])
+    shutil.copytree(folder, tmp_path / "one" / "lying")
+    assert thimble.evaluate(tmp_path / "one", adapter=run.out).rows == 12
 
 
 @pytest.mark.parametrize(("command", "options"), [("chat", {}), ("export", {"out": "x.gguf"}), ("serve", {})])

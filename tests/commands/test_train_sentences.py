@@ -258,6 +258,17 @@ def test_a_run_of_before_goes_on_with_the_mean(base, tmp_path):
     assert ours == theirs
 
 
+def test_pairs_that_stand_in_several_rows_are_measured_as_one(base, tmp_path):
+    rows = pairs()
+    data = tmp_path / "data"
+    data.mkdir()
+    write_rows(data / "train.jsonl", rows[:12])
+    write_rows(data / "valid.jsonl", rows[12:] * 2)
+    report = thimble.train(data, base=base, task="embed", out=tmp_path / "run", rank=4, max_steps=1)
+    assert report.status == "done"
+    assert 0 < report.metrics_before["MRR"] <= 1
+
+
 def test_numbers_that_are_amounts_are_refused_as_labels(base, tmp_path):
     rows = [{"text": f"the {row['text']}", "label": number / 7} for number, row in enumerate(sentences()[:40])]
     with pytest.raises(InputError, match="numbers for labels, 40 different ones .* no task estimates amounts"):

@@ -71,3 +71,10 @@ def test_the_parts_of_the_rows_have_spearman_as_their_mean_and_rise_where_the_ra
     assert parts.mean() == pytest.approx(spearman(found, given))
     assert spearman_parts([1, 2, 3, 4], [1, 2, 3, 4]).tolist() == pytest.approx([1, 1, 1, 1])
     assert spearman_parts([2, 1, 3, 4], [1, 2, 3, 4])[0] < 1
+
+
+def test_a_right_answer_that_is_named_twice_counts_once():
+    """A pair that stands twice among the rows names its answer twice; two were taken off for it, and one came first."""
+    questions, answers = np.eye(3, dtype=np.float32), np.array([[0, 1, 0], [1, 0, 0], [0, 0, 1]], np.float32)
+    assert ranks(questions[:1], answers, [[1, 1]]).tolist() == [1]
+    assert ranks(questions[:1], -answers, [[1, 1, 1]]).tolist() == [3]

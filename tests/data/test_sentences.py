@@ -67,6 +67,7 @@ def test_columns_that_the_user_names():
         ("classify-text", {"text": "a", "label": -1}, "label is -1, which data sets write where there is no label"),
         ("classify-text", {"text": " ", "label": "x"}, "text is empty: expected text"),
         ("classify-text", {"text": "a", "label": ["x", "y"]}, "label is a list: expected one label a row"),
+        ("classify-text", {"text": "a", "label": "['x', 'y']"}, "label is a list: expected one label a row"),
         ("classify-text", {"body": "a", "kind": "x"}, "add --prompt-column and --completion-column"),
         ("classify-text", ["a"], "the row is a list: expected an object"),
         ("embed", {"anchor": "a", "positive": ""}, "positive is empty: expected text"),

@@ -19,7 +19,7 @@ def ranks(
     Args:
         questions: Embeddings, float32 (questions, width).
         answers: Embeddings of the candidates, float32 (answers, width); the inner product says how near they are.
-        right: Of each question, the numbers of the answers that are right.
+        right: Of each question, the numbers of the answers that are right; one that is named twice counts once.
 
     Returns:
         int64 (questions,).
@@ -34,8 +34,8 @@ def ranks(
     for start in range(0, len(questions), AT_ONCE):
         near = questions[start : start + AT_ONCE] @ answers.T
         for row, similar in enumerate(near, start):
-            best = similar[right[row]].max()
-            found[row] = 1 + (similar >= best).sum() - (similar[right[row]] >= best).sum()
+            own = similar[sorted({*right[row]})]  # a pair that stands in several rows names its answer in each
+            found[row] = 1 + (similar >= own.max()).sum() - (own >= own.max()).sum()
     return found
 
 

@@ -14,6 +14,7 @@ PLACES = {FIRST: 0, LAST: -1}
 # As its configs have it, in releases before 5 as `pooling_mode_cls_token: true`; the length does not count here.
 _MODES = {"mean": MEAN, "mean_tokens": MEAN, "mean_sqrt_len_tokens": MEAN, "cls": FIRST, "cls_token": FIRST}
 _MODES |= {"lasttoken": LAST}
+FLAG = "pooling_mode_"
 _KNOWN = ("Transformer", "Pooling", "Normalize")
 
 
@@ -27,7 +28,8 @@ def pooling_of(folder: Path, name: str) -> tuple[str, tuple[str, ...]]:
     kinds = {str(module.get("type")).rpartition(".")[2]: str(module.get("path") or "") for module in modules}
     settings = read_settings(folder / kinds["Pooling"] / "config.json") if "Pooling" in kinds else {}
     mode = settings.get("pooling_mode")
-    named = [mode] if mode else [key[13:] for key, value in settings.items() if key[:13] == "pooling_mode_" and value]
+    flags = [key.removeprefix(FLAG) for key, value in settings.items() if key.startswith(FLAG) and value]
+    named = [mode] if mode else flags
     known = [_MODES[str(one)] for one in named if str(one) in _MODES]
     warnings = []
     if named and (len(named) > 1 or not known):

@@ -4,12 +4,14 @@ import datetime
 import decimal
 import json
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from thimble.errors import DataError, listing
 
 SHOWN = 40  # characters of a value or of a name
+_WRITTEN_LIST = re.compile(r"(?s)\[\s*(['\"].*['\"]|\d+\s*,.*)\s*\]")
 
 
 def describe(value: Any) -> str:
@@ -23,6 +25,11 @@ def describe(value: Any) -> str:
     if isinstance(value, Mapping):
         return f"an object with {listing(map(shown, value)) or 'nothing in it'}"
     return f"{value!r}"[:SHOWN]
+
+
+def is_written_list(value: Any) -> bool:
+    """Whether a text is a list as tables of text hold it, which is no single label; a tag such as [PER] is one."""
+    return isinstance(value, str) and bool(_WRITTEN_LIST.fullmatch(value.strip()))
 
 
 def shown(name: Any) -> str:

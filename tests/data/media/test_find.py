@@ -436,6 +436,42 @@ def test_what_is_wrong_with_a_file_inside_of_a_table_is_told_with_its_row(tmp_pa
     assert "is a .heic file, which is not read" in told[3]
 
 
+def test_quotes_are_text_in_a_table_with_bars_between_cells(tmp_path):
+    """As LJ Speech has it: a cell may begin with a quote that does not end."""
+    for number in range(3):
+        write_clip(tmp_path / "wavs" / f"LJ-{number}.wav", hertz=200 + number)
+    lines = ['LJ-0|"No, he said|"No, he said', "LJ-1|One, two.|One, two.", 'LJ-2|he said "yes"|he said "yes"']
+    write_table(tmp_path / "metadata.csv", "file_name|text|normalized_text", *lines)
+    data = find_media(tmp_path, "audio", needed="text")
+    assert [item.text for item in data.train] == ['"No, he said', "One, two.", 'he said "yes"']
+    assert [item.path.name for item in data.train] == ["LJ-0.wav", "LJ-1.wav", "LJ-2.wav"]
+
+
+def test_a_table_that_was_passed_over_is_named_where_nothing_else_is_found(tmp_path):
+    write_picture(tmp_path / "1.png", 1)
+    write_picture(tmp_path / "2.png", 2)
+    write_table(tmp_path / "labels.csv", "id,breed", "1,pug", "2,boxer")
+    told = problems_of(tmp_path)
+    assert "holds 2 pictures and no folder for each class" in told[0]
+    assert told[1] == "labels.csv: not used, since no column names pictures."
+
+
+@pytest.mark.parametrize(("cell", "is_refused"), [("\"['a', 'b']\"", True), ('"[0, 2]"', True), ("[PER]", False)])
+def test_a_list_of_labels_written_as_text_is_no_label(tmp_path, cell, is_refused):
+    for number in range(4):
+        write_picture(tmp_path / f"{number}.png", number)
+    write_table(tmp_path / "metadata.csv", "file_name,label", "0.png,x", "1.png,x", f"2.png,{cell}", f"3.png,{cell}")
+    if is_refused:
+        assert "a list: expected one label" in problems_of(tmp_path)[0]
+    else:
+        assert [item.label for item in find_media(tmp_path, "image").train] == ["x", "x", "[PER]", "[PER]"]
+
+
+def test_one_class_is_enough_to_measure_on(tmp_path):
+    write_classes(tmp_path, {"cats": 3})
+    assert len(find_media(tmp_path, "image", is_learned=False).train) == 3
+
+
 def test_a_path_that_is_nothing_is_refused(tmp_path):
     assert "does not exist" in problems_of(tmp_path / "picturs")[0]
 

@@ -23,6 +23,7 @@ from thimble.errors import DataError, InputError, Problems, escaped, listing, pl
 
 GUESSED_FILES = 10_000  # by whose names the kind is guessed
 MOST_SECONDS = 30.0  # of a clip that are decoded to see that it can be, unless the caller says otherwise
+NO_COLUMN = "not used, since no column names"
 T = TypeVar("T")
 Splits = Mapping[str, list[Source]]
 
@@ -35,6 +36,7 @@ def find_media(
     needed: str = "label",
     is_strict: bool = False,
     most_seconds: float = MOST_SECONDS,
+    is_learned: bool = True,
 ) -> MediaData:
     """Pictures or clips of a folder or table, each decoded once to see that it can be.
 
@@ -47,6 +49,7 @@ def find_media(
         needed: What each has to have: "label", "text" or "" for nothing, as for files whose labels are to be found.
         is_strict: Whether a single one that cannot be used is too many, else up to a tenth of them is left out.
         most_seconds: How much of a clip is decoded.
+        is_learned: Whether labels are to be told apart by what is learned, so that two are the least.
 
     Returns:
         What can be used, by split, in the order of its names or rows, and what is worth telling.
@@ -63,7 +66,7 @@ def find_media(
         found = problems.attempt(_reading, path, _from_folder, path, kind, needed, told) or {}
         skipped.rows += sum(map(len, found.values()))
     checked = check_items(found, kind, most_seconds, skipped, told)
-    _check(path, kind, needed, checked, skipped, problems)
+    _check(path, kind, needed if is_learned else "", checked, skipped, problems)
     files = tuple(source.path for sources in tables.values() for source in sources)
     odd = oddities(checked["train"], checked.get("valid", ())) if needed else []
     return MediaData(
@@ -140,7 +143,7 @@ def _tables(path: Path, kind: str, prompt_column: str, needed: str, told: Told) 
     is_folder_of_classes = path.is_dir() and needed != "text" and _has_media(path, kind)
     if is_folder_of_classes and not all(has_paths(row, kind, prompt_column) for row in first):
         names = listing(source.name for sources in splits.values() for source in sources)
-        told.note(f"{names}: not used, since no column names {NOUNS[kind][1]}")
+        told.note(f"{names}: {NO_COLUMN} {NOUNS[kind][1]}")
         return {}
     for text in noted.notes:
         told.note(text)
@@ -182,7 +185,10 @@ def _from_folder(path: Path, kind: str, needed: str, told: Told) -> dict[str, li
             f"{path} has no transcripts: expected a table such as metadata.csv, with the columns file_name and "
             "transcription, in the folder of the clips or named itself."
         )
-    return items_by_folder(unpacked_folder(path, told), kind, told, with_labels=bool(needed))
+    try:
+        return items_by_folder(unpacked_folder(path, told), kind, told, with_labels=bool(needed))
+    except DataError as error:  # a table that was passed over may be what was meant
+        raise DataError(*error.problems, *(f"{note}." for note in told.notes if NO_COLUMN in note)) from None
 
 
 def _check(

@@ -14,7 +14,7 @@ from thimble.data.media.inside import Inside, MediaFile, content_inside
 from thimble.data.media.items import Item
 from thimble.data.media.kinds import AUDIO, IMAGE, NOUNS, is_media
 from thimble.data.records import Skipped
-from thimble.data.row_values import cell_text, describe, is_filled
+from thimble.data.row_values import cell_text, describe, is_filled, is_written_list
 from thimble.data.sources.raw import RawRow, Source, Told
 from thimble.data.sources.read import read_rows
 from thimble.data.spool import Spool
@@ -142,6 +142,8 @@ class ManifestReader:
             return None
         if isinstance(value, list | Mapping):
             raise DataError(f"{column} is {describe(value)}: expected one {name}")
+        if name == "label" and is_written_list(value):
+            raise DataError(f"{column} is {value[:60]}, a list: expected one {name}")
         return unicodedata.normalize("NFC", cell_text(value, column)).strip() or None
 
     def _file(self, value: Any, column: str, row: str, source: Source) -> MediaFile:

@@ -75,7 +75,7 @@ def _candidates(text: str, header: str, delimiter: str) -> Iterator[Dialect]:
         yield from (Dialect(mark, has_escapes=way) for way in ways)
         if f"{mark} " in text and mark != "\t" and not skips:
             yield Dialect(mark, skips_spaces=True)
-        if mark == "\t":
+        if mark in "\t|":  # as Common Voice and LJ Speech have it
             yield Dialect(mark, quote="")
 
 

@@ -140,7 +140,7 @@ def measured_clips(config: TrainConfig, classes: Classes, needs_answers: bool) -
     """Find clips to be told by a finished adapter, with their labels if they are needed."""
     found = find_media(
         Path(config.data), "audio", config.prompt_column, config.completion_column,
-        "label" if needs_answers else "", config.strict, config.max_seconds,
+        "label" if needs_answers else "", config.strict, config.max_seconds, is_learned=False,
     )  # fmt: skip
     return measured_rows(found, found.test or found.valid or found.train, classes, config.data, _clip_reading)
 

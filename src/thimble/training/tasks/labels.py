@@ -140,7 +140,7 @@ def measured_pictures(config: TrainConfig, classes: Classes, needs_answers: bool
     """Find pictures to be told by a finished adapter, with their labels if they are needed."""
     needed = "label" if needs_answers else ""
     columns = config.prompt_column, config.completion_column
-    found = find_media(Path(config.data), "image", *columns, needed=needed, is_strict=config.strict)
+    found = find_media(Path(config.data), "image", *columns, needed=needed, is_strict=config.strict, is_learned=False)
     items = found.test or found.valid or found.train
     return measured_rows(found, items, classes, config.data, _picture_reading)
 
