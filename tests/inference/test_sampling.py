@@ -117,6 +117,13 @@ def test_without_options_logits_are_not_even_copied():
     assert adjusted() is LOGITS
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("temperature", [1e-308, 5e-324, 1e308])
+def test_any_temperature_draws_without_a_warning(temperature):
+    tokens = {Sampler(SamplingOptions(9, temperature=temperature, seed=seed)).choose(LOGITS) for seed in range(20)}
+    assert tokens == {int(LOGITS.argmax())} or temperature > 1
+
+
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.0}, {"temperature": 3.0, "top_k": 50, "top_p": 0.9}])
 def test_only_what_a_mask_allows_is_chosen_and_it_is_told_the_answer_so_far(options):
     told, allowed = [], np.zeros(1000, bool)

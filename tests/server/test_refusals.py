@@ -61,6 +61,7 @@ def check(answer, status, param=None, code=None):
         ({"seed": 2**70}, "seed"),
         ({"presence_penalty": 3}, "presence_penalty"),
         ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"repetition_penalty": 1e-300}, "repetition_penalty"),
         ({"logit_bias": {"x": 1}}, "logit_bias"),
         ({"logit_bias": {"320": 1}}, "logit_bias"),
         ({"logit_bias": {"3": 101}}, "logit_bias.3"),

@@ -13,8 +13,11 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -35,9 +38,9 @@ SLOW_SECONDS, SMALL_BUFFER = 0.05, 2048  # between two reads of a slow client; b
 class Traffic:
     """Clients of one server, and what came of their requests."""
 
-    def __init__(self, port, folder, seconds):
-        self.port, self.folder, self.seconds, self.end = port, folder, seconds, 0.0
-        self.statuses, self.kinds, self.health = Counter(), Counter(), []
+    def __init__(self, port, folder, seconds, watcher):
+        self.port, self.folder, self.seconds, self.watcher, self.end = port, folder, seconds, watcher, 0.0
+        self.statuses, self.kinds, self.health = Counter(), Counter(), []  # of /health: seconds
         self.tokens = self.swaps = 0
 
     @property
@@ -47,7 +50,9 @@ class Traffic:
     async def run(self):
         self.end = time.monotonic() + self.seconds
         clients = [self.client(random.Random(number)) for number in range(STREAMS)]
-        await asyncio.gather(self.watch_health(), self.swap(), *clients)
+        watching = asyncio.get_running_loop().run_in_executor(self.watcher, health_seconds, self.port, self.seconds)
+        await asyncio.gather(self.swap(), *clients)
+        self.health = await watching
 
     async def client(self, dice):
         while not self.is_over:
@@ -80,13 +85,6 @@ class Traffic:
         finally:
             writer.close()
 
-    async def watch_health(self):
-        while not self.is_over:
-            began = time.perf_counter()
-            self.statuses[await self.post("/health", None)] += 1
-            self.health.append(time.perf_counter() - began)
-            await asyncio.sleep(HEALTH_EVERY)
-
     async def swap(self):
         """Have names stand for other adapters."""
         while not self.is_over:
@@ -99,17 +97,28 @@ class Traffic:
     async def post(self, path, body):
         """The status of a request without a stream."""
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
-        data = b"" if body is None else json.dumps(body).encode()
-        writer.write(head(path, len(data), "GET" if body is None else "POST") + data)
+        data = json.dumps(body).encode()
+        writer.write(head(path, len(data)) + data)
         status = await status_of(reader)
         await reader.read()
         writer.close()
         return status
 
 
-def head(path, size, method="POST"):
-    words = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nAuthorization: Bearer admin\r\n"
+def head(path, size):
+    words = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nAuthorization: Bearer admin\r\n"
     return f"{words}Content-Length: {size}\r\n\r\n".encode()
+
+
+def health_seconds(port, seconds):
+    """What answers to /health take, asked again and again for some time; another status than 200 raises."""
+    found, end = [], time.monotonic() + seconds
+    while time.monotonic() < end:
+        began = time.perf_counter()
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=60).read()
+        found.append(time.perf_counter() - began)
+        time.sleep(HEALTH_EVERY)
+    return found
 
 
 async def status_of(reader):
@@ -146,8 +155,13 @@ def resident_bytes(process):
 def traffic(seconds):
     """So many seconds of it, then a signal to end."""
     began = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder, server(Path(folder)) as (process, port):
-        settle, rest = Traffic(port, Path(folder), seconds / 3), Traffic(port, Path(folder), seconds * 2 / 3)
+    # In a process of its own, so that what the clients do is no delay of the server.
+    with (
+        tempfile.TemporaryDirectory() as folder, server(Path(folder)) as (process, port),
+        ProcessPoolExecutor(1, get_context("spawn")) as watcher,
+    ):  # fmt: skip
+        watcher.submit(health_seconds, port, 0).result()
+        settle, rest = (Traffic(port, Path(folder), seconds * share, watcher) for share in (1 / 3, 2 / 3))
         asyncio.run(settle.run())
         before = resident_bytes(process)
         asyncio.run(rest.run())

@@ -152,7 +152,8 @@ class Sampler:
 
     def _drawn(self, logits: NDArray[np.float32]) -> int:
         """Draw a token by its share of softmax(logits / temperature), within the limits."""
-        weights = np.exp((logits - logits.max()).astype(np.float64) / self._options.temperature)
+        with np.errstate(over="ignore"):  # at hardly any temperature all but the likeliest are infinitely unlikely
+            weights = np.exp((logits - logits.max()).astype(np.float64) / self._options.temperature)
         tokens = self._likeliest(weights)
         drawn = np.cumsum(weights[tokens])
         return int(tokens[min(np.searchsorted(drawn, self._random.random() * drawn[-1], "right"), len(tokens) - 1)])
