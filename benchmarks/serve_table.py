@@ -5,19 +5,19 @@ import json
 import statistics
 from pathlib import Path
 
+from run import BEGIN, END
 from servers import CORES, worst
 
 from thimble.models.machine import processor
 
 HERE = Path(__file__).parent
 KEPT = HERE / "serve.json"
-BEGIN, END = "<!-- serving: written by benchmarks/serve.py -->", "<!-- end of serving -->"
 FIRST, FIRST_P95 = "first token", "first token, p95, seconds"
 RATE = "tokens a second"
 
 
 def keep(base, loads, memory):
-    """Put what was measured with a base in place of what was measured of the same loads before; the rest stays.
+    """Put what was measured with a base in place of what was measured of the same loads and servers; the rest stays.
 
     Args:
         base: Its name.
@@ -27,7 +27,8 @@ def keep(base, loads, memory):
     kept = json.loads(KEPT.read_text()) if KEPT.exists() else {}
     kept = kept if "bases" in kept else {"bases": {}}
     of_base = kept["bases"].setdefault(base, {"loads": {}, "memory": {}})
-    of_base["loads"] |= loads
+    for load, by_server in loads.items():
+        of_base["loads"].setdefault(load, {}).update(by_server)
     of_base["memory"] |= memory
     of_base["date"], of_base["processor"] = str(datetime.date.today()), processor()[0]
     KEPT.write_text(json.dumps(kept, indent=1))
