@@ -55,8 +55,8 @@ def main() -> None:
         adapters = write_adapters(model, folder, options.streams)
         engine = LLM(
             str(folder / "base"), dtype=TYPES[options.dtype], skip_tokenizer_init=True, enable_lora=True,
-            max_loras=options.streams, max_lora_rank=RANK, max_model_len=2048, enable_prefix_caching=False,
-            max_num_seqs=options.streams, enforce_eager=True,
+            max_loras=options.streams, max_lora_rank=RANK, max_model_len=512, enable_prefix_caching=False,
+            max_num_seqs=options.streams, max_num_batched_tokens=1024, enforce_eager=True,
         )  # fmt: skip
         prompts = [{"prompt_token_ids": list(map(int, row))} for row in make_tokens(1.0, options.streams, PROMPT)[0]]
         loras = [LoRARequest(path.name, place + 1, str(path)) for place, path in enumerate(adapters)]
