@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from thimble.backends.module_session import ModuleBatch
 from thimble.backends.session import Objective, StepKey, Work
+from thimble.backends.torch import folded_convolutions
 from thimble.backends.torch.module_session import ModuleTorchSession
 from thimble.core.method import Method
 from thimble.files.peft import save_adapter
@@ -99,6 +100,15 @@ def test_loss_and_gradient_are_those_of_the_module_as_it_is(options):
     folded, plain = gradient_of(attached(**options)), gradient_of(attached(folds=False, **options))
     assert np.abs(plain.flat).max() > 0.01
     assert folded.loss.mean == pytest.approx(plain.loss.mean, abs=1e-6)
+    assert is_close(folded.flat, plain.flat)
+
+
+@pytest.mark.parametrize("cost", [0, 1 << 40])
+@pytest.mark.parametrize("rank", [2, 40])
+def test_updates_in_the_weight_and_beside_it_come_to_the_same(cost, rank, monkeypatch):
+    monkeypatch.setattr(folded_convolutions, "MERGE_COST", cost)
+    ranks = {"rank_pattern": {"3.0": rank, "expand": rank, "project": rank}}
+    folded, plain = gradient_of(attached(**ranks)), gradient_of(attached(folds=False, **ranks))
     assert is_close(folded.flat, plain.flat)
 
 

@@ -6,9 +6,11 @@ section 3.1), so the convolution before it can have both in its weight and bias:
     norm(conv(x)) = conv(x; g W) + b,  g = weight / √(variance + eps),  b = g (bias of the convolution - mean) + bias
 
 With LoRA on the convolution, g (W + scale · B A) stands for g W: one convolution takes the place of three, and the
-gradients of A and B are those of the same product. Tensors lie channels last, where the module bears that. Kept for the
-backward pass are the input, where there is an update, and the output, where there is a nonlinearity. This is exact up
-to rounding, and nothing of it is in the module: other forward passes stand before its own while a gradient is computed.
+gradients of A and B are those of the same product. Where the weight is large and pixels are few, that sum would take
+longer than g scale · B (A x), which is added to the output then. Tensors lie channels last, where the module bears
+that. Kept for the backward pass are the input, where there is an update, and the output, where there is a nonlinearity.
+This is exact up to rounding, and nothing of it is in the module: other forward passes stand before its own while a
+gradient is computed.
 """
 
 import contextlib
@@ -26,6 +28,8 @@ from thimble.backends.torch.forward_passes import running, unchanged
 # What a nonlinearity cuts its input to; its slope is one within, and zero from either end on.
 LIMITS: dict[type[nn.Module], tuple[float, float]] = {nn.ReLU: (0.0, torch.inf), nn.ReLU6: (0.0, 6.0)}
 _FOLDED = "folded"  # the state of an update that is in the weight: its hook adds nothing
+# What a number of the updated weight takes to be made, forth and back, in multiplications: most of it is memory.
+MERGE_COST = 48
 _POINTWISE = ((1, 1), (0, 0), (1, 1), False, (0, 0), 1)
 _convolve, _convolve_back = torch.ops.aten.convolution, torch.ops.aten.convolution_backward
 
@@ -75,9 +79,22 @@ class FoldedConvolution:
     def _with_update(self, low_rank: LowRank, x: Tensor) -> Tensor:
         return _Folded.apply(x.contiguous(memory_format=self.layout), *low_rank.sides(), self)
 
+    def is_merged(self, x: Tensor, a: Tensor) -> bool:
+        """Whether adding the update to the weight takes less than adding what it makes of x to the output."""
+        (down, across), out, width = self.layer.stride, len(self.weight), self.weight[0].numel()
+        pixels = len(x) * (x.shape[2] // down) * (x.shape[3] // across)
+        return pixels * len(a) * (out + width) > MERGE_COST * out * width
+
     def updated(self, a: Tensor, b: Tensor) -> Tensor:
-        """g (W + scale · B A), in the shape of the weight."""
-        return self.weight + (self.side(b).flatten(1) @ a.flatten(1)).view(self.weight.shape)
+        """g (W + scale · B A), in the shape and layout of the weight."""
+        made, a = torch.empty_like(self.weight), a.contiguous(memory_format=self.layout)
+        torch.addmm(self._rows(self.weight), self.side(b).flatten(1), self._rows(a), out=self._rows(made))
+        return made
+
+    def _rows(self, weight: Tensor) -> Tensor:
+        """A view of a weight as (out, all the rest), in the order in which it lies."""
+        is_last = self.layout == torch.channels_last
+        return (weight.permute(0, 2, 3, 1) if is_last else weight).flatten(1)
 
     def side(self, b: Tensor) -> Tensor:
         """What is multiplied with A x, or with A, for all that the update adds: g · scale · B, (out, rank, 1, 1)."""
@@ -103,8 +120,13 @@ class _Folded(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, a: Tensor | None, b: Tensor | None, folded: FoldedConvolution) -> Tensor:
-        weight = folded.weight if a is None or b is None else folded.updated(a, b)
-        made: Tensor = _convolve(x, weight, folded.bias, *folded.geometry)
+        if a is None or b is None:
+            made: Tensor = _convolve(x, folded.weight, folded.bias, *folded.geometry)
+        elif folded.is_merged(x, a):
+            made = _convolve(x, folded.updated(a, b), folded.bias, *folded.geometry)
+        else:
+            made = _convolve(x, folded.weight, folded.bias, *folded.geometry)
+            made += _convolve(_convolve(x, a, None, *folded.geometry), folded.side(b), None, *_POINTWISE)
         if folded.limits:
             made.clamp_(*folded.limits)
         ctx.folded, ctx.shape = folded, x.shape
@@ -139,9 +161,11 @@ def _back_with_update(
     folded: FoldedConvolution, grad: Tensor, x: Tensor, a: Tensor, b: Tensor, wants_x: bool
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """The gradients of x, A and B: by way of that of the whole weight where it is small, else by way of A x."""
-    weight, side = folded.updated(a, b), folded.side(b)  # made again: for all layers it would be a second model
-    out, width = weight.flatten(1).shape
-    if out * width <= 2 * len(a) * (out + width):  # multiplications for each pixel, one way and the other
+    is_merged, side = folded.is_merged(x, a), folded.side(b)
+    # The updated weight is made again: kept for all layers, it would be a second model.
+    weight = folded.updated(a, b) if is_merged else folded.weight
+    out, width = len(weight), weight[0].numel()
+    if is_merged and out * width <= 2 * len(a) * (out + width):  # multiplications for each pixel, one way and the other
         of_x, of_weight = _back(folded, grad, x, weight, wants_x, True)
         flat = of_weight.flatten(1)
         of_side = flat @ a.flatten(1).t()
@@ -149,5 +173,5 @@ def _back_with_update(
     of_x, _ = _back(folded, grad, x, weight, True, False) if wants_x else (None, None)
     low = _convolve(x, a, None, *folded.geometry)
     of_low, of_side, _ = _convolve_back(grad, low, side, None, *_POINTWISE, (True, True, False))
-    _, of_a = _back(folded, of_low, x, a, False, True)
-    return of_x, of_a, folded.side(of_side)
+    of_x_beside, of_a = _back(folded, of_low, x, a, wants_x and not is_merged, True)
+    return of_x if of_x_beside is None else of_x.add_(of_x_beside), of_a, folded.side(of_side)
