@@ -48,6 +48,14 @@ def test_its_adapter_is_measured_and_written_with(run, thimble):
     assert (code, json.loads(out)["answered"]) == (0, 40)
 
 
+def test_decoding_in_int8_is_refused_where_there_are_no_blocks(run, thimble):
+    code, _, told = thimble(
+        "generate", run / "mine.jsonl", "--adapter", run / "run", "--out", "x.jsonl", "--decode", "int8"
+    )
+    assert code == 2
+    assert "--decode int8: gpt2 is a gpt2, which runs through transformers" in told
+
+
 def test_a_merged_folder_has_the_logits_of_base_and_adapter(run, thimble, tmp_path):
     peft = pytest.importorskip("peft")
     code, *_ = thimble("merge", run / "run", "--out", "merged")

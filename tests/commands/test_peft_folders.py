@@ -78,8 +78,16 @@ def test_it_is_measured_and_what_was_taken_for_granted_is_told(topics, tmp_path)
 
 def test_a_language_says_nothing_for_texts(topics, tmp_path):
     data = write_rows(tmp_path / "rows.jsonl", sentences())
-    with pytest.raises(InputError, match="--language es: says nothing for classify-text, only for transcribe"):
+    with pytest.raises(InputError, match="--language es: says nothing for --task classify-text, only for transcribe"):
         thimble.evaluate(data, adapter=str(topics[0]), language="es")
+
+
+@pytest.mark.parametrize("command", ["evaluate", "generate", "merge"])
+def test_a_task_without_an_adapter_is_refused_in_words(command, topics, tmp_path):
+    words = [] if command == "merge" else [write_rows(tmp_path / "rows.jsonl", sentences())]
+    out = {} if command == "evaluate" else {"out": str(tmp_path / "x.jsonl")}
+    with pytest.raises(InputError, match="no adapter is given: name its folder"):
+        getattr(thimble, command)(*words, task="classify-text", **out)
 
 
 def test_other_numbers_of_labels_are_refused(topics, tmp_path):

@@ -183,6 +183,48 @@ def run(pictures, model, tmp_path_factory):
     return thimble.train(pictures, base=model, out=str(folder / "run"), answers=str(answers), **QUICK)
 
 
+def test_its_speed_is_that_of_pictures_everywhere(run):
+    from thimble.report.terminal import render_train
+
+    out = Path(run.out)
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert {line["rows"] for line in lines} == {16, 10}  # of 90 rows six steps make an epoch
+    assert run.rows_per_second == pytest.approx(sum(line["rows"] for line in lines) / run.seconds)
+    assert "pictures/s, " in render_train(run)
+    page = (out / "report.html").read_text()
+    assert "Pictures per second" in page
+    assert "Pixels per second" not in page
+
+
+def test_a_plan_counts_the_weights_of_the_module(pictures, model):
+    from thimble.report.terminal import render_plan
+
+    plan = thimble.plan(pictures, base=model, **QUICK)
+    convolutions, norm, head = 8 * 27 + 16 * 8 + 16 + 16 * 16 + 16, 4 * 8, 16 * 3 + 3
+    assert plan.memory["weights"] == 4 * (convolutions + norm + head) + 8  # and the counter of the norm
+    assert plan.memory["process"] > 0
+    assert plan.rows_per_second > 0
+    shown = render_plan(plan)
+    assert "classify-image: 90 pictures\n" in shown
+    assert "pictures/s, " in shown
+
+
+def test_options_that_say_nothing_for_a_finished_adapter_are_refused_together(run, pictures, tmp_path):
+    with pytest.raises(InputError) as refused:
+        thimble.evaluate(pictures, adapter=run.out, metric="exact", eval_rows=5, compute="bf16")
+    told = str(refused.value)
+    assert "--metric exact: says nothing for --task classify-image" in told
+    assert "--eval-rows 5" in told
+    assert "--compute bf16: only for text" in told
+    with pytest.raises(InputError) as refused:
+        thimble.generate(pictures, adapter=run.out, out=str(tmp_path / "x.jsonl"), temperature=0.5, decode="int8")
+    assert "--temperature 0.5" in str(refused.value)
+    assert "--decode int8" in str(refused.value)
+    with pytest.raises(InputError, match="--weight is for several adapters: leave it out"):
+        thimble.merge(run.out, out=str(tmp_path / "merged"), weight=[0.5])
+    assert not (tmp_path / "merged").exists()
+
+
 def test_it_is_evaluated_beside_the_frozen_model_with_its_head(run, pictures, tmp_path):
     answers = [json.loads(line) for line in (Path(run.out).parent / "answers.jsonl").read_text().splitlines()]
     for answer in answers:  # the pictures that were held out

@@ -19,6 +19,17 @@ STEP = {"step": 1, "total": 3, "loss": 2.5, "tokens_so_far": 100, "seconds": 0.5
         "peak_memory_bytes": 1_880_000_000}  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("counted", "unit", "told"),
+    [("pictures", "pixels", "24 pictures/s"), ("clips", "frames", "24 clips/s, 2.0 s of sound/s"),
+     ("texts", "tokens", "24 texts/s"), ("tokens", "tokens", "200 tokens/s")],
+)  # fmt: skip
+def test_a_step_tells_its_speed_in_what_a_person_counts(counted, unit, told):
+    from thimble.report.terminal import _step_line
+
+    assert told in _step_line({**STEP, "counted": counted, "unit": unit, "rows_so_far": 12})
+
+
 def shown(stream: io.StringIO, *events: Event) -> str:
     progress = Progress(stream)
     for event in events:

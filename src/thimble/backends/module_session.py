@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from thimble.backends.session import ActiveAdapter, TrainingSession
 from thimble.core.adapter import Adapter
+from thimble.core.inits import Moments, Sketch
 from thimble.core.metrics import LossSum
 from thimble.models.execution import ExecutionPlan
 
@@ -69,6 +70,28 @@ class ModuleSession(TrainingSession, Protocol):
     @property
     def convolutions(self) -> Sequence[str]:
         """How convolutions are computed in training, for people: a line or none, certain once `measure` has run."""
+
+    @property
+    def weight_bytes(self) -> int:
+        """What the weights of the base take in memory, the head among them."""
+
+    def kept_weight(self, path: str) -> NDArray[np.float32]:
+        """The frozen weight of a layer as it is computed with, float32 (out, in), or (out, in · kernel)."""
+
+    def file_weight(self, path: str) -> NDArray[np.float32]:
+        """The same, as near to the file as it is known."""
+
+    def input_moments(self, batches: Sequence[ModuleBatch]) -> Iterator[tuple[list[str], Moments]]:
+        """Second moments of the inputs of each adapted layer, with its path."""
+
+    def gradient_sketches(
+        self, batches: Sequence[ModuleBatch], ranks: Mapping[str, int], is_weighted: bool, seed: int,
+        checkpointed_blocks: int,
+    ) -> dict[str, Sketch]:  # fmt: skip
+        """Main directions of the gradient of each adapted weight, at least `ranks` of each, with B at zero."""
+
+    def restart(self, adapter: Adapter) -> None:
+        """Begin with other A and B, of the same shapes; layers in its `origin` are trained as a difference to that."""
 
     def save_merged(self, folder: Path) -> dict[str, float]:
         """Write the module with the adapter in its weights into a folder, as safetensors; the session ends with that.

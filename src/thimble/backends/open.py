@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,13 +10,19 @@ from numpy.typing import NDArray
 from thimble.backends.module_session import ModuleSession
 from thimble.backends.session import Session
 from thimble.core.adapter import Adapter
+from thimble.core.method import Init
 from thimble.data.model import Model
 from thimble.data.records import general_records
 from thimble.errors import AdapterError, ConfigError, listing
 from thimble.files.peft import named_for_peft
+from thimble.files.untrusted import some
 from thimble.models.base import Base
 from thimble.models.module_base import ModuleBase
 
+if TYPE_CHECKING:
+    from thimble.backends.torch.module_session import ModuleTorchSession
+
+KAIMING = "kaiming"
 SAMPLE_TOKENS = 512  # of text that shows compute int8 which columns of the activations are large
 
 
@@ -41,6 +47,16 @@ def _store_of_transformers(wanted: str, base: Base, compute: str) -> tuple[tuple
             "weights in fp32 or bf16 alone: leave it out"
         )
     return ("dense",), "store dense: transformers keeps the weights in the compute type"
+
+
+def choose_decode(wanted: str, base: Base) -> str:
+    """How answers are written, `int8` or `float`; a ConfigError for int8 where no weights are blocks of a GGUF."""
+    if wanted == "int8" and not base.is_own:
+        raise ConfigError(
+            f"--decode int8: {base.name} is a {base.spec.family}, which runs through transformers, whose weights are "
+            "floats and no blocks of a GGUF: leave it out"
+        )
+    return "int8" if wanted == "auto" else wanted
 
 
 def open_session(
@@ -85,26 +101,53 @@ class OpenedModule:
 
 def open_module_session(
     base: ModuleBase, task: str, loss: str, labels: Sequence[str], targets: Sequence[str], train_also: Sequence[str],
-    seed: int, **options: Any,
+    store: str, init: Init, **options: Any,
 ) -> OpenedModule:  # fmt: skip
     """Load a module for a task and put a new adapter on it; what has to be made anew is trained whole.
 
+    An init that is found on data begins as Kaiming's: `restart` gives A and B their values once there are data. Other
     `options` are those of `thimble.attach`; a BaseModelError or an InputError names what cannot be.
     """
     from thimble.backends.torch.module_session import ModuleTorchSession
     from thimble.backends.torch.module_targets import usual_targets
     from thimble.backends.torch.open_module import open_module
 
-    found = open_module(base, task, labels, seed)
+    found = open_module(base, task, labels, options["seed"])
     session = ModuleTorchSession(found.module, loss, found.head)
     whole = (*found.fresh, *train_also)
     chosen, why = usual_targets(found.module, targets, whole)
-    session.attach(list(chosen), train_also=whole, seed=seed, **options)
-    return OpenedModule(session, found.base, whole, tuple(chosen), (why, *session.described()))
+    is_made_later = init.needs not in ("nothing", "weights")
+    first = KAIMING if is_made_later else str(init)
+    session.attach(list(chosen), train_also=whole, init=first, **options)
+    if is_made_later and (problems := session.init_problems(init)):
+        raise ConfigError(*some(problems))
+    decisions = (why, *session.described())
+    if init.needs == "quantised":
+        session.restart_from_rounding(options["seed"])
+    if store == "int8":
+        decisions = (*decisions, _keep_as_int8(session, is_new=True))
+    return OpenedModule(session, found.base, whole, tuple(chosen), decisions)
+
+
+def _keep_as_int8(session: "ModuleTorchSession", is_new: bool) -> str:
+    """Keep a module as int8, and say what of it is."""
+    kept, total = session.keep_as_int8(is_new)
+    if not kept:
+        raise ConfigError(
+            "--store int8: the module has no frozen Linear layer of the plain kind, which alone is kept so "
+            "(convolutions, embeddings and packed attention stay in float32): leave it out"
+        )
+    return f"store int8: {kept / total:.0%} of the weights, those of Linear layers, one scale a row; others in float32"
 
 
 def open_used_module(
-    base: ModuleBase, task: str, loss: str, labels: Sequence[str], adapter: Adapter, first: Mapping[str, NDArray[Any]]
+    base: ModuleBase,
+    task: str,
+    loss: str,
+    labels: Sequence[str],
+    adapter: Adapter,
+    first: Mapping[str, NDArray[Any]],
+    store: str = "auto",
 ) -> tuple[ModuleSession, ModuleBase, tuple[str, ...]]:
     """Load a module for a task and put a finished adapter on it.
 
@@ -124,6 +167,8 @@ def open_used_module(
             f"the adapter holds no {listing(lacking)}, nor does base {base.name}: it was drawn at random in training "
             "and is lost; train again with it in modules_to_save, or name with --base the model that has it"
         )
+    if store == "int8":
+        _keep_as_int8(session, is_new=False)
     return session, found.base, found.drawn
 
 

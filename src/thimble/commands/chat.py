@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 
-from thimble.backends.open import choose_store, open_session
+from thimble.backends.open import choose_decode, choose_store, open_session
 from thimble.config.chat import ChatConfig
 from thimble.data.encode import Encoder
 from thimble.data.model import log_base, model_with_adapters
@@ -24,7 +24,7 @@ def open_conversation(config: ChatConfig, on_event: OnEvent = ignore) -> Convers
     log_base(model.base, log, model.tokenizer, config.adapter)
     compute, why = choose_compute(config.compute, config.remeasure)
     log.decision(f"compute: {why}")
-    decode = "int8" if config.decode == "auto" else config.decode
+    decode = choose_decode(config.decode, model.base)
     session = open_session(model, compute, choose_store(config.store, model.base, compute)[0][0], decode=decode)
     spec, tokenizer = model.base.spec, model.tokenizer
     encoder = Encoder(tokenizer, model.template, spec.max_positions, vocab_size=spec.vocab_size)

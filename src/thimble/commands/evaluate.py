@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from thimble.backends.open import choose_store, open_session
 from thimble.config.evaluate import EvaluateConfig
 from thimble.config.groups import COLUMNS
+from thimble.config.train import unused
 from thimble.core.adapter import Adapter
 from thimble.core.labels import AnswerCounts
 from thimble.core.metrics import METRICS, LossSum
@@ -29,6 +30,7 @@ from thimble.training.evidence import log_labels, log_language, log_recall
 from thimble.training.metric import ChosenMetric, choose_questions, score_answers
 from thimble.training.module_adapter import is_of_module
 from thimble.training.module_answers import measure_adapters
+from thimble.training.task_choice import TEXT
 
 SHOWN_ANSWERS, MOST_SHOWN = 3, 12
 PASS_TOKENS = 1024  # of a batch, which one worker runs
@@ -209,7 +211,7 @@ def _prepare(
     config: EvaluateConfig, log: EventLog
 ) -> tuple[Model, Examples, dict[str, Adapter], list[Question], ChosenMetric]:
     """Check everything that can be wrong."""
-    problems = Problems(config.problems)
+    problems = Problems((*config.problems, *unused(config, TEXT)))
     log.stage("reading the base and the examples")
     model, adapters = model_with_adapters(config.base, config.adapter, problems, log)
     dataset = problems.attempt(_open, config, log)

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from thimble.backends.open import choose_store, open_session
+from thimble.backends.open import choose_decode, choose_store, open_session
 from thimble.backends.session import Session
 from thimble.config.generate import GenerateConfig
 from thimble.config.options import as_command
-from thimble.config.train import TrainConfig
+from thimble.config.train import TrainConfig, unused
 from thimble.core.adapter import Adapter
 from thimble.data.answers import Answer, AnswerFile, differing, unanswered
 from thimble.data.context import Context
@@ -33,6 +33,7 @@ from thimble.models.machine import available_bytes
 from thimble.training.module_adapter import is_of_module
 from thimble.training.module_answers import predictions, write_predictions
 from thimble.training.run_folder import check_new_file, check_room
+from thimble.training.task_choice import TEXT
 
 SHOWN_ANSWERS = 3
 MEMORY_SHARE = 3  # of the free memory, one part in so many is for keys and values: a cache that grows is there twice
@@ -186,7 +187,7 @@ def _prepare(
     config: GenerateConfig, log: EventLog, file: AnswerFile | None, rows: Iterable[Any] | None = None
 ) -> _Work:
     """Check everything that can be wrong, before the framework is loaded."""
-    problems, skipped = Problems(config.problems), Skipped(config.strict)
+    problems, skipped = Problems((*config.problems, *unused(config, TEXT))), Skipped(config.strict)
     log.stage("reading the base and the prompts")
     model, adapters = model_with_adapters(config.base, config.adapter, problems, log)
     prompts, delimiter = problems.attempt(_read, config, skipped, rows, log) or (None, ",")
@@ -207,8 +208,10 @@ def _prepare(
     compute, why = choose_compute(wanted, config.remeasure)
     log.decision(f"compute: {why if wanted == config.compute else f'{compute}, as in the answers there are'}")
     store, decode = choose_store(config.store, model.base, compute)[0][0], config.decode
-    if decode == "auto":
-        decode = recorded.get("--decode", BEFORE_DECODE) if recorded else "int8"
+    if decode == "auto" and recorded:
+        decode = recorded.get("--decode", BEFORE_DECODE)
+    else:
+        decode = choose_decode(decode, model.base)
     return _Work(config, model, adapters, prompts, delimiter, encoded, compute, store, decode, log)
 
 

@@ -5,7 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from thimble.config.merge import MergeConfig
+from thimble.config.merge import MergeConfig, combining
+from thimble.config.values import flag
 from thimble.core.adapter import Adapter, conflicts
 from thimble.core.combine import Combination, combination_problems, combine
 from thimble.core.lowrank import Factors
@@ -109,6 +110,7 @@ def _merge_module(config: MergeConfig, log: EventLog) -> MergeReport:
     problems = Problems(config.problems)
     if len(config.adapter) > 1 or config.writes_adapter or config.unmerge:
         problems.add("adapters on modules are merged one by one into their base: give one ADAPTER and --out, no more")
+    problems.add(*(f"{flag(name)} is for several adapters: leave it out" for name in combining(config)))
     problems.attempt(check_new_folder, Path(config.out), 0)
     trained = problems.attempt(read_trained, next(iter(config.adapter), ""), config.task, config.base, log)
     (trained,) = problems.required(trained)

@@ -38,6 +38,7 @@ class PlanReport:
         messages: Decisions, notes and warnings.
         task: What would be trained.
         unit: What `tokens` are: tokens, or for other tasks pixels or frames.
+        rows_per_second: Of training.
     """
 
     base: str
@@ -58,6 +59,7 @@ class PlanReport:
     messages: dict[str, list[str]]
     task: str = TEXT
     unit: str = "tokens"
+    rows_per_second: float = 0.0
 
 
 def plan(config: PlanConfig, on_event: OnEvent = ignore) -> PlanReport:
@@ -100,7 +102,7 @@ def _plan_module(config: PlanConfig, task: str, log: EventLog) -> PlanReport:
         seconds_per_step=seconds, seconds_total=seconds * steps if steps else (plan.step_schedule.minutes or 0) * 60,
         tokens_per_second=sum(costs) / plan.step_schedule.steps_per_epoch / seconds,
         machine=asdict(target_machine(config).machine), alternatives=[], messages=log.messages, task=task,
-        unit=plan.reading.unit,
+        unit=plan.reading.unit, rows_per_second=len(costs) / plan.step_schedule.steps_per_epoch / seconds,
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from thimble.backends.open import choose_store, open_session
+from thimble.backends.open import choose_decode, choose_store, open_session
 from thimble.config.serve import ServeConfig
 from thimble.data.model import Model, base_with_adapters, log_base, model_with_adapters, open_model
 from thimble.errors import EXTRAS, MissingPackageError, Problems, install_line, listing
@@ -135,7 +135,7 @@ def _make_service(
     log_base(model.base, log, model.tokenizer)
     compute, why = choose_compute(config.compute, config.remeasure)
     log.decision(f"compute: {why}")
-    decode = "int8" if config.decode == "auto" else config.decode
+    decode = choose_decode(config.decode, model.base)
     store = choose_store(config.store, model.base, compute)[0][0]
     session = open_session(model, compute, store, decode=decode, cache_type=config.cache_type)
     registry = AdapterRegistry(session, model.base)

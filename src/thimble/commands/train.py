@@ -20,6 +20,7 @@ from thimble.errors import Problems, RunError, listing
 from thimble.events import EventLog, OnEvent, ShouldStop, ignore, never
 from thimble.files.peft import load_adapter
 from thimble.models.adapter_base import base_notes, peft_name
+from thimble.report.words import words_of
 from thimble.training import run_folder
 from thimble.training.checkpoint import checkpoint_folders, latest_checkpoint, locked
 from thimble.training.control import Control, ShouldWait, never_wait
@@ -109,6 +110,7 @@ def _train_module(run_plan: ModulePlan, control: Control, started: float) -> Tra
     task = ModuleTask(
         run_plan.reading, run_plan.watch, run_plan.opened.base.name, schedule.rows,
         epochs=schedule.epochs if schedule.total_steps else math.inf, is_augmented=bool(run_plan.config.augment),
+        counted=words_of({"task": run_plan.config.task}).rows,
     )  # fmt: skip
     result = run(_loop_plan(run_plan, adapter, {}), task, run_plan.opened.session, OneProcess(), sink, control)
     return _end(run_plan, result, sink, control.log, started)

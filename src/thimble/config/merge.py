@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from thimble.config.groups import PurposeOptions
-from thimble.config.options import option
+from thimble.config.options import option, options_of
 from thimble.config.values import WHOLE_PATH, at_least, flag, share
 from thimble.errors import plural
 
@@ -21,6 +21,13 @@ def weights(values: Sequence[float]) -> str | None:
     """Check what adapters are multiplied by."""
     is_valid = all(0 < abs(value) <= MOST_WEIGHT for value in values)
     return None if is_valid else f"expected a number for each adapter, from -{MOST_WEIGHT} to {MOST_WEIGHT} and not 0"
+
+
+def combining(config: "MergeConfig") -> list[str]:
+    """The options that were given and say how several adapters become one."""
+    specs = options_of(MergeConfig)
+    names = ("weight", "combination_type", "density", "majority_sign_method")
+    return [name for name in names if getattr(config, name) != specs[name].default]
 
 
 @dataclass(frozen=True)

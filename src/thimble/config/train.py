@@ -18,8 +18,9 @@ from thimble.config.groups import (
     TaskOptions,
     ValidationOptions,
 )
-from thimble.config.options import Given, option, options_of, typed
+from thimble.config.options import Given, Options, option, options_of, typed
 from thimble.config.values import AUTO, as_typed
+from thimble.core.method import Init, parse_init
 from thimble.errors import listing
 
 
@@ -71,26 +72,49 @@ ONLY_FOR: Mapping[str, tuple[str, ...]] = {
     "max_new_tokens": ("text", "transcribe"),
     **dict.fromkeys(
         ("prompt_template", "text_column", "loss_on", "batch_tokens", "metric", "eval_rows", "rank_budget", "energy",
-         "energy_of", "calibration_steps", "explain", *KL_OPTIONS, "strength", "store"), ("text",),
+         "energy_of", "explain", *KL_OPTIONS, "strength", "system", "temperature", "top_p", "top_k", "min_p",
+         "decode"), ("text",),
     ),
 }  # fmt: skip
 
 
 def misplaced(config: TrainConfig, task: str) -> list[str]:
     """A problem for each option that was given and says nothing for a task."""
-    specs = options_of(TrainConfig)
-    given = {name: getattr(config, name) for name in ONLY_FOR if getattr(config, name) != specs[name].default}
+    problems = unused(config, task)
+    if task != "text" and config.rank is None:
+        problems.append(f"--rank auto: only for text; name a rank for --task {task}")
+    return problems + (_misplaced_init(config, parse_init(config.init)) if task != "text" else [])
+
+
+def unused(config: Options, task: str) -> list[str]:
+    """A problem for each option of any command that was given and says nothing for a task."""
+    specs = options_of(type(config))
+    given = {
+        name: value for name in ONLY_FOR if name in specs and (value := getattr(config, name)) != specs[name].default
+    }
     problems = [
         f"{typed(specs[name], value)}: says nothing for --task {task}, only for {listing(ONLY_FOR[name], 9)}; leave it "
         "out"
         for name, value in given.items()
         if task not in ONLY_FOR[name]
     ]
-    if task != "text" and config.compute not in (AUTO, "fp32"):
-        problems.append(f"--compute {config.compute}: only for text; modules of other tasks are trained in fp32")
-    if task != "text" and config.rank is None:
-        problems.append(f"--rank auto: only for text; name a rank for --task {task}")
+    compute, store = getattr(config, "compute", AUTO), getattr(config, "store", AUTO)
+    if task != "text" and compute not in (AUTO, "fp32"):
+        problems.append(f"--compute {compute}: only for text; modules of other tasks are computed in fp32")
+    if task != "text" and store == "file":
+        problems.append("--store file: only for text; modules of other tasks are kept as float32 (dense) or int8")
     return problems
+
+
+def _misplaced_init(config: TrainConfig, init: Init) -> list[str]:
+    """What an init needs that modules of other tasks than text do not have."""
+    if init.needs == "adapter":
+        return [f"--init {init}: only for text; a module begins with an adapter in Python, by thimble.attach"]
+    if init.uses_general_text:
+        return [f"--init {init}: is found on general text, which only text reads; take --init corda"]
+    if init.needs == "quantised" and config.store != "int8":
+        return [f"--init {init}: is made from what quantising loses, and nothing is quantised: add --store int8"]
+    return []
 
 
 def of_run(saved: Mapping[str, Given]) -> dict[str, Given]:

@@ -17,6 +17,9 @@ LOGIT_CHUNK_BYTES = 64_000_000  # most logits alive at once on each core
 
 BUFFER_TOKENS = 128  # buffers that are used again grow in steps of so many rows
 
+# Second moments of a module's inputs that are held at a time: for the next layers the batches run again.
+MOMENT_BYTES = 256_000_000
+
 # In a micro-batch; the first is the fastest.
 MICRO_BATCH_TOKENS = (1024, 512)
 

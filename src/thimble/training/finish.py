@@ -22,6 +22,7 @@ def make_report(facts: RunFacts, result: TrainResult, log: EventLog, total_secon
         steps=progress.steps, tokens=progress.tokens,
         target_tokens=progress.target_tokens, seconds=progress.seconds, total_seconds=total_seconds,
         tokens_per_second=progress.tokens / progress.seconds if progress.seconds else 0.0,
+        rows_per_second=progress.rows / progress.seconds if progress.seconds else 0.0,
         peak_memory_bytes=peak_memory_bytes(), loss_base=before.base.loss, loss_before=before.loss,
         general_before=before.base.general_loss, metric=facts.metric.name, metrics_before=before.base.metrics,
         metrics_rows=len(before.base.answers), skipped_rows=facts.skipped_rows,

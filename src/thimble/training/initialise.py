@@ -197,7 +197,9 @@ def _with_sizes(config: TrainConfig, sizes: Mapping[str, Size]) -> TrainConfig:
     )  # fmt: skip
 
 
-def captured_by_inits(sizes: Mapping[str, Size], calibration: Calibration) -> dict[str, dict[str, Energy]]:
+def captured_by_inits(
+    sizes: Mapping[str, Size], calibration: Calibration[CalibrationSession]
+) -> dict[str, dict[str, Energy]]:
     """What each row of A captures of ‖G‖², and ‖G‖², of the gradient of W on other rows, by init and layer path."""
     candidates = {}
     for name in COMPARED:
@@ -210,7 +212,7 @@ def captured_by_inits(sizes: Mapping[str, Size], calibration: Calibration) -> di
 # ---- A and B, from what the init needs ------------------------------------------------------------------------------
 
 
-def make_adapter(init: Init, sizes: Mapping[str, Size], calibration: Calibration) -> Adapter:
+def make_adapter(init: Init, sizes: Mapping[str, Size], calibration: Calibration[Any]) -> Adapter:
     """Gather what an init needs for each layer, and build A and B from it."""
     if init.needs == "adapter":
         return Adapter(load_adapter(init.path).layers)
@@ -223,15 +225,15 @@ def make_adapter(init: Init, sizes: Mapping[str, Size], calibration: Calibration
     return Adapter({path: layers[path] for path in sizes})
 
 
-Gathering = Callable[[Init, Mapping[str, LayerData], Calibration], Iterator[LayerData]]
+Gathering = Callable[[Init, Mapping[str, LayerData], Calibration[Any]], Iterator[LayerData]]
 
 
-def _weights(init: Init, layers: Mapping[str, LayerData], calibration: Calibration) -> Iterator[LayerData]:
+def _weights(init: Init, layers: Mapping[str, LayerData], calibration: Calibration[Any]) -> Iterator[LayerData]:
     weights = calibration.weights(f"init {init} decomposes it")
     return (replace(layers[path], weight=weight) for path, weight in weights)
 
 
-def _inputs(init: Init, layers: Mapping[str, LayerData], calibration: Calibration) -> Iterator[LayerData]:
+def _inputs(init: Init, layers: Mapping[str, LayerData], calibration: Calibration[Any]) -> Iterator[LayerData]:
     for paths, moments in calibration.moments(init.uses_general_text):
         for path in paths:
             if path in layers:  # in delta form it takes a piece of W
@@ -239,13 +241,13 @@ def _inputs(init: Init, layers: Mapping[str, LayerData], calibration: Calibratio
                 yield replace(layers[path], weight=weight, moments=moments)
 
 
-def _gradients(init: Init, layers: Mapping[str, LayerData], calibration: Calibration) -> Iterator[LayerData]:
+def _gradients(init: Init, layers: Mapping[str, LayerData], calibration: Calibration[Any]) -> Iterator[LayerData]:
     ranks = {path: layer.rank * init.ranks_read for path, layer in layers.items()}
     sketches = calibration.sketches(ranks, init.is_weighted)
     return (replace(layer, sketch=sketches[path]) for path, layer in layers.items())
 
 
-def _quantised(init: Init, layers: Mapping[str, LayerData], calibration: Calibration) -> Iterator[LayerData]:
+def _quantised(init: Init, layers: Mapping[str, LayerData], calibration: Calibration[Any]) -> Iterator[LayerData]:
     for path, weight in calibration.weights(f"init {init} decomposes what quantising it loses"):
         yield replace(layers[path], weight=weight, kept=calibration.session.kept_weight(path))
 

@@ -248,16 +248,15 @@ class _Loop:
         else:
             self._rollback(verdict)
         tokens = sum(self.task.costs[row] for row in rows)
-        progress.tokens += tokens
-        progress.target_tokens += target_tokens
+        progress.count(len(rows), tokens, target_tokens)
         progress.seconds = time.perf_counter() - self.began - self.idle_seconds
         row = {
             "step": progress.steps, "loss": gradient.loss.mean, "learning_rate": rate, "grad_norm": gradient.norm,
-            "tokens": tokens, "label_tokens": target_tokens, "seconds": round(progress.seconds, 3),
+            "rows": len(rows), "tokens": tokens, "label_tokens": target_tokens, "seconds": round(progress.seconds, 3),
             "peak_memory_bytes": peak_memory_bytes(), **validation,
         }  # fmt: skip
         self.sink.write_step(row)
-        self.log.step({**row, **self._outlook(), "unit": self.task.unit})
+        self.log.step({**row, **self._outlook(), "unit": self.task.unit, "counted": self.task.counted})
 
     def _gradient(self, rows: Sequence[int], objective: Objective, features: Any) -> tuple[Gradient, int]:
         """The gradient of a step and its target tokens; if memory runs out, in smaller parts from there on."""
@@ -307,7 +306,7 @@ class _Loop:
         left = schedule.minutes * 60 - progress.seconds if schedule.minutes else 0.0
         if schedule.total_steps:
             left = (schedule.total_steps - progress.steps) * progress.seconds / progress.steps
-        return {"total": schedule.total_steps, "tokens_so_far": progress.tokens, "seconds_left": max(0.0, left)}
+        return {"total": schedule.total_steps, **progress.so_far(), "seconds_left": max(0.0, left)}
 
     # ---- validation during training -------------------------------------------------------------------------------
 

@@ -102,6 +102,8 @@ def read_trained(path: str, asked: str, named: str | None, log: EventLog) -> Tra
     Raises:
         InputError: If notes are damaged, the base is not found, or the task is not known.
     """
+    if not path:
+        raise ConfigError("no adapter is given: name its folder, or the run folder around it")
     adapter = load_adapter(path)
     base = named or _place_of(path, adapter)
     task = adapter.notes.get(TASK, "")

@@ -9,6 +9,7 @@ import numpy as np
 
 from thimble.config.evaluate import EvaluateConfig
 from thimble.config.generate import GenerateConfig
+from thimble.config.train import unused
 from thimble.data.examples import log_skipped
 from thimble.data.sentences import EMBED
 from thimble.errors import AdapterError, ConfigError, Problems, RunError, listing, plural
@@ -25,8 +26,6 @@ from thimble.training.tasks.module_task import ModuleTask, are_alike, cut
 from thimble.training.tasks.reading import VALID, TaskRows, Telling
 from thimble.training.watch import Watch
 
-TRANSCRIBE = "transcribe"
-
 
 def measure_adapters(
     config: EvaluateConfig, log: EventLog, should_stop: ShouldStop
@@ -37,8 +36,8 @@ def measure_adapters(
     head where the run folder still has that head, and of each adapter.
     """
     problems = Problems(config.problems)
-    trained = [found for path in config.adapter if (found := _read(path, config, problems, log))]
-    rows = problems.attempt(_rows, trained, config, True) if len(trained) == len(config.adapter) else None
+    trained = [found for path in config.adapter or ("",) if (found := _read(path, config, problems, log))]
+    rows = problems.attempt(_rows, trained, config, True) if trained and len(trained) >= len(config.adapter) else None
     (rows,) = problems.required(rows)
     _log_rows(rows, log)
     scores: dict[str, Scores] = {}
@@ -136,8 +135,8 @@ def _rows(trained: list[Trained], config: EvaluateConfig | GenerateConfig, needs
             "no data is given: name a file or folder, as in: thimble evaluate pictures/ --adapter runs/mine-1"
         )
     first = trained[0]
-    if config.language and first.task != TRANSCRIBE:
-        raise ConfigError(f"--language {config.language}: says nothing for {first.task}, only for {TRANSCRIBE}")
+    if problems := unused(config, first.task):
+        raise ConfigError(*problems)
     return KINDS[first.task].measured_rows(as_train_config(config, first), first.classes, needs_answers)
 
 

@@ -11,6 +11,7 @@ from thimble.backends.open import OpenedModule, open_module_session
 from thimble.config.train import TrainConfig, misplaced
 from thimble.config.values import read_pattern
 from thimble.core.labels import describe
+from thimble.core.method import AUTO_RANK, parse_init
 from thimble.core.metrics import METRICS
 from thimble.core.schedule import default_beta2
 from thimble.data.examples import log_skipped
@@ -167,10 +168,12 @@ def _open_rows(config: TrainConfig, kind: TaskKind) -> TaskRows:
 def _open(base: ModuleBase, config: TrainConfig, task: str, kind: TaskKind, rows: TaskRows) -> OpenedModule:
     """Load the module and put LoRA on it."""
     return open_module_session(
-        base, task, kind.loss, rows.labels, config.targets, config.train_also, config.seed, rank=config.rank,
-        alpha=config.alpha, rank_pattern={name: int(rank) for name, rank in read_pattern(config.rank_pattern).items()},
+        base, task, kind.loss, rows.labels, config.targets, config.train_also, seed=config.seed,
+        rank=config.rank or AUTO_RANK, alpha=config.alpha,
+        rank_pattern={name: int(rank) for name, rank in read_pattern(config.rank_pattern).items()},
         alpha_pattern=read_pattern(config.alpha_pattern), use_rslora=config.use_rslora, use_dora=config.use_dora,
-        dropout=config.dropout, init=config.init, target_parameters=config.target_parameters,
+        dropout=config.dropout, init=parse_init(config.init), store=config.store,
+        target_parameters=config.target_parameters,
     )  # fmt: skip
 
 

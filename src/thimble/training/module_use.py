@@ -50,19 +50,20 @@ class UsedModule:
 
 def open_used(trained: Trained, rows: TaskRows, config: TrainConfig, log: EventLog) -> UsedModule:
     """Open the base of an adapter, put it on, and make the reading of the rows as in training; see `open_trained`."""
-    session, base, compared_with = open_trained(trained, log)
+    session, base, compared_with = open_trained(trained, log, config.store)
     reading = rows.reading(_as_trained(base, trained), config)
     for warning in warnings_of(reading):
         log.warning(warning)
     return UsedModule(trained, base, session, rows, reading, compared_with)
 
 
-def open_trained(trained: Trained, log: EventLog) -> tuple[ModuleSession, ModuleBase, str]:
+def open_trained(trained: Trained, log: EventLog, store: str = "auto") -> tuple[ModuleSession, ModuleBase, str]:
     """Open the base of an adapter and put it on.
 
     Args:
         trained: The adapter.
         log: Takes a warning if the base has other weights than the one that the adapter was trained on.
+        store: How frozen weights are kept: int8, else float32.
 
     Returns:
         The module, its base, and what the bare module is to be called beside the adapter: of classes, empty if it has
@@ -78,7 +79,9 @@ def open_trained(trained: Trained, log: EventLog) -> tuple[ModuleSession, Module
         name in adapter.replaced and adapter.replaced[name].shape == values.shape for name, values in head.items()
     )
     head = head if fits else {}
-    session, base, drawn = open_used_module(trained.base, trained.task, kind.loss, trained.classes.names, adapter, head)
+    session, base, drawn = open_used_module(
+        trained.base, trained.task, kind.loss, trained.classes.names, adapter, head, store
+    )
     wanted = adapter.notes.get(FINGERPRINT)
     if wanted and base.quick_fingerprint() != wanted:
         log.warning(
@@ -106,12 +109,13 @@ def _said(adapter: Adapter) -> dict[str, Any]:
 
 def as_train_config(config: EvaluateConfig | GenerateConfig, trained: Trained) -> TrainConfig:
     """The options that rows are read by, for a command that trains nothing."""
-    names = ("data", "prompt_column", "completion_column", "prompt_template", "text_column", "strict", "seed")
+    names = ("data", "prompt_column", "completion_column", "prompt_template", "text_column", "strict", "seed", "store")
     values = {name: getattr(config, name) for name in names if getattr(config, name, None)}
     said = _said(trained.adapter)
     values |= {
         name: said[noted] for noted, name in _AS_OPTIONS.items() if isinstance(said.get(noted), int | float | str)
     }
+    values["max_new_tokens"] = config.max_new_tokens
     if config.language:
         values["language"] = config.language
     return TrainConfig.build({**values, "task": trained.task})

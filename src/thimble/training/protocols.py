@@ -54,6 +54,10 @@ class Task(Protocol[S]):
         """Tokens, pixels or frames of each training row."""
 
     @property
+    def counted(self) -> str:
+        """What a speed counts, in the plural: tokens, or the rows of other tasks, such as pictures."""
+
+    @property
     def unit(self) -> str:
         """What costs are counted in, for people: `tokens`, `pixels`, `frames`."""
 

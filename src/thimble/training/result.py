@@ -28,6 +28,7 @@ class TrainReport:
         seconds: Time spent training, evaluation not counted.
         total_seconds: Time from the call to the report.
         tokens_per_second: Tokens read in training per second.
+        rows_per_second: Rows read in training per second.
         peak_memory_bytes: Peak resident memory of the process.
         loss_base: Validation loss of the bare base, nats per target token; NaN without validation rows.
         loss_before: The same with the adapter attached, before step 1.
@@ -88,6 +89,7 @@ class TrainReport:
     seconds: float = 0.0
     total_seconds: float = 0.0
     tokens_per_second: float = 0.0
+    rows_per_second: float = 0.0
     peak_memory_bytes: int = 0
     loss_base: float = math.nan
     loss_before: float = math.nan

@@ -83,6 +83,14 @@ class LowRank(nn.Module):
         a, b = (torch.from_numpy(np.array(side, np.float32)) for side in (factors.A, factors.B))
         return a.reshape(len(a), -1, *kernel), b.reshape(*b.shape, *(1,) * len(kernel))
 
+    @torch.no_grad()
+    def restart(self, factors: Factors, origin: Factors | None) -> None:
+        """Begin with other values of the same shapes, before the first step."""
+        for side, values in zip((self.A, self.B), (factors.A, factors.B), strict=True):
+            side.copy_(torch.from_numpy(np.asarray(values, np.float32)).reshape(side.shape))
+        if origin is not None:
+            self.origin_A, self.origin_B = self.A.detach().clone(), self.B.detach().clone()
+
     def factors(self) -> tuple[Factors, Factors | None]:
         """The parameters as they are now, and the origin of the delta form: float32, copied."""
         magnitude = None if self.magnitude is None else _numpy(self.magnitude)

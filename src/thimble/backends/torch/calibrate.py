@@ -24,6 +24,7 @@ from thimble.core.lowrank import thin_svd
 from thimble.data.batches import Batch
 from thimble.data.prefixes import whole_rows
 
+Visit = Callable[[str, Tensor, Tensor], None]  # a layer's inputs (n, in), and the gradients of its outputs (n, out)
 Squares = tuple[list[str], NDArray[np.float32]]  # layers that share their inputs, and of these the mean squares
 
 SPARE = 8  # directions a sketch carries beside those wanted
@@ -32,7 +33,7 @@ SPARE = 8  # directions a sketch carries beside those wanted
 # ---- inputs ---------------------------------------------------------------------------------------------------------
 
 
-class _Sums:
+class Sums:
     """Of the inputs of one group of layers, each of so many columns."""
 
     def __init__(self, columns: int) -> None:
@@ -58,7 +59,7 @@ class _Squares:
 
 def input_moments(decoder: Decoder, batches: Sequence[Batch]) -> Iterator[tuple[list[str], Moments]]:
     """Second moments of the inputs of every layer, a block at a time, with the paths of the layers that share each."""
-    for paths, of in _over_inputs(decoder, batches, _Sums):
+    for paths, of in _over_inputs(decoder, batches, Sums):
         yield paths, Moments(of.square.numpy(), of.total.numpy(), of.count)
 
 
@@ -99,10 +100,9 @@ def _over_inputs(
 class _Watched:
     """One layer's sketch in the making."""
 
-    columns: slice  # its part of the group's output
     probe: Tensor  # Ω: (out, k) for the gradient; (in, k) where inputs are weighted by the square of their gradient
     rows: Tensor  # first Ωᵀ G, (k, in), then an orthonormal basis V of its rows
-    image: Tensor = field(default_factory=lambda: torch.empty(0))  # G Vᵀ, (out, k); with weights V Σ w xᵀ x Vᵀ, (k, k)
+    image: Tensor  # G Vᵀ, (out, k); with weights V Σ w xᵀ x Vᵀ, (k, k)
     answer: Tensor = field(default_factory=lambda: torch.empty(0))  # Σ (V x)(V x)ᵀ, (k, k)
     input_square: float = 0.0  # Σ ‖x‖²
     count: int = 0  # inputs seen
@@ -116,49 +116,61 @@ def sketch_gradients(
     seed: int = 0,
     checkpointed_blocks: int = 0,
 ) -> dict[str, Sketch]:
-    """Main directions of the gradient of each weight over some batches, which run twice; at least `ranks` of each.
+    """Main directions of the gradient of each weight over some batches, which run twice; see `sketches`."""
+    shapes = {
+        path: (columns.stop - columns.start, projection.frozen.cols)
+        for projection in decoder.projections
+        for path, columns in projection.columns.items()
+        if path in ranks
+    }
 
-    `is_weighted` takes those of Σ ‖δ‖² xᵀ x instead, δ being the gradient of a token's output: the same right singular
-    vectors if the δ of different tokens point in unrelated directions.
+    def run(visit: Visit) -> None:
+        def visit_group(projection: Projection, h: Tensor, grad: Tensor) -> None:
+            wide = h.float()
+            for path, columns in projection.columns.items():
+                if path in shapes:
+                    visit(path, wide, grad[:, columns].float())
+
+        watch_gradients(decoder, batches, visit_group, checkpointed_blocks)
+
+    return sketches(shapes, ranks, run, is_weighted, seed)
+
+
+def sketches(
+    shapes: Mapping[str, tuple[int, int]],
+    ranks: Mapping[str, int],
+    run: Callable[[Visit], None],
+    is_weighted: bool,
+    seed: int,
+) -> dict[str, Sketch]:
+    """Main directions of the gradient of each weight, at least `ranks` of each.
+
+    Args:
+        shapes: (out, in) of each layer by path, in the order in which they draw random numbers.
+        ranks: How many directions are wanted of each.
+        run: Runs the batches forward and back, twice in all, and shows each layer's inputs (n, in) and the gradients
+            of its outputs (n, out) to the function that it is given.
+        is_weighted: Whether those of Σ ‖δ‖² xᵀ x are taken instead, δ being the gradient of an output: the same right
+            singular vectors if the δ of different inputs point in unrelated directions.
+        seed: Of the random numbers.
+
+    Returns:
+        The sketches by path.
     """
     found: dict[str, _Watched] = {}
     random = torch.Generator().manual_seed(seed)
-    for projection in decoder.projections:
-        fan_in = projection.frozen.cols
-        for path, columns in projection.columns.items():
-            if path in ranks:
-                fan_out = columns.stop - columns.start
-                width = min(ranks[path] + SPARE, fan_in, fan_out)
-                probe = torch.randn(fan_in if is_weighted else fan_out, width, generator=random)
-                found[path] = _Watched(columns, probe, torch.zeros(width, fan_in))
+    for path, (fan_out, fan_in) in shapes.items():
+        width = min(ranks[path] + SPARE, fan_in, fan_out)
+        probe = torch.randn(fan_in if is_weighted else fan_out, width, generator=random)
+        found[path] = _Watched(probe, torch.zeros(width, fan_in), torch.zeros(width if is_weighted else fan_out, width))
     spread, measure = (_spread_weighted, _measure_weighted) if is_weighted else (_spread, _measure)
-    _watch(decoder, batches, found, spread, checkpointed_blocks)
+    run(lambda path, x, grad: spread(found[path], x, grad))
     for layer in found.values():
         layer.rows = torch.linalg.qr(layer.rows.t()).Q.t().contiguous()
-        width = len(layer.rows)
-        layer.probe = torch.empty(0)
-        layer.image = torch.zeros(width if is_weighted else layer.columns.stop - layer.columns.start, width)
+        layer.probe, width = torch.empty(0), len(layer.rows)
         layer.answer = torch.zeros(width, width)
-    _watch(decoder, batches, found, measure, checkpointed_blocks)
+    run(lambda path, x, grad: measure(found[path], x, grad))
     return {path: _finished(layer) for path, layer in found.items()}
-
-
-def _watch(
-    decoder: Decoder,
-    batches: Sequence[Batch],
-    found: Mapping[str, _Watched],
-    look: Callable[[_Watched, Tensor, Tensor], None],
-    checkpointed_blocks: int,
-) -> None:
-    """Run batches forward and back, and let each layer's sketch look at its input and its output's gradient."""
-
-    def visit(projection: Projection, h: Tensor, grad: Tensor) -> None:
-        wide = h.float()
-        for path, columns in projection.columns.items():
-            if path in found:
-                look(found[path], wide, grad[:, columns].float())
-
-    watch_gradients(decoder, batches, visit, checkpointed_blocks)
 
 
 def watch_gradients(

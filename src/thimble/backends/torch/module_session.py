@@ -28,6 +28,7 @@ from thimble.backends.torch.memory import out_of_memory
 from thimble.backends.torch.module_cost import measure
 from thimble.backends.torch.module_features import KeptRows, add_features, new_features
 from thimble.backends.torch.module_losses import LOSSES, RowLosses, as_tensors, by_length, logits_of, run
+from thimble.backends.torch.module_start import ModuleStart
 from thimble.core.adapter import Adapter
 from thimble.core.method import Method
 from thimble.core.metrics import LossSum
@@ -38,7 +39,7 @@ from thimble.models.execution import ExecutionPlan
 Tensors = Mapping[str, Tensor]
 
 NO_LIMIT = 1 << 40  # of tokens
-CAPABILITIES = frozenset({"delta form", "DoRA", "rsLoRA", "LoRA+", "frozen A", "dropout"})
+CAPABILITIES = frozenset({"delta form", "DoRA", "rsLoRA", "LoRA+", "frozen A", "dropout", "weights"})
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class ModuleState:
     initial: Adapter  # for what is no number: base, notes, settings
 
 
-class ModuleTorchSession(FlatTraining):
+class ModuleTorchSession(FlatTraining, ModuleStart):
     """A frozen module and the loss it is trained on, by its name; `head` is the path of its last Linear, if it has one.
 
     `attach` comes first, then `start` or `use`.
@@ -130,12 +131,6 @@ class ModuleTorchSession(FlatTraining):
         return tuple(LayerInfo(place.path, place.shape, 0) for place in self.attachment.places)
 
     @property
-    def num_parameters(self) -> int:
-        """Of the base, what is trained whole among them."""
-        beside = {id(parameter) for layer in self.attachment.lora.values() for parameter in layer.parameters()}
-        return sum(parameter.numel() for parameter in self.module.parameters() if id(parameter) not in beside)
-
-    @property
     def trained_parameters(self) -> int:
         """How many numbers are trained."""
         return len(self._flat)
@@ -158,6 +153,12 @@ class ModuleTorchSession(FlatTraining):
     @property
     def convolutions(self) -> Sequence[str]:
         return self.folding.described()
+
+    def run_back(self, batches: Sequence[ModuleBatch]) -> None:
+        """Run batches forward and back, each layer being called as it is; nothing is learned."""
+        with self._collecting(torch.zeros_like(self._flat), is_folded=False):
+            for batch in batches:
+                self._backward(batch, NO_LIMIT, 0)
 
     def measure(self, batch: ModuleBatch) -> Measured:
         """What a micro-batch takes; see thimble.backends.torch.module_cost."""
@@ -272,13 +273,13 @@ class ModuleTorchSession(FlatTraining):
         return Gradient(total, flat.numpy())
 
     @contextlib.contextmanager
-    def _collecting(self, flat: Tensor) -> Iterator[None]:
-        """Within this, backward passes add to a vector, and dropout of adapters is on."""
+    def _collecting(self, flat: Tensor, is_folded: bool = True) -> Iterator[None]:
+        """Within this, backward passes add to a vector, dropout of adapters is on, and convolutions are folded."""
         for parameter, span in self._views:
             parameter.grad = flat[span].view(parameter.shape)
         drops = [layer.dropout.train() for layer in self.attachment.lora.values() if layer.dropout.p]
         try:
-            with self.folding.in_place():
+            with self.folding.in_place() if is_folded else contextlib.nullcontext():
                 yield
         finally:
             for parameter, _ in self._views:

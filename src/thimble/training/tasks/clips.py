@@ -19,8 +19,9 @@ from thimble.data.media.sound import read_sound
 from thimble.data.spool import Spool
 from thimble.errors import BaseModelError, DataError, DoesNotFitError
 from thimble.models.module_base import AS_BASE, ModuleBase
+from thimble.report.words import FRAMES
 from thimble.training.tasks.labels import LabelAnswers, labelled_rows, measured_rows, targets
-from thimble.training.tasks.reading import FRAMES, TRAIN, Classes, TaskRows
+from thimble.training.tasks.reading import TRAIN, Classes, TaskRows
 
 if TYPE_CHECKING:
     from thimble.backends.torch.clip_inputs import ClipInputs

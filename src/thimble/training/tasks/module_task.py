@@ -15,9 +15,10 @@ from thimble.core.metrics import LossSum
 from thimble.errors import RunError
 from thimble.events import EventLog, ignore
 from thimble.models.execution import ExecutionPlan
+from thimble.report.words import FRAMES
 from thimble.training.control import Control
 from thimble.training.protocols import OpenFile, Scores
-from thimble.training.tasks.reading import FRAMES, TRAIN, VALID, Reading, expect, read_ahead
+from thimble.training.tasks.reading import TRAIN, VALID, Reading, expect, read_ahead
 from thimble.training.watch import Watch
 
 SAMPLE_ROWS = 32  # training rows that are measured too
@@ -34,6 +35,7 @@ class ModuleTask:
     rows_of_step: Callable[[int], Sequence[int]] | None = None  # to read ahead
     epochs: float = 0  # how often each row is read, about
     is_augmented: bool = False  # whether training rows are another each time
+    counted: str = "rows"  # what they are called, in the plural
 
     @property
     def costs(self) -> Sequence[int]:
@@ -194,8 +196,16 @@ class ModuleTask:
     def initial_loss(
         self, session: ModuleSession, adapter: ActiveAdapter, base: Scores, execution: ExecutionPlan, control: Control
     ) -> float:
-        """That of the base: every init that modules take leaves them as they are."""
-        return base.loss
+        """Validation loss with the adapter. Where a few rows are the base's bit for bit, as with B at zero, all are."""
+        silent, rows = Control(EventLog(ignore)), range(len(self.reading.valid_costs))
+        attached, bare = (
+            self._losses(session, active, VALID, rows[:TOGETHER], execution, silent, "")
+            for active in (adapter, session.load(None))
+        )
+        if attached == bare:
+            return base.loss
+        losses = self._losses(session, adapter, VALID, rows, execution, control, "validation rows")
+        return math.nan if control.should_stop() else sum(losses.values(), LossSum()).mean
 
     def check_base(self, base: Scores, control: Control) -> None:
         """Refuse a base that gives NaN or Inf."""
@@ -221,7 +231,7 @@ def noting_labels(batches: Iterator[ModuleBatch], labels: list[int]) -> Iterator
 
 
 def are_alike(reading: Reading) -> bool:
-    """Whether rows of one cost alone share a batch."""
+    """Whether rows of one cost alone share a batch: the window of a clip is part of what is heard."""
     return reading.unit == FRAMES
 
 

@@ -18,7 +18,6 @@ from thimble.models.module_base import ModuleBase
 from thimble.training.answers import Answer
 
 TRAIN, VALID = "train", "valid"  # parts of the data
-FRAMES = "frames"  # the unit of clips; their windows are part of what is heard, so only like ones share a batch
 
 
 class Reading(Protocol):

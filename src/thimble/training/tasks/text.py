@@ -48,7 +48,7 @@ class TextTask:
     epochs: float = 0  # how often each row is read, if that is known
     shares_prefixes: bool = False  # whether what training rows of a batch have in common is computed once
 
-    unit = "tokens"
+    unit = counted = "tokens"
 
     def work(self, rows: Sequence[int], execution: ExecutionPlan, key: StepKey, features: Any = None) -> Work:
         """The batches of one step, from the numbers of its rows."""
