@@ -140,7 +140,7 @@ def test_eva_spans_what_that_of_peft_spans(encoder):
         other = theirs.base_model.model.get_submodule(path).lora_A["default"].weight.detach().numpy()
         ours = np.linalg.qr(found.T)[0]
         shares = np.linalg.svd(ours.T @ np.linalg.qr(other.T)[0])[1]
-        assert shares[:3].min() > 0.99, (path, shares)  # the last moves still when PEFT stops
+        assert shares[:3].min() > 0.95, (path, shares)  # the last moves still when PEFT stops
 
 
 @pytest.mark.parametrize(("init", "theirs"), [("pissa:exact", "pissa"), ("olora", "olora")])
