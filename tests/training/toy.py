@@ -126,7 +126,7 @@ class ToyTask:
     def costs(self):
         return [ROW_TOKENS] * len(self.x)
 
-    unit = "tokens"
+    unit = counted = "tokens"
 
     def work(self, rows, execution, key, features=None):
         size = execution.micro_tokens // ROW_TOKENS
