@@ -10,6 +10,7 @@ import transformers
 from other_families import folder_of
 from thimble import cli
 from thimble.files.peft import load_adapter
+from thimble.models.transformers_spec import describe
 
 EXPERTS = "experts.gate_up_proj,experts.down_proj"
 
@@ -80,3 +81,10 @@ def test_merge_says_how_to_merge_them(run, thimble):
     code, _, err = thimble("merge", run / "run", "--out", "merged")
     assert code == 2
     assert "thimble.merge(model)" in err
+
+
+def test_a_row_of_numbers_with_three_axes_is_no_experts(tmp_path):
+    transformers.RwkvConfig(vocab_size=40, hidden_size=16, num_hidden_layers=2).save_pretrained(tmp_path)
+    spec = describe(tmp_path, json.loads((tmp_path / "config.json").read_text()))
+    assert spec.parameter_shapes() == {}
+    assert not [note for note in spec.notes if "three dimensions" in note]

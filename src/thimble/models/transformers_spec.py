@@ -242,7 +242,7 @@ def _stacks(model: Any) -> dict[str, tuple[int, int, int]]:
     for path, module in model.named_modules():
         own = [] if isinstance(module, nn.Conv1d) or not path else module.named_parameters(recurse=False)
         for name, parameter in own:
-            if parameter.dim() == 3:
+            if parameter.dim() == 3 and min(parameter.shape) > 1:
                 experts, rows, columns = parameter.shape
                 is_turned = getattr(module, "is_transposed", False)
                 found[f"{path}.{name}"] = (experts, columns, rows) if is_turned else (experts, rows, columns)
@@ -252,14 +252,14 @@ def _stacks(model: Any) -> dict[str, tuple[int, int, int]]:
 def _notes(
     family: str, model: Any, stacks: Mapping[str, tuple[int, int, int]], left_out: Sequence[str]
 ) -> tuple[str, ...]:
-    """What adapters reach by name alone: experts that are one parameter; and what PEFT knows otherwise."""
+    """What adapters reach by name alone, as experts that are one parameter; and what PEFT knows otherwise."""
     experts = sum(math.prod(shape) for shape in stacks.values())
     every, told = sum(parameter.numel() for parameter in model.parameters()), []
     if experts:
         names = ",".join(dict.fromkeys(".".join(path.split(".")[-2:]) for path in stacks))
         told.append(
-            f"{experts / every:.0%} of the parameters of this {family} are experts, which are adapted if they are "
-            f"named: --target-parameters {names}"
+            f"{experts / every:.0%} of the parameters of this {family} lie in tensors of three dimensions, as those of "
+            f"experts do, which are adapted if they are named: --target-parameters {names}"
         )
     if left_out:
         kinds = listing(dict.fromkeys(path.rpartition(".")[2] for path in left_out))
