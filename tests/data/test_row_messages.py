@@ -188,6 +188,14 @@ def test_blocks_of_thoughts_are_thoughts():
     assert message == {"role": "assistant", "content": "Yes", "thinking": "Hm.", "reasoning_content": "Hm."}
 
 
+def test_a_block_that_lacks_what_it_should_hold_is_no_fault():
+    empty = {"type": "thinking"}
+    assert read(ASK, {"role": "assistant", "content": [empty, empty, text("Yes")]})[1]["content"] == "Yes"
+    assert "expected an object with name and arguments" in problem(
+        ASK, {"role": "assistant", "content": [{"type": "tool_use"}]}
+    )
+
+
 def test_what_no_block_may_be_is_refused_by_its_type_without_a_word_of_pictures():
     said = problem(ASK, {"role": "assistant", "content": [{"type": "server_tool_use", "name": "f"}]})
     assert "part 1 is of type server_tool_use: expected parts of type text, tool_use, tool_result, thinking" in said

@@ -26,8 +26,8 @@ def unfolded(turn: Any) -> list[Any]:
         said = {**turn, "content": others}
         said |= {"tool_calls": [_call(block) for block in blocks[CALL]]} if blocks[CALL] else {}
         for block in blocks[THOUGHT]:
-            thought = f"{said[THOUGHT]}\n\n{block[THOUGHT]}" if THOUGHT in said else block.get(THOUGHT)
-            said |= {**_rest(block, THOUGHT), THOUGHT: thought}
+            thoughts = [thought for thought in (said.get(THOUGHT), block.get(THOUGHT)) if thought]
+            said |= {**_rest(block, THOUGHT), THOUGHT: "\n\n".join(map(str, thoughts))}
         messages.append(said)
     return messages
 
