@@ -232,14 +232,11 @@ def test_a_checkpoint_that_stops_the_gradient_is_told():
         thimble.adapter_of(model)
 
 
-def test_a_model_wrapped_for_several_processes_is_refused(tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
-    try:
-        wrapped = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Linear(4, 4)))
-        with pytest.raises(InputError, match=r"DistributedDataParallel, .* call thimble.attach\(model\) first"):
-            thimble.attach(wrapped, rank=2)
-    finally:
-        torch.distributed.destroy_process_group()
+def test_a_model_wrapped_for_several_processes_is_refused():
+    kind = nn.parallel.DistributedDataParallel
+    wrapped = kind.__new__(kind)  # without the processes that its constructor looks for
+    with pytest.raises(InputError, match=r"DistributedDataParallel, .* call thimble.attach\(model\) first"):
+        thimble.attach(wrapped, rank=2)
 
 
 def test_steps_out_of_order_are_refused():
