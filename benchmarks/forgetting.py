@@ -39,8 +39,8 @@ HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "tuning.md"
 BEGIN, END = "<!-- forgetting: written by benchmarks/forgetting.py -->", "<!-- end of forgetting -->"
 # Longest row, tokens of a step, steps, and validation rows, half of which choose the strength.
-SHAPES = {"labels": (128, 512, 24, 80), "documentation": (64, 256, 24, 24), "mapping": (128, 512, 30, 66),
-          "tool calls": (512, 512, 24, 20)}  # fmt: skip
+SHAPES = {"labels": (128, 512, 24, 80), "documentation": (64, 256, 24, 40), "mapping": (128, 512, 30, 66),
+          "tool calls": (512, 512, 24, 24)}  # fmt: skip
 OWN_TEXTS = 60  # that are measured, two of each beginning
 MICRO_TOKENS = 512  # measured at once
 GENERAL_TOKENS = 256  # of a row of general text at most

@@ -46,6 +46,8 @@ def test_answers_that_are_kept_take_memory_and_time(base):
     found = estimate_memory(base, plain, small)
     longer = estimate_memory(base, replace(plain, kl_pass_tokens=256), small)
     assert longer.activations == estimate_memory(base, plain, ExecutionPlan("dense", 1, 256, 256)).activations
+    tables = longer.scratch - found.scratch
+    assert 3 * 4 * base.spec.vocab_size <= tables <= 1.2 * 64_000_000, "logits of some places of two models, compared"
     assert longer.activations > found.activations, "a pass of more tokens than a micro-batch has"
     kept = estimate_memory(base, replace(plain, kl_places=1000), small)
     assert kept.total - found.total == 1000 * base.spec.hidden_size * 2

@@ -14,6 +14,7 @@ PADDED_LABELS = 256
 TILE, PADDED_QUERIES, PADDED_KEYS = 256, 64, 128
 
 LOGIT_CHUNK_BYTES = 64_000_000  # most logits alive at once on each core
+TABLES_COMPARED = 3  # of logits, float32, while two models are compared
 
 BUFFER_TOKENS = 128  # buffers that are used again grow in steps of so many rows
 

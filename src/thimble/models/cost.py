@@ -3,7 +3,16 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 
-from thimble.core.sizes import BUFFER_TOKENS, PADDED_KEYS, TILE, WINDOW, WINDOW_ROWS, logit_chunk, windows
+from thimble.core.sizes import (
+    BUFFER_TOKENS,
+    PADDED_KEYS,
+    TABLES_COMPARED,
+    TILE,
+    WINDOW,
+    WINDOW_ROWS,
+    logit_chunk,
+    windows,
+)
 from thimble.core.targets import Size, block_of
 from thimble.models import transformers_cost
 from thimble.models.base import EMBEDDING, HEAD, Base
@@ -111,7 +120,9 @@ def estimate_memory(base: Base, inputs: MemoryInputs, execution: ExecutionPlan) 
     working = 4 + 2 * width if inputs.is_delta else 0 if compute == "fp32" else width
     adapter = trained * (ADAPTER_NUMBER_BYTES + 4 * execution.num_shares + working)
     activations = _activation_bytes(base.decoder, width, execution, inputs)
+    compared = 4 * TABLES_COMPARED * base.decoder.vocab_size  # of a place, while the model is compared with the base
     kept = inputs.kl_places * base.decoder.hidden_size * width
+    kept += logit_chunk(inputs.kl_pass_tokens, compared) * compared if inputs.kl_pass_tokens else 0
     # One size of a batch takes part in more products where shares run in parallel.
     products = PRODUCTS * PRODUCT_BYTES * (execution.num_shares + execution.num_sizes - 1)
     return MemoryPlan(

@@ -16,10 +16,8 @@ from thimble.backends.torch import fused
 from thimble.backends.torch.decoder import Decoder
 from thimble.backends.torch.frozen import as_numpy
 from thimble.backends.torch.threads import parallel_for
-from thimble.core.sizes import logit_chunk
+from thimble.core.sizes import TABLES_COMPARED, logit_chunk
 from thimble.data.encode import IGNORED
-
-ALIVE = 3  # tables of logits at once, while two models are compared
 
 
 def label_loss(decoder: Decoder, hidden: Tensor, labels: NDArray[np.int32]) -> Tensor:
@@ -98,7 +96,7 @@ def divergence_at(
     """
     count = len(hidden)
     nats, same = np.empty(count, np.float32), np.empty(count, np.bool_)
-    size = logit_chunk(count, 4 * ALIVE * decoder.head.rows)
+    size = logit_chunk(count, 4 * TABLES_COMPARED * decoder.head.rows)
     for start in range(0, count, size):
         rows = slice(start, min(start + size, count))
         wanted, found = (decoder.logits(each[rows], torch.float32).log_softmax(1) for each in (base_hidden, hidden))
@@ -120,7 +118,7 @@ class _Divergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, base_hidden: Tensor, decoder: Decoder, weight: float) -> Tensor:
         grad, total, softcap = torch.zeros_like(hidden), 0.0, decoder.spec.final_softcap
-        size = logit_chunk(len(base_hidden), 4 * ALIVE * decoder.head.rows)
+        size = logit_chunk(len(base_hidden), 4 * TABLES_COMPARED * decoder.head.rows)
         for start in range(0, len(base_hidden), size):
             rows = slice(start, min(start + size, len(base_hidden)))
             x = decoder.norm.forward(hidden[rows])
