@@ -423,7 +423,7 @@ def sentences(group: str) -> list[Row]:
 def speech(group: str) -> list[Row]:
     """Whisper on short clips, against PEFT with windows of the longest clip, and with those of its processor."""
     contestants = {
-        way: ("speech.py", demo("speech/names"), demo("speech/whisper"), "--way", way)
+        way: ("speech.py", demo("speech/names"), demo("speech/whisper"), "--way", way, "--steps", "10")
         for way in ("thimble", "peft", "peft-30")
     }
     found = alternate(contestants, ROUNDS)
