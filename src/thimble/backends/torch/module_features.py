@@ -135,12 +135,9 @@ class KeptRows:
     @property
     def path(self) -> str:
         """What was run, for people."""
-        count = len(self.prefix.blocks)
-        return (
-            f"the first {count} of {self.prefix.path or 'its layers'}"
-            if count > 1
-            else f"the first of {self.prefix.path}"
-        )
+        count, path = len(self.prefix.blocks), self.prefix.path
+        blocks = "block" if count == 1 else f"{count} blocks"
+        return f"the first {blocks}" + (f" of module {path}" if path else "")
 
     @contextlib.contextmanager
     def in_place(self, rows: Sequence[int]) -> Iterator[None]:
