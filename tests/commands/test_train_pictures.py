@@ -169,7 +169,8 @@ def test_what_the_frozen_beginning_makes_is_kept_and_changes_nothing(pictures, m
         losses[name] = [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
     told = [text for text in reports["kept"].messages["decision"] if "run once over the training rows" in text]
     assert told == [
-        "the first 2 blocks of module blocks: run once over the training rows; what comes of it is kept on disk meanwhile"
+        "the first 2 blocks of module blocks: run once over the training rows; "
+        "what comes of it is kept on disk meanwhile"
     ]
     assert not any("run once" in text for text in reports["read once"].messages["decision"])
     assert losses["kept"][:5] == pytest.approx(losses["read once"], abs=1e-5)
