@@ -9,12 +9,13 @@ import pytest
 
 import thimble
 from thimble.backends.session import Objective
+from thimble.config.train import TrainConfig
 from thimble.data.encode import IGNORED, Row
 from thimble.events import EventLog
 from thimble.files.peft import load_adapter
 from thimble.models.execution import ExecutionPlan
 from thimble.training.control import Control
-from thimble.training.kl_reference import KlTerm
+from thimble.training.kl_reference import KlTerm, described
 
 EXECUTION = ExecutionPlan("dense", 1, 64, 64)
 QUICK = {"seq_len": 64, "batch_tokens": 64, "max_new_tokens": 3, "compute": "fp32", "rank": 4, "eval_rows": 0}
@@ -125,6 +126,21 @@ def test_a_base_that_writes_nothing_but_its_end_token_is_told_and_nothing_is_kep
         "the base writes nothing but its end token after 96 of 128 beginnings: none of its answers are kept; "
         "--keep-general-on general keeps those to general text"
     ]
+
+
+@pytest.mark.parametrize(
+    ("options", "is_told"),
+    [
+        ({"keep_general_on": "general"}, True),
+        ({"keep_general_every_steps": 2}, True),
+        ({}, False),
+        ({"keep_general_on": "general", "keep_general_every_steps": 1}, False),  # as runs of before are resumed
+    ],
+)
+def test_options_of_what_is_not_kept_are_told_to_say_nothing(options, is_told):
+    told = described(TrainConfig.build({"data": "mine.jsonl", **options}))
+    assert told.startswith("answers of the base: not kept, since --keep-general is 0") == is_told
+    assert bool(told) == is_told
 
 
 def test_somebody_who_leaves_while_the_base_writes_is_told_nothing():

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from thimble.backends.session import Objective, Session
-from thimble.config.train import TrainConfig
+from thimble.config.options import options_of
+from thimble.config.train import BEFORE, KL_OPTIONS, TrainConfig
 from thimble.data.batches import Batch, micro_batches
 from thimble.data.encode import Row
 from thimble.data.examples import beginnings
@@ -90,12 +91,20 @@ class _Turns(Sequence[Objective]):
 
 
 def described(config: TrainConfig) -> str:
-    """What is kept and when, for people; nothing if it is not."""
+    """What is kept and when, for people; where nothing is, that options about it say nothing, if any was given."""
     every, is_own = config.keep_general_every_steps, config.keep_general_on == "own"
+    if not config.keep_general:
+        given = {name: getattr(config, name) for name in KL_OPTIONS[1:]}
+        usual = {name: options_of(TrainConfig)[name].default for name in given}
+        if given in (usual, {name: BEFORE[name] for name in given}):
+            return ""
+        return (
+            "answers of the base: not kept, since --keep-general is 0; then --keep-general-on and "
+            "--keep-general-every-steps say nothing"
+        )
     when = "each step" if every == 1 else f"one step of {every}"
     what = f"about {TEXTS} texts that it writes" if is_own else "half of the general text, which is not measured then"
-    kept = f"answers of the base: kept in {when}, with a weight of {config.keep_general:g}, on {what}"
-    return kept if config.keep_general else ""
+    return f"answers of the base: kept in {when}, with a weight of {config.keep_general:g}, on {what}"
 
 
 def kl_pass_tokens(config: TrainConfig) -> int:
