@@ -308,6 +308,7 @@ def serve(
     admin_key: str | None = None,
     allowed_host: Names = ...,
     cache_type: Literal["float", "int8"] = "float",
+    prefix_cache: int | str | None = None,
     max_new_tokens: int | Literal["auto"] | None = None,
     max_running: int = 64,
     max_waiting: int = 256,

@@ -71,9 +71,11 @@ def test_it_serves_what_lies_under_runs_and_prints_a_line_that_works(tiny_base, 
 
 def test_keys_come_from_the_environment_and_requests_are_logged(tiny_base, runs, tmp_path):
     options = ("--base", tiny_base, "--adapter", f"mine={runs / 'tickets-1'}", "--log", "log.jsonl")
-    process, told = served(tmp_path, *options, "--cache-type", "int8", THIMBLE_API_KEY="secret")
+    cache = ("--cache-type", "int8", "--prefix-cache", "10MB")
+    process, told = served(tmp_path, *options, *cache, THIMBLE_API_KEY="secret")
     try:
         assert re.search(r"keys and values: int8, [\d.]+ KB a token; up to [\d,]+ tokens \([\d.]+ GB, ", told)
+        assert re.search(r"; [\d,]+ of them \(0.01 GB; --prefix-cache\) stay for requests that begin alike", told)
         assert "$THIMBLE_API_KEY" in told
         assert "secret" not in told
         address = re.search(r"http://[\d.:]+", told)[0]
@@ -82,12 +84,16 @@ def test_keys_come_from_the_environment_and_requests_are_logged(tiny_base, runs,
         asked = urllib.request.Request(address + "/v1/models", headers={"Authorization": "Bearer secret"})
         with urllib.request.urlopen(asked, timeout=30) as answer:
             assert [model["id"] for model in json.load(answer)["data"]] == ["smollm2", "mine"]
+        asked = urllib.request.Request(address + "/metrics", headers={"Authorization": "Bearer secret"})
+        with urllib.request.urlopen(asked, timeout=30) as answer:
+            (most,) = re.findall(r"^thimble:prefix_cache_max_bytes\S* (\S+)$", answer.read().decode(), re.MULTILINE)
+        assert 0.9e7 < float(most) <= 1e7
     finally:
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=60)
     assert process.returncode == 130
     entries = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [entry["status"] for entry in entries] == [401, 200]
+    assert [entry["status"] for entry in entries] == [401, 200, 200]
 
 
 def test_without_the_extra_it_says_what_to_install(thimble, tiny_base, monkeypatch):
@@ -104,6 +110,7 @@ def test_without_the_extra_it_says_what_to_install(thimble, tiny_base, monkeypat
         (["--port", "70000"], "--port 70000: expected at most 65535"),
         (["--adapter", "nowhere"], "adapter nowhere does not exist"),
         (["--max-running", "0"], "--max-running 0: expected at least 1"),
+        (["--prefix-cache", "900TB"], "--prefix-cache 900000000000000: expected at most the memory that is free, "),
         (["--host", "no.such.host.invalid", "--api-key", "x"], "--host no.such.host.invalid --port 8000: cannot be"),
     ],
 )

@@ -80,9 +80,34 @@ def test_the_longest_beginning_in_common_is_found():
     assert blocks.find_beginning(b"another", tokens(1, 2))[1] == 0
 
 
+def test_no_more_than_so_many_blocks_are_kept_without_users():
+    blocks = Blocks(8, most_unused=2)
+    first, second = kept(blocks, ROOT, tokens(1)), kept(blocks, ROOT, tokens(2))
+    used = blocks.keep(blocks.take(), ROOT, tokens(3))  # one that has a user is not counted
+    assert blocks.find(chained(ROOT, tokens(1))) == first
+    blocks.release([first])  # used again: the second one is the older now
+    assert (blocks.unused, blocks.evictions) == (2, 0)
+    blocks.release([used])
+    assert (blocks.unused, blocks.evictions) == (2, 1)
+    assert blocks.find(chained(ROOT, tokens(2))) is None
+    assert blocks.take() == second  # before what holds something
+
+
+def test_of_a_request_that_is_longer_than_what_may_be_kept_the_beginning_stays():
+    blocks, taken, before = Blocks(8, most_unused=2), [], ROOT
+    for number in range(5):
+        taken.append(blocks.keep(blocks.take(), before, tokens(number)))
+        before = chained(before, tokens(number))
+    blocks.release(taken)
+    assert blocks.find(chained(ROOT, tokens(0))) == taken[0]
+    assert blocks.find(chained(chained(ROOT, tokens(0)), tokens(1))) == taken[1]
+    assert (blocks.unused, blocks.evictions) == (0, 3)
+
+
+@pytest.mark.parametrize("unused", [None, 5])
 @pytest.mark.parametrize("most", [None, 12])
-def test_counts_hold_whatever_happens(most):
-    random, blocks, held, before = np.random.default_rng(0), Blocks(most), [], 0
+def test_counts_hold_whatever_happens(most, unused):
+    random, blocks, held, before = np.random.default_rng(0), Blocks(most, unused), [], 0
     for _ in range(4000):
         what = random.integers(4)
         if what == 0 and len(held) < 12:
@@ -99,6 +124,7 @@ def test_counts_hold_whatever_happens(most):
         everything = [*blocks._free, *blocks._unused, *users]
         assert sorted(everything) == list(range(blocks.count))
         assert set(blocks._unused) <= set(blocks._kept)
+        assert unused is None or blocks.unused <= unused
         before = max(before, len(users))
     if most is None:
         assert blocks.count <= 12 + 25  # what is kept makes room before another block is added

@@ -118,6 +118,20 @@ def test_what_is_kept_makes_room_and_then_is_read_again(session):
         assert cached[0] < len(TEXT) - 1 or expected
 
 
+def test_what_is_kept_takes_no_more_than_its_share_and_what_is_used_most_stays(session):
+    """As if a thousand customers came once each, beside one who comes all the time."""
+    engine = Engine(session, cache_tokens=4000, keeps_prefixes=True, kept_tokens=10 * BLOCK_TOKENS)
+    bare, regular = session.load(None), TEXT[: 2 * BLOCK_TOKENS + 1]
+    answers(engine, (regular, bare))
+    for number in range(40):
+        answers(engine, (np.roll(TEXT, number + 1), bare))
+        found, cached = answers(engine, (regular, bare))
+        assert cached == [len(regular) - 1]
+        assert engine.load.unused_tokens <= 10 * BLOCK_TOKENS
+    assert found == [cold(session, regular, bare)]
+    assert engine._blocks.count <= 10 + -(-(len(TEXT) + FOUR.max_new_tokens) // BLOCK_TOKENS)
+
+
 @pytest.mark.parametrize("after", [1, 2, 3, 6])
 def test_what_a_cancelled_request_had_read_can_be_used(session, after):
     engine, bare = Engine(session, cache_tokens=4000, keeps_prefixes=True, prefill_tokens=40), session.load(None)
@@ -128,6 +142,7 @@ def test_what_a_cancelled_request_had_read_can_be_used(session, after):
     assert used
     engine.cancel(number)
     assert engine.load == engine.load._replace(waiting=0, running=0, used_tokens=0)
+    assert engine.load.unused_tokens >= min(40 * after, len(TEXT)) - BLOCK_TOKENS
     found, cached = answers(engine, (TEXT, bare))
     assert cached == [min(40 * after, len(TEXT) - 1)]
     assert found == [cold(session, TEXT, bare)]

@@ -4,6 +4,9 @@ import re
 
 import pytest
 
+from thimble.inference.engine import Engine
+from thimble.server.service import CacheRoom, Limits
+
 
 @pytest.fixture
 def figures(server):
@@ -37,6 +40,31 @@ def test_tokens_of_prompts_that_were_known_are_counted(server, figures):
     usage = server.chat(text).usage
     after, name = figures(), "vllm:prompt_tokens_cached_total"
     assert after[name] - before[name] == usage.prompt_tokens_details.cached_tokens > 0
+
+
+def test_memory_of_keys_and_values_is_told_with_what_of_it_is_kept(run_server, session):
+    cache = CacheRoom(4000, 320, 1000)
+
+    def engine():
+        return Engine(session, 1, 8, cache.tokens, keeps_prefixes=True, kept_tokens=cache.kept_tokens)
+
+    with run_server(limits=Limits(cache=cache), make_engine=engine) as running:
+        rooms = ("kv_cache_bytes", "prefix_cache_bytes", "prefix_cache_max_bytes", "prefix_cache_evicted_tokens_total")
+
+        def figures():
+            text = running.http.get("/metrics").text
+            return [float(re.search(rf"^thimble:{name}{{[^}}]*}} (\S+)", text, re.M)[1]) for name in rooms]
+
+        most = 320_000
+        assert figures() == [0, 0, most, 0]
+        running.chat("a beginning", max_tokens=1)
+        held, kept, _, evicted = figures()
+        assert held == kept > 0 == evicted
+        for number in range(40):
+            running.chat(f"{number} is another beginning, and long enough to fill some blocks", max_tokens=1)
+        held, kept, _, evicted = figures()
+        assert held == kept <= most
+        assert evicted > 0
 
 
 def test_adapters_are_counted_as_they_are_read_and_make_room(run_server):

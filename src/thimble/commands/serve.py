@@ -24,9 +24,10 @@ from thimble.models.cost import cache_token_bytes, int8_cache_token_bytes
 from thimble.models.machine import available_bytes
 
 if TYPE_CHECKING:
-    from thimble.server.service import Service
+    from thimble.server.service import CacheRoom, Service
 
 MEMORY_SHARE = 3  # of the free memory, one part in so many is for keys and values
+KEPT_SHARE, KEPT_BYTES = 8, 1_000_000_000  # and of these, one part in so many of it and at most so much are kept
 RUNS = "runs"  # where `thimble train` puts what it makes
 LOCAL = ("127.0.0.1", "localhost", "::1")  # addresses that no other machine can reach
 
@@ -70,6 +71,10 @@ def serve(config: ServeConfig, on_event: OnEvent = ignore, should_stop: ShouldSt
     keys, admin_keys = _keys("THIMBLE_API_KEY", config.api_key), _keys("THIMBLE_ADMIN_KEY", config.admin_key)
     if not (keys or config.host in LOCAL):
         problems.add(f"--host {config.host}: other machines can reach that, so it wants an --api-key")
+    if (config.prefix_cache or 0) > (free := available_bytes()):
+        problems.add(
+            f"--prefix-cache {config.prefix_cache}: expected at most the memory that is free, {free / 1e9:.2f} GB"
+        )
     opened = problems.attempt(listen, config.host, config.port)
     model, adapters = _open(config, problems, log)
     if model:
@@ -141,31 +146,36 @@ def _make_service(
     registry = AdapterRegistry(session, model.base)
     for name, path in adapters.items():
         registry.add(name, path)
-    most = _most_cached(config, model, compute, log)
+    cache = _cache_room(config, model, compute, log)
     log.stage("compiling what answers run through: up to a minute when a version of Thimble first runs on a machine")
     warm_up(session, num_cores(), should_stop)
     registry.read_ahead()
     session.release()  # what compiling and reading took
 
     def make_engine() -> Engine:
-        return Engine(session, num_cores(), config.max_running, most, keeps_prefixes=True)
+        kept = cache.kept_tokens
+        return Engine(session, num_cores(), config.max_running, cache.tokens, keeps_prefixes=True, kept_tokens=kept)
 
     limits = Limits(
-        config.max_body, config.max_new_tokens, config.max_running + config.max_waiting, config.max_seconds, most
+        config.max_body, config.max_new_tokens, config.max_running + config.max_waiting, config.max_seconds, cache
     )  # fmt: skip
     return Service(model, EngineThread(make_engine, limits.requests), registry, limits, config.seed)
 
 
-def _most_cached(config: ServeConfig, model: Model, compute: str, log: EventLog) -> int:
-    """How many tokens the key-value cache may hold, told with the memory that they take."""
-    spec, is_rounded = model.base.spec, config.cache_type == "int8"
+def _cache_room(config: ServeConfig, model: Model, compute: str, log: EventLog) -> "CacheRoom":
+    """How many tokens the key-value cache may hold and keep, told with the memory that they take."""
+    from thimble.server.service import CacheRoom
+
+    spec, is_rounded, free = model.base.spec, config.cache_type == "int8", available_bytes()
     token_bytes = int8_cache_token_bytes(spec) if is_rounded else cache_token_bytes(spec, compute)
-    most = available_bytes() // MEMORY_SHARE // token_bytes
+    kept_bytes = min(free // KEPT_SHARE, KEPT_BYTES) if config.prefix_cache is None else config.prefix_cache
+    most, kept = max(free // MEMORY_SHARE, kept_bytes) // token_bytes, kept_bytes // token_bytes
     log.decision(
         f"keys and values: {'int8' if is_rounded else compute}, {token_bytes / 1e3:.1f} KB a token; up to {most:,} "
-        f"tokens ({most * token_bytes / 1e9:.2f} GB, a third of the free memory), taken as they are needed"
+        f"tokens ({most * token_bytes / 1e9:.2f} GB, taken as they are needed); {kept:,} of them "
+        f"({kept * token_bytes / 1e9:.2f} GB; --prefix-cache) stay for requests that begin alike"
     )
-    return most
+    return CacheRoom(most, kept, token_bytes)
 
 
 @contextmanager

@@ -32,6 +32,9 @@ class ServeConfig(WritingOptions):
     cache_type: str = option("float", "How keys and values of what was read are kept: float, in the dtype of "
         "--compute; or int8, a little less exact, in about a quarter of the memory of fp32 and half of that of bf16.",
         choices=("float", "int8"))  # fmt: skip
+    prefix_cache: int | None = option(None, "Memory for keys and values of earlier prompts and answers, kept for "
+        "requests that begin alike; 0 keeps none; default: an eighth of the free memory, at most 1 GB.",
+        is_size=True, metavar="SIZE")  # fmt: skip
     max_new_tokens: int | None = option(None, "Longest answer, in tokens; default: what the context leaves.",
         check=at_least(1))  # fmt: skip
     max_running: int = option(64, "Answers written at the same time; others wait.", check=at_least(1))

@@ -3,7 +3,8 @@
 A block holds the keys and values of `block_tokens` tokens and has a number. Requests that begin alike share blocks
 (PagedAttention, Kwon et al., arXiv:2309.06180). What a block holds depends on all tokens before it and on the adapter
 that read them, so it goes by a chain of hashes: that of the adapter's contents first, never its name, then those of the
-tokens. A block that nobody uses stays until its room is needed; the one unused for longest goes first.
+tokens. A block that nobody uses stays until its room is needed, or there are more of them than may stay; the one unused
+for longest goes first.
 """
 
 import hashlib
@@ -36,11 +37,13 @@ class Blocks:
 
     Args:
         most: Blocks there may be; None sets no limit, and what is kept makes room before another is added.
+        most_unused: Blocks that may be kept without a user; None for as many as there is room for.
     """
 
-    def __init__(self, most: int | None = None) -> None:
-        self.most = most
+    def __init__(self, most: int | None = None, most_unused: int | None = None) -> None:
+        self.most, self.most_unused = most, most_unused
         self.count = 0  # numbers given out so far: 0 to count - 1
+        self.evictions = 0  # blocks that held what a later request could have used, and do not any more
         self._users: dict[int, int] = {}
         self._free: list[int] = []
         self._kept: dict[int, _Kept] = {}
@@ -54,17 +57,16 @@ class Blocks:
         return len(self._users)
 
     @property
-    def kept(self) -> int:
-        """How many hold what a later request can use."""
-        return len(self._kept)
+    def unused(self) -> int:
+        """How many have none, and hold what a later request can use."""
+        return len(self._unused)
 
     def take(self) -> int:
         """A block for one user, whatever it held."""
         if self._free:
             block = self._free.pop()
         elif self._unused and (self.most is None or self.count >= self.most):
-            block, _ = self._unused.popitem(last=False)
-            self._forget(block)
+            block = self._evict()
         else:
             block, self.count = self.count, self.count + 1
         self._users[block] = 1
@@ -87,6 +89,8 @@ class Blocks:
                 self._unused[block] = None
             else:
                 self._free.append(block)
+        while self.most_unused is not None and self.unused > self.most_unused:
+            self._free.append(self._evict())
 
     def keep(self, block: int, before: bytes, tokens: Tokens) -> int:
         """Let later requests use what a block holds; returns the block that is to be used for it from now on.
@@ -120,10 +124,14 @@ class Blocks:
                 best, most = block, common
         return best, most
 
-    def _forget(self, block: int) -> None:
+    def _evict(self) -> int:
+        """The block that is unused for longest, which holds nothing any more."""
+        block, _ = self._unused.popitem(last=False)
+        self.evictions += 1
         kept = self._kept.pop(block)
         del self._by_key[kept.key]
         followers = self._followers[kept.before]
         followers.remove(block)
         if not followers:
             del self._followers[kept.before]
+        return block

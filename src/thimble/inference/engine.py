@@ -40,13 +40,15 @@ class Load(NamedTuple):
         waiting: Requests that have not begun.
         running: Requests that have.
         used_tokens: Room that requests have taken in the cache.
-        kept_tokens: Room in it that holds what later requests can use again, in part used by these too.
+        unused_tokens: Room in it that no request has, and that holds what later ones can use again.
+        evicted_tokens: Room that held such, and had to be given up, since the beginning.
     """
 
     waiting: int
     running: int
     used_tokens: int
-    kept_tokens: int
+    unused_tokens: int
+    evicted_tokens: int
 
 
 class Engine:
@@ -62,6 +64,8 @@ class Engine:
             first, which makes the most tokens a second.
         keeps_prefixes: Whether what one request has read is used again by those that begin alike with an adapter of
             the same content.
+        kept_tokens: Most tokens that stay in the cache for that without a request that uses them; None for as many as
+            the cache has room for.
     """
 
     def __init__(
@@ -73,12 +77,13 @@ class Engine:
         prefill_tokens: int = PREFILL_TOKENS,
         is_interactive: bool = True,
         keeps_prefixes: bool = False,
+        kept_tokens: int | None = None,
     ) -> None:
         self._session, self._num_workers, self._max_slots = session, num_workers, max_slots
         self._prefill_tokens, self._is_interactive = prefill_tokens, is_interactive
         self._context = session.max_positions
         self._cache = session.new_cache()
-        self._blocks = Blocks(None if cache_tokens is None else cache_tokens // self._cache.block_tokens)
+        self._blocks = Blocks(*(most and most // self._cache.block_tokens for most in (cache_tokens, kept_tokens)))
         self._prefixes = Prefixes(self._blocks, self._cache, session) if keeps_prefixes else None
         self._pace, self._speculation = Pace(), Speculation(session.independent_tokens)
         self._waiting: FairQueue[ActiveRequest] = FairQueue()
@@ -137,8 +142,9 @@ class Engine:
     @property
     def load(self) -> Load:
         """What there is to do."""
-        running, size = len(self._reading) + len(self._writing), self._cache.block_tokens
-        return Load(len(self._waiting), running, self._blocks.used * size, self._blocks.kept * size)
+        running, size, blocks = len(self._reading) + len(self._writing), self._cache.block_tokens, self._blocks
+        rooms = (blocks.used * size, blocks.unused * size, blocks.evictions * size)
+        return Load(len(self._waiting), running, *rooms)
 
     def step(self) -> list[Token]:
         """Read some prompts and write a token of each answer that is going on."""

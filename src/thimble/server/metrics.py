@@ -26,6 +26,10 @@ class Now(NamedTuple):
     adapter_bytes: int  # of those in memory that are kept for later requests
     adapter_loads: int  # reads of adapters from their files
     adapter_evictions: int  # adapters that had to make room for others
+    cache_bytes: int  # of keys and values
+    kept_bytes: int  # of those that no request has, and that are kept for later ones
+    most_kept_bytes: int  # that these may take
+    evicted_tokens: int  # whose keys and values were kept, and had to make room
 
 
 class Metrics:
@@ -124,6 +128,12 @@ class _Moment(Collector):
         yield self._own(GaugeMetricFamily, "adapter_resident_bytes", "Memory of adapters kept.", now.adapter_bytes)
         yield self._own(CounterMetricFamily, "adapter_loads", "Adapters read from files.", now.adapter_loads)
         yield self._own(CounterMetricFamily, "adapter_evictions", "Adapters that made room.", now.adapter_evictions)
+        yield self._own(GaugeMetricFamily, "kv_cache_bytes", "Memory of keys and values.", now.cache_bytes)
+        kept = "Memory of keys and values kept for later requests."
+        yield self._own(GaugeMetricFamily, "prefix_cache_bytes", kept, now.kept_bytes)
+        yield self._own(GaugeMetricFamily, "prefix_cache_max_bytes", "What these may take.", now.most_kept_bytes)
+        evicted = "Tokens that were kept and made room."
+        yield self._own(CounterMetricFamily, "prefix_cache_evicted_tokens", evicted, now.evicted_tokens)
 
     def _own(self, kind: type[GaugeMetricFamily | CounterMetricFamily], name: str, help: str, value: float) -> Metric:
         """A figure that vLLM does not have."""

@@ -26,6 +26,20 @@ T = TypeVar("T")
 PREPARED_TOGETHER = 2  # requests: a hostile grammar takes up one of them, not every core
 
 
+class CacheRoom(NamedTuple):
+    """How large the key-value cache may become.
+
+    Attributes:
+        tokens: That it holds at most; None for no limit.
+        kept_tokens: Most of them that stay for later requests without one that uses them; None for no limit.
+        token_bytes: What the keys and values of one take.
+    """
+
+    tokens: int | None = None
+    kept_tokens: int | None = None
+    token_bytes: int = 0
+
+
 @dataclass(frozen=True)
 class Limits:
     """What clients may take.
@@ -35,14 +49,14 @@ class Limits:
         answer_tokens: Longest answer; None for what the context leaves.
         requests: Answers that wait or are written at a time.
         seconds: From a request to the end of its answer.
-        cache_tokens: Of the key-value cache; None for no limit.
+        cache: Room of the key-value cache.
     """
 
     body_bytes: int = 4_000_000
     answer_tokens: int | None = None
     requests: int = 320
     seconds: float = 600.0
-    cache_tokens: int | None = None
+    cache: CacheRoom = CacheRoom()
 
 
 class UnderWay(Protocol):
@@ -164,8 +178,8 @@ class Service:
         return self.model.base.quick_fingerprint()
 
     def _now(self) -> Now:
-        load = self.engine.load
-        most = self.limits.cache_tokens or max(load.used_tokens, 1)
+        load, cache = self.engine.load, self.limits.cache
+        most, size = cache.tokens or max(load.used_tokens, 1), cache.token_bytes
         adapters = [(request.name, request.has_begun) for request in self.under_way if request.name != self.base_name]
         running, waiting = (
             tuple(sorted({name for name, has_begun in adapters if has_begun == is_so})) for is_so in (True, False)
@@ -174,4 +188,6 @@ class Service:
         return Now(
             load.running, load.waiting, load.used_tokens / most, running, waiting, self.limits.requests,
             len(known.names), known.resident_bytes, known.loads, known.evictions,
+            (load.used_tokens + load.unused_tokens) * size, load.unused_tokens * size, (cache.kept_tokens or 0) * size,
+            load.evicted_tokens,
         )  # fmt: skip
