@@ -21,7 +21,7 @@ from thimble.errors import AdapterError, BaseModelError, InputError, listing
 from thimble.files.foreign_adapters import MOST_HEADER_BYTES, MOST_TENSORS, PARTS, what_lies_there
 from thimble.files.peft_config import CONFIG_FILE as CONFIG_FILE
 from thimble.files.peft_config import WEIGHTS_FILE as WEIGHTS_FILE
-from thimble.files.peft_config import AdapterConfig, read_adapter_config
+from thimble.files.peft_config import AdapterConfig, pattern_of, read_adapter_config
 from thimble.files.peft_parameters import SETTING, parameters_of, wrapped, wrappers
 from thimble.files.peft_tensors import COUNTER, ROOT, LayerTensors, outermost, path_of, sort_tensors, tensors_of
 from thimble.files.tensor_info import TensorInfo
@@ -97,8 +97,8 @@ def _config_fields(adapter: Adapter) -> dict[str, Any]:
         "target_modules": _shortest_targets(targets) if is_text else sorted(targets),
         "target_parameters": _parameters(adapter) or None,
         "use_dora": adapter.has_magnitudes,
-        "rank_pattern": {path: value for path, value in ranks.items() if value != rank},
-        "alpha_pattern": {path: value for path, value in alphas.items() if value != alpha},
+        "rank_pattern": pattern_of(ranks, rank),
+        "alpha_pattern": pattern_of(alphas, alpha),
     }
 
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from thimble.core.lowrank import scale
 from thimble.core.method import MOST_SCALE
@@ -21,6 +21,7 @@ MOST_BYTES = 1 << 20
 MAX_RANK = 2048  # twice the largest anybody trains: a delta form is kept as one adapter of twice the rank
 MOST_ALPHA = MOST_SCALE * MAX_RANK
 MOST_ENTRIES = 20_000  # of a pattern
+MOST_SHAPES = 500  # of keys of a pattern: models have some dozens
 MOST_PATH_CHARACTERS = 1024
 
 # Fields of PEFT with which an adapter computes something else than scale · B A; unset or empty they mean nothing.
@@ -38,36 +39,73 @@ _DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 _NAME = re.compile(r"[A-Za-z0-9_\-][A-Za-z0-9_.\-]*")
 
 
+class Shape(NamedTuple):
+    """What keys have in common that are looked up together."""
+
+    place: str  # where in a path they match: `whole`, `end` (of whole names) or `tail`
+    size: int  # characters
+    any_at: tuple[int, ...]  # where any character will do
+
+
 class Pattern:
     """Numbers of some layers, from `rank_pattern` or `alpha_pattern`.
 
-    PEFT reads each key as a regular expression for the end of a path, and the first that matches counts. Keys that are
-    names, with or without the marks that people put around them (`^`, `.*`, `$`, `\\.`), are read here to the same
-    effect; those that are not are kept in `unread`.
+    PEFT reads each key as a regular expression for the end of a path (`get_pattern_key`), and the first that matches
+    counts. Keys that are names, with or without the marks that people put around them (`^`, `.*`, `$`, `\\.`), are read
+    here to the same effect, so a dot stands for any character; those that are not are kept in `unread`.
     """
 
     def __init__(self, entries: Mapping[str, Any]) -> None:
-        self._whole: dict[str, tuple[int, Any]] = {}
-        self._ends: dict[str, tuple[int, Any]] = {}
-        self._tails: dict[str, tuple[int, Any]] = {}
+        self._shapes: dict[Shape, dict[str, tuple[int, Any]]] = {}
         self.unread: dict[str, Any] = {}
         for number, (key, value) in enumerate(entries.items()):
-            text = key.removeprefix("^").removesuffix("$").replace("\\.", ".")
-            is_tail = text.startswith(".*")
-            text = text[2:] if is_tail else text
-            if not _NAME.fullmatch(text.removeprefix(".") if is_tail else text):
+            shape, text = _parsed(key)
+            if not text or (shape not in self._shapes and len(self._shapes) == MOST_SHAPES):
                 self.unread[key] = value
-                continue
-            kind = self._tails if is_tail else self._whole if key.startswith("^") else self._ends
-            kind.setdefault(text, (number, value))
-        self._tail_sizes = sorted({len(text) for text in self._tails})
+            else:
+                self._shapes.setdefault(shape, {}).setdefault(text, (number, value))
 
     def of(self, layer: str, default: Any) -> Any:
         """The number of the first entry that names this layer, or the default."""
-        found = [self._whole.get(layer), self._ends.get(layer)]
-        found += [self._ends.get(layer[dot.end() :]) for dot in re.finditer(r"\.", layer)]
-        found += [self._tails.get(layer[-size:]) for size in self._tail_sizes]
+        found = [keys.get(_seen(layer, shape)) for shape, keys in self._shapes.items()]
         return min((entry for entry in found if entry), default=(0, default), key=lambda entry: entry[0])[1]
+
+
+def _parsed(key: str) -> tuple[Shape, str]:
+    """The shape of a key and what it says, or nothing if it is no name."""
+    text = key.removeprefix("^").removesuffix("$")
+    is_tail = text.startswith(".*")
+    text = text[2:] if is_tail else text
+    plain = text.replace("\\.", ".")
+    if not _NAME.fullmatch(plain.removeprefix(".") if is_tail else plain):
+        return Shape("", 0, ()), ""
+    marked = text.replace("\\.", "/")  # no name has a slash
+    any_at = tuple(place for place, mark in enumerate(marked) if mark == ".")
+    return Shape("tail" if is_tail else "whole" if key.startswith("^") else "end", len(plain), any_at), plain
+
+
+def _seen(layer: str, shape: Shape) -> str:
+    """What keys of a shape see of a path: dots where any character will do; nothing where they cannot match."""
+    before, end = layer[: len(layer) - shape.size], layer[-shape.size :]
+    can_match = shape.place == "tail" or not before or (shape.place == "end" and before.endswith("."))
+    if len(end) < shape.size or not can_match:
+        return ""
+    letters = list(end)
+    for place in shape.any_at:
+        letters[place] = "."
+    return "".join(letters)
+
+
+def pattern_of(values: Mapping[str, Any], usual: Any) -> dict[str, Any]:
+    """The pattern that gives layers their numbers, by path, where `usual` is that of all others.
+
+    Paths are its keys; if one of them would match another layer too, all are bound to begin and end where they do.
+    """
+    found = {path: value for path, value in values.items() if value != usual}
+    pattern = Pattern(found)
+    if all(pattern.of(path, usual) == value for path, value in values.items()):
+        return found
+    return {"^" + path.replace(".", "\\.") + "$": value for path, value in found.items()}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,57 @@
+"""Patterns of ranks and alphas: they name the layers that PEFT's own matching finds."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+from peft.utils.other import get_pattern_key
+
+from thimble.core.adapter import Adapter
+from thimble.core.lowrank import Factors
+from thimble.files.peft import load_adapter, save_adapter
+from thimble.files.peft_config import Pattern
+
+LAYERS = (
+    "model.layers.1.self_attn.q_proj", "model.layers.11.self_attn.q_proj", "layers.1.self_attn.q_proj", "q_proj",
+    "blocks.1.1", "blocks.111", "x.blocks.1.1", "x_blocks.1.1", "blocks.1_1", "self_attn.q_proj", "self_attn_q_proj",
+    "model.self_attn-q_proj", "blocks.1.1.1", "a.b", "a.b.c", "aXb",
+)  # fmt: skip
+KEYS = (
+    "q_proj", "self_attn.q_proj", r"self_attn\.q_proj", "layers.1.self_attn.q_proj", "1.1", r"1\.1", "blocks.1.1",
+    r"blocks\.1\.1", "^blocks.1.1", r"^blocks\.1\.1$", ".*blocks.1.1", r".*\.q_proj", ".*.q_proj", "^.*1.1", "a.b",
+    "1", "b", r"^a\.b", "proj", ".*proj",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_a_key_names_the_layers_that_it_names_for_peft(size):
+    for keys in itertools.permutations(KEYS, size) if size < 3 else [KEYS, KEYS[::-1], KEYS[5:] + KEYS[:5]]:
+        pattern = Pattern({key: number for number, key in enumerate(keys)})
+        assert not pattern.unread
+        for layer in LAYERS:
+            key = get_pattern_key(keys, layer)
+            assert pattern.of(layer, "none") == (keys.index(key) if key in keys else "none"), (keys, layer)
+
+
+def test_keys_of_more_forms_than_any_model_has_are_not_tried():
+    pattern = Pattern({"a" * size: 1 for size in range(1, 2001)})
+    assert pattern.of("aaa", 0) == 1
+    assert pattern.unread
+
+
+def test_layers_whose_names_end_alike_keep_their_own_ranks_and_scales(tmp_path):
+    random = np.random.default_rng(0)
+    ranks = {"blocks.1.1": 2, "blocks.111": 3, "side.blocks.1.1": 4, "side.blocks.2.1": 3, "blocks.3": 3}
+    layers = {
+        path: Factors(random.random((rank, 6), np.float32), random.random((5, rank), np.float32), float(rank))
+        for path, rank in ranks.items()
+    }
+    save_adapter(Adapter(layers), tmp_path)
+    loaded = load_adapter(tmp_path).layers
+    assert {path: (factors.rank, factors.scale) for path, factors in loaded.items()} == {
+        path: (rank, float(rank)) for path, rank in ranks.items()
+    }
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    pattern = config["rank_pattern"]
+    assert {path: pattern.get(get_pattern_key(pattern, path), config["r"]) for path in ranks} == ranks
