@@ -9,6 +9,7 @@ from peft.utils.other import get_pattern_key
 
 from thimble.core.adapter import Adapter
 from thimble.core.lowrank import Factors
+from thimble.errors import AdapterError
 from thimble.files.peft import load_adapter, save_adapter
 from thimble.files.peft_config import Pattern
 
@@ -55,3 +56,13 @@ def test_layers_whose_names_end_alike_keep_their_own_ranks_and_scales(tmp_path):
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     pattern = config["rank_pattern"]
     assert {path: pattern.get(get_pattern_key(pattern, path), config["r"]) for path in ranks} == ranks
+
+
+@pytest.mark.parametrize("name", ["new_embeddings.safetensors", "non_lora_trainables.bin"])
+def test_an_adapter_whose_other_half_would_be_ignored_is_refused_by_its_name(name, tmp_path):
+    save_adapter(Adapter({"q_proj": Factors(np.ones((1, 2), np.float32), np.ones((2, 1), np.float32), 1.0)}), tmp_path)
+    (tmp_path / "optimizer.pt").write_bytes(b"what training leaves, and no part of it")
+    load_adapter(tmp_path)
+    (tmp_path / name).write_bytes(b"\0" * 16)
+    with pytest.raises(AdapterError, match=name):
+        load_adapter(tmp_path)

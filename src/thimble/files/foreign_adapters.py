@@ -23,6 +23,12 @@ _MLX = (
     "it is an adapter of mlx-lm, which names and turns the matrices in another way: mlx_lm.fuse writes the whole model "
     "with it, a folder for --base"
 )
+# What tools write beside PEFT's two files, of tensors that the model was trained with too.
+_BESIDE = {
+    **dict.fromkeys(("new_embeddings.safetensors", "new_embeddings.bin"), "embeddings of tokens that were added"),
+    **dict.fromkeys(("non_lora_trainables.bin", "non_lora_state_dict.bin"), "weights that were trained whole"),
+    "mm_projector.bin": "the projector between pictures and text",
+}
 _PICTURES = "for a model that makes pictures: only adapters of language models can be used here"
 # How tensors are called in LoRA files of models that make pictures.
 _OF_DIFFUSERS = re.compile(
@@ -58,6 +64,16 @@ def what_lies_there(path: Path, found: Collection[str]) -> str:
     if WEIGHTS_FILE in found:
         return _lacking(path, CONFIG_FILE)
     return _of_pictures([path] if path.is_file() else [path / name for name in sorted(found)])
+
+
+def trained_beside(folder: Path) -> list[str]:
+    """What belongs to an adapter and is not part of it, so that it would answer without; with what to do."""
+    return [
+        f"{name} lies beside it, {what}, and is not read: write the merged model with the tool that made both, a folder "
+        "for --base; or take the file away, if the adapter is to run without"
+        for name, what in _BESIDE.items()
+        if os.path.lexists(folder / name)
+    ]
 
 
 def _in_order(name: str) -> list[str]:

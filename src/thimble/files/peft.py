@@ -18,7 +18,7 @@ from thimble.core.adapter import Adapter, is_finite
 from thimble.core.lowrank import Factors
 from thimble.core.method import MOST_SCALE
 from thimble.errors import AdapterError, BaseModelError, InputError, listing
-from thimble.files.foreign_adapters import MOST_HEADER_BYTES, MOST_TENSORS, PARTS, what_lies_there
+from thimble.files.foreign_adapters import MOST_HEADER_BYTES, MOST_TENSORS, PARTS, trained_beside, what_lies_there
 from thimble.files.peft_config import CONFIG_FILE as CONFIG_FILE
 from thimble.files.peft_config import WEIGHTS_FILE as WEIGHTS_FILE
 from thimble.files.peft_config import AdapterConfig, pattern_of, read_adapter_config
@@ -233,7 +233,7 @@ def _load(folder: Path) -> Adapter:
     if file.format != "safetensors":
         raise AdapterError(f"{file.path} is a {file.format} file: expected the safetensors that PEFT writes")
     tensors = sort_tensors(file, config)
-    _refuse(folder, tensors.problems)
+    _refuse(folder, tensors.problems + trained_beside(folder))
     _refuse(folder, _check_sizes(config, file, tensors.layers))
     read = {
         path: layer.read(file, config.scale(outermost(path, tensors.layers), layer.rank))
