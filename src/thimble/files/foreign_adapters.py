@@ -69,8 +69,8 @@ def what_lies_there(path: Path, found: Collection[str]) -> str:
 def trained_beside(folder: Path) -> list[str]:
     """What belongs to an adapter and is not part of it, so that it would answer without; with what to do."""
     return [
-        f"{name} lies beside it, {what}, and is not read: write the merged model with the tool that made both, a folder "
-        "for --base; or take the file away, if the adapter is to run without"
+        f"{name} lies beside it, {what}, and is not read: write the merged model with the tool that made both, a "
+        "folder for --base; or take the file away, if the adapter is to run without"
         for name, what in _BESIDE.items()
         if os.path.lexists(folder / name)
     ]

@@ -507,7 +507,7 @@ def test_transcripts_as_common_voice_has_them(tmp_path):
 def test_a_table_of_transcripts_without_names_of_columns_says_so(tmp_path):
     for number in range(2):
         write_clip(tmp_path / "wavs" / f"LJ001-000{number}.wav")
-    write_table(tmp_path / "metadata.csv", "LJ001-0000|Printing 1|Printing one", "LJ001-0001|In 2|In two")
+    write_table(tmp_path / "metadata.csv", "LJ001-0000;Printing 1;Printing one", "LJ001-0001;In 2;In two")
     told = "\n".join(problems_of(tmp_path, "audio", needed="text"))
     assert "put a line of names above it" in told
 

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from thimble.data.columns import Fields, Left, NamedColumns
 from thimble.data.media.checks import check_items
+from thimble.data.media.corpora import Corpus
 from thimble.data.media.folders import items_by_folder, unpacked_folder, walk
 from thimble.data.media.items import Item, MediaData, oddities
 from thimble.data.media.kinds import AUDIO, IMAGE, NOUNS, is_media
@@ -42,7 +43,8 @@ def find_media(
 
     Args:
         path: A folder with a folder for each class, the same in folders called train, valid and test, a folder with
-            metadata.csv, .jsonl or .parquet as datasets has it, or a table of paths, from its own place.
+            metadata.csv, .jsonl or .parquet as datasets has it, a table of paths, from its own place, or a corpus of
+            speech (see `corpora`).
         kind: "image" or "audio".
         prompt_column: The column of paths; one of usual names if empty.
         completion_column: The column of what is needed; one of usual names if empty.
@@ -58,21 +60,35 @@ def find_media(
         DataError: Every problem with the data, the first 20 of rows.
     """
     path, told, skipped, problems = Path(path).expanduser(), Told(), Skipped(is_strict), Problems()
-    reader = ManifestReader(kind, (prompt_column, completion_column), needed, told, skipped)
-    tables = _reading(path, _tables, path, kind, prompt_column, needed, told)
-    if tables or prompt_column or completion_column:
-        found = _from_tables(path, tables, reader, problems)
-    else:
-        found = problems.attempt(_reading, path, _from_folder, path, kind, needed, told) or {}
-        skipped.rows += sum(map(len, found.values()))
+    columns = (prompt_column, completion_column)
+    found, files = _found(path, kind, columns, needed, skipped, told, problems)
     checked = check_items(found, kind, most_seconds, skipped, told)
     _check(path, kind, needed if is_learned else "", checked, skipped, problems)
-    files = tuple(source.path for sources in tables.values() for source in sources)
     odd = oddities(checked["train"], checked.get("valid", ())) if needed else []
     return MediaData(
         checked["train"], checked.get("valid"), skipped, tuple(told.notes), (*told.warnings, *odd),
         checked.get("test"), files,
     )  # fmt: skip
+
+
+def _found(
+    path: Path, kind: str, columns: tuple[str, str], needed: str, skipped: Skipped, told: Told, problems: Problems
+) -> tuple[dict[str, list[Item]], tuple[Path, ...]]:
+    """All that is there by split, not decoded yet, and the files that name it."""
+    corpus = _reading(path, Corpus, path, skipped, told)
+    is_corpus = needed == "text" and not any(columns)
+    if is_corpus and (found := _reading(path, corpus.listed)):
+        return found, tuple(corpus.files)
+    tables = _reading(path, _tables, path, kind, columns[0], needed, told)
+    if tables or any(columns):
+        reader = ManifestReader(kind, columns, needed, told, skipped)
+        files = tuple(source.path for sources in tables.values() for source in sources)
+        return _from_tables(path, tables, reader, problems), files
+    if is_corpus:
+        return problems.attempt(_reading, path, _with_texts, path, corpus) or {}, ()
+    found = problems.attempt(_reading, path, _from_folder, path, kind, needed, told) or {}
+    skipped.rows += sum(map(len, found.values()))
+    return found, ()
 
 
 def guess_kind(path: Path) -> str:
@@ -173,6 +189,16 @@ def _has_media(path: Path, kind: str) -> bool:
     return any(is_media(file.name, kind) for file in walk(path))
 
 
+def _with_texts(path: Path, corpus: Corpus) -> dict[str, list[Item]]:
+    if found := corpus.beside():
+        return found
+    raise DataError(
+        f"{path} has no transcripts: expected a table such as metadata.csv, with the columns file_name and "
+        "transcription, in the folder of the clips or named itself; a .txt of the same name beside each clip; or the "
+        "files of LibriSpeech (*.trans.txt), Kaldi (wav.scp and text) or LJ Speech (ID|text)."
+    )
+
+
 def _from_folder(path: Path, kind: str, needed: str, told: Told) -> dict[str, list[Item]]:
     if path.is_file():
         if needed:
@@ -180,11 +206,6 @@ def _from_folder(path: Path, kind: str, needed: str, told: Told) -> dict[str, li
                 f"{path} is one {NOUNS[kind][0]}: expected a folder with a folder for each class, or a table."
             )
         return {"train": [Item(path, path.name)]}
-    if needed == "text":
-        raise DataError(
-            f"{path} has no transcripts: expected a table such as metadata.csv, with the columns file_name and "
-            "transcription, in the folder of the clips or named itself."
-        )
     try:
         return items_by_folder(unpacked_folder(path, told), kind, told, with_labels=bool(needed))
     except DataError as error:  # a table that was passed over may be what was meant
