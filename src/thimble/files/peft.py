@@ -109,17 +109,21 @@ def _parameters(adapter: Adapter) -> list[str]:
 
 
 def modules_to_save(adapter: Adapter) -> list[str]:
-    """The modules that were trained whole: all that have a tensor of their own but those whose biases alone were."""
+    """The modules that were trained whole: all that have a tensor of their own but those whose biases alone were.
+
+    Of one inside of another the outer one: PEFT fails to load modules that are named as parts of one another.
+    """
     has_biases = adapter.settings.get("bias", "none") != "none"
     owners: dict[str, list[str]] = {}
     for name in adapter.replaced:
         owners.setdefault(name.rpartition(".")[0], []).append(name.rpartition(".")[2])
     layers = named_for_peft(adapter)
-    return sorted(
+    whole = {
         owner
         for owner, names in owners.items()
         if owner not in layers and not (has_biases and all("bias" in name for name in names))
-    )
+    }
+    return sorted(path for path in whole if not any(path.startswith(f"{outer}.") for outer in whole))
 
 
 def named_for_peft(adapter: Adapter) -> dict[str, Factors]:

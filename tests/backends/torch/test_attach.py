@@ -1,6 +1,7 @@
 """LoRA on any module: what PEFT computes, step by step, and what a person's own loop relies on."""
 
 import copy
+import json
 import re
 from pathlib import Path
 
@@ -179,6 +180,42 @@ def test_merged_weights_are_those_of_peft_and_unmerging_gives_every_bit_back(tmp
     thimble.detach(model)
     for name, values in model.named_parameters():
         assert torch.equal(values, base[name]), name
+
+
+def test_merging_costs_a_model_in_double_precision_none_of_its_digits():
+    base, x = nn.Sequential(nn.Linear(6, 4, dtype=torch.float64)), torch.ones(2, 6, dtype=torch.float64)
+    model = copy.deepcopy(base)
+    thimble.attach(model, rank=2)  # B is zero: the update is none
+    thimble.merge(model)
+    assert torch.equal(model.eval()(x), base(x))
+
+
+def test_a_module_trained_whole_with_layers_inside_opens_in_peft(tmp_path):
+    class Head(nn.Module):
+        """Has a parameter of its own beside its layer."""
+
+        def __init__(self):
+            super().__init__()
+            self.shift, self.layer = nn.Parameter(torch.zeros(3)), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.layer(x) + self.shift
+
+    def made():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 4), Head()).eval()
+
+    model, x = made(), torch.ones(2, 4)
+    thimble.attach(model, ["0"], rank=2, train_also=["1"])
+    with torch.no_grad():
+        for parameter in model[1].parameters():
+            parameter.add_(0.5)
+    thimble.save_adapter(thimble.adapter_of(model), tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["modules_to_save"] == ["1"]
+    torch.testing.assert_close(peft.PeftModel.from_pretrained(made(), tmp_path)(x), model(x))
+    again = made()
+    thimble.attach(again, adapter=tmp_path)
+    assert torch.equal(again(x), model(x))
 
 
 def test_a_merged_model_can_be_left_alone():

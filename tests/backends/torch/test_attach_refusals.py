@@ -15,6 +15,24 @@ from thimble.core.lowrank import Factors
 from thimble.errors import AdapterError, InputError, RunError
 
 
+class Blocks(torch.Tensor):
+    """A weight kept in a form of its own, as libraries that quantise make them: it has no storage."""
+
+    @staticmethod
+    def __new__(cls, weight):
+        return torch.Tensor._make_wrapper_subclass(cls, weight.shape, dtype=weight.dtype)
+
+    @classmethod
+    def __torch_dispatch__(cls, operation, kinds, args=(), kwargs=None):
+        return Blocks(args[0])
+
+
+def in_blocks():
+    layer = nn.Linear(4, 4)
+    layer.weight = nn.Parameter(Blocks(layer.weight), requires_grad=False)
+    return layer
+
+
 class Odd(nn.Module):
     """A module of each kind that cannot be adapted."""
 
@@ -35,6 +53,9 @@ class Odd(nn.Module):
         self.bags = nn.EmbeddingBag(5, 4)
         self.bits = nn.Linear(4, 4)
         self.bits.weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.uint8), requires_grad=False)
+        self.eighths = nn.Linear(4, 4)
+        self.eighths.weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.float8_e4m3fn), requires_grad=False)
+        self.blocks, self.blocks_too = in_blocks(), in_blocks()
         self.tied = nn.Linear(4, 5, bias=False)
         self.tied.weight = self.renormed.weight
         self.one = nn.Linear(4, 4)
@@ -56,6 +77,8 @@ REASONS = {
     "renormed": "renormalises its weight at each call",
     "bags": "is an EmbeddingBag: LoRA is made for",
     "bits": "is a Linear with a weight of uint8: expected floats",
+    "eighths": "is a Linear with a weight of float8_e4m3fn: expected floats of 16 bits or more",
+    "blocks": "is a Linear whose weight is a Blocks: expected a plain tensor of floats",
     "one": "shares its weight with two.weight",
     "tied": "shares its weight with renormed.weight",
     "owm": "which no module of the model is called: did you mean own?",
@@ -126,8 +149,19 @@ def test_what_a_model_of_three_layers_refuses(options, message):
 
 
 def test_a_model_without_anything_to_adapt_says_what_it_holds():
-    with pytest.raises(InputError, match=r"all-linear, of which the model has none: it holds LSTM \(0\)"):
+    with pytest.raises(
+        InputError, match=r"all-linear, of which the model has none: it holds LSTM \(0\); 0 is an LSTM, "
+    ):
         thimble.attach(nn.Sequential(nn.LSTM(4, 4)))
+
+
+def test_a_model_that_is_a_single_layer_has_no_name_to_adapt_it_by():
+    for layer, told in (
+        (nn.Linear(4, 4), r"the model itself is a Linear, without a name: call attach on torch.nn.Sequential\(model\)"),
+        (nn.LSTM(4, 4), "the model itself is an LSTM, which multiplies its weights inside of one call"),
+    ):
+        with pytest.raises(InputError, match=told):
+            thimble.attach(layer)
 
 
 def test_of_a_kind_what_cannot_be_adapted_is_left_out_and_told():
@@ -197,7 +231,7 @@ def test_an_optimiser_that_was_made_before_is_told():
     thimble.attach(model, rank=2)
     model(torch.ones(1, 4)).sum().backward()
     optimiser.step()
-    with pytest.warns(UserWarning, match="none of the adapter's parameters was written to"):
+    with pytest.warns(UserWarning, match="none of the adapter's parameters has changed"):
         thimble.adapter_of(model)
 
 
@@ -211,8 +245,18 @@ def test_a_head_that_learns_does_not_hide_that_the_adapter_does_not():
     optimiser = torch.optim.AdamW(model.parameters())
     thimble.attach(model, ["0"], rank=2, train_also=["1"])
     train_once(model, optimiser)
-    with pytest.warns(UserWarning, match="none of the adapter's parameters was written to .* make the optimiser after"):
+    with pytest.warns(UserWarning, match="none of the adapter's parameters has changed .* make the optimiser after"):
         thimble.adapter_of(model)
+
+
+def test_no_optimiser_that_trains_the_adapter_is_blamed():
+    for optimiser in (lambda some: torch.optim.AdamW(some, fused=True), torch.optim.SGD, torch.optim.Adadelta):
+        model = nn.Sequential(nn.Linear(4, 4))
+        thimble.attach(model, rank=2)
+        train_once(model, optimiser([parameter for parameter in model.parameters() if parameter.requires_grad]))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            thimble.adapter_of(model)
 
 
 def test_a_checkpoint_that_stops_the_gradient_is_told():

@@ -8,6 +8,7 @@ in `attached_start`.
 
 import contextlib
 import warnings
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,7 +43,7 @@ class Attachment:
     merged_away: dict[str, Tensor] = field(default_factory=dict)  # the base's own weights, while the adapter is merged
     hooks: list[RemovableHandle] = field(default_factory=list)
     nested: list[nn.Module] = field(default_factory=list)  # encoders of PyTorch, kept from their fast path
-    first_versions: int = 0  # what `_versions` was at first
+    first_values: int = 0  # what `_values` was at first
     is_trained: bool = False  # whether the model was called in training
 
     @property
@@ -171,7 +172,7 @@ def _put_on(model: nn.Module, start: Start) -> Attachment:
     for encoder in found.nested:
         encoder.use_nested_tensor = False
     model.__dict__[_ATTRIBUTE] = found
-    found.first_versions = _versions(found)
+    found.first_values = _values(found)
     return found
 
 
@@ -192,9 +193,15 @@ def _keep_statistics(norm: nn.Module, args: Any) -> None:
     norm.training = False
 
 
-def _versions(found: Attachment) -> int:
-    """Grows whenever an optimiser writes into A or B; that it writes into a head says nothing of them."""
-    return sum(parameter._version for low_rank in found.lora.values() for parameter in low_rank.parameters())
+def _values(found: Attachment) -> int:
+    """A checksum of A and B. Their bytes are compared, for a fused optimiser writes into a tensor without counting its
+    version up; those of a head say nothing of A and B.
+    """
+    total = 0
+    for low_rank in found.lora.values():
+        for parameter in low_rank.parameters():
+            total = zlib.crc32(parameter.detach().cpu().contiguous().view(torch.uint8).numpy(), total)
+    return total
 
 
 def _after_call(model: nn.Module, args: Any, output: Any) -> None:
@@ -247,7 +254,7 @@ def adapter_of(model: nn.Module) -> Adapter:
         _warn_of_uncalled(found, "no call reached")
     if found.is_trained and not _has_changed(found):
         warnings.warn(
-            "none of the adapter's parameters was written to since it was attached, though the model was called in "
+            "none of the adapter's parameters has changed since it was attached, though the model was called in "
             "training: make the optimiser after thimble.attach, from the parameters of this model, and let gradients "
             "pass (torch.utils.checkpoint with use_reentrant=True stops them behind a frozen beginning)",
             stacklevel=2,
@@ -263,7 +270,7 @@ def adapter_of(model: nn.Module) -> Adapter:
 
 
 def _has_changed(found: Attachment) -> bool:
-    return _versions(found) != found.first_versions
+    return _values(found) != found.first_values
 
 
 def _as_numpy(tensor: Tensor) -> Any:

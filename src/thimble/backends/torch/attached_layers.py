@@ -185,7 +185,8 @@ class LowRank(nn.Module):
     def merged_into(self, layer: nn.Module, weight: Tensor) -> Tensor:
         """The weight with the update added, in the shape and dtype of `weight`."""
         factors, origin = self.factors()
-        matrix = as_matrix(layer, weight.detach()).float().cpu().numpy()
+        dtype = torch.promote_types(weight.dtype, torch.float32)  # a weight in double precision keeps its digits
+        matrix = as_matrix(layer, weight.detach()).to(dtype).cpu().numpy()
         total = torch.from_numpy(merge(matrix, difference(factors, origin) if origin else factors))
         return as_weight(layer, total, weight.shape).to(weight.device, weight.dtype)
 

@@ -65,7 +65,7 @@ class Survey:
 
     def __init__(self, model: nn.Module) -> None:
         self.modules = dict(model.named_modules())
-        self.modules.pop("")
+        self.root = self.modules.pop("")
         self.aliases: dict[str, str] = {}  # other paths of a module to its first
         first = {id(module): path for path, module in self.modules.items()}
         for path, module in model.named_modules(remove_duplicate=False):
@@ -89,13 +89,7 @@ class Survey:
     def kind(self, path: str) -> str:
         """The kind of a module that takes LoRA; empty if it does not."""
         module = self.modules[path]
-        if path in self.packed:
-            return ""  # never called: it is adapted with its attention
-        if isinstance(module, nn.Linear | nn.MultiheadAttention) or is_conv1d_of_transformers(module):
-            return LINEARS
-        if isinstance(module, _CONVOLUTIONS):
-            return CONVOLUTIONS
-        return EMBEDDINGS if isinstance(module, nn.Embedding) else ""
+        return "" if path in self.packed else _kind(module)  # never called: it is adapted with its attention
 
     def is_of(self, kind: str, path: str) -> bool:
         """Whether a module is of a kind that targets can name."""
@@ -121,15 +115,28 @@ class Survey:
         return [Place(path, module, "weight", module, "", layout, is_known)]
 
 
+def _kind(module: nn.Module) -> str:
+    if isinstance(module, nn.Linear | nn.MultiheadAttention) or is_conv1d_of_transformers(module):
+        return LINEARS
+    if isinstance(module, _CONVOLUTIONS):
+        return CONVOLUTIONS
+    return EMBEDDINGS if isinstance(module, nn.Embedding) else ""
+
+
 def names(target: str, path: str) -> bool:
     """Whether a target names a path: as a whole, by its end, or as a pattern with *."""
     return path == target or path.endswith("." + target) or ("*" in target and fnmatch.fnmatchcase(path, target))
 
 
 def _storage(parameter: torch.Tensor) -> object:
-    if isinstance(parameter, UninitializedParameter) or parameter.is_meta or not parameter.numel():
+    if not _is_plain(parameter) or parameter.is_meta or not parameter.numel():
         return id(parameter)
     return parameter.data_ptr(), parameter.numel()
+
+
+def _is_plain(parameter: torch.Tensor) -> bool:
+    """Whether the numbers of a tensor lie in it as they are; those of a subclass may be packed, or not there yet."""
+    return type(parameter) in (nn.Parameter, torch.Tensor)
 
 
 def _head_of(model: nn.Module, first: dict[int, str]) -> str:
@@ -178,9 +185,13 @@ def unfit_numbers(survey: Survey, name: str, weight: torch.Tensor, kind: str) ->
     """Why a weight cannot take LoRA, whatever layer it is of, as the end of a sentence; empty if it can."""
     if weight.is_meta:
         return "has no numbers yet (it is on the device meta): load the model first"
-    if not weight.is_floating_point():
+    if not _is_plain(weight):
+        return (
+            f"is {kind} whose weight is a {type(weight).__name__}: expected a plain tensor of floats, not a packed one"
+        )
+    if not weight.is_floating_point() or weight.dtype.itemsize < 2:
         dtype = str(weight.dtype).removeprefix("torch.")
-        return f"is {kind} with a weight of {dtype}: expected floats, not a quantised weight"
+        return f"is {kind} with a weight of {dtype}: expected floats of 16 bits or more, not a quantised weight"
     shared = [other for other in survey.sharers(weight) if other != name]
     if shared:
         return (
@@ -290,7 +301,9 @@ def _nothing_of(target: str, survey: Survey, reasons: dict[str, str]) -> str:
     if reasons:
         told = "; ".join(f"{path} {reason}" for path, reason in list(reasons.items())[:3])
         return f"targets is {target}, and none of its {plural(len(reasons), 'layer')} can be adapted: {told}"
-    return f"targets is {target}, of which the model has none: it holds {_kinds_of(survey)}"
+    recurrent = [path for path, module in survey.modules.items() if isinstance(module, nn.RNNBase | nn.RNNCellBase)]
+    told = "".join(f"; {path} {unfit(survey, path)}" for path in recurrent[:1])
+    return f"targets is {target}, of which the model has none: it holds {_kinds_of(survey)}{told}"
 
 
 def _kinds_of(survey: Survey) -> str:
@@ -299,7 +312,16 @@ def _kinds_of(survey: Survey) -> str:
     for path, module in survey.modules.items():
         if any(True for _ in module.parameters(recurse=False)):
             types.setdefault(type(module).__name__, path)
-    return listing(f"{name} ({path})" for name, path in types.items()) or "no module with parameters"
+    return listing(f"{name} ({path})" for name, path in types.items()) or f"no module with parameters{_itself(survey)}"
+
+
+def _itself(survey: Survey) -> str:
+    """What is to be said of a model that is a single layer."""
+    kind = _article(type(survey.root).__name__)
+    if _kind(survey.root):
+        return f"; the model itself is {kind}, without a name: call attach on torch.nn.Sequential(model)"
+    has_any = next(survey.root.parameters(recurse=False), None) is not None
+    return f"; the model itself {_not_taken(survey.root, kind)}" if has_any else ""
 
 
 def no_match(option: str, target: str, survey: Survey) -> str:
