@@ -366,6 +366,74 @@ def test_a_table_that_names_no_files_leaves_the_folders_as_classes(tmp_path):
     assert "notes.csv: not used, since no column names pictures" in data.told
 
 
+def test_a_table_whose_first_row_lacks_its_path_is_read_all_the_same(tmp_path):
+    write_classes(tmp_path, {"all": 12})
+    rows = [f"{number and f'all/{number}.png' or ''},{'ab'[number % 2]}" for number in range(12)]
+    write_table(tmp_path / "metadata.csv", "file_name,label", *rows)
+    data = find_media(tmp_path, "image")
+    assert data.labels == ["a", "b"]
+    assert len(data.train) == 11
+    assert any("metadata.csv line 2: has no column of paths" in text for text in data.skipped.told())
+
+
+@pytest.mark.parametrize(
+    ("lines", "reason"), [((), "metadata.csv is empty"), (("file_name,label",), "a header and no rows")]
+)
+def test_a_table_that_holds_no_rows_is_told_where_folders_are_taken(tmp_path, lines, reason):
+    write_classes(tmp_path, {"cats": 2, "dogs": 2})
+    table = write_table(tmp_path / "metadata.csv", *lines)
+    if not lines:
+        table.write_text("")
+    data = find_media(tmp_path, "image")
+    assert data.labels == ["cats", "dogs"]
+    assert any("metadata.csv: not used, since" in text and reason in text for text in data.told)
+
+
+def test_a_table_that_was_passed_over_is_named_where_its_folders_are_no_classes(tmp_path):
+    write_classes(tmp_path, {"all": 3})
+    write_table(tmp_path / "labels.csv", "id,breed", "1,pug", "2,boxer")
+    told = problems_of(tmp_path)
+    assert "have one label, 'all'" in told[0]
+    assert told[1] == "labels.csv: not used, since no column names pictures."
+
+
+def test_columns_that_are_not_used_are_told(pictures):
+    lines = [f"images/{number}.png,{'ab'[number % 2]},x,{number},{'fold'[number:]}" for number in range(4)]
+    data = find_media(write_table(pictures / "list.csv", "path,label,category,year,split", *lines), "image")
+    assert data.labels == ["a", "b"]
+    assert "columns not used: category, split, year" in data.told
+    lines = [f"images/{number}.png,{'ab'[number % 2]},{'train' if number else 'test'}" for number in range(4)]
+    data = find_media(write_table(pictures / "list.csv", "path,label,split", *lines), "image")
+    assert not any("not used" in text for text in data.told)
+
+
+def test_an_address_of_a_file_on_this_machine_is_a_path(tmp_path):
+    paths = [write_picture(tmp_path / "my pictures" / f"{number}.png", number) for number in range(2)]
+    write_table(tmp_path / "list.csv", "path,label", f"{paths[0].as_uri()},cat", f"{paths[1].as_uri()},dog")
+    assert "%20" in paths[0].as_uri()
+    assert [item.path.name for item in find_media(tmp_path / "list.csv", "image").train] == ["0.png", "1.png"]
+
+
+def test_labels_that_are_probably_none_or_several_are_told(tmp_path):
+    labels = ["cat", "NaN", "dog", "cat;dog", "dog;bird", "cat", "dog", "None"]
+    for number in range(8):
+        write_picture(tmp_path / "p" / f"{number}.png", number)
+    rows = [f"p/{number}.png,{label}" for number, label in enumerate(labels)]
+    told = "\n".join(find_media(write_table(tmp_path / "list.csv", "path,label", *rows), "image").warnings)
+    assert "labels that may stand for none: 'NaN' (1), 'None' (1)" in told
+    assert "labels that may be several in one: 'cat;dog' (1), 'dog;bird' (1)" in told
+    classes = {"Lyon, France": 5, "cats and dogs": 5}
+    assert not find_media(write_classes(tmp_path / "plain", classes), "image").warnings
+
+
+def test_labels_that_each_stand_once_are_no_classes(tmp_path):
+    for number in range(12):
+        write_picture(tmp_path / "p" / f"{number}.png", number)
+    rows = [f"p/{number}.png,{number * 0.37:.2f}" for number in range(12)]
+    told = problems_of(write_table(tmp_path / "list.csv", "path,label", *rows))
+    assert "each of 12 pictures has a label of its own ('0.00', '0.37', '0.74' and 9 more)" in told[0]
+
+
 def test_a_table_without_paths_says_which_columns_it_has(tmp_path):
     write_table(tmp_path / "train.csv", "number,label", "1,cat", "2,dog")
     for path in (tmp_path, tmp_path / "train.csv"):

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from media_files import write_picture
-from thimble.data.media.pictures import look_at_picture, read_picture, to_pixels
+from thimble.data.media.pictures import is_animated, read_picture, to_pixels
 from thimble.errors import DataError
 
 
@@ -63,7 +63,8 @@ def test_the_first_frame_of_what_moves_is_taken(tmp_path):
     frames = [Image.fromarray(np.full((8, 8, 3), value, np.uint8)) for value in (10, 200)]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
     assert read_picture(tmp_path / "a.gif", 8).max() < 20
-    assert look_at_picture((tmp_path / "a.gif").read_bytes()).is_animated
+    assert is_animated((tmp_path / "a.gif").read_bytes())
+    assert not is_animated(write_picture(tmp_path / "b.jpg").read_bytes())
 
 
 def test_a_large_jpeg_that_is_decoded_at_a_fraction_looks_the_same(tmp_path):
@@ -110,6 +111,8 @@ def test_a_truncated_picture_is_refused(tmp_path, suffix, cut):
 @pytest.mark.parametrize(
     ("content", "message"),
     [(b"", "is empty"), (b"%PDF-1.4", "is a PDF"), (b"plain words", "no picture that can be read"),
+     (b"\0\0\0 ftypheic\0\0\0\0mif1heic", "HEIC inside, .* magick IN OUT.png"),
+     (b'<?xml version="1.0"?>\n<svg xmlns="http://www.w3.org/2000/svg"/>', "SVG inside"),
      (b"version https://git-lfs.github.com/spec/v1", "git lfs pull"), (b"%!PS-Adobe-3.0 EPSF-3.0\n", "no picture")],
 )  # fmt: skip
 def test_what_is_no_picture_says_what_it_is(tmp_path, content, message):

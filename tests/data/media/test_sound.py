@@ -57,6 +57,34 @@ def test_clips_without_sound_are_refused(tmp_path, samples, message):
         read_sound(tmp_path / "a.wav", 16000, 30)
 
 
+@pytest.mark.parametrize("is_padded", [False, True])
+def test_a_wav_that_is_cut_off_is_refused(tmp_path, is_padded):
+    path = write_clip(tmp_path / "a.wav", 1, subtype="PCM_16")
+    content = path.read_bytes()
+    if is_padded:  # as broadcasters put notes before the sound
+        content = content[:12] + b"bext" + (603).to_bytes(4, "little") + bytes(604) + content[12:]
+    path.write_bytes(content)
+    assert len(read_sound(path, 16000, 30)) == 16000
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(DataError, match="is cut off: it says that it holds 32,000 bytes of sound, and has 1"):
+        read_sound(path, 16000, 30)
+    with pytest.raises(DataError, match="is cut off"):
+        listen_to(path, 0.1)
+
+
+def test_floats_that_are_no_samples_between_one_and_minus_one_are_refused(tmp_path):
+    soundfile.write(tmp_path / "a.wav", tone(0.1, 16000) * 32768, 16000, subtype="FLOAT")
+    with pytest.raises(DataError, match="samples of up to 16,384: expected floats between -1 and 1; divide them by"):
+        read_sound(tmp_path / "a.wav", 16000, 30)
+    soundfile.write(tmp_path / "b.wav", tone(0.1, 16000) * 3, 16000, subtype="FLOAT")  # loud, as some files are
+    assert read_sound(tmp_path / "b.wav", 16000, 30).max() > 1
+
+
+def test_a_clip_shorter_than_one_sample_of_the_rate_keeps_one(tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.full(1, 0.5, np.float32), 96000, subtype="FLOAT")
+    assert read_sound(tmp_path / "a.wav", 16000, 30).tolist() == [0.5]
+
+
 def test_a_rate_that_is_none_is_refused(tmp_path):
     soundfile.write(tmp_path / "a.wav", np.zeros(100), 10)
     with pytest.raises(DataError, match="has 10 samples a second"):

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from thimble.data.media.inside import open_media
 from thimble.data.media.items import Item
 from thimble.data.media.kinds import IMAGE, refusal
-from thimble.data.media.pictures import content_of, look_at_picture
+from thimble.data.media.pictures import content_of, is_animated
 from thimble.data.media.sound import listen_to
 from thimble.data.records import Skipped
 from thimble.data.sources.raw import Told
@@ -74,8 +74,7 @@ def _checked(look: Callable[[Item], Checked], kind: str, item: Item) -> Checked:
 
 def _look(item: Item) -> Checked:
     content = content_of(item.path)
-    look = look_at_picture(content)
-    remark = "with several frames, of which the first is taken" if look.is_animated else ""
+    remark = "with several frames, of which the first is taken" if is_animated(content) else ""
     return Checked(replace(item, digest=hashlib.sha256(content).hexdigest()), remark=remark)
 
 

@@ -22,9 +22,11 @@ from thimble.data.sources.read import read_rows
 from thimble.data.sources.splits import SPLITS
 from thimble.errors import DataError, InputError, Problems, escaped, listing, plural
 
+MANY_LABELS = 10  # that stand once each, and so are rather names or measures than classes
+LOOKED_AT = 100  # rows of a table, in which a file is named: the first may lack it
 GUESSED_FILES = 10_000  # by whose names the kind is guessed
 MOST_SECONDS = 30.0  # of a clip that are decoded to see that it can be, unless the caller says otherwise
-NO_COLUMN = "not used, since no column names"
+PASSED_OVER = "not used, since"  # of a table beside folders of classes
 T = TypeVar("T")
 Splits = Mapping[str, list[Source]]
 
@@ -64,6 +66,8 @@ def find_media(
     found, files = _found(path, kind, columns, needed, skipped, told, problems)
     checked = check_items(found, kind, most_seconds, skipped, told)
     _check(path, kind, needed if is_learned else "", checked, skipped, problems)
+    if problems.found:  # a table that was passed over may be what was meant
+        raise DataError(*dict.fromkeys(problems.found), *(f"{note}." for note in told.notes if PASSED_OVER in note))
     odd = oddities(checked["train"], checked.get("valid", ())) if needed else []
     return MediaData(
         checked["train"], checked.get("valid"), skipped, tuple(told.notes), (*told.warnings, *odd),
@@ -151,21 +155,27 @@ def _tables(path: Path, kind: str, prompt_column: str, needed: str, told: Told) 
     try:
         splits, noted = find_files(path)
         splits = {split: [one for one in sources if one.kind != TEXT] for split, sources in splits.items()}
-        first = [next(read_rows(sources[0], Told(), has_media=True)) for sources in splits.values()]
-    except (InputError, IndexError):
+        are_named = all(_names_files(sources[0], kind, prompt_column) for sources in splits.values())
+    except (InputError, IndexError) as error:
         if path.is_dir() and needed != "text" and (not needed or _has_media(path, kind)):
+            reasons = [reason.rstrip(".") for reason in getattr(error, "problems", ())[:1]]
+            told.notes += [f"{reason.split(' ')[0]}: {PASSED_OVER} {reason}" for reason in reasons]
             return {}
         raise
-    is_folder_of_classes = path.is_dir() and needed != "text" and _has_media(path, kind)
-    if is_folder_of_classes and not all(has_paths(row, kind, prompt_column) for row in first):
+    if path.is_dir() and needed != "text" and not are_named and _has_media(path, kind):  # a folder of classes
         names = listing(source.name for sources in splits.values() for source in sources)
-        told.note(f"{names}: {NO_COLUMN} {NOUNS[kind][1]}")
+        told.note(f"{names}: {PASSED_OVER} no column names {NOUNS[kind][1]}")
         return {}
     for text in noted.notes:
         told.note(text)
     for text in noted.warnings:
         told.warn(text)
     return splits
+
+
+def _names_files(source: Source, kind: str, prompt_column: str) -> bool:
+    rows = itertools.islice(read_rows(source, Told(), has_media=True), LOOKED_AT)
+    return any(has_paths(row, kind, prompt_column) for row in rows)
 
 
 def _from_tables(path: Path, tables: Splits, reader: ManifestReader, problems: Problems) -> dict[str, list[Item]]:
@@ -206,23 +216,18 @@ def _from_folder(path: Path, kind: str, needed: str, told: Told) -> dict[str, li
                 f"{path} is one {NOUNS[kind][0]}: expected a folder with a folder for each class, or a table."
             )
         return {"train": [Item(path, path.name)]}
-    try:
-        return items_by_folder(unpacked_folder(path, told), kind, told, with_labels=bool(needed))
-    except DataError as error:  # a table that was passed over may be what was meant
-        raise DataError(*error.problems, *(f"{note}." for note in told.notes if NO_COLUMN in note)) from None
+    return items_by_folder(unpacked_folder(path, told), kind, told, with_labels=bool(needed))
 
 
 def _check(
     path: Path, kind: str, needed: str, checked: dict[str, list[Item]], skipped: Skipped, problems: Problems
 ) -> None:
-    """Raise a DataError with everything that is wrong so far, or with what is missing from items that are right."""
+    """Note what is wrong with the rows, or what is missing from those that are right."""
     if needed == "label":
         _leave_unknown(checked, skipped)
     problems.attempt(skipped.check)
     if not problems.found:
         problems.attempt(_check_enough, path, kind, needed, checked, skipped)
-    if problems.found:
-        raise DataError(*dict.fromkeys(problems.found))
 
 
 def _leave_unknown(found: dict[str, list[Item]], skipped: Skipped) -> None:
@@ -241,6 +246,11 @@ def _check_enough(path: Path, kind: str, needed: str, found: Mapping[str, Sequen
     if not items:
         raise DataError(f"{path} holds no {many} that can be used: expected at least one.", *skipped.told())
     labels = Counter(item.label for item in items)
+    if needed == "label" and len(labels) == len(items) >= MANY_LABELS:
+        raise DataError(
+            f"{path}: each of {plural(len(items), *NOUNS[kind])} has a label of its own ({listing(map(repr, labels), 3)}): "
+            "expected several of each; the column of labels is another one, perhaps"
+        )
     if needed == "label" and len(labels) == 1:
         raise DataError(
             f"{path}: all {plural(len(items), NOUNS[kind][0])} have one label, {listing(map(repr, labels))}: expected "

@@ -1,6 +1,7 @@
 """Pictures and clips with what is to be learned of them, and how some are held out."""
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,9 @@ from thimble.core.labels import FEW_ROWS, UNBALANCED_SHARE, AnswerCounts
 from thimble.data.media.inside import MediaFile
 from thimble.data.records import MAX_VALIDATION_ROWS, Skipped
 from thimble.errors import listing, plural
+
+_NO_LABEL = {"nan", "none", "null", "n/a", "na", "#n/a", "<na>", "-", "?"}  # in small letters
+_SEVERAL = re.compile("[,;|]")
 
 
 @dataclass(frozen=True)
@@ -124,6 +128,7 @@ def oddities(train: Sequence[Item], valid: Sequence[Item]) -> list[str]:
     for group in AnswerCounts(counts.total(), counts).alike():
         names = listing((f"{name!r} ({counts[name]:,})" for name in group), 5)
         told.append(f"labels that differ in case, spaces or end marks alone, and are probably one: {names}")
+    told += _odd_labels(counts)
     few = [f"{label!r} ({count})" for label, count in sorted(counts.items()) if count < FEW_ROWS]
     if few:
         told.append(f"labels with fewer than {FEW_ROWS} rows, too few to learn one from: {listing(few, 6)}")
@@ -134,6 +139,22 @@ def oddities(train: Sequence[Item], valid: Sequence[Item]) -> list[str]:
             "often, so look at recall and F1 of the others, and give more rows of them"
         )
     return told
+
+
+def _odd_labels(counts: Counter[str]) -> list[str]:
+    """Labels that are words for none, and labels that list several, of which one stands elsewhere too."""
+    parts = {label: [part.strip() for part in _SEVERAL.split(label)] for label in counts}
+    places = Counter(part for inside in parts.values() for part in set(inside))
+    several = [label for label, inside in parts.items() if len(inside) > 1 and any(places[part] > 1 for part in inside)]
+    empty = [label for label in counts if label.lower() in _NO_LABEL]
+    kinds = (
+        (empty, "may stand for none", "if they do, leave these cells empty, and the rows are left out"),
+        (several, "may be several in one", "each is learned as a class of its own"),
+    )
+    return [
+        f"labels that {what}: {listing(f'{label!r} ({counts[label]:,})' for label in sorted(labels))}; {then}"
+        for labels, what, then in kinds if labels
+    ]  # fmt: skip
 
 
 def _copies(train: Sequence[Item], valid: Sequence[Item]) -> list[str]:

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
-from thimble.data.columns import Fields, NamedCheck, NamedColumns
+from thimble.data.columns import MOST_NAMES, Fields, Left, NamedCheck, NamedColumns
 from thimble.data.media.folders import walk
 from thimble.data.media.inside import Inside, MediaFile, content_inside
 from thimble.data.media.items import Item
@@ -17,6 +18,7 @@ from thimble.data.records import Skipped
 from thimble.data.row_values import cell_text, describe, is_filled, is_written_list
 from thimble.data.sources.raw import RawRow, Source, Told
 from thimble.data.sources.read import read_rows
+from thimble.data.sources.splits import SPLITS
 from thimble.data.spool import Spool
 from thimble.errors import DataError, escaped, listing, plural
 
@@ -65,6 +67,7 @@ class ManifestReader:
         self._places: dict[Path, Place] = {}
         self._outside: list[str] = []  # sources of rows that name files elsewhere
         self._contents: Spool[bytes] = Spool(bytes, bytes)  # of files that lie in rows
+        self._unused: dict[str, None] = {}  # names of columns
         self._column = ""  # of paths, as the last row that has it calls it
 
     def read(self, source: Source) -> list[tuple[str, Item]]:
@@ -76,12 +79,16 @@ class ManifestReader:
                 if row.problem:
                     raise DataError(row.problem)
                 fields = self._fields(row)
-                items.append(
-                    (str(fields.peek(fields.first(SPLIT_COLUMNS) or "") or ""), self._item(fields, row.source, source))
-                )
+                items.append((_split_of(fields), self._item(fields, row.source, source)))
+                self._see_unused(fields)
             except DataError as error:
                 self._skipped.add(row.source, *error.problems)
         return items
+
+    def _see_unused(self, fields: Fields) -> None:
+        fields.leave(left := Left())
+        if len(self._unused) < MOST_NAMES:
+            self._unused |= dict.fromkeys(name for name in left.filled if name.strip())
 
     def end(self) -> None:
         """Say what was noticed; a DataError if a column that the user named is nowhere."""
@@ -92,6 +99,8 @@ class ManifestReader:
             )
         for place in self._places.values():
             place.tell(self._told)
+        if self._unused:
+            self._told.note(f"columns not used: {listing(sorted(self._unused))}")
         self._named.check()
 
     def _fields(self, row: RawRow) -> Fields:
@@ -158,6 +167,8 @@ class ManifestReader:
             value = value.get("path")
         if not isinstance(value, str) or not value.strip():
             raise DataError(f"{column} is {describe(value)}: expected the path of a {NOUNS[self._kind][0]}")
+        if value.startswith("file://"):
+            value = unquote(urlsplit(value).path)
         if "://" in value:
             raise DataError(f"{column} is {value[:60]!r}: expected a file on this machine, since nothing is fetched")
         folder = source.path.parent
@@ -170,6 +181,13 @@ class ManifestReader:
         if place.is_outside(path):
             self._outside.append(value[:100])
         return path
+
+
+def _split_of(fields: Fields) -> str:
+    """What a row says of its split; a column of that name that says something else is none."""
+    name = fields.first(SPLIT_COLUMNS) or ""
+    said = str(fields.peek(name) or "")
+    return str(fields.take(name)) if said.lower() in SPLITS else said
 
 
 class Place:

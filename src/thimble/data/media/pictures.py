@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,14 +18,6 @@ MOST_PIXELS = 89_478_485  # of one picture, as Pillow has it: a file of some byt
 MOST_BYTES = 1 << 28  # of one file
 # Not all that Pillow opens: some formats start other programs (EPS), or hold no picture as a camera makes it.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000", "QOI", "TGA")
-
-
-class Look(NamedTuple):
-    """What a picture is, once it was decoded."""
-
-    width: int  # pixels
-    height: int
-    is_animated: bool  # then its first frame is taken
 
 
 def read_picture(path: MediaFile, size: int, resample: int = 3) -> NDArray[np.uint8]:
@@ -56,11 +48,12 @@ def open_picture(path: MediaFile, size: int) -> "Image.Image":
     return _rgb(_loaded(_opened(content_of(path)), size))
 
 
-def look_at_picture(content: bytes) -> Look:
-    """Decode a picture to see that it can be; raises a DataError if not."""
+def is_animated(content: bytes) -> bool:
+    """Decode a picture to see that it can be, and whether it moves; raises a DataError if it cannot."""
     picture = _opened(content)
-    is_animated = getattr(picture, "is_animated", False) and picture.format != "MPO"  # of which the first is the photo
-    return Look(*_loaded(picture, 1).size, is_animated)
+    moves = getattr(picture, "is_animated", False) and picture.format != "MPO"  # of which the first is the photo
+    _loaded(picture, 1)
+    return moves
 
 
 def to_pixels(
@@ -114,7 +107,7 @@ def _opened(content: bytes) -> "Image.Image":
     except Image.DecompressionBombError:
         raise DataError(_too_large("")) from None
     except Exception as error:  # whatever a damaged file makes a decoder raise
-        what = other_kind(content[:512])
+        what = _other_picture(content[:512]) or other_kind(content[:512])
         raise DataError(
             f"is {what}" if what else "is no picture that can be read: it is damaged, or of another kind"
         ) from error
@@ -122,6 +115,13 @@ def _opened(content: bytes) -> "Image.Image":
     if width * height > MOST_PIXELS:
         raise DataError(_too_large(f"{width:,} x {height:,} pixels, "))
     return picture
+
+
+def _other_picture(head: bytes) -> str:
+    """What a picture of a kind that is not read is, whatever its name says."""
+    if head[4:8] == b"ftyp":
+        return "HEIC inside, as phones save it, which is not read: convert it first, as with magick IN OUT.png"
+    return "SVG inside, which is not read: convert it first, as with magick IN OUT.png" if b"<svg" in head else ""
 
 
 def _too_large(size: str) -> str:

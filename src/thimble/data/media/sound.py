@@ -1,7 +1,8 @@
 """Sound as one channel of samples at one rate, whatever it is stored as."""
 
+import struct
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,9 @@ from thimble.errors import DataError, MissingPackageError, install_line
 BLOCK_FRAMES = 1 << 16  # read at a time: a header may claim any length
 RATES = (1_000, 768_000)  # samples a second that are taken for sound
 HEAD_BYTES = 512
+MOST_CHUNKS = 64  # of a WAV, before its sound
+UNKNOWN_BYTES = 0x7FFF0000  # what programs write for the length of a WAV that goes through a pipe, or more
+LOUDEST = 100.0  # of floats, which are between -1 and 1 but for some peaks
 
 
 class Heard(NamedTuple):
@@ -41,7 +45,8 @@ def read_sound(path: MediaFile, rate: int, most_seconds: float) -> NDArray[np.fl
         return samples
     import soxr
 
-    return np.ascontiguousarray(soxr.resample(samples, own_rate, rate), np.float32)
+    resampled = np.ascontiguousarray(soxr.resample(samples, own_rate, rate), np.float32)
+    return resampled if len(resampled) else samples[:1]
 
 
 def listen_to(path: MediaFile, most_seconds: float) -> Heard:
@@ -62,9 +67,10 @@ def _decoded(path: MediaFile, most_seconds: float) -> tuple[NDArray[np.float32],
         raise DataError(f"cannot be read: {error.strerror or error}") from error
     with stored:
         head = stored.read(HEAD_BYTES)
-        stored.seek(0)
         if not head:
             raise DataError("is empty: expected a clip")
+        _check_whole(stored, head)
+        stored.seek(0)
         try:
             # By the number of the open file, where there is one: names need not be UTF-8.
             opened = stored.fileno() if isinstance(path, Path) else stored
@@ -72,6 +78,27 @@ def _decoded(path: MediaFile, most_seconds: float) -> tuple[NDArray[np.float32],
                 return _mono(file, most_seconds), file.samplerate, file.frames
         except soundfile.LibsndfileError as error:
             raise DataError(_refused(head, str(error.error_string))) from error
+
+
+def _check_whole(stored: IO[bytes], head: bytes) -> None:
+    """Raise a DataError if a WAV holds less sound than it says, which libsndfile takes without a word."""
+    if head[:4] != b"RIFF" or head[8:12] != b"WAVE":
+        return
+    end, place = stored.seek(0, 2), 12
+    for _ in range(MOST_CHUNKS):
+        stored.seek(place)
+        if len(chunk := stored.read(8)) < 8:
+            return
+        name, size = struct.unpack("<4sI", chunk)
+        place += 8
+        if name == b"data":
+            if size < UNKNOWN_BYTES and end - place < 0.99 * size:  # some programs count wrong by a few bytes
+                raise DataError(
+                    f"is cut off: it says that it holds {size:,} bytes of sound, and has {end - place:,}: fetch or "
+                    "save it again"
+                )
+            return
+        place += size + size % 2
 
 
 def _refused(head: bytes, reason: str) -> str:
@@ -96,4 +123,9 @@ def _mono(file: Any, most_seconds: float) -> NDArray[np.float32]:
     samples = np.concatenate(blocks)
     if not np.isfinite(samples).all():
         raise DataError(f"has {np.count_nonzero(~np.isfinite(samples)):,} samples that are NaN or Inf: save it again")
+    if (loudest := float(np.abs(samples).max())) > LOUDEST:
+        raise DataError(
+            f"has samples of up to {loudest:,.0f}: expected floats between -1 and 1; divide them by 32,768 if they "
+            "were whole numbers of 16 bits, and save it again"
+        )
     return samples
