@@ -65,9 +65,7 @@ def find_media(
     columns = (prompt_column, completion_column)
     found, files = _found(path, kind, columns, needed, skipped, told, problems)
     checked = check_items(found, kind, most_seconds, skipped, told)
-    _check(path, kind, needed if is_learned else "", checked, skipped, problems)
-    if problems.found:  # a table that was passed over may be what was meant
-        raise DataError(*dict.fromkeys(problems.found), *(f"{note}." for note in told.notes if PASSED_OVER in note))
+    _check(path, kind, needed if is_learned else "", checked, skipped, problems, told)
     odd = oddities(checked["train"], checked.get("valid", ())) if needed else []
     return MediaData(
         checked["train"], checked.get("valid"), skipped, tuple(told.notes), (*told.warnings, *odd),
@@ -220,14 +218,22 @@ def _from_folder(path: Path, kind: str, needed: str, told: Told) -> dict[str, li
 
 
 def _check(
-    path: Path, kind: str, needed: str, checked: dict[str, list[Item]], skipped: Skipped, problems: Problems
+    path: Path,
+    kind: str,
+    needed: str,
+    checked: dict[str, list[Item]],
+    skipped: Skipped,
+    problems: Problems,
+    told: Told,
 ) -> None:
-    """Note what is wrong with the rows, or what is missing from those that are right."""
+    """Raise a DataError with everything that is wrong so far, or with what is missing from items that are right."""
     if needed == "label":
         _leave_unknown(checked, skipped)
     problems.attempt(skipped.check)
     if not problems.found:
         problems.attempt(_check_enough, path, kind, needed, checked, skipped)
+    if problems.found:  # a table that was passed over may be what was meant
+        raise DataError(*dict.fromkeys(problems.found), *(f"{note}." for note in told.notes if PASSED_OVER in note))
 
 
 def _leave_unknown(found: dict[str, list[Item]], skipped: Skipped) -> None:
@@ -248,8 +254,8 @@ def _check_enough(path: Path, kind: str, needed: str, found: Mapping[str, Sequen
     labels = Counter(item.label for item in items)
     if needed == "label" and len(labels) == len(items) >= MANY_LABELS:
         raise DataError(
-            f"{path}: each of {plural(len(items), *NOUNS[kind])} has a label of its own ({listing(map(repr, labels), 3)}): "
-            "expected several of each; the column of labels is another one, perhaps"
+            f"{path}: each of {plural(len(items), *NOUNS[kind])} has a label of its own "
+            f"({listing(map(repr, labels), 3)}): expected several of each; the labels are in another column, perhaps"
         )
     if needed == "label" and len(labels) == 1:
         raise DataError(
