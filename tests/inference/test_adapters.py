@@ -1,12 +1,15 @@
 """Adapters by name: read when used, out of memory when there is no room, and never another one than was asked for."""
 
+import gc
 import shutil
 import threading
+import types
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from samples import IDS, make_adapter
 from thimble.backends.torch.decode_step import DecodeStep
@@ -111,7 +114,7 @@ def test_gguf_adapters_are_the_same_as_folders(session, tmp_path):
 
 def test_memory_is_bounded_and_what_is_unused_for_longest_goes(session, folder, reads):
     sizes = {
-        name: session.load(make_adapter(BASE, rank=rank)).resident_bytes for name, rank in (("red", 2), ("blue", 4))
+        name: session.prepare(make_adapter(BASE, rank=rank)).resident_bytes for name, rank in (("red", 2), ("blue", 4))
     }
     registry = AdapterRegistry(session, BASE, resident_bytes=sizes["red"] + sizes["blue"])
     registry.add_folder(folder)
@@ -145,7 +148,7 @@ def test_an_adapter_that_does_not_fit_is_an_error_and_changes_nothing(session, r
 def test_the_first_adapters_are_read_ahead_as_far_as_they_take_so_much_memory(session, registry, folder, reads):
     registry.read_ahead(most_bytes=0)
     assert reads == []
-    registry.read_ahead(most_bytes=session.load(make_adapter(BASE, rank=4)).resident_bytes + 1)
+    registry.read_ahead(most_bytes=session.prepare(make_adapter(BASE, rank=4)).resident_bytes + 1)
     assert reads == ["blue", "green"]  # the second one goes beyond
     (folder / "red" / "adapter_model.safetensors").write_bytes(b"damaged")
     registry.read_ahead()  # nobody asked for it
@@ -163,6 +166,34 @@ def test_what_a_first_answer_would_look_up_of_an_adapter_is_there_once_it_is_rea
     while not engine.is_idle:
         engine.step()
     assert found == [active]
+
+
+@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+def test_an_adapter_in_use_takes_its_numbers_once(folder, compute):
+    """Not once more as it was trained, nor with B both ways round."""
+    session = TorchSession(BASE, compute, "dense")
+    registry = AdapterRegistry(session, BASE)
+    registry.add_folder(folder)
+    active = registry.get("red")
+    numbers = sum(factors.A.size + factors.B.size for factors in make_adapter(BASE, rank=2).layers.values())
+    assert active.resident_bytes == numbers * (4 if compute == "fp32" else 2)
+    engine = Engine(session)
+    engine.add(IDS, SamplingOptions(3), active)  # a prompt that large products read, and single tokens
+    while not engine.is_idle:
+        engine.step()
+    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _tensors_within(active)}
+    assert sum(held.values()) == active.resident_bytes
+
+
+def _tensors_within(one):
+    """All tensors that can be reached from an object by way of its attributes, lists and dicts."""
+    todo, seen = [one], {}
+    while todo:
+        one = todo.pop()
+        if id(one) not in seen and not isinstance(one, type | types.ModuleType | types.FunctionType):
+            seen[id(one)] = one
+            todo += [] if isinstance(one, torch.Tensor) else gc.get_referents(one)
+    return [one for one in seen.values() if isinstance(one, torch.Tensor)]
 
 
 def test_a_name_that_is_loaded_again_stands_for_the_new_contents(session, registry, folder):
@@ -215,13 +246,13 @@ def test_adapters_are_blended_as_the_sum_of_what_each_adds(session, registry, re
     for name, weight in weights.items():
         factors = session.load(registry_file.load_fitting(registry.path(name), BASE)).export().layers[path]
         dense = dense + weight * factors.scale * factors.B @ factors.A
-    blended = active.export().layers[path]
+    blended = active.layers[path]
     np.testing.assert_allclose(blended.scale * blended.B @ blended.A, dense, atol=1e-5)
 
 
 def test_a_single_adapter_can_have_a_weight(session, registry):
-    half = registry.get({"red": 0.5}).export()
-    whole = registry.get({"red": 1.0}).export()
+    half = registry.get({"red": 0.5})
+    whole = registry.get({"red": 1.0})
     for path, factors in whole.layers.items():
         assert half.layers[path].scale == 0.5 * factors.scale
     assert registry.get("red").identity != registry.get({"red": 0.5}).identity

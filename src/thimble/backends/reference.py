@@ -258,8 +258,10 @@ class ReferenceSession:
 
     independent_tokens = 0  # numpy sums many rows otherwise than few
 
-    def prepare(self, adapter: Updates) -> None:
-        """See Session; there is nothing to prepare."""
+    def prepare(self, adapter: Adapter) -> Updates:
+        active = self.load(adapter)
+        _ = active.identity
+        return active
 
     def new_cache(self) -> TokenCache:
         return TokenCache()

@@ -257,8 +257,8 @@ class Session(TrainingSession, Protocol):
     def independent_tokens(self) -> int:
         """Most written tokens of a pass in which each comes to the same, to the bit, whatever is read beside it."""
 
-    def prepare(self, adapter: ActiveAdapter) -> None:
-        """Do what the first answer with a finished adapter would wait for; any thread may."""
+    def prepare(self, adapter: Adapter) -> ActiveAdapter:
+        """Bring a finished adapter into memory, hashed and laid out as answers read it; any thread may."""
 
     def new_cache(self) -> KeyValueCache:
         """An empty key-value cache."""

@@ -147,7 +147,7 @@ class AdapterRegistry:
             AdapterError: If it is damaged or does not fit the base, or the name cannot be used.
         """
         _check_name(name)
-        active = self._activated(load_fitting(str(path), self._base))
+        active = self._session.prepare(load_fitting(str(path), self._base))
         self._put(name, path, active)
         return active
 
@@ -188,7 +188,7 @@ class AdapterRegistry:
         with self._loading:  # one at a time, and what two wait for is read once
             if (found := self._find(key)) is not None:
                 return found
-            active = self._activated(self._read(key))
+            active = self._session.prepare(self._read(key))
             with self._lock:
                 self._keep(key, active)
             return active
@@ -206,13 +206,6 @@ class AdapterRegistry:
                 return
             with contextlib.suppress(AdapterError):
                 self.get(name)
-
-    def _activated(self, adapter: Adapter) -> ActiveAdapter:
-        """An adapter in the session's memory, hashed and laid out here, not while a step of the engine waits for it."""
-        active = self._session.load(adapter)
-        _ = active.identity
-        self._session.prepare(active)
-        return active
 
     def _read(self, key: _Key) -> Adapter:
         """What a key stands for, from the files."""

@@ -74,7 +74,43 @@ class Spans(NamedTuple):
 
 
 class ActiveAdapter:
-    """An adapter ready for products in the compute type; an empty one, of None, is the bare base."""
+    """An adapter ready for products in the compute type; one without layers is the bare base."""
+
+    def __init__(self, layers: Mapping[str, LoraFactors]) -> None:
+        self.layers = layers
+        self.tables: dict[int, Any] = {}  # by group of projections: what thimble.backends.torch.lora_rows looks up
+
+
+class FinishedAdapter(ActiveAdapter):
+    """One that only answers. Its B lie transposed, as loops for few tokens read them, and nothing is held twice.
+
+    Args:
+        adapter: Whose arrays are used as they are where that can be: they must not be changed any more.
+        compute: Of the products.
+    """
+
+    def __init__(self, adapter: Adapter, compute: torch.dtype) -> None:
+        self.identity = adapter.identity()
+        super().__init__(
+            {path: _finished(factors, adapter.origin.get(path), compute) for path, factors in adapter.layers.items()}
+        )
+
+    @property
+    def resident_bytes(self) -> int:
+        """See thimble.backends.session.ActiveAdapter."""
+        kept = [(f.A, f.B, f.trained.magnitude, f.row_lengths, f.row_rates) for f in self.layers.values()]
+        return sum(tensor.nbytes for tensors in kept for tensor in tensors if tensor is not None)
+
+
+def _finished(factors: Factors, start: Factors | None, compute: torch.dtype) -> LoraFactors:
+    a, b = _stacked(torch.from_numpy(factors.A).float(), torch.from_numpy(factors.B).float(), _as_origin(start))
+    a, b = a.to(compute).contiguous(), b.to(compute).t().contiguous().t()
+    magnitude = None if factors.magnitude is None else torch.from_numpy(factors.magnitude).float()
+    return LoraFactors(a, b, factors.scale, len(factors.A), Parameters(a, b, magnitude))
+
+
+class TrainableAdapter(ActiveAdapter):
+    """One whose values lie in one flat float32 vector, and reach the layers from there; of None, the bare base."""
 
     def __init__(self, adapter: Adapter | None, compute: torch.dtype) -> None:
         adapter = adapter or Adapter({})
@@ -92,8 +128,7 @@ class ActiveAdapter:
             values = np.concatenate([array.reshape(-1) for array in arrays] or [np.zeros(0)])
             self.flat[span] = torch.from_numpy(values.astype(np.float32))
         trained = self.views(self.flat)
-        self.layers = {path: self._factors(path, trained[path], compute) for path in self._shapes}
-        self.tables: dict[int, Any] = {}  # by group of projections: what thimble.backends.torch.lora_rows looks up
+        super().__init__({path: self._factors(path, trained[path], compute) for path in self._shapes})
 
     @property
     def resident_bytes(self) -> int:
@@ -114,10 +149,8 @@ class ActiveAdapter:
         return self.export().identity()
 
     def _factors(self, path: str, trained: Parameters, compute: torch.dtype) -> LoraFactors:
-        start, a, b, origin = self._like.origin.get(path), trained.A, trained.B, None
-        if start is not None:
-            origin = Parameters(torch.from_numpy(start.A), torch.from_numpy(start.B), None)
-            a, b = torch.cat([a, a - origin.A]), torch.cat([b - origin.B, origin.B], 1)
+        origin = _as_origin(self._like.origin.get(path))
+        a, b = _stacked(trained.A, trained.B, origin)
         return LoraFactors(a.to(compute), b.to(compute), self._shapes[path].scale, len(trained.A), trained, origin)
 
     def views(self, flat: Tensor) -> dict[str, Parameters]:
@@ -139,6 +172,15 @@ class ActiveAdapter:
         views: Mapping[str, Parameters] = self.views(self.flat)
         layers = {path: _copied(parameters, self._shapes[path]) for path, parameters in views.items()}
         return replace(self._like, layers=layers)
+
+
+def _as_origin(start: Factors | None) -> Parameters | None:
+    return None if start is None else Parameters(torch.from_numpy(start.A), torch.from_numpy(start.B), None)
+
+
+def _stacked(a: Tensor, b: Tensor, origin: Parameters | None) -> tuple[Tensor, Tensor]:
+    """A over A − A₀ and B − B₀ beside B₀, where there is something that a layer is the difference to."""
+    return (a, b) if origin is None else (torch.cat([a, a - origin.A]), torch.cat([b - origin.B, origin.B], 1))
 
 
 def _copied(parameters: Parameters, shape: _Shape) -> Factors:

@@ -165,10 +165,11 @@ class DecodeStep:
 
     def _gather(self, adapter: ActiveAdapter) -> _Known:
         table, most = np.zeros((len(self._jobs), len(columns.LOW)), np.int64), 0
+        job_of = {path: number for number, path in enumerate(self._paths)}
         for projection in self._decoder.projections:
             layers = look_up(adapter, projection.number, projection.columns).layers
             for (path, _, factors, place), layer in zip(projection.adapted(adapter.layers), layers, strict=True):
-                row = table[self._paths.index(path)]
+                row = table[job_of[path]]
                 row[columns.A], (row[columns.B], row[columns.RATES]) = factors.A.data_ptr(), layer[1:3]
                 row[columns.RANKS], row[columns.LOW_FIRST] = len(factors.A), place.start
                 row[columns.SCALE] = np.float32(factors.scale).view(np.int32)

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from thimble.backends.session import Gradient
 from thimble.backends.torch.adamw import AdamW
-from thimble.backends.torch.adapters import ActiveAdapter
+from thimble.backends.torch.adapters import TrainableAdapter
 from thimble.core.adapter import Adapter
 from thimble.core.method import Method
 
@@ -18,12 +18,12 @@ from thimble.core.method import Method
 class TrainState:
     """An adapter in training, with its optimiser."""
 
-    active: ActiveAdapter
+    active: TrainableAdapter
     method: Method
     optimiser: AdamW
 
 
-def begin(active: ActiveAdapter, method: Method) -> TrainState:
+def begin(active: TrainableAdapter, method: Method) -> TrainState:
     """Train an adapter from the values it has."""
     spans, goal = active.spans, active.flat.clone() if method.weight_decay else None
     rates = [(spans.A, 0.0 if method.freezes_a else 1.0), (spans.B, method.lora_plus), (spans.magnitude, 1.0)]

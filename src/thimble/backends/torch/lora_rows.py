@@ -89,11 +89,12 @@ def look_up(adapter: ActiveAdapter, number: int, columns: Mapping[str, slice]) -
 def _one_layer(factors: LoraFactors, columns: slice) -> _Table:
     """A table of one layer, which holds the tensors that its addresses lie in."""
     a, b, rates = factors.A.contiguous(), factors.B.t().contiguous(), factors.row_rates
-    rows = [(a.data_ptr() + row * a.shape[1] * a.element_size(), 0) for row in range(len(a))]
+    rows = np.zeros((len(a), 2), np.int64)
+    rows[:, 0] = a.data_ptr() + a.shape[1] * a.element_size() * np.arange(len(a))
     layer = (0, b.data_ptr(), 0 if rates is None else rates.data_ptr(), len(a), 0, columns.start, columns.stop)
     held = [a, b] if rates is None else [a, b, rates]
     return _Table(
-        np.array(rows, np.int64).reshape(-1, 2),
+        rows,
         np.array([layer], np.int64),
         np.array([factors.scale], np.float32),
         held,

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from thimble.backends.session import ForwardRow, LayerInfo, Objective, Pass, StepKey, Work
 from thimble.backends.torch import calibrate, labelled_rows
-from thimble.backends.torch.adapters import ActiveAdapter
+from thimble.backends.torch.adapters import ActiveAdapter, FinishedAdapter, TrainableAdapter
 from thimble.backends.torch.compute import DTYPES
 from thimble.backends.torch.decode_step import CODES, DecodeStep
 from thimble.backends.torch.decoder import Decoder
@@ -111,8 +111,8 @@ class TorchSession(FlatTraining):
     # ---- adapters -------------------------------------------------------------------------------------------------
 
     @out_of_memory
-    def load(self, adapter: Adapter | None) -> ActiveAdapter:
-        active = ActiveAdapter(adapter, self.decoder.compute)
+    def load(self, adapter: Adapter | None) -> TrainableAdapter:
+        active = TrainableAdapter(adapter, self.decoder.compute)
         self.decoder.measure(active.layers)
         return active
 
@@ -265,9 +265,13 @@ class TorchSession(FlatTraining):
 
     # ---- inference ------------------------------------------------------------------------------------------------
 
-    def prepare(self, adapter: ActiveAdapter) -> None:
+    @out_of_memory
+    def prepare(self, adapter: Adapter) -> FinishedAdapter:
+        active = FinishedAdapter(adapter, self.decoder.compute)
+        self.decoder.measure(active.layers)
         if self._step:
-            self._step.gathered(adapter)
+            self._step.gathered(active)
+        return active
 
     def new_cache(self) -> KvCache:
         return KvCache(len(self.decoder.blocks), self.decoder.blocks[0].attention, self._cache_kind)

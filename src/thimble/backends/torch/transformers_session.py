@@ -235,8 +235,10 @@ class TransformersSession(FlatTraining):
 
     # ---- inference ------------------------------------------------------------------------------------------------
 
-    def prepare(self, adapter: Updates) -> None:
-        """See Session; there is nothing to prepare."""
+    def prepare(self, adapter: Adapter) -> Updates:
+        active = self.load(adapter)
+        _ = active.identity
+        return active
 
     def new_cache(self) -> BlockCache | TokenCache:
         return BlockCache(self.cache_shapes, self.model.compute) if self.cache_shapes else TokenCache()

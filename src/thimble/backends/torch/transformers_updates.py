@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from thimble.backends.session import StepKey
-from thimble.backends.torch.adapters import ActiveAdapter
+from thimble.backends.torch.adapters import TrainableAdapter
 from thimble.backends.torch.attached_layers import LowRank
 from thimble.backends.torch.lora import Dropout
 from thimble.core.adapter import Adapter
@@ -24,7 +24,7 @@ _INPUTS = {
 _OTHERS = 1 << 20
 
 
-class Updates(ActiveAdapter):
+class Updates(TrainableAdapter):
     """An adapter as layers of a model take it; an empty one, of None, is the bare base."""
 
     def __init__(self, adapter: Adapter | None) -> None:
