@@ -1,5 +1,6 @@
 """The adapter as a value: low-rank updates by layer path. Knows no files, no framework and no base."""
 
+import functools
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -21,6 +22,8 @@ from thimble.core.lowrank import (
 )
 from thimble.core.targets import Size
 from thimble.errors import listing
+
+_written = functools.cache(str)  # of a dtype: numpy takes longer to write it than it takes to hash a small matrix
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ class Adapter:
             for path in sorted(layers):
                 factors = layers[path]
                 parts = [factors.A, factors.B] + ([] if factors.magnitude is None else [factors.magnitude])
-                found.update(f"{what}{path} {factors.scale!r} {[(p.shape, str(p.dtype)) for p in parts]}".encode())
+                found.update(f"{what}{path} {factors.scale!r} {[(p.shape, _written(p.dtype)) for p in parts]}".encode())
                 for part in parts:
                     found.update(np.ascontiguousarray(part).data)
                 if factors.layout != LINEAR:

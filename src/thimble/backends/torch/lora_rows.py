@@ -82,34 +82,31 @@ def look_up(adapter: ActiveAdapter, number: int, columns: Mapping[str, slice]) -
     table: _Table | None = adapter.tables.get(number)
     if table is None:
         found = [(adapter.layers[path], place) for path, place in columns.items() if path in adapter.layers]
-        table = adapter.tables[number] = _joined([_one_layer(*layer) for layer in found], is_one_span=True)
+        table = adapter.tables[number] = _of_one_span(found)
     return table
 
 
-def _one_layer(factors: LoraFactors, columns: slice) -> _Table:
-    """A table of one layer, which holds the tensors that its addresses lie in."""
-    a, b, rates = factors.A.contiguous(), factors.B.t().contiguous(), factors.row_rates
-    rows = np.zeros((len(a), 2), np.int64)
-    rows[:, 0] = a.data_ptr() + a.shape[1] * a.element_size() * np.arange(len(a))
-    layer = (0, b.data_ptr(), 0 if rates is None else rates.data_ptr(), len(a), 0, columns.start, columns.stop)
-    held = [a, b] if rates is None else [a, b, rates]
-    return _Table(
-        rows,
-        np.array([layer], np.int64),
-        np.array([factors.scale], np.float32),
-        held,
-    )
+def _of_one_span(adapted: Sequence[tuple[LoraFactors, slice]]) -> _Table:
+    """A table of some layers, which holds the tensors that its addresses lie in."""
+    a_rows: list[tuple[int, int]] = []
+    layers, held = [], list[Tensor]()
+    for factors, columns in adapted:
+        a, b, rates = factors.A.contiguous(), factors.B.t().contiguous(), factors.row_rates
+        first, start = len(a_rows), a.data_ptr()
+        a_rows += [(row, 0) for row in range(start, start + a.nbytes, a.shape[1] * a.element_size())]
+        rank, rates_at = len(a_rows) - first, 0 if rates is None else rates.data_ptr()
+        layers.append((0, b.data_ptr(), rates_at, rank, first, columns.start, columns.stop))
+        held += [a, b] if rates is None else [a, b, rates]
+    scales = np.array([factors.scale for factors, _ in adapted], np.float32)
+    return _Table(np.array(a_rows, np.int64).reshape(-1, 2), np.array(layers, np.int64).reshape(-1, 7), scales, held)
 
 
-def _joined(tables: Sequence[_Table], is_one_span: bool = False) -> _Table:
-    """Tables behind one another, of a span each or of one."""
-    if not tables:
-        return _Table(np.zeros((0, 2), np.int64), np.zeros((0, 7), np.int64), np.zeros(0, np.float32))
+def _joined(tables: Sequence[_Table]) -> _Table:
+    """Tables of a span each behind one another."""
     a_rows, layers = (np.concatenate(parts) for parts in ([t.a_rows for t in tables], [t.layers for t in tables]))
     ranks, counts = [table.low for table in tables], [len(table.layers) for table in tables]
     layers[:, 4] += np.repeat(np.cumsum([0, *ranks[:-1]]), counts)
-    if not is_one_span:
-        a_rows[:, 1], layers[:, 0] = (np.repeat(np.arange(len(tables)), sizes) for sizes in (ranks, counts))
+    a_rows[:, 1], layers[:, 0] = (np.repeat(np.arange(len(tables)), sizes) for sizes in (ranks, counts))
     held = [tensor for table in tables for tensor in table.held]
     return _Table(a_rows, layers, np.concatenate([table.scales for table in tables]), held)
 
