@@ -683,6 +683,20 @@ def test_a_prompt_in_parts_and_token_by_token_has_the_logits_of_one_read_at_once
     assert_near(logits, expected, max(precision, 1e-6))  # logits are float32
 
 
+@pytest.mark.parametrize("kind", ["plain", "delta", "dora"])
+def test_an_adapter_that_only_answers_answers_as_one_that_can_be_trained(backend, session, kind):
+    loaded, prepared = session.load(make_adapter(kind)), session.prepare(make_adapter(kind))
+    assert prepared.identity == loaded.identity
+    assert prepared.resident_bytes <= loaded.resident_bytes
+    bare, _ = read(session, new_cache(session), TEXT)
+    (one, other) = (new_cache(session), new_cache(session))
+    for start, stop in [(0, 90), (90, 95), (95, 96)]:  # by large products, by loops for few tokens
+        expected, _ = read(session, one, TEXT[start:stop], 0, start, loaded)
+        found, _ = read(session, other, TEXT[start:stop], 0, start, prepared)
+        assert_near(found, expected, max(10 * BACKENDS[backend].precision, 1e-6))
+    assert np.abs(found - bare).max() > 1e-3
+
+
 @pytest.mark.parametrize(("other", "family"), pairs(["smollm2", "gemma2", "gemma3", "qwen3", "phi3_longrope"]))
 def test_rows_of_all_kinds_share_a_pass(other, family):
     """A prompt that begins, two that go on, short ones, and next tokens; each with an adapter of its own or none."""
