@@ -402,3 +402,29 @@ def test_an_address_is_refused_as_one(tmp_path, monkeypatch, name):
 def test_a_pattern_of_names_is_refused_with_what_to_name(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     assert "name the folder" in refusal(name)
+
+
+@pytest.mark.parametrize("is_folder", [True, False], ids=["folder", "file"])
+@pytest.mark.parametrize("name", ["train.parquet", "train.arrow", "train.csv", "train.tsv"])
+@pytest.mark.parametrize("text", [LINES, json.dumps(ROWS, indent=1)], ids=["lines", "array"])
+def test_json_under_the_name_of_another_kind_is_read_as_json(tmp_path, text, name, is_folder):
+    write(tmp_path, {name: text})
+    data = read_dataset(tmp_path if is_folder else tmp_path / name)
+    assert len(data.train) == 6
+    assert any(f"{name} holds" in note and "JSON" in note for note in data.notes)
+
+
+@pytest.mark.parametrize("is_folder", [True, False], ids=["folder", "file"])
+@pytest.mark.parametrize("name", ["train.jsonl", "train.csv", "train.json"])
+def test_parquet_under_the_name_of_another_kind_is_read_as_parquet(tmp_path, name, is_folder):
+    pyarrow = pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow.parquet").write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / name)
+    data = read_dataset(tmp_path if is_folder else tmp_path / name)
+    assert len(data.train) == 6
+    assert any(f"{name} holds Parquet" in note for note in data.notes)
+
+
+def test_a_table_of_text_under_the_name_of_parquet_is_not_to_be_fetched_again(tmp_path):
+    write(tmp_path, {"train.parquet": "prompt,completion\na,b\n"})
+    with pytest.raises(DataError, match="begins with text: call it what it is"):
+        read_dataset(tmp_path / "train.parquet")

@@ -15,7 +15,7 @@ from typing import IO, Any, cast
 from thimble.data.sources.arrow_values import Convert, converter
 from thimble.data.sources.json_rows import CONVERSATIONS
 from thimble.data.sources.kinds import SAVED
-from thimble.data.sources.packed import unpacked
+from thimble.data.sources.packed import head_of, unpacked
 from thimble.data.sources.raw import RawRow, Source, Told
 from thimble.data.sources.saved import indices_of, read_json
 from thimble.errors import DataError, MissingPackageError, install_line, listing
@@ -49,7 +49,15 @@ def read_arrow(source: Source, told: Told, has_media: bool = False) -> Iterator[
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError, OverflowError, MemoryError) as error:
         kind = "Parquet" if source.kind == ".parquet" else "Arrow"
         reason = str(error) or "it asks for more memory than there is"
-        raise DataError(f"{source.name} is not a whole {kind} file: {reason.rstrip('.')}. Fetch it again.") from error
+        raise DataError(f"{source.name} is not a whole {kind} file: {reason.rstrip('.')}. {_way(source)}") from error
+
+
+def _way(source: Source) -> str:
+    """What to do about a file that cannot be read."""
+    begin = b"" if source.kind == SAVED else head_of(source.path, source.name)
+    if begin and b"\0" not in begin and not begin.startswith(b"PAR1"):
+        return "It begins with text: call it what it is, as with the suffix .csv, .jsonl or .txt."
+    return "Fetch it again."
 
 
 def _batches(source: Source) -> Iterator[Any]:

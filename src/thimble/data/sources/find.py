@@ -10,13 +10,22 @@ from typing import NamedTuple
 
 from thimble.data.sources.card import files_by_card
 from thimble.data.sources.json_rows import split_arrays
-from thimble.data.sources.kinds import BINARY, EXPECTED, kind_by_content, kind_of, refusal, refused_kind
+from thimble.data.sources.kinds import (
+    BINARY,
+    CONTENTS,
+    EXPECTED,
+    SAVED,
+    kind_by_content,
+    kind_of,
+    refusal,
+    refused_kind,
+)
 from thimble.data.sources.layout import files_in
 from thimble.data.sources.packed import head_of, unpacked
 from thimble.data.sources.raw import Source, Told
 from thimble.data.sources.saved import saved_splits
 from thimble.data.sources.splits import SPLITS, place, warn_of_missing_parts
-from thimble.errors import DataError, listing, plural
+from thimble.errors import DataError, InputError, listing, plural
 
 # An address, from which a path takes a slash; of a data set of the hub, with its name.
 _ADDRESS = re.compile(
@@ -24,6 +33,9 @@ _ADDRESS = re.compile(
 )
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/(?!.*\.(jsonl?|[ct]sv|txt|parquet|arrow)(\.|$))[\w.-]+")
 _FIRST_KEY = re.compile(rb'\s*\{\s*"(%s)"\s*:\s*\[' % "|".join(SPLITS).encode(), re.IGNORECASE)
+
+# No header of a table begins and ends so; a long line is cut off.
+_JSON = re.compile(rb'(\xef\xbb\xbf)?\s*(\[\s*)?\{\s*("[^"\n]*"\s*:[^\n]*)?([}\],{\[]\s*(\n|$)|[^\n]{2000})')
 
 
 class Files(NamedTuple):
@@ -38,25 +50,44 @@ def find_files(path: Path) -> Files:
     told = Told()
     try:
         if path.is_dir():
-            return Files(_folder(path, told), told)
+            return Files(_as_they_are(_folder(path, told), told), told)
         if not path.exists():
             raise DataError(f"{path} {_missing(path)}")
         if not path.is_file():  # a pipe or a device would be waited for
             raise DataError(f"{path} is no regular file: expected a {EXPECTED} file, or a folder of such files.")
-        return Files(_one_file(path), told)
+        return Files(_as_they_are(_one_file(path), told), told)
     except OSError as error:
         raise DataError(f"{path} cannot be opened: {error.strerror or error}. Expected a file or a folder.") from error
 
 
 def _one_file(path: Path) -> dict[str, list[Source]]:
     kind = kind_of(path)
-    if not refused_kind(path) and kind not in BINARY:
-        inside = kind_by_content(head_of(path, path.name))  # what the name does not say, or says wrongly
-        kind = inside if kind is None or inside in BINARY else kind
+    if kind is None and not refused_kind(path):
+        kind = kind_by_content(head_of(path, path.name))
     if kind is None:
         raise DataError(refusal(path))
     source = Source(path, path.name, kind)
     return _json_splits(source) if kind == ".json" else {"train": [source]}
+
+
+def _as_they_are(splits: dict[str, list[Source]], told: Told) -> dict[str, list[Source]]:
+    """The files, each to be read as what it is where its name says something else."""
+    return {split: [_as_it_is(source, told) for source in sources] for split, sources in splits.items()}
+
+
+def _as_it_is(source: Source, told: Told) -> Source:
+    if source.kind == SAVED or source.part:
+        return source
+    try:
+        head = head_of(source.path, source.name)
+    except InputError:
+        return source  # told when it is read
+    inside = kind_by_content(head)
+    is_other = inside in BINARY or source.kind in BINARY or (source.kind == ".csv" and _JSON.match(head))
+    if inside is None or inside == source.kind or not is_other:
+        return source
+    told.note(f"{source.name} holds {CONTENTS[inside]} and is read as that")
+    return source._replace(kind=inside)
 
 
 def _json_splits(source: Source) -> dict[str, list[Source]]:

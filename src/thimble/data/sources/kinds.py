@@ -10,6 +10,8 @@ TABLES = (".jsonl", ".json", ".parquet", ".arrow", ".csv")  # which is taken fir
 BINARY = (".parquet", ".arrow")
 TEXT = ".txt"
 SAVED = "saved"  # state.json of a folder of Arrow files with a list of the rows to take
+# Kinds that are known by their first bytes, for messages.
+CONTENTS = {".parquet": "Parquet", ".arrow": "Arrow", ".jsonl": "JSON, an object a line,", ".json": "a JSON array"}
 PACKINGS = (".gz", ".zst", ".bz2", ".xz", ".lz4")
 EXPECTED = ".jsonl, .json, .csv, .tsv, .parquet, .arrow, .txt or .md"
 
