@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from thimble.cli import main
 from thimble.commands import COMMANDS
 from thimble.config.options import options_of, takes_many
 from thimble.config.paths import expanded
@@ -68,14 +69,27 @@ def test_a_config_file_is_found_alike(home):
 
 
 def test_what_is_not_set_is_named_but_may_be_part_of_the_name_of_what_is_made(monkeypatch):
-    config = build_config(TrainConfig, {"data": "$UNSET/mine.jsonl", "out": "cash in $UNSET"})
-    assert config.problems == (
+    with pytest.raises(ConfigError) as caught:
+        build_config(TrainConfig, {"data": "$UNSET/mine.jsonl", "out": "cash in $UNSET", "rank": 0})
+    assert caught.value.problems == (
         "DATA '$UNSET/mine.jsonl': there is no such file, and the variable UNSET is not set: set it, or name the file",
+        "--rank 0: expected at least 1",
     )
-    assert config.out == "cash in $UNSET"
+    assert build_config(TrainConfig, {"data": "mine.jsonl", "out": "cash in $UNSET"}).out == "cash in $UNSET"
     monkeypatch.delenv("HOME")
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # a user whom the system does not know
-    assert "this user has none" in build_config(TrainConfig, {"data": "~/mine.jsonl"}).problems[0]
+    with pytest.raises(ConfigError, match="this user has none"):
+        build_config(TrainConfig, {"data": "~/mine.jsonl"})
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [["plan", "$UNSET/a.jsonl"], ["chat", "--base", "$UNSET/b"], ["inspect", "$UNSET/b"], ["export", "$UNSET/a"]],
+    ids=lambda argv: argv[0],
+)
+def test_a_path_with_a_variable_that_is_not_set_is_told_once(argv, capsys):
+    assert main(argv) == 2
+    assert capsys.readouterr().err.count("$UNSET") == 1
 
 
 def test_adapters_in_a_file_may_stand_in_one_text_and_their_names_are_taken_as_they_are():

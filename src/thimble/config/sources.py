@@ -23,31 +23,40 @@ def build_config(
 ) -> AnyOptions:
     """Build a config from flags or keywords, over a YAML file, over the run folder that is resumed.
 
-    What is wrong is in its `problems`, after those given here; a YAML file that cannot be read is a ConfigError.
+    What is wrong is in its `problems`, after those given here. A YAML file that cannot be read is a ConfigError, and so
+    is a path with a variable that is not set, since no command could say anything of a file of that name but that it is
+    missing.
     """
     given, unknown = options.sort(values)
     try:
         config_file = expanded(str(config_file)) if config_file else None
     except ValueError as error:
         raise ConfigError(f"config file {config_file}: {error}") from None
-    filed, unknown_there = _filed(options, config_file) if config_file else ({}, [])
+    filed, unknown_there, lost_there = _filed(options, config_file) if config_file else ({}, [], [])
     given, lost = expand_paths(options, given)
+    lost = [*lost_there, *lost]
     given, found = layered(filed, given), [*problems, *unknown_there, *unknown, *lost]
     if issubclass(options, RunOptions) and _is_true(given.get("resume")):
         given, differing = _resumed(given, config_file)
         found += differing
-    return options.make(given, found)
+    config = options.make(given, found)
+    if lost:
+        raise ConfigError(*config.problems)
+    return config
 
 
-def _filed(options: type[Options], config_file: str) -> tuple[dict[str, Given], list[str]]:
-    """The options in a YAML file, or in that of a run folder, whose base and data may lie elsewhere now."""
+def _filed(options: type[Options], config_file: str) -> tuple[dict[str, Given], list[str], list[str]]:
+    """The options in a YAML file, or in that of a run folder, whose base and data may lie elsewhere now.
+
+    With what is wrong with their names, and with their paths.
+    """
     path = Path(config_file)
     given, unknown = options.sort(_read_yaml(path), config_file)
     if _is_of_run(path):
         given = of_run(given) if issubclass(options, TrainConfig) else given
-        return relocated(options, given, path.parent, by_name=False), unknown
+        return relocated(options, given, path.parent, by_name=False), unknown, []
     given, lost = expand_paths(options, given)
-    return given, [*unknown, *lost]
+    return given, unknown, lost
 
 
 def _is_of_run(path: Path) -> bool:
