@@ -101,6 +101,8 @@ def test_a_run_that_is_cut_short_ends_as_it_would_have(pictures, model, tmp_path
         should_stop=lambda: len(steps) == 7,
     )  # fmt: skip
     assert (whole.status, cut.status) == ("done", "interrupted")
+    with pytest.raises(InputError, match="--store int8: the run to resume began with dense"):
+        thimble.train(pictures, base=model, out=str(tmp_path / "cut"), resume=True, store="int8")
     again = thimble.train(pictures, base=model, out=str(tmp_path / "cut"), resume=True)
     assert again.status == "done"
     ours, theirs = (
@@ -144,11 +146,13 @@ def test_a_module_that_fails_on_its_pictures_is_told_with_its_line(pictures, tmp
 def test_options_that_say_nothing_for_pictures_are_refused_together(pictures, model, tmp_path):
     with pytest.raises(InputError) as refused:
         thimble.train(
-            pictures, base=model, out=str(tmp_path / "run"), batch_tokens=100, keep_general=0.5, targets="nope"
-        )
+            pictures, base=model, out=str(tmp_path / "run"), batch_tokens=100, keep_general=0.5, targets="nope",
+            remeasure=True,
+        )  # fmt: skip
     told = str(refused.value)
     assert "--batch-tokens 100: says nothing for --task classify-image" in told
     assert "--keep-general 0.5" in told
+    assert "--remeasure true: says nothing for --task classify-image, only for text; leave it out" in told
     assert "'nope', which no module" in told
     assert not (tmp_path / "run").exists()
 

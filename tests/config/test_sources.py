@@ -129,6 +129,18 @@ def test_a_run_that_is_resumed_keeps_its_columns(run):
     assert changed.problems[0].startswith("--completion-column Antwort: the run to resume began with Klasse")
 
 
+@pytest.mark.parametrize(("saved", "began"), [("file", "file"), ("dense", "dense"), ("auto", "dense")])
+def test_a_run_that_is_resumed_keeps_how_frozen_weights_are_stored(run, saved, began):
+    """A run on pictures of an earlier release has `auto` in its config.yaml, which was float32 for all of them."""
+    path = run / "config.yaml"
+    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), "store": saved}))
+    for store in (began, "auto"):
+        assert build_config(TrainConfig, {"out": str(run), "resume": True, "store": store}).problems == ()
+    assert build_config(TrainConfig, {"out": str(run), "resume": True, "store": "int8"}).problems == (
+        f"--store int8: the run to resume began with {began}; leave it out, or begin another run with another --out",
+    )
+
+
 def test_resume_may_stand_in_the_file(run):
     problems = build_config(TrainConfig, {}, write("out: runs/mine-1\nresume: true\nrank: 8\n")).problems
     assert "--rank 8: the run to resume began with 4" in problems[0]

@@ -56,7 +56,7 @@ KL_OPTIONS = ("keep_general", "keep_general_on", "keep_general_every_steps")
 FIXED = (
     *COLUMNS, "loss_on", "seq_len", "batch_tokens", "seed", "targets", "target_parameters", "rank", "rank_pattern",
     "alpha", "alpha_pattern", "strength", "use_rslora", "use_dora", "init", "freeze_a", "dropout", *KL_OPTIONS,
-    "valid_split", "task", "train_also", "batch_rows", "image_size", "augment", "max_seconds", "language",
+    "valid_split", "store", "task", "train_also", "batch_rows", "image_size", "augment", "max_seconds", "language",
 )  # fmt: skip
 
 # What runs did before there was an option for it: a config.yaml without it is of such a run.
@@ -71,7 +71,7 @@ ONLY_FOR: Mapping[str, tuple[str, ...]] = {
     "seq_len": ("text", "classify-text", "embed"),
     "max_new_tokens": ("text", "transcribe"),
     **dict.fromkeys(
-        ("prompt_template", "text_column", "loss_on", "batch_tokens", "metric", "eval_rows", "rank_budget", "energy",
+        ("prompt_template", "text_column", "loss_on", "batch_tokens", "remeasure", "metric", "eval_rows", "rank_budget", "energy",
          "energy_of", "explain", *KL_OPTIONS, "strength", "system", "temperature", "top_p", "top_k", "min_p",
          "decode"), ("text",),
     ),
@@ -119,7 +119,10 @@ def _misplaced_init(config: TrainConfig, init: Init) -> list[str]:
 
 def of_run(saved: Mapping[str, Given]) -> dict[str, Given]:
     """The options in a run's config.yaml, complete: a run of an earlier release goes on as it began."""
-    return {**{name: Given(value, name) for name, value in BEFORE.items()}, **saved}
+    found = {**{name: Given(value, name) for name, value in BEFORE.items()}, **saved}
+    if "store" in found and found["store"].value == AUTO:  # as releases left it for other tasks than text
+        found["store"] = found["store"]._replace(value="dense")
+    return found
 
 
 def layered(below: Mapping[str, Given], above: Mapping[str, Given]) -> dict[str, Given]:
