@@ -71,8 +71,8 @@ ONLY_FOR: Mapping[str, tuple[str, ...]] = {
     "seq_len": ("text", "classify-text", "embed"),
     "max_new_tokens": ("text", "transcribe"),
     **dict.fromkeys(
-        ("prompt_template", "text_column", "loss_on", "batch_tokens", "remeasure", "metric", "eval_rows", "rank_budget", "energy",
-         "energy_of", "explain", *KL_OPTIONS, "strength", "system", "temperature", "top_p", "top_k", "min_p",
+        ("prompt_template", "text_column", "loss_on", "batch_tokens", "remeasure", "metric", "eval_rows", "rank_budget",
+         "energy", "energy_of", "explain", *KL_OPTIONS, "strength", "system", "temperature", "top_p", "top_k", "min_p",
          "decode"), ("text",),
     ),
 }  # fmt: skip

@@ -26,26 +26,32 @@ def log_evidence(examples: Examples, tokenizer: Tokenizer, valid_split: float, l
     log_labels(examples, log)
     valid, unseen = len(examples.valid), len(examples.unseen)
     if valid or valid_split:
-        log_few(valid, unseen, len(examples.train), examples.dataset.valid is not None, log)
+        has_file = examples.dataset.valid is not None
+        log_few(valid, unseen, way_to_more(valid + len(examples.train), has_file, valid_split), log)
     return log_language(examples, tokenizer, log)
 
 
-def log_few(valid: int, unseen: int, train: int, has_valid_file: bool, log: EventLog) -> None:
-    """Warn of too few validation rows, of which so many are not trained on."""
+def log_few(valid: int, unseen: int, way: str, log: EventLog) -> None:
+    """Warn of too few validation rows, of which so many are not trained on, with the way to have more."""
     if unseen >= LEAST_TO_STOP:
         return
     new = f", {unseen} of them new" if unseen < valid else ""
     what = f"to tell a gain from chance (at least {LEAST_ROWS}) or to stop by (at least {LEAST_TO_STOP})"
     what = what if unseen < LEAST_ROWS else f"to stop by (at least {LEAST_TO_STOP})"
-    log.warning(f"{plural(valid, 'validation row')}{new}: too few {what}; {_advice(train + valid, has_valid_file)}")
+    log.warning(f"{plural(valid, 'validation row')}{new}: too few {what}; {way}")
 
 
-def _advice(rows: int, has_valid_file: bool) -> str:
-    """How to have enough validation rows."""
-    share = math.ceil(20 * LEAST_TO_STOP / max(rows, 1)) / 20
+def way_to_more(rows: int, has_valid_file: bool, valid_split: float, labels: int = 0) -> str:
+    """How to have enough validation rows: hold more of so many out, if that is enough and was not done, else what to
+    add. Each label keeps a row to learn from.
+    """
     if has_valid_file:
         return "add rows to the valid file"
-    return f"--valid-split {share:g} holds enough of them out" if share <= MOST_SPLIT else "more rows are needed"
+    share = math.ceil(20 * LEAST_TO_STOP / max(rows, 1)) / 20
+    if valid_split < share <= MOST_SPLIT and rows - labels >= LEAST_TO_STOP:
+        return f"--valid-split {share:g} holds enough of them out"
+    needed = max(math.ceil(LEAST_TO_STOP / MOST_SPLIT), labels + LEAST_TO_STOP)
+    return f"give at least {needed} rows, no two of them the same, and --valid-split {MOST_SPLIT:g}"
 
 
 def log_labels(examples: Examples, log: EventLog) -> None:

@@ -25,7 +25,7 @@ from thimble.models.execution import ExecutionPlan
 from thimble.models.module_base import ModuleBase
 from thimble.training import run_folder
 from thimble.training.checkpoint import Checkpoint, check_origin, latest_checkpoint, saved_origin
-from thimble.training.evidence import log_few
+from thimble.training.evidence import log_few, way_to_more
 from thimble.training.facts import RunFacts
 from thimble.training.metric import ChosenMetric
 from thimble.training.module_memory import ModuleCost, plan_memory
@@ -121,8 +121,8 @@ def plan_module_run(config: TrainConfig, task: str, log: EventLog, needs_folder:
     length = {} if config.epochs or schedule.minutes else {"max_steps": schedule.total_steps}
     beta2 = config.adam_beta2 or default_beta2(steps)
     resolved = config.replace(
-        task=task, out=str(folder), compute="fp32", store=execution.store, learning_rate=schedule.rate, warmup_steps=schedule.warmup_steps,
-        remeasure=False, answers=None, adam_beta2=beta2, targets=opened.targets,
+        task=task, out=str(folder), compute="fp32", store=execution.store, learning_rate=schedule.rate,
+        warmup_steps=schedule.warmup_steps, remeasure=False, answers=None, adam_beta2=beta2, targets=opened.targets,
         batch_rows=config.batch_rows or kind.step_rows, **length,
     )  # fmt: skip
     return ModulePlan(
@@ -230,7 +230,9 @@ def _log_opened(opened: OpenedModule, rows: TaskRows, reading: Reading, config: 
     if rows.labels:
         log.note(describe(rows.learned, "the training rows"))
     if rows.sources or config.valid_split:
-        log_few(len(rows.sources), len(rows.unseen), len(reading.costs), rows.has_valid_part, log)
+        count = len(rows.sources) + len(reading.costs)
+        way = way_to_more(count, rows.has_valid_part, config.valid_split, len(rows.labels))
+        log_few(len(rows.sources), len(rows.unseen), way, log)
 
 
 def _log_schedule(schedule: StepSchedule, rows: int, trained: str, log: EventLog) -> None:
