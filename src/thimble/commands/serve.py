@@ -1,5 +1,6 @@
 """`thimble serve`: one base and many adapters behind the HTTP interface of OpenAI."""
 
+import gc
 import importlib
 import json
 import os
@@ -86,7 +87,7 @@ def serve(config: ServeConfig, on_event: OnEvent = ignore, should_stop: ShouldSt
     report = ServeReport(address_of(opened), service.base_name, messages=log.messages)
     hosts = {*LOCAL, config.host, *config.allowed_host} if config.host in LOCAL else {*config.allowed_host} or None
     began = time.perf_counter()
-    with _told(config.log, report, on_event) as on_request:
+    with _told(config.log, report, on_event) as on_request, _collecting_less():
         app = make_app(service, Keys(keys, admin_keys), hosts, on_request)
         run(app, service, opened, should_stop, partial(_greet, service, report, bool(keys), log), config.drain_seconds)
     report.seconds, report.adapters = time.perf_counter() - began, service.adapters.names
@@ -176,6 +177,17 @@ def _cache_room(config: ServeConfig, model: Model, compute: str, log: EventLog) 
         f"({kept * token_bytes / 1e9:.2f} GB; --prefix-cache) stay for requests that begin alike"
     )
     return CacheRoom(most, kept, token_bytes)
+
+
+@contextmanager
+def _collecting_less() -> Iterator[None]:
+    """Within this, Python looks for garbage among new objects alone: to go through all takes as long as some steps."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @contextmanager

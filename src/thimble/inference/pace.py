@@ -2,9 +2,9 @@
 
 from thimble.inference.speculation import TokenCost
 
-MOST_STRETCH = 2.5  # of a step that only writes, by the prompts it reads as well
-LEAST_TOKENS, MOST_TOKENS = 8, 256  # of prompts in a step, however slow or fast they are
-FIRST_TOKENS = 32  # before anything was measured
+MOST_STRETCH = 2.0  # of a step that only writes, by the prompts it reads as well; the worst of many are at three
+LEAST_TOKENS, MOST_TOKENS = 4, 256  # of prompts in a step, however slow or fast they are
+FIRST_TOKENS = 24  # before anything was measured
 MOST_GROWTH = 2  # of a mean length: the line is not known far beyond what it was fitted to
 WEIGHT = 0.2  # of the latest measurement in a running mean
 LEAST_SPREAD = 4.0  # of lengths, as a standard deviation in tokens, that tell what a token costs
@@ -46,7 +46,7 @@ class Pace:
         allowed = (1 + times * (MOST_STRETCH - 1)) * self._writing.seconds(answers * self._per_answer)
         left = allowed - self._writing.seconds(written) - first
         for_tokens = left if left > 0 else 2 * first
-        wanted = int(min(for_tokens / self._token_seconds, MOST_GROWTH * tokens))
+        wanted = int(min(for_tokens / self._token_seconds, MOST_GROWTH * max(tokens, LEAST_TOKENS)))
         return min(max(LEAST_TOKENS, wanted // LEAST_TOKENS * LEAST_TOKENS), MOST_TOKENS)
 
     def note(self, seconds: float, answers: int, written: int, prompt_tokens: int) -> None:
