@@ -29,6 +29,7 @@ BLOCK_TYPES = {
 }
 ALIGNMENT = 32
 STEP = 1 << 22  # numbers made at a time
+UINT32, INT32 = 4, 5  # GGUF's numbers of these types
 
 
 def tensors(shape: str, dtype: str) -> list[tuple[str, tuple[int, ...], str]]:
@@ -141,17 +142,18 @@ def _write_value(file: BinaryIO, value: Any) -> None:
     kind = _kind(value)
     file.write(struct.pack("<I", kind))
     if kind == 9:
-        file.write(struct.pack("<IQ", _kind(value[0]), len(value)))
+        of = _kind(value[0])
+        file.write(struct.pack("<IQ", INT32 if of == UINT32 else of, len(value)))  # as llama.cpp wants types of tokens
     for item in value if kind == 9 else [value]:
         if isinstance(item, str):
             _write_text(file, item)
         else:
-            file.write(struct.pack({4: "<I", 6: "<f", 7: "<?"}[_kind(item)], item))
+            file.write(struct.pack({UINT32: "<I", 6: "<f", 7: "<?"}[_kind(item)], item))
 
 
 def _kind(value: Any) -> int:
     """GGUF's number of a type: uint32, float32, bool, string or array."""
-    kinds = {bool: 7, int: 4, float: 6, str: 8, list: 9}
+    kinds = {bool: 7, int: UINT32, float: 6, str: 8, list: 9}
     return kinds[type(value)]
 
 
