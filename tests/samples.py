@@ -1,4 +1,4 @@
-"""A batch, an adapter of any base, and PEFT's loss, for the tests of training."""
+"""A batch, adapters of any base, and PEFT's loss, for the tests of training and of files."""
 
 import numpy as np
 import torch
@@ -55,6 +55,20 @@ class Trainer:
     def layers_of(self, gradient):
         """A gradient by layer path, with sides A, B and magnitude."""
         return self.state.active.views(torch.from_numpy(gradient.flat))
+
+
+def drawn_by_peft(module, config, folder):
+    """Save an adapter of PEFT for a module, all of its trained numbers moved at random; returns the PEFT model."""
+    import peft
+
+    model = peft.get_peft_model(module, config)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    return model.eval()
 
 
 def make_rows(count=6):

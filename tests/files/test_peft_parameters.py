@@ -10,6 +10,7 @@ from safetensors.numpy import load_file, save_file
 from torch import nn
 
 import thimble
+from samples import drawn_by_peft
 from stress import TINY
 from thimble.core.adapter import Adapter
 from thimble.core.lowrank import Factors, delta, of_each_expert, of_experts
@@ -64,14 +65,8 @@ def net(is_transposed=False):
 
 def trained_by_peft(folder, is_transposed=False, **options):
     """A PEFT adapter of the net, its numbers drawn at random; returns what the model computes with it."""
-    model = peft.get_peft_model(net(is_transposed), peft.LoraConfig(**{"r": 2, "target_modules": [], **options}))
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    model.save_pretrained(folder)
-    return model.eval()(INPUT).detach()
+    config = peft.LoraConfig(**{"r": 2, "target_modules": [], **options})
+    return drawn_by_peft(net(is_transposed), config, folder)(INPUT).detach()
 
 
 BOTH = ["experts.up_proj", "experts.down_proj"]

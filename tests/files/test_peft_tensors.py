@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 from torch import nn
 
 import thimble
-from samples import make_adapter
+from samples import drawn_by_peft, make_adapter
 from stress import TINY
 from thimble.core.lowrank import Factors, Layout
 from thimble.errors import InputError
@@ -52,14 +52,8 @@ def net():
 def trained_by_peft(folder, targets=None, **options):
     """A PEFT adapter of the net, its numbers drawn at random; returns what the model computes with it."""
     options = {"modules_to_save": ["norm", "head"], **options}
-    model = peft.get_peft_model(net(), peft.LoraConfig(r=4, target_modules=targets or LAYERS, **options))
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    model.save_pretrained(folder)
-    return model.eval()(*INPUTS).detach()
+    config = peft.LoraConfig(r=4, target_modules=targets or LAYERS, **options)
+    return drawn_by_peft(net(), config, folder)(*INPUTS).detach()
 
 
 CASES = {
