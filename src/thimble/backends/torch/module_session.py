@@ -1,8 +1,7 @@
 """A module of any kind in memory, with LoRA attached; see thimble.backends.module_session for what methods promise.
 
-All that is trained, A and B and what is trained whole, lies in one vector, which the parameters of the module are views
-of: the optimiser, checkpoints and rollbacks are those of every session. The module itself stays as in evaluation, so
-that statistics of norms keep still and the base's own dropout leaves nothing out.
+All that is trained lies in one vector (`module_values`). The module itself stays as in evaluation, so that statistics
+of norms keep still and the base's own dropout leaves nothing out.
 """
 
 import contextlib
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from thimble.backends.module_session import Measured, ModuleBatch
 from thimble.backends.session import LayerInfo, Objective, StepKey, Work
 from thimble.backends.torch.adamw import AdamW
-from thimble.backends.torch.attach import Attachment, adapter_of, adapter_off, attach, detach, merge
+from thimble.backends.torch.attach import Attachment, adapter_of, attach, detach, merge
 from thimble.backends.torch.flat_training import FlatTraining
 from thimble.backends.torch.folding import Folding
 from thimble.backends.torch.gradient import Gradient
@@ -29,10 +28,10 @@ from thimble.backends.torch.module_cost import measure
 from thimble.backends.torch.module_features import KeptRows, add_features, new_features
 from thimble.backends.torch.module_losses import LOSSES, RowLosses, as_tensors, by_length, logits_of, run
 from thimble.backends.torch.module_start import ModuleStart
+from thimble.backends.torch.module_values import ActiveValues, ModuleValues
 from thimble.core.adapter import Adapter
 from thimble.core.method import Method
 from thimble.core.metrics import LossSum
-from thimble.files.peft import named_for_peft
 from thimble.files.tensors import write_safetensors
 from thimble.models.execution import ExecutionPlan
 
@@ -40,20 +39,6 @@ Tensors = Mapping[str, Tensor]
 
 NO_LIMIT = 1 << 40  # of tokens
 CAPABILITIES = frozenset({"delta form", "DoRA", "rsLoRA", "LoRA+", "frozen A", "dropout", "weights"})
-
-
-@dataclass(frozen=True)
-class ActiveValues:
-    """All trained values of a module, and the scales of its layers; without values the bare base."""
-
-    flat: Tensor | None  # float32 (n,)
-    scales: tuple[float, ...] = ()
-    identity: str = ""
-
-    @property
-    def resident_bytes(self) -> int:
-        """Memory it takes."""
-        return 0 if self.flat is None else self.flat.nbytes
 
 
 @dataclass(frozen=True)
@@ -78,9 +63,7 @@ class ModuleTorchSession(FlatTraining, ModuleStart):
         self.module, self.head = module.eval(), head
         self._loss = LOSSES[loss]
         self._attached: Attachment | None = None
-        self._flat: Tensor
-        self._spans: dict[str, list[slice]]  # of `A`, `B`, `magnitude` and `whole` in the vector
-        self._here: ActiveValues  # what the parameters hold
+        self._values: ModuleValues
 
     # ---- adapters -------------------------------------------------------------------------------------------------
 
@@ -89,7 +72,7 @@ class ModuleTorchSession(FlatTraining, ModuleStart):
     ) -> None:
         """Put LoRA on the module, new or finished; see `thimble.attach`. An InputError names every problem."""
         self._attached = attach(self.module, targets, adapter=adapter, **options)
-        self._lay_out()
+        self._values = ModuleValues(self.module, self._attached)
 
     @property
     def attachment(self) -> Attachment:
@@ -98,33 +81,10 @@ class ModuleTorchSession(FlatTraining, ModuleStart):
             raise ValueError("attach comes first")
         return self._attached
 
-    def _lay_out(self) -> None:
-        """Have all trained parameters be views of one vector: all A, all B, all magnitudes, then what is whole."""
-        lora, tensors = self.attachment.lora.values(), dict(self.module.named_parameters(remove_duplicate=True))
-        kinds: dict[str, list[nn.Parameter]] = {
-            "A": [layer.A for layer in lora], "B": [layer.B for layer in lora],
-            "magnitude": [layer.magnitude for layer in lora if layer.magnitude is not None],
-            "whole": [tensors[name] for name in self.attachment.whole if name in tensors],
-        }  # fmt: skip
-        parameters = [parameter for part in kinds.values() for parameter in part]
-        self._flat = torch.cat([parameter.detach().reshape(-1).float() for parameter in parameters])
-        self._views, start, self._spans = list[tuple[nn.Parameter, slice]](), 0, {}
-        for name, part in kinds.items():
-            for parameter in part:
-                span = slice(start, start + parameter.numel())
-                parameter.data = self._flat[span].view(parameter.shape)
-                self._views.append((parameter, span))
-                self._spans.setdefault(name, []).append(span)
-                start = span.stop
-        self._here = ActiveValues(self._flat, self._scales(), "here")
-
     @functools.cached_property
     def folding(self) -> Folding:
         """The convolutions that are computed together with what follows them while a gradient is."""
         return Folding(self.attachment)
-
-    def _scales(self) -> tuple[float, ...]:
-        return tuple(layer.scale for layer in self.attachment.lora.values())
 
     @property
     def layers(self) -> tuple[LayerInfo, ...]:
@@ -133,7 +93,7 @@ class ModuleTorchSession(FlatTraining, ModuleStart):
     @property
     def trained_parameters(self) -> int:
         """How many numbers are trained."""
-        return len(self._flat)
+        return len(self._values.flat)
 
     @property
     def rate_layers(self) -> list[tuple[int, int]]:
@@ -156,7 +116,7 @@ class ModuleTorchSession(FlatTraining, ModuleStart):
 
     def run_back(self, batches: Sequence[ModuleBatch]) -> None:
         """Run batches forward and back, each layer being called as it is; nothing is learned."""
-        with self._collecting(torch.zeros_like(self._flat), is_folded=False):
+        with self._collecting(torch.zeros_like(self._values.flat), is_folded=False):
             for batch in batches:
                 self._backward(batch, NO_LIMIT, 0)
 
@@ -164,7 +124,7 @@ class ModuleTorchSession(FlatTraining, ModuleStart):
         """What a micro-batch takes; see thimble.backends.torch.module_cost."""
 
         def gradient() -> Tensor:
-            with self._collecting(flat := torch.zeros_like(self._flat)):
+            with self._collecting(flat := torch.zeros_like(self._values.flat)):
                 self._backward(batch, NO_LIMIT, 0)
             return flat
 
@@ -205,52 +165,19 @@ class ModuleTorchSession(FlatTraining, ModuleStart):
         return adapter_of(self.module)
 
     def load(self, adapter: Adapter | None) -> ActiveValues:
-        if adapter is None:
-            return ActiveValues(None, identity="base")
-        paths, flat = named_for_peft(adapter), torch.empty_like(self._flat)
-        names = {id(parameter): name for name, parameter in self.module.named_parameters()}
-        found = {id(side): values for path, layer in self.attachment.lora.items() for side, values in (
-            (layer.A, paths[path].A), (layer.B, paths[path].B), (layer.magnitude, paths[path].magnitude),
-        )}  # fmt: skip
-        for parameter, span in self._views:
-            values = found[id(parameter)] if id(parameter) in found else adapter.replaced[names[id(parameter)]]
-            flat[span] = torch.from_numpy(np.asarray(values, np.float32).reshape(-1))
-        scales = tuple(paths[path].scale for path in self.attachment.lora)
-        return ActiveValues(flat, scales, adapter.identity())
+        return self._values.read(adapter)
 
     def start(self, adapter: Adapter, method: Method) -> ModuleState:
-        self._put(self.load(adapter))
+        values = self._values
+        values.put(values.read(adapter))
         factors = {"A": 0.0 if method.freezes_a else 1.0, "B": method.lora_plus}
-        rates = [(span, factors.get(kind, 1.0)) for kind, spans in self._spans.items() for span in spans]
-        goal = self._flat.clone() if method.weight_decay else None
+        rates = [(span, factors.get(kind, 1.0)) for kind, spans in values.spans.items() for span in spans]
+        goal = values.flat.clone() if method.weight_decay else None
         for layer in self.attachment.lora.values():
             layer.dropout.p = method.dropout
         return ModuleState(
-            self._here, method, AdamW(self._flat, method.weight_decay, goal, rates, method.beta2), adapter
+            values.here, method, AdamW(values.flat, method.weight_decay, goal, rates, method.beta2), adapter
         )
-
-    def _put(self, active: ActiveValues) -> None:
-        """Write values into the module."""
-        if active.flat is not None and active.flat is not self._flat:
-            self._flat.copy_(active.flat)
-        for layer, scale in zip(self.attachment.lora.values(), active.scales, strict=True):
-            layer.scale = scale
-
-    @contextlib.contextmanager
-    def _using(self, active: ActiveValues) -> Iterator[None]:
-        """The module with other values, or as its base."""
-        if active.flat is self._flat:
-            yield
-        elif active.flat is None:
-            with adapter_off(self.module):
-                yield
-        else:
-            kept = ActiveValues(self._flat.clone(), self._scales())
-            self._put(active)
-            try:
-                yield
-            finally:
-                self._put(kept)
 
     def adapter(self, state: ModuleState) -> Adapter:
         found, initial = adapter_of(self.module), state.initial
@@ -264,7 +191,7 @@ class ModuleTorchSession(FlatTraining, ModuleStart):
         self, state: ModuleState, work: Work, objective: Objective, execution: ExecutionPlan, key: StepKey
     ) -> Gradient:
         """See Session; micro-batches run one by one, each on all cores."""
-        flat, total = torch.zeros_like(self._flat), LossSum()
+        flat, total = torch.zeros_like(self._values.flat), LossSum()
         batches: Sequence[ModuleBatch] = [batch for share in work.shares for batch in share]
         with self._collecting(flat), torch.random.fork_rng(devices=[]):
             for number, batch in enumerate(batches):
@@ -275,17 +202,8 @@ class ModuleTorchSession(FlatTraining, ModuleStart):
     @contextlib.contextmanager
     def _collecting(self, flat: Tensor, is_folded: bool = True) -> Iterator[None]:
         """Within this, backward passes add to a vector, dropout of adapters is on, and convolutions are folded."""
-        for parameter, span in self._views:
-            parameter.grad = flat[span].view(parameter.shape)
-        drops = [layer.dropout.train() for layer in self.attachment.lora.values() if layer.dropout.p]
-        try:
-            with self.folding.in_place() if is_folded else contextlib.nullcontext():
-                yield
-        finally:
-            for parameter, _ in self._views:
-                parameter.grad = None
-            for dropout in drops:
-                dropout.eval()
+        with self._values.collecting(flat), self.folding.in_place() if is_folded else contextlib.nullcontext():
+            yield
 
     def new_features(self, batch: ModuleBatch, open_file: Callable[[], BinaryIO], rows: int) -> KeptRows | None:
         with self.folding.in_place():
@@ -341,7 +259,7 @@ class ModuleTorchSession(FlatTraining, ModuleStart):
     @out_of_memory
     @torch.no_grad()
     def _losses(self, adapter: ActiveValues, inputs: Tensors, targets: Tensors) -> list[LossSum]:
-        with self._using(adapter):
+        with self._values.using(adapter):
             found = self._loss.rows(self._loss.forward(self.module, inputs, targets), targets)
         return [LossSum(*row) for row in zip(found.nats.tolist(), found.targets.tolist(), strict=True)]
 
@@ -353,7 +271,7 @@ class ModuleTorchSession(FlatTraining, ModuleStart):
     @out_of_memory
     @torch.no_grad()
     def _output(self, adapter: ActiveValues, inputs: Tensors, targets: Tensors) -> NDArray[Any]:
-        with self._using(adapter):
+        with self._values.using(adapter):
             found: NDArray[Any] = self._loss.output(self.module, inputs, targets).numpy()
         return found
 
@@ -366,7 +284,7 @@ class ModuleTorchSession(FlatTraining, ModuleStart):
         """What the module gives while its head gives back what comes to it, pooled as its logits are."""
         handle = self.module.get_submodule(self.head).register_forward_hook(lambda _, args, output: args[0])
         try:
-            with self._using(self.load(None)):
+            with self._values.using(self.load(None)):
                 found: NDArray[Any] = run(self.module, inputs, logits_of).float().numpy()
         finally:
             handle.remove()
@@ -378,17 +296,16 @@ class ModuleTorchSession(FlatTraining, ModuleStart):
     # ---- checkpoints ----------------------------------------------------------------------------------------------
 
     def _arrays(self, state: ModuleState) -> dict[str, NDArray[np.float32]]:
-        return {"adapter": self._flat.numpy(), **state.optimiser.state()}
+        return {"adapter": self._values.flat.numpy(), **state.optimiser.state()}
 
     def restore(self, state: ModuleState, arrays: Mapping[str, NDArray[np.float32]]) -> ModuleState:
         state.optimiser.restore(arrays)
         if "adapter" in arrays:
-            self._flat.copy_(torch.from_numpy(arrays["adapter"]))
+            self._values.flat.copy_(torch.from_numpy(arrays["adapter"]))
         return state
 
     def unmoved_layers(self, state: ModuleState) -> list[str]:
-        moved = {id(parameter): bool(state.optimiser.squares[span].any()) for parameter, span in self._views}
-        return [path for path, layer in self.attachment.lora.items() if not (moved[id(layer.A)] or moved[id(layer.B)])]
+        return self._values.unmoved(state.optimiser.squares)
 
 
 def _sum_of(losses: RowLosses) -> LossSum:
