@@ -11,6 +11,7 @@ from PIL import Image
 
 import thimble
 from thimble.errors import InputError
+from thimble.files.peft import load_adapter
 
 SIZE = 12
 MODEL = '''
@@ -155,6 +156,36 @@ def test_options_that_say_nothing_for_pictures_are_refused_together(pictures, mo
     assert "--remeasure true: says nothing for --task classify-image, only for text; leave it out" in told
     assert "'nope', which no module" in told
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def uneven(pictures, tmp_path):
+    """Forty pictures of one shape, four of each of two others."""
+    for kind, count in (("lying", 40), ("standing", 4), ("square", 4)):
+        for number in range(count):
+            (tmp_path / "uneven" / kind).mkdir(parents=True, exist_ok=True)
+            shutil.copy(pictures / kind / f"{number}.png", tmp_path / "uneven" / kind)
+    return tmp_path / "uneven"
+
+
+@pytest.mark.parametrize("targets", ["all-linear", "blocks.2"])  # with the second, features are kept
+def test_class_weights_reach_the_head_and_the_steps(uneven, model, tmp_path, targets):
+    options = {**QUICK, "learning_rate": 1e-3, "valid_split": 0.0, "targets": targets, "max_steps": 2}
+    told, heads, losses = {}, {}, {}
+    for weights in ("none", "balanced"):
+        out = tmp_path / weights
+        report = thimble.train(uneven, base=model, out=str(out), class_weights=weights, **options)
+        told[weights] = [text for text in report.messages["decision"] if text.startswith("class weights")]
+        heads[weights] = load_adapter(out / "adapter").replaced["classifier.bias"]
+        losses[weights] = [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert told == {"none": [], "balanced": ["class weights: 0.4 lying, 4 square, 4 standing"]}
+    assert heads["balanced"][1:].sum() - heads["balanced"][0] > heads["none"][1:].sum() - heads["none"][0]
+    assert losses["balanced"] != losses["none"]
+
+
+def test_class_weights_say_nothing_where_there_are_no_classes(pictures, tmp_path):
+    with pytest.raises(InputError, match="--class-weights balanced: says nothing for --task embed, only for classify"):
+        thimble.plan(pictures, base="nowhere", task="embed", class_weights="balanced")
 
 
 def test_what_the_frozen_beginning_makes_is_kept_and_changes_nothing(pictures, model, tmp_path):

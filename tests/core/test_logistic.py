@@ -1,6 +1,7 @@
 """The linear probe, against the answer of torch to the same problem."""
 
 import numpy as np
+import pytest
 import torch
 
 from thimble.core.logistic import cross_entropy, fit_probe
@@ -13,17 +14,20 @@ def made(rows, width, classes, noise, seed=0):
     return (centres[labels] + noise * rng.normal(size=(rows, width))).astype(np.float32), labels
 
 
-def test_it_finds_what_torch_finds():
+@pytest.mark.parametrize("weights", [(), (0.2, 1.0, 3.0, 0.5)])
+def test_it_finds_what_torch_finds(weights):
     features, labels = made(300, 12, 4, noise=4.0)
-    probe = fit_probe(features, labels, 4)
+    probe = fit_probe(features, labels, 4, weights)
     x, y = torch.from_numpy((features - features.mean(0)) / features.std(0)).double(), torch.from_numpy(labels)
     weight, bias = torch.zeros(4, 12, dtype=torch.double, requires_grad=True), torch.zeros(4, dtype=torch.double)
     bias.requires_grad_()
+    counts = torch.tensor(weights, dtype=torch.double) if weights else None
     optimiser = torch.optim.LBFGS([weight, bias], max_iter=500, tolerance_grad=1e-10, line_search_fn="strong_wolfe")
 
     def close():
         optimiser.zero_grad()
-        loss = torch.nn.functional.cross_entropy(x @ weight.T + bias, y) + probe.penalty / 2 * (weight**2).sum()
+        each = torch.nn.functional.cross_entropy(x @ weight.T + bias, y, counts, reduction="none")
+        loss = each.mean() + probe.penalty / 2 * (weight**2).sum()
         loss.backward()
         return loss
 

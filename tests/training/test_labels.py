@@ -1,17 +1,27 @@
 """Runs whose answers are labels, and runs with too few rows or a metric that fails, from end to end on a tiny base."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import thimble
 from run_reports import Page
+from thimble.backends.module_session import ModuleBatch
+from thimble.backends.session import StepKey
+from thimble.core.labels import AnswerCounts, balanced
 from thimble.errors import InputError, RunError
+from thimble.events import EventLog, ignore
 from thimble.files.peft import load_adapter
+from thimble.models.execution import ExecutionPlan
 from thimble.report.terminal import render_evaluate, render_train
 from thimble.training import sink
+from thimble.training.control import Control
 from thimble.training.tasks import text
+from thimble.training.tasks.module_task import ModuleTask
+from thimble.training.watch import Watch
 
 QUICK = {"seq_len": 64, "batch_tokens": 128, "max_steps": 3, "max_new_tokens": 3, "compute": "fp32", "rank": 4}
 
@@ -172,3 +182,23 @@ def test_an_adapter_that_cannot_be_written_yet_is_written_at_the_end(tiny_base, 
     report = thimble.train(tickets, base=tiny_base, out=str(tmp_path / "run"), eval_rows=0, **QUICK)
     assert any("No space left on device); it is tried again at the end" in text for text in report.messages["warning"])
     assert load_adapter(tmp_path / "run").is_finite()
+
+
+class ThreeRows:
+    """A reading of three rows of two labels."""
+
+    loss, unit, costs, valid_costs = "labels", "tokens", [1, 1, 1], [1, 1, 1]
+
+    def batch(self, part, rows, key):
+        classes = np.array([0, 1, 1])[rows]
+        return ModuleBatch({"x": np.zeros((len(rows), 1), np.float32)}, {"labels": classes}, rows)
+
+
+def test_rows_are_weighted_where_they_are_learned_from_and_not_where_they_are_measured():
+    task = ModuleTask(ThreeRows(), Watch(), "base", class_weights=balanced(AnswerCounts(3, Counter("abb")), "ab"))
+    [[batch]] = task.work([0, 1, 2], ExecutionPlan("dense", micro_tokens=8), StepKey(0, 0)).shares
+    assert batch.targets["weights"].tolist() == [1.5, 0.75, 0.75]
+    [measured] = task._batches(
+        "valid", [0, 1, 2], ExecutionPlan("dense", micro_tokens=8), Control(EventLog(ignore)), ""
+    )
+    assert "weights" not in measured.targets

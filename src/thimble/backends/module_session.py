@@ -28,7 +28,7 @@ class ModuleBatch:
             `input_ids` and `attention_mask` int64 (rows, tokens). Of pairs, all first halves stand before all second
             ones.
         targets: What the loss compares with, by name: `labels` int64, (rows,) for classes and (rows, tokens) for
-            texts, where -100 is not compared.
+            texts, where -100 is not compared; `weights` float32 (rows,), what each row counts, if not all the same.
         numbers: Numbers of the rows in their part of the data, which augmentation is drawn from.
     """
 

@@ -110,7 +110,7 @@ def _train_module(run_plan: ModulePlan, control: Control, started: float) -> Tra
     task = ModuleTask(
         run_plan.reading, run_plan.watch, run_plan.opened.base.name, schedule.rows,
         epochs=schedule.epochs if schedule.total_steps else math.inf, is_augmented=bool(run_plan.config.augment),
-        counted=words_of({"task": run_plan.config.task}).rows,
+        counted=words_of({"task": run_plan.config.task}).rows, class_weights=run_plan.class_weights,
     )  # fmt: skip
     result = run(_loop_plan(run_plan, adapter, {}), task, run_plan.opened.session, OneProcess(), sink, control)
     return _end(run_plan, result, sink, control.log, started)

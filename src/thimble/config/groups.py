@@ -57,6 +57,8 @@ class TaskOptions(BaseOptions):
         "for classes always is. Not for text.", metavar="NAMES")  # fmt: skip
     batch_rows: int | None = option(None, "Rows in one optimiser step of tasks other than text; default: 32 pictures "
         "or texts, 16 clips.", check=at_least(1))  # fmt: skip
+    class_weights: str = option("none", "What training rows of a class count: none (each row the same) or balanced "
+        "(each class the same, however few rows it has).", choices=("none", "balanced"))  # fmt: skip
     image_size: int | None = option(None, "Side that pictures are resized to, in pixels; default: that of the base, "
         "else 224.", check=at_least(8))  # fmt: skip
     augment: tuple[str, ...] = option((), "Random changes of training pictures, drawn from the seed: flip, crop, "

@@ -56,7 +56,8 @@ KL_OPTIONS = ("keep_general", "keep_general_on", "keep_general_every_steps")
 FIXED = (
     *COLUMNS, "loss_on", "seq_len", "batch_tokens", "seed", "targets", "target_parameters", "rank", "rank_pattern",
     "alpha", "alpha_pattern", "strength", "use_rslora", "use_dora", "init", "freeze_a", "dropout", *KL_OPTIONS,
-    "valid_split", "store", "task", "train_also", "batch_rows", "image_size", "augment", "max_seconds", "language",
+    "valid_split", "store", "task", "train_also", "batch_rows", "class_weights", "image_size", "augment", "max_seconds",
+    "language",
 )  # fmt: skip
 
 # What runs did before there was an option for it: a config.yaml without it is of such a run.
@@ -65,6 +66,7 @@ BEFORE: Mapping[str, Any] = {"adam_beta2": 0.999, "keep_general_on": "general", 
 # Options that say nothing for some tasks: given there, they are refused.
 ONLY_FOR: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("train_also", "batch_rows"), TASKS[1:]),
+    "class_weights": ("classify-text", "classify-image", "classify-audio"),
     **dict.fromkeys(("image_size", "augment"), ("classify-image",)),
     "max_seconds": ("classify-audio", "transcribe"),
     "language": ("transcribe",),

@@ -93,6 +93,11 @@ class AnswerCounts:
         return [group for group in groups.values() if len(group) > 1]
 
 
+def balanced(counts: AnswerCounts, labels: Sequence[str]) -> list[float]:
+    """What a row of each label counts, so that all labels count the same: rows / (labels · rows of the label)."""
+    return [counts.rows / (len(labels) * counts.found[label]) for label in labels]
+
+
 def describe(counts: AnswerCounts, whose: str) -> str:
     """Labels with their rows and the share of the most frequent one, in one line."""
     shown = listing((f"{label} ({counts.found[label]:,})" for label in counts.labels), 6)

@@ -4,7 +4,7 @@ Fitted on all rows at once by L-BFGS (Liu and Nocedal, 1989), from zero, so that
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,13 +45,14 @@ def cross_entropy(logits: Floats, labels: NDArray[np.int64]) -> Floats:
     return found
 
 
-def fit_probe(features: Floats, labels: NDArray[np.int64], classes: int) -> Probe:
+def fit_probe(features: Floats, labels: NDArray[np.int64], classes: int, weights: Sequence[float] = ()) -> Probe:
     """Fit a head to what comes to it.
 
     Args:
         features: float32 (rows, width).
         labels: int64 (rows,), from 0.
         classes: How many there are.
+        weights: What a row of each class counts; 1 if empty.
 
     Returns:
         The head with the penalty that does best on every fifth row of a label, fitted to all rows.
@@ -59,15 +60,16 @@ def fit_probe(features: Floats, labels: NDArray[np.int64], classes: int) -> Prob
     mean, spread = features.mean(0), features.std(0)
     scale = np.where(spread > 1e-6 * max(float(spread.max()), 1e-30), 1 / np.maximum(spread, 1e-30), 0.0)
     scaled = ((features - mean) * scale).astype(np.float32)
-    penalty = _choose(scaled, labels, classes)
-    weight, bias = _fit(scaled, labels, classes, penalty)
+    counts = np.asarray(weights or [1.0] * classes, np.float32)
+    penalty = _choose(scaled, labels, counts)
+    weight, bias = _fit(scaled, labels, counts, penalty)
     weight = weight * scale
     return Probe(weight.astype(np.float32), (bias - weight @ mean).astype(np.float32), penalty)
 
 
-def _choose(features: Floats, labels: NDArray[np.int64], classes: int) -> float:
+def _choose(features: Floats, labels: NDArray[np.int64], counts: Floats) -> float:
     place = np.zeros(len(labels), np.int64)  # of each row among those of its label
-    for label in range(classes):
+    for label in range(len(counts)):
         own = np.flatnonzero(labels == label)
         place[own] = np.arange(len(own))
     held = place % PARTS == PARTS - 1
@@ -75,15 +77,18 @@ def _choose(features: Floats, labels: NDArray[np.int64], classes: int) -> float:
         return STRENGTHS[-2]
     losses = {}
     for penalty in STRENGTHS:
-        weight, bias = _fit(features[~held], labels[~held], classes, penalty)
+        weight, bias = _fit(features[~held], labels[~held], counts, penalty)
         logits = features[held] @ weight.T.astype(np.float32) + bias.astype(np.float32)
-        losses[penalty] = float(cross_entropy(logits, labels[held]).mean())
+        losses[penalty] = float((counts[labels[held]] * cross_entropy(logits, labels[held])).mean())
     return min(losses, key=lambda penalty: losses[penalty])
 
 
-def _fit(features: Floats, labels: NDArray[np.int64], classes: int, penalty: float) -> tuple[Vector, Vector]:
-    """Weight (classes, features) and bias (classes,) of least mean cross-entropy + penalty / 2 · ‖weight‖²."""
-    rows, width = features.shape
+def _fit(features: Floats, labels: NDArray[np.int64], counts: Floats, penalty: float) -> tuple[Vector, Vector]:
+    """Weight (classes, features) and bias (classes,) of least mean cross-entropy + penalty / 2 · ‖weight‖².
+
+    Rows count as `counts` (classes,) says of their label.
+    """
+    (rows, width), classes, times = features.shape, len(counts), counts[labels]
     wanted = np.zeros((rows, classes), np.float32)
     wanted[np.arange(rows), labels] = 1
 
@@ -93,8 +98,9 @@ def _fit(features: Floats, labels: NDArray[np.int64], classes: int, penalty: flo
         logits -= logits.max(1, keepdims=True)
         shares = np.exp(logits)
         shares /= shares.sum(1, keepdims=True)
-        loss = -float(np.log(np.maximum(shares[np.arange(rows), labels], 1e-30)).mean(dtype=np.float64))
-        errors = (shares - wanted) / np.float32(rows)
+        own = np.log(np.maximum(shares[np.arange(rows), labels], 1e-30))
+        loss = -float((times * own).mean(dtype=np.float64))
+        errors = (shares - wanted) * times[:, None] / np.float32(rows)
         gradient = errors.T @ features + penalty * weight
         total = loss + penalty / 2 * float((weight * weight).sum())
         return total, np.concatenate([gradient.ravel(), errors.sum(0, dtype=np.float64)])

@@ -4,13 +4,14 @@ The module is opened here, for what it is made of decides what can be adapted; n
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from thimble.backends.open import OpenedModule, open_module_session
 from thimble.config.train import TrainConfig, misplaced
 from thimble.config.values import read_pattern
-from thimble.core.labels import describe
+from thimble.core.labels import balanced, describe
 from thimble.core.method import AUTO_RANK, parse_init
 from thimble.core.metrics import METRICS
 from thimble.core.schedule import default_beta2
@@ -67,6 +68,11 @@ class ModulePlan:
     def with_files(self, files: tuple[Path, ...], config: TrainConfig) -> "ModulePlan":
         """The same run with its data in other files, which hold the same."""
         return replace(self, config=config, rows=replace(self.rows, files=files))
+
+    @property
+    def class_weights(self) -> Sequence[float]:
+        """What a training row of each class counts; empty: each the same."""
+        return _class_weights(self.config, self.rows)
 
     def skipped_rows(self) -> list[dict[str, str]]:
         """Rows that were left out, with where each stands and why."""
@@ -165,6 +171,10 @@ def _open_rows(config: TrainConfig, kind: TaskKind) -> TaskRows:
     return kind.open_rows(config)
 
 
+def _class_weights(config: TrainConfig, rows: TaskRows) -> Sequence[float]:
+    return balanced(rows.learned, rows.labels) if config.class_weights == "balanced" else ()
+
+
 def _open(base: ModuleBase, config: TrainConfig, task: str, kind: TaskKind, rows: TaskRows) -> OpenedModule:
     """Load the module and put LoRA on it."""
     return open_module_session(
@@ -229,6 +239,9 @@ def _log_opened(opened: OpenedModule, rows: TaskRows, reading: Reading, config: 
         log.decision(decision)
     if rows.labels:
         log.note(describe(rows.learned, "the training rows"))
+    if weights := _class_weights(config, rows):
+        shown = listing((f"{weight:.2g} {label}" for weight, label in zip(weights, rows.labels, strict=True)), 12)
+        log.decision(f"class weights: {shown}")
     if rows.sources or config.valid_split:
         count = len(rows.sources) + len(reading.costs)
         way = way_to_more(count, rows.has_valid_part, config.valid_split, len(rows.labels))

@@ -114,7 +114,7 @@ def _fit_head(plan: ModulePlan, control: Control) -> None:
     for made in session.head_inputs(noting_labels(batches, classes), plan.execution):
         found.append(made)
         control.log.progress("running training rows through it, row", sum(map(len, found)), len(rows))
-    probe = fit_probe(np.concatenate(found), np.array(classes, np.int64), len(labels))
+    probe = fit_probe(np.concatenate(found), np.array(classes, np.int64), len(labels), plan.class_weights)
     session.set_head(probe.weight, probe.bias)
     control.log.decision(
         f"head: a logistic regression on {plural(len(rows), 'training row')} of the frozen model (L2 "

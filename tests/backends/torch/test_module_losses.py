@@ -207,3 +207,11 @@ def test_twenty_steps_have_the_losses_of_peft(folder, tmp_path):
     theirs = peft_losses(folder, tmp_path / "adapter", batches, 1e-3)
     np.testing.assert_allclose(our_losses(own, batches, 1e-3), theirs, atol=1e-4)
     assert len(set(theirs)) == 20
+
+
+def test_rows_of_a_class_count_as_its_weight_says():
+    logits, labels = torch.randn(6, 3, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 1, 0, 0])
+    weights = torch.tensor([0.5, 2.0, 3.0])
+    found = LOSSES["labels"].rows(logits, {"labels": labels, "weights": weights[labels]})
+    torch.testing.assert_close(found.nats, functional.cross_entropy(logits, labels, weights, reduction="none"))
+    assert found.targets.tolist() == [1] * 6

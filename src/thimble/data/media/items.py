@@ -136,7 +136,7 @@ def oddities(train: Sequence[Item], valid: Sequence[Item]) -> list[str]:
     if len(counts) > 1 and most > UNBALANCED_SHARE * counts.total():
         told.append(
             f"{most / counts.total():.0%} of the rows have the label {label!r}: whoever always says it is right as "
-            "often, so look at recall and F1 of the others, and give more rows of them"
+            "often, so look at recall and F1 of the others, give more rows of them, or try --class-weights balanced"
         )
     return told
 

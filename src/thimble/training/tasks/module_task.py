@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,7 @@ class ModuleTask:
     epochs: float = 0  # how often each row is read, about
     is_augmented: bool = False  # whether training rows are another each time
     counted: str = "rows"  # what they are called, in the plural
+    class_weights: Sequence[float] = ()  # what a training row of each class counts; empty: each the same
 
     @property
     def costs(self) -> Sequence[int]:
@@ -53,12 +54,19 @@ class ModuleTask:
         # What is learned together the session itself cuts.
         parts = [order] if self._is_together else self._cut(TRAIN, order, execution)
         if features is not None:
-            batches = [features.batch(part) for part in parts]
+            batches = [self._weighted(features.batch(part)) for part in parts]
             return Work([batches], sum(count_targets(batch) for batch in batches), features)
-        batches = [self.reading.batch(TRAIN, part, key) for part in parts]
+        batches = [self._weighted(self.reading.batch(TRAIN, part, key)) for part in parts]
         if self.rows_of_step:
             expect(self.reading, TRAIN, self.rows_of_step(key.step + 1))
         return Work([batches], sum(count_targets(batch) for batch in batches))
+
+    def _weighted(self, batch: ModuleBatch) -> ModuleBatch:
+        """A batch to train on, each row with what its class counts."""
+        if not self.class_weights:
+            return batch
+        weights = np.asarray(self.class_weights, np.float32)[batch.targets["labels"]]
+        return replace(batch, targets={**batch.targets, "weights": weights})
 
     def _cut(self, part: str, rows: Sequence[int], execution: ExecutionPlan) -> list[list[int]]:
         """Rows in micro-batches; where a loss is of all rows together, in parts that are always the same."""
