@@ -50,7 +50,7 @@ demo-vit: $(BASE)  ## pretrain a small vision transformer on half of the digits,
 	test -d demo/image/digits || $(MAKE) demo-image
 	rm -rf demo/vit/run
 	$(BIN)/python examples/12_small_vit.py demo/image/digits demo/vit
-	$(BIN)/thimble train demo/vit/digits-20 --base demo/vit/base --rank 4 --out demo/vit/run
+	$(BIN)/thimble train demo/vit/digits-100 --base demo/vit/base --rank 4 --out demo/vit/run
 
 demo-encoder: $(BASE)  ## teach a text encoder topics of sentences, and which answer belongs to a question
 	$(PIP) -e .[models]

@@ -218,6 +218,23 @@ def test_a_module_trained_whole_with_layers_inside_opens_in_peft(tmp_path):
     assert torch.equal(again(x), model(x))
 
 
+def test_a_layer_in_two_places_has_its_update_in_both():
+    def made():
+        torch.manual_seed(0)
+        layer = nn.Linear(4, 4)
+        return nn.Sequential(layer, nn.ReLU(), layer)
+
+    model, x = made(), torch.ones(2, 4)
+    assert list(thimble.attach(model, rank=2).lora) == ["0"]
+    with torch.no_grad():
+        model[0].lora.B.fill_(0.5)
+        expected = made()
+        expected[0].weight.add_(model[0].lora.scale * model[0].lora.B @ model[0].lora.A)
+        torch.testing.assert_close(model(x), expected(x))
+    theirs = peft.get_peft_model(made(), peft.LoraConfig(target_modules=["0", "2"])).base_model.model
+    assert type(theirs[2]) is nn.Linear  # as the page says
+
+
 def test_a_merged_model_can_be_left_alone():
     model = net()
     thimble.attach(model, targets=PLAIN)
