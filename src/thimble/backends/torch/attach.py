@@ -110,7 +110,8 @@ def attach(
             whole paths; or a list of kinds and names.
         adapter: A finished adapter, or its folder, to go on with or to use; then all options are its own, but for
             `dropout`.
-        **options: `train_also` (modules to train whole: heads, norms), `rank` (16), `alpha` (32), `rank_pattern` and
+        **options: `train_also` (modules to train whole: heads, norms), `target_parameters` (such as those of experts,
+            which are no layer's weight), `rank` (16), `alpha` (32), `rank_pattern` and
             `alpha_pattern` (of some layers, by name), `use_rslora`, `use_dora`, `dropout`, `init` (kaiming, gaussian,
             orthogonal, pissa, pissa:exact, milora, olora), `bias` (none, lora_only, all), `seed`.
 
