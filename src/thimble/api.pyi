@@ -310,6 +310,7 @@ def serve(
     admin_key: str | None = None,
     allowed_host: Names = ...,
     cache_type: Literal["float", "int8"] = "float",
+    adapter_memory: int | str | None = None,
     prefix_cache: int | str | None = None,
     max_new_tokens: int | Literal["auto"] | None = None,
     max_running: int = 64,

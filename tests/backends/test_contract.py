@@ -737,6 +737,16 @@ def test_a_block_that_is_copied_is_continued_in_the_copy_alone(backend, session)
     assert_near(found, expected, max(10 * BACKENDS[backend].precision, 1e-6))
 
 
+def test_blocks_that_are_given_back_can_be_used_again_and_others_keep_what_they_hold(backend, session):
+    cache, precision = new_cache(session), max(10 * BACKENDS[backend].precision, 1e-6)
+    expected, _ = read(session, new_cache(session), TEXT)
+    for number in range(3):
+        read(session, cache, TEXT[:50], number)
+    cache.discard([block for number in (0, 2) for block in blocks_of(cache, number)])
+    assert_near(read(session, cache, TEXT[50:], 1, 50)[0], expected, precision)
+    assert_near(read(session, cache, TEXT, 0)[0], expected, precision)
+
+
 def test_room_for_more_blocks_keeps_what_is_there(backend, session):
     cache = session.new_cache()
     cache.reserve(25)

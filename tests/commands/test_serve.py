@@ -74,7 +74,7 @@ def test_it_serves_what_lies_under_runs_and_prints_a_line_that_works(tiny_base, 
 
 def test_keys_come_from_the_environment_and_requests_are_logged(tiny_base, runs, tmp_path):
     options = ("--base", tiny_base, "--adapter", f"mine={runs / 'tickets-1'}", "--log", "log.jsonl")
-    cache = ("--cache-type", "int8", "--prefix-cache", "10MB")
+    cache = ("--cache-type", "int8", "--prefix-cache", "10MB", "--adapter-memory", "3MB")
     process, told = served(tmp_path, *options, *cache, THIMBLE_API_KEY="secret")
     try:
         assert re.search(r"keys and values: int8, [\d.]+ KB a token; up to [\d,]+ tokens \([\d.]+ GB, ", told)
@@ -89,8 +89,9 @@ def test_keys_come_from_the_environment_and_requests_are_logged(tiny_base, runs,
             assert [model["id"] for model in json.load(answer)["data"]] == ["smollm2", "mine"]
         asked = urllib.request.Request(address + "/metrics", headers={"Authorization": "Bearer secret"})
         with urllib.request.urlopen(asked, timeout=30) as answer:
-            (most,) = re.findall(r"^thimble:prefix_cache_max_bytes\S* (\S+)$", answer.read().decode(), re.MULTILINE)
-        assert 0.9e7 < float(most) <= 1e7
+            told = dict(re.findall(r"^thimble:(\w+_max_bytes)\S* (\S+)$", answer.read().decode(), re.MULTILINE))
+        assert 0.9e7 < float(told["prefix_cache_max_bytes"]) <= 1e7
+        assert float(told["adapter_resident_max_bytes"]) == 3e6
     finally:
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=60)
@@ -127,6 +128,7 @@ def test_without_the_extra_it_says_what_to_install(thimble, tiny_base, monkeypat
         (["--port", "70000"], "--port 70000: expected at most 65535"),
         (["--adapter", "nowhere"], "adapter nowhere does not exist"),
         (["--max-running", "0"], "--max-running 0: expected at least 1"),
+        (["--adapter-memory", "900TB"], "--adapter-memory 900000000000000: expected at most the memory that is free, "),
         (["--prefix-cache", "900TB"], "--prefix-cache 900000000000000: expected at most the memory that is free, "),
         (["--host", "no.such.host.invalid", "--api-key", "x"], "--host no.such.host.invalid --port 8000: cannot be"),
     ],

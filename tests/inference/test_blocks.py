@@ -104,6 +104,20 @@ def test_of_a_request_that_is_longer_than_what_may_be_kept_the_beginning_stays()
     assert (blocks.unused, blocks.evictions) == (0, 3)
 
 
+def test_blocks_that_hold_nothing_any_more_are_told_once():
+    blocks = Blocks(8, most_unused=1)
+    taken = [blocks.take() for _ in range(3)]
+    first, second = kept(blocks, ROOT, tokens(1)), kept(blocks, ROOT, tokens(2))  # for which the first makes room
+    blocks.release(taken)
+    again = blocks.take()
+    assert again in {first, *taken}
+    assert blocks.emptied() == sorted({first, *taken} - {again})
+    assert blocks.emptied() == []
+    blocks.release([again])
+    assert blocks.emptied() == [again]
+    assert blocks.find(chained(ROOT, tokens(2))) == second
+
+
 @pytest.mark.parametrize("unused", [None, 5])
 @pytest.mark.parametrize("most", [None, 12])
 def test_counts_hold_whatever_happens(most, unused):

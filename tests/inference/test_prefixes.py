@@ -132,6 +132,20 @@ def test_what_is_kept_takes_no_more_than_its_share_and_what_is_used_most_stays(s
     assert engine._blocks.count <= 10 + -(-(len(TEXT) + FOUR.max_new_tokens) // BLOCK_TOKENS)
 
 
+def test_what_many_took_at_once_is_given_back_once_all_are_over_and_what_is_kept_stays(session):
+    engine, bare = (
+        Engine(session, cache_tokens=4000, keeps_prefixes=True, kept_tokens=4 * BLOCK_TOKENS),
+        session.load(None),
+    )
+    given_back, discard = [], engine._cache.discard
+    engine._cache.discard = lambda blocks: (given_back.extend(blocks), discard(blocks))
+    answers(engine, *((np.roll(TEXT, number), bare) for number in range(6)))
+    assert len(given_back) == engine._blocks.count - 4
+    (answer,), (cached,) = answers(engine, (np.roll(TEXT, 5), bare))
+    assert answer == cold(session, np.roll(TEXT, 5), bare)
+    assert cached == len(TEXT) - 1
+
+
 @pytest.mark.parametrize("after", [1, 2, 3, 6])
 def test_what_a_cancelled_request_had_read_can_be_used(session, after):
     engine, bare = Engine(session, cache_tokens=4000, keeps_prefixes=True, prefill_tokens=40), session.load(None)

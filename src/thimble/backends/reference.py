@@ -106,6 +106,9 @@ class TokenCache:
     def copy(self, source: int, target: int) -> None:
         self.ids[target] = self.ids[source]
 
+    def discard(self, blocks: Sequence[int]) -> None:
+        """Do nothing: numbers of tokens take little."""
+
 
 def _rows(batch: Batch) -> list[Batch]:
     """Each row of a batch as one of its own."""

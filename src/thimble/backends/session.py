@@ -131,6 +131,9 @@ class KeyValueCache(Protocol):
     def copy(self, source: int, target: int) -> None:
         """Copy a block over another."""
 
+    def discard(self, blocks: Sequence[int]) -> None:
+        """Give back the memory of blocks, as far as that can be: what they hold is lost, and they stay usable."""
+
 
 class ActiveAdapter(Protocol):
     """An adapter in a backend's own memory and compute type; an empty one is the bare base, bit for bit."""

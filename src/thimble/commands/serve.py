@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from thimble.server.service import CacheRoom, Service
 
 MEMORY_SHARE = 3  # of the free memory, one part in so many is for keys and values
-KEPT_SHARE, KEPT_BYTES = 8, 1_000_000_000  # and of these, one part in so many of it and at most so much are kept
+KEPT_SHARE, KEPT_BYTES = 8, 1_000_000_000  # one part in so many, at most so much: of those, and of adapters, what stays
 RUNS = "runs"  # where `thimble train` puts what it makes
 LOCAL = ("127.0.0.1", "localhost", "::1")  # addresses that no other machine can reach
 
@@ -72,10 +72,10 @@ def serve(config: ServeConfig, on_event: OnEvent = ignore, should_stop: ShouldSt
     keys, admin_keys = _keys("THIMBLE_API_KEY", config.api_key), _keys("THIMBLE_ADMIN_KEY", config.admin_key)
     if not (keys or config.host in LOCAL):
         problems.add(f"--host {config.host}: other machines can reach that, so it wants an --api-key")
-    if (config.prefix_cache or 0) > (free := available_bytes()):
-        problems.add(
-            f"--prefix-cache {config.prefix_cache}: expected at most the memory that is free, {free / 1e9:.2f} GB"
-        )
+    free = available_bytes()
+    for name, size in (("adapter-memory", config.adapter_memory), ("prefix-cache", config.prefix_cache)):
+        if (size or 0) > free:
+            problems.add(f"--{name} {size}: expected at most the memory that is free, {free / 1e9:.2f} GB")
     opened = problems.attempt(listen, config.host, config.port)
     model, adapters = _open(config, problems, log)
     if model:
@@ -144,7 +144,9 @@ def _make_service(
     decode = choose_decode(config.decode, model.base)
     store = choose_store(config.store, model.base, compute)[0][0]
     session = open_session(model, compute, store, decode=decode, cache_type=config.cache_type)
-    registry = AdapterRegistry(session, model.base)
+    resident = _kept_bytes(config.adapter_memory)
+    log.decision(f"adapters: up to {resident / 1e9:.2f} GB stay in memory (--adapter-memory)")
+    registry = AdapterRegistry(session, model.base, resident)
     for name, path in adapters.items():
         registry.add(name, path)
     cache = _cache_room(config, model, compute, log)
@@ -163,14 +165,18 @@ def _make_service(
     return Service(model, EngineThread(make_engine, limits.requests), registry, limits, config.seed)
 
 
+def _kept_bytes(given: int | None) -> int:
+    """Memory for what stays for later requests, adapters or prefixes, as it was given or as this machine has it."""
+    return min(available_bytes() // KEPT_SHARE, KEPT_BYTES) if given is None else given
+
+
 def _cache_room(config: ServeConfig, model: Model, compute: str, log: EventLog) -> "CacheRoom":
     """How many tokens the key-value cache may hold and keep, told with the memory that they take."""
     from thimble.server.service import CacheRoom
 
-    spec, is_rounded, free = model.base.spec, config.cache_type == "int8", available_bytes()
+    spec, is_rounded, kept_bytes = model.base.spec, config.cache_type == "int8", _kept_bytes(config.prefix_cache)
     token_bytes = int8_cache_token_bytes(spec) if is_rounded else cache_token_bytes(spec, compute)
-    kept_bytes = min(free // KEPT_SHARE, KEPT_BYTES) if config.prefix_cache is None else config.prefix_cache
-    most, kept = max(free // MEMORY_SHARE, kept_bytes) // token_bytes, kept_bytes // token_bytes
+    most, kept = max(available_bytes() // MEMORY_SHARE, kept_bytes) // token_bytes, kept_bytes // token_bytes
     log.decision(
         f"keys and values: {'int8' if is_rounded else compute}, {token_bytes / 1e3:.1f} KB a token; up to {most:,} "
         f"tokens ({most * token_bytes / 1e9:.2f} GB, taken as they are needed); {kept:,} of them "

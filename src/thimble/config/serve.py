@@ -32,6 +32,8 @@ class ServeConfig(WritingOptions):
     cache_type: str = option("float", "How keys and values of what was read are kept: float, in the dtype of "
         "--compute; or int8, a little less exact, in about a quarter of the memory of fp32 and half of that of bf16.",
         choices=("float", "int8"))  # fmt: skip
+    adapter_memory: int | None = option(None, "Memory for adapters that stay for later requests, the longest unused "
+        "going first; default: an eighth of the free memory, at most 1 GB.", is_size=True, metavar="SIZE")  # fmt: skip
     prefix_cache: int | None = option(None, "Memory for keys and values of earlier prompts and answers, kept for "
         "requests that begin alike; 0 keeps none; default: an eighth of the free memory, at most 1 GB.",
         is_size=True, metavar="SIZE")  # fmt: skip

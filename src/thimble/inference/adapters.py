@@ -22,7 +22,6 @@ from thimble.models.base import Base
 
 BASE_NAME = "base"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-RESIDENT_BYTES = 1_000_000_000
 AHEAD_BYTES = 250_000_000  # of them, read before anybody asks: a second or two of work
 
 # Names with the versions they stood for, and what each is multiplied by.
@@ -51,7 +50,7 @@ class AdapterRegistry:
             requests are still using stay beside them until these end.
     """
 
-    def __init__(self, session: Session, base: Base, resident_bytes: int = RESIDENT_BYTES) -> None:
+    def __init__(self, session: Session, base: Base, resident_bytes: int = 1_000_000_000) -> None:
         self._session, self._base, self._most = session, base, resident_bytes
         self._bare = session.load(None)
         self._sources: dict[str, _Source] = {}
@@ -72,6 +71,11 @@ class AdapterRegistry:
         """Memory of the adapters that are kept."""
         with self._lock:
             return sum(adapter.resident_bytes for adapter in self._resident.values())
+
+    @property
+    def most_bytes(self) -> int:
+        """What these may take."""
+        return self._most
 
     def path(self, name: str) -> str:
         """Where an adapter lies.

@@ -46,6 +46,7 @@ class Blocks:
         self.evictions = 0  # blocks that held what a later request could have used, and do not any more
         self._users: dict[int, int] = {}
         self._free: list[int] = []
+        self._emptied: set[int] = set()  # those of them whose memory was not given back
         self._kept: dict[int, _Kept] = {}
         self._by_key: dict[bytes, int] = {}
         self._followers: dict[bytes, list[int]] = {}
@@ -65,6 +66,7 @@ class Blocks:
         """A block for one user, whatever it held."""
         if self._free:
             block = self._free.pop()
+            self._emptied.discard(block)
         elif self._unused and (self.most is None or self.count >= self.most):
             block = self._evict()
         else:
@@ -88,9 +90,18 @@ class Blocks:
             if block in self._kept:
                 self._unused[block] = None
             else:
-                self._free.append(block)
+                self._put_free(block)
         while self.most_unused is not None and self.unused > self.most_unused:
-            self._free.append(self._evict())
+            self._put_free(self._evict())
+
+    def emptied(self) -> list[int]:
+        """Blocks that hold nothing, and have held something since they were last told here."""
+        told, self._emptied = sorted(self._emptied), set()
+        return told
+
+    def _put_free(self, block: int) -> None:
+        self._free.append(block)
+        self._emptied.add(block)
 
     def keep(self, block: int, before: bytes, tokens: Tokens) -> int:
         """Let later requests use what a block holds; returns the block that is to be used for it from now on.

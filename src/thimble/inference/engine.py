@@ -207,6 +207,8 @@ class Engine:
                 if self._prefixes and request.chain:
                     self._prefixes.keep_last(request)
                 self._blocks.release(request.blocks)
+        if self.is_idle:  # so that what many took at once is not held for good
+            self._cache.discard(self._blocks.emptied())
 
     # ---- prompts --------------------------------------------------------------------------------------------------
 

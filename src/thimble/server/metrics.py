@@ -24,6 +24,7 @@ class Now(NamedTuple):
     most_adapters: int  # that a step can have
     adapters: int  # that are served
     adapter_bytes: int  # of those in memory that are kept for later requests
+    most_adapter_bytes: int  # that these may take
     adapter_loads: int  # reads of adapters from their files
     adapter_evictions: int  # adapters that had to make room for others
     cache_bytes: int  # of keys and values
@@ -126,12 +127,14 @@ class _Moment(Collector):
         yield self._gauge("lora_requests_info", "Adapters in use, told at this time.", time.time(), told)
         yield self._own(GaugeMetricFamily, "adapters", "Adapters that are served.", now.adapters)
         yield self._own(GaugeMetricFamily, "adapter_resident_bytes", "Memory of adapters kept.", now.adapter_bytes)
+        most = "What these may take."
+        yield self._own(GaugeMetricFamily, "adapter_resident_max_bytes", most, now.most_adapter_bytes)
         yield self._own(CounterMetricFamily, "adapter_loads", "Adapters read from files.", now.adapter_loads)
         yield self._own(CounterMetricFamily, "adapter_evictions", "Adapters that made room.", now.adapter_evictions)
         yield self._own(GaugeMetricFamily, "kv_cache_bytes", "Memory of keys and values.", now.cache_bytes)
         kept = "Memory of keys and values kept for later requests."
         yield self._own(GaugeMetricFamily, "prefix_cache_bytes", kept, now.kept_bytes)
-        yield self._own(GaugeMetricFamily, "prefix_cache_max_bytes", "What these may take.", now.most_kept_bytes)
+        yield self._own(GaugeMetricFamily, "prefix_cache_max_bytes", most, now.most_kept_bytes)
         evicted = "Tokens that were kept and made room."
         yield self._own(CounterMetricFamily, "prefix_cache_evicted_tokens", evicted, now.evicted_tokens)
 

@@ -187,7 +187,7 @@ class Service:
         known = self.adapters
         return Now(
             load.running, load.waiting, load.used_tokens / most, running, waiting, self.limits.requests,
-            len(known.names), known.resident_bytes, known.loads, known.evictions,
+            len(known.names), known.resident_bytes, known.most_bytes, known.loads, known.evictions,
             (load.used_tokens + load.unused_tokens) * size, load.unused_tokens * size, (cache.kept_tokens or 0) * size,
             load.evicted_tokens,
         )  # fmt: skip

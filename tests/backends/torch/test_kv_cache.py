@@ -1,5 +1,8 @@
 """Keys and values in int8: near what they round, the same in any pieces, as small as planned; how a cache grows."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +13,7 @@ from thimble.backends.open import open_session
 from thimble.backends.session import ForwardRow, Pass
 from thimble.backends.torch import gang, paged
 from thimble.backends.torch.attention import AttentionSpec
-from thimble.backends.torch.kv_cache import KvCache
+from thimble.backends.torch.kv_cache import PIECE_BYTES, PRIVATE, KvCache
 from thimble.backends.torch.session import TorchSession
 from thimble.data.model import open_model
 from thimble.errors import ConfigError
@@ -137,6 +140,26 @@ def test_a_cache_grows_without_moving_what_is_there(whole_numbers, monkeypatch):
     assert np.array_equal(cache.addresses[:1], before)
     assert len(cache.addresses) == 40
     assert np.array_equal(read(whole_numbers, [33, 42], cache=cache), expected)
+
+
+@pytest.mark.skipif(not PRIVATE, reason="this system takes no pages back")
+def test_memory_of_blocks_that_hold_nothing_goes_back_to_the_system(whole_numbers):
+    cache, most = whole_numbers.new_cache(), 4 * PIECE_BYTES
+    cache.reserve(1)
+    blocks = most // int(np.diff(cache.addresses)[0])
+    cache.reserve(blocks)
+    for piece in cache._pieces:
+        piece.fill_(7)
+    kept = [0, 1, blocks // 2, cache.blocks - 1]
+    before = own_bytes()
+    cache.discard([block for block in range(cache.blocks) if block not in kept])
+    assert own_bytes() <= before - 0.9 * most
+    assert all((cache._block(block) == 7).all() for block in kept)
+
+
+def own_bytes():
+    """Memory of this process that no file backs."""
+    return int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 
 
 def test_a_block_is_copied_with_its_scales(whole_numbers):

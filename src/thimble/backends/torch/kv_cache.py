@@ -1,6 +1,7 @@
 """Keys and values of what requests have read, in blocks that requests share, and attention that reads them there."""
 
-from collections.abc import Sequence
+import mmap
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -27,13 +28,16 @@ from thimble.core.sizes import PADDED_KEYS, PADDED_QUERIES, TILE
 
 LONGEST_SINGLE = 8  # tokens of a row that are looked up one by one: fewer than make a tile worth while
 PIECE_BYTES = 1 << 24  # by which a cache grows, at least a block
+# What memory has to be for its pages to be given back one by one; empty where the system cannot.
+PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MADV_DONTNEED") else {}
 
 
 class KvCache:
     """Room for blocks of keys and values, by number; see thimble.backends.session.KeyValueCache.
 
-    It grows by pieces and moves nothing, so that no answer waits while gigabytes are copied. `kind` is how numbers are
-    kept: `F32`, `BF16`, or `I8`, rounded with a scale for each token and head.
+    It grows by pieces and moves nothing, so that no answer waits while gigabytes are copied. Pages of blocks that hold
+    nothing go back to the system, which gives others as they are written. `kind` is how numbers are kept: `F32`,
+    `BF16`, or `I8`, rounded with a scale for each token and head.
     """
 
     block_tokens = BLOCK_TOKENS
@@ -43,7 +47,9 @@ class KvCache:
         self.head_bytes = head_bytes(spec.head_dim, kind)
         self._layer_bytes = spec.num_kv_heads * self.head_bytes
         self._block_bytes = num_layers * self._layer_bytes
-        self._pieces: list[Tensor] = []
+        self._together = max(1, PIECE_BYTES // self._block_bytes)  # blocks of a piece
+        self._rooms: list[mmap.mmap] = []
+        self._pieces: list[Tensor] = []  # each the whole of a room: (blocks, bytes)
         self.addresses = np.zeros(0, np.int64)  # of each block
 
     @property
@@ -52,23 +58,42 @@ class KvCache:
         return len(self.addresses)
 
     def reserve(self, blocks: int) -> None:
-        together = max(1, PIECE_BYTES // self._block_bytes)
         while self.blocks < blocks:
-            piece = torch.empty(together, self._block_bytes, dtype=torch.uint8)
+            self._rooms.append(room := mmap.mmap(-1, self._together * self._block_bytes, **PRIVATE))
+            piece = torch.frombuffer(room, dtype=torch.uint8).view(self._together, self._block_bytes)
             self._pieces.append(piece)
-            added = piece.data_ptr() + self._block_bytes * np.arange(together)
+            added = piece.data_ptr() + self._block_bytes * np.arange(self._together)
             self.addresses = np.concatenate([self.addresses, added])
 
     def copy(self, source: int, target: int) -> None:
         self._block(target).copy_(self._block(source))
 
+    def discard(self, blocks: Sequence[int]) -> None:
+        for first, stop in _runs(blocks, self._together) if PRIVATE else ():
+            piece, place = divmod(first, self._together)
+            start = -(-place * self._block_bytes // mmap.PAGESIZE) * mmap.PAGESIZE  # a page may be of two blocks
+            end = (place + stop - first) * self._block_bytes // mmap.PAGESIZE * mmap.PAGESIZE
+            if end > start:
+                self._rooms[piece].madvise(mmap.MADV_DONTNEED, start, end - start)
+
     def _block(self, number: int) -> Tensor:
-        piece, place = divmod(number, len(self._pieces[0]))
+        piece, place = divmod(number, self._together)
         return self._pieces[piece][place]
 
     def layer(self, number: int) -> "Pool":
         """Where the heads of a layer are."""
         return Pool(number * self._layer_bytes, self.head_bytes, self._like)
+
+
+def _runs(numbers: Iterable[int], together: int) -> list[tuple[int, int]]:
+    """Numbers that follow one another within a piece of so many: the first of each run, and the one behind the last."""
+    runs: list[tuple[int, int]] = []
+    for number in sorted(numbers):
+        if runs and runs[-1][1] == number and number % together:
+            runs[-1] = (runs[-1][0], number + 1)
+        else:
+            runs.append((number, number + 1))
+    return runs
 
 
 class Pool(NamedTuple):

@@ -66,6 +66,9 @@ class TokenCache:
         """Copy a block over another."""
         self._ids[target] = self._ids[source]
 
+    def discard(self, blocks: Sequence[int]) -> None:
+        """Do nothing: numbers of tokens take little."""
+
     def read(self, model: AdaptedModel, rows: Sequence[CachedRow]) -> Tensor:
         """Logits of rows, float32 (all wanted, vocabulary)."""
         whole = []
@@ -110,6 +113,9 @@ class BlockCache:
         for pair in self._rooms:
             for room in pair:
                 room[target] = room[source]
+
+    def discard(self, blocks: Sequence[int]) -> None:
+        """Do nothing: a layer has one array for all blocks."""
 
     def read(self, model: AdaptedModel, rows: Sequence[CachedRow]) -> Tensor:
         """Logits of rows, float32 (all wanted, vocabulary); keys and values of their tokens are kept."""
