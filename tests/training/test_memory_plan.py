@@ -26,6 +26,12 @@ def test_the_first_plan_is_the_fastest():
     assert plans(step_tokens=400)[0] == ExecutionPlan("file", 1, 400, 400)
 
 
+def test_a_step_is_not_cut_without_need():
+    lengths = ((step, longest) for step in range(40, 1024, 5) for longest in range(20, step, 7))
+    cut = [pair for pair in lengths if plans(step_tokens=pair[0], longest=pair[1])[0].micro_tokens != pair[0]]
+    assert cut == []
+
+
 def test_no_micro_batch_is_shorter_than_the_longest_row():
     assert min(execution.micro_tokens for execution in plans(longest=700)) == 700
 

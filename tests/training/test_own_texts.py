@@ -70,6 +70,22 @@ def test_without_a_place_to_keep_them_they_are_written_each_time(tiny_base, data
     assert train(tiny_base, data, tmp_path / "one").divergence["texts"] >= 100
 
 
+def test_a_text_ends_with_the_last_token_that_anything_is_asked_of(tiny_base, data, tmp_path, cache, monkeypatch):
+    read = []
+
+    def measure(session, adapter, texts, execution, control):
+        read.extend(texts)
+        return {}
+
+    monkeypatch.setattr("thimble.training.tasks.text.measure_divergence", measure)
+    train(tiny_base, data, tmp_path / "run")
+    assert len(read) >= 100
+    assert all(row.labels[-1] != IGNORED for row in read)
+    assert all((row.labels[:-1] == row.ids[1:])[row.labels[:-1] != IGNORED].all() for row in read)
+    written = json.loads(next(cache.iterdir()).read_text())
+    assert [row.labels[row.labels != IGNORED].tolist() for row in read] == written
+
+
 # ---- what is measured -----------------------------------------------------------------------------------------------
 
 

@@ -117,10 +117,11 @@ def _write(
 
 
 def _row(beginning: Row, written: Sequence[int]) -> Row:
+    """A text with labels where the base wrote; without its last token, of which nothing is asked."""
     ids = np.concatenate([beginning.ids, np.array(written, np.int32)])
-    labels = np.append(ids[1:], np.int32(IGNORED))
+    labels = ids[1:].copy()
     labels[: len(beginning.ids) - 1] = IGNORED
-    return Row(ids, labels, beginning.source)
+    return Row(ids[:-1], labels, beginning.source)
 
 
 def measure_divergence(
