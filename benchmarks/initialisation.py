@@ -1,11 +1,14 @@
 """Does the start of A and B matter, and does it matter which layers get rank? Paired seeds, rows that chose nothing.
 
-Every arm of a contest is first tried at learning rates 1.78 apart around its default, with two seeds that are never
+Every arm of a contest is first tried at learning rates 1.78 apart from its default on, with two seeds that are never
 used again; more rates are added while the best lies at the edge. At its best rate it is then run with eight other
 seeds, which share data, order and rows with those of the first arm. Losses are those of rows that chose nothing, in
-float32, on the original base. What a start reads to calibrate is charged to it in the column of tokens. Results are
-kept after every run, so that a study that was stopped goes on; all of it takes about five hours of one core. Writes
-initialisation.json, its chart and its part of RESULTS.md from the contests that are complete.
+float32, on the original base; pieces of one text count as one row. What a start reads to calibrate is charged to it in
+the column of tokens.
+
+Results are kept after every run, so it may be stopped at any time and goes on where it was (`timeout 20m python
+benchmarks/initialisation.py`). By arithmetic, on two cores with AVX2 the contests take about 30, 30, 60, 30 and 20
+minutes, in their order. Writes initialisation.json, its chart and its part of RESULTS.md from those that are complete.
 """
 
 import argparse
@@ -26,13 +29,15 @@ from thimble.core.method import INITS
 from thimble.core.significance import t_quantile
 
 HERE = Path(__file__).parent
+BEGIN, END = "<!-- inits: written by benchmarks/initialisation.py -->", "<!-- end of inits -->"
+CHART = "inits.svg"
 STEP = 1.78  # between learning rates: five to a decade and a quarter, as in arXiv:2602.04998
-RATES, MOST_EXTRA = (-1, 0, 1, 2), 3  # powers of STEP around an arm's default, and rates beyond them
+RATES, MOST_EXTRA = (0, 1, 2, 3), 3  # powers of STEP times an arm's default, and rates beyond them
 TUNING_SEEDS, SEEDS = (100, 101), range(8)
-STEPS, EVAL_EVERY, CALIBRATION_STEPS, BETA2 = 24, 6, 4, 0.95
-UNTOUCHED = (200, 16_000)  # most rows that choose nothing, and their tokens
+STEPS, EVAL_EVERY, CALIBRATION_STEPS, BETA2 = 24, 8, 4, 0.95
+UNTOUCHED = (200, 10_000)  # most rows that choose nothing, and their tokens
 # Longest row, tokens of a step, and tokens of the validation rows that are watched.
-SHAPES = {"mapping": (128, 256, 400), "documentation": (64, 256, 1500), "tool calls": (512, 512, 1500)}
+SHAPES = {"mapping": (128, 192, 400), "documentation": (48, 128, 800), "tool calls": (512, 512, 1500)}
 PASSES = {"inputs": 0.4, "gradients": 2.0}  # cost of a calibration token, in tokens that are learned from
 SAME = 0.02  # losses that differ by less than this share count as equal
 DRAWS = 10_000  # of the bootstrap
@@ -57,12 +62,13 @@ class Contest:
 
 def starts(rank: int) -> dict[str, dict[str, Any]]:
     """The starts that are compared, at one rank."""
-    return {init: {"init": init, "rank": rank, "alpha": 2.0 * rank} for init in ("kaiming", "gradient", "pissa")}
+    inits = ("kaiming", "gradient:whitened", "pissa")
+    return {init: {"init": init, "rank": rank, "alpha": 2.0 * rank} for init in inits}
 
 
 CONTESTS = (
-    Contest("mapping", "starts, rank 16", starts(16)),
     Contest("documentation", "starts, rank 16", starts(16)),
+    Contest("mapping", "starts, rank 16", starts(16)),
     Contest("tool calls", "starts, rank 16", starts(16)),
     Contest("mapping", "starts, rank 1", starts(1)),
     Contest("mapping", "ranks, mean 4", {
@@ -95,8 +101,8 @@ class Study:
                 raise LookupError
             usual = self._bench.plan(options)
             rate = usual.step_schedule.rate * STEP**power
-            untouched = UNTOUCHED if seed in SEEDS else (0, 0)
-            done = self._bench.train({**options, "learning_rate": rate}, watched, EVAL_EVERY, untouched)
+            every, untouched = (EVAL_EVERY, UNTOUCHED) if seed in SEEDS else (0, (0, 0))
+            done = self._bench.train({**options, "learning_rate": rate}, watched, every, untouched)
             is_auto = contest.arms[arm]["rank"] == "auto"
             needs = "gradients" if is_auto else INITS[contest.arms[arm].get("init", "kaiming")].needs
             read = [row for step in range(CALIBRATION_STEPS) for row in usual.step_schedule.rows(step)]
@@ -151,27 +157,28 @@ class Rise:
 
 
 def nats(runs: list[dict[str, Any]]) -> NDArray[np.float64]:
-    """(seeds, rows): the loss of every untouched row, summed over its target tokens."""
-    return np.array([run["untouched"] for run in runs], float)
+    """(seeds, texts): the loss of every untouched text, summed over the target tokens of its rows."""
+    number = {text: number for number, text in enumerate(dict.fromkeys(runs[0]["texts"]))}
+    return np.array([np.bincount([number[text] for text in run["texts"]], run["untouched"]) for run in runs])
 
 
 def relative_rise(own: NDArray[np.float64], first: NDArray[np.float64]) -> Rise:
-    """By a bootstrap that draws seeds and rows, both with replacement (Owen, 2007: the pigeonhole bootstrap).
+    """By a bootstrap that draws seeds and texts, both with replacement (Owen, 2007: the pigeonhole bootstrap).
 
     A bootstrap of few seeds is too narrow; what is drawn is spread by what Student's t of as many seeds is wider than
     a normal distribution.
     """
-    seeds, rows = own.shape
+    seeds, texts = own.shape
     random = np.random.default_rng(0)
     by_seed = random.multinomial(seeds, [1 / seeds] * seeds, DRAWS)
-    by_row = random.multinomial(rows, [1 / rows] * rows, DRAWS)
-    difference, base = (((by_seed @ values) * by_row).sum(1) for values in (own - first, first))
+    by_text = random.multinomial(texts, [1 / texts] * texts, DRAWS)
+    difference, base = (((by_seed @ values) * by_text).sum(1) for values in (own - first, first))
     mean = float((own - first).sum() / first.sum())
     wider = t_quantile(0.025, seeds - 1) / NORMAL * math.sqrt(seeds / (seeds - 1))
     drawn = mean + wider * (difference / base - mean)
     low, high, ten, ninety = np.quantile(drawn, (0.025, 0.975, 0.05, 0.95))
     p = 2 * min((drawn <= 0).mean(), (drawn >= 0).mean())
-    return Rise((own - first).sum() / first.sum(), low, high, max(abs(ten), abs(ninety)), min(1.0, max(p, 1 / DRAWS)))
+    return Rise(mean, low, high, max(abs(ten), abs(ninety)), min(1.0, max(p, 1 / DRAWS)))
 
 
 def tokens_to(curve: list[list[float]], target: float) -> float:
@@ -203,27 +210,31 @@ def holm(lines: list[dict[str, Any]]) -> None:
 
 def as_page(lines: list[dict[str, Any]]) -> str:
     """The table for people."""
+    complete = [line["contest"] for line in lines]
+    missing = [f"{each.task} ({each.title})" for each in CONTESTS if each not in complete]
     page = [
-        "## Where A and B begin",
+        BEGIN,
         "",
-        f"Written by `benchmarks/initialisation.py`: SmolLM2-135M-Instruct, all linear layers, float32, {STEPS} steps "
+        f"SmolLM2-135M-Instruct, all linear layers, float32, {STEPS} steps "
         f"({', '.join(f'{task}: {tokens} tokens a step' for task, (_, tokens, _) in SHAPES.items())}), "
         f"each arm at its own best of {len(RATES)} or more learning rates ({STEP} apart, {len(TUNING_SEEDS)} seeds), "
-        f"then {len(SEEDS)} paired seeds. The loss is that of untouched rows; its rise over the first arm has a 95 % "
-        f"interval by a bootstrap over seeds and rows, and p is corrected by Holm's method. Equal: the 90 % interval "
-        f"lies within ±{SAME:.0%}. Tokens a start reads to calibrate are charged to it. (edge): the highest "
-        "rate tried.",
+        f"then {len(SEEDS)} paired seeds. The loss is that of untouched rows, of texts that chose nothing; its rise "
+        f"over the first arm has a 95 % interval by a bootstrap over seeds and texts, and p is corrected by Holm's "
+        f"method for the arms of a contest. Equal: the 90 % interval lies within ±{SAME:.0%}. Tokens a start reads to "
+        "calibrate are charged to it. (edge): the last rate tried. Nothing is said here of longer runs, of other bases "
+        "or of arms that are not in the table.",
+        *(["", f"Not run yet: {'; '.join(missing)}."] if missing else []),
         "",
         "| task | compared | arm | best rate | × the default | loss | against the first | p | which is "
         "| tokens to the first one's final loss | general text |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    return "\n".join([*page, *map(_row, lines), "", "![Validation loss over tokens, by arm](initialisation.svg)", ""])
+    return "\n".join([*page, *map(_row, lines), "", f"![Validation loss over tokens, by arm]({CHART})", "", END])
 
 
 def _row(line: Mapping[str, Any]) -> str:
     contest, runs, rise = line["contest"], line["runs"], line["rise"]
-    edge = " (edge)" if line["power"] == max(RATES) + MOST_EXTRA else ""
+    edge = " (edge)" if line["power"] in (min(RATES) - MOST_EXTRA, max(RATES) + MOST_EXTRA) else ""
     cells = [
         contest.task, contest.title, line["arm"], f"{runs[0]['rate']:.1e}", f"{STEP ** line['power']:.2f}{edge}",
         f"{nats(runs).sum() / (sum(runs[0]['places']) * len(runs)):.4f}",
@@ -264,7 +275,7 @@ def draw(study: Study, lines: list[dict[str, Any]]) -> None:
         for side in (curves, rates):
             side.spines[["top", "right"]].set_visible(False)
         curves.legend(fontsize=8, frameon=False)
-    figure.savefig(HERE / "initialisation.svg")
+    figure.savefig(HERE / CHART)
 
 
 def main() -> None:
@@ -276,7 +287,9 @@ def main() -> None:
         with contextlib.suppress(LookupError):  # not complete
             lines += study.compare(contest)
     if lines:
-        (HERE / "initialisation.md").write_text(as_page(lines))
+        page = (HERE / "initialisation.md").read_text()
+        before, after = page[: page.index(BEGIN)], page[page.index(END) + len(END) :]
+        (HERE / "initialisation.md").write_text(before + as_page(lines) + after)
         draw(study, lines)
         write_results([])
     print(as_page(lines))

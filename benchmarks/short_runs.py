@@ -6,7 +6,7 @@ import pydoc
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -129,12 +129,12 @@ class Bench:
         """Train once; the losses are taken on the first `eval_tokens` tokens of the validation rows.
 
         The curve is (tokens read in training, validation loss), before the first step, every few steps, and at the end.
-        `untouched` are most validation rows behind those, and their tokens, that the result is measured on as well.
+        `untouched` are most validation rows of other texts, and about their tokens, that the result is measured on too.
         """
         began, (run_plan, session, begun) = time.perf_counter(), self.begin(options)
         state, config, schedule, execution = begun, run_plan.config, run_plan.step_schedule, run_plan.execution
         held = list(_first(run_plan.examples.valid, eval_tokens))
-        apart = list(_first(run_plan.examples.valid[len(held) :][: untouched[0]], untouched[1]))
+        apart = _spread(run_plan.examples.valid, {row.source for row in held}, *untouched)
         general = run_plan.general[:GENERAL_ROWS]
         measuring = replace(execution, micro_tokens=max(MEASURED_TOKENS, *(len(row.ids) for row in held)))
 
@@ -153,9 +153,12 @@ class Bench:
             if step + 1 == steps or (eval_every_steps and (step + 1) % eval_every_steps == 0):
                 curve.append((tokens, loss(held)))
         batches = micro_batches(apart, measuring.micro_tokens)
-        last = [row for found in session.row_losses(state.active, batches, measuring) for row in found]
+        read = zip(batches, session.row_losses(state.active, batches, measuring), strict=True)
+        by_row = dict(pair for batch, found in read for pair in zip(batch.numbers.tolist(), found, strict=True))
+        last = [by_row[number] for number in range(len(apart))]
         return {
-            **({"untouched": [row.nats for row in last], "places": [row.tokens for row in last]} if apart else {}),
+            **({"untouched": [row.nats for row in last], "places": [row.tokens for row in last],
+                "texts": [row.source for row in apart]} if apart else {}),
             "rate": schedule.rate, "target_tokens": schedule.target_tokens, "curve": curve, "final": curve[-1][1],
             "general_before": self._measured[config.seq_len,], "general": loss(general),
             "seconds": time.perf_counter() - began,
@@ -194,6 +197,13 @@ def _first(rows: Sequence[Row], tokens: int) -> Iterator[Row]:
             return
         yield row
         tokens -= len(row.ids)
+
+
+def _spread(rows: Sequence[Row], but: Container[str], most: int, tokens: int) -> list[Row]:
+    """At most so many rows, of about so many tokens, evenly spread over those that come from other texts than `but`."""
+    others = [row for row in rows if row.source not in but]
+    count = min(most, len(others), int(tokens * len(others) / max(1, sum(len(row.ids) for row in others))))
+    return [others[int((place + 0.5) * len(others) / count)] for place in range(count)]
 
 
 class Kept:
