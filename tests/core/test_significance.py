@@ -32,6 +32,7 @@ def test_the_sign_test_counts_coins():
     assert sign_test(5, 1) == 7 / 64
     assert sign_test(0, 0) == sign_test(0, 9) == 1.0
     assert sign_test(1200, 700) < 1e-20
+    assert sign_test(np.int64(60), np.int64(4)) == sign_test(60, 4) < 1e-12, "counts of arrays end at 64 bits"
 
 
 def test_signs_are_flipped_one_by_one_where_rows_are_few_and_by_draws_where_they_are_many():

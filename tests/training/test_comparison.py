@@ -213,6 +213,25 @@ def test_labels_are_scored_before_and_after_beside_their_training_rows():
     assert (report["after"]["majority"], report["after"]["baseline"]) == ("yes", pytest.approx(1 / 3))
 
 
+@pytest.mark.parametrize("runs", [RUNS, pytest.param(MANY_RUNS, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rows", [30, 200])
+def test_answers_that_change_by_chance_alone_are_told_as_a_gain_in_at_most_one_run_of_twenty(rows, runs):
+    """Rows are hard or easy, and each is answered twice by one and the same model; four metrics go together."""
+    random, told = np.random.default_rng(11), []
+    for _ in range(runs):
+        chance = random.beta(0.7, 0.7, rows)
+        fields = random.binomial(4, chance, (2, rows)) / 4
+        both = [
+            answers(*({"valid JSON": float(share > 0), "right function": float(share > 0.25),
+                       "all arguments right": float(share == 1), "fields right": share} for share in shares))
+            for shares in fields
+        ]  # fmt: skip
+        told.append(told_of(*both))
+    gains = [verdict for verdict in told if verdict.word in ("Yes", "Mostly", "Partly")]
+    assert len(gains) <= 0.05 * runs
+    assert sum("It got worse" in verdict.text for verdict in told) <= 0.05 * runs
+
+
 def heard(errors, characters, rows=40):
     """Answers to spoken rows with so many wrong characters each, by turns short and long."""
     return [

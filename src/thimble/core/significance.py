@@ -147,7 +147,7 @@ def sign_test(more: int, less: int) -> float:
 
     One-sided, exact; of answers that are right or wrong this is McNemar's test (Psychometrika 12, 1947).
     """
-    changed = more + less
+    more, changed = int(more), int(more) + int(less)  # of any kind of whole numbers: these are larger than 64 bits
     ways: int = sum(math.comb(changed, count) for count in range(more, changed + 1))
     return ways / (1 << changed)
 
