@@ -1,4 +1,4 @@
-"""How A and B are initialised: every published init, as a function of one layer's matrices.
+"""How A and B are initialised: published inits, and some of our own, each a function of one layer's matrices.
 
 Which matrix is decomposed matters more than the algorithm: the weight (PiSSA, MiLoRA, OLoRA), the layer's inputs (EVA,
 CorDA), the gradient (LoRA-GA, LoRA-One) or the error of quantising (LoftQ). W is never modified: an init that takes
