@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -39,17 +40,17 @@ def train(base, data, out, **options):
 
 def test_a_run_tells_how_far_it_moved_on_texts_that_are_written_once(tiny_base, data, tmp_path, cache):
     first = train(tiny_base, data, tmp_path / "one", learning_rate=0.02)
-    (file,) = cache.iterdir()
+    (file,), (answers,) = cache.glob("*.json"), cache.glob("*.npz")
     texts = json.loads(file.read_text())
     assert len(texts) == first.divergence["texts"] >= 100
     assert 0 < sum(map(len, texts)) == first.divergence["places"]
     assert len({tuple(ids) for ids in texts}) > 0.8 * len(texts), "each is drawn from a stream of its own"
     assert first.divergence["kl_low"] < first.divergence["kl"] < first.divergence["kl_high"]
     assert first.divergence["same_low"] < first.divergence["same"] < 1
-    inode = file.stat().st_ino
+    inodes = {path: path.stat().st_ino for path in (file, answers)}
     again = train(tiny_base, data, tmp_path / "two", learning_rate=0.02)
     assert again.divergence == first.divergence
-    assert [path.stat().st_ino for path in cache.iterdir()] == [inode]
+    assert {path: path.stat().st_ino for path in cache.iterdir()} == inodes
     far = train(tiny_base, data, tmp_path / "three", learning_rate=0.1)
     assert far.divergence["kl"] > first.divergence["kl"]
 
@@ -57,7 +58,7 @@ def test_a_run_tells_how_far_it_moved_on_texts_that_are_written_once(tiny_base, 
 @pytest.mark.parametrize("damage", ["[]", "no json", "[[1]]", '[["a"]]', "null"])
 def test_texts_that_are_damaged_are_written_again(tiny_base, data, tmp_path, cache, damage):
     first = train(tiny_base, data, tmp_path / "one")
-    (file,) = cache.iterdir()
+    (file,) = cache.glob("*.json")
     whole = file.read_text()
     file.write_text(damage if damage != "[[1]]" else json.dumps([[10**9], *json.loads(whole)[1:]]))
     assert train(tiny_base, data, tmp_path / "two").divergence == first.divergence
@@ -73,7 +74,7 @@ def test_without_a_place_to_keep_them_they_are_written_each_time(tiny_base, data
 def test_a_text_ends_with_the_last_token_that_anything_is_asked_of(tiny_base, data, tmp_path, cache, monkeypatch):
     read = []
 
-    def measure(session, adapter, texts, execution, control):
+    def measure(session, adapter, texts, execution, control, path):
         read.extend(texts)
         return {}
 
@@ -97,9 +98,49 @@ class Moved:
     def __init__(self, nats):
         self.nats = nats
 
-    def divergences(self, adapter, batches, execution):
+    def divergences(self, adapter, batches, execution, known=None):
         for batch in batches:
             yield [Divergence(self.nats(int(n)) * 5, 4, 5) for n in batch.numbers]
+
+
+class Condensing(Moved):
+    """One that keeps what its base, which is told by a number, says of each row."""
+
+    def __init__(self, base, width=3):
+        super().__init__(lambda n: 0.1)
+        self.base, self.width, self.computed = base, width, 0
+
+    def load(self, adapter):
+        return adapter
+
+    def divergences(self, adapter, batches, execution, known=None):
+        for batch in batches:
+            for start, end in zip(batch.starts, batch.starts[1:], strict=False):
+                row, places = (batch.ids[start:end], batch.labels[start:end]), int(end - start) - 1
+                if known.get(*row) is None:
+                    self.computed += 1
+                    mean = np.zeros((places, self.width), np.float32)
+                    known.put(*row, (mean, np.full(places, self.base), np.zeros(places, np.int32)))
+        return super().divergences(adapter, batches, execution)
+
+
+def test_what_the_base_says_is_computed_once_and_again_if_it_says_otherwise(tmp_path):
+    rows = [Row(row.ids + number, row.labels, row.source) for number, row in enumerate(texts())]
+
+    def computed(session):
+        log = EventLog(lambda event: None)
+        path = tmp_path / "folder" / "answers.npz"
+        assert own_texts.measure_divergence(session, None, rows, EXECUTION, Control(log), path)
+        return session.computed
+
+    assert computed(Condensing(1.0)) == 40
+    assert computed(Condensing(1.0)) == 1, "one, to see that it is still the same"
+    assert computed(Condensing(1.1)) == 41
+    assert computed(Condensing(1.1)) == 1
+    assert computed(Condensing(1.1, width=4)) == 41
+    (tmp_path / "folder" / "answers.npz").write_bytes(b"no file of arrays")
+    assert computed(Condensing(1.1, width=4)) == 40
+    assert computed(Condensing(1.1, width=4)) == 1
 
 
 def texts(count=40, tokens=6, starts=20):
@@ -110,7 +151,8 @@ def texts(count=40, tokens=6, starts=20):
 
 def measured(session, rows):
     log = EventLog(lambda event: None)
-    return own_texts.measure_divergence(session, None, rows, EXECUTION, Control(log)), log.messages["warning"]
+    found = own_texts.measure_divergence(session, None, rows, EXECUTION, Control(log), Path("no such file"))
+    return found, log.messages["warning"]
 
 
 def test_texts_of_one_beginning_count_as_one():

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from thimble.backends.known_answers import KnownAnswers
 from thimble.core.adapter import Adapter
 from thimble.core.method import Method
 from thimble.core.metrics import Divergence, LossSum
@@ -249,9 +250,13 @@ class Session(TrainingSession, Protocol):
         """The same, for each row of each batch."""
 
     def divergences(
-        self, adapter: ActiveAdapter, batches: Sequence[Batch], execution: ExecutionPlan
-    ) -> Iterator[list[Divergence]]:
-        """How far each row of each batch is from the bare base, at the places that carry a label."""
+        self, adapter: ActiveAdapter, batches: Sequence[Batch], execution: ExecutionPlan,
+        known: KnownAnswers | None = None,
+    ) -> Iterator[list[Divergence]]:  # fmt: skip
+        """How far each row of each batch is from the bare base, at the places that carry a label.
+
+        What is known of the base is not computed; an engine that can condense its answers adds the others.
+        """
 
     def kl_reference(self, batch: Batch) -> Any:
         """What the bare base makes of some text at the places that carry a label, for `Objective`."""

@@ -9,15 +9,17 @@ import contextlib
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from thimble.backends.known_answers import KnownAnswers
 from thimble.backends.session import ActiveAdapter, Session
 from thimble.core.metrics import Divergence
 from thimble.core.significance import LEAST_ROWS, bootstrap
-from thimble.data.batches import micro_batches
+from thimble.data.batches import micro_batches, pack
 from thimble.data.encode import IGNORED, Row
 from thimble.errors import plural
 from thimble.inference.batch import own_seed
@@ -51,7 +53,7 @@ class Writer:
         beginnings; none if somebody wants to leave. `why` is told when they are written.
         """
         starts, each = [row.ids for row in beginnings], max(1, round(count / max(1, len(beginnings))))
-        path = cache_folder() / "texts" / f"{_key(self.fingerprint, count, starts)}.json"
+        path = self._place(beginnings, count).with_suffix(".json")
         written = _kept(path, len(starts) * each, self.base.spec.vocab_size)
         if not written:
             control.log.stage(f"the base writes some texts, once, {why}")
@@ -67,6 +69,14 @@ class Writer:
         """The texts to measure on, which begin as general text does."""
         beginnings = [_beginning(row) for row in general]
         return self.texts(session, beginnings, TEXTS, "to see later what it forgets", execution, control)
+
+    def answers_file(self, general: Sequence[Row], computed: str) -> Path:
+        """Where the base's answers on the texts to measure on are kept, by how they are computed."""
+        path = self._place([_beginning(row) for row in general], TEXTS)
+        return path.with_name(f"{path.name}-{computed}.npz")
+
+    def _place(self, beginnings: Sequence[Row], count: int) -> Path:
+        return cache_folder() / "texts" / _key(self.fingerprint, count, [row.ids for row in beginnings])
 
 
 def _beginning(row: Row) -> Row:
@@ -125,24 +135,30 @@ def _row(beginning: Row, written: Sequence[int]) -> Row:
 
 
 def measure_divergence(
-    session: Session, adapter: ActiveAdapter, texts: Sequence[Row], execution: ExecutionPlan, control: Control
-) -> Mapping[str, Any]:
+    session: Session, adapter: ActiveAdapter, texts: Sequence[Row], execution: ExecutionPlan, control: Control,
+    path: Path,
+) -> Mapping[str, Any]:  # fmt: skip
     """How far the model is from the base on its texts: `kl` and `same` with their 95 % intervals; empty if not known.
 
-    Texts of one beginning are not independent: the bootstrap draws beginnings.
+    Texts of one beginning are not independent: the bootstrap draws beginnings. The base's answers are read from a file,
+    or kept there for the next run.
     """
     if control.should_stop() or not _is_enough(texts, control):
         return {}
+    known = _known_answers(path, session, texts, execution)
     found: dict[str, Divergence] = {}
     batches = micro_batches(texts, execution.micro_tokens, shares_prefixes=session.shares_prefixes)
     read = 0
-    for batch, rows in zip(batches, session.divergences(adapter, batches, execution), strict=True):
+    for batch, rows in zip(batches, session.divergences(adapter, batches, execution, known), strict=True):
         for number, row in zip(batch.numbers.tolist(), rows, strict=True):
             found[texts[number].source] = found.get(texts[number].source, Divergence()) + row
         read += len(rows)
         control.log.progress("comparing with the base on its own texts,", read, len(texts))
         if control.should_stop():
             return {}
+    if known.is_changed:
+        with contextlib.suppress(OSError):  # no home, or no room there: computed again next time
+            known.write(path)
     nats, same, places = (
         np.array([getattr(each, name) for each in found.values()], float) for name in ("nats", "same", "places")
     )
@@ -157,6 +173,15 @@ def measure_divergence(
         "kl": nats.sum() / places.sum(), "kl_low": max(kl_low, 0.0), "kl_high": kl_high,
         "same": same.sum() / places.sum(), "same_low": same_low, "same_high": min(same_high, 1.0),
     }  # fmt: skip
+
+
+def _known_answers(path: Path, session: Session, texts: Sequence[Row], execution: ExecutionPlan) -> KnownAnswers:
+    """The base's answers that were kept, if it still gives the first of them; else none."""
+    known, first = KnownAnswers.read(path), KnownAnswers()
+    if known.get(texts[0].ids, texts[0].labels) is None:
+        return KnownAnswers()
+    list(session.divergences(session.load(None), [pack(texts[:1])], execution, first))
+    return known if known.agrees_with(first) else KnownAnswers()
 
 
 def _is_enough(texts: Sequence[Row], control: Control) -> bool:

@@ -5,6 +5,7 @@ the hidden states at once: the full logits never exist (as in Liger's fused line
 rows without a label are dropped first).
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from thimble.backends.known_answers import Answers
 from thimble.backends.torch import fused
 from thimble.backends.torch.decoder import Decoder
 from thimble.backends.torch.frozen import as_numpy
 from thimble.backends.torch.threads import parallel_for
-from thimble.core.sizes import TABLES_COMPARED, logit_chunk
+from thimble.core.sizes import TABLES_COMPARED, logit_chunk, windows
 from thimble.data.encode import IGNORED
 
 
@@ -103,6 +105,42 @@ def divergence_at(
         same[rows] = (wanted.argmax(1) == found.argmax(1)).numpy()
         nats[rows] = found.sub_(wanted).mul_(wanted.exp_()).sum(1).neg_().numpy()
     return nats, same
+
+
+def base_answers(decoder: Decoder, hidden: Tensor) -> Answers:
+    """What the base says at some places, condensed; hidden states: (places, hidden)."""
+    parts = []
+    for x, logits in _head_tables(decoder, hidden):
+        total, likeliest = logits.logsumexp(1), logits.argmax(1)
+        shares, mean = logits.sub_(total[:, None]).exp_(), torch.zeros_like(x)
+        for rows in windows(decoder.head.rows, decoder.head.cols):
+            mean.addmm_(shares[:, rows], decoder.head.decoded(rows).float())
+        parts.append((mean.numpy(), _offset(total, mean, x), likeliest.int().numpy()))
+    return Answers(*map(np.concatenate, zip(*parts, strict=True)))
+
+
+def divergence_from(decoder: Decoder, base: Answers, hidden: Tensor) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """The same as `divergence_at`, from condensed answers of the base; see `thimble.backends.known_answers`."""
+    nats, same, end = np.empty(len(hidden)), np.empty(len(hidden), np.bool_), 0
+    for x, logits in _head_tables(decoder, hidden):
+        rows = slice(end, end := end + len(x))
+        moved = _offset(logits.logsumexp(1), torch.from_numpy(base.mean[rows]), x)
+        nats[rows] = np.maximum(moved - base.offset[rows], 0.0)  # below zero by rounding alone
+        same[rows] = logits.argmax(1).numpy() == base.likeliest[rows]
+    return nats, same
+
+
+def _head_tables(decoder: Decoder, hidden: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """What the head reads and what it says, float32 (n, hidden) and (n, vocabulary), a chunk of places at a time."""
+    size = logit_chunk(len(hidden), 4 * TABLES_COMPARED * decoder.head.rows)
+    for rows in hidden.split(size) if len(hidden) else (hidden,):
+        x = decoder.norm.forward(rows, torch.empty(rows.shape, dtype=torch.float32))
+        yield x, decoder.head.forward(x, torch.empty(len(x), decoder.head.rows))
+
+
+def _offset(total: Tensor, mean: Tensor, x: Tensor) -> NDArray[np.float64]:
+    """log Σ exp(l) − mean · x, float64 (places,): two large numbers that are nearly the same."""
+    return (total.double() - (mean.double() * x.double()).sum(1)).numpy()
 
 
 def divergence(decoder: Decoder, hidden: Tensor, base_hidden: Tensor, weight: float) -> Tensor:

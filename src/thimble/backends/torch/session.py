@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from thimble.backends.known_answers import KnownAnswers
 from thimble.backends.session import ForwardRow, LayerInfo, Objective, Pass, StepKey, Work
 from thimble.backends.torch import calibrate, labelled_rows
 from thimble.backends.torch.adapters import ActiveAdapter, FinishedAdapter, TrainableAdapter
@@ -241,9 +242,13 @@ class TorchSession(FlatTraining):
         return self.of_batches(labelled_rows.row_losses, adapter, batches, execution)
 
     def divergences(
-        self, adapter: ActiveAdapter, batches: Sequence[Batch], execution: ExecutionPlan
-    ) -> Iterator[list[Divergence]]:
-        return self.of_batches(labelled_rows.divergences, adapter, batches, execution)
+        self, adapter: ActiveAdapter, batches: Sequence[Batch], execution: ExecutionPlan,
+        known: KnownAnswers | None = None,
+    ) -> Iterator[list[Divergence]]:  # fmt: skip
+        measure = labelled_rows.divergences
+        if known is not None and not self.decoder.spec.final_softcap:
+            measure = functools.partial(labelled_rows.divergences_from_known, known=known)
+        return self.of_batches(measure, adapter, batches, execution)
 
     def of_batches(
         self, measure: Callable[..., Any], adapter: ActiveAdapter, batches: Sequence[Batch], execution: ExecutionPlan

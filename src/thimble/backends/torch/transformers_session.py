@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from thimble.backends.capabilities import THROUGH_TRANSFORMERS
+from thimble.backends.known_answers import KnownAnswers
 from thimble.backends.session import LayerInfo, Objective, Pass, StepKey, Work
 from thimble.backends.torch.compute import DTYPES
 from thimble.backends.torch.flat_training import FlatTraining, TrainState, begin
@@ -210,8 +211,9 @@ class TransformersSession(FlatTraining):
         return list(map(LossSum, nats.tolist(), counts.tolist()))
 
     def divergences(
-        self, adapter: Updates, batches: Sequence[Batch], execution: ExecutionPlan
-    ) -> Iterator[list[Divergence]]:
+        self, adapter: Updates, batches: Sequence[Batch], execution: ExecutionPlan,
+        known: KnownAnswers | None = None,
+    ) -> Iterator[list[Divergence]]:  # fmt: skip
         return (self._divergences(adapter, batch) for batch in batches)
 
     @out_of_memory

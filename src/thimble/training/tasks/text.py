@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from thimble import __version__
 from thimble.backends.session import ActiveAdapter, Objective, Session, StepKey, TrainState, Work
 from thimble.core.metrics import LossSum
 from thimble.data.batches import micro_batches, shares
@@ -113,7 +114,8 @@ class TextTask:
     ) -> Mapping[str, Any]:
         """Measured on texts that the base wrote."""
         texts = self.writer.measuring(session, self.general, execution, control)
-        return measure_divergence(session, adapter, texts, execution, control)
+        path = self.writer.answers_file(self.general, f"{__version__}-{self.compute}-{execution.store}")
+        return measure_divergence(session, adapter, texts, execution, control, path)
 
     @property
     def writer(self) -> Writer:
