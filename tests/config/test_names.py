@@ -49,7 +49,8 @@ def test_a_name_means_what_it_means_for_the_command():
         "base_model lora_r lora_alpha lora_dropout lora_target_modules lora_modules_to_save sequence_len "
         "micro_batch_size num_epochs val_set_size peft_use_rslora peft_use_dora sample_packing neftune_noise_alpha",
         "model_name_or_path cutoff_len lora_rank lora_target per_device_train_batch_size num_train_epochs val_size "
-        "additional_target quantization_bit finetuning_type",
+        "additional_target quantization_bit finetuning_type stage do_train overwrite_cache overwrite_output_dir "
+        "plot_loss template dataset cutoff_len max_samples preprocessing_num_workers report_to",
         "r target_modules max_seq_length use_rslora random_state load_in_4bit use_gradient_checkpointing",
         "model num_layers adapter_path iters batch_size steps_per_eval save_every grad_checkpoint mask_prompt",
         "lora_attn_modules apply_lora_to_mlp clip_grad_norm max_seq_len enable_activation_checkpointing",

@@ -67,6 +67,24 @@ def test_a_file_that_holds_no_options_is_refused(tmp_path, monkeypatch, text, me
         build_config(TrainConfig, {}, "options.yaml")
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("rank: 4\nalpha: 8\nrank: 8\n", "line 3: rank stands there twice"),
+        ("rank: 4\nrank_pattern:\n  q_proj: 4\n  q_proj: 8\n", "line 4: q_proj stands there twice"),
+    ],
+)
+def test_an_option_that_a_file_gives_twice_is_refused_since_one_would_be_dropped(tmp_path, monkeypatch, text, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=message):
+        build_config(TrainConfig, {}, write(text))
+
+
+def test_data_in_the_form_of_another_tool_are_refused_without_showing_it_as_a_shell_would():
+    config = build_config(TrainConfig, {"datasets": [{"path": "a.jsonl", "type": "alpaca"}]})
+    assert "expected the path of one file or folder, and nothing around it" in config.problems[0]
+
+
 # ---- resuming -------------------------------------------------------------------------------------------------------
 
 

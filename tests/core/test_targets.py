@@ -29,6 +29,12 @@ def test_every_target_that_matches_nothing_is_told_with_the_nearest_name():
     )
 
 
+@pytest.mark.parametrize("target", ["all", "linear"])
+def test_what_other_tools_call_all_layers_is_answered_with_our_word(target):
+    with pytest.raises(ConfigError, match="did you mean all-linear?"):
+        select_layers([target], LAYERS)
+
+
 def test_parameters_are_taken_where_they_are_named_and_nowhere_else():
     parameters = [f"model.layers.{n}.mlp.experts.{name}" for n in range(2) for name in ("gate_up_proj", "down_proj")]
     assert select_parameters([], parameters) == []

@@ -74,6 +74,12 @@ _INSTEAD = {
     "leave it out: messages are always printed, on stderr; --debug shows where an error comes from": "verbose v",
     "leave it out: messages go to stderr, 2>/dev/null hides them": "quiet q silent",
     "leave it out: nothing asks": "yes y",
+    "leave it out: thimble train trains on examples, and measures before and after; --task says what for":
+        "stage do_train do_eval do_predict rl",
+    "leave it out: nothing is overwritten; --resume goes on with a run": "overwrite_output_dir overwrite_cache",
+    "leave it out: the charts are in report.html, in the run folder": "plot_loss logging_dir",
+    "leave it out: the form of rows is found; --prompt-column, --completion-column and --text-column name others":
+        "dataset_format dataset_type formatting",
     "leave it out: every core that this process may use is used; taskset names fewer": "threads n_threads num_threads "
         "num_workers dataset_num_proc preprocessing_num_workers",
 }  # fmt: skip

@@ -167,6 +167,8 @@ def convert(spec: Field, value: Any) -> Any:
         if optional:
             return None
         raise ValueError("expected a value")
+    if spec.metadata["path"] and not takes_many(spec) and isinstance(value, list | dict):
+        raise ValueError("expected the path of one file or folder, and nothing around it")
     result: Any
     if spec.metadata["path"] and takes_many(spec) and isinstance(value, list):
         result = tuple(map(str, value))  # as they are: a name may begin or end with a space

@@ -104,7 +104,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        twice, value = _given_twice(yaml.compose(text, yaml.SafeLoader)), yaml.safe_load(text)
     except FileNotFoundError:
         raise ConfigError(f"config file {path} does not exist") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -114,8 +115,24 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         where = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         what = getattr(error, "problem", None) or error
         raise ConfigError(f"config file {path}{where} is not YAML: {what}; expected lines such as `rank: 16`") from None
+    if twice:
+        raise ConfigError(f"config file {path} line {twice[1]}: {twice[0]} stands there twice: leave one of them out")
     if value is None:
         return {}
     if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
         raise ConfigError(f"config file {path} holds no options: expected lines such as `rank: 16`")
     return {name: option for name, option in value.items() if option is not None}
+
+
+def _given_twice(node: Any) -> tuple[str, int] | None:
+    """A key that stands twice among the options of a YAML file, or within one of them, and the line of the second; YAML
+    would take the last without a word.
+    """
+    options = node.value if getattr(node, "id", "") == "mapping" else []
+    for pairs in (options, *(value.value for _, value in options if value.id == "mapping")):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if str(key.value) in seen:
+                return str(key.value), key.start_mark.line + 1
+            seen.add(str(key.value))
+    return None

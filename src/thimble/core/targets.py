@@ -139,6 +139,7 @@ def _no_parameter(target: str, parameters: Sequence[str]) -> str:
 def _no_match(target: str, layers: list[str]) -> str:
     kinds = list(dict.fromkeys(path.rsplit(".", 1)[-1] for path in layers))
     near = difflib.get_close_matches(target, [*kinds, *GROUPS, "all-linear"], n=1)
+    near = ["all-linear"] if target in ("all", "linear") else near  # as LLaMA-Factory and others have it
     meant = f"did you mean {near[0]}? " if near else ""
     matched = f"targets names {target!r}, which matches none of the {len(layers)} layers"
     return f"{matched}: {meant}the base has {listing(kinds)}"

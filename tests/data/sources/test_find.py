@@ -428,3 +428,8 @@ def test_a_table_of_text_under_the_name_of_parquet_is_not_to_be_fetched_again(tm
     write(tmp_path, {"train.parquet": "prompt,completion\na,b\n"})
     with pytest.raises(DataError, match="begins with text: call it what it is"):
         read_dataset(tmp_path / "train.parquet")
+
+
+def test_standard_input_is_answered_with_what_to_do():
+    with pytest.raises(DataError, match="save it to a file, and name that"):
+        read_dataset("-")
