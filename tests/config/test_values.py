@@ -46,3 +46,7 @@ def test_init_auto_is_refused_with_what_to_type():
 def test_a_check_says_what_was_expected(check, value, wrong):
     said = check(value)
     assert said is None if wrong is None else wrong in said
+
+
+def test_names_may_come_as_the_set_that_peft_makes_of_them():
+    assert values.parse(tuple[str, ...], {"v_proj", "q_proj"}) == ("q_proj", "v_proj")

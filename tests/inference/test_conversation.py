@@ -111,3 +111,11 @@ def test_a_turn_longer_than_the_context_is_refused_with_its_length_and_changes_n
         conversation.ask("the others are on the list " * 30)
     assert conversation.messages == before
     assert conversation.ask("Hello")
+
+
+@pytest.mark.parametrize("turn", [None, 3, [{"role": "user", "content": "Hello"}]])
+def test_a_turn_that_is_no_text_is_refused_and_changes_nothing(talk, turn):
+    conversation = talk()
+    with pytest.raises(DataError, match="expected text"):
+        conversation.ask(turn)
+    assert conversation.ask("Hello") == talk().ask("Hello")

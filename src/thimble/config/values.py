@@ -201,7 +201,8 @@ def parse_number(kind: type, value: Any) -> int | float:
 
 def parse(kind: Any, value: Any) -> Any:
     """Read text, or what YAML or Python gave, as int, float, bool, str or a tuple of str or float; a ValueError says
-    what was expected. A tuple is read from a list, from text with commas, or from a mapping of targets to numbers.
+    what was expected. A tuple is read from a list or a set, from text with commas, or from a mapping of targets to
+    numbers.
     """
     if kind is bool:
         return parse_bool(value)
@@ -210,6 +211,7 @@ def parse(kind: Any, value: Any) -> Any:
     if typing.get_origin(kind) is tuple:
         if isinstance(value, Mapping):
             value = [f"{name}={number}" for name, number in value.items()]
+        value = sorted(map(str, value)) if isinstance(value, set | frozenset) else value  # as PEFT's target_modules
         parts = value if isinstance(value, list | tuple) else str(value).split(",")
         texts = tuple(str(part).strip() for part in parts if str(part).strip())
         return tuple(parse_number(float, text) for text in texts) if typing.get_args(kind)[0] is float else texts

@@ -8,7 +8,7 @@ from thimble.backends.session import ActiveAdapter, Session
 from thimble.data.context import Context, fit
 from thimble.data.encode import Encoder
 from thimble.data.tokenizer import Tokenizer
-from thimble.errors import AdapterError, listing, plural
+from thimble.errors import AdapterError, DataError, listing, plural
 from thimble.inference.engine import Engine
 from thimble.inference.sampling import SamplingOptions
 from thimble.inference.text_stream import TextStream
@@ -103,8 +103,11 @@ class Conversation:
             str: Pieces of the answer, as they are written.
 
         Raises:
-            DataError: If the turn alone is longer than the context of the base.
+            DataError: If the turn alone is longer than the context of the base, or no text.
         """
+        if not isinstance(text, str):
+            kind = type(text).__name__
+            raise DataError(f"the turn is of type {kind}: expected text; earlier turns are kept by themselves")
         asked = self._forms[self.active](text) if self.active in self._forms else text
         messages = self._fitted([*self.messages, {"role": "user", "content": asked}])
         options = replace(self._options, seed=self._options.seed + self._turns_taken * keep)

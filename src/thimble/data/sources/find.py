@@ -170,7 +170,7 @@ def _missing(path: Path) -> str:
     if path.is_symlink():
         return f"is a link to {os.readlink(path)}, which does not exist: link it to a {EXPECTED} file or a folder."
     if str(path) == "-":
-        return "is no file, and standard input, which can be read but once, is not taken: save it to a file, and name that."
+        return "is no file, and standard input can be read but once: save it to a file, and name that."
     address = _ADDRESS.match(str(path))
     is_hub_name = bool(_HUB_NAME.fullmatch(str(path))) and not path.parent.exists()
     name = address["name"] if address else str(path) if is_hub_name else None
