@@ -273,3 +273,9 @@ def test_dora_is_refused_with_the_way_round():
     factors = Factors(np.ones((1, 2)), np.ones((3, 1)), 1.0, np.ones(3))
     with pytest.raises(AdapterError, match="is DoRA .*merge it into a folder"):
         check_exportable("mine", Adapter({"model.layers.0.mlp.up_proj": factors}))
+
+
+def test_an_adapter_that_does_nothing_is_named_as_that_and_is_no_failure_of_the_runtime():
+    layers = {"model.layers.0.mlp.up_proj": Factors(np.ones((2, 3), np.float32), np.zeros((4, 2), np.float32), 1.0)}
+    with pytest.raises(AdapterError, match="mine changes nothing: A or B is 0"):
+        check_exportable("mine", Adapter(layers))

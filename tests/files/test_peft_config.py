@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 from peft.utils.other import get_pattern_key
+from safetensors.numpy import load_file, save_file
 
 from thimble.core.adapter import Adapter
 from thimble.core.lowrank import Factors
@@ -66,3 +67,14 @@ def test_an_adapter_whose_other_half_would_be_ignored_is_refused_by_its_name(nam
     (tmp_path / name).write_bytes(b"\0" * 16)
     with pytest.raises(AdapterError, match=name):
         load_adapter(tmp_path)
+
+
+def test_an_adapter_in_double_precision_is_read_as_peft_reads_it(tmp_path):
+    layers = {"q_proj": Factors(np.full((1, 2), 0.1, np.float32), np.full((2, 1), 0.3, np.float32), 1.0)}
+    save_adapter(Adapter(layers), tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({name: values.astype(np.float64) for name, values in load_file(file).items()}, file)
+    read = load_adapter(tmp_path).layers["q_proj"]
+    assert (read.A.dtype, read.B.dtype) == (np.float32, np.float32)
+    assert np.array_equal(read.A, layers["q_proj"].A)
+    assert np.array_equal(read.B, layers["q_proj"].B)

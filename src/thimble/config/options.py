@@ -167,7 +167,9 @@ def convert(spec: Field, value: Any) -> Any:
         if optional:
             return None
         raise ValueError("expected a value")
-    if spec.metadata["path"] and not takes_many(spec) and isinstance(value, list | dict):
+    if spec.metadata["path"] and any(
+        isinstance(part, dict) for part in (value if isinstance(value, list) else [value])
+    ):
         raise ValueError("expected the path of one file or folder, and nothing around it")
     result: Any
     if spec.metadata["path"] and takes_many(spec) and isinstance(value, list):

@@ -24,13 +24,18 @@ LORA_ALPHA = "adapter.lora.alpha"
 
 
 def check_exportable(name: str, adapter: Adapter) -> None:
-    """Refuse what the format cannot hold: the magnitudes of DoRA."""
+    """Refuse the magnitudes of DoRA, which the format cannot hold, and what does nothing, so that nothing is proved."""
     layers = [path for path, factors in adapter.layers.items() if factors.magnitude is not None]
     if layers:
         raise AdapterError(
             f"adapter {name} is DoRA ({listing(layers, 2)}): a GGUF adapter holds A and B alone, and llama.cpp would "
             "leave the lengths of the rows out; merge it into a folder of float weights with thimble merge "
             "--base, or approximate it by a plain adapter with --approximate-rank 64"
+        )
+    if not any(factors.A.any() and factors.B.any() for factors in adapter.layers.values()):
+        raise AdapterError(
+            f"adapter {name} changes nothing: A or B is 0 in each of its layers, as before any training; name one that "
+            "was trained"
         )
 
 
