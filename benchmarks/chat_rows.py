@@ -40,10 +40,11 @@ def with_thimble(rows: list[Row], compute: str) -> float:
     """Seconds of one pass."""
     machine()  # chooses how fp32 is multiplied, as the commands do
     base = open_base(None)
-    session = TorchSession(base, compute, "file", sample=rows[0].ids)
+    store = "int8" if compute == "int8" else "file"
+    session = TorchSession(base, compute, store, sample=rows[0].ids)
     shapes = base.spec.linear_shapes()
     adapter = fresh_adapter(shapes, "kaiming", size_layers(list(shapes), RANK, ALPHA), 0)
-    state, execution = session.start(adapter, Method()), ExecutionPlan("file", num_shares=2)
+    state, execution = session.start(adapter, Method()), ExecutionPlan(store, num_shares=2)
     steps = epoch_steps([len(row.ids) for row in rows], 2048, 0, 0)
     began = time.perf_counter()
     for number, step in enumerate(steps):

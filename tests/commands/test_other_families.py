@@ -82,6 +82,7 @@ def test_a_base_and_its_adapter_are_inspected(run, thimble):
         (["plan", "{data}", "--base", "{base}", "--init", "eva"], "--init eva: gpt2, which runs through transformers"),
         (["plan", "{data}", "--base", "{base}", "--rank", "auto"], "--rank auto: gpt2, which runs through"),
         (["plan", "{data}", "--base", "{base}", "--store", "int8"], "--store int8: gpt2 is a gpt2"),
+        (["plan", "{data}", "--base", "{base}", "--compute", "int8"], "--compute int8: gpt2 is a gpt2, which runs"),
         (["plan", "{data}", "--base", "{base}", "--targets", "q_proj"], "the base has c_attn, c_proj, c_fc"),
     ],
 )

@@ -14,7 +14,7 @@ from thimble.config.train import TrainConfig
         ({"rank": "auto", "rank_pattern": "q_proj=4"}, "--rank-pattern q_proj=4: not with --rank auto"),
         ({"rank": "auto", "alpha_pattern": {"q_proj": 4}}, "--alpha-pattern q_proj=4: not with --rank auto"),
         ({"rank_pattern": "q_proj=2.5"}, "--rank-pattern q_proj=2.5: expected whole numbers as ranks"),
-        ({"compute": "int8", "store": "file"}, "--store file: --compute int8 keeps the weights as int8"),
+        ({"compute": "int8", "store": "dense"}, "--store dense: --compute int8 keeps the weights as int8, or"),
         ({"epochs": 1, "max_steps": 2}, "--epochs 1 --max-steps 2: give one of --epochs, --max-steps, --max-minutes"),
         ({"resume": True}, "--resume: name the run folder to continue"),
         ({"prompt_column": "a"}, "--prompt-column a: name what is to be learned too, with --completion-column"),
@@ -55,6 +55,8 @@ def test_options_that_exclude_each_other_are_refused(options, said):
     [
         {"rank": "auto", "energy": 0.9},
         {"compute": "int8", "store": "int8"},
+        {"compute": "int8", "store": "file"},
+        {"compute": "bf16-int8", "store": "dense"},
         {"text_column": "auto"},
         {"prompt_feature": "none", "completion_feature": "auto"},
         {"prompt_template": "{a, b}", "completion_column": "c"},

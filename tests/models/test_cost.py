@@ -77,6 +77,29 @@ def test_time_grows_with_work_and_falls_with_the_rate(base):
     assert above < estimate_seconds(base, "bf16", upper, execution, MACHINE)
 
 
+def test_a_second_copy_of_the_weights_in_int8_is_counted(base):
+    """A byte for each number and a scale for each row, but for a store that keeps them so."""
+    shapes = base.spec.linear_shapes().values()
+    copy = sum(rows * (cols + 4) for rows, cols in shapes)
+    for store, expected in (("dense", copy), ("file", copy), ("int8", 0)):
+        plan = ExecutionPlan(store, 1, 512, 512)
+        bf16, rounded = (estimate_memory(base, MemoryInputs(it, 1000, 64), plan) for it in ("bf16", "bf16-int8"))
+        assert rounded.weights - bf16.weights == expected
+        assert rounded.scratch > bf16.scratch
+
+
+def test_products_in_int8_are_counted_at_their_rates(base):
+    work = StepWork(1024, 512, 256, 1000)
+
+    def seconds(compute, store):
+        return estimate_seconds(base, compute, work, ExecutionPlan(store, 2, 512, 1024), MACHINE)
+
+    assert seconds("int8", "int8") < seconds("bf16-int8", "dense") < seconds("bf16", "dense")
+    assert seconds("bf16-int8", "file") < seconds("bf16", "file"), "gradients need no decoding"
+    assert seconds("int8", "file") < seconds("fp32", "file"), "nor does a forward pass over blocks"
+    assert seconds("int8", "file") > seconds("bf16", "file"), "its results and its gradients are fp32"
+
+
 def test_the_lowest_adapted_block():
     assert lowest_block(["model.layers.7.mlp.up_proj", "model.layers.12.mlp.up_proj"]) == 7
 

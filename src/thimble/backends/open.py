@@ -31,7 +31,7 @@ def choose_store(wanted: str, base: Base, compute: str) -> tuple[tuple[str, ...]
     if not base.is_own:
         return _store_of_transformers(wanted, base, compute)
     if compute == "int8":
-        return ("int8",), "store int8: compute int8 multiplies int8 weights, and keeps them so"
+        return _store_of_int8(wanted, base)
     if wanted != "auto":
         return (wanted,), f"store {wanted} was asked for"
     if base.metadata is not None:
@@ -39,8 +39,31 @@ def choose_store(wanted: str, base: Base, compute: str) -> tuple[tuple[str, ...]
     return ("dense", "file"), "store dense: the weights of a folder are held in the compute type"
 
 
+def _store_of_int8(wanted: str, base: Base) -> tuple[tuple[str, ...], str]:
+    """Rows of int8 where the processor has instructions to multiply them, else the blocks of the file as they lie."""
+    from thimble.backends.torch.block_products import is_multiplied_in_blocks
+    from thimble.backends.torch.compute import NO_INT8, machine
+
+    multiplies_rows = "int8" in machine().flops
+    dtypes = sorted({base.weights[f"{path}.weight"].dtype for path in base.spec.linear_shapes()})
+    has_blocks = any(map(is_multiplied_in_blocks, dtypes))
+    if wanted == "int8" or (wanted == "auto" and multiplies_rows):
+        if multiplies_rows:
+            return ("int8",), "store int8: compute int8 multiplies int8 weights, and keeps them so"
+        instead = "--store file, which multiplies the blocks of the file" if has_blocks else "compute auto"
+        raise ConfigError(f"compute is int8, with int8 rows: {NO_INT8}; use {instead}")
+    if has_blocks:
+        return ("file",), (
+            "store file: compute int8 multiplies the blocks of the file as they are by activations rounded to int8; "
+            "gradients are float"
+        )
+    why = f"the weights of {base.name} are {listing(dtypes)}, no blocks that this processor multiplies"
+    rows = "" if wanted == "file" else f", and {NO_INT8}"
+    raise ConfigError(f"compute is int8, on blocks of a file: {why}{rows}; use compute auto")
+
+
 def _store_of_transformers(wanted: str, base: Base, compute: str) -> tuple[tuple[str, ...], str]:
-    asked = [f"--compute {compute}"] * (compute == "int8") + [f"--store {wanted}"] * (wanted not in ("auto", "dense"))
+    asked = [f"--compute {compute}"] * ("int8" in compute) + [f"--store {wanted}"] * (wanted not in ("auto", "dense"))
     if asked:
         raise ConfigError(
             f"{' and '.join(asked)}: {base.name} is a {base.spec.family}, which runs through transformers, with "
@@ -78,7 +101,7 @@ def open_session(
         return TransformersSession(model.base, compute)
     from thimble.backends.torch.session import TorchSession
 
-    sample = _sample(model) if compute == "int8" else None
+    sample = _sample(model) if compute == "int8" and store == "int8" else None
     return TorchSession(model.base, compute, store, is_streamed, sample, decode, cache_type)
 
 

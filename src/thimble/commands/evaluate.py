@@ -20,7 +20,7 @@ from thimble.data.run_columns import columns_of_run, typed_columns
 from thimble.errors import DataError, Problems, RunError, plural
 from thimble.events import EventLog, OnEvent, ShouldStop, ignore, never
 from thimble.models.cost import cache_token_bytes
-from thimble.models.execution import ExecutionPlan
+from thimble.models.execution import ExecutionPlan, activation_dtype
 from thimble.training import run_folder
 from thimble.training.answers import Answer, Question, mean_scores, of_every_label, write_answers
 from thimble.training.comparison import compare_losses, compare_metrics, label_report
@@ -115,7 +115,7 @@ def evaluate(config: EvaluateConfig, on_event: OnEvent = ignore, should_stop: Sh
     session, execution = open_session(model, compute, stores[0]), ExecutionPlan(stores[0], num_cores(), PASS_TOKENS)
     validation = ValidationSet(
         examples.valid, questions, model.tokenizer, config.max_new_tokens,
-        cache_tokens=CACHE_BYTES // cache_token_bytes(model.base.spec, compute),
+        cache_tokens=CACHE_BYTES // cache_token_bytes(model.base.spec, activation_dtype(compute, stores[0])),
         planned_tokens=PASS_TOKENS * execution.num_shares, alone=rows_alone(examples.unseen) if adapters else (),
     )  # fmt: skip
     measured: dict[str, Measured] = {}

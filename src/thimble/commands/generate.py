@@ -29,6 +29,7 @@ from thimble.inference.batch import Request, answer_all, own_seed
 from thimble.inference.engine import PREFILL_TOKENS, Engine
 from thimble.inference.sampling import SamplingOptions
 from thimble.models.cost import cache_token_bytes
+from thimble.models.execution import activation_dtype
 from thimble.models.machine import available_bytes
 from thimble.training.module_adapter import is_of_module
 from thimble.training.module_answers import predictions, write_predictions
@@ -371,7 +372,8 @@ def _engine(session: Session, work: _Work) -> Engine:
     """An engine that makes the most tokens a second in the memory there is."""
     from thimble.backends.torch.threads import num_cores
 
-    most = available_bytes() // MEMORY_SHARE // cache_token_bytes(work.model.base.spec, work.compute)
+    dtype = activation_dtype(work.compute, work.store)
+    most = available_bytes() // MEMORY_SHARE // cache_token_bytes(work.model.base.spec, dtype)
     return Engine(
         session, num_cores(), cache_tokens=most, prefill_tokens=PREFILL_TOKENS, is_interactive=False
     )  # fmt: skip

@@ -81,7 +81,7 @@ def plan(config: PlanConfig, on_event: OnEvent = ignore) -> PlanReport:
         seconds_total=run_plan.seconds_per_step * steps if steps else (run_plan.step_schedule.minutes or 0) * 60,
         tokens_per_second=run_plan.work.tokens / run_plan.seconds_per_step,
         machine={**asdict(target.machine), **disk, "is_estimate": not target.is_here},
-        alternatives=list(alternatives(config, run_plan, target.machine)), messages=log.messages,
+        alternatives=list(alternatives(config, run_plan)), messages=log.messages,
     )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from thimble.inference.adapters import AdapterRegistry
 from thimble.inference.engine import Engine
 from thimble.inference.warm_up import warm_up
 from thimble.models.cost import cache_token_bytes, int8_cache_token_bytes
+from thimble.models.execution import activation_dtype
 from thimble.models.machine import available_bytes
 
 if TYPE_CHECKING:
@@ -149,7 +150,7 @@ def _make_service(
     registry = AdapterRegistry(session, model.base, resident)
     for name, path in adapters.items():
         registry.add(name, path)
-    cache = _cache_room(config, model, compute, log)
+    cache = _cache_room(config, model, activation_dtype(compute, store), log)
     log.stage("compiling what answers run through: up to a minute when a version of Thimble first runs on a machine")
     warm_up(session, num_cores(), should_stop)
     registry.read_ahead()
@@ -170,15 +171,15 @@ def _kept_bytes(given: int | None) -> int:
     return min(available_bytes() // KEPT_SHARE, KEPT_BYTES) if given is None else given
 
 
-def _cache_room(config: ServeConfig, model: Model, compute: str, log: EventLog) -> "CacheRoom":
+def _cache_room(config: ServeConfig, model: Model, dtype: str, log: EventLog) -> "CacheRoom":
     """How many tokens the key-value cache may hold and keep, told with the memory that they take."""
     from thimble.server.service import CacheRoom
 
     spec, is_rounded, kept_bytes = model.base.spec, config.cache_type == "int8", _kept_bytes(config.prefix_cache)
-    token_bytes = int8_cache_token_bytes(spec) if is_rounded else cache_token_bytes(spec, compute)
+    token_bytes = int8_cache_token_bytes(spec) if is_rounded else cache_token_bytes(spec, dtype)
     most, kept = max(available_bytes() // MEMORY_SHARE, kept_bytes) // token_bytes, kept_bytes // token_bytes
     log.decision(
-        f"keys and values: {'int8' if is_rounded else compute}, {token_bytes / 1e3:.1f} KB a token; up to {most:,} "
+        f"keys and values: {'int8' if is_rounded else dtype}, {token_bytes / 1e3:.1f} KB a token; up to {most:,} "
         f"tokens ({most * token_bytes / 1e9:.2f} GB, taken as they are needed); {kept:,} of them "
         f"({kept * token_bytes / 1e9:.2f} GB; --prefix-cache) stay for requests that begin alike"
     )

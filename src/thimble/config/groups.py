@@ -93,8 +93,9 @@ class ComputeOptions(BaseOptions):
     """How a base is computed with."""
 
     compute: str = option("auto", "Dtype of the large matrix products; auto takes the faster of fp32 and bf16 on this "
-        "machine. int8 is faster still on processors with VNNI, a little less exact, and keeps the weights as int8.",
-        choices=("auto", "fp32", "bf16", "int8"))  # fmt: skip
+        "machine. bf16-int8 rounds gradients of inputs to int8, on processors with VNNI. int8 rounds activations: with "
+        "store int8 weights and gradients too (VNNI), with store file nothing else (GGUF, AVX2).",
+        choices=("auto", "fp32", "bf16", "bf16-int8", "int8"))  # fmt: skip
     store: str = option("auto", "How the frozen weights are kept: file (the blocks of the base file, memory-mapped), "
         "dense, or int8 per row; auto takes file for a GGUF base and dense for a folder.",
         choices=("auto", "dense", "int8", "file"))  # fmt: skip
@@ -105,8 +106,11 @@ class ComputeOptions(BaseOptions):
     @classmethod
     def _conflicts(cls, given: Mapping[str, Any]) -> list[str]:
         problems = super()._conflicts(given)
-        if given.get("compute") == "int8" and given.get("store", "auto") not in ("auto", "int8"):
-            problems.append(f"--store {given['store']}: --compute int8 keeps the weights as int8; leave --store out")
+        if given.get("compute") == "int8" and given.get("store") == "dense":
+            problems.append(
+                "--store dense: --compute int8 keeps the weights as int8, or multiplies the blocks of the file; leave "
+                "--store out"
+            )
         return problems
 
 

@@ -16,14 +16,15 @@ from thimble.core.sizes import (
 from thimble.core.targets import Size, block_of
 from thimble.models import transformers_cost
 from thimble.models.base import EMBEDDING, HEAD, Base
-from thimble.models.execution import ExecutionPlan
+from thimble.models.execution import ExecutionPlan, activation_dtype, multiplies_blocks
 from thimble.models.machine import Machine
 from thimble.models.model_spec import ModelSpec, adapted_shapes
 from thimble.models.spec import DecoderSpec
 from thimble.models.transformers_spec import TransformersSpec
 
-COMPUTE_BYTES = {"fp32": 4, "bf16": 2, "int8": 2}  # of an activation
-SCALE_BYTES = 4  # of a key or a value in int8
+DTYPE_BYTES = {"fp32": 4, "bf16": 2}  # of an activation
+SCALE_BYTES = 4  # of a key, a value or a row of weights in int8
+IN_RUNS_BYTES = 1.25  # of an activation in int8, with the scale and the sum that 32 of them share
 PROCESS_BYTES = 330_000_000  # Python, torch, numba and their libraries, before any weight
 TOKEN_BYTES = 800  # of the vocabulary, in the tokenizer
 PRODUCT_BYTES = 700_000  # that the libraries keep for each size of a product
@@ -32,6 +33,7 @@ INT8_COPIES = 3  # of the largest weight, that the library makes to multiply int
 PAGES_AROUND = 65536  # bytes of a file that the system maps around one that is read
 # Shares of a large product's rate that the engine reaches in its kinds of products, and what else was measured.
 REACHED, REACHED_INT8, REACHED_LOW_RANK, REACHED_ATTENTION = 0.9, 0.88, 0.35, 0.7
+BLOCKS_OVER_FP32 = 1.6  # rate of products with the blocks of a file by activations in int8, over that of fp32
 MOVES = 3.0  # times that a kept value is read or written in a pass
 OVERHEAD_SECONDS = 1e-3  # of a block's pass
 DECODED = 2.5e9  # values per second and core
@@ -86,9 +88,9 @@ def lowest_block(layers: Iterable[str]) -> int:
     return min(map(block_of, layers))
 
 
-def cache_token_bytes(spec: ModelSpec, compute: str) -> int:
-    """What the keys and values of one token take, in bytes."""
-    return 2 * spec.num_layers * spec.kv_size * COMPUTE_BYTES[compute]
+def cache_token_bytes(spec: ModelSpec, dtype: str) -> int:
+    """What the keys and values of one token take, in bytes, in a dtype of activations."""
+    return 2 * spec.num_layers * spec.kv_size * DTYPE_BYTES[dtype]
 
 
 def int8_cache_token_bytes(spec: DecoderSpec) -> int:
@@ -100,7 +102,7 @@ def int8_cache_token_bytes(spec: DecoderSpec) -> int:
 class MemoryInputs:
     """What the memory of a run depends on, beside its base and its execution plan."""
 
-    compute: str  # `fp32`, `bf16` or `int8`
+    compute: str  # `fp32`, `bf16`, `bf16-int8` or `int8`
     trained: int  # parameters of the adapter
     longest: int  # tokens of the longest row, of training or validation
     lowest: int = 0  # number of the lowest adapted block; those below keep nothing
@@ -114,10 +116,11 @@ class MemoryInputs:
 
 def estimate_memory(base: Base, inputs: MemoryInputs, execution: ExecutionPlan) -> MemoryPlan:
     """Expected peak memory of a run, in parts."""
-    compute, trained, width = inputs.compute, inputs.trained, COMPUTE_BYTES[inputs.compute]
+    trained, dtype = inputs.trained, activation_dtype(inputs.compute, execution.store)
+    width = DTYPE_BYTES[dtype]
     if isinstance(base.spec, TransformersSpec):
         return _memory_of_transformers(base, base.spec, inputs, execution)
-    working = 4 + 2 * width if inputs.is_delta else 0 if compute == "fp32" else width
+    working = 4 + 2 * width if inputs.is_delta else 0 if dtype == "fp32" else width
     adapter = trained * (ADAPTER_NUMBER_BYTES + 4 * execution.num_shares + working)
     activations = _activation_bytes(base.decoder, width, execution, inputs)
     compared = 4 * TABLES_COMPARED * base.decoder.vocab_size  # of a place, while the model is compared with the base
@@ -127,17 +130,17 @@ def estimate_memory(base: Base, inputs: MemoryInputs, execution: ExecutionPlan) 
     products = PRODUCTS * PRODUCT_BYTES * (execution.num_shares + execution.num_sizes - 1)
     return MemoryPlan(
         process=PROCESS_BYTES + base.spec.vocab_size * TOKEN_BYTES + products,
-        weights=_weight_bytes(base, compute, execution),
+        weights=_weight_bytes(base, inputs.compute, execution),
         adapter=max([adapter, *(_init_bytes(base.decoder, need, trained, activations) for need in inputs.needs)]),
         activations=activations,
-        scratch=kept + execution.num_shares * _scratch_bytes(base, compute, inputs.longest, execution),
+        scratch=kept + execution.num_shares * _scratch_bytes(base, inputs.compute, inputs.longest, execution),
     )
 
 
 def _memory_of_transformers(
     base: Base, spec: TransformersSpec, inputs: MemoryInputs, execution: ExecutionPlan
 ) -> MemoryPlan:
-    width = COMPUTE_BYTES[inputs.compute]
+    width = DTYPE_BYTES[inputs.compute]
     execution = replace(execution, micro_tokens=max(execution.micro_tokens, inputs.kl_pass_tokens))
     return MemoryPlan(
         process=transformers_cost.PROCESS_BYTES + spec.vocab_size * TOKEN_BYTES,
@@ -152,14 +155,21 @@ def _memory_of_transformers(
 def _weight_bytes(base: Base, compute: str, execution: ExecutionPlan) -> int:
     """Weights in memory of our own, and pages of the file."""
     head: int = base.weights[EMBEDDING if base.spec.is_tied else HEAD].info.nbytes
-    if compute == "int8":
-        return sum(rows * cols for rows, cols in base.spec.linear_shapes().values()) + head
+    rounded = sum(rows * (cols + SCALE_BYTES) for rows, cols in base.spec.linear_shapes().values())
+    if compute == "int8" and execution.store == "int8":
+        return rounded + head
+    copy = rounded if compute == "bf16-int8" and execution.store != "int8" else 0  # beside what the forward pass reads
+    return copy + _kept_bytes(base, activation_dtype(compute, execution.store), head, execution)
+
+
+def _kept_bytes(base: Base, dtype: str, head: int, execution: ExecutionPlan) -> int:
+    """Weights as a store keeps them, where activations have some dtype."""
     if execution.is_streamed:  # two windows, a large layer being read, and the pages around the rows of the embedding
         layers = max(weight.info.nbytes for path, weight in base.weights.items() if path not in (EMBEDDING, HEAD))
         return 4 * WINDOW + 2 * layers + min(head, execution.tokens_at_once * PAGES_AROUND)
     if execution.store == "file":
         return base.size_bytes
-    return base.num_parameters * (1 if execution.store == "int8" else COMPUTE_BYTES[compute])
+    return base.num_parameters * (1 if execution.store == "int8" else DTYPE_BYTES[dtype])
 
 
 def _activation_bytes(spec: DecoderSpec, width: int, execution: ExecutionPlan, inputs: MemoryInputs) -> int:
@@ -179,7 +189,7 @@ def _rounded(tokens: int, shares: int) -> int:
 
 def _scratch_bytes(base: Base, compute: str, longest: int, execution: ExecutionPlan) -> int:
     """What one core needs while it runs a block or the loss, by the names in `backends.torch`."""
-    spec, width = base.decoder, COMPUTE_BYTES[compute]
+    spec, width = base.decoder, DTYPE_BYTES[activation_dtype(compute, execution.store)]
     tokens = _rounded(-(-execution.tokens_at_once // execution.num_shares), 1)
     hidden, inner, heads = spec.hidden_size, spec.intermediate_size, spec.q_size + 2 * spec.kv_size
     largest = max(hidden, inner, spec.q_size)
@@ -196,9 +206,11 @@ def _scratch_bytes(base: Base, compute: str, longest: int, execution: ExecutionP
         shapes = ((spec.vocab_size, hidden), (2 * inner, hidden), (hidden, inner), (heads, hidden))
         numbers += max(windows(rows, cols)[0].stop * cols for rows, cols in shapes)
     total = max(tokens * inner, chunk * hidden) * (4 + width)  # gradients summed over windows
-    if compute == "int8":  # rows as int8, sums as int32, and the library's own copies of a weight
+    if multiplies_blocks(compute, execution.store):  # the input in int8, with a scale and a sum for each run
+        total += tokens * largest * IN_RUNS_BYTES
+    elif compute in ("int8", "bf16-int8"):  # rows as int8, sums as int32, and the library's own copies of a weight
         total += tokens * (2 * inner + 4 * max(WINDOW_ROWS, inner)) + INT8_COPIES * 2 * inner * hidden
-    return numbers * width + 4 * attention + total
+    return int(numbers * width + 4 * attention + total)
 
 
 @dataclass(frozen=True)
@@ -220,20 +232,20 @@ def estimate_seconds(base: Base, compute: str, work: StepWork, execution: Execut
     The products are counted, at the rates of this machine and the shares of them that the engine was measured to reach;
     elementwise work goes by the rate of copying.
     """
-    spec, width = base.spec, COMPUTE_BYTES[compute]
+    spec, dtype = base.spec, activation_dtype(compute, execution.store)
     if isinstance(spec, TransformersSpec):
         tokens = work.tokens + KL_READINGS * work.kl_tokens
         batches = max(1.0, tokens / execution.micro_tokens)
         flops = machine.flops.get(compute) or max(machine.flops.values())
         return transformers_cost.seconds(spec, base.num_parameters, tokens, work.trained, flops, batches)
-    rate = machine.flops.get("fp32" if compute == "fp32" else "bf16") or max(machine.flops.values())
-    linears = sum(rows * cols for rows, cols in spec.linear_shapes().values())
+    rate, width = machine.flops.get(dtype) or max(machine.flops.values()), DTYPE_BYTES[dtype]
     checkpointed = max(0, execution.checkpointed_blocks - work.lowest)
     below = work.lowest / spec.num_layers
-    passes = 2 * (1 - below) + checkpointed / spec.num_layers + below / max(1.0, work.epochs)
+    back = 1 - below
+    forth = back + checkpointed / spec.num_layers + below / max(1.0, work.epochs)
+    passes = forth + back
     tokens, targets = work.tokens + work.kl_tokens, work.target_tokens + KL_READINGS * work.kl_tokens
-    frozen = 2 * linears * passes * tokens
-    seconds = frozen / (machine.flops.get(compute, rate) * (REACHED_INT8 if compute == "int8" else REACHED))
+    seconds = _frozen_seconds(spec, compute, forth * tokens, back * tokens, execution.store, machine)
     seconds += 4 * spec.vocab_size * spec.hidden_size * targets / (rate * REACHED)
     seconds += 2 * (passes + 1) * work.trained * tokens / (rate * REACHED_LOW_RANK)
     seen = work.row_tokens / 2 + TILE / 2
@@ -244,6 +256,21 @@ def estimate_seconds(base: Base, compute: str, work: StepWork, execution: Execut
     seconds += moved * MOVES / machine.copy_bytes
     batches = max(1.0, tokens / execution.micro_tokens)
     seconds += batches * spec.num_layers * passes * OVERHEAD_SECONDS / execution.num_shares
-    if execution.store == "file" or execution.store == "int8" and compute != "int8":
-        seconds += batches * base.num_parameters * passes / (DECODED * machine.cores)
+    if execution.store != "dense":
+        decoded = forth * (compute != "int8")
+        decoded += back * (compute in DTYPE_BYTES or multiplies_blocks(compute, execution.store))
+        seconds += batches * base.num_parameters * decoded / (DECODED * machine.cores)
     return seconds * (ONE_SHARE if execution.num_shares < min(2, machine.cores) else 1.0)
+
+
+def _frozen_seconds(spec: ModelSpec, compute: str, forth: float, back: float, store: str, machine: Machine) -> float:
+    """Expected seconds of the products with frozen weights, for so many tokens forward and so many back."""
+    dtype = activation_dtype(compute, store)
+    rate = REACHED * (machine.flops.get(dtype) or max(machine.flops.values()))
+    int8 = REACHED_INT8 * machine.flops["int8"] if "int8" in machine.flops else rate
+    if multiplies_blocks(compute, store):
+        rates = BLOCKS_OVER_FP32 * rate, rate
+    else:
+        rates = int8 if compute == "int8" else rate, rate if compute in DTYPE_BYTES else int8
+    linears = sum(rows * cols for rows, cols in spec.linear_shapes().values())
+    return 2 * linears * (forth / rates[0] + back / rates[1])

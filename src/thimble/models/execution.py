@@ -5,6 +5,22 @@ from dataclasses import dataclass, replace
 from thimble.core.sizes import MICRO_BATCH_TOKENS
 
 
+def activation_dtype(compute: str, store: str) -> str:
+    """Dtype of activations, `fp32` or `bf16`, by compute type and store.
+
+    `bf16-int8` is bf16 whose gradients of inputs are multiplied in whole numbers. `int8` rounds the weights to int8
+    rows, between activations in bf16, or multiplies blocks as they lie in the file, with results in fp32.
+    """
+    if compute == "int8":
+        return "fp32" if multiplies_blocks(compute, store) else "bf16"
+    return "bf16" if compute == "bf16-int8" else compute
+
+
+def multiplies_blocks(compute: str, store: str) -> bool:
+    """Whether the forward pass multiplies blocks of the file by activations in int8."""
+    return compute == "int8" and store == "file"
+
+
 @dataclass(frozen=True)
 class ExecutionPlan:
     """How the weights are kept, and how the rows of a step are run."""

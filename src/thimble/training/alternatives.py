@@ -8,7 +8,6 @@ from typing import Any
 from thimble.config.train import TrainConfig
 from thimble.errors import InputError
 from thimble.models.cost import estimate_memory
-from thimble.models.machine import Machine
 from thimble.training.memory_plan import memory_inputs, plan_cost
 from thimble.training.plan import RunPlan, plan_sizes
 
@@ -30,9 +29,9 @@ class Alternative:
     seconds_per_step: float
 
 
-def alternatives(config: TrainConfig, run_plan: RunPlan, machine: Machine) -> Iterator[Alternative]:
+def alternatives(config: TrainConfig, run_plan: RunPlan) -> Iterator[Alternative]:
     """Runs that cost less in time, in memory or in both than the one planned, and fit what is allowed."""
-    for change, options in _changes(config, run_plan, machine):
+    for change, options in _changes(config, run_plan):
         try:
             changed = config.replace(**{"memory_budget": run_plan.allowed_bytes, "remeasure": False, **options})
             sizes = plan_sizes(changed, run_plan.model, run_plan.folder)
@@ -48,17 +47,13 @@ def alternatives(config: TrainConfig, run_plan: RunPlan, machine: Machine) -> It
             yield found
 
 
-def _changes(config: TrainConfig, run_plan: RunPlan, machine: Machine) -> Iterator[tuple[str, dict[str, Any]]]:
+def _changes(config: TrainConfig, run_plan: RunPlan) -> Iterator[tuple[str, dict[str, Any]]]:
     """Options that make a run cheaper: as they are typed, and as values."""
     base, work = run_plan.model.base, run_plan.work
     num_blocks = base.spec.num_layers
-    if (
-        base.is_own
-        and "int8" in machine.flops
-        and run_plan.config.compute != "int8"
-        and config.store in ("auto", "int8")
-    ):
-        yield "--compute int8", {"compute": "int8"}
+    for compute in ("bf16-int8", "int8") if base.is_own else ():
+        if run_plan.config.compute != compute and not (compute == "int8" and config.store == "dense"):
+            yield f"--compute {compute}", {"compute": compute}
     if 0 < num_blocks // 2 and work.lowest < num_blocks // 2:
         name = f"last-{num_blocks - num_blocks // 2}"
         yield f"--targets {name}", {"targets": (name,)}

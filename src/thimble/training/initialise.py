@@ -128,7 +128,7 @@ def _quantised_problems(init: Init, config: TrainConfig, model: Model, layers: S
             f"{why} {model.base.name} is quantised already ({listing(dtypes)}): take the folder of float weights it "
             "was made from, or another init"
         )
-    if config.store != "int8" and config.compute != "int8":
+    if config.store != "int8" and (config.compute != "int8" or config.store == "file"):
         problems.append(f"{why} --store {config.store} does not quantise: add --store int8")
     return problems
 

@@ -53,7 +53,7 @@ def target_machine(config: TrainConfig) -> Target:
 class RunCost:
     """How the steps of a run are executed, and what they take."""
 
-    compute: str  # `fp32`, `bf16` or `int8`
+    compute: str  # `fp32`, `bf16`, `bf16-int8` or `int8`
     reasons: tuple[str, str]  # why that compute type, and why that store
     step_schedule: StepSchedule  # the steps
     execution: ExecutionPlan  # how a step is run

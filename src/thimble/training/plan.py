@@ -17,7 +17,7 @@ from thimble.events import EventLog
 from thimble.files.peft import load_adapter
 from thimble.models.adapter_base import difference
 from thimble.models.cost import MemoryPlan, StepWork, adapter_parameters, cache_token_bytes
-from thimble.models.execution import ExecutionPlan
+from thimble.models.execution import ExecutionPlan, activation_dtype
 from thimble.models.model_spec import adapted_shapes
 from thimble.training import run_folder
 from thimble.training.answers import Question
@@ -229,7 +229,8 @@ def _validation_set(
     watch: Watch,
 ) -> ValidationSet:
     """What is measured; the cache of an answer may take what training takes for activations, so that is the peak."""
-    cache_tokens = cost.memory.activations // cache_token_bytes(model.base.spec, cost.compute)
+    dtype = activation_dtype(cost.compute, cost.execution.store)
+    cache_tokens = cost.memory.activations // cache_token_bytes(model.base.spec, dtype)
     planned_tokens = cost.execution.micro_tokens * cost.execution.num_shares
     most_new = config.max_new_tokens
     alone = rows_alone(watch.judging)

@@ -52,7 +52,7 @@ def test_loss_and_every_gradient_equal_those_of_peft(name, checkpointed, is_stre
             assert (gradient - reference).norm() <= 1e-4 * reference.norm(), (path, side)
 
 
-@pytest.mark.parametrize("coarse", ["bf16", "int8"])
+@pytest.mark.parametrize("coarse", ["bf16", "bf16-int8", "int8"])
 def test_gradients_of_coarser_types_point_the_same_way(coarse, tmp_path):
     base = open_base(make_hf_folder("llama", tmp_path))
     adapter, batch = make_adapter(base), make_batch()

@@ -273,7 +273,7 @@ def test_lora_plus_and_a_frozen_a_move_what_they_should(tmp_path):
 @pytest.mark.parametrize("file", ["llama_q8_0", "phi3", "gemma3"])
 def test_a_weight_of_the_file_is_the_same_for_every_compute_type(file, compute):
     base = open_base(GGUF / f"{file}.gguf")
-    session = TorchSession(base, compute, "file", sample=IDS)
+    session = TorchSession(base, compute, "int8" if compute == "int8" else "file", sample=IDS)
     for path in list(base.spec.linear_shapes())[:7]:
         expected = base.weights[f"{path}.weight"].read()
         np.testing.assert_allclose(session.file_weight(path), expected, atol=1e-6)

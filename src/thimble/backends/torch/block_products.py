@@ -16,12 +16,13 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
+from numba.extending import intrinsic, register_jitable
 
 from thimble.backends.torch.compiled import address_of, compiled
 from thimble.backends.torch.dot_products import array_at, dots
+from thimble.backends.torch.fused import int8_scale
 from thimble.backends.torch.kernels import Block, nibbles, sub_scales
-from thimble.backends.torch.vectors import BYTE, FEATURES, FLOAT, INT, LONG, SHORT, Lanes, call
+from thimble.backends.torch.vectors import BYTE, FEATURES, FLOAT, INT, LONG, SHORT, Lanes, call, stored
 from thimble.files.blocks import LAYOUTS, block_of
 
 RUN = 32  # values of an activation that share a scale
@@ -38,11 +39,28 @@ def form_of(dtype: str, is_int8: bool) -> str:
     return whole_number_form() if is_int8 and dtype in _RUNS else "float"
 
 
+def is_multiplied_in_blocks(dtype: str) -> bool:
+    """Whether whole numbers are faster than float products for weights of a type, on this processor."""
+    return form_of(dtype, is_int8=True) in ("vnni", "avx2")
+
+
 def whole_number_form() -> str:
     """How sums of products of bytes are made on this processor: `vnni`, `avx2` or `plain`."""
     if "avxvnni" in FEATURES or {"avx512vnni", "avx512vl"} <= FEATURES:
         return "vnni"
     return "avx2" if "avx2" in FEATURES else "plain"
+
+
+@register_jitable
+def quantize_run(x, q):
+    """Write a run of an activation, float32, as q = round(x · 127 / max |x|), int8; returns scale and scale · Σ q."""
+    scale, inverse = int8_scale(x)
+    total = np.int32(0)
+    for j in range(RUN):
+        whole = stored(x[j] * inverse, q)
+        q[j] = whole
+        total += np.int32(whole)
+    return scale, np.float32(total) * scale
 
 
 # ---- a block of each of eight rows -----------------------------------------------------------------------------------

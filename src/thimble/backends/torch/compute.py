@@ -7,7 +7,7 @@ bfloat16 is about twice as fast as float32 on CPUs with instructions for it and 
 import math
 import time
 import timeit
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -22,25 +22,25 @@ REPEATS = 6
 FP32_ERROR = 1e-5  # largest relative error that still counts as float32
 COPY_NUMBERS = 1 << 24
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-DTYPES = {**FLOATS, "int8": torch.bfloat16}  # of activations
 SLOWER = 1.5  # a choice of the user's that is so many times slower is told
 INT8_INSTRUCTIONS = {"avx512_vnni", "avx_vnni", "amx_int8"}
+NO_INT8 = "this processor has no instructions for products of int8 (VNNI or AMX), which would be slower than fp32"
 
 
 def choose_compute(wanted: str, is_fresh: bool = False) -> tuple[str, str]:
-    """The type of the large products, and why, by rates measured anew if `is_fresh`; a ConfigError refuses int8 where
-    the processor has no instructions.
+    """The type of the large products, and why, by rates measured anew if `is_fresh`; a ConfigError refuses bf16-int8
+    where the processor has no instructions for int8. Where int8 can run depends on the store: see `choose_store`.
     """
     fast, here = use_fast_fp32(), machine(is_fresh=True) if is_fresh else machine()
     flops = here.flops
-    if wanted == "int8" and wanted not in flops:
-        raise ConfigError(
-            "compute is int8: this processor has no instructions for products of int8 (VNNI or AMX), which would be "
-            "slower than fp32; use compute auto"
-        )
+    if wanted == "bf16-int8" and "int8" not in flops:
+        raise ConfigError(f"compute is bf16-int8: {NO_INT8}; use compute auto")
     rates = {name: rate for name, rate in flops.items() if name in FLOATS}
+    if wanted == "int8":
+        return wanted, "int8 was asked for"
     if wanted != "auto":
-        slower = max(rates.values()) / flops[wanted] if wanted in flops else math.inf
+        rate = _rate_of(wanted, flops)
+        slower = max(rates.values()) / rate if rate else math.inf
         how_slow = "far" if math.isinf(slower) else f"{slower:.1f} times"
         return wanted, f"{wanted} was asked for" + (f", {how_slow} slower than auto here" if slower > SLOWER else "")
     best = max(rates, key=lambda name: rates[name])
@@ -49,6 +49,13 @@ def choose_compute(wanted: str, is_fresh: bool = False) -> tuple[str, str]:
     if here.is_loaded:
         told += f"; measured while other programs took {here.load:.0%} of the cores, so it is measured again next time"
     return best, f"{best} is fastest here ({told})"
+
+
+def _rate_of(compute: str, flops: Mapping[str, float]) -> float:
+    """Operations per second of a step that does half of them, the gradients of inputs, in the second of two types."""
+    forward, _, back = compute.partition("-")
+    rates = [flops.get(name, 0.0) for name in (forward, back or forward)]
+    return 2 / sum(1 / rate for rate in rates) if all(rates) else 0.0
 
 
 def torch_version() -> str:

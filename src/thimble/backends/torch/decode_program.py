@@ -12,13 +12,13 @@ from collections.abc import Callable
 import numpy as np
 from numba.extending import register_jitable
 
-from thimble.backends.torch.block_products import RUN
+from thimble.backends.torch.block_products import RUN, quantize_run
 from thimble.backends.torch.compiled import compiled, specialised
 from thimble.backends.torch.dot_products import add_mixed, array_at, call_product, dot, largest_of, sum_of
-from thimble.backends.torch.fused import ONE, _gelu, _silu, _turn, exp, int8_scale, tanh
+from thimble.backends.torch.fused import ONE, _gelu, _silu, _turn, exp, tanh
 from thimble.backends.torch.gang import CLOSED, advance, join
 from thimble.backends.torch.paged import BLOCK_TOKENS, LIKE, keys_at, put_heads, rescale, scales_at, values_at
-from thimble.backends.torch.vectors import from_bits, is_rounded, stored
+from thimble.backends.torch.vectors import from_bits, is_rounded
 
 NUMBER = 4  # bytes of a float32
 
@@ -90,14 +90,7 @@ def _quantize(room, t, width, begin, end):
     h, tokens = _row(room[H], t, width), room[T]
     for run in range(begin, end):
         part, to = h[run * RUN : run * RUN + RUN], array_at(room[Q] + (run * tokens + t) * RUN, RUN, np.int8(0))
-        scale, inverse = int8_scale(part)
-        total = np.int32(0)
-        for j in range(RUN):
-            whole = stored(part[j] * inverse, to)
-            to[j] = whole
-            total += np.int32(whole)
-        _row(room[SCALES], run, tokens)[t] = scale
-        _row(room[SUMS], run, tokens)[t] = np.float32(total) * scale
+        _row(room[SCALES], run, tokens)[t], _row(room[SUMS], run, tokens)[t] = quantize_run(part, to)
 
 
 @register_jitable

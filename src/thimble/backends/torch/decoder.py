@@ -15,9 +15,10 @@ from torch import Tensor
 
 from thimble.backends.session import ForwardRow
 from thimble.backends.torch.attention import Angles, Asked, AttentionSpec, attend
+from thimble.backends.torch.block_linear import BlockLinear
 from thimble.backends.torch.elementwise import Gated, Prologue, RmsNorm
 from thimble.backends.torch.frozen import FrozenLinear, Matrix, Neighbours, load_matrix
-from thimble.backends.torch.int8 import Int8Linear, Watched
+from thimble.backends.torch.int8 import Int8Gradient, Int8Linear, Watched
 from thimble.backends.torch.kv_cache import KvCache, Places, attend_cached, place_rows
 from thimble.backends.torch.lora import BARE, Layers, Lora, Projection, project
 from thimble.backends.torch.memory import Memory
@@ -149,6 +150,19 @@ class Decoder:
         for projection, layer in zip(self.projections, watched, strict=True):
             projection.frozen = Int8Linear(layer)
         self.memory.release()
+
+    def round_gradients(self) -> None:
+        """Have gradients of inputs made in whole numbers from now on, but for the head's."""
+        for projection in self.projections:
+            if not isinstance(projection.frozen, Int8Gradient):
+                projection.frozen = Int8Gradient(projection.frozen)
+        self.memory.release()
+
+    def multiply_blocks(self) -> None:
+        """Have the forward pass multiply the blocks of the file as they are, but for the head's."""
+        for projection in self.projections:
+            if BlockLinear.fits(projection.frozen):
+                projection.frozen = BlockLinear(projection.frozen)
 
     def stream(self) -> None:
         """From now on, read weights ahead of every product and let go of them behind it."""

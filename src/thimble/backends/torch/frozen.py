@@ -75,6 +75,11 @@ class Int8Matrix(Matrix):
             kernels.quantize_rows_into(values.numpy(), self.q[rows], self.scale[rows])
             source.release(rows)
 
+    def move_to(self, q: NDArray[np.int8], scale: NDArray[np.float32]) -> None:
+        """Keep the numbers in other arrays of the same shapes."""
+        q[:], scale[:] = self.q, self.scale
+        self.q, self.scale = q, scale
+
     def decode(self, rows: Rows, out: Tensor) -> None:
         kernels.dequantize_rows_into(self.q[rows], self.scale[rows], as_numpy(out))
 

@@ -1,10 +1,10 @@
 """Frozen products in int8: about twice the rate of bfloat16 on processors with VNNI, for a little accuracy.
 
-A row of the input and a row of the weight have one scale each, so x Wᵀ is a product of whole numbers, scaled at its
-borders (Dettmers et al., arXiv:2208.07339). Activations have columns far larger than the others, which would leave few
-steps for the rest: each column is divided by a factor that the weight is multiplied by (SmoothQuant, Xiao et al.,
-arXiv:2211.10438), chosen once from how large the columns are on a sample of text. For g W the row scales are folded
-into g first.
+Of gradients alone, `Int8Gradient`, or all of a layer's, `Int8Linear`. A row of the input and a row of the weight have
+one scale each, so x Wᵀ is a product of whole numbers, scaled at its borders (Dettmers et al., arXiv:2208.07339).
+Activations have columns far larger than the others, which would leave few steps for the rest: each column is divided by
+a factor that the weight is multiplied by (SmoothQuant, Xiao et al., arXiv:2211.10438), chosen once from how large the
+columns are on a sample of text. For g W the row scales are folded into g first.
 """
 
 import numpy as np
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from thimble.backends.torch import kernels
-from thimble.backends.torch.frozen import FrozenLinear, as_numpy
+from thimble.backends.torch.frozen import FrozenLinear, Int8Matrix, as_numpy
 from thimble.core.sizes import windows
 from thimble.files.blocks import TINY
 
@@ -32,32 +32,33 @@ class Watched(FrozenLinear):
         return super().matmul(x, out)
 
 
-class Int8Linear(FrozenLinear):
-    """A frozen layer whose products are made of whole numbers, from one that has seen a sample of text."""
+class Int8Gradient(FrozenLinear):
+    """A frozen layer whose gradient of the input is a product of whole numbers; its forward product stays as it was.
 
-    def __init__(self, source: Watched) -> None:
+    The weight in int8 is a second copy of it, but for matrices that are kept so.
+    """
+
+    def __init__(self, source: FrozenLinear, factor: NDArray[np.float32] | None = None) -> None:
         super().__init__(source.matrices, source.bias, source.memory)
-        factor = _smoothing(source)
-        self.divisor = 1 / factor
-        self.q = torch.empty(source.rows, source.cols, dtype=torch.int8)
-        self.scale = np.empty(source.rows, np.float32)
-        for rows in windows(source.rows, source.cols):
+        self.neighbours = source.neighbours
+        self.divisor = np.ones(self.cols, np.float32) if factor is None else 1 / factor
+        self.q = torch.empty(self.rows, self.cols, dtype=torch.int8)
+        self.scale = np.empty(self.rows, np.float32)
+        self._is_only_copy = factor is None and all(isinstance(matrix, Int8Matrix) for matrix in self.matrices)
+        if self._is_only_copy:
+            self._move_matrices()
+            return
+        for rows in windows(self.rows, self.cols):
             values = as_numpy(source.decoded(rows))
             kernels.quantize_rows_into(values, self.q[rows].numpy(), self.scale[rows], factor)
         self.release(slice(0, self.rows))
-        self.matrices = []
 
-    def matmul(self, x: Tensor, out: Tensor) -> Tensor:
-        q, scale = self._quantized(x, self.divisor)
-        for rows in windows(self.rows, len(x)):  # so that the sums are scaled while they are in the cache
-            sums = self.memory.scratch("sums", len(x), rows.stop - rows.start, torch.int32)
-            torch._int_mm(q, self.q[rows].t(), out=sums)
-            kernels.rescale_into(sums.numpy(), scale, self.scale[rows], as_numpy(out), rows.start)
-        return out
-
-    def decoded(self, rows: slice) -> Tensor:
-        wide = self.q[rows].float() * torch.from_numpy(self.scale[rows])[:, None] * torch.from_numpy(self.divisor)
-        return wide.to(self.memory.compute)
+    def _move_matrices(self) -> None:
+        """Have the matrices keep their rows here."""
+        for matrix, rows, start in self._parts(slice(0, self.rows)):
+            assert isinstance(matrix, Int8Matrix)
+            own = slice(start, start + rows.stop)
+            matrix.move_to(self.q[own].numpy(), self.scale[own])
 
     def input_grad(self, grad: Tensor, out: Tensor) -> Tensor:
         q, scale = self._quantized(grad, self.scale)
@@ -75,7 +76,28 @@ class Int8Linear(FrozenLinear):
 
     @property
     def resident_bytes(self) -> int:
-        return self.q.nbytes + self.scale.nbytes
+        copy = 0 if self._is_only_copy else self.q.nbytes + self.scale.nbytes
+        return super().resident_bytes + copy
+
+
+class Int8Linear(Int8Gradient):
+    """A frozen layer whose products are made of whole numbers, from one that has seen a sample of text."""
+
+    def __init__(self, source: Watched) -> None:
+        super().__init__(source, _smoothing(source))
+        self.matrices = []
+
+    def matmul(self, x: Tensor, out: Tensor) -> Tensor:
+        q, scale = self._quantized(x, self.divisor)
+        for rows in windows(self.rows, len(x)):  # so that the sums are scaled while they are in the cache
+            sums = self.memory.scratch("sums", len(x), rows.stop - rows.start, torch.int32)
+            torch._int_mm(q, self.q[rows].t(), out=sums)
+            kernels.rescale_into(sums.numpy(), scale, self.scale[rows], as_numpy(out), rows.start)
+        return out
+
+    def decoded(self, rows: slice) -> Tensor:
+        wide = self.q[rows].float() * torch.from_numpy(self.scale[rows])[:, None] * torch.from_numpy(self.divisor)
+        return wide.to(self.memory.compute)
 
 
 def _smoothing(source: Watched) -> NDArray[np.float32]:

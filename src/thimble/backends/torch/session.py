@@ -17,7 +17,7 @@ from thimble.backends.known_answers import KnownAnswers
 from thimble.backends.session import ForwardRow, LayerInfo, Objective, Pass, StepKey, Work
 from thimble.backends.torch import calibrate, labelled_rows
 from thimble.backends.torch.adapters import ActiveAdapter, FinishedAdapter, TrainableAdapter
-from thimble.backends.torch.compute import DTYPES
+from thimble.backends.torch.compute import FLOATS
 from thimble.backends.torch.decode_step import CODES, DecodeStep
 from thimble.backends.torch.decoder import Decoder
 from thimble.backends.torch.features import Features
@@ -42,7 +42,7 @@ from thimble.data.encode import IGNORED
 from thimble.data.prefixes import Segment
 from thimble.models.base import Base
 from thimble.models.cost import lowest_block
-from thimble.models.execution import ExecutionPlan
+from thimble.models.execution import ExecutionPlan, activation_dtype, multiplies_blocks
 
 CAPABILITIES = frozenset(
     {
@@ -69,10 +69,11 @@ class KlReference:
 
 
 class TorchSession(FlatTraining):
-    """A frozen base, ready to run, in compute type `fp32`, `bf16` or `int8`.
+    """A frozen base, ready to run, in compute type `fp32`, `bf16`, `bf16-int8` or `int8`.
 
-    Weights are kept as the store says, `dense`, `int8` or `file`; compute int8 has a store of its own, and a sample of
-    any text, int32 (tokens,), of a few hundred tokens to choose its scales by. If streamed, they are read from the file
+    Weights are kept as the store says, `dense`, `int8` or `file`. Compute int8 multiplies the blocks of a file, or with
+    any other store int8 rows, for which a sample of any text, int32 (tokens,), of a few hundred tokens chooses the
+    scales. If streamed, they are read from the file
     for each product and not kept. With `int8` as `decode`, answers are written in whole numbers over weights in blocks;
     with `int8` as `cache_type`, keys and values are kept rounded.
     """
@@ -84,12 +85,15 @@ class TorchSession(FlatTraining):
         self, base: Base, compute: str = "fp32", store: str = "dense", is_streamed: bool = False,
         sample: NDArray[np.int32] | None = None, decode: str = "float", cache_type: str = "float",
     ) -> None:  # fmt: skip
-        self.decoder = Decoder(base, "file" if compute == "int8" else store, DTYPES[compute])
-        if compute == "int8":
+        makes_rows = compute == "int8" and not multiplies_blocks(compute, store)
+        self.decoder = Decoder(base, "file" if makes_rows else store, FLOATS[activation_dtype(compute, store)])
+        if makes_rows:
             if sample is None:
                 raise ValueError("compute int8 needs a sample of text")
             self.decoder.quantize(sample)
-        self._base, self._decode = base, decode
+        elif multiplies_blocks(compute, store):
+            self.decoder.multiply_blocks()
+        self._base, self._decode, self._compute = base, decode, compute
         self._cache_kind = "I8" if cache_type == "int8" else CODES[self.decoder.compute]
         self._updates = RowUpdates([])
         if is_streamed:
@@ -117,7 +121,10 @@ class TorchSession(FlatTraining):
         self.decoder.measure(active.layers)
         return active
 
+    @out_of_memory
     def start(self, adapter: Adapter, method: Method) -> TrainState:
+        if self._compute == "bf16-int8":  # only now: nothing but training needs the weights in int8
+            self.decoder.round_gradients()
         return begin(self.load(adapter), method)
 
     @out_of_memory

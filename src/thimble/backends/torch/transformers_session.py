@@ -17,7 +17,7 @@ from torch.nn import functional
 from thimble.backends.capabilities import THROUGH_TRANSFORMERS
 from thimble.backends.known_answers import KnownAnswers
 from thimble.backends.session import LayerInfo, Objective, Pass, StepKey, Work
-from thimble.backends.torch.compute import DTYPES
+from thimble.backends.torch.compute import FLOATS
 from thimble.backends.torch.flat_training import FlatTraining, TrainState, begin
 from thimble.backends.torch.gradient import Gradient
 from thimble.backends.torch.memory import out_of_memory
@@ -73,7 +73,7 @@ class TransformersSession(FlatTraining):
 
     @out_of_memory
     def __init__(self, base: Base, compute: str = "fp32") -> None:
-        self.model = AdaptedModel(base, DTYPES[compute])
+        self.model = AdaptedModel(base, FLOATS[compute])
         self._base = base
         self.cache_shapes = try_cache(self.model)
 
