@@ -73,9 +73,8 @@ class TorchSession(FlatTraining):
 
     Weights are kept as the store says, `dense`, `int8` or `file`. Compute int8 multiplies the blocks of a file, or with
     any other store int8 rows, for which a sample of any text, int32 (tokens,), of a few hundred tokens chooses the
-    scales. If streamed, they are read from the file
-    for each product and not kept. With `int8` as `decode`, answers are written in whole numbers over weights in blocks;
-    with `int8` as `cache_type`, keys and values are kept rounded.
+    scales. If streamed, weights are read from the file for each product and not kept. With `int8` as `decode`, answers
+    are written in whole numbers over weights in blocks; with `int8` as `cache_type`, keys and values are kept rounded.
     """
 
     capabilities = CAPABILITIES
