@@ -144,7 +144,8 @@ class Rise:
     mean: float
     low: float  # 95 % interval
     high: float
-    most: float  # the further end of its 90 % interval: below SAME the two count as equal (two one-sided tests)
+    upper: float  # the upper end of its 90 % interval: what it is below with 95 % confidence
+    most: float  # the further end of that: below SAME the two count as equal (two one-sided tests)
     p: float  # two-sided; corrected by `holm`
 
     @property
@@ -178,7 +179,8 @@ def relative_rise(own: NDArray[np.float64], first: NDArray[np.float64]) -> Rise:
     drawn = mean + wider * (difference / base - mean)
     low, high, ten, ninety = np.quantile(drawn, (0.025, 0.975, 0.05, 0.95))
     p = 2 * min((drawn <= 0).mean(), (drawn >= 0).mean())
-    return Rise(mean, low, high, max(abs(ten), abs(ninety)), min(1.0, max(p, 1 / DRAWS)))
+    most, p = max(abs(ten), abs(ninety)), min(1.0, max(p, 1 / DRAWS))
+    return Rise(mean, low, high, ninety, most, p)
 
 
 def tokens_to(curve: list[list[float]], target: float) -> float:

@@ -59,13 +59,18 @@ def tasks() -> dict[str, Path]:
     """Folders of rows by task: tool calls, plain text, an invented mapping, and labels."""
     if not DEMO_DATA.exists():
         sys.exit("the data of the demo is missing: run `python examples/01_tool_calling.py demo/data` first")
+    return {"tool calls": DEMO_DATA, **made_tasks()}
+
+
+def made_tasks() -> dict[str, Path]:
+    """Those of them that are made here: plain text, an invented mapping, and labels."""
     made = {"documentation": _documentation, "mapping": _mapping, "labels": _labels}
     for name, rows in made.items():
         for split in ("train", "valid"):
             path = MADE / name / f"{split}.jsonl"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("".join(json.dumps(row) + "\n" for row in rows(split)))
-    return {"tool calls": DEMO_DATA, **{name: MADE / name for name in made}}
+    return {name: MADE / name for name in made}
 
 
 def _documentation(split: str) -> Iterator[dict[str, str]]:
