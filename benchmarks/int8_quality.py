@@ -11,18 +11,18 @@ that is what the instructions do, up to the order in which they add.
 """
 
 import argparse
-import contextlib
 import itertools
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from initialisation import Rise, nats, relative_rise
 from short_runs import Bench, Kept, made_tasks, take_steps
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from thimble.backends.open import open_session
 from thimble.backends.torch.compute import INT8_INSTRUCTIONS
@@ -48,24 +48,31 @@ SHAPES = {
 MEASURED_TOKENS = 512  # at once
 LEAST_PAIRS, MOST_RISE = 16, 0.005
 BF16_INSTRUCTIONS = {"avx512_bf16", "amx_bf16"}
-ATEN = torch.ops.aten
-PRODUCTS, SUMS = {ATEN.mm, ATEN._int_mm, ATEN.bmm}, {ATEN.addmm, ATEN.addmm_}
 NARROW = (torch.bfloat16, torch.int8)
 
 
-class InFloat32(TorchDispatchMode):
-    """Products of bf16 and int8 numbers, made in float32; sums of products of int8 are exact up to 2^24."""
+def made_in_float32(product: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """A product that makes those of bf16 and int8 numbers in float32; sums of products of int8 are exact to 2^24."""
 
-    def __torch_dispatch__(self, function: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
-        packet, options = function.overloadpacket, dict(kwargs or {})
-        if packet not in PRODUCTS | SUMS or args[-1].dtype not in NARROW:
-            return function(*args, **options)
-        out = args[0] if packet is ATEN.addmm_ else options.pop("out", None)
-        wide = [each.float() for each in args]
-        made = torch.addmm(*wide, **options) if packet in SUMS else torch.matmul(*wide)
-        if out is None:
-            return made.to(torch.int32 if packet is ATEN._int_mm else args[-1].dtype)
-        return out.copy_(made)
+    def made(*factors: torch.Tensor, **options: Any) -> torch.Tensor:
+        if factors[-1].dtype not in NARROW:
+            return product(*factors, **options)
+        out = factors[0] if len(factors) == 3 else options.pop("out", None)  # of addmm_ the first is what is added to
+        wide = [each.float() for each in factors]
+        found = torch.addmm(*wide, **options) if len(factors) == 3 else wide[0].mm(wide[1])
+        return found.to(factors[-1].dtype) if out is None else out.copy_(found)
+
+    return made
+
+
+@contextmanager
+def products_in_float32() -> Iterator[None]:
+    """Have the products that steps are made of go through `made_in_float32`, in every thread."""
+    places = ((torch, "mm"), (torch, "_int_mm"), (torch.Tensor, "addmm_"))
+    with ExitStack() as changed:
+        for place, name in places:
+            changed.enter_context(patch.object(place, name, made_in_float32(getattr(place, name))))
+        yield
 
 
 def has_instructions() -> bool:
@@ -95,7 +102,7 @@ class Study:
         if way not in self._sessions:
             self._sessions[way] = exact if way == EXACT else open_session(run_plan.model, *WAYS[way])
         session, began = self._sessions[way], time.process_time()
-        with contextlib.nullcontext() if way == EXACT or has_instructions() else InFloat32():
+        with nullcontext() if way == EXACT or has_instructions() else products_in_float32():
             state = session.start(exact.adapter(begun), begun.method)
             for after, _ in take_steps(run_plan, session, state):
                 state = after

@@ -7,6 +7,7 @@ import time
 import numpy as np
 from make_rows import ALPHA, RANK, RATE, make_tokens, peak_bytes
 
+from thimble.backends.open import choose_store
 from thimble.backends.session import Objective, StepKey, Work
 from thimble.backends.torch.compute import choose_compute, machine
 from thimble.backends.torch.session import TorchSession
@@ -42,6 +43,7 @@ def main() -> None:
     options = read_options()
     options.compute, _ = choose_compute(options.compute)
     rates, base = machine(), open_base(options.base)
+    choose_store(options.store, base, options.compute)  # refuses int8 that cannot run here
     tokens = options.rows * options.length
     num_shares = min(options.shares or num_cores(), options.rows)
     micro = max(MICRO_BATCH_TOKENS[0], options.length)

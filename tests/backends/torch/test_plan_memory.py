@@ -18,6 +18,7 @@ PROGRAM = Path(__file__).parents[3] / "benchmarks" / "train_thimble.py"
         pytest.param("--rows 4 --length 512 --recomputed 30", marks=pytest.mark.slow),
         pytest.param("--rows 1 --length 256 --recomputed 15 --streamed --rank 64", marks=pytest.mark.slow),
         pytest.param("--rows 2 --length 512 --compute int8 --store int8", marks=pytest.mark.slow),
+        pytest.param("--rows 2 --length 512 --compute int8 --store file", marks=pytest.mark.slow),
     ],
 )
 def test_peak_memory_is_as_planned(arguments):
