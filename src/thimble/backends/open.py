@@ -49,7 +49,8 @@ def _store_of_int8(wanted: str, base: Base) -> tuple[tuple[str, ...], str]:
     has_blocks = any(map(is_multiplied_in_blocks, dtypes))
     if wanted == "int8" or (wanted == "auto" and multiplies_rows):
         if multiplies_rows:
-            return ("int8",), "store int8: compute int8 multiplies int8 weights, and keeps them so"
+            again = "; --store file rounds no weight again" if has_blocks else ""
+            return ("int8",), f"store int8: compute int8 multiplies int8 weights, and keeps them so{again}"
         instead = "--store file, which multiplies the blocks of the file" if has_blocks else "compute auto"
         raise ConfigError(f"compute is int8, with int8 rows: {NO_INT8}; use {instead}")
     if has_blocks:

@@ -64,7 +64,10 @@ def store_of(file, wanted="auto", blocks="avx2", monkeypatch=None):
 
 def test_int8_multiplies_rows_where_the_processor_can_and_blocks_elsewhere(monkeypatch):
     on_machine(monkeypatch, fp32=1e11, int8=4e11)
-    assert store_of("llama_q8_0", monkeypatch=monkeypatch)[0] == ("int8",)
+    stores, why = store_of("llama_q8_0", monkeypatch=monkeypatch)
+    assert stores == ("int8",)
+    assert "--store file rounds no weight again" in why
+    assert "--store file" not in store_of("llama", monkeypatch=monkeypatch)[1], "its weights are no blocks"
     assert store_of("llama_q8_0", "file", monkeypatch=monkeypatch)[0] == ("file",)
     on_machine(monkeypatch, fp32=1e11)
     stores, why = store_of("llama_q8_0", monkeypatch=monkeypatch)
