@@ -5,6 +5,8 @@ Activations are rounded to int8 in runs of 32, each with a scale of its own, and
 g W adds up rows of W, and the scales of blocks lie along the columns.
 """
 
+from typing import cast
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -40,8 +42,8 @@ class BlockLinear(FrozenLinear):
         inputs = self._quantized(x)
         for rows in self._windows(self.neighbours and self.neighbours.later):
             for matrix, part, start in self._parts(rows):
-                assert isinstance(matrix, FileMatrix)
-                self._multiply(matrix, part, len(x), inputs, as_numpy(out[:, rows.start + start :]))
+                to = as_numpy(out[:, rows.start + start :])
+                self._multiply(cast(FileMatrix, matrix), part, len(x), inputs, to)
         return out
 
     def _multiply(

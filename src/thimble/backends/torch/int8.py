@@ -7,6 +7,8 @@ a factor that the weight is multiplied by (SmoothQuant, Xiao et al., arXiv:2211.
 columns are on a sample of text. For g W the row scales are folded into g first.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -44,21 +46,23 @@ class Int8Gradient(FrozenLinear):
         self.divisor = np.ones(self.cols, np.float32) if factor is None else 1 / factor
         self.q = torch.empty(self.rows, self.cols, dtype=torch.int8)
         self.scale = np.empty(self.rows, np.float32)
-        self._is_only_copy = factor is None and all(isinstance(matrix, Int8Matrix) for matrix in self.matrices)
+        kept = [matrix for matrix in self.matrices if isinstance(matrix, Int8Matrix)]
+        self._is_only_copy = factor is None and len(kept) == len(self.matrices)
         if self._is_only_copy:
-            self._move_matrices()
+            self._move(kept)
             return
         for rows in windows(self.rows, self.cols):
             values = as_numpy(source.decoded(rows))
             kernels.quantize_rows_into(values, self.q[rows].numpy(), self.scale[rows], factor)
         self.release(slice(0, self.rows))
 
-    def _move_matrices(self) -> None:
+    def _move(self, matrices: Sequence[Int8Matrix]) -> None:
         """Have the matrices keep their rows here."""
-        for matrix, rows, start in self._parts(slice(0, self.rows)):
-            assert isinstance(matrix, Int8Matrix)
-            own = slice(start, start + rows.stop)
+        start = 0
+        for matrix in matrices:
+            own = slice(start, start + matrix.rows)
             matrix.move_to(self.q[own].numpy(), self.scale[own])
+            start = own.stop
 
     def input_grad(self, grad: Tensor, out: Tensor) -> Tensor:
         q, scale = self._quantized(grad, self.scale)
