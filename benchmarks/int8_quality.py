@@ -107,13 +107,17 @@ class Study:
             for after, _ in take_steps(run_plan, session, state):
                 state = after
         trained = exact.load(session.adapter(state))
-        batches = micro_batches(run_plan.examples.valid[:count], MEASURED_TOKENS, shares_prefixes=exact.shares_prefixes)
+        held = run_plan.examples.valid[:count]
+        batches = micro_batches(held, MEASURED_TOKENS, shares_prefixes=exact.shares_prefixes)
         measuring = ExecutionPlan("file", 1, MEASURED_TOKENS, MEASURED_TOKENS)
-        found = [row for rows in exact.row_losses(trained, batches, measuring) for row in rows]
+        read = zip(batches, exact.row_losses(trained, batches, measuring), strict=True)
+        by_row = dict(pair for batch, found in read for pair in zip(batch.numbers.tolist(), found, strict=True))
+        found = [by_row[number] for number in range(len(held))]
         untouched, places = [row.nats for row in found], [row.tokens for row in found]
         return {
             "final": sum(untouched) / sum(places), "rate": run_plan.step_schedule.rate, "untouched": untouched,
-            "places": places, "seconds": time.process_time() - began, "has_instructions": has_instructions(),
+            "places": places, "texts": [row.source for row in held], "seconds": time.process_time() - began,
+            "has_instructions": has_instructions(),
         }  # fmt: skip
 
 
