@@ -1,4 +1,4 @@
-"""Prepare `make demo-vit`: a vision transformer of 1.3 million parameters that has seen the digits 0 to 4 alone.
+"""Prepare `make demo-vit`: a vision transformer of 1.4 million parameters that has seen the digits 0 to 4 alone.
 
     python examples/12_small_vit.py demo/image/digits demo/vit [ROWS] [STEPS]
 
