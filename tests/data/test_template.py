@@ -269,3 +269,26 @@ def test_output_without_end_is_cut():
     endless = "{% for a in range(1000) %}{% for b in range(900) %}0123456789{% endfor %}{% endfor %}"
     with pytest.raises(DataError, match=f"more than {MAX_CHARACTERS:,} characters"):
         ChatTemplate(endless).render([USER])
+
+
+THINKING = CHATML + "{% if enable_thinking is defined and enable_thinking is false %}<think></think>{% endif %}"
+
+
+def test_a_template_is_told_more_than_the_conversation_if_it_asks_for_it():
+    template = ChatTemplate(THINKING, bos_token="<s>")
+    plain, told = template.render([USER]), template.with_variables({"enable_thinking": False})
+    assert told.render([USER]) == plain + "<think></think>"
+    assert template.render([USER]) == template.with_variables({"enable_thinking": True}).render([USER]) == plain
+
+
+@pytest.mark.parametrize("name", ["thinking", "messages", "add_generation_prompt", "bos_token", "enable"])
+def test_what_a_template_does_not_read_or_is_told_anyway_is_refused(name):
+    with pytest.raises(DataError, match=f"takes no {name}"):
+        ChatTemplate(THINKING + "{{ bos_token }}", bos_token="<s>").with_variables({"enable_thinking": True, name: 1})
+
+
+def test_a_template_of_its_own_for_tools_is_told_the_same():
+    template = ChatTemplate(CHATML, tool_use=OBJECT_ARGUMENTS + "{{ '[quick]' if effort == 'low' else '' }}")
+    told = template.with_variables({"effort": "low"})
+    assert told.render([USER], [WEATHER]) == template.render([USER], [WEATHER]) + "[quick]"
+    assert told.render([USER]) == template.render([USER])

@@ -1,10 +1,14 @@
 """Chat and completions through OpenAI's own client."""
 
+import dataclasses
 import json
 import re
 
 import openai
 import pytest
+
+import served
+from thimble.data.template import ChatTemplate
 
 TOOL = {
     "type": "function",
@@ -313,3 +317,25 @@ def test_content_may_come_in_parts_and_developers_are_the_system(server):
         ask({"role": role, "content": "be brief"}, {"role": "user", "content": "x"}) for role in ("system", "developer")
     ]
     assert said[0] == said[1]
+
+
+def test_a_chat_template_is_told_what_a_request_asks_for(model, session, adapter_folders):
+    template = ChatTemplate(served.CHATML + "{% if enable_thinking is false %}<think></think>{% endif %}")
+    with served.started(dataclasses.replace(model, template=template), session, adapter_folders) as running:
+        body = {"messages": [{"role": "user", "content": "Hi"}]}
+
+        def text(**more):
+            tokens = running.post("/tokenize", {**body, **more}).json()["tokens"]
+            return running.post("/detokenize", {"tokens": tokens}).json()["prompt"]
+
+        quick = {"chat_template_kwargs": {"enable_thinking": False}}
+        assert text(**quick) == text() + "<think></think>"
+        answers = [
+            running.post("/v1/chat/completions", {**body, **more, "max_tokens": 1}).json() for more in (quick, {})
+        ]
+        assert answers[0]["usage"]["prompt_tokens"] > answers[1]["usage"]["prompt_tokens"]
+        for name in ("thinking", "messages"):
+            refused = running.post("/v1/chat/completions", {**body, "chat_template_kwargs": {name: 1}})
+            assert refused.status_code == 400
+            assert refused.json()["error"]["param"] == "chat_template_kwargs"
+            assert f"takes no {name}" in refused.json()["error"]["message"]

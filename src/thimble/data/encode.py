@@ -4,7 +4,7 @@ import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -158,9 +158,14 @@ class Encoder:
         reference = pieces[last].text
         return Question(np.asarray(ids, np.int32), self._turns.bare(reference) if self._turns else reference)
 
-    def prompt(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> Ids:
-        """Encode a conversation that waits for an answer, exactly as the training rows begin: int32 (T,)."""
-        ids, _ = self._tokens(self._require_turns().prompt(messages, tools))
+    def prompt(
+        self, messages: Sequence[Message], tools: Sequence[Any] | None = None, told: Mapping[str, Any] | None = None
+    ) -> Ids:
+        """Encode a conversation that waits for an answer, exactly as the training rows begin: int32 (T,).
+
+        The chat template is `told` variables by their names; a DataError if it does not read one.
+        """
+        ids, _ = self._tokens(self._require_turns().prompt(messages, tools, told or {}))
         return np.asarray(ids, np.int32)
 
     def opening(self, record: Record) -> Ids:

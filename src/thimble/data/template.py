@@ -4,8 +4,10 @@ A template is a program from an untrusted source: it runs in a process of its ow
 What templates differ in (a system role, tools, the form of a call's arguments) is found by trying, not by reading them.
 """
 
+import copy
 import functools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
@@ -19,6 +21,7 @@ from thimble.errors import BaseModelError, DataError, listing
 Conversation = tuple[Sequence[Message], Sequence[Any] | None]  # messages, tools
 Prefix = tuple[int, bool]  # of a conversation: number of messages, whether the beginning of an answer is behind them
 
+GIVEN = ("messages", "tools", "documents", "add_generation_prompt")  # what every template is told
 MAX_SOURCE = 1_000_000  # characters of a template
 MAX_REQUEST_BYTES = 16_000_000  # of a conversation as JSON, which takes up to 12 bytes a character
 MAX_SAID = 500  # characters of an error of a template
@@ -83,9 +86,35 @@ class ChatTemplate:
         self.source = source
         self._now = now or datetime.now()
         self._process = TemplateProcess(source, {**(more_tokens or {}), "bos_token": bos_token, "eos_token": eos_token})
+        self._variables: Mapping[str, Any] = {}
+        self._own_names = {*GIVEN, *self._process.setup.request["variables"]}
         self._tool_use: ChatTemplate | None = None
         if tool_use:
             self._tool_use = ChatTemplate(tool_use, bos_token, eos_token, more_tokens=more_tokens, now=self._now)
+
+    def with_variables(self, variables: Mapping[str, Any]) -> "ChatTemplate":
+        """The same template and process, told more than the conversation, such as `enable_thinking` of Qwen3.
+
+        Args:
+            variables: By name, as JSON has them.
+
+        Returns:
+            The template.
+
+        Raises:
+            DataError: If it does not read one of them: that would change nothing.
+        """
+        source = self.source + (self._tool_use.source if self._tool_use else "")
+        unread = [name for name in variables if not re.search(rf"\b{re.escape(name)}\b", source)]
+        if unread := [*unread, *(name for name in variables if name in self._own_names)]:
+            raise DataError(f"the chat template of the base takes no {listing(unread)}")
+        return self._with(variables) if variables else self
+
+    def _with(self, variables: Mapping[str, Any]) -> "ChatTemplate":
+        _ = self.takes_system, self._argument_form  # which are the same for all, and found once
+        told = copy.copy(self)
+        told._variables, told._tool_use = variables, self._tool_use and self._tool_use._with(variables)
+        return told
 
     def start(self) -> None:
         """Start the process of the template, without waiting for it."""
@@ -244,6 +273,7 @@ class ChatTemplate:
     ) -> Asked:
         """Ask for renderings, each (index of the conversation, number of messages, add_generation_prompt)."""
         request = {"conversations": conversations, "wanted": wanted, "now": (now or self._now).isoformat()}
+        request["variables"] = self._variables
         try:
             asked = Asked(request)
         except (TypeError, ValueError, RecursionError) as error:

@@ -5,7 +5,7 @@ the token that ends the answer; what the template writes behind that is not lear
 """
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from os.path import commonprefix
 from typing import Any, NamedTuple
 
@@ -62,10 +62,12 @@ class Turns:
             return self._last_turn(messages, written, text), sum(are_learned) == 1
         return self._ended(self._pieces(text[: spans[-1][1]], spans, are_learned)), True
 
-    def prompt(self, messages: Sequence[Message], tools: Sequence[Any] | None) -> list[Piece]:
+    def prompt(
+        self, messages: Sequence[Message], tools: Sequence[Any] | None, variables: Mapping[str, Any]
+    ) -> list[Piece]:
         """Cut a conversation that waits for an answer as `cut` does, so that both give the same tokens."""
         wanted = _wanted((len(messages), True), answers(messages))
-        return self._prompt(messages, self._template.ask(messages, tools, wanted))
+        return self._prompt(messages, self._template.with_variables(variables).ask(messages, tools, wanted))
 
     def _prompt(self, messages: Sequence[Message], written: Renderings) -> list[Piece]:
         text = written.text((len(messages), True))

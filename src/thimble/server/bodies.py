@@ -60,6 +60,8 @@ class TextPart(Body):
     text: str
 
 
+Variables = Annotated[dict[str, Any], Field(max_length=16)]
+
 Content = Annotated[
     Annotated[list[TextPart], Tag("parts")] | Annotated[str, Tag("text")],
     _kind_of(("parts", _is_list), ("text", bool)),
@@ -279,6 +281,7 @@ class ChatBody(Generation):
     tools: list[Tool] | None = Field(None, max_length=128)
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
+    chat_template_kwargs: Variables | None = Field(None, description="What the chat template is told, by name.")
     modalities: Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)] | None = None
 
     @model_validator(mode="after")
@@ -340,6 +343,7 @@ class TokenizeBody(Body):
     prompt: str | None = None
     messages: list[Message] | None = Field(None, min_length=1)
     tools: list[Tool] | None = Field(None, max_length=128)
+    chat_template_kwargs: Variables | None = Field(None, description="What the chat template is told, by name.")
     add_special_tokens: bool = Field(True, description="Whether a prompt begins with the token the base expects first.")
     return_token_strs: bool | None = None
 
@@ -349,6 +353,8 @@ class TokenizeBody(Body):
             raise ValueError("prompt: expected a prompt or messages")
         if self.tools and self.messages is None:
             raise ValueError("tools: only with messages")
+        if self.chat_template_kwargs and self.messages is None:
+            raise ValueError("chat_template_kwargs: only with messages")
         return self
 
 

@@ -65,7 +65,7 @@ async def tokenize(service: Service, query: Query[TokenizeBody]) -> Reply:
     body = query.body
     service.check_name(body.model)
     if body.messages is not None:
-        ids = await service.prepare(encode_chat, service, body.messages, body.tools)
+        ids = await service.prepare(encode_chat, service, body.messages, body.tools, body.chat_template_kwargs)
     else:
         ids = await service.prepare(encode_prompt, service, body.prompt or "", "prompt", body.add_special_tokens)
     told: dict[str, Any] = {"count": len(ids), "max_model_len": service.context, "tokens": ids.tolist()}

@@ -37,7 +37,7 @@ class Part(NamedTuple):
 def prepare_chat(service: Service, body: ChatBody) -> list[Part]:
     """The answers that a conversation asks for; a Refusal if it cannot be answered."""
     tools = body.tools if body.tool_choice != "none" else None
-    ids = encode_chat(service, body.messages, tools)
+    ids = encode_chat(service, body.messages, tools, body.chat_template_kwargs)
     form = _form(service) if tools else None
     grammar = _grammar(service, body)
     if form and (called := _calls_grammar(body, form)):
@@ -80,17 +80,23 @@ def prepare_completion(service: Service, body: CompletionBody) -> list[Part]:
 # ---- tokens ----------------------------------------------------------------------------------------------------------
 
 
-def encode_chat(service: Service, messages: Sequence[Message], tools: Sequence[Tool] | None) -> Ids:
-    """A conversation that waits for an answer, int32 (T,)."""
+def encode_chat(
+    service: Service, messages: Sequence[Message], tools: Sequence[Tool] | None, variables: Mapping[str, Any] | None
+) -> Ids:
+    """A conversation that waits for an answer, int32 (T,); `variables` are for the chat template."""
     if service.model.template is None:
         raise bad_field("messages", f"{service.base_name} has no chat template: ask /v1/completions")
+    try:
+        service.model.template.with_variables(variables or {})
+    except InputError as error:
+        raise from_input_error(error, "chat_template_kwargs") from None
     _check_characters(service, sum(len(message.text) for message in messages), "messages")
     written = [_message(message, f"messages.{place}") for place, message in enumerate(messages)]
     given = [tool.model_dump(exclude_none=True) for tool in tools or ()]
     if any(message.tool_calls or message.role == "tool" for message in messages):
         _form(service, "messages")
     try:
-        ids = service.encoder.prompt(written, given or None)
+        ids = service.encoder.prompt(written, given or None, variables)
     except InputError as error:
         raise from_input_error(error, "messages") from None
     return _checked(service, ids, "messages")
