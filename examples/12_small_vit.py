@@ -36,7 +36,7 @@ def moved(pixels):  # each turned, slanted, scaled and shifted a little, for the
 
 
 source, out = Path(sys.argv[1]), Path(sys.argv[2])
-rows, steps = (*map(int, sys.argv[3:]), *(100, 1500)[len(sys.argv) - 3 :])
+rows, steps = (*map(int, sys.argv[3:]), *(100, 2800)[len(sys.argv) - 3 :])
 for part, most, digit in [(*part, digit) for part in (("train", rows), ("valid", None)) for digit in NEW]:
     (place := out / f"digits-{rows}" / part / digit).mkdir(parents=True, exist_ok=True)
     for path in sorted((source / part / digit).glob("*.png"))[:most]:
