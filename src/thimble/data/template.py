@@ -273,7 +273,8 @@ class ChatTemplate:
     ) -> Asked:
         """Ask for renderings, each (index of the conversation, number of messages, add_generation_prompt)."""
         request = {"conversations": conversations, "wanted": wanted, "now": (now or self._now).isoformat()}
-        request["variables"] = self._variables
+        if self._variables:
+            request["variables"] = self._variables
         try:
             asked = Asked(request)
         except (TypeError, ValueError, RecursionError) as error:

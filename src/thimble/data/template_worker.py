@@ -53,7 +53,7 @@ def _answer(template: Any, setup: dict[str, Any], request: dict[str, Any]) -> No
     for index, length, prompt in request["wanted"]:
         messages, tools = request["conversations"][index]
         given = {"messages": messages[:length], "tools": tools, "documents": None, "add_generation_prompt": prompt}
-        given = request["variables"] | given | setup["variables"]
+        given = request.get("variables", {}) | given | setup["variables"]
         is_due = written <= most and time.monotonic() - began < SLOW_SECONDS
         kind, said = _attempt(seconds, FAILED, _render, template, given, most) if is_due else (LATER, "")
         _reply(kind, said)

@@ -16,7 +16,8 @@ from torch import Tensor
 from thimble.core.adapter import Adapter
 from thimble.core.lowrank import Factors, Layout
 
-# What Python and torch hold of a layer that answers beside its numbers (measured): of rank 1 more than half of those.
+# What Python and torch hold of a layer beside its numbers, at least (measured of one that answers): of rank 1 more
+# than half of those.
 OBJECT_BYTES = 3600
 
 
@@ -138,7 +139,8 @@ class TrainableAdapter(ActiveAdapter):
     def resident_bytes(self) -> int:
         """See thimble.backends.session.ActiveAdapter."""
         own = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self._tensors()}
-        return sum(own.values()) + sum(factors.B.nbytes for factors in self.layers.values())  # Bᵀ in `tables`
+        turned = sum(factors.B.nbytes for factors in self.layers.values())  # Bᵀ in `tables`
+        return sum(own.values()) + turned + OBJECT_BYTES * len(self.layers)
 
     def _tensors(self) -> Iterator[Tensor]:
         """All tensors; some are views of one another."""
