@@ -135,6 +135,7 @@ def server(folder):
             save_adapter(adapter, folder / f"version{version}" / f"a{number}")
     line = [sys.executable, "-m", "thimble", "serve", "--base", str(TINY), "--port", "0", "--compute", "fp32"]
     line += ["--adapter", str(folder / "version0"), "--admin-key", "admin", "--max-waiting", "1000"]
+    line += ["--prefix-cache", "16MB"]  # which is soon full, so that what grows is no cache
     log = folder / "log"
     with log.open("wb") as told:
         process = subprocess.Popen(line, stdout=told, stderr=told, env={**os.environ, "OMP_NUM_THREADS": "1"})
