@@ -30,6 +30,7 @@ def keep(base, loads, memory):
     for load, by_server in loads.items():
         of_base["loads"].setdefault(load, {}).update(by_server)
     of_base["memory"] |= memory
+    of_base.pop("beside", None)
     of_base["date"], of_base["processor"] = str(datetime.date.today()), processor()[0]
     KEPT.write_text(json.dumps(kept, indent=1))
     text = "\n\n".join(_section(name, found) for name, found in kept["bases"].items())
@@ -50,7 +51,8 @@ def _head():
 def _section(name, found):
     rounds = sorted({len(of_load) for by_server in found["loads"].values() for of_load in by_server.values()})
     several = " to ".join(map(str, sorted({rounds[0], rounds[-1]})))
-    head = f"### {name}\n\n{found['date']}, {CORES} cores of an {found['processor']}, {several} rounds."
+    beside = f" {found['beside']}" if "beside" in found else ""  # written by hand where a machine was not quiet
+    head = f"### {name}\n\n{found['date']}, {CORES} cores of an {found['processor']}, {several} rounds.{beside}"
     return f"{head}\n\n{_table(found['loads'], found['memory'])}"
 
 
