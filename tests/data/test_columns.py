@@ -96,6 +96,17 @@ def test_cells_that_are_no_text_are_refused(cell):
     assert "a is " in problem({"q": "x", "a": cell}, prompt="q", completion="a")
 
 
+def test_one_label_in_a_list_is_that_label():
+    """As Doccano and other programs for labelling write it, which allow for several."""
+    row = {"id": 1, "text": "fine", "label": ["good"]}
+    assert read(row, prompt="text", completion="label").completion == "good"
+    with pytest.raises(DataError) as caught:
+        parse_row(row, "")
+    assert "to learn the label of a text, add --prompt-column text --completion-column label; to learn the text" in str(
+        caught.value
+    )
+
+
 def test_messages_may_stand_in_named_columns():
     ask, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
     messages = read(

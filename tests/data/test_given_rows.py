@@ -81,6 +81,17 @@ def test_numbers_dates_and_missing_cells_of_tables_become_json():
     assert "nothing" not in line
 
 
+class Table:
+    """What pandas offers of a table."""
+
+    def __init__(self, columns):
+        self.columns = columns
+
+    def to_dict(self, orient):
+        assert orient == "records"
+        return [dict.fromkeys(self.columns, "x")]
+
+
 @pytest.mark.parametrize(
     ("data", "said"),
     [
@@ -94,6 +105,7 @@ def test_numbers_dates_and_missing_cells_of_tables_become_json():
         ({"test": ROWS}, "the data have the splits test and no train"),
         ([{"prompt": "a", "completion": [math.nan]}], "row 1 cannot be written as JSON"),
         ([{"prompt": "a", "answr": "b"}], "train.jsonl line 1"),
+        (Table(["prompt", "completion", "prompt"]), "the table names prompt more than once"),
     ],
 )
 def test_what_are_no_rows_is_refused(data, said):

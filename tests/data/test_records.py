@@ -3,6 +3,7 @@ import gzip
 import json
 import os
 import tracemalloc
+from pathlib import Path
 
 import pytest
 
@@ -505,6 +506,33 @@ def test_a_folder_of_texts_is_read_with_its_subfolders(tmp_path):
     data = read_dataset(tmp_path)
     assert [(record.text, record.source) for record in data.train] == [("A", "a.txt"), ("B", "deep/b.md")]
     assert data.notes == ("deep/empty.md is empty",)
+
+
+@pytest.mark.parametrize("name", ["~$rows.jsonl", "~nobody/rows.jsonl", "~/rows.jsonl"])
+def test_a_name_that_begins_with_a_tilde_is_a_name(name, tmp_path, monkeypatch):
+    """Options have been filled in before, and a file of this very name goes before a home folder."""
+    monkeypatch.chdir(tmp_path)
+    Path(name).parent.mkdir(exist_ok=True)
+    write_lines(Path(name), {"text": "a"})
+    assert len(read_dataset(name).train) == 1
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["train.txt", "valid.txt", "test.txt"], (["train.txt"], ["valid.txt"], ["test.txt"])),
+        (["train/a.txt", "train/b.md", "dev/a.txt"], (["train/a.txt", "train/b.md"], ["dev/a.txt"], [])),
+        (["ptb.train.txt", "ptb.valid.txt", "README.md"], (["ptb.train.txt"], ["ptb.valid.txt"], [])),
+        (["train.md", "predict.md", "val.md"], (["predict.md", "train.md", "val.md"], [], [])),  # pages about commands
+        (["test.txt", "valid.txt"], (["test.txt", "valid.txt"], [], [])),
+    ],
+)
+def test_texts_have_splits_if_the_name_of_each_says_one(tmp_path, names, expected):
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    data = read_dataset(tmp_path)
+    assert tuple([record.source for record in split or ()] for split in (data.train, data.valid, data.test)) == expected
 
 
 def test_a_folder_without_data_says_what_it_holds(tmp_path):

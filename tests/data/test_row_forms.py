@@ -236,6 +236,12 @@ def test_what_stands_deeper_is_told_too(message, left):
     assert parse_row(row, "").left.filled == left
 
 
+def test_an_answer_that_is_an_object_is_refused_with_how_to_write_it():
+    told = problem({"instruction": "Extract.", "input": "Oslo", "output": {"city": "Oslo", "days": None}})
+    assert "output is an object with city" in told
+    assert told.endswith("expected text; an answer in JSON is text too: write it with json.dumps")
+
+
 # --- rows that are messages, or hold them deeper
 
 

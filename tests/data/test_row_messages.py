@@ -188,6 +188,27 @@ def test_blocks_of_thoughts_are_thoughts():
     assert message == {"role": "assistant", "content": "Yes", "thinking": "Hm.", "reasoning_content": "Hm."}
 
 
+def test_thoughts_may_be_parts_of_text_as_mistral_writes_them():
+    thought = {"type": "thinking", "thinking": [text("First "), text("this.")], "closed": True}
+    row = {"messages": [ASK, {"role": "assistant", "content": [thought, thought, text("Yes")]}]}
+    parsed = parse_row(row, "")
+    assert parsed.record.messages[1]["reasoning_content"] == "First this.\n\nFirst this."
+    assert parsed.left.filled == []
+
+
+@pytest.mark.parametrize("thought", [{"a": 1}, [{"type": "image"}], 3])
+def test_thoughts_that_are_no_text_are_refused(thought):
+    said = problem(ASK, {"role": "assistant", "content": [{"type": "thinking", "thinking": thought}, text("Yes")]})
+    assert "messages 2 thinking is " in said
+    assert "expected text" in said
+
+
+def test_tools_as_python_prints_them_are_told_from_json():
+    row = {"messages": [ASK, ANSWER], "tools": "[{'name': 'f', 'parameters': {}}]"}
+    with pytest.raises(DataError, match="as Python prints it, which is no JSON: write the column with json.dumps"):
+        parse_row(row, "")
+
+
 def test_a_block_that_lacks_what_it_should_hold_is_no_fault():
     empty = {"type": "thinking"}
     assert read(ASK, {"role": "assistant", "content": [empty, empty, text("Yes")]})[1]["content"] == "Yes"

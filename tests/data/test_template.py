@@ -97,6 +97,59 @@ def test_the_environment_is_that_of_transformers():
         assert ChatTemplate(source).render([USER, ANSWER]) == expected
 
 
+# --- content in parts
+
+# The templates of LLaVA 1.5, LLaVA-NeXT on Mistral and SmolVLM, as the hub has them.
+PARTS = {
+    "llava": (
+        "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}"
+        "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
+        "{% if message['role'] != 'assistant' %}"
+        "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' '}}"
+        "{% endfor %}{% else %}"
+        "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+        "{% generation %}{{ content['text'] + ' '}}{% endgeneration %}{% endfor %}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+    ),
+    "llava-next": (
+        "{% for message in messages %}{% if message['role'] == 'system' %}"
+        "{{ '<<SYS>>\n' + message['content'][0]['text'] + '\n<</SYS>>\n\n' }}{% elif message['role'] == 'user' %}"
+        "{{ '[INST] ' }}{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+        "{{ content['text'] }}{% endfor %}{{' [/INST]' }}{% elif message['role'] == 'assistant' %}"
+        "{{ ' ' + message['content'][0]['text'] + '</s> '}}{% else %}{{ raise_exception('no such role') }}{% endif %}"
+        "{% endfor %}"
+    ),
+    "smolvlm": (
+        "<|im_start|>{% for message in messages %}{{message['role'] | capitalize}}"
+        "{% if message['content'][0]['type'] == 'image' %}{{':'}}{% else %}{{': '}}{% endif %}"
+        "{% for line in message['content'] %}{% if line['type'] == 'text' %}{{line['text']}}"
+        "{% elif line['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}<end_of_utterance>\n{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_template_that_leaves_out_content_that_is_a_text_is_given_parts(name):
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    theirs, template = _compile_jinja_template(PARTS[name]), ChatTemplate(PARTS[name])
+    assert template.takes_system
+    for messages in ([{"role": "system", "content": "Be kind."}, USER, ANSWER, USER], [USER, ANSWER]):
+        parts = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in messages]
+        for prompt in (False, True):
+            expected = theirs.render(messages=parts, add_generation_prompt=prompt)
+            assert "Hello" in expected
+            assert template.render(messages, add_generation_prompt=prompt) == expected
+
+
+def test_tools_are_written_as_text_for_a_template_of_parts_that_knows_none():
+    text = ChatTemplate(PARTS["smolvlm"]).render([USER, calling(call(city="Oslo")), result("rain")], [WEATHER])
+    assert '{"name":"weather","description":"Weather"' in text
+    assert '{"name":"weather","arguments":{"city":"Oslo"}}' in text
+    assert "<tool_response>\nrain" in text
+
+
 # --- system prompts and the date
 
 

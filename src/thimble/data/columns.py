@@ -14,7 +14,7 @@ from typing import Any, Self
 
 from thimble.config.groups import ColumnOptions
 from thimble.config.values import flag, read_template
-from thimble.data.row_values import is_filled, loaded, shown
+from thimble.data.row_values import is_filled, loaded, shown, sole
 from thimble.errors import DataError, listing
 
 MOST_LISTED = 100  # columns in a message
@@ -236,7 +236,7 @@ def suggestion(fields: Fields) -> str:
     inner = {
         f"{key}.{name}": value[name] for key, value in given.items() if isinstance(value, Mapping) for name in value
     }
-    cells = {key: value for key, value in (given | inner).items() if _can_be_typed(key)}
+    cells = {key: sole(value) for key, value in (given | inner).items() if _can_be_typed(key)}
     cells = {key: value for key, value in cells.items() if isinstance(value, str | int | float) and is_filled(value)}
     told = [key for key in cells if not is_about(key)]
     if len(told) < 2:  # as with source and target, which hold the text itself

@@ -1,6 +1,7 @@
 """Messages whose calls, results and thoughts are blocks of their content, as messages of OpenAI's.
 
-The blocks are those of Anthropic's Messages API: `tool_use`, `tool_result` and `thinking`, beside `text`.
+The blocks are those of Anthropic's Messages API, `tool_use`, `tool_result` and `thinking`, beside `text`; thoughts may
+be parts of text themselves, as in Mistral's.
 """
 
 from collections.abc import Mapping
@@ -26,14 +27,27 @@ def unfolded(turn: Any) -> list[Any]:
         said = {**turn, "content": others}
         said |= {"tool_calls": [_call(block) for block in blocks[CALL]]} if blocks[CALL] else {}
         for block in blocks[THOUGHT]:
-            thoughts = [thought for thought in (said.get(THOUGHT), block.get(THOUGHT)) if thought]
-            said |= {**_rest(block, THOUGHT), THOUGHT: "\n\n".join(map(str, thoughts))}
+            said |= {**_rest(block, THOUGHT, "closed"), THOUGHT: _joined(said.get(THOUGHT), _thought(block))}
         messages.append(said)
     return messages
 
 
 def _kind(part: Any) -> Any:
     return part.get("type") if isinstance(part, Mapping) else None
+
+
+def _thought(block: Mapping[str, Any]) -> Any:
+    """The text of a thought; anything that is none is left to be refused."""
+    given = block.get(THOUGHT)
+    parts = given if isinstance(given, list | tuple) else ()
+    texts = [part.get("text") for part in parts if _kind(part) == "text"]
+    is_text = parts and len(texts) == len(parts) and all(isinstance(text, str) for text in texts)
+    return "".join(texts) if is_text else given
+
+
+def _joined(*thoughts: Any) -> Any:
+    found = [thought for thought in thoughts if thought]
+    return "\n\n".join(found) if all(isinstance(thought, str) for thought in found) else found[-1]
 
 
 def _call(block: Mapping[str, Any]) -> dict[str, Any]:

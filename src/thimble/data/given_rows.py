@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from thimble.data.row_values import is_missing
-from thimble.data.sources.raw import RawRow
+from thimble.data.sources.raw import RawRow, check_columns
 from thimble.data.sources.splits import SPLITS
 from thimble.errors import DataError, listing
 
@@ -89,6 +89,7 @@ def _rows_of(data: Any) -> Iterable[Any]:
             return rows
     is_table = hasattr(data, "columns") or hasattr(data, "itertuples")
     if is_table and callable(getattr(data, "to_dict", None)):  # pandas
+        check_columns(map(str, data.columns), "the table")
         table: Iterable[Any] = data.to_dict("records")
         return table
     if not isinstance(data, Iterable) or isinstance(data, str | bytes):

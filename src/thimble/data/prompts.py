@@ -117,7 +117,7 @@ def read_prompts(path: str | Path, skipped: Skipped, reader: PromptReader | None
     `skipped`; a DataError if a file cannot be read at all, or there is nothing in it. Returned with what is worth
     telling about the files.
     """
-    splits, told = find_files(Path(path).expanduser())
+    splits, told = find_files(Path(path))
     files = splits.get("test") or splits.get("valid") or splits["train"]
     return keep_prompts(_raw_rows(files, told), skipped, listing(file.name for file in files), reader), told
 

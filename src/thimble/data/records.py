@@ -121,7 +121,7 @@ def read_dataset(path: str | Path, is_strict: bool = False, named: NamedColumns 
     the columns that are named, else from those of a known form. A DataError says everything that is wrong, each with
     file and line; the first 20 are told and the rest counted.
     """
-    path = Path(path).expanduser()
+    path = Path(path)
     splits, told = find_files(path)
     skipped, unused = Skipped(is_strict), Unused()
     forms: dict[str, Counter[str]] = {split: Counter() for split in splits}

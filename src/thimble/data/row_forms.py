@@ -20,7 +20,7 @@ from thimble.data.row_messages import (
     refuse_media,
     roles_of,
 )
-from thimble.data.row_values import cell_text, describe, is_filled, loaded, shown, text_of, yes_or_no
+from thimble.data.row_values import cell_text, describe, is_filled, loaded, shown, sole, text_of, yes_or_no
 from thimble.errors import DataError, Problems, listing
 
 CHATS = ("messages", "conversations")
@@ -84,7 +84,7 @@ def named_prompt(fields: Fields, named: NamedColumns) -> Any:
     if not named.template:
         return _cell(fields, named.prompt)
     return "".join(
-        before + (cell_text(fields.cell(name), shown(name)) if name else "")
+        before + (cell_text(sole(fields.cell(name)), shown(name)) if name else "")
         for before, name in read_template(named.template)
     )
 
@@ -190,6 +190,8 @@ def _no_text(fields: Fields, prompt: str, value: Any, completion: str) -> NoRetu
         options = typed_option("prompt_column", prompt), typed_option("completion_column", completion)
         what = "JSON in a text is learned as it stands" if is_json else "numbers are read as text"
         how = f"; {what} from columns that are named: add {' '.join(options)}"
+    elif isinstance(value, Mapping):
+        how = "; an answer in JSON is text too: write it with json.dumps"
     raise DataError(f"{completion} is {describe(value)}: expected text{how}")
 
 
@@ -277,7 +279,7 @@ def _conversation(turns: list[Message], fields: Fields, left: Left) -> tuple[Mes
 
 def _cell(fields: Fields, name: str) -> Any:
     """The value of a column that the user named: text, or messages."""
-    value = fields.cell(name)
+    value = sole(fields.cell(name))
     is_chat = isinstance(value, list | tuple) and value and all(is_message(turn) for turn in value)
     return value if is_chat else cell_text(value, shown(name))
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from thimble.data.columns import Fields, Left, folded
 from thimble.data.content_blocks import KINDS, unfolded
-from thimble.data.row_values import describe, is_filled, loaded, text_of, yes_or_no
+from thimble.data.row_values import describe, is_filled, loaded, printed, text_of, yes_or_no
 from thimble.errors import DataError, Problems, listing
 
 CALL = "call"  # a role of its own in some tools: an assistant message that is a call
@@ -44,9 +44,9 @@ def read_messages(turns: Any, key: str, left: Left) -> list[Message]:
     """Check the messages that stand in the column `key`; keys that nobody reads are noted in `left`."""
     turns = _in_rows(loaded(turns))
     if not isinstance(turns, list | tuple):
-        is_printed = isinstance(turns, str) and turns.lstrip()[:3] in ("[{'", "['{")
-        how = " (a list as Python prints it, which is no JSON: write the column with json.dumps)" if is_printed else ""
-        raise DataError(f"{key} is {describe(turns)}{how}: expected a list of messages, each with role and content")
+        raise DataError(
+            f"{key} is {describe(turns)}{printed(turns)}: expected a list of messages, each with role and content"
+        )
     if not turns:
         raise DataError(f"{key} is empty: expected messages, each with role and content")
     problems, checked = Problems(), []
@@ -258,7 +258,9 @@ def read_tools(fields: Fields, left: Left) -> tuple[Message, ...]:
     if not is_filled(definitions) or definitions == "null":  # as json.dumps writes None
         return ()
     if not isinstance(definitions, list | tuple):
-        raise DataError(f"{shown} is {describe(definitions)}: expected a list of tool definitions")
+        raise DataError(
+            f"{shown} is {describe(definitions)}{printed(definitions)}: expected a list of tool definitions"
+        )
     return tuple(_tool(loaded(tool), f"{shown} {number}", left) for number, tool in enumerate(definitions, start=1))
 
 

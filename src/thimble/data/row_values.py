@@ -76,6 +76,12 @@ def text_of(value: Any, where: str) -> str:
     return value
 
 
+def sole(value: Any) -> Any:
+    """The only item of a list, as programs for labelling write a label where there may be several; else the value."""
+    is_one = isinstance(value, list | tuple) and len(value) == 1 and isinstance(value[0], str | int | float)
+    return value[0] if is_one else value
+
+
 def cell_text(value: Any, where: str) -> str:
     """A cell of a column that the user named, as text: numbers as JSON writes them, nothing where it is empty."""
     if value is None or _is_nan(value):
@@ -89,6 +95,12 @@ def cell_text(value: Any, where: str) -> str:
     if not isinstance(value, str):
         raise DataError(f"{where} is {describe(value)}: expected text, a number, or true or false")
     return text_of(value, where)
+
+
+def printed(value: Any) -> str:
+    """What to add to the refusal of a text that is a list as Python prints it; nothing for any other."""
+    is_printed = isinstance(value, str) and value.lstrip()[:3] in ("[{'", "['{")
+    return " (a list as Python prints it, which is no JSON: write the column with json.dumps)" if is_printed else ""
 
 
 def loaded(value: Any) -> Any:

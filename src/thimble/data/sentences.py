@@ -110,7 +110,7 @@ def read_sentences(
     Raises:
         DataError: With everything that is wrong, each with file and line.
     """
-    splits, told = find_files(Path(path).expanduser())
+    splits, told = find_files(Path(path))
     skipped, unused = Skipped(is_strict), Unused()
     forms: Counter[str] = Counter()
     rows: dict[str, Spool[Sentence]] = {split: Spool(_packed, _unpacked) for split in splits}
@@ -154,7 +154,7 @@ def task_of(fields: Collection[str]) -> str:
 def guess_task(path: str | Path) -> str:
     """The task that the first rows of some data are made for; empty if that is neither, or they cannot be read."""
     try:
-        splits, told = find_files(Path(path).expanduser())
+        splits, told = find_files(Path(path))
         rows = (row.value for files in splits.values() for row in read_rows(files[0], told))
         first = [row for row in itertools.islice(rows, GUESSED_ROWS) if isinstance(row, Mapping)]
     except (DataError, OSError):

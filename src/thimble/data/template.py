@@ -1,24 +1,25 @@
 """Conversation to text, by the Jinja chat template that came with the base.
 
 A template is a program from an untrusted source: it runs in a process of its own, its time, memory and output bounded.
-What templates differ in (a system role, tools, the form of a call's arguments) is found by trying, not by reading them.
+What templates differ in (a system role, tools, the form of content and of a call's arguments) is found by trying, not by
+reading them.
 """
 
 import copy
 import functools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from thimble.data.messages import Message, call_id, complete, fold_system, has_tools, renumber
+from thimble.data.messages import Message, complete, fold_system, has_tools, renumber
 from thimble.data.template_process import MAX_CHARACTERS, MAX_MEMORY_BYTES, Asked, TemplateProcess
+from thimble.data.template_trials import RESULT, SYSTEM, TOOL, TRIALS, USER, Conversation, in_parts
 from thimble.data.template_worker import DIED, EXCESS, FAILED, FORBIDDEN, INVALID, LATER, LONG, TEXT
 from thimble.data.tool_text import write_tools
 from thimble.errors import BaseModelError, DataError, listing
 
-Conversation = tuple[Sequence[Message], Sequence[Any] | None]  # messages, tools
 Prefix = tuple[int, bool]  # of a conversation: number of messages, whether the beginning of an answer is behind them
 
 GIVEN = ("messages", "tools", "documents", "add_generation_prompt")  # what every template is told
@@ -26,32 +27,6 @@ MAX_SOURCE = 1_000_000  # characters of a template
 MAX_REQUEST_BYTES = 16_000_000  # of a conversation as JSON, which takes up to 12 bytes a character
 MAX_SAID = 500  # characters of an error of a template
 LONG_BYTES, LONG_MESSAGES = 100_000, 1000  # from here on a conversation itself may be too much
-
-_USER, _SYSTEM, _RESULT = "probe user text", "probe system text", "probe result text"
-_TOOL = {
-    "type": "function",
-    "function": {
-        "name": "probe_tool",
-        "description": "probe description",
-        "parameters": {"type": "object", "properties": {"probe_key": {"type": "string"}}, "required": ["probe_key"]},
-    },
-}
-
-
-def _trial_of_tools(arguments: Any) -> Conversation:
-    call = {"type": "function", "id": call_id(0), "function": {"name": "probe_call", "arguments": arguments}}
-    result = {"role": "tool", "name": "probe_call", "tool_call_id": call_id(0), "content": _RESULT}
-    return [_ASKED, {"role": "assistant", "content": "", "tool_calls": [call]}, result], [_TOOL]
-
-
-_ASKED = {"role": "user", "content": _USER}
-_TRIALS: dict[str, Conversation] = {
-    "system": ([{"role": "system", "content": _SYSTEM}, _ASKED], None),
-    "user": ([_ASKED], None),
-    "arguments": _trial_of_tools({"probe_key": "probe_value"}),
-    "arguments as text": _trial_of_tools(json.dumps({"probe_key": "probe_value"})),
-}
-
 
 class UnusableTemplateError(BaseModelError):
     """A chat template that no conversation can be written with."""
@@ -174,12 +149,12 @@ class ChatTemplate:
     @functools.cached_property
     def takes_system(self) -> bool:
         """Whether the template has a place for a system message."""
-        return _SYSTEM in self._tried("system").lower()
+        return SYSTEM in self._tried("system").lower()
 
     @property
     def uses_tools(self) -> bool:
         """Whether the template writes tool definitions, calls and results by itself."""
-        return self.knows_tools([_TOOL])
+        return self.knows_tools([TOOL])
 
     def knows_tools(self, tools: Sequence[Any] | None) -> bool:
         """Whether calls and results of a conversation with these definitions are written as the base knows them."""
@@ -190,8 +165,8 @@ class ChatTemplate:
         """The system prompt the template adds when a conversation has none."""
         if not self.takes_system:
             return None
-        before, _, rest = self._tried("system").partition(_SYSTEM)
-        after = rest.partition(_USER)[0]
+        before, _, rest = self._tried("system").partition(SYSTEM)
+        after = rest.partition(USER)[0]
         opening = self.opening
         if len(opening) < len(before) + len(after) or not (opening.startswith(before) and opening.endswith(after)):
             return None
@@ -200,20 +175,21 @@ class ChatTemplate:
     @functools.cached_property
     def opening(self) -> str:
         """What the template writes before the first user text of a conversation without a system message."""
-        return self._tried("user").partition(_USER)[0]
+        return self._tried("user").partition(USER)[0]
 
     @functools.cached_property
     def uses_date(self) -> bool:
         """Whether what the template writes depends on the day."""
         if "strftime_now" not in self.source:
             return False
-        other = self._send([_TRIALS["user"]], [(0, 1, False), (0, 1, True)], datetime(1999, 1, 2))
-        return (self._try(other, 0) or self._try(other, 1)).partition(_USER)[0] != self.opening
+        messages, tools = TRIALS["user"]
+        other = self._send([(self._formed(messages), tools)], [(0, 1, False), (0, 1, True)], datetime(1999, 1, 2))
+        return (self._try(other, 0) or self._try(other, 1)).partition(USER)[0] != self.opening
 
     @functools.cached_property
     def _argument_form(self) -> type | None:
         """dict or str, the form in which the template wants a call's arguments; None if it knows no tools."""
-        wanted = ("probe description", "probe_call", "probe_value", _RESULT)
+        wanted = ("probe description", "probe_call", "probe_value", RESULT)
         for form, name in ((dict, "arguments"), (str, "arguments as text")):
             text = self._tried(name)
             if all(word in text for word in wanted) and "{'probe_key'" not in text and '\\"probe_key' not in text:
@@ -221,9 +197,12 @@ class ChatTemplate:
         return None
 
     def _tried(self, name: str) -> str:
-        """What the template writes for one of `_TRIALS`, with the beginning of an answer if it refuses it without."""
-        number = list(_TRIALS).index(name)
-        return self._try(self._trials, number) or self._try(self._trials, len(_TRIALS) + number)
+        """What the template writes for one of `TRIALS`, with the beginning of an answer if it refuses it without."""
+        return self._written(self._trials[1], name)
+
+    def _written(self, trials: Asked, name: str) -> str:
+        number = list(TRIALS).index(name)
+        return self._try(trials, number) or self._try(trials, len(TRIALS) + number)
 
     def _try(self, asked: Asked, number: int) -> str:
         try:
@@ -234,10 +213,27 @@ class ChatTemplate:
             return ""
 
     @functools.cached_property
-    def _trials(self) -> Asked:
-        conversations = list(_TRIALS.values())
+    def _trials(self) -> tuple[bool, Asked]:
+        """Whether the template takes content in parts alone, and what it writes of `TRIALS` in the form that it takes.
+
+        Templates of models for pictures and text leave out content that is a text (LLaVA, Idefics3, SmolVLM). Found as
+        by llama.cpp (`requires_typed_content`).
+        """
+        as_text = self._send_trials(TRIALS.values())
+        if USER in self._written(as_text, "user").lower():
+            return False, as_text
+        typed = self._send_trials((in_parts(messages), tools) for messages, tools in TRIALS.values())
+        takes_parts = USER in self._written(typed, "user").lower()
+        return takes_parts, typed if takes_parts else as_text
+
+    def _send_trials(self, trials: Iterable[Conversation]) -> Asked:
+        conversations = list(trials)
         wanted = [(number, len(made[0]), ends) for ends in (False, True) for number, made in enumerate(conversations)]
         return self._send(conversations, wanted)
+
+    def _formed(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """Messages with their content in the form that this template takes."""
+        return in_parts(messages) if self._trials[0] else messages
 
     def _with_arguments(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
         if self._argument_form is dict:
@@ -262,8 +258,8 @@ class ChatTemplate:
         if not self.takes_system:
             messages = fold_system(messages)
         if not (is_with_tools and knows_tools):
-            return messages, None
-        return self._with_arguments(messages), tools
+            return self._formed(messages), None
+        return self._formed(self._with_arguments(messages)), tools
 
     def _send(
         self,

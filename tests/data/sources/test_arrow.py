@@ -186,6 +186,16 @@ def test_a_damaged_note_is_no_reason_to_refuse_a_table(tmp_path, metadata):
 # --- what is wrong
 
 
+def test_columns_of_one_name_are_refused(tmp_path):
+    """As a join leaves them; of two columns in one place the first would be lost without a word."""
+    table = pyarrow.Table.from_arrays([pyarrow.array([text]) for text in "abc"], ["prompt", "completion", "prompt"])
+    write_stream(tmp_path / "a.arrow", table)
+    parquet.write_table(table, tmp_path / "a.parquet")
+    for name in ("a.arrow", "a.parquet"):
+        with pytest.raises(DataError, match=f"{name} names prompt more than once: expected columns with different"):
+            read_dataset(tmp_path / name)
+
+
 @pytest.mark.parametrize("content", [b"", b"xxxxx", b"ARROW1\0\0", b"FEA1", b"\xff\xff\xff\xff"])
 def test_a_damaged_arrow_file_is_refused(tmp_path, content):
     (tmp_path / "a.arrow").write_bytes(content)

@@ -86,6 +86,26 @@ def test_an_object_with_messages_and_tools_is_a_row_and_no_table(tmp_path):
     assert data.train[0].tools == (tool,)
 
 
+CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+
+
+@pytest.mark.parametrize("key", ["conversation", "dialogue", "turns", "chat", "contents"])
+def test_one_conversation_in_a_file_of_its_own_is_a_row_whatever_its_column_is_called(tmp_path, key):
+    data = read(tmp_path, json.dumps({"id": 7, key: CHAT}, indent=1), "a.json")
+    assert [record.messages for record in data.train] == [tuple(CHAT)]
+
+
+@pytest.mark.parametrize("content", [f"{json.dumps(CHAT)}\n" * 2, json.dumps([CHAT, CHAT])])
+def test_a_list_of_messages_in_a_line_is_a_conversation(tmp_path, content):
+    data = read(tmp_path, content, "a.jsonl")
+    assert [record.messages for record in data.train] == [tuple(CHAT)] * 2
+
+
+def test_rows_in_a_line_that_have_a_column_role_are_rows(tmp_path):
+    rows = [{"role": "nurse", **row} for row in ROWS]
+    assert pairs(read(tmp_path, json.dumps(rows), "a.jsonl").train) == ROWS
+
+
 def test_nan_stands_for_an_empty_cell_and_is_nothing_else(tmp_path):
     row = {
         "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": float("nan")}]

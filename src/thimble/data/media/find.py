@@ -61,7 +61,7 @@ def find_media(
     Raises:
         DataError: Every problem with the data, the first 20 of rows.
     """
-    path, told, skipped, problems = Path(path).expanduser(), Told(), Skipped(is_strict), Problems()
+    path, told, skipped, problems = Path(path), Told(), Skipped(is_strict), Problems()
     columns = (prompt_column, completion_column)
     found, files = _found(path, kind, columns, needed, skipped, told, problems)
     checked = check_items(found, kind, most_seconds, skipped, told)
@@ -98,7 +98,6 @@ def guess_kind(path: Path) -> str:
 
     What may be text to learn from is text: rows of a known form, and folders with a text for every twenty pictures.
     """
-    path = Path(path).expanduser()
     names = [path.name] if path.is_file() else [file.name for file in itertools.islice(walk(path), GUESSED_FILES)]
     counts = {kind: sum(is_media(name, kind) for name in names) for kind in (IMAGE, AUDIO)}
     best = max(counts, key=lambda kind: counts[kind])

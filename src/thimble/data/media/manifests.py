@@ -213,7 +213,7 @@ class Place:
             return None
         ways = [text] if os.sep == "\\" or "\\" not in text else [text, text.replace("\\", "/")]
         for way in ways:
-            path = self._folder / Path(way).expanduser()
+            path = self._folder / os.path.expanduser(way)
             if _exists(path):
                 return path
         path = Path(ways[-1])

@@ -16,7 +16,7 @@ from thimble.data.sources.arrow_values import Convert, converter
 from thimble.data.sources.json_rows import CONVERSATIONS
 from thimble.data.sources.kinds import SAVED
 from thimble.data.sources.packed import head_of, unpacked
-from thimble.data.sources.raw import RawRow, Source, Told
+from thimble.data.sources.raw import RawRow, Source, Told, check_columns
 from thimble.data.sources.saved import indices_of, read_json
 from thimble.errors import DataError, MissingPackageError, install_line, listing
 
@@ -129,6 +129,7 @@ def _mapped(folder: Path, file: Mapping[str, Any]) -> Any:
 def _rows(batch: Any, source: Source, told: Told, has_media: bool) -> Iterator[dict[str, Any]]:
     """The rows of a batch, each with the columns that have a value."""
     batch.validate(full=True)  # pyarrow would follow offsets to anywhere
+    check_columns(batch.schema.names, source.name)
     features = _features(batch.schema, source.path)
     media = [name for name in batch.schema.names if _type_of(features.get(name)) in _MEDIA and not has_media]
     if media:

@@ -3,13 +3,12 @@
 import csv
 import itertools
 import re
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from thimble.data.sources.dialect import LARGEST_CELL, Dialect, cells_of, find_dialect, separator_line
-from thimble.data.sources.raw import RawRow, Told
+from thimble.data.sources.raw import RawRow, Told, check_columns
 from thimble.data.sources.text import Open, checked, strict_lines
 from thimble.errors import DataError, listing
 
@@ -94,12 +93,7 @@ def _rows(lines: Iterator[str], dialect: Dialect, name: str, first: int) -> Iter
 
 def _header(cells: list[str], source: str) -> list[str]:
     header = [cell.strip().strip("\ufeff") for cell in cells]
-    twice = [title for title, count in Counter(filter(None, header)).items() if count > 1]
-    if twice:
-        raise DataError(
-            f"{source} names {listing(twice)} more than once: expected columns with different names. Rename one of "
-            "them, or take it away."
-        )
+    check_columns(header, source)
     odd = [title for title in header if _NUMBER.fullmatch(title) or title[:1] in "[{" and title[1:]]
     odd += [title for title in header if len(title) > LONGEST_NAME]
     if odd and 2 * len(odd) >= len(list(filter(None, header))):  # a year may well be the name of a column

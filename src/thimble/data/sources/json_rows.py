@@ -93,8 +93,9 @@ def _line_row(line: str, source: str) -> RawRow:
 
 
 def _each(row: RawRow) -> Iterator[RawRow]:
-    """The rows of an array that stands in one line."""
-    if not _holds_objects(row.value):
+    """The rows of an array that stands in one line; a list of messages is one row."""
+    holds_lists = bool(row.value) and all(isinstance(value, list) for value in row.value)
+    if not holds_lists and (not _holds_objects(row.value) or _is_chat(row.value)):
         yield row
         return
     for number, value in enumerate(row.value, start=1):
@@ -146,7 +147,7 @@ def _rows_of(value: Any, name: str) -> list[Any]:
             f"{name} is {_kind(value)}: expected an array of objects, or an object with one such array inside."
         )
     arrays = [key for key, inner in value.items() if isinstance(inner, list) and _holds_objects(inner)]
-    if CONVERSATIONS & set(arrays):
+    if any(key in CONVERSATIONS or _is_chat(value[key]) for key in arrays):
         return [value]
     if _is_server_answer(value):
         return [row["row"] for row in value["rows"]]
@@ -215,6 +216,12 @@ def _row(value: Any, source: str, has_nan: bool) -> RawRow:
 
 def _holds_objects(values: Any) -> bool:
     return isinstance(values, list) and bool(values) and all(isinstance(value, dict) for value in values)
+
+
+def _is_chat(values: list[dict[str, Any]]) -> bool:
+    """Whether objects are messages, which are no rows."""
+    has_roles = all("role" in value or "from" in value for value in values)
+    return has_roles and any(key in values[0] for key in ("content", "value", "parts"))
 
 
 def _invalid(error: Exception, text: str, name: str) -> DataError:

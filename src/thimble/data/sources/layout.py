@@ -64,7 +64,9 @@ def files_in(folder: Path, told: Told) -> dict[str, list[Source]]:
         raise _nothing(folder, texts)
     if cards:
         told.note(f"files not used: {listing(file.relative.as_posix() for file in cards)}")
-    return {"train": [file.source() for file in texts if file not in cards]}
+    splits = _splits_of_texts([file for file in texts if file not in cards], folder, told)
+    _tell_unused(files, splits, told)
+    return {split: [file.source() for file in chosen] for split, chosen in splits.items()}
 
 
 def _walk(folder: Path) -> list[Found]:
@@ -138,6 +140,20 @@ def _by_split(tables: list[Found], folder: Path, told: Told) -> dict[str, list[F
     splits = place(labelled, folder, {label: files[0].path for label, files in labelled.items()}, told)
     warn_of_missing_parts((plain_name(file.path) for files in splits.values() for file in files), told)
     return splits
+
+
+def _splits_of_texts(texts: list[Found], folder: Path, told: Told) -> dict[str, list[Found]]:
+    """Texts by split if the name of each says one, as of train.txt and valid.txt; else all are training data.
+
+    All of them, since texts have any name: train.md beside predict.md is a page about a command.
+    """
+    named = [file for file in texts if not _ABOUT.match(file.path.name)]
+    labels = {file.label for file in named}
+    meanings = {meaning_of(label) for label in labels}
+    is_plain = all(label.lower() in SPLITS for label in labels) or len(labels) == len(meanings)
+    if is_plain and "train" in meanings and len(meanings) > 1 and "" not in meanings:
+        return _by_split(named, folder, told)
+    return {"train": texts}
 
 
 def _tell_unused(files: Iterable[Found], splits: dict[str, list[Found]], told: Told) -> None:

@@ -1,8 +1,12 @@
 """What passes between those who find files, those who read them, and those who know what a row means."""
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from thimble.errors import DataError, listing
 
 
 class RawRow(NamedTuple):
@@ -20,6 +24,16 @@ class Source(NamedTuple):
     name: str  # as messages call it: "data/train.jsonl"
     kind: str  # how it is read, see `kinds`
     part: str = ""  # the split to take of a JSON file that holds several
+
+
+def check_columns(names: Iterable[str], where: str) -> None:
+    """Refuse a table with two columns of one name, of which a row would keep the last."""
+    twice = [name for name, count in Counter(filter(None, names)).items() if count > 1]
+    if twice:
+        raise DataError(
+            f"{where} names {listing(twice)} more than once: expected columns with different names. Rename one of "
+            "them, or take it away."
+        )
 
 
 @dataclass
