@@ -1,8 +1,8 @@
 """Conversation to text, by the Jinja chat template that came with the base.
 
 A template is a program from an untrusted source: it runs in a process of its own, its time, memory and output bounded.
-What templates differ in (a system role, tools, the form of content and of a call's arguments) is found by trying, not by
-reading them.
+What templates differ in (a system role, tools, the form of content and of a call's arguments) is found by trying, not
+by reading them.
 """
 
 import copy
@@ -27,6 +27,7 @@ MAX_SOURCE = 1_000_000  # characters of a template
 MAX_REQUEST_BYTES = 16_000_000  # of a conversation as JSON, which takes up to 12 bytes a character
 MAX_SAID = 500  # characters of an error of a template
 LONG_BYTES, LONG_MESSAGES = 100_000, 1000  # from here on a conversation itself may be too much
+
 
 class UnusableTemplateError(BaseModelError):
     """A chat template that no conversation can be written with."""
