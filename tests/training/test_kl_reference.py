@@ -15,7 +15,7 @@ from thimble.events import EventLog
 from thimble.files.peft import load_adapter
 from thimble.models.execution import ExecutionPlan
 from thimble.training.control import Control
-from thimble.training.kl_reference import KlTerm, described
+from thimble.training.kl_reference import KlTerm, described, kl_pass_tokens
 
 EXECUTION = ExecutionPlan("dense", 1, 64, 64)
 QUICK = {"seq_len": 64, "batch_tokens": 64, "max_new_tokens": 3, "compute": "fp32", "rank": 4, "eval_rows": 0}
@@ -68,7 +68,7 @@ def test_without_a_weight_every_step_is_of_the_task_alone():
 
 def test_every_fourth_step_keeps_the_answers_to_other_texts_of_the_base():
     writer = Writing(lambda number: 20)
-    found, told = objectives(KlTerm(0.1, 4, beginnings=STARTS, computed="fp32 dense"), writer)
+    found, told = objectives(KlTerm(0.1, 4, 256, beginnings=STARTS, computed="fp32 dense"), writer)
     assert writer.asked == [("a base fp32 dense", 64, 128, "to be held to them while it learns")]
     assert not told
     assert [objective.kl_weight for objective in found] == [0.0, 0.0, 0.0, 0.1] * (len(found) // 4)
@@ -111,6 +111,13 @@ def texts_of_a_kind(number, is_chat):
     labels = np.append(ids[1:], IGNORED).astype(np.int32)
     labels[: len(prompt)] = IGNORED
     return Row(ids, labels, f"beginning {number}")
+
+
+@pytest.mark.parametrize(("batch_tokens", "tokens"), [(64, 64), (512, 64), (1024, 128), (2048, 256), (16384, 256)])
+def test_a_step_that_keeps_answers_reads_an_eighth_of_its_tokens_beside(batch_tokens, tokens):
+    assert kl_pass_tokens(TrainConfig.build({"data": "rows.jsonl", "batch_tokens": batch_tokens})) == 0
+    kept = TrainConfig.build({"data": "rows.jsonl", "batch_tokens": batch_tokens, "keep_general": 0.1})
+    assert kl_pass_tokens(kept) == tokens
 
 
 def test_a_text_that_is_empty_is_left_out():
