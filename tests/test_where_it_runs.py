@@ -16,9 +16,12 @@ from pathlib import Path
 
 import pytest
 
+from thimble import __main__ as thimble_main
 from thimble import cli
+from thimble.data import spool
 from thimble.data.answers import AnswerFile
 from thimble.data.spool import Spool
+from thimble.errors import DoesNotFitError
 from thimble.files import atomic
 from thimble.files.atomic import sync, write_atomic
 from thimble.models import machine
@@ -233,6 +236,30 @@ def test_a_file_system_without_locks_holds_runs(error, tmp_path, monkeypatch):
 
 
 # ---- interpreters and installs -------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_disk_without_room_for_the_examples_is_told_once(monkeypatch, capsys):
+    monkeypatch.setattr(spool, "_nameless_file", lambda: open("/dev/full", "r+b"))
+    words = Spool(str.encode, bytes.decode)
+    words.append("x")  # which waits in the buffer
+    with pytest.raises(DoesNotFitError, match="No space left on device"):
+        words.append("y")
+    words._closing()  # as at the end of the process, when what is buffered cannot be written either
+    assert capsys.readouterr() == ("", "")
+
+
+def test_ctrl_c_while_the_command_line_is_loaded_ends_it_quietly(monkeypatch):
+    class Interrupts:
+        def find_spec(self, name, path=None, target=None):
+            if name == "thimble.cli":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "thimble.cli")
+    monkeypatch.setattr(sys, "meta_path", [Interrupts(), *sys.meta_path])
+    with pytest.raises(SystemExit) as left:
+        thimble_main.run()
+    assert left.value.code == 130
 
 
 def test_nothing_depends_on_what_python_leaves_out_when_it_optimises():

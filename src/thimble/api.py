@@ -67,9 +67,9 @@ def train(data: Any = None, **options: Any) -> Any:
     """Train an adapter; see `thimble train --help` for the options.
 
     Args:
-        data: File or folder of examples, or rows: mappings in a list, an iterator, a data set or a table, or such rows
-            by split (`{"train": ..., "valid": ...}`). May stand in the `config` file instead. The run folder keeps
-            rows, in `rows/`: from there the run can be resumed and repeated.
+        data: File or folder of examples, or rows: mappings or lists of messages, in a list, an iterator, a data set or
+            a table, or such rows by split (`{"train": ..., "valid": ...}`). May stand in the `config` file instead. The
+            run folder keeps rows, in `rows/`: from there the run can be resumed and repeated.
         **options: `base`, `rank`, `epochs` and so on; also `should_wait`, asked between steps for a reason to pause.
 
     Returns:

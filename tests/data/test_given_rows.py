@@ -65,6 +65,24 @@ def test_the_folder_is_there_for_the_work_alone():
     assert not folder.parent.exists()
 
 
+def test_a_list_of_messages_is_a_row():
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+    assert [record["messages"] for record in records([chat] * 12)] == [tuple(chat)] * 12
+
+
+def test_data_that_are_asked_for_by_number_are_rows():
+    class Numbered:
+        """A data set as torch has it."""
+
+        def __len__(self):
+            return len(ROWS)
+
+        def __getitem__(self, number):
+            return ROWS[number] if number < len(ROWS) else {}  # which would not end an iteration
+
+    assert len(records(Numbered())) == len(ROWS)
+
+
 def test_splits_have_the_names_that_files_have():
     with written_rows({"train": ROWS, "validation": ROWS[:2], "test": ROWS[2:3]}) as folder:
         found = read_dataset(folder)

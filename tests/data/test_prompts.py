@@ -60,6 +60,13 @@ def test_a_conversation_is_asked_up_to_its_last_answer(turns, asked, reference):
     assert (list(record.messages), found) == (asked, reference)
 
 
+def test_texts_in_turn_are_asked_up_to_their_last_answer():
+    texts = ["Why?", "So.", "Why?"]
+    for count, asked, reference in ((2, [USER], "So."), (3, [USER, REPLY, USER], None)):
+        record, found = parse_prompt({"conversations": texts[:count]}, "here")
+        assert (list(record.messages), found) == (asked, reference)
+
+
 def test_a_tool_result_can_be_what_is_answered():
     record, reference = parse_prompt({"messages": [USER, CALL, RESULT, REPLY]}, "here")
     assert ([turn["role"] for turn in record.messages], reference) == (["user", "assistant", "tool"], "So.")

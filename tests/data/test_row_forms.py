@@ -1,6 +1,7 @@
 """The forms of rows: what stands in the prompt, what is learned, and that nothing of a row is lost without a word."""
 
 import itertools
+import json
 import math
 
 import pytest
@@ -234,6 +235,40 @@ def _with_keys(parsed):
 def test_what_stands_deeper_is_told_too(message, left):
     row = {"messages": [ASK, ANSWER | message], "tools": [{"function": CALLED, "type": "function"}]}
     assert parse_row(row, "").left.filled == left
+
+
+@pytest.mark.parametrize("column", ["conversations", "messages"])
+def test_texts_in_turn_are_a_conversation_that_the_user_begins(column):
+    """As in LIMA."""
+    row = {column: ["Hi", "Hello", "Who?"], "source": "x"}
+    assert said(row) == [("user", "Hi"), ("assistant", "Hello"), ("user", "Who?")]
+    assert parse_row(row, "").form == "texts in turn, the user's first"
+    assert said({column: json.dumps(["Hi", "Hello"])}) == [("user", "Hi"), ("assistant", "Hello")]
+
+
+def test_one_message_is_an_answer():
+    for row in ({"input": [ASK], "output": ANSWER}, {"input": "Hi", "output": {"from": "gpt", "value": "Hello"}}):
+        assert said(row) == [("user", "Hi"), ("assistant", "Hello")]
+    named = said({"prompt": "Hi", "chosen": ANSWER}, prompt="prompt", completion="chosen")
+    assert named == [("user", "Hi"), ("assistant", "Hello")]
+
+
+def test_the_first_of_several_targets_is_learned():
+    parsed = parse_row({"inputs": "q", "targets": ["a", "b"]}, "")
+    assert parsed.record.completion == "a"
+    assert parsed.left.filled == ["targets behind the first"]
+
+
+def test_what_a_question_is_about_stands_in_the_advice_too():
+    told = problem({"question": "Is it?", "passage": "It is.", "answer": True})
+    assert r"--prompt-template '{question}\n\n{passage}' --completion-column answer" in told
+
+
+@pytest.mark.parametrize("label", [["a", "b"], [[0, 4, "LOC"]], {"a": 1}])
+def test_labels_that_are_no_single_one_are_refused_with_what_helps(label):
+    told = problem({"text": "Oslo", "label": label})
+    assert "expected one label a row" in told
+    assert told.count("--text-column text") == 1
 
 
 def test_an_answer_that_is_an_object_is_refused_with_how_to_write_it():

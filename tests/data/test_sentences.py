@@ -178,6 +178,11 @@ def test_pairs_that_have_a_text_in_common_by_way_of_others_stay_on_one_side():
         assert len(held) == 3
 
 
+def test_one_label_in_a_list_is_that_label(tmp_path):
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "t{n}", "label": ["{n % 2}"]}}\n' for n in range(12)))
+    assert {row.label for row in read_sentences(tmp_path / "a.jsonl", "classify-text").train} == {"0", "1"}
+
+
 def test_texts_with_two_labels_are_found():
     rows = [Sentence(("a",), "x", None, "1"), Sentence((" A",), "y", None, "2"), Sentence(("b",), "x", None, "3")]
     assert two_labels(rows) == [("1", "2")]

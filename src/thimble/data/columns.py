@@ -25,7 +25,7 @@ ABOUT = frozenset(
     "id idx index uuid uid guid unnamed0 indexlevel0 hash sha sha256 md5 source split subset dataset datasetname "
     "origin category url uri link timestamp date created createdat updatedat lang language license meta metadata "
     "version file filename filepath path line tokens numtokens tokencount length answerstart paralleltoolcalls "
-    "signature cachecontrol".split()
+    "signature cachecontrol schemaversion".split()
 )
 LABELS = ("label", "labels", "labeltext", "labelname", "class", "sentiment", "intent", "emotion")
 # How columns are called that hold what is to be learned, for suggestions; in the languages that data sets come in.

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from thimble.data.row_messages import are_messages
 from thimble.data.row_values import is_missing
 from thimble.data.sources.raw import RawRow, check_columns
 from thimble.data.sources.splits import SPLITS
@@ -26,8 +27,8 @@ def written_rows(data: Any) -> Iterator[Path]:
     """Write rows into a temporary folder of files by split, which is there until the end of the block.
 
     Args:
-        data: Mappings, one a row: a list, an iterator, a data set of `datasets`, a table of pandas, polars or pyarrow;
-            or a mapping of split names (train, valid, test) to such rows.
+        data: Mappings or lists of messages, one a row: a list, an iterator, a data set of `datasets` or torch, a table
+            of pandas, polars or pyarrow; or a mapping of split names (train, valid, test) to such rows.
 
     Yields:
         Path: The folder.
@@ -92,6 +93,8 @@ def _rows_of(data: Any) -> Iterable[Any]:
         check_columns(map(str, data.columns), "the table")
         table: Iterable[Any] = data.to_dict("records")
         return table
+    if not isinstance(data, Iterable) and hasattr(data, "__getitem__") and hasattr(data, "__len__"):  # torch
+        return (data[number] for number in range(len(data)))
     if not isinstance(data, Iterable) or isinstance(data, str | bytes):
         raise DataError(f"the data are of type {type(data).__name__}: {EXPECTED}")
     return data
@@ -99,9 +102,10 @@ def _rows_of(data: Any) -> Iterable[Any]:
 
 def _lines(rows: Iterable[Any]) -> Iterator[str]:
     for number, row in enumerate(rows, start=1):
-        if not isinstance(row, Mapping):
+        is_chat = are_messages(row)
+        if not isinstance(row, Mapping) and not is_chat:
             raise DataError(f"row {number} is of type {type(row).__name__}: {EXPECTED}")
-        cells = {str(name): cell for name, cell in row.items() if cell is None or not is_missing(cell)}
+        cells = row if is_chat else {str(k): cell for k, cell in row.items() if cell is None or not is_missing(cell)}
         try:
             yield json.dumps(cells, default=_plain, allow_nan=False)
         except (ValueError, TypeError, RecursionError) as error:

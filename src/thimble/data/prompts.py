@@ -15,6 +15,7 @@ from thimble.config.groups import ColumnOptions
 from thimble.data.columns import Fields, NamedColumns, folded
 from thimble.data.records import Skipped
 from thimble.data.row_forms import ALSO_CHATS, CHATS, COMPLETIONS, HISTORIES, PROMPTS, SYSTEMS
+from thimble.data.row_messages import in_turn
 from thimble.data.row_values import is_filled, is_missing
 from thimble.data.rows import Record, RowReader, parse_row
 from thimble.data.sources.find import find_files
@@ -204,7 +205,7 @@ def _asked(row: Mapping[str, Any], answers: Iterable[str], source: str) -> Recor
 
 
 def _chat(row: Mapping[str, Any], key: str, source: str) -> tuple[Record, str | None]:
-    turns = _loaded(row[key])
+    turns = in_turn(_loaded(row[key]))
     if not _are_turns(turns):
         return parse_row({**row, key: turns}, source).record, None  # which says what is wrong
     turns, is_sharegpt = list(turns), "from" in turns[0]

@@ -14,7 +14,9 @@ from thimble.data.row_messages import (
     ROLES,
     Message,
     are_messages,
+    as_messages,
     content_text,
+    in_turn,
     is_message,
     read_messages,
     refuse_media,
@@ -103,7 +105,8 @@ def _chat(fields: Fields, left: Left, is_there: Callable[[str], bool]) -> Form |
         _refuse_other_uses(fields)
         return {"messages": _conversation(read_messages(fields.take(names[0]), column, left), fields, left)}
 
-    return Form("ShareGPT" if is_sharegpt else "messages", read)
+    is_in_turn = turns is not in_turn(turns)
+    return Form("texts in turn, the user's first" if is_in_turn else "ShareGPT" if is_sharegpt else "messages", read)
 
 
 def _pair(fields: Fields, left: Left, is_there: Callable[[str], bool]) -> Form | None:
@@ -122,7 +125,7 @@ def _pair(fields: Fields, left: Left, is_there: Callable[[str], bool]) -> Form |
         _refuse_other_uses(fields)
         asked = (_with_contexts(fields, prompt, contexts), fields.shown(prompt))
         answer = fields.take(completion), fields.shown(completion)
-        if completion in ("answer", "answers"):
+        if completion in ("answer", "answers", "target", "targets"):
             answer = _first_answer(*answer, left), answer[1]
         record = _asked(fields, left, asked, answer)
         return {"messages": record["messages"]} if is_alpaca else record
@@ -137,16 +140,20 @@ def _plain(fields: Fields, is_there: Callable[[str], bool]) -> Form | None:
     def read() -> dict[str, Any]:
         label = fields.first_filled(LABELS)
         if label and isinstance(fields.peek("text"), str):
-            alone = typed_option("text_column", fields.shown("text"))
-            raise DataError(
-                f"the row holds text and {fields.shown(label)}: to learn the {fields.shown(label)} of a text, add "
-                f"{suggestion(fields)}; to learn the text alone, add {alone}"
-            )
+            raise DataError(_text_and_label(fields, fields.shown(label), sole(fields.peek(label))))
         refuse_media(fields, "the row")
         column = fields.shown("text")
         return _text(text_of(fields.take("text"), column), column)
 
     return Form("plain text", read)
+
+
+def _text_and_label(fields: Fields, label: str, value: Any) -> str:
+    """What to say to a text with a label: either may be what is to be learned."""
+    alone = f"to learn the text alone, add {typed_option('text_column', fields.shown('text'))}"
+    if not isinstance(value, str | int | float):
+        return f"the row holds text and {label}, which is {describe(value)}: expected one label a row; {alone}"
+    return f"the row holds text and {label}: to learn the {label} of a text, add {suggestion(fields)}; {alone}"
 
 
 # ---- what they are made of
@@ -160,6 +167,7 @@ def _text(text: str, column: str) -> dict[str, Any]:
 
 def _asked(fields: Fields, left: Left, prompt: tuple[Any, str], completion: tuple[Any, str]) -> dict[str, Any]:
     """Messages of a prompt and what is learned, each a text or messages, and the name of its column."""
+    prompt, completion = ((as_messages(value), column) for value, column in (prompt, completion))
     if isinstance(completion[0], list | tuple):
         replies = read_messages(*completion, left)
     else:
@@ -187,12 +195,21 @@ def _no_text(fields: Fields, prompt: str, value: Any, completion: str) -> NoRetu
     how = ""
     is_json = isinstance(fields.peek(folded(completion)), str)  # as in sets of calls, whose answers are written JSON
     if is_json or isinstance(value, int | float):
-        options = typed_option("prompt_column", prompt), typed_option("completion_column", completion)
+        options = _asking_option(fields, prompt), typed_option("completion_column", completion)
         what = "JSON in a text is learned as it stands" if is_json else "numbers are read as text"
         how = f"; {what} from columns that are named: add {' '.join(options)}"
     elif isinstance(value, Mapping):
         how = "; an answer in JSON is text too: write it with json.dumps"
     raise DataError(f"{completion} is {describe(value)}: expected text{how}")
+
+
+def _asking_option(fields: Fields, prompt: str) -> str:
+    """The option that names what is asked, with what that is about."""
+    contexts = (name for name in fields.among(CONTEXTS) if fields.is_filled(name) and name != folded(prompt))
+    names = [prompt, *map(fields.shown, contexts)]
+    if len(names) == 1:
+        return typed_option("prompt_column", prompt)
+    return typed_option("prompt_template", r"\n\n".join(f"{{{name}}}" for name in names))
 
 
 def _with_contexts(fields: Fields, prompt: str, contexts: Sequence[str]) -> Any:
@@ -279,7 +296,7 @@ def _conversation(turns: list[Message], fields: Fields, left: Left) -> tuple[Mes
 
 def _cell(fields: Fields, name: str) -> Any:
     """The value of a column that the user named: text, or messages."""
-    value = sole(fields.cell(name))
+    value = as_messages(sole(fields.cell(name)))
     is_chat = isinstance(value, list | tuple) and value and all(is_message(turn) for turn in value)
     return value if is_chat else cell_text(value, shown(name))
 

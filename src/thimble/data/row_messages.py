@@ -42,7 +42,7 @@ Message = dict[str, Any]
 
 def read_messages(turns: Any, key: str, left: Left) -> list[Message]:
     """Check the messages that stand in the column `key`; keys that nobody reads are noted in `left`."""
-    turns = _in_rows(loaded(turns))
+    turns = in_turn(_in_rows(loaded(turns)))
     if not isinstance(turns, list | tuple):
         raise DataError(
             f"{key} is {describe(turns)}{printed(turns)}: expected a list of messages, each with role and content"
@@ -56,6 +56,15 @@ def read_messages(turns: Any, key: str, left: Left) -> list[Message]:
     if problems.found:
         raise DataError(*problems.found)
     return [turn for turn in checked if turn is not None]
+
+
+def in_turn(turns: Any) -> Any:
+    """Messages of texts that two speakers say in turn, the user first, as LIMA has them; others as they are."""
+    if not isinstance(turns, list | tuple) or len(turns) < 2 or not all(isinstance(turn, str) for turn in turns):
+        return turns
+    if any(isinstance(loaded(turn), Mapping) for turn in turns):  # messages as JSON
+        return turns
+    return [{"role": ("user", "assistant")[number % 2], "content": text} for number, text in enumerate(turns)]
 
 
 def _in_rows(turns: Any) -> Any:
@@ -85,6 +94,12 @@ def are_messages(value: Any) -> bool:
     """Whether a value is a list of what looks like messages, or that as JSON."""
     turns = loaded(value)
     return isinstance(turns, list | tuple) and bool(turns) and all(map(is_message, turns))
+
+
+def as_messages(value: Any) -> Any:
+    """A list of the message that stands alone where several may; any other value as it is."""
+    is_one = isinstance(value, Mapping) and any(value.keys() >= set(keys) for keys in PLAIN_KEYS)
+    return [value] if is_one else value
 
 
 def _message(turn: Any, where: str, column: str, left: Left) -> Message:

@@ -16,7 +16,7 @@ from typing import Any
 from thimble.data.columns import LABELS, Fields, Left, NamedCheck, NamedColumns
 from thimble.data.records import Skipped, checked_rows
 from thimble.data.row_forms import named_prompt
-from thimble.data.row_values import cell_text, describe, is_missing, is_written_list, loaded, shown, text_of
+from thimble.data.row_values import cell_text, describe, is_missing, is_written_list, loaded, shown, sole, text_of
 from thimble.data.rows import Parsed, said
 from thimble.data.sources.find import find_files
 from thimble.data.sources.read import read_rows
@@ -324,6 +324,7 @@ def _negatives(fields: Fields) -> list[str]:
 
 def _label(value: Any, where: str) -> str:
     """A label as text, whatever it is stored as."""
+    value = sole(value)
     if isinstance(value, list | tuple) or is_written_list(value):
         raise DataError(f"{where} is a list: expected one label a row")
     label = cell_text(value, where).strip()

@@ -30,7 +30,7 @@ class Spool(Generic[T]):
     def __init__(self, pack: Callable[[T], bytes], unpack: Callable[[bytes], T]) -> None:
         self._pack, self._unpack = pack, unpack
         self._file = _nameless_file()
-        weakref.finalize(self, self._file.close)  # else Python warns of it
+        self._closing = weakref.finalize(self, _close, self._file)  # else Python warns of it
         self._ends = array("q", [0])
         self._lock = threading.Lock()  # a file has one position
 
@@ -80,6 +80,11 @@ class Chosen(Generic[T]):
 
 
 Items = Spool[T] | Chosen[T] | Sequence[T]
+
+
+def _close(file: IO[bytes]) -> None:
+    with contextlib.suppress(OSError):  # what no room was found for finds none now; that was told
+        file.close()
 
 
 def _nameless_file() -> IO[bytes]:
