@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import tracemalloc
 
 import gguf
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from families import make_hf_folder
+from other_families import folder_of
 from stress import TINY
 from stress.foreign_files import CONFIGS, write_base
 from thimble.errors import BaseModelError
@@ -16,6 +18,7 @@ from thimble.files.tensors import open_tensors, write_safetensors
 from thimble.models.base import open_base
 from thimble.models.gguf_base import from_gguf_name
 from thimble.models.spec import spec_from_config, spec_from_gguf
+from wrapped import rename
 
 
 @pytest.mark.parametrize(
@@ -59,13 +62,44 @@ def test_tensors_of_layers_that_the_config_does_not_read_are_told(name, warned, 
     assert any(f"holds {name}, which a llama of this config.json does not read" in text for text in warnings) == warned
 
 
-@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "base_model.model."])
-def test_tensors_that_a_tool_has_renamed_are_told_with_the_name_that_they_should_have(prefix, tmp_path):
+def test_tensors_that_a_tool_has_renamed_are_told_with_the_name_that_they_should_have(tmp_path):
     folder = make_hf_folder("llama", tmp_path)
-    file = open_tensors(folder / "model.safetensors")
-    tensors = {prefix + name: file.read(name).copy() for name in file.tensors}
-    write_safetensors(folder / "model.safetensors", tensors, {"format": "pt"})
-    with pytest.raises(BaseModelError, match=rf"are called {prefix}model.embed_tokens.weight and so on: save"):
+    rename(folder, lambda name: f"base_model.model.{name}")
+    with pytest.raises(BaseModelError, match=r"are called base_model.model.model.embed_tokens.weight and so on: save"):
+        open_base(folder)
+
+
+WRAPPED = {
+    "compiled": ("_orig_mod.", lambda name: f"_orig_mod.{name}"),
+    "compiled by blocks": ("_orig_mod.", lambda name: name.replace("layers.0.", "layers.0._orig_mod.")),
+    "parallel": ("module.", lambda name: f"module.{name}"),
+    "both": ("_orig_mod.", lambda name: f"module._orig_mod.{name}"),
+    "checkpointed": ("_checkpoint_wrapped_module.", lambda name: name.replace(
+        "layers.0.", "layers.0._checkpoint_wrapped_module.")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRAPPED)
+def test_a_base_that_was_saved_from_within_a_wrapper_of_torch_is_that_base_and_told(case, tmp_path):
+    around, change = WRAPPED[case]
+    folder = make_hf_folder("llama", tmp_path)
+    plain = {name: weight.read() for name, weight in open_base(folder).weights.items()}
+    rename(folder, change)
+    base = open_base(folder)
+    assert plain.keys() == base.weights.keys()
+    assert all((base.weights[name].read() == values).all() for name, values in plain.items())
+    [warning] = base.warnings
+    assert f"names its tensors with {around}, as torch does" in warning
+    told = {name: name for name in open_tensors(folder / "model.safetensors").tensors}
+    script = warning[warning.index("{name.replace") : warning.index(", path, {'format'")]
+    written = eval(script, {"load_file": lambda path: told, "path": ""})  # noqa: S307 - the line that we print
+    assert all(around not in name for name in written)
+
+
+def test_a_base_that_transformers_would_not_find_in_its_wrapper_is_refused(tmp_path):
+    folder = shutil.copytree(folder_of("gpt2"), tmp_path / "gpt2")
+    rename(folder, lambda name: f"_orig_mod.{name}")
+    with pytest.raises(BaseModelError, match=r"gpt2 names its tensors with _orig_mod\., as torch does.* save_file"):
         open_base(folder)
 
 

@@ -18,6 +18,7 @@ from thimble.files.peft_config import MAX_RANK, AdapterConfig
 from thimble.files.peft_parameters import INSIDE, depth_of, module_of, name_parameters, unwrapped, wrapped, wrappers
 from thimble.files.tensor_info import TensorInfo
 from thimble.files.tensors import TensorFile
+from thimble.files.torch_names import without_wrappers
 from thimble.files.untrusted import some
 
 ROOT = "base_model.model."
@@ -76,7 +77,7 @@ def _match(name: str) -> tuple[str, int, str] | None:
     """The path that a tensor is of, how many wrappers lie around that which is named, and its side; without one the
     path is its own. None if it has no such name.
     """
-    found = _NAME.fullmatch(name)
+    found = _NAME.fullmatch(without_wrappers(name))
     if not found:
         return None
     side = _SIDE.fullmatch(found["path"])
@@ -94,7 +95,9 @@ def sort_tensors(file: TensorFile, config: AdapterConfig) -> AdapterTensors:
         if not path or not (info.dtype in _FLOATS if side else _is_replacement(info, config)):
             strange.append(info)
         elif side in sides.get((path, depth), ()) or (not side and path in others):
-            problems.append(f"tensor {name} is there twice, with {INSIDE} in its name and without")
+            other = sides[path, depth][side] if side else others[path]
+            around = INSIDE if f".{INSIDE}." in name + other.name else "what wraps a model"
+            problems.append(f"tensor {name} is there twice, with {around} in its name and without")
         elif side:
             sides.setdefault((path, depth), {})[side] = info
         elif config.bias == "none" or not any(part in name for part in _COPIES):
@@ -134,13 +137,13 @@ def _is_nothing(info: TensorInfo) -> str:
             "save_pretrained), a folder for --base"
         )
     what = f"tensor {info.name} {info.dtype} {info.shape} is not a LoRA matrix in PEFT's layout"
-    is_renamed = "lora_" in info.name and not (_NAME.fullmatch(info.name) and _SIDE.fullmatch(info.name))
+    is_renamed = "lora_" in info.name and not (_match(info.name) or ("", 0, ""))[2]
     return f"{what}, {ROOT}PATH.lora_A.weight: save it with PEFT's save_pretrained" if is_renamed else what
 
 
 def _is_replacement(info: TensorInfo, config: AdapterConfig) -> bool:
     """Whether the config allows for a tensor that takes the place of the base's."""
-    path = info.name.removeprefix(ROOT)
+    path = without_wrappers(info.name).removeprefix(ROOT)
     module, _, name = path.rpartition(".")
     if info.dtype not in _FLOATS and not (name == COUNTER and info.dtype == "I64" and info.shape == ()):
         return False

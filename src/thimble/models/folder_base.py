@@ -1,13 +1,14 @@
 """A Hugging Face folder as a base: config.json, and the safetensors files that transformers would read."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from thimble.errors import BaseModelError, listing
 from thimble.files.tensor_info import TensorInfo
 from thimble.files.tensors import TensorFile, open_tensors
+from thimble.files.torch_names import wrappers_of
 from thimble.files.untrusted import names_in, printable, read_json_object
 from thimble.models.quantized import check_not_quantized
 from thimble.models.spec import DecoderSpec, spec_from_config
@@ -31,7 +32,10 @@ def open_folder(folder: Path, name: str) -> Base:
     files = [open_tensors(path) for path in chosen.files]
     holders = _holders(folder, files)
     warnings = check_not_quantized(folder, name, config, {given: info for given, (_, info) in holders.items()})
+    wrapped = _told_of_wrappers(name, holders)
     if is_foreign:
+        if wrapped:
+            raise BaseModelError(*wrapped)
         foreign, weights = describe_folder(folder, config, holders)
         told = (*chosen.warnings, *warnings)
         return Base(name, folder, foreign, weights, None, foreign.prefix, TEXT, chosen.notes, told)
@@ -41,7 +45,7 @@ def open_folder(folder: Path, name: str) -> Base:
     prefix, loader = (wrapper.prefix, wrapper.loader) if wrapper else ("model.", TEXT)
     return Base(
         name, folder, spec, check_complete(folder, spec, weights), None, prefix, loader, chosen.notes,
-        (*chosen.warnings, *warnings, *told, *unread_layers(name, spec, weights)),
+        (*chosen.warnings, *warnings, *wrapped, *told, *unread_layers(name, spec, weights)),
     )  # fmt: skip
 
 
@@ -57,6 +61,19 @@ def _holders(folder: Path, files: list[TensorFile]) -> dict[str, tuple[TensorFil
             f"base {folder} holds tensors more than once: {listing(twice, 3)}; expected each in one file"
         )
     return holders
+
+
+def _told_of_wrappers(name: str, given: Iterable[str]) -> tuple[str, ...]:
+    """What to say of names that were saved from within a wrapper of torch, which transformers does not know."""
+    around = next(filter(None, map(wrappers_of, given)), "")
+    if not around:
+        return ()
+    return (
+        f"{name} names its tensors with {around}, as torch does around a model that is compiled or parallel: "
+        "transformers would not find them and draw new ones; write the files again, as in "
+        f"save_file({{name.replace('{around}', ''): tensor for name, tensor in load_file(path).items()}}, path, "
+        "{'format': 'pt'}) of safetensors.torch",
+    )
 
 
 def _weights(

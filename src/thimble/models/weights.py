@@ -189,7 +189,7 @@ def _why_missing(missing: Sequence[str], given: Collection[str]) -> str:
         if name != prefix and all(f"{prefix}{other}" in given for other in missing):
             return (
                 f"they are called {printable(name)} and so on: save the model again without what is around it "
-                "(a wrapper of torch.compile, of parallel training, of PEFT)"
+                "(a wrapper, such as that of PEFT)"
             )
     return "it is not complete"
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from thimble.errors import BaseModelError
+from thimble.files.torch_names import without_wrappers
 from thimble.files.untrusted import shown
 from thimble.models.fields import group
 
@@ -89,6 +90,7 @@ _BARE = ("layers.", "embed_tokens.", "norm.")  # of a text model saved without i
 
 def plain_name(name: str) -> str:
     """What a tensor of a wrapped text model is called in the model alone; other names stay."""
+    name = without_wrappers(name)
     for start, ours in _RENAMED:
         if name.startswith(start):
             return ours + name[len(start) :]

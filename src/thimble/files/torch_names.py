@@ -1,0 +1,26 @@
+"""Names of tensors that were saved from within a wrapper of torch: what is around a module is no part of the module.
+
+torch.compile, FSDP and activation checkpointing put a part of their own into the names of what they wrap, wherever that
+is (`OptimizedModule`, `FullyShardedDataParallel`, `CheckpointWrapper`); DataParallel and DistributedDataParallel wrap
+whole models and begin every name with `module.`.
+"""
+
+import re
+
+_WRAPPERS = re.compile(r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_PARALLEL = "module."
+
+
+def without_wrappers(name: str) -> str:
+    """The name that a tensor has in the model itself.
+
+    >>> without_wrappers("module._orig_mod.model.layers.0._orig_mod.mlp.up_proj.weight")
+    'model.layers.0.mlp.up_proj.weight'
+    """
+    return _WRAPPERS.sub("", name.removeprefix(_PARALLEL)).removeprefix(_PARALLEL)
+
+
+def wrappers_of(name: str) -> str:
+    """What wrappers put in front of the name of a tensor, or into it, as it stands there; empty if nothing."""
+    found = [match[0] for match in _WRAPPERS.finditer(name)]
+    return found[0] if found else _PARALLEL if without_wrappers(name) != name else ""
