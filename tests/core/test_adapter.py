@@ -209,7 +209,11 @@ HOSTILE = {
         with_config(alpha_pattern={"(a|a)*$": 8, "((.*)*)*x": 9}),
         "regular expression '.a.a..\\$', which is not run",
     ),
-    "another method": (with_config(peft_type="LOHA"), "only LORA adapters are supported"),
+    "another method": (with_config(peft_type="LOHA"), "only LORA adapters are supported; if PEFT can merge it"),
+    "learned prompts": (
+        with_config(peft_type="PROMPT_TUNING"),
+        "'PROMPT_TUNING': only LORA .* it changes no weights: train a LoRA",
+    ),
     "no method": (with_config(peft_type=None), "only LORA adapters are supported"),
     "DoRA as text": (with_config(use_dora="false"), "use_dora is 'false': expected true or false"),
     "rsLoRA as a number": (with_config(use_rslora=2), "use_rslora is 2: expected true or false"),
@@ -356,7 +360,7 @@ def test_what_would_change_the_function_is_refused_by_name(tmp_path, name):
     save_adapter(make_adapter(), tmp_path)
     for value in ("all", True, [1], {"a": 1}, 3):
         with_config(**{name: value})(tmp_path)
-        with pytest.raises(AdapterError, match=f"{name} is .*: not supported; expected an adapter without it"):
+        with pytest.raises(AdapterError, match=f"{name} is .*: not supported; (if PEFT can merge it|train without it)"):
             load_adapter(tmp_path)
     for value in (None, False, [], {}):
         with_config(**{name: value})(tmp_path)
@@ -495,17 +499,25 @@ def test_a_folder_of_runs_is_answered_with_one_of_them(tmp_path):
         (["adapters.safetensors", CONFIG_FILE], "adapters.safetensors", "an adapter of mlx-lm"),
         (["pytorch_lora_weights.safetensors"], ".", "a LoRA of diffusers, for a model that makes pictures"),
         (["pytorch_lora_weights.safetensors"], "pytorch_lora_weights.safetensors", "a LoRA of diffusers"),
+        ([f"models--a--b/snapshots/1f/{name}" for name in (CONFIG_FILE, WEIGHTS_FILE)], "models--a--b",
+         "models--a--b/snapshots/1f"),
+        ([], "nowhere", "nowhere does not exist: expected a folder"),
         ([WEIGHTS_FILE], ".", "adapter_config.json is missing"),
         ([WEIGHTS_FILE], WEIGHTS_FILE, "adapter_config.json is missing"),
     ],
 )  # fmt: skip
 def test_what_is_no_adapter_folder_is_answered_with_what_it_is(tmp_path, files, named, said):
     for name in files:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).write_bytes(b"")
     with pytest.raises(AdapterError) as caught:
         find_adapter(tmp_path / named)
     assert said in str(caught.value)
+
+
+def test_an_adapter_of_the_hub_is_not_fetched_but_how_is_said():
+    with pytest.raises(AdapterError, match="hf download owner/name, which prints the folder to name"):
+        find_adapter("owner/name")
 
 
 @pytest.mark.parametrize("name", ["lora_unet_mid_attn.lora_down.weight", "unet.mid.attn.lora_A.weight"])

@@ -6,7 +6,7 @@ import numpy as np
 import peft
 import pytest
 import torch
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from torch import nn
 
 import thimble
@@ -152,3 +152,41 @@ def test_an_adapter_of_text_is_written_as_ever(tmp_path):
     save_adapter(adapter, tmp_path)
     config = json.loads((tmp_path / CONFIG_FILE).read_text())
     assert (config["bias"], config["modules_to_save"], config["task_type"]) == ("none", None, "CAUSAL_LM")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda name: f"_orig_mod.{name}",
+        lambda name: f"module.{name}",
+        lambda name: name.replace("base_model.model.", "base_model.model._orig_mod."),
+        lambda name: name.replace("layers.0.", "layers.0._orig_mod."),
+        lambda name: f"module._orig_mod.{name}",
+    ],
+    ids=["compiled", "parallel", "compiled before", "compiled by blocks", "both"],
+)
+def test_an_adapter_that_was_saved_from_within_a_wrapper_of_torch_is_that_adapter(change, tmp_path):
+    adapter = make_adapter(open_base(TINY))
+    save_adapter(adapter, tmp_path / "plain")
+    save_adapter(adapter, tmp_path / "wrapped")
+    path = tmp_path / "wrapped" / WEIGHTS_FILE
+    save_file({change(name): values for name, values in load_file(path).items()}, path)
+    save_adapter(load_adapter(tmp_path / "wrapped"), tmp_path / "again")
+    assert (tmp_path / "again" / WEIGHTS_FILE).read_bytes() == (tmp_path / "plain" / WEIGHTS_FILE).read_bytes()
+
+
+@pytest.mark.parametrize("task", ["SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"])
+def test_an_adapter_whose_head_was_not_kept_is_not_taken_for_one_that_writes_text(task, tmp_path):
+    save_adapter(make_adapter(open_base(TINY)), tmp_path / "theirs")
+    config = tmp_path / "theirs" / CONFIG_FILE
+    config.write_text(json.dumps({**json.loads(config.read_text()), "task_type": task}))
+    for call in (
+        lambda: thimble.export(tmp_path / "theirs", to="gguf", base=str(TINY), out=str(tmp_path / "x.gguf")),
+        lambda: thimble.export(tmp_path / "theirs", to="peft", base=str(TINY), out=str(tmp_path / "x")),
+        lambda: thimble.chat(adapter=[str(tmp_path / "theirs")], base=str(TINY)),
+    ):
+        with pytest.raises(InputError, match=f"was trained for PEFT's {task} and holds no head"):
+            call()
+    assert not {path.name for path in tmp_path.iterdir()} & {"x", "x.gguf"}
+    save_adapter(load_adapter(tmp_path / "theirs"), tmp_path / "again")
+    assert json.loads((tmp_path / "again" / CONFIG_FILE).read_text())["task_type"] == task

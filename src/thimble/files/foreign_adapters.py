@@ -53,6 +53,11 @@ def what_lies_there(path: Path, found: Collection[str]) -> str:
         return _lacking(folder, lacking[0]) if lacking else f"name the folder around it, {as_word(str(folder))}"
     if MLX_FILE in found or path.name == MLX_FILE:
         return _MLX
+    if not os.path.lexists(path):
+        name = str(path)
+        return f"one on the hub is fetched by hf download {name}, which prints the folder to name" * _is_hub_form(name)
+    if "snapshots" in found:  # of the hub's cache
+        path, found = path / "snapshots", sorted(os.listdir(path / "snapshots"))
     for kind, inner in (("run folders", "adapter"), ("folders", "")):
         places = [name for name in found if all(os.path.lexists(path / name / inner / part) for part in PARTS)]
         if places:
@@ -64,6 +69,10 @@ def what_lies_there(path: Path, found: Collection[str]) -> str:
     if WEIGHTS_FILE in found:
         return _lacking(path, CONFIG_FILE)
     return _of_pictures([path] if path.is_file() else [path / name for name in sorted(found)])
+
+
+def _is_hub_form(name: str) -> bool:
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}", name) is not None
 
 
 def trained_beside(folder: Path) -> list[str]:

@@ -35,6 +35,7 @@ PREFIXES = (
     "text_model.model.", "text_model.", "model.language_model.model.",
 )  # fmt: skip
 PLAIN = PREFIXES[0]
+TASKS_WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # of PEFT: without a head the layers say nothing
 MOST_TRIES = 20  # to read an adapter that is being replaced
 MOST_BYTES = 1 << 32  # of the numbers of an adapter
 
@@ -252,7 +253,8 @@ def _load(folder: Path) -> Adapter:
     broken += [name for name, values in replaced.items() if not np.isfinite(values).all()]
     _refuse(folder, [f"{name} holds numbers that are NaN or Inf: train it again" for name in broken])
     notes = {name: text for name, text in file.metadata.items() if name != "format"}
-    settings = _settings(config, is_text=bool(prefixes) and not replaced)
+    is_text = bool(prefixes) and not replaced and config.task_type not in TASKS_WITH_HEAD
+    settings = _settings(config, is_text)
     if parameters := tuple(path for path, factors in layers.items() if factors.layout.experts):
         settings[SETTING] = parameters
     return Adapter(layers, config.base, notes, {}, next(iter(prefixes), PLAIN), replaced, settings)

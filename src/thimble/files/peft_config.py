@@ -32,6 +32,12 @@ _NOT_SUPPORTED = (
 _UNSET: tuple[Any, ...] = (None, False, "none", [], {})
 # Starts that leave the base as it is. With the others (PiSSA, OLoRA, CorDA, LoftQ, ...) PEFT changes the base too.
 _KEEPS_BASE: tuple[Any, ...] = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
+# What PEFT can write into the weights of a base, whereupon it is a base without an adapter.
+_MERGEABLE = ("lora_bias", "trainable_token_indices")
+_MERGED = "if PEFT can merge it (merge_and_unload, then save_pretrained), what it writes is a folder for --base"
+# Other kinds of adapters that change no weights: what they learned is put before the prompt, or beside attention.
+_OF_PROMPTS = ("PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "ADAPTION_PROMPT", "CPT",
+               "CARTRIDGE")  # fmt: skip
 BIASES = ("none", "all", "lora_only")
 _CONTROL = re.compile("[\\x00-\\x08\\x0b\\x0c\\x0e-\\x1f\\x7f-\\x9f]")  # but for tabs and ends of lines
 MODEL_CLASS, PARENT_LIBRARY = "base_model_class", "parent_library"  # of auto_mapping
@@ -154,6 +160,13 @@ def read_adapter_config(path: Path) -> AdapterConfig:
     )  # fmt: skip
 
 
+def _instead_of(kind: Any) -> str:
+    """What to do with an adapter of another kind."""
+    if not isinstance(kind, str):
+        return ""
+    return "; it changes no weights: train a LoRA instead" if kind in _OF_PROMPTS else f"; {_MERGED}"
+
+
 def _auto_mapping(value: Any) -> Mapping[str, str] | None:
     """The class that was trained and the module that defines it, as names alone: nothing that they name is imported."""
     if not isinstance(value, dict) or {*value} != {MODEL_CLASS, PARENT_LIBRARY}:
@@ -180,6 +193,8 @@ _RANKS, _ALPHAS = f"a whole number from 1 to {MAX_RANK:,}", f"a number above 0, 
 def _check_numbers(config: Mapping[str, Any]) -> list[str]:
     checks = [("r", _is_rank, _RANKS), ("lora_alpha", _is_alpha, _ALPHAS)]
     checks += [(name, _is_switch, "true or false") for name in ("use_dora", "use_rslora", "fan_in_fan_out")]
+    if config.get("peft_type") != "LORA":  # other kinds do not have all of these
+        checks = [check for check in checks if check[0] in config]
     wrong = [(name, expected) for name, is_valid, expected in checks if not is_valid(config.get(name))]
     return [f"{name} is {shown(config.get(name))}: expected {expected}" for name, expected in wrong]
 
@@ -209,11 +224,12 @@ def _check_patterns(config: Mapping[str, Any]) -> list[str]:
 
 
 def _check_function(config: Mapping[str, Any]) -> list[str]:
-    problems = []
-    if config.get("peft_type") != "LORA":
-        problems.append(f"peft_type is {shown(config.get('peft_type'))}: only LORA adapters are supported")
+    kind = config.get("peft_type")
+    problems = (
+        [] if kind == "LORA" else [f"peft_type is {shown(kind)}: only LORA adapters are supported{_instead_of(kind)}"]
+    )
     problems += [
-        f"{name} is {shown(config[name])}: not supported; expected an adapter without it"
+        f"{name} is {shown(config[name])}: not supported; {_MERGED if name in _MERGEABLE else 'train without it'}"
         for name in _NOT_SUPPORTED
         if config.get(name) not in _UNSET
     ]

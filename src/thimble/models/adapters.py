@@ -5,7 +5,15 @@ from pathlib import Path
 
 from thimble.core.adapter import Adapter
 from thimble.errors import AdapterError, InputError, Problems, listing, plural
-from thimble.files.peft import CONFIG_FILE, WEIGHTS_FILE, find_adapter, layer_of, load_adapter, modules_to_save
+from thimble.files.peft import (
+    CONFIG_FILE,
+    TASKS_WITH_HEAD,
+    WEIGHTS_FILE,
+    find_adapter,
+    layer_of,
+    load_adapter,
+    modules_to_save,
+)
 from thimble.files.peft_parameters import in_order
 from thimble.files.tensors import open_tensors
 from thimble.files.untrusted import printable
@@ -85,7 +93,14 @@ def check_is_of_text(path: str, adapter: Adapter) -> None:
             f"adapter {path} was trained for {printable(task)}, and this is for models that write text: "
             "thimble evaluate and thimble generate use it"
         )
-    if (said := adapter.settings.get("task_type")) not in (None, "CAUSAL_LM"):
+    said = adapter.settings.get("task_type")
+    if said in TASKS_WITH_HEAD and not adapter.replaced:
+        raise AdapterError(
+            f"adapter {path} was trained for PEFT's {said} and holds no head (modules_to_save), which says what its "
+            "layers are for: copy it anew from where it was made, with all that it holds; if it was trained to write "
+            f"text after all, say so in its {CONFIG_FILE} with task_type CAUSAL_LM"
+        )
+    if said not in (None, "CAUSAL_LM"):
         raise AdapterError(
             f"adapter {path} was trained for PEFT's {said}, and this is for models that write text: "
             "thimble evaluate and thimble generate use it, where its base can be opened for that"
@@ -102,7 +117,8 @@ def check_is_of_text(path: str, adapter: Adapter) -> None:
     if found:
         raise AdapterError(
             f"adapter {path} holds {'; '.join(found)}, which no command runs, since they adapt linear layers of text "
-            "models alone: use it from Python, with thimble.attach(model, adapter=folder)"
+            "models alone: load it on its base with PEFT and write the merged model (merge_and_unload, then "
+            "save_pretrained), a folder for --base; or use it from Python, with thimble.attach(model, adapter=folder)"
         )
 
 
@@ -132,6 +148,22 @@ def check_fits(path: str, adapter: Adapter, base: Base) -> None:
         for layer, factors in adapter.layers.items()
         if layer in stacks and factors.layout.experts != stacks[layer][0]
     ]
+    _check_beside_layers(path, unknown, shapes)
+    if not unknown and in_order(adapter, order) is not adapter:
+        raise AdapterError(
+            f"adapter {path} names its target_parameters in another order than {base.name} has them, which says what "
+            "its tensors are of: write them in the order of the model, those of the block 0 first, such as "
+            f"{listing([name for name in order if name in adapter.layers][:2])}"
+        )
+    if unknown or wrong:
+        made_for = f"; it was made for {adapter.base}: name that with --base" if adapter.base else ""
+        what = [f"it adapts {listing(unknown, 2)}, which the base lacks"] if unknown else []
+        what += [listing(wrong, 2)] if wrong else []
+        raise AdapterError(f"adapter {path} does not belong to {base.name}: {' and '.join(what)}{made_for}")
+
+
+def _check_beside_layers(path: str, unknown: Sequence[str], shapes: Mapping[str, tuple[int, int]]) -> None:
+    """Refuse by its name what an adapter adapts beside the layers of text blocks."""
     seeing = [layer for layer in unknown if any(part in layer for part in NOT_TEXT)]
     if seeing:
         raise AdapterError(
@@ -145,17 +177,11 @@ def check_fits(path: str, adapter: Adapter, base: Base) -> None:
             "alone: load both with PEFT and write the merged model (merge_and_unload, then save_pretrained), a folder "
             "for --base, or train it again without lm_head among the target_modules"
         )
-    if not unknown and in_order(adapter, order) is not adapter:
+    if named := [layer for layer in unknown if layer.removesuffix(".weight") in shapes]:
         raise AdapterError(
-            f"adapter {path} names its target_parameters in another order than {base.name} has them, which says what "
-            "its tensors are of: write them in the order of the model, those of the block 0 first, such as "
-            f"{listing([name for name in order if name in adapter.layers][:2])}"
+            f"adapter {path} adapts weights of layers as parameters (target_parameters): {listing(named, 2)}; expected "
+            "layers, as PEFT's target_modules names them: train it so, or merge it with PEFT into a folder for --base"
         )
-    if unknown or wrong:
-        made_for = f"; it was made for {adapter.base}: name that with --base" if adapter.base else ""
-        what = [f"it adapts {listing(unknown, 2)}, which the base lacks"] if unknown else []
-        what += [listing(wrong, 2)] if wrong else []
-        raise AdapterError(f"adapter {path} does not belong to {base.name}: {' and '.join(what)}{made_for}")
 
 
 def load_fitting(path: str, base: Base) -> Adapter:
