@@ -70,7 +70,7 @@ def test_a_run_in_int8_is_told_stored_and_resumed_to_the_same_adapter(
     [
         ({"compute": "bf16-int8"}, "compute is bf16-int8: this processor has no instructions for products of int8"),
         ({"compute": "int8"}, "the weights of smollm2.gguf are F32, no blocks that this processor multiplies"),
-        ({"compute": "int8", "store": "dense"}, "--store dense: --compute int8 keeps the weights as int8, or"),
+        ({"compute": "int8", "store": "dense"}, "--compute int8: not with store dense, which keeps the weights as"),
     ],
 )
 def test_what_int8_cannot_run_on_is_refused_before_anything_is_written(
@@ -80,6 +80,28 @@ def test_what_int8_cannot_run_on_is_refused_before_anything_is_written(
     with pytest.raises(InputError, match=said):
         train("run", base=tiny_base, **options)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_on_int8_rows_goes_on_where_they_cannot_be_multiplied_as_its_refusal_says(train, tmp_path, monkeypatch):
+    taken = []
+    train(
+        "run", base=BLOCKS, max_steps=4, compute="fp32", store="int8", should_stop=lambda: len(taken) >= 2,
+        on_event=lambda event: taken.append(event) if event.kind == "step" else None,
+    )  # fmt: skip
+    config = tmp_path / "run" / "config.yaml"  # as where the processor has VNNI
+    config.write_text(config.read_text().replace("compute: fp32", "compute: int8"))
+    on_machine(monkeypatch, fp32=1e11, bf16=2e11)
+    with pytest.raises(InputError, match="use --compute fp32, which decodes the rows, or, in a new run, --store file"):
+        thimble.train(out=str(tmp_path / "run"), resume=True)
+    again = thimble.train(out=str(tmp_path / "run"), resume=True, compute="fp32")
+    assert (again.steps, again.config["compute"], again.config["store"]) == (4, "fp32", "int8")
+
+
+def test_a_run_on_dense_weights_that_is_resumed_in_int8_blames_what_was_typed(train, tiny_base, tmp_path):
+    train("run", base=tiny_base, max_steps=2, compute="fp32", store="dense", should_stop=lambda: True)
+    with pytest.raises(InputError) as refused:
+        thimble.train(out=str(tmp_path / "run"), resume=True, compute="int8")
+    assert [problem.partition(":")[0] for problem in refused.value.problems] == ["--compute int8"]
 
 
 def test_a_plan_offers_the_types_in_int8_that_can_run(examples, monkeypatch):

@@ -153,7 +153,7 @@ def test_options_that_say_nothing_for_pictures_are_refused_together(pictures, mo
     told = str(refused.value)
     assert "--batch-tokens 100: says nothing for --task classify-image" in told
     assert "--keep-general 0.5" in told
-    assert "--remeasure true: says nothing for --task classify-image, only for text; leave it out" in told
+    assert "--remeasure: says nothing for --task classify-image, only for text; leave it out" in told
     assert "'nope', which no module" in told
     assert not (tmp_path / "run").exists()
 

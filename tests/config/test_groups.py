@@ -14,7 +14,7 @@ from thimble.config.train import TrainConfig
         ({"rank": "auto", "rank_pattern": "q_proj=4"}, "--rank-pattern q_proj=4: not with --rank auto"),
         ({"rank": "auto", "alpha_pattern": {"q_proj": 4}}, "--alpha-pattern q_proj=4: not with --rank auto"),
         ({"rank_pattern": "q_proj=2.5"}, "--rank-pattern q_proj=2.5: expected whole numbers as ranks"),
-        ({"compute": "int8", "store": "dense"}, "--store dense: --compute int8 keeps the weights as int8, or"),
+        ({"compute": "int8", "store": "dense"}, "--compute int8: not with store dense, which keeps the weights as"),
         ({"epochs": 1, "max_steps": 2}, "--epochs 1 --max-steps 2: give one of --epochs, --max-steps, --max-minutes"),
         ({"resume": True}, "--resume: name the run folder to continue"),
         ({"prompt_column": "a"}, "--prompt-column a: name what is to be learned too, with --completion-column"),

@@ -137,6 +137,18 @@ def test_a_run_that_is_resumed_keeps_what_makes_it_that_run_however_it_is_named(
     )
 
 
+@pytest.mark.parametrize(
+    ("began", "now", "said"),
+    [(False, True, "--use-dora: the run to resume began with no --use-dora;"),
+     (True, False, "no --use-dora: the run to resume began with --use-dora;")],
+)  # fmt: skip
+def test_a_switch_is_shown_as_it_is_typed(run, began, now, said):
+    path = run / "config.yaml"
+    path.write_text(yaml.safe_dump({**TrainConfig(data="x", use_dora=began).resolved(), "out": str(run)}))
+    [problem] = build_config(TrainConfig, {"out": str(run), "resume": True, "use_dora": now}).problems
+    assert problem.startswith(said)
+
+
 def test_a_run_that_is_resumed_keeps_its_columns(run):
     path = run / "config.yaml"
     named = TrainConfig(data="x", prompt_template=r"{Betreff}\n\n{der Text}: 'é'", completion_column="Klasse")

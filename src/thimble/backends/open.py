@@ -51,8 +51,10 @@ def _store_of_int8(wanted: str, base: Base) -> tuple[tuple[str, ...], str]:
         if multiplies_rows:
             again = "; --store file rounds no weight again" if has_blocks else ""
             return ("int8",), f"store int8: compute int8 multiplies int8 weights, and keeps them so{again}"
-        instead = "--store file, which multiplies the blocks of the file" if has_blocks else "compute auto"
-        raise ConfigError(f"compute is int8, with int8 rows: {NO_INT8}; use {instead}")
+        instead = ", or, in a new run, --store file, which multiplies the blocks of the file" if has_blocks else ""
+        raise ConfigError(
+            f"compute is int8, with int8 rows: {NO_INT8}; use --compute fp32, which decodes the rows{instead}"
+        )
     if has_blocks:
         return ("file",), (
             "store file: compute int8 multiplies the blocks of the file as they are by activations rounded to int8; "
@@ -60,7 +62,7 @@ def _store_of_int8(wanted: str, base: Base) -> tuple[tuple[str, ...], str]:
         )
     why = f"the weights of {base.name} are {listing(dtypes)}, no blocks that this processor multiplies"
     rows = "" if wanted == "file" else f", and {NO_INT8}"
-    raise ConfigError(f"compute is int8, on blocks of a file: {why}{rows}; use compute auto")
+    raise ConfigError(f"compute is int8, on blocks of a file: {why}{rows}; use --compute fp32")
 
 
 def _store_of_transformers(wanted: str, base: Base, compute: str) -> tuple[tuple[str, ...], str]:

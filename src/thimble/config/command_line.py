@@ -18,7 +18,7 @@ from thimble.config.options import (
     Options,
     groups_of,
     is_repeated,
-    option_type,
+    is_switch,
     options_of,
     positional_of,
     takes_many,
@@ -100,13 +100,12 @@ def make_parser(
 
 
 def _add_option(group: argparse._ArgumentGroup, spec: Field) -> None:
-    kind, _ = option_type(spec)
     name, meta = spec.name, spec.metadata
     shown = "" if spec.default in (None, "", (), False) else f" (default: {as_typed(spec.default)})"
     options: dict[str, Any] = {"help": (meta["help"] + shown).replace("%", "%%"), "default": argparse.SUPPRESS}
     if meta["positional"]:
         group.add_argument(name, nargs="*" if takes_many(spec) else "?", metavar=meta["metavar"], **options)
-    elif kind is bool:
+    elif is_switch(spec):
         group.add_argument(flag(name), action="store_true", **options)
     else:
         choices = "{" + ",".join(meta["choices"]) + "}" if meta["choices"] else None
@@ -222,13 +221,13 @@ def _still_meant(ours: str | None, value: str, positional: Collection[str]) -> l
 def _takes_value(name: str, known: Mapping[str, Field]) -> bool:
     """Whether a known flag is followed by a value."""
     option = plain(name)
-    return option == "config" or (option in known and option_type(known[option])[0] is not bool)
+    return option == "config" or (option in known and not is_switch(known[option]))
 
 
 def _is_value(name: str, word: str, known: Mapping[str, Field]) -> bool:
     """Whether the word behind an unknown flag is its value, and not one that belongs to the command."""
     ours = near_option(name, known)
-    return option_type(known[ours])[0] is not bool if ours else not os.path.exists(word)
+    return not is_switch(known[ours]) if ours else not os.path.exists(word)
 
 
 def _too_many(command: str, words: Sequence[str], values: Mapping[str, Any], known: Mapping[str, Field]) -> list[str]:

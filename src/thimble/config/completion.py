@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from thimble.config.options import Field, Options, is_path, option_type, options_of, positional_of
+from thimble.config.options import Field, Options, is_path, is_switch, options_of, positional_of
 from thimble.config.values import flag
 
 SHELLS = ("bash", "zsh", "fish")
@@ -39,7 +39,7 @@ def completed_options(config: type[Options]) -> Iterator[Completed]:
 def _completed(spec: Field) -> Completed:
     choices = spec.metadata["choices"] or ()
     meaning = re.split(r"[;:.(]", spec.metadata["help"])[0].strip()[:MOST_TOLD]
-    return Completed(flag(spec.name), meaning, option_type(spec)[0] is not bool, tuple(choices), is_path(spec))
+    return Completed(flag(spec.name), meaning, not is_switch(spec), tuple(choices), is_path(spec))
 
 
 def _bash(commands: Mapping[str, tuple[str, type[Options]]]) -> str:

@@ -108,8 +108,8 @@ class ComputeOptions(BaseOptions):
         problems = super()._conflicts(given)
         if given.get("compute") == "int8" and given.get("store") == "dense":
             problems.append(
-                "--store dense: --compute int8 keeps the weights as int8, or multiplies the blocks of the file; leave "
-                "--store out"
+                "--compute int8: not with store dense, which keeps the weights as floats; use --compute fp32, or leave "
+                "--store out (a run that is resumed keeps the store it began with)"
             )
         return problems
 

@@ -144,6 +144,11 @@ def option_type(spec: Field) -> tuple[Any, bool]:
     return spec.type, False
 
 
+def is_switch(spec: Field) -> bool:
+    """Whether an option is either there or not, and takes no value."""
+    return option_type(spec)[0] is bool
+
+
 def takes_many(spec: Field) -> bool:
     """Whether an option holds several values."""
     return typing.get_origin(option_type(spec)[0]) is tuple
@@ -155,8 +160,12 @@ def is_repeated(spec: Field) -> bool:
 
 
 def typed(spec: Field, value: object) -> str:
-    """An option and a value as they are typed: `--rank 8`; a positional one with its placeholder, `DATA mine.jsonl`."""
+    """An option and a value as they are typed: `--rank 8`; a switch alone, `--use-dora`, or, where a file turns it off,
+    `no --use-dora`; a positional one with its placeholder, `DATA mine.jsonl`.
+    """
     name = spec.metadata["metavar"] if spec.metadata["positional"] else flag(spec.name)
+    if is_switch(spec) and isinstance(value, bool):
+        return name if value else f"no {name}"
     return f"{name} {as_typed(value)}"
 
 

@@ -18,7 +18,7 @@ from thimble.config.groups import (
     TaskOptions,
     ValidationOptions,
 )
-from thimble.config.options import Given, Options, option, options_of, typed
+from thimble.config.options import Field, Given, Options, is_switch, option, options_of, typed
 from thimble.config.values import AUTO, as_typed
 from thimble.core.method import Init, parse_init
 from thimble.errors import listing
@@ -144,7 +144,12 @@ def take_up(saved: Mapping[str, Given], given: Mapping[str, Given]) -> tuple[dic
     before, now, specs = TrainConfig.make(saved), TrainConfig.make(joined), options_of(TrainConfig)
     changed = (name for name in FIXED if name in kept and getattr(now, name) != getattr(before, name))
     return joined, [
-        f"{typed(specs[name], getattr(now, name))}: the run to resume began with {as_typed(getattr(before, name))}; "
-        "leave it out, or begin another run with another --out"
+        f"{typed(specs[name], getattr(now, name))}: the run to resume began with "
+        f"{_value_as_typed(specs[name], getattr(before, name))}; leave it out, or begin another run with another --out"
         for name in changed
     ]
+
+
+def _value_as_typed(spec: Field, value: object) -> str:
+    """A value as it is typed behind its option; of a switch, which has none, the option."""
+    return typed(spec, value) if is_switch(spec) else as_typed(value)

@@ -388,7 +388,7 @@ def _options(config: Mapping[str, Any], task: str) -> list[dict[str, str]]:
 
 def _setting(value: Any) -> str:
     if isinstance(value, bool):
-        return str(value).lower()
+        return "on" if value else "off"
     if isinstance(value, list | tuple):
         return ", ".join(map(_setting, value)) or NONE
     if isinstance(value, float):

@@ -78,8 +78,13 @@ def test_int8_multiplies_rows_where_the_processor_can_and_blocks_elsewhere(monke
 @pytest.mark.parametrize(
     ("file", "wanted", "blocks", "said"),
     [
-        ("llama_q8_0", "int8", "avx2", "no instructions for products of int8 .* use --store file, which multiplies"),
-        ("llama", "int8", "avx2", "no instructions for products of int8 .* use compute auto"),
+        ("llama_q8_0", "int8", "avx2", "no instructions for products of int8 .* or, in a new run, --store file, which"),
+        (
+            "llama",
+            "int8",
+            "avx2",
+            "no instructions for products of int8 .* use --compute fp32, which decodes the rows$",
+        ),
         ("llama", "file", "avx2", "the weights of llama.gguf are F32, no blocks that this processor multiplies; use"),
         ("llama", "auto", "avx2", "are F32, no blocks .*, and this processor has no instructions for products of int8"),
         ("llama_q8_0", "auto", "plain", "are Q8_0, no blocks that this processor multiplies, and this processor has"),

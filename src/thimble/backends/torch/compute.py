@@ -34,7 +34,7 @@ def choose_compute(wanted: str, is_fresh: bool = False) -> tuple[str, str]:
     fast, here = use_fast_fp32(), machine(is_fresh=True) if is_fresh else machine()
     flops = here.flops
     if wanted == "bf16-int8" and "int8" not in flops:
-        raise ConfigError(f"compute is bf16-int8: {NO_INT8}; use compute auto")
+        raise ConfigError(f"compute is bf16-int8: {NO_INT8}; use --compute bf16, or fp32 where that is faster")
     rates = {name: rate for name, rate in flops.items() if name in FLOATS}
     if wanted == "int8":
         return wanted, "int8 was asked for"
