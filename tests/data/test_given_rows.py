@@ -1,19 +1,22 @@
 """Rows from Python instead of a file: read as the same rows of a file are, and kept where the run is."""
 
+import itertools
 import json
 import math
 from collections import UserDict
 from datetime import date
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow
 import pytest
 
 import thimble
+from thimble.data import spool
 from thimble.data.given_rows import written_rows
 from thimble.data.records import read_dataset
-from thimble.errors import DataError, InputError
+from thimble.errors import DataError, DoesNotFitError, InputError
 
 ROWS = [{"prompt": f"say {n} ", "completion": f"{n} it is"} for n in range(12)]
 
@@ -181,3 +184,20 @@ def test_every_command_that_takes_data_takes_rows(quick):
     report = thimble.evaluate(ROWS, **options)
     assert (report.data, report.rows) == ("rows", 12)
     assert thimble.inspect(data=ROWS, base=quick["base"]).inits
+
+
+@pytest.mark.parametrize("use", [lambda rows: records(rows), lambda rows: spooled(rows)], ids=["written", "spooled"])
+def test_rows_without_an_end_do_not_fill_the_disk(use, monkeypatch):
+    taken = []
+    monkeypatch.setattr(spool, "CHECKED_BYTES", 1000)
+    monkeypatch.setattr(spool.shutil, "disk_usage", lambda place: taken.append(place) or SimpleNamespace(free=5000))
+    with pytest.raises(DoesNotFitError, match=r"has to end\), or name a place with more room with TMPDIR and XDG"):
+        use(itertools.islice(itertools.cycle(ROWS), 10_000))
+    assert 5 <= len(taken) <= 7, "looked at now and then, and stopped once half of what was free is taken"
+    use(itertools.islice(itertools.cycle(ROWS), 20))
+
+
+def spooled(rows):
+    kept = spool.Spool(str.encode, bytes.decode)
+    for row in rows:
+        kept.append(json.dumps(row))

@@ -16,6 +16,7 @@ from thimble.data.row_messages import are_messages
 from thimble.data.row_values import is_missing
 from thimble.data.sources.raw import RawRow, check_columns
 from thimble.data.sources.splits import SPLITS
+from thimble.data.spool import Room
 from thimble.errors import DataError, listing
 
 FOLDER = "rows"  # that they are written to, and kept in, in a run folder
@@ -35,13 +36,17 @@ def written_rows(data: Any) -> Iterator[Path]:
 
     Raises:
         DataError: If they are no rows; what is wrong inside of a row is told when the files are read.
+        DoesNotFitError: If they do not end before half of the free disk is taken.
     """
     parent = Path(tempfile.mkdtemp(prefix="thimble-"))
+    room = Room(parent)
     try:
         (parent / FOLDER).mkdir()
         for split, rows in _by_split(data).items():
             with (parent / FOLDER / f"{split}.jsonl").open("w", encoding="utf-8") as file:
-                file.writelines(f"{line}\n" for line in _lines(rows))
+                for line in _lines(rows):
+                    room.take(len(line) + 1)
+                    file.write(f"{line}\n")
         yield parent / FOLDER
     finally:
         shutil.rmtree(parent, ignore_errors=True)

@@ -6,17 +6,46 @@ owner's business: it hands in how to write one and how to read it back.
 
 import contextlib
 import io
+import shutil
 import tempfile
 import threading
 import weakref
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import IO, Generic, TypeVar
 
 from thimble.errors import DoesNotFitError
 from thimble.models.machine import cache_folder
 
 T = TypeVar("T")
+CHECKED_BYTES = 1 << 26  # that are written until the disk is looked at again
+
+
+class Room:
+    """What grows on a disk, and may take half of what is free there: a stream without an end must not fill it.
+
+    Args:
+        place: A folder of the disk, or a file that is open there.
+    """
+
+    def __init__(self, place: Path | IO[bytes]) -> None:
+        self._place = place if isinstance(place, Path) else place.fileno()
+        self._taken, self._checked = 0, 0
+
+    def take(self, size: int) -> None:
+        """Count bytes that are about to be written; a DoesNotFitError if they are too many."""
+        self._taken += size
+        if self._taken < self._checked + CHECKED_BYTES:
+            return
+        self._checked = self._taken
+        free = shutil.disk_usage(self._place).free  # what was taken is no part of it any more
+        if self._taken > free:
+            raise DoesNotFitError(
+                f"the examples take {self._taken / 1e9:.1f} GB of the disk they are kept on while they are used, and "
+                f"leave {free / 1e9:.1f} GB there: give fewer of them (a generator or a stream has to end), or name a "
+                "place with more room with TMPDIR and XDG_CACHE_HOME"
+            )
 
 
 class Spool(Generic[T]):
@@ -31,12 +60,15 @@ class Spool(Generic[T]):
         self._pack, self._unpack = pack, unpack
         self._file = _nameless_file()
         self._closing = weakref.finalize(self, _close, self._file)  # else Python warns of it
+        self._room = None if isinstance(self._file, io.BytesIO) else Room(self._file)
         self._ends = array("q", [0])
         self._lock = threading.Lock()  # a file has one position
 
     def append(self, item: T) -> None:
         """Add an item at the end."""
         packed = self._pack(item)
+        if self._room:
+            self._room.take(len(packed))
         try:
             with self._lock:
                 self._file.seek(self._ends[-1])
