@@ -330,12 +330,40 @@ def test_a_chat_template_is_told_what_a_request_asks_for(model, session, adapter
 
         quick = {"chat_template_kwargs": {"enable_thinking": False}}
         assert text(**quick) == text() + "<think></think>"
-        answers = [
-            running.post("/v1/chat/completions", {**body, **more, "max_tokens": 1}).json() for more in (quick, {})
-        ]
-        assert answers[0]["usage"]["prompt_tokens"] > answers[1]["usage"]["prompt_tokens"]
+
+        def count(**more):
+            answer = running.post("/v1/chat/completions", {**body, **more, "max_tokens": 1})
+            return answer.json()["usage"]["prompt_tokens"]
+
+        quick_tokens, plain_tokens = count(**quick), count()
+        assert quick_tokens > plain_tokens
+        effort = {name: count(reasoning_effort=name) for name in ("none", "low", "max")}
+        assert effort == {"none": quick_tokens, "low": plain_tokens, "max": plain_tokens}
+        own = {"chat_template_kwargs": {"enable_thinking": True}}
+        assert count(reasoning_effort="none", **own) == plain_tokens, "what is said of the template goes first"
         for name in ("thinking", "messages"):
             refused = running.post("/v1/chat/completions", {**body, "chat_template_kwargs": {name: 1}})
             assert refused.status_code == 400
             assert refused.json()["error"]["param"] == "chat_template_kwargs"
             assert f"takes no {name}" in refused.json()["error"]["message"]
+
+
+def test_how_long_to_think_is_told_to_templates_by_the_name_that_they_read(model, session, adapter_folders):
+    levels = "{% if reasoning_effort is defined %}Reasoning: {{ reasoning_effort }}{% endif %}"
+    template = ChatTemplate(levels + served.CHATML)
+    with served.started(dataclasses.replace(model, template=template), session, adapter_folders) as running:
+        asked = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
+        told = [
+            running.post("/v1/chat/completions", {**asked, **more}).json()["usage"]["prompt_tokens"]
+            for more in ({}, {"reasoning_effort": "high"}, {"chat_template_kwargs": {"reasoning_effort": "high"}})
+        ]
+    assert told[0] < told[1] == told[2]
+
+
+def test_thoughts_are_not_asked_of_a_template_that_has_none(server):
+    body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
+    assert server.post("/v1/chat/completions", {**body, "reasoning_effort": "none"}).status_code == 200
+    refused = server.post("/v1/chat/completions", {**body, "reasoning_effort": "low"})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "reasoning_effort"
+    assert "has no thoughts" in refused.json()["error"]["message"]

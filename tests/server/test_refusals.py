@@ -152,6 +152,37 @@ def test_all_that_is_wrong_is_told_at_once(server):
     assert all(name in message for name in ("n:", "top_p:", "stop:"))
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"messages": []}, "messages: expected a length of at least 1, got an empty list"),
+        ({"messages": "secret"}, "messages: expected a list, got text of 6 characters"),
+        ({"messages": ["secret"]}, "messages.0: expected an object, got text of 6 characters"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, """'tool', got "robot\""""),
+        ({"messages": [{"role": "user", "content": 3}]}, "messages.0.content: expected text, got 3"),
+        ({"temperature": -1}, "temperature: expected at least 0, got -1"),
+        ({"temperature": "secret"}, "temperature: expected a number, got text of 6 characters"),
+        ({"top_p": 1.5}, "top_p: expected at most 1, got 1.5"),
+        ({"n": 1.5}, "n: expected a whole number, got 1.5"),
+        ({"stream": "yes"}, "stream: expected true or false, got text of 3 characters"),
+        ({"stop": ""}, "stop: expected a length of at least 1, got empty text"),
+        ({"stop": ["a"] * 17}, "stop: expected a length of at most 16, got a list of 17"),
+        ({"tools": {}}, "tools: expected a list, got an empty object"),
+        ({"messages": [{"role": "user", "content": "x", "refusal": "no"}]}, "refusal: expected null, got text"),
+        ({"repeat_penalty": 1.1}, "repeat_penalty: this field is not supported; use repetition_penalty"),
+        ({"functions": [{"name": "f"}]}, "functions: this field is not supported; use tools"),
+    ],
+)
+def test_what_was_expected_and_what_came_is_said_in_plain_words(server, change, said):
+    answer = server.post(CHAT, {"messages": HI, **change})
+    message = answer.json()["error"]["message"]
+    assert answer.status_code == 400
+    assert said in message
+    assert "secret" not in message, "what was asked is not told to logs"
+    assert "nput should" not in message
+    assert "valid" not in message
+
+
 def test_a_model_that_is_not_there_is_named_with_those_that_are(server):
     with pytest.raises(openai.NotFoundError) as caught:
         server.chat(model="gpt-4")

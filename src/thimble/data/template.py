@@ -80,11 +80,15 @@ class ChatTemplate:
         Raises:
             DataError: If it does not read one of them: that would change nothing.
         """
-        source = self.source + (self._tool_use.source if self._tool_use else "")
-        unread = [name for name in variables if not re.search(rf"\b{re.escape(name)}\b", source)]
+        unread = [name for name in variables if not self.reads(name)]
         if unread := [*unread, *(name for name in variables if name in self._own_names)]:
             raise DataError(f"the chat template of the base takes no {listing(unread)}")
         return self._with(variables) if variables else self
+
+    def reads(self, name: str) -> bool:
+        """Whether a variable is named in the template, so that telling it may change what is written."""
+        source = self.source + (self._tool_use.source if self._tool_use else "")
+        return re.search(rf"\b{re.escape(name)}\b", source) is not None
 
     def _with(self, variables: Mapping[str, Any]) -> "ChatTemplate":
         _ = self.takes_system, self._argument_form  # which are the same for all, and found once

@@ -37,7 +37,7 @@ class Part(NamedTuple):
 def prepare_chat(service: Service, body: ChatBody) -> list[Part]:
     """The answers that a conversation asks for; a Refusal if it cannot be answered."""
     tools = body.tools if body.tool_choice != "none" else None
-    ids = encode_chat(service, body.messages, tools, body.chat_template_kwargs)
+    ids = encode_chat(service, body.messages, tools, _variables(service, body))
     form = _form(service) if tools else None
     grammar = _grammar(service, body)
     if form and (called := _calls_grammar(body, form)):
@@ -100,6 +100,24 @@ def encode_chat(
     except InputError as error:
         raise from_input_error(error, "messages") from None
     return _checked(service, ids, "messages")
+
+
+def _variables(service: Service, body: ChatBody) -> Mapping[str, Any]:
+    """What the chat template is told beside the conversation: what the request says, and how long to think as
+    templates are told that, by one name (gpt-oss), by the other (Qwen3), or by both.
+    """
+    given, effort, template = body.chat_template_kwargs or {}, body.reasoning_effort, service.model.template
+    if effort is None or template is None:
+        return given
+    told = {"reasoning_effort": effort, "enable_thinking": effort != "none"}
+    read = {name: value for name, value in told.items() if template.reads(name)}
+    if not read and effort != "none":  # a template that knows no thoughts writes none
+        raise bad_field(
+            "reasoning_effort",
+            f"got {effort}: the chat template of {service.base_name} has no thoughts that could be longer or shorter; "
+            "leave it out",
+        )
+    return {**read, **given}
 
 
 def encode_prompt(service: Service, prompt: str | list[int], param: str, begins: bool = True) -> Ids:
