@@ -133,7 +133,11 @@ def _what_else(folder: Path) -> str:
     if variants:
         return f"it holds {listing(variants, 3)}: if these are the weights, call them {WHOLE}"
     if any(name.endswith(_PICKLES) for name in names):
-        return "it holds only .bin files, which can run code when read: convert them to safetensors"
+        return (
+            "it holds only .bin files, which can run code when read: convert them to safetensors, as transformers "
+            f"does: AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained('converted'), and "
+            "AutoTokenizer alike"
+        )
     return f"it holds {listing(names) or 'nothing'}"
 
 
