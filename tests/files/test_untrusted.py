@@ -112,6 +112,7 @@ def test_a_file_without_end_is_not_read_to_its_end(tmp_path):
 REFUSED = {
     "nothing": (b"", "it is not JSON"),
     "half an object": (b'{"a": 1', "it is not JSON"),
+    "a web page": (b"\n<!DOCTYPE html><title>403</title>", "it is a web page, not the file itself. Expected JSON"),
     "something behind it": (b"{} {}", "it is not JSON"),
     "a list": (b"[]", "expected a JSON object, found list"),
     "a number": (b"1", "expected a JSON object, found int"),

@@ -69,6 +69,16 @@ def test_tensors_that_a_tool_has_renamed_are_told_with_the_name_that_they_should
         open_base(folder)
 
 
+@pytest.mark.parametrize("size", [300, 384])
+def test_a_vocabulary_of_another_size_than_config_json_says_is_told_as_that(size, tmp_path):
+    folder = make_hf_folder("llama", tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": size}))
+    said = rf"embed_tokens.weight has 320 rows, and config.json says {size} \(vocab_size\): the vocabulary was made"
+    with pytest.raises(BaseModelError, match=said):
+        open_base(folder)
+
+
 WRAPPED = {
     "compiled": ("_orig_mod.", lambda name: f"_orig_mod.{name}"),
     "compiled by blocks": ("_orig_mod.", lambda name: name.replace("layers.0.", "layers.0._orig_mod.")),

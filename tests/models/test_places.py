@@ -155,6 +155,15 @@ def test_a_download_that_has_not_ended_is_named_as_one(name, tmp_path):
         open_base(tmp_path / name)
 
 
+@pytest.mark.parametrize("name", ["model.gguf.gz", "model.gguf.xz", "model.zip", "model.tar"])
+def test_a_packed_file_is_no_piece_of_one(name, tmp_path):
+    (tmp_path / name).write_bytes(b"\x1f\x8b")
+    with pytest.raises(BaseModelError, match="is a packed file: unpack it, and name what comes out"):
+        open_base(tmp_path / name)
+    with pytest.raises(BaseModelError, match=f"has no config.json; it holds {name}"):
+        open_base(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json", "tokenizer.model"])
 def test_one_file_of_a_base_stands_for_its_folder(name, tmp_path):
     (tmp_path / name).write_text("{}")

@@ -37,7 +37,11 @@ _MISTAKES = {
     b"\x80": "a Python pickle, which can run code when read: convert it to safetensors",
     b"version https://git-lfs": "a Git LFS pointer, not the file itself: run `git lfs pull`",
     b"<": "a web page, not the file itself: download it again",
-}
+    **{magic: f"packed with {name}: unpack it" for magic, name in (
+        (b"\x1f\x8b", "gzip"), (b"BZh", "bzip2"), (b"\xfd7zXZ\x00", "xz"), (b"\x28\xb5\x2f\xfd", "Zstandard"),
+        (b"7z\xbc\xaf", "7-Zip"))},
+    **dict.fromkeys((b"lmgg", b"fmgg", b"tjgg"), "a file of llama.cpp from before GGUF: take a GGUF of the same model"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)

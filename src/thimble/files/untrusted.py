@@ -116,7 +116,8 @@ def parse_json_object(content: bytes) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ValueError(f"byte {content[error.start]:#04x} at {error.start:,} is not UTF-8") from None
     except json.JSONDecodeError as error:
-        raise ValueError(f"it is not JSON ({error})") from None
+        is_page = content.lstrip().startswith(b"<")
+        raise ValueError("it is a web page, not the file itself" if is_page else f"it is not JSON ({error})") from None
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     if not isinstance(value, dict):

@@ -14,6 +14,7 @@ from thimble.models.weight_files import UNFINISHED
 
 MOST_MANIFEST_BYTES, MOST_REF_BYTES = 1 << 20, 1 << 10
 MOST_SHOWN = 12  # pieces of a file in a command
+_PACKED = (".gz", ".xz", ".bz2", ".zst", ".zip", ".7z", ".rar", ".tar", ".tgz", ".lz4")
 _OLLAMA_MODEL = "application/vnd.ollama.image.model"
 _NO_MODELS = re.compile(r".*(mmproj|imatrix).*|ggml-vocab.*", re.IGNORECASE)  # GGUF files beside those of models
 _OLLAMA_BLOB = re.compile(r"sha256-[0-9a-f]{64}")
@@ -147,7 +148,7 @@ def _refuse_other_folders(folder: Path, names: set[str]) -> None:
                 f"base {folder} is the store of Ollama, in which each model lies in a file: name one, such as "
                 f"{models[0]} (ollama show MODEL --modelfile tells which is whose, behind FROM)"
             )
-    pieces = sorted(name for name in names if _PIECE.fullmatch(name))
+    pieces = sorted(name for name in names if _PIECE.fullmatch(name) and not name.lower().endswith(_PACKED))
     if pieces:
         raise BaseModelError(_joining(folder / pieces[0]))
     folders = [path for path in folder.iterdir() if path.is_dir()]
@@ -177,6 +178,8 @@ def _check_whole(path: Path) -> None:
     """Refuse a file that is a piece of one, a download that has not ended, or Ollama's description of a model."""
     if path.name.endswith(UNFINISHED):
         raise BaseModelError(f"base {path} is a download that has not ended: download it again")
+    if path.suffix.lower() in _PACKED:
+        raise BaseModelError(f"base {path} is a packed file: unpack it, and name what comes out")
     if path.suffix in (".json", ".jinja") or path.name in ("tokenizer.model", "merges.txt"):
         raise BaseModelError(f"base {path} is one file of a base: name the folder around it, {path.parent}")
     if _PIECE.fullmatch(path.name) and not path.name.lower().endswith(".gguf"):

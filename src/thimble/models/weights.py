@@ -165,7 +165,13 @@ def check_complete(path: Path, spec: DecoderSpec, weights: dict[str, Weight]) ->
     optional = {f"{name}.bias": (shape[0],) for name, shape in spec.linear_shapes().items()}
     missing = [name for name in expected if name not in weights]
     found = [(name, weights[name], shape) for name, shape in {**expected, **optional}.items() if name in weights]
-    wrong = [f"{name} is {has.shape}, expected {shape}" for name, has, shape in found if tuple(has.shape) != shape]
+    odd = [(name, tuple(has.shape), shape) for name, has, shape in found if tuple(has.shape) != shape]
+    wrong = [f"{name} is {has}, expected {shape}" for name, has, shape in odd]
+    if odd and path.is_dir() and all(name in (EMBEDDING, HEAD) and has[1:] == shape[1:] for name, has, shape in odd):
+        wrong = [
+            f"{odd[0][0]} has {odd[0][1][0]:,} rows, and config.json says {spec.vocab_size:,} (vocab_size): the "
+            "vocabulary was made larger or smaller, and one of the two files is of before; copy both from one place"
+        ]
     unread = [f"{name} is {has.dtype}" for name, has, _ in found if has.dtype not in FLOATS]
     if unread:
         wrong.append(
