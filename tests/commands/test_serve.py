@@ -17,8 +17,9 @@ import pytest
 
 import thimble
 from samples import make_adapter
-from thimble.commands.serve import serve
+from thimble.commands.serve import ServeReport, _told, serve
 from thimble.config.serve import ServeConfig
+from thimble.events import Event, EventLog
 from thimble.files.peft import save_adapter
 from thimble.models.base import open_base
 
@@ -114,6 +115,19 @@ def test_what_was_there_at_the_start_is_not_looked_through_again_while_answers_w
     assert gc.get_freeze_count() == 0  # the process may go on, and is what it was
 
 
+def test_a_log_that_finds_no_room_costs_no_answer():
+    events: list[Event] = []
+    log, report = EventLog(events.append), ServeReport("", "")
+    entry = {"time": 0, "status": 200, "method": "GET", "path": "/", "seconds": 0.1}
+    with _told("/dev/full", report, log, events.append) as on_request:
+        on_request(entry)
+        on_request(entry)
+    assert report.requests == 2
+    [warning] = log.messages["warning"]
+    assert warning.startswith("--log /dev/full: cannot be written any more (No space left on device): requests are")
+    assert [event.kind for event in events].count("request") == 2
+
+
 def test_without_the_extra_it_says_what_to_install(thimble, tiny_base, monkeypatch):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     code, out, err = thimble("serve", "--base", tiny_base)
@@ -126,6 +140,8 @@ def test_without_the_extra_it_says_what_to_install(thimble, tiny_base, monkeypat
     [
         (["--host", "0.0.0.0"], "--host 0.0.0.0: other machines can reach that, so it wants an --api-key"),
         (["--port", "70000"], "--port 70000: expected at most 65535"),
+        (["--log", "nowhere/requests.jsonl"], "--log nowhere/requests.jsonl: cannot be written (No such file or direc"),
+        (["--log", "."], "--log .: cannot be written (Is a directory): name another file"),
         (["--adapter", "nowhere"], "adapter nowhere does not exist"),
         (["--max-running", "0"], "--max-running 0: expected at least 1"),
         (["--adapter-memory", "900TB"], "--adapter-memory 900000000000000: expected at most the memory that is free, "),

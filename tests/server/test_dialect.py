@@ -9,6 +9,9 @@ import openai
 import pydantic
 import pytest
 
+from thimble.server.bodies import Message
+from thimble.server.prepare import _message
+
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 HI = [{"role": "user", "content": "hi"}]
 TOOL = {
@@ -121,6 +124,23 @@ def test_a_service_that_is_not_there_is_told_with_those_that_are(server, what, a
         ask(server.client)
     assert f"there is no {what}" in str(caught.value)
     assert CHAT in str(caught.value)
+
+
+def test_marks_of_what_is_to_be_cached_change_nothing(server):
+    """LiteLLM, Cline and others put them on parts and tools for every server."""
+    mark = {"cache_control": {"type": "ephemeral"}}
+    plain = {"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}], "tools": [TOOL]}
+    marked = {"messages": [{"role": "user", "content": [{"type": "text", "text": "hi", **mark}]}],
+              "tools": [{**TOOL, **mark}]}  # fmt: skip
+    told = [server.post("/tokenize", body).json()["tokens"] for body in (plain, marked)]
+    assert told[0] == told[1]
+
+
+def test_thoughts_are_taken_by_the_name_that_vllm_gives_them_too():
+    told = [_message(Message(role="assistant", content="x", **{name: "hm"}), "messages.0")
+            for name in ("reasoning_content", "reasoning")]  # fmt: skip
+    assert told[0] == told[1]
+    assert told[0]["reasoning_content"] == "hm"
 
 
 # ---- pages in a browser ----------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import os
 import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from thimble.backends.open import choose_decode, choose_store, open_session
 from thimble.config.serve import ServeConfig
 from thimble.data.model import Model, base_with_adapters, log_base, model_with_adapters, open_model
-from thimble.errors import EXTRAS, MissingPackageError, Problems, install_line, listing
+from thimble.errors import EXTRAS, ConfigError, MissingPackageError, Problems, install_line, listing
 from thimble.events import Event, EventLog, OnEvent, ShouldStop, ignore, never
 from thimble.inference.adapters import AdapterRegistry
 from thimble.inference.engine import Engine
@@ -77,6 +77,8 @@ def serve(config: ServeConfig, on_event: OnEvent = ignore, should_stop: ShouldSt
     for name, size in (("adapter-memory", config.adapter_memory), ("prefix-cache", config.prefix_cache)):
         if (size or 0) > free:
             problems.add(f"--{name} {size}: expected at most the memory that is free, {free / 1e9:.2f} GB")
+    if config.log:
+        problems.attempt(_check_log, config.log)
     opened = problems.attempt(listen, config.host, config.port)
     model, adapters = _open(config, problems, log)
     if model:
@@ -88,7 +90,7 @@ def serve(config: ServeConfig, on_event: OnEvent = ignore, should_stop: ShouldSt
     report = ServeReport(address_of(opened), service.base_name, messages=log.messages)
     hosts = {*LOCAL, config.host, *config.allowed_host} if config.host in LOCAL else {*config.allowed_host} or None
     began = time.perf_counter()
-    with _told(config.log, report, on_event) as on_request, _collecting_less():
+    with _told(config.log, report, log, on_event) as on_request, _collecting_less():
         app = make_app(service, Keys(keys, admin_keys), hosts, on_request)
         run(app, service, opened, should_stop, partial(_greet, service, report, bool(keys), log), config.drain_seconds)
     report.seconds, report.adapters = time.perf_counter() - began, service.adapters.names
@@ -104,6 +106,16 @@ def check_packages() -> None:
         raise MissingPackageError(
             f"thimble serve needs packages that are not installed ({error.name}): {install_line('serve')}"
         ) from None
+
+
+def _check_log(path: str) -> None:
+    """Refuse a file to add lines to that cannot be written, before the base is read."""
+    try:
+        with open(path, "a", encoding="utf-8"):
+            pass
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        why = getattr(error, "strerror", None) or error
+        raise ConfigError(f"--log {path}: cannot be written ({why}): name another file") from None
 
 
 def _keys(variable: str, given: str | Sequence[str] | None) -> list[str]:
@@ -198,25 +210,37 @@ def _collecting_less() -> Iterator[None]:
 
 
 @contextmanager
-def _told(path: str | None, report: ServeReport, on_event: OnEvent) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """What takes each request that is over: it is counted, told as an event, and added to a file if there is one."""
-    file = open(path, "a", encoding="utf-8") if path else None  # noqa: SIM115 - closed below
+def _told(
+    path: str | None, report: ServeReport, log: EventLog, on_event: OnEvent
+) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """What takes each request that is over: it is counted, told as an event, and added to a file if there is one. A
+    file that finds no room costs its lines, and no request its answer.
+    """
+    file, is_lost = open(path, "a", encoding="utf-8") if path else None, False  # noqa: SIM115 - closed below
 
     def on_request(entry: dict[str, Any]) -> None:
+        nonlocal is_lost
         report.requests += 1
         report.refused += entry["status"] >= 400
         report.prompt_tokens += entry.get("prompt_tokens", 0)
         report.completion_tokens += entry.get("completion_tokens", 0)
         on_event(Event("request", _line(entry), entry))
-        if file:
-            file.write(json.dumps(entry) + "\n")
-            file.flush()
+        if file and not is_lost:
+            try:
+                file.write(json.dumps(entry) + "\n")
+                file.flush()
+            except OSError as error:
+                is_lost = True
+                log.warning(
+                    f"--log {path}: cannot be written any more ({error.strerror}): requests are not logged there"
+                )
 
     try:
         yield on_request
     finally:
-        if file:
-            file.close()
+        with suppress(OSError):  # what found no room still finds none
+            if file:
+                file.close()
 
 
 def _line(entry: Mapping[str, Any]) -> str:

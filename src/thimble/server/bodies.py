@@ -58,6 +58,7 @@ class TextPart(Body):
 
     type: Literal["text"]
     text: str
+    cache_control: Any = Field(None, description="Nothing: what begins as an earlier request is not read again anyway.")
 
 
 Variables = Annotated[dict[str, Any], Field(max_length=16)]
@@ -94,6 +95,7 @@ class Message(Body):
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
+    reasoning: str | None = Field(None, description="As vLLM calls reasoning_content.")
     parsed: Any = Field(None, description="What a client made of the content.")
     refusal: None = None
     annotations: None | Annotated[list[Any], Field(max_length=0)] = None
@@ -131,6 +133,7 @@ class Tool(Body):
 
     type: Literal["function"]
     function: Function
+    cache_control: Any = Field(None, description="Nothing, as in the parts of a message.")
 
 
 class FunctionName(Body):

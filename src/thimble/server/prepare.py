@@ -92,7 +92,7 @@ def encode_chat(
         raise from_input_error(error, "chat_template_kwargs") from None
     _check_characters(service, sum(len(message.text) for message in messages), "messages")
     written = [_message(message, f"messages.{place}") for place, message in enumerate(messages)]
-    given = [tool.model_dump(exclude_none=True) for tool in tools or ()]
+    given = [tool.model_dump(exclude_none=True, exclude={"cache_control"}) for tool in tools or ()]
     if any(message.tool_calls or message.role == "tool" for message in messages):
         _form(service, "messages")
     try:
@@ -160,9 +160,9 @@ def _message(message: Message, param: str) -> dict[str, Any]:
     """A message as templates take it."""
     role = "system" if message.role == "developer" else message.role
     written: dict[str, Any] = {"role": role, "content": message.text}
-    for name in ("name", "tool_call_id", "reasoning_content"):
-        if (value := getattr(message, name)) is not None:
-            written[name] = value
+    thoughts = message.reasoning if message.reasoning_content is None else message.reasoning_content
+    noted = {"name": message.name, "tool_call_id": message.tool_call_id, "reasoning_content": thoughts}
+    written |= {name: value for name, value in noted.items() if value is not None}
     if message.tool_calls:
         written["tool_calls"] = [
             {

@@ -11,7 +11,7 @@ from thimble.errors import InputError, escaped, plural
 
 MOST_TOLD = 8  # problems of one request
 SHOWN_CHARACTERS = 200  # of a name that a client gave
-# What other servers, and earlier versions of the API, call fields that are there, by the last part of their path.
+# What other servers, and earlier versions of the API, call fields of a request that are there.
 _INSTEAD = {
     other: ours
     for ours, others in {
@@ -91,7 +91,7 @@ def _told(item: Mapping[str, Any], body: Any) -> tuple[str, str]:
     """A problem: the path of its field, and what is wrong there."""
     path, kind = _path(item["loc"], body), item["type"]
     if kind == "extra_forbidden":
-        ours = _INSTEAD.get(path.rpartition(".")[2])
+        ours = _INSTEAD.get(path)
         return path, "this field is not supported" + (f"; use {ours}" if ours else "")
     if kind == "missing":
         return path, "this field is required"
