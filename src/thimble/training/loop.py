@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 from thimble.backends.session import Gradient, Objective, StepKey, TrainingSession, TrainState
 from thimble.core.adapter import Adapter
 from thimble.core.method import Method
-from thimble.core.metrics import LossSum
 from thimble.models.execution import ExecutionPlan
 from thimble.models.machine import peak_memory_bytes
 from thimble.training.before_after import measure_after, measure_before
+from thimble.training.best_step import BestStep
 from thimble.training.checkpoint import Checkpoint
 from thimble.training.control import Control
-from thimble.training.guard import EPOCHS_IN_A_ROW, Guard, Memorisation, Plateau, Verdict, has_clearly_risen
+from thimble.training.guard import EPOCHS_IN_A_ROW, Guard, Memorisation, Plateau, Verdict
 from thimble.training.progress import Progress
 from thimble.training.protocols import Before, Collective, Scores, Sink, Task
 from thimble.training.step_schedule import StepSchedule
@@ -115,7 +115,7 @@ class _Loop:
         memorisation = Memorisation(plan.memorised_nats)
         self.progress = Progress(plan.execution, Guard(), plateau, memorisation, initialization=measured)
         self.state: TrainState = session.start(plan.adapter, plan.method)
-        self.best: NDArray[np.float32] | None = None  # flat adapter that did best on validation rows
+        self.best = BestStep(task, session, self.progress, plan.keeps_best, self.log)
         self.valid: Arrays = {}  # the last state known to be valid
         self.best_step = self.saved_step = 0
         self.strength = 1.0 if plan.strength is None else plan.strength
@@ -127,7 +127,7 @@ class _Loop:
 
     def _resume(self, checkpoint: Checkpoint) -> None:
         arrays = dict(checkpoint.state)
-        self.best = arrays.pop(BEST, None)
+        self.best.flat = arrays.pop(BEST, None)
         self.valid = {name[len(VALID) :]: arrays.pop(name) for name in list(arrays) if name.startswith(VALID)}
         self.state = self.session.restore(self.state, arrays)
         self.progress.restore(checkpoint.step, checkpoint.progress)
@@ -313,49 +313,18 @@ class _Loop:
     def _watch(self) -> dict[str, float]:
         """The loss of some validation rows, if it is time for it."""
         every, steps = self.plan.eval_every_steps, self.progress.steps
-        is_time = every and not steps % every and steps != self.plan.step_schedule.total_steps
-        return {"held_out_loss": self._measure_watched()} if is_time else {}
-
-    def _measure_watched(self) -> float:
-        """The mean loss of the watched rows; the best adapter is remembered."""
+        if not every or steps % every or steps == self.plan.step_schedule.total_steps:
+            return {}
         began = time.perf_counter()
-        rows = self.task.watch(self.session, self.state.active, self.progress.execution)
-        is_best = self.progress.plateau.add(self.progress.steps, [row.mean for row in rows])
-        if is_best and self.plan.keeps_best:
-            self.best = self.session.snapshot(self.state)["adapter"]
-        if self.progress.plateau.is_over and not self._is_confirmed():
-            self.progress.plateau.since = 0
+        self.state, loss = self.best.measure(self.state)
         self.idle_seconds += time.perf_counter() - began
-        return sum(rows, LossSum()).mean
-
-    def _is_confirmed(self) -> bool:
-        """Whether the loss rose since the best step on rows that are not watched, too, if there are such rows."""
-        now = self.task.confirm(self.session, self.state.active, self.progress.execution)
-        if not now or self.best is None:
-            return True
-        last = self.session.snapshot(self.state)["adapter"]
-        self.state = self.session.restore(self.state, {"adapter": self.best})
-        then = self.task.confirm(self.session, self.state.active, self.progress.execution)
-        self.state = self.session.restore(self.state, {"adapter": last})
-        if has_clearly_risen([row.mean for row in then], [row.mean for row in now]):
-            return True
-        self.log.note(f"on {len(now)} other rows the validation loss has not clearly risen")
-        return False
+        return {"held_out_loss": loss}
 
     def _keep_best(self) -> None:
-        """Return to the adapter that did best on validation rows, if the last one does clearly worse."""
-        progress, plateau = self.progress, self.progress.plateau
-        self.best_step = progress.steps
-        if self.best is None or self.control.should_stop() or self.cut_file:
-            return
-        if plateau.step < progress.steps and not self.diverged:  # the last step has not been measured
-            self._measure_watched()
-        if not self.diverged and not (plateau.since and self._is_confirmed()):
-            return
-        self.state = self.session.restore(self.state, {"adapter": self.best})
-        self.best_step = plateau.best_step
-        why = f"its loss of {plateau.best:.3f} on the validation rows watched has clearly risen since"
-        self.log.decision(f"kept: the adapter of step {self.best_step}; {why}")
+        """End with the adapter that did best on validation rows, unless the run was cut short."""
+        self.best_step = self.progress.steps
+        if not (self.control.should_stop() or self.cut_file):
+            self.state, self.best_step = self.best.settle(self.state, bool(self.diverged))
 
     # ---- checkpoints and pauses -----------------------------------------------------------------------------------
 
@@ -387,7 +356,7 @@ class _Loop:
         if step == self.saved_step:
             return
         arrays = {**self.session.snapshot(self.state), **{VALID + name: values for name, values in self.valid.items()}}
-        arrays |= {} if self.best is None else {BEST: self.best}
+        arrays |= {} if self.best.flat is None else {BEST: self.best.flat}
         self.saved_at = time.perf_counter()
         try:
             self.sink.write_checkpoint(step, arrays, self.progress.state())
