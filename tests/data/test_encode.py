@@ -415,6 +415,21 @@ def test_marks_of_turns_in_plain_text_are_told_and_those_of_another_template_are
     assert "teach answers alone" in bare.notes[1]
 
 
+@pytest.mark.parametrize(
+    ("template", "is_told"),
+    [
+        ("{% for m in messages %}<{{ m.role }}>{{ m.text }}{% endfor %}", True),
+        ("{% for m in messages %}<{{ m.role }}>{{ m.content if m.role == 'user' else 'ok' }}{% endfor %}", True),
+        ("{% for m in messages %}<{{ m.role }}>{{ m.content.title() }}{% endfor %}", False),
+        ("{% for m in messages %}<{{ m.role }}>{{ m.content.split('</think>')[-1] | trim }}{% endfor %}", False),
+    ],
+)
+def test_a_template_that_does_not_write_what_is_said_is_warned_of(encoder_of, template, is_told):
+    encoder = encoder_of(template)
+    encoder.encode(chat(user("Say it"), answer("<think>Why</think> Well then")))
+    assert any("does not write all messages of 1 row" in warning for warning in encoder.warnings) == is_told
+
+
 def test_answers_that_never_end_are_warned_of(encoder_of):
     encoder = encoder_of("{% for m in messages %}{{ m.role }}: {{ m.content }}<file_sep>{% endfor %}")
     encoder.encode(chat(user(), answer()))

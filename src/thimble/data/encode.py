@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from thimble.data.context import Context, fit
+from thimble.data.marks import MARKERS, first_mark, is_written
 from thimble.data.messages import answers, has_tools
 from thimble.data.rows import Record
 from thimble.data.template import ChatTemplate, Message, Renderings
@@ -21,14 +21,6 @@ from thimble.errors import BaseModelError, DataError, plural
 
 IGNORED = -100  # label of a position at which nothing is learned
 Ids = NDArray[np.int32]
-
-
-# How other templates mark turns: text that holds them has been through one already.
-MARKERS = (
-    "<|im_start|>", "<|im_end|>", "[INST]", "[/INST]", "<start_of_turn>", "<end_of_turn>", "<|start_header_id|>",
-    "<|eot_id|>", "<|user|>", "<|assistant|>", "### Instruction:", "### Response:", "### Human:", "### Assistant:",
-)  # fmt: skip
-LIKE_MARKS = re.compile(r"<[^<>\s]{1,64}>|\[/?[A-Z_]{2,32}\]|### [A-Z][a-z]+:")  # what is worth looking up
 
 
 @dataclass(frozen=True)
@@ -239,6 +231,11 @@ class Encoder:
                 f"the chat template does not write the thinking (reasoning_content) of "
                 f"{plural(seen['without thoughts'], 'row')}: what is learned there are answers without it"
             )
+        if seen["unwritten"]:
+            warnings.append(
+                f"the chat template does not write all messages of {plural(seen['unwritten'], 'row')}: what is learned "
+                "there lacks them; look at the template, or use a base whose template is intact"
+            )
         if seen["overruled"]:
             warnings.append(
                 f"--loss-on all learns whole rows: {plural(seen['overruled'], 'row')} with messages that are marked as "
@@ -277,7 +274,7 @@ class Encoder:
     def _check(self, record: Record, ids: Sequence[int], learned: Sequence[bool]) -> None:
         """Count whether the record has been through a template before, and whether its answer has an end."""
         texts = (message.get("content") or "" for message in record.messages or ())
-        if mark := next((found for text in texts for found in LIKE_MARKS.findall(text) if found in self._marks), ""):
+        if mark := first_mark(texts, self._marks):
             self._count_mark("marked", mark, record)
         last = next(itertools.compress(reversed(ids), reversed(learned)), None)
         self._seen["open"] += last is not None and last not in self._tokenizer.stop_ids
@@ -317,6 +314,8 @@ class Encoder:
         self._seen["without thoughts"] += any(said.strip() not in text for said in thoughts if said)
         named = (turn.get("name") for turn in messages if turn["role"] != "tool")
         self._seen["without names"] += any(str(name) not in text for name in named if name)
+        said = (turn for turn in messages[: learned[-1] + 1 if learned else 0] if turn["role"] != "tool")
+        self._seen["unwritten"] += not all(is_written(turn.get("content") or "", text) for turn in said)
         self._seen["goes on"] += bool(learned) and learned[-1] + 1 < len(messages)
 
     def _require_turns(self) -> Turns:
@@ -363,7 +362,7 @@ class Encoder:
 
     def _text_rows(self, record: Record) -> list[Row]:
         self._seen["text"] += 1
-        if mark := next((found for found in LIKE_MARKS.findall(record.text or "") if found in MARKERS), ""):
+        if mark := first_mark([record.text or ""], MARKERS):
             is_other = self._template is not None and mark not in self._template.source
             self._count_mark("marked otherwise" if is_other else "marked as here", mark, record)
         ids = self._known(self._tokenizer.encode(record.text or ""))

@@ -9,11 +9,9 @@ from collections.abc import Collection, Mapping, Sequence
 from os.path import commonprefix
 from typing import Any, NamedTuple
 
+from thimble.data.marks import THINKING
 from thimble.data.messages import answers
 from thimble.data.template import ChatTemplate, Message, Renderings
-
-# How thinking begins and ends: generation prompts of some models open it, and an answer without it must close it.
-THINKING = (("<think>", "</think>"), ("<|START_THINKING|>", "<|END_THINKING|>"))
 
 
 class Piece(NamedTuple):

@@ -186,6 +186,7 @@ def test_the_rows_below_a_card_are_read_and_not_the_card(tmp_path):
         (["train/a.jsonl", "train/b.jsonl", "test/a.jsonl", "README.md"], (12, 0, 6)), (["data/all.jsonl"], (6, 0, 0)),
         (["train.jsonl", "validation/a.jsonl"], (6, 6, 0)), (["math/a.jsonl", "law/b.jsonl"], (12, 0, 0)),
         (["alpaca_train.jsonl", "alpaca_eval.jsonl"], (6, 6, 0)), (["math.jsonl", "math_test.jsonl"], (6, 0, 6)),
+        (["train.jsonl", "train.jsonl.gz", "test.jsonl.gz"], (6, 0, 6)),
         (["train.jsonl", "train.csv", "test.csv"], (6, 0, 6)), (["a.csv", "a.jsonl", "b.csv"], (12, 0, 0)),
         (["training.jsonl", "testing.jsonl"], (6, 0, 6)), (["a_train.jsonl", "b_train.jsonl"], (12, 0, 0)),
         (["train.jsonl", "._train.jsonl", "~$train.csv", "__MACOSX/._train.jsonl", ".DS_Store"], (6, 0, 0)),
@@ -204,6 +205,14 @@ def test_the_same_rows_in_another_format_are_told(tmp_path):
         "the same data in another format, not used: train.csv",
         "files not used: extra/notes.jsonl",
     )
+
+
+def test_a_file_and_what_it_was_unpacked_from_are_read_once_and_told(tmp_path):
+    write(tmp_path, {"a.jsonl": LINES, "a.jsonl.gz": LINES, "b.jsonl.gz": LINES})
+    data = read_dataset(tmp_path)
+    assert (len(data.train), data.notes) == (12, ("packed twins of files beside them, not used: a.jsonl.gz",))
+    write(tmp_path / "texts", {"a.txt": "A", "a.txt.gz": "A"})
+    assert len(read_dataset(tmp_path / "texts").train) == 1
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,7 @@ def pairs(records):
             ),
         ),
         ("a.json", json.dumps({key: [row[key] for row in ROWS] for key in ROWS[0]})),
+        ("a.json", json.dumps({str(number): row for number, row in enumerate(ROWS)})),
         ("a.json", json.dumps({key: {str(n): row[key] for n, row in enumerate(ROWS)} for key in ROWS[0]})),
         (
             "a.json",
@@ -62,6 +63,14 @@ def pairs(records):
 )
 def test_json_is_read_however_a_program_lays_it_out(tmp_path, name, content):
     assert pairs(read(tmp_path, content, name).train) == ROWS
+
+
+def test_an_object_of_rows_by_their_names_is_a_table_and_one_of_a_few_parts_is_a_row(tmp_path):
+    rows = {f"q{number}": {"prompt": "a", "completion": "b", **({"x": 1} if number else {})} for number in range(10)}
+    assert len(read(tmp_path, json.dumps(rows), "a.json").train) == 10
+    parts = {"input": {"text": "a", "lang": "en"}, "output": {"text": "b", "lang": "de"}}
+    with pytest.raises(DataError, match="input is an object with text, lang"):
+        read(tmp_path, json.dumps(parts), "a.json")
 
 
 def test_that_objects_take_several_lines_is_told(tmp_path):

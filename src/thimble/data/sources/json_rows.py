@@ -12,6 +12,7 @@ from thimble.errors import DataError, as_word, listing
 
 MOST_VALUES = 20_000_000  # of a line, about: parsed, each takes far more memory than its text
 CONVERSATIONS = {"messages", "conversations"}  # arrays of objects that are one row
+LEAST_NAMED = 10  # rows of an object that names each; fewer may be the columns of one row
 _BETWEEN = re.compile(r"[\s,]*")  # values
 
 Lines = Iterator[tuple[int, str]]
@@ -152,7 +153,7 @@ def _rows_of(value: Any, name: str) -> list[Any]:
     if _is_server_answer(value):
         return [row["row"] for row in value["rows"]]
     if not arrays:
-        return _columns(value) or [value]
+        return _columns(value) or _named_rows(value) or [value]
     if len(arrays) == 1:
         return list(value[arrays[0]])
     raise DataError(
@@ -188,6 +189,14 @@ def _columns(value: dict[str, Any]) -> list[dict[str, Any]]:
     if not is_table or len({len(column) for column in columns}) != 1:
         return []
     return [dict(zip(value, cells, strict=True)) for cells in zip(*columns, strict=True)]
+
+
+def _named_rows(value: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows by number, as pandas writes them with orient="index", or many by name; none if it is neither."""
+    rows = list(value.values())
+    if len(rows) < 2 or not _holds_objects(rows) or not set.intersection(*map(set, rows)):
+        return []
+    return rows if len(rows) >= LEAST_NAMED or all(key.isdecimal() for key in value) else []
 
 
 def _is_split_table(names: Any, rows: Any) -> bool:

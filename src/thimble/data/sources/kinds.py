@@ -48,12 +48,12 @@ _TAR = slice(257, 262)
 
 def kind_of(path: Path) -> str | None:
     """How a file is read, by the suffix before that of its packing; None if it cannot be."""
-    return KINDS.get(Path(_unpacked_name(path)).suffix.lower())
+    return KINDS.get(Path(unpacked_name(path)).suffix.lower())
 
 
 def plain_name(path: Path) -> str:
     """The name of a file without the suffixes that say how to read it."""
-    name = _unpacked_name(path)
+    name = unpacked_name(path)
     return name[: -len(Path(name).suffix)] if kind_of(path) else name
 
 
@@ -66,7 +66,7 @@ def refusal(path: Path) -> str:
 
 def refused_kind(path: Path) -> str:
     """What a file that is not read is, by its suffix, with what to do; nothing if that is not known."""
-    return _REFUSED.get(Path(_unpacked_name(path)).suffix.lower(), "")
+    return _REFUSED.get(Path(unpacked_name(path)).suffix.lower(), "")
 
 
 def other_kind(head: bytes) -> str:
@@ -88,5 +88,6 @@ def kind_by_content(head: bytes) -> str | None:
     return {b"{": ".jsonl", b"[": ".json"}.get(begin[:1])
 
 
-def _unpacked_name(path: Path) -> str:
+def unpacked_name(path: Path) -> str:
+    """The name of a file without the suffix of its packing."""
     return path.name[: -len(path.suffix)] if path.suffix.lower() in PACKINGS else path.name

@@ -7,7 +7,7 @@ from pathlib import Path, PurePath
 from typing import NamedTuple
 
 from thimble.data.sources.card import is_card
-from thimble.data.sources.kinds import EXPECTED, TABLES, TEXT, kind_of, plain_name, refused_kind
+from thimble.data.sources.kinds import EXPECTED, TABLES, TEXT, kind_of, plain_name, refused_kind, unpacked_name
 from thimble.data.sources.raw import Source, Told
 from thimble.data.sources.splits import SPLITS, label_of, meaning_of, place, warn_of_missing_parts
 from thimble.errors import DataError, as_word, listing
@@ -47,7 +47,7 @@ class Found(NamedTuple):
 
 def files_in(folder: Path, told: Told) -> dict[str, list[Source]]:
     """The data files of a folder, by split: tables in it, else tables below it, else texts in it and below it."""
-    files = _walk(folder)
+    files = _without_packed_twins(_walk(folder), told)
     tables = [file for file in files if file.kind != TEXT and not _NOT_DATA.fullmatch(file.path.name)]
     on_top = [file for file in tables if len(file.relative.parts) == 1]
     if on_top:  # and folders called train, test ... beside it; what lies elsewhere is something else
@@ -88,6 +88,15 @@ def _walk(folder: Path) -> list[Found]:
             if kind and path.is_file():
                 found.append(Found(path, path.relative_to(folder), kind))
     return sorted(found, key=lambda file: file.relative)
+
+
+def _without_packed_twins(files: list[Found], told: Told) -> list[Found]:
+    """Files without those that lie there unpacked too, as gunzip --keep leaves them."""
+    there = {file.relative for file in files}
+    twins = [file for file in files if file.relative.with_name(unpacked_name(file.path)) in there - {file.relative}]
+    if twins:
+        told.note(f"packed twins of files beside them, not used: {listing(file.relative.as_posix() for file in twins)}")
+    return [file for file in files if file not in twins]
 
 
 def _once(tables: list[Found], folder: Path, told: Told) -> list[Found]:
