@@ -13,7 +13,7 @@ from thimble.config.values import flag
 # Our option and what other tools call it.
 _ALSO = {
     "base": "model model_name model_name_or_path base_model pretrained_model_name_or_path",
-    "data": "dataset datasets dataset_path train_file input_file prompts",
+    "data": "dataset datasets dataset_path train_dataset train_file input_file prompts",
     "out": "output output_dir save_path output_file",
     "adapter": "adapter_path adapter_name_or_path lora_model_dir lora lora_path adapters", "rank": "r lora_r lora_rank",
     "alpha": "lora_alpha", "use_rslora": "rslora peft_use_rslora", "use_dora": "dora peft_use_dora",
@@ -64,7 +64,20 @@ _INSTEAD = {
         "adapter_name_or_path lora_model_dir resume_adapter_file",
     "use --loss-on completions or --loss-on all": "train_on_inputs train_on_prompt mask_prompt completion_only_loss "
         "assistant_only_loss",
-    "leave it out: the chat template of the base is used": "chat_template template",
+    "leave it out: the chat template of the base is used": "chat_template chat_template_jinja template formatting_func",
+    "leave it out: the tokenizer of the base is used, with its special tokens": "tokenizer tokenizer_name "
+        "tokenizer_path processing_class special_tokens",
+    "leave it out: where answers begin and end is found by the chat template, and their end is learned":
+        "train_on_eos response_template instruction_template response_part instruction_part train_on_responses_only "
+        "data_collator",
+    'leave it out: give the messages that are not to be learned "weight": 0': "mask_history roles_to_train "
+        "last_turn_only train_on_last_turn_only",
+    "leave it out: a chat template is told the rows and nothing else; thoughts stand in the answers": "enable_thinking "
+        "chat_template_kwargs",
+    "lay those rows beside the others, as train.jsonl and valid.jsonl, and name the folder": "eval_dataset "
+        "eval_file valid_file validation_file validation_dataset test_datasets eval_data valid_data",
+    "name the file of the split, or its folder": "split dataset_split train_split dataset_dir data_dir data_files",
+    "leave it out: rows are read one by one, whatever their number": "streaming",
     "give a file with fewer rows, or use --max-steps": "max_samples",
     "use --eval-every-steps": "eval_strategy evals_per_epoch",
     "use --checkpoint-every-steps or --checkpoint-every-minutes": "saves_per_epoch",
