@@ -51,8 +51,8 @@ def test_a_name_means_what_it_means_for_the_command():
         "roles_to_train train_on_eos test_datasets special_tokens chat_template_jinja streaming",
         "model_name_or_path cutoff_len lora_rank lora_target per_device_train_batch_size num_train_epochs val_size "
         "additional_target quantization_bit finetuning_type stage do_train overwrite_cache overwrite_output_dir "
-        "plot_loss template dataset cutoff_len max_samples preprocessing_num_workers report_to eval_dataset mask_history "
-        "dataset_dir streaming enable_thinking",
+        "plot_loss template dataset cutoff_len max_samples preprocessing_num_workers report_to eval_dataset "
+        "mask_history dataset_dir streaming enable_thinking",
         "r target_modules max_seq_length use_rslora random_state load_in_4bit use_gradient_checkpointing tokenizer "
         "train_dataset eval_dataset instruction_part response_part train_on_responses_only formatting_func "
         "data_collator split",

@@ -1,5 +1,6 @@
 """Which files of a folder are read: as datasets saves them, as the hub's client leaves them, as people lay them out."""
 
+import errno
 import json
 import os
 
@@ -205,6 +206,27 @@ def test_the_same_rows_in_another_format_are_told(tmp_path):
         "the same data in another format, not used: train.csv",
         "files not used: extra/notes.jsonl",
     )
+
+
+def test_links_to_folders_are_followed_and_none_leads_in_a_circle(tmp_path):
+    write(tmp_path, {"disk/train.jsonl": LINES, "disk/valid.jsonl": LINES, "set/README.md": CARD})
+    (tmp_path / "set" / "data").symlink_to(tmp_path / "disk")
+    (tmp_path / "disk" / "back").symlink_to(tmp_path / "set")
+    assert counts(tmp_path / "set") == (6, 6, 0)
+
+
+def test_a_folder_below_that_cannot_be_read_is_told(tmp_path, monkeypatch):
+    write(tmp_path, {"data/train.jsonl": LINES, "more/b.jsonl": LINES})
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("more"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DataError, match="more cannot be opened: Permission denied"):
+        read_dataset(tmp_path)
 
 
 def test_a_file_and_what_it_was_unpacked_from_are_read_once_and_told(tmp_path):

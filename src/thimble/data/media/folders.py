@@ -10,6 +10,7 @@ from thimble.data.media.items import Item
 from thimble.data.media.kinds import EXPECTED, NOUNS, is_hidden, is_media
 from thimble.data.sources.raw import Told
 from thimble.data.sources.splits import SPLITS
+from thimble.data.sources.walk import folders_below
 from thimble.errors import DataError, escaped, listing, plural
 
 MOST_FILES = 2_000_000  # below a folder: more are no data set but, say, a whole disk
@@ -17,23 +18,8 @@ MOST_FILES = 2_000_000  # below a folder: more are no data set but, say, a whole
 
 def walk(folder: Path) -> Iterator[Path]:
     """All files below a folder in the order of their names, but for hidden ones; links are followed, none twice."""
-    seen: set[tuple[int, int]] = set()
-    count = 0
-    for parent, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
-        place = os.stat(parent)
-        if (place.st_dev, place.st_ino) in seen:  # a link that leads back
-            folders.clear()
-            continue
-        seen.add((place.st_dev, place.st_ino))
-        folders[:] = sorted(name for name in folders if not is_hidden(name))
-        count += len(names)
-        if count > MOST_FILES:
-            raise DataError(f"{folder} holds more than {MOST_FILES:,} files: name the folder of the data itself.")
-        yield from (Path(parent, name) for name in sorted(names) if not is_hidden(name))
-
-
-def _refuse(error: OSError) -> None:
-    raise error  # a folder that cannot be read is no empty one
+    for parent, names in folders_below(folder, is_hidden, MOST_FILES):
+        yield from (parent / name for name in sorted(names) if not is_hidden(name))
 
 
 def unpacked_folder(folder: Path, told: Told) -> Path:

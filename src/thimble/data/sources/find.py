@@ -57,7 +57,8 @@ def find_files(path: Path) -> Files:
             raise DataError(f"{path} is no regular file: expected a {EXPECTED} file, or a folder of such files.")
         return Files(_as_they_are(_one_file(path), told), told)
     except OSError as error:
-        raise DataError(f"{path} cannot be opened: {error.strerror or error}. Expected a file or a folder.") from error
+        place = error.filename or path  # a folder somewhere below may be the one
+        raise DataError(f"{place} cannot be opened: {error.strerror or error}. Expected a file or a folder.") from error
 
 
 def _one_file(path: Path) -> dict[str, list[Source]]:

@@ -1,6 +1,5 @@
 """The data files of a folder: which of all that lies there is data, taken once, and for which split."""
 
-import os
 import re
 from collections.abc import Iterable
 from pathlib import Path, PurePath
@@ -10,6 +9,7 @@ from thimble.data.sources.card import is_card
 from thimble.data.sources.kinds import EXPECTED, TABLES, TEXT, kind_of, plain_name, refused_kind, unpacked_name
 from thimble.data.sources.raw import Source, Told
 from thimble.data.sources.splits import SPLITS, label_of, meaning_of, place, warn_of_missing_parts
+from thimble.data.sources.walk import folders_below
 from thimble.errors import DataError, as_word, listing
 
 MOST_FILES = 100_000  # below a folder: more are no data set but, say, a home folder
@@ -72,14 +72,9 @@ def files_in(folder: Path, told: Told) -> dict[str, list[Source]]:
 def _walk(folder: Path) -> list[Found]:
     """All files of known kinds below a folder, in the order of their names; hidden ones are no data."""
     found: list[Found] = []
-    count = 0
-    for parent, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in _FOREIGN_FOLDERS)
-        count += len(names)
-        if count > MOST_FILES:
-            raise DataError(f"{folder} holds more than {MOST_FILES:,} files: name the folder of the data itself.")
+    for parent, names in folders_below(folder, _is_foreign, MOST_FILES):
         for name in names:
-            path = Path(parent, name)
+            path = parent / name
             kind = None if name.startswith(_LEFT_BY_OTHERS) else kind_of(path)
             if kind and path.is_symlink() and not path.exists():
                 raise DataError(
@@ -88,6 +83,10 @@ def _walk(folder: Path) -> list[Found]:
             if kind and path.is_file():
                 found.append(Found(path, path.relative_to(folder), kind))
     return sorted(found, key=lambda file: file.relative)
+
+
+def _is_foreign(name: str) -> bool:
+    return name.startswith(".") or name in _FOREIGN_FOLDERS
 
 
 def _without_packed_twins(files: list[Found], told: Told) -> list[Found]:
