@@ -52,18 +52,45 @@ class Examples:
         """How often rows have the same answer, validation rows included."""
         return self.train_report.answers + self.valid_report.answers
 
-    @functools.cached_property
+    @property
     def known(self) -> frozenset[int]:
         """Numbers of the validation rows that are also among the training rows, token by token."""
-        held = {row.ids.tobytes() for row in self.valid}
-        learned = {ids for row in self.train if (ids := row.ids.tobytes()) in held} if held else ()
-        return frozenset(number for number, row in enumerate(self.valid) if row.ids.tobytes() in learned)
+        return self._met[0]
+
+    @property
+    def asked(self) -> frozenset[int]:
+        """Numbers of the other validation rows whose last question training rows ask too, with another answer.
+
+        None if most training rows ask what validation rows ask, since then one question is what the data are about.
+        """
+        return self._met[1]
+
+    @functools.cached_property
+    def _met(self) -> tuple[frozenset[int], frozenset[int]]:
+        held, questions = {row.ids.tobytes() for row in self.valid}, {_question(row) for row in self.valid} - {b""}
+        learned, answered, count = set[bytes](), set[bytes](), 0
+        for row in self.train if held else ():
+            if (ids := row.ids.tobytes()) in held:
+                learned.add(ids)
+            if (question := _question(row)) in questions:
+                answered.add(question)
+                count += 1
+        answered = answered if 2 * count <= len(self.train) else set()
+        known = frozenset(number for number, row in enumerate(self.valid) if row.ids.tobytes() in learned)
+        return known, frozenset(n for n, row in enumerate(self.valid) if _question(row) in answered) - known
 
     @functools.cached_property
     def unseen(self) -> tuple[int, ...]:
         """Numbers of the validation rows that say something new: not trained on, and each content once."""
         first = {row.ids.tobytes(): number for number, row in reversed(list(enumerate(self.valid)))}
         return tuple(sorted(set(first.values()) - self.known))
+
+
+def _question(row: Row) -> bytes:
+    """The tokens before the last answer of a row; nothing where all is learned, as of plain text."""
+    learned = row.labels != IGNORED
+    begins = np.flatnonzero(learned & ~np.r_[False, learned[:-1]])
+    return bytes(row.ids[: begins[-1] + 1].tobytes()) if len(begins) and begins[-1] else b""
 
 
 def make_encoder(model: Model, config: DataOptions) -> Encoder:
@@ -134,6 +161,11 @@ def log_examples(examples: Examples, log: EventLog) -> None:
         log.warning(
             f"also among the training rows: {plural(len(known), 'validation row')} ({listing(known, 3)}), where memory "
             "is enough to do well"
+        )
+    if asked := [examples.valid[number].source for number in sorted(examples.asked)]:
+        log.warning(
+            f"asked by training rows too, which answer it otherwise: {plural(len(asked), 'validation row')} "
+            f"({listing(asked, 3)}): they say less of new questions; hold all answers to a question out together"
         )
     for name, report in (("training", examples.train_report), ("validation", examples.valid_report)):
         _log_lengths(name, report, log)
