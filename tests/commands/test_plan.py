@@ -22,6 +22,14 @@ def test_a_plan_decides_what_a_run_would_and_writes_nothing(examples, tiny_base,
     assert changes["--targets"].seconds_per_step < report.seconds_per_step
 
 
+def test_questions_of_validation_rows_that_training_rows_answer_otherwise_are_told(tiny_base, tmp_path):
+    rows = [json.dumps({"prompt": f"say {n} ", "completion": f"{n} it is"}) for n in range(12)]
+    (tmp_path / "train.jsonl").write_text("\n".join(rows))
+    (tmp_path / "valid.jsonl").write_text("\n".join([rows[3].replace("it is", "again"), rows[5].replace("5", "55")]))
+    told = thimble.plan(tmp_path, base=tiny_base, compute="fp32", seq_len=64, rank=4).messages["warning"]
+    assert any("the question of 1 validation row (valid.jsonl line 1) is in training rows too" in text for text in told)
+
+
 def test_what_a_plan_offers_instead_fits_the_budget(examples, tiny_base):
     needed = thimble.plan(examples, base=tiny_base).memory["total"]
     report = thimble.plan(examples, base=tiny_base, memory_budget=needed + 1000)

@@ -30,7 +30,9 @@ def test_a_validation_row_is_known_or_only_its_question_is():
 
 def test_what_counts_is_the_last_question_with_all_before_it():
     told, other = (5, 6, 7), (5, 6, 8)
-    found = examples([*OTHERS, row([1, 2], [4], told)], [row([1, 2], [3], told), row([1, 2], [3], other), row([1, 2], [3])])
+    found = examples(
+        [*OTHERS, row([1, 2], [4], told)], [row([1, 2], [3], told), row([1, 2], [3], other), row([1, 2], [3])]
+    )
     assert (found.known, found.asked) == (set(), {0})
 
 
