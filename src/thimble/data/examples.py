@@ -164,9 +164,9 @@ def log_examples(examples: Examples, log: EventLog) -> None:
         )
     if asked := [examples.valid[number].source for number in sorted(examples.asked)]:
         log.warning(
-            f"the question of {plural(len(asked), 'validation row')} ({listing(asked, 3)}) is in training rows too, with "
-            "another answer: how well it is answered says little of new questions; to hold a question out with all of "
-            "its answers, lay them into a valid file"
+            f"the question of {plural(len(asked), 'validation row')} ({listing(asked, 3)}) is in training rows too, "
+            "with another answer: how well it is answered says little of new questions; to hold a question out with "
+            "all of its answers, lay them into a valid file"
         )
     for name, report in (("training", examples.train_report), ("validation", examples.valid_report)):
         _log_lengths(name, report, log)
