@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 
 import pytest
 
@@ -58,6 +59,21 @@ def test_a_conversation_is_asked_up_to_its_last_answer(turns, asked, reference):
     shared = [{"from": names[turn["role"]], "value": turn["content"]} for turn in turns]
     record, found = parse_prompt({"conversations": shared}, "here")
     assert (list(record.messages), found) == (asked, reference)
+
+
+def test_a_list_of_messages_is_asked_up_to_its_last_answer():
+    record, found = parse_prompt([SYSTEM, USER, REPLY], "here")
+    assert (list(record.messages), found) == ([SYSTEM, USER], "So.")
+
+
+def test_a_prompt_in_place_of_a_file_is_answered_with_how_to_ask_it():
+    for text in ("Why is the sky blue?", "Say it. Now"):
+        with pytest.raises(
+            DataError, match=f"if it is a prompt, ask it with: thimble chat --prompt '{re.escape(text)}'"
+        ):
+            read_prompts(text, Skipped())
+    with pytest.raises(DataError, match="my file.jsonl does not exist"):
+        read_prompts("my file.jsonl", Skipped())
 
 
 def test_texts_in_turn_are_asked_up_to_their_last_answer():

@@ -6,6 +6,8 @@ are written exactly as training rows begin.
 
 import contextlib
 import json
+import os
+import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,11 +17,11 @@ from thimble.config.groups import ColumnOptions
 from thimble.data.columns import Fields, NamedColumns, folded
 from thimble.data.records import Skipped
 from thimble.data.row_forms import ALSO_CHATS, CHATS, COMPLETIONS, HISTORIES, PROMPTS, SYSTEMS
-from thimble.data.row_messages import in_turn
+from thimble.data.row_messages import are_messages, in_turn
 from thimble.data.row_values import is_filled, is_missing
 from thimble.data.rows import Record, RowReader, parse_row
 from thimble.data.sources.find import find_files
-from thimble.data.sources.kinds import TEXT
+from thimble.data.sources.kinds import TEXT, kind_of, refused_kind
 from thimble.data.sources.raw import RawRow, Source, Told
 from thimble.data.sources.read import read_rows
 from thimble.data.spool import Spool
@@ -118,9 +120,20 @@ def read_prompts(path: str | Path, skipped: Skipped, reader: PromptReader | None
     `skipped`; a DataError if a file cannot be read at all, or there is nothing in it. Returned with what is worth
     telling about the files.
     """
+    _refuse_prompt(str(path))
     splits, told = find_files(Path(path))
     files = splits.get("test") or splits.get("valid") or splits["train"]
     return keep_prompts(_raw_rows(files, told), skipped, listing(file.name for file in files), reader), told
+
+
+def _refuse_prompt(text: str) -> None:
+    """Refuse what is no name of a file but rather a prompt itself."""
+    is_named = kind_of(Path(text)) or refused_kind(Path(text)) or len(text.split()) < 2
+    if not is_named and not os.path.lexists(text):
+        raise DataError(
+            f"{text} is no file; if it is a prompt, ask it with: thimble chat --prompt {shlex.quote(text)}; in Python "
+            "prompts are given in a list"
+        )
 
 
 def keep_prompts(
@@ -144,7 +157,7 @@ def _is_asked(record: Record) -> bool:
 
 def parse_prompt(row: Any, source: str) -> tuple[Record, str | None]:
     """The same by known columns: a record that ends before its answer, and the answer; a DataError if it is neither."""
-    row = {"prompt": row} if isinstance(row, str) else row
+    row = {"prompt": row} if isinstance(row, str) else {"messages": row} if are_messages(row) else row
     if not isinstance(row, Mapping):
         raise DataError(f"the row is {str(row)[:40]}: expected a text, or an object with {EXPECTED}")
     row = {str(name): value for name, value in row.items() if not is_missing(value)}

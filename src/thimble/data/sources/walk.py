@@ -8,12 +8,15 @@ from thimble.errors import DataError
 
 
 def folders_below(folder: Path, is_skipped: Callable[[str], bool], most_files: int) -> Iterator[tuple[Path, list[str]]]:
-    """A folder and those below it in the order of their names, each with the names of its files.
+    """A folder and those below it in the order of their names.
 
     Args:
         folder: Where to begin.
         is_skipped: Whether folders of a name are left out.
         most_files: In all; of more a DataError says that this is no data set.
+
+    Yields:
+        tuple[Path, list[str]]: A folder, and the names of its files.
 
     Raises:
         OSError: If a folder cannot be read.
