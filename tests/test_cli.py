@@ -2,6 +2,7 @@
 
 import io
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -317,6 +318,22 @@ def test_a_stopped_command_says_what_is_kept(capsys, monkeypatch):
         told[name] = capsys.readouterr().err.strip()
     assert told["merge"] == "stopping after this step, writing nothing (once more to leave at once)"
     assert told["serve"] == "stopping once the answers that were begun are done (once more to leave at once)"
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="needs terminals that hang up")
+def test_a_terminal_that_is_closed_stops_a_command_politely_however_often_that_is_told(monkeypatch, capsys):
+    installed = []
+    monkeypatch.setattr(cli.signal, "signal", lambda number, handler: installed.append(number))
+    monkeypatch.setattr(cli.os, "_exit", lambda code: pytest.fail("left at once"))
+    stop = cli._StopFlag("after this step")
+    assert signal.SIGHUP in installed
+    for _ in range(2):  # shell and system both tell
+        stop._on_signal(signal.SIGHUP, None)
+    assert (stop(), cli.EXIT_INTERRUPTED[stop.signal]) == (True, 129)
+    installed.clear()
+    monkeypatch.setattr(cli.signal, "getsignal", lambda number: signal.SIG_IGN)  # as under nohup
+    cli._StopFlag("after this step")
+    assert installed == [signal.SIGINT, signal.SIGTERM]
 
 
 def test_an_alpha_that_no_reader_would_take_is_refused(refused, examples, tiny_base):

@@ -20,11 +20,12 @@ from thimble.errors import InputError, RunError, ThimbleError, escaped
 from thimble.report.streams import prepare_streams, say, silence, write_result
 from thimble.report.terminal import Progress, to_json
 
-EXIT_INTERRUPTED = {signal.SIGINT: 130, signal.SIGTERM: 143}
+HANGUP = getattr(signal, "SIGHUP", None)  # the terminal was closed, or the connection to it lost
+EXIT_INTERRUPTED = {number: 128 + number for number in (signal.SIGINT, signal.SIGTERM, HANGUP) if number}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; exit codes: 0 done, 2 refused, 3 the run failed, 130 or 143 interrupted, 1 a fault of ours."""
+    """Run one command; exit codes: 0 done, 2 refused, 3 the run failed, above 128 interrupted, 1 a fault of ours."""
     prepare_streams()
     words = list(sys.argv[1:] if argv is None else argv)
     switches = switches_in(words)
@@ -118,15 +119,22 @@ def _answer_without_command(switches: Mapping[str, Any]) -> int:
 
 
 class _StopFlag:
-    """Turns the first Ctrl-C or termination into a request to stop; the second ends the process at once."""
+    """Turns the first Ctrl-C, termination or loss of the terminal into a request to stop.
+
+    The second ends the process at once, but for the loss of the terminal, of which shell and system both tell. That is
+    nothing to stop for where it is ignored, as by nohup.
+    """
 
     def __init__(self, when: str) -> None:
         self.when = when  # the command ends, and what it leaves
         self.signal: signal.Signals | None = None
         for number in EXIT_INTERRUPTED:
-            signal.signal(number, self._on_signal)
+            if number != HANGUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: object) -> None:
+        if self.signal and number == HANGUP:
+            return
         if self.signal:
             os._exit(EXIT_INTERRUPTED[signal.Signals(number)])
         self.signal = signal.Signals(number)
