@@ -29,7 +29,7 @@ EXIT_CODES = """\
 | 0 | done |
 | 2 | refused before any work: bad data or options, an unknown base, or too little memory; nothing is written |
 | 3 | the work began and failed: training diverged, the disk is full; the last good adapter is kept |
-| 130, 143, 129 | interrupted (Ctrl-C), terminated, or left by its terminal (not under `nohup`); what was learned is kept |
+| 130, 143, 129 | interrupted (Ctrl-C), terminated, or left by its terminal; what was learned is kept |
 | 1 | a fault of Thimble's own; `--debug` shows where |
 """
 

@@ -27,6 +27,10 @@ def test_questions_of_validation_rows_that_training_rows_answer_otherwise_are_to
     (tmp_path / "train.jsonl").write_text("\n".join(rows))
     (tmp_path / "valid.jsonl").write_text("\n".join([rows[3].replace("it is", "again"), rows[5].replace("5", "55")]))
     told = thimble.plan(tmp_path, base=tiny_base, compute="fp32", seq_len=64, rank=4).messages["warning"]
+    rows += rows[:2]
+    (tmp_path / "train.jsonl").write_text("\n".join(rows))
+    notes = thimble.plan(tmp_path, base=tiny_base, compute="fp32", seq_len=64, rank=4).messages["note"]
+    assert "2 of 14 training rows repeat one before them: learned as often" in notes
     assert any("the question of 1 validation row (valid.jsonl line 1) is in training rows too" in text for text in told)
 
 

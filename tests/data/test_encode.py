@@ -471,6 +471,11 @@ def test_the_report_counts_what_became_of_the_records(smollm, smollm_template):
     assert report.rows_without_labels == []
 
 
+def test_rows_that_repeat_others_are_counted(encoder):
+    _, report = encode_all([chat(user(text), answer()) for text in ("a", "b", "a", "c", "a")], encoder)
+    assert report.copies == 2
+
+
 def test_rows_without_labels_are_left_out_and_named(smollm, smollm_template):
     records = [chat(user(), answer()), Record(text="Once.", source="b.txt")]
     rows, report = encode_all(records, Encoder(smollm, smollm_template, 64, loss_on="completions"))

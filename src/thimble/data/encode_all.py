@@ -1,5 +1,6 @@
 """All records to rows: counted as they come, and kept in a file without a name."""
 
+import hashlib
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +29,7 @@ class EncodeReport:
     truncated_tokens: int = 0
     rows_without_labels: list[str] = field(default_factory=list)  # sources; these are left out
     lengths: Sequence[int] = field(default_factory=lambda: array("q"))  # in tokens, after truncation
+    digests: Sequence[int] = field(default_factory=lambda: array("Q"))  # of the token ids of each row
     answers: AnswerCounts = field(default_factory=AnswerCounts)  # the last answer of each row
 
     @property
@@ -40,6 +42,11 @@ class EncodeReport:
         """Tokens of the longest row; 0 without rows."""
         return max(self.lengths, default=0)
 
+    @property
+    def copies(self) -> int:
+        """How many rows are the same as one before them."""
+        return len(self.digests) - len(np.unique(np.asarray(self.digests, np.uint64)))
+
     def count(self, row: Row) -> bool:
         """Take a row into account; whether it has something to learn."""
         labels = row.target_tokens
@@ -47,6 +54,7 @@ class EncodeReport:
             self.rows_without_labels.append(row.source)
             return False
         self.lengths.append(len(row.ids))
+        self.digests.append(int.from_bytes(hashlib.blake2b(row.ids.tobytes(), digest_size=8).digest()))
         self.target_tokens += labels
         self.truncated_rows += row.truncated_tokens > 0
         self.truncated_tokens += row.truncated_tokens

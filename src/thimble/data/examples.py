@@ -132,7 +132,8 @@ def _split_pieces(examples: Examples, share: float) -> Examples:
     trained = [number for number in range(len(rows)) if number not in held]
     lengths = [examples.train_report.lengths[number] for number in trained]
     target_tokens = sum(rows[number].target_tokens for number in trained)
-    report = replace(examples.train_report, lengths=lengths, target_tokens=target_tokens)
+    digests = [examples.train_report.digests[number] for number in trained]
+    report = replace(examples.train_report, lengths=lengths, digests=digests, target_tokens=target_tokens)
     valid = tuple(rows[number] for number in sorted(held))
     return replace(examples, train=Chosen(rows, trained), train_report=report, valid=valid)
 
@@ -157,6 +158,9 @@ def log_examples(examples: Examples, log: EventLog) -> None:
     held = plural(len(examples.valid), "row")
     log.note(f"data: {plural(len(examples.train), 'row')} of {dataset.format} to learn from, {held} held out")
     log_read(examples, log)
+    if copies := examples.train_report.copies:
+        of_all = plural(len(examples.train), "training row")
+        log.note(f"{copies:,} of {of_all} repeat one before them: learned as often")
     if known := [examples.valid[number].source for number in sorted(examples.known)]:
         log.warning(
             f"also among the training rows: {plural(len(known), 'validation row')} ({listing(known, 3)}), where memory "

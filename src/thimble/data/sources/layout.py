@@ -90,7 +90,7 @@ def _is_foreign(name: str) -> bool:
 
 
 def _without_packed_twins(files: list[Found], told: Told) -> list[Found]:
-    """Files without those that lie there unpacked too, as gunzip --keep leaves them."""
+    """Files without those that lie there unpacked too, as gunzip -k leaves them."""
     there = {file.relative for file in files}
     twins = [file for file in files if file.relative.with_name(unpacked_name(file.path)) in there - {file.relative}]
     if twins:
