@@ -88,9 +88,9 @@ class Examples:
 
 def _question(row: Row) -> bytes:
     """The tokens before the last answer of a row; nothing where all is learned, as of plain text."""
-    learned = row.labels != IGNORED
-    begins = np.flatnonzero(learned & ~np.r_[False, learned[:-1]])
-    return bytes(row.ids[: begins[-1] + 1].tobytes()) if len(begins) and begins[-1] else b""
+    learned = np.flatnonzero(row.labels != IGNORED)
+    given = np.flatnonzero(row.labels[: learned[-1]] == IGNORED) if len(learned) else learned
+    return row.ids[: given[-1] + 2].tobytes() if len(given) else b""
 
 
 def make_encoder(model: Model, config: DataOptions) -> Encoder:
