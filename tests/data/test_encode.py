@@ -310,6 +310,19 @@ def test_a_base_without_template_joins_prompt_and_completion_as_they_stand(smoll
     ]
 
 
+@pytest.mark.parametrize(
+    ("prompt", "completion", "is_told"),
+    [("2 and 2 is", "four", True), ("2 and 2 is", " four", False), ("2 and 2:", "four", False), ("", "four", False)],
+)
+def test_a_prompt_that_runs_into_its_completion_is_warned_of(smollm, smollm_template, prompt, completion, is_told):
+    row = parse_row({"prompt": prompt, "completion": completion}, "line 1").record
+    bare, talking = Encoder(smollm, None, 1024), Encoder(smollm, smollm_template, 1024)
+    for encoder in (bare, talking):
+        encoder.encode(row)
+    assert any("1 row run into one word" in warning for warning in bare.warnings) == is_told
+    assert talking.warnings == []
+
+
 def test_with_a_template_prompt_and_completion_are_turns(encoder, smollm):
     (row,) = encoder.encode(parse_row({"prompt": "2+2=", "completion": "4"}, "line 1").record)
     assert learned(smollm, row) == "4<|im_end|>"

@@ -11,13 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from thimble.data.context import Context, fit
+from thimble.data.encode_notes import context_warnings_of, notes_of, warnings_of
 from thimble.data.marks import MARKERS, first_mark, is_written
 from thimble.data.messages import answers, has_tools
 from thimble.data.rows import Record
 from thimble.data.template import ChatTemplate, Message, Renderings
 from thimble.data.tokenizer import Tokenizer
 from thimble.data.turns import Piece, Turns
-from thimble.errors import BaseModelError, DataError, plural
+from thimble.errors import BaseModelError, DataError
 
 IGNORED = -100  # label of a position at which nothing is learned
 Ids = NDArray[np.int32]
@@ -170,106 +171,17 @@ class Encoder:
     @property
     def notes(self) -> list[str]:
         """What the user should know about how the records encoded so far were written."""
-        seen, template = self._seen, self._template
-        notes = ["target tokens: every token" if self._loss_on == "all" else _learned(seen)] if seen else []
-        if seen["raw"]:
-            notes.append("the base has no chat template: prompt and completion are joined as they stand")
-        if seen["marked as here"]:
-            notes.append(
-                f"marks of turns stand in the plain text of {plural(seen['marked as here'], 'row')}, first "
-                f"{self._first_marks['marked as here']}: every token is learned, those of questions too; messages, or "
-                "prompt and completion, teach answers alone"
-            )
-        if template is None:
-            return notes
-        if seen["without system"] and template.default_system:
-            notes.append(
-                f'the chat template adds a system prompt where there is none: "{template.default_system}". '
-                "Give a system message to replace it."
-            )
-        if seen["with system"] and not template.takes_system:
-            notes.append("the chat template has no system role: system text is put in front of the first user turn")
-        if seen["tools as text"]:
-            notes.append("the chat template does not know tools: they are written into the system message as JSON")
-        if seen["chat"] and template.uses_date:
-            notes.append("the chat template writes the date into every prompt: today's rows differ from tomorrow's")
-        if seen["chat"] and template.isolation:
-            notes.append(
-                f"the chat template runs in a process of its own, but this system lets it {template.isolation}"
-            )
-        if seen["goes on"]:
-            notes.append(f"{plural(seen['goes on'], 'conversation')}: what follows the last learned answer is left out")
-        if seen["without names"]:
-            notes.append(
-                f"{plural(seen['without names'], 'row')}: the chat template does not write the name of a speaker"
-            )
-        if seen["last only"]:
-            notes.append(
-                f"{plural(seen['last only'], 'conversation')}: only the last assistant turn is learned, because the "
-                "chat template rewrites earlier ones"
-            )
-        return notes
+        return notes_of(self._seen, self._first_marks, self._template, self._loss_on)
 
     @property
     def warnings(self) -> list[str]:
         """What may spoil what is learned from the records encoded so far."""
-        seen, warnings = self._seen, []
-        if seen["marked"]:
-            warnings.append(
-                f"marks of a chat template stand in the text of {plural(seen['marked'], 'row')}, first "
-                f"{self._first_marks['marked']}: the template of the base writes such marks itself, so rows that were "
-                "written with a template already teach a form that nobody will ask for"
-            )
-        if seen["marked otherwise"]:
-            warnings.append(
-                f"marks of another chat template than the base's stand in the plain text of "
-                f"{plural(seen['marked otherwise'], 'row')}, first {self._first_marks['marked otherwise']}: questions "
-                "are learned too, and nobody asks this base in that form; give messages, which its own template writes"
-            )
-        if seen["without thoughts"]:
-            warnings.append(
-                f"the chat template does not write the thinking (reasoning_content) of "
-                f"{plural(seen['without thoughts'], 'row')}: what is learned there are answers without it"
-            )
-        if seen["unwritten"]:
-            warnings.append(
-                f"the chat template does not write all messages of {plural(seen['unwritten'], 'row')}: what is learned "
-                "there lacks them; look at the template, or use a base whose template is intact"
-            )
-        if seen["overruled"]:
-            warnings.append(
-                f"--loss-on all learns whole rows: {plural(seen['overruled'], 'row')} with messages that are marked as "
-                "not learned too"
-            )
-        if seen["open"]:
-            warnings.append(
-                f"the last answer of {plural(seen['open'], 'row')} ends with no token that ends an answer: what is "
-                "learned there does not say when to stop"
-            )
-        return warnings
+        return warnings_of(self._seen, self._first_marks)
 
     @property
     def context_warnings(self) -> list[str]:
         """What became of rows and questions that are longer than the context."""
-        if self._context is None:
-            return []
-        seen, warnings, context = self._seen, [], f"{self._context.tokens:,} tokens"
-        if seen["beyond"]:
-            warnings.append(
-                f"{plural(seen['beyond'], 'row')} longer than the context of the base ({context}), for which it was "
-                f"not made: --seq-len {self._context.tokens} cuts them there"
-            )
-        if seen["shortened"]:
-            warnings.append(
-                f"{plural(seen['shortened'], 'conversation')} longer than the context of the base ({context}): asked "
-                "without the oldest turns"
-            )
-        if seen["unanswerable"]:
-            warnings.append(
-                f"{plural(seen['unanswerable'], 'question')} longer than the context of the base ({context}): not "
-                "answered"
-            )
-        return warnings
+        return context_warnings_of(self._seen, self._context.tokens) if self._context else []
 
     def _check(self, record: Record, ids: Sequence[int], learned: Sequence[bool]) -> None:
         """Count whether the record has been through a template before, and whether its answer has an end."""
@@ -294,6 +206,7 @@ class Encoder:
         """Remember what was met, for the notes."""
         if self._template is None:
             self._seen["raw"] += 1
+            self._seen["glued"] += (record.prompt or "")[-1:].isalnum() and (record.completion or "")[:1].isalnum()
             return
         messages = record.messages or ()
         uses_tools = has_tools(messages, record.tools)
@@ -383,12 +296,6 @@ class Encoder:
                 learned[1] = False  # this token was learned at the end of the piece before
             rows.append(_row(part, learned, record.source, 0))
         return rows
-
-
-def _learned(seen: Counter[str]) -> str:
-    turns = "all assistant turns" + " but those that are marked as not learned" * bool(seen["with marks"])
-    parts = [turns] * bool(seen["chat"]) + ["completions"] * bool(seen["raw"])
-    return "target tokens: " + " and ".join(parts + ["every token of plain text"] * bool(seen["text"]))
 
 
 def _row(ids: list[int], learned: list[bool], source: str, truncated_tokens: int) -> Row:
