@@ -3,8 +3,10 @@
 import ast
 import importlib.metadata
 import json
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -75,6 +77,26 @@ def test_more_arguments_than_a_command_takes_are_a_type_error():
 def test_a_callback_that_a_command_does_not_take_is_refused():
     with pytest.raises(InputError, match="--should-wait is not an option of this command"):
         thimble.merge("one", out="two", should_wait=lambda: "")
+
+
+def test_an_interrupted_run_in_python_keeps_what_it_learned_and_is_an_interrupt(examples, tiny_base, tmp_path):
+    if threading.current_thread() is not threading.main_thread():
+        pytest.skip("signals come to the main thread")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever the tests were started with
+    quick = {"seq_len": 64, "batch_tokens": 64, "rank": 4, "eval_rows": 0, "compute": "fp32", "max_steps": 10_000}
+
+    def interrupt(event):
+        if event.kind == "step":
+            signal.raise_signal(signal.SIGINT)
+
+    try:
+        with pytest.warns(UserWarning, match="once more to leave at once"), pytest.raises(KeyboardInterrupt):
+            thimble.train(examples, base=tiny_base, out=str(tmp_path / "run"), on_event=interrupt, **quick)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["status"] == "interrupted"
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
 
 
 def test_an_unknown_name_is_an_attribute_error():

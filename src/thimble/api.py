@@ -7,8 +7,10 @@ as callbacks. What is refused raises an InputError that holds every problem foun
 import contextlib
 import functools
 import os
+import signal
+import threading
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +80,43 @@ def train(data: Any = None, **options: Any) -> Any:
     Raises:
         InputError: If the run is refused.
         RunError: If it diverged.
+        KeyboardInterrupt: After Ctrl-C, or the stop of a notebook, once what was learned is kept.
     """
-    return call("train", data, **options)
+    if "should_stop" in options:
+        return call("train", data, **options)
+    with _kept_on_interrupt() as should_stop:
+        return call("train", data, should_stop=should_stop, **options)
+
+
+@contextlib.contextmanager
+def _kept_on_interrupt() -> Iterator[Callable[[], bool]]:
+    """Ask a run to stop at the first Ctrl-C, and raise its KeyboardInterrupt when that is done; the second at once.
+
+    Only where Ctrl-C would raise one: not in other threads, nor where a program has a handler of its own.
+    """
+    asked: list[int] = []
+
+    def on_signal(number: int, frame: object) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+        with contextlib.suppress(UserWarning):  # of a program that makes errors of them
+            warnings.warn(
+                "stopping after this step, keeping what was learned; once more to leave at once", stacklevel=2
+            )
+
+    is_main = threading.current_thread() is threading.main_thread()
+    previous = signal.getsignal(signal.SIGINT)
+    is_ours = is_main and previous is signal.default_int_handler
+    if is_ours:
+        signal.signal(signal.SIGINT, on_signal)
+    try:
+        yield lambda: bool(asked)
+    finally:
+        if is_ours:
+            signal.signal(signal.SIGINT, previous)
+    if asked:
+        raise KeyboardInterrupt
 
 
 def plan(data: Any = None, **options: Any) -> Any:
