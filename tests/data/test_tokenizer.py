@@ -195,6 +195,16 @@ def test_a_piece_behind_a_special_token_is_encoded_as_there(tiny):
     assert head + tail != llama.encode("a</s>") + llama.encode_pieces(["a", "the"])[1]
 
 
+@pytest.mark.parametrize(("pre", "is_told"), [("qwen2", False), ("default", False), (None, True), ("", True)])
+def test_a_file_that_does_not_say_how_text_is_cut_is_told(pre, is_told):
+    key = "tokenizer.ggml.pre"
+    file = {name: value for name, value in {**byte_level_file(), key: pre}.items() if value is not None}
+    told = tokenizer_from_gguf(file, "old.gguf").warnings
+    assert [
+        text.startswith(f"old.gguf does not say how text is cut before tokens are made of it ({key}") for text in told
+    ] == ([True] if is_told else [])
+
+
 def test_sentencepiece_joins_the_neighbours_of_the_highest_score_first():
     tokens, scores = ["a", "b", "c", "ab", "bc"], [0.0, 0.0, 0.0, -2.0, -1.0]
     assert merges_from_scores(tokens, scores, [NORMAL] * 5) == [("b", "c"), ("a", "b")]

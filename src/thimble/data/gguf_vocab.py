@@ -51,6 +51,7 @@ class GgufVocab(NamedTuple):
     tokenizer: "Tokenizer"
     ids: dict[str, int]  # "bos", "eos", "eot", "eom": those the file has
     adds_bos: bool
+    warnings: tuple[str, ...] = ()  # what the file leaves open
 
 
 def read_vocab(metadata: Mapping[str, Any], source: str) -> GgufVocab:
@@ -75,7 +76,19 @@ def read_vocab(metadata: Mapping[str, Any], source: str) -> GgufVocab:
     with rust_faults(problem, "Fetch the file again."):
         tokenizer, adds_bos = builders[model](metadata, tokens, types, source)
         _add_special_tokens(tokenizer, tokens, types, ids.values(), _strips_after(metadata))
-    return GgufVocab(tokenizer, ids, bool(metadata.get(KEY + "add_bos_token", adds_bos)) and "bos" in ids)
+    adds_bos = bool(metadata.get(KEY + "add_bos_token", adds_bos)) and "bos" in ids
+    return GgufVocab(tokenizer, ids, adds_bos, _left_open(metadata, source) if model == "gpt2" else ())
+
+
+def _left_open(metadata: Mapping[str, Any], source: str) -> tuple[str, ...]:
+    """A warning of files from before there was a name for how text is cut, which llama.cpp guesses as well."""
+    if metadata.get(KEY + "pre"):
+        return ()
+    return (
+        f"{source} does not say how text is cut before tokens are made of it ({KEY}pre is missing, as in files from "
+        "before May 2024): it is cut as llama.cpp cuts it then, which may be another way than the model was trained "
+        "with; take a newer file of the model",
+    )
 
 
 def _array(metadata: Mapping[str, Any], name: str, kinds: tuple[type, ...], source: str) -> list[Any] | None:

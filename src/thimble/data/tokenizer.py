@@ -164,6 +164,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], source: str = "the GGUF fil
         stop_ids=[vocab.ids[name] for name in ("eot", "eom") if name in vocab.ids],
         add_bos=vocab.adds_bos,
         templates=Templates(*(checked_template(metadata.get(key), source) for key in TEMPLATE_KEYS)),
+        warnings=vocab.warnings,
     )
 
 
