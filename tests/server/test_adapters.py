@@ -1,5 +1,6 @@
 """Adapters that are found, loaded, replaced and removed, also while they are asked."""
 
+import shutil
 import threading
 
 import pytest
@@ -31,6 +32,27 @@ def test_adapters_have_the_names_of_their_folders_or_those_that_are_given(folder
     }  # fmt: skip
     assert list(find_adapters(given[3:], problems)) == ["b-1"]
     assert problems.found == []
+
+
+def test_a_folder_may_be_called_as_no_adapter_can_be(folder):
+    """`thimble train "my data.jsonl"` makes runs/my data-1."""
+    places = ("my data-1", "モデル-2", "-x", "été (1)", "!")
+    for name in places:
+        shutil.copytree(folder / "plain", folder / "odd" / name)
+    problems = Problems()
+    found = find_adapters([str(folder / "odd")], problems)
+    assert problems.found == []
+    assert sorted(found) == ["2", "adapter", "my-data-1", "t-1-", "x"]
+    shutil.copytree(folder / "plain", folder / "odd" / "my-data-1")
+    find_adapters([str(folder / "odd")], problems)
+    assert "there is another one called my-data-1" in problems.found[0]
+
+
+def test_a_name_that_none_can_have_is_refused_before_anything_is_read(folder):
+    for name in ("my tickets", "base", "x/y"):
+        problems = Problems()
+        find_adapters([f"{name}={folder / 'plain'}"], problems)
+        assert f"{name!r} is no name for an adapter" in problems.found[0]
 
 
 def test_what_is_no_adapter_and_a_name_that_is_there_twice_are_told(folder):

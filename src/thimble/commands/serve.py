@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from thimble.backends.open import choose_decode, choose_store, open_session
 from thimble.config.serve import ServeConfig
 from thimble.data.model import Model, base_with_adapters, log_base, model_with_adapters, open_model
-from thimble.errors import EXTRAS, ConfigError, MissingPackageError, Problems, install_line, listing
+from thimble.errors import EXTRAS, ConfigError, MissingPackageError, Problems, as_word, install_line, listing
 from thimble.events import Event, EventLog, OnEvent, ShouldStop, ignore, never
 from thimble.inference.adapters import AdapterRegistry
 from thimble.inference.engine import Engine
@@ -127,16 +127,24 @@ def _keys(variable: str, given: str | Sequence[str] | None) -> list[str]:
 def _open(config: ServeConfig, problems: Problems, log: EventLog) -> tuple[Model | None, dict[str, str]]:
     """The base, and the adapters by their names; those that are found without being named may be left out."""
     from thimble.server.adapters import find_adapters
+    from thimble.server.service import served_name
 
     named = find_adapters(config.adapter, problems)
     if config.adapter:
         model, _ = model_with_adapters(config.base, list(named.values()), problems, log)
+        if model and (path := named.get(served_name(model.base))):
+            problems.add(
+                f"--adapter {as_word(path)}: {served_name(model.base)} is the name of the base: give it one of its "
+                f"own, as in --adapter other={as_word(path)}"
+            )
         return model, named
     model = problems.attempt(open_model, config.base)
     found = find_adapters([RUNS], Problems()) if Path(RUNS).is_dir() else {}
     for name, path in list(found.items()) if model else ():
         unfit = Problems()
         base_with_adapters(config.base, [path], unfit, EventLog(ignore))
+        if model and name == served_name(model.base):
+            unfit.add(f"{path} is called as the base is: name it with --adapter other={as_word(path)}")
         if unfit.found:
             del found[name]
             log.warning(f"not served: {unfit.found[0]}")

@@ -21,7 +21,8 @@ from thimble.models.adapters import adapters_under, load_fitting
 from thimble.models.base import Base
 
 BASE_NAME = "base"
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+MOST_NAME = 128  # characters
+NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{MOST_NAME - 1}}}")
 AHEAD_BYTES = 250_000_000  # of them, read before anybody asks: a second or two of work
 
 # Names with the versions they stood for, and what each is multiplied by.
@@ -101,7 +102,7 @@ class AdapterRegistry:
         Raises:
             AdapterError: If the name cannot be used.
         """
-        _check_name(name)
+        check_name(name)
         self._put(name, path)
 
     def _put(self, name: str, path: str | Path, active: ActiveAdapter | None = None) -> None:
@@ -150,7 +151,7 @@ class AdapterRegistry:
         Raises:
             AdapterError: If it is damaged or does not fit the base, or the name cannot be used.
         """
-        _check_name(name)
+        check_name(name)
         active = self._session.prepare(load_fitting(str(path), self._base))
         self._put(name, path, active)
         return active
@@ -248,7 +249,8 @@ class AdapterRegistry:
             self.evictions += 1
 
 
-def _check_name(name: str) -> None:
+def check_name(name: str) -> None:
+    """Refuse what no adapter can be called, with an AdapterError that says what can be one's name."""
     if not NAME.fullmatch(name) or name == BASE_NAME:
         raise AdapterError(
             f"{name!r} is no name for an adapter: expected up to 128 letters, digits, '.', '_' and '-', beginning "

@@ -14,6 +14,7 @@ from thimble.data.encode import Encoder
 from thimble.data.model import Model
 from thimble.errors import listing
 from thimble.inference.adapters import AdapterRegistry
+from thimble.models.base import Base
 from thimble.server.bodies import LoraScale
 from thimble.server.engine_thread import EngineThread
 from thimble.server.grammar import Grammars
@@ -24,6 +25,11 @@ from thimble.server.tool_calls import CallForm, call_form
 P = ParamSpec("P")
 T = TypeVar("T")
 PREPARED_TOGETHER = 2  # requests: a hostile grammar takes up one of them, not every core
+
+
+def served_name(base: Base) -> str:
+    """What requests call a base: its name, of a file without its suffix."""
+    return base.name.removesuffix(".gguf")
 
 
 class CacheRoom(NamedTuple):
@@ -93,7 +99,7 @@ class Service:
     ) -> None:
         self.model, self.engine, self.adapters, self.limits = model, engine, adapters, limits
         self.tokenizer, spec = model.tokenizer, model.base.spec
-        self.base_name = model.base.name.removesuffix(".gguf")
+        self.base_name = served_name(model.base)
         self.context, self.vocab_size = spec.max_positions, spec.vocab_size
         self.encoder = Encoder(self.tokenizer, model.template, self.context, vocab_size=self.vocab_size)
         self.grammars = Grammars(self.tokenizer, self.vocab_size)
