@@ -97,6 +97,15 @@ def general(rise: float, spread: float) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
+    ("weight", "advised"), [(0.0, "--keep-general 0.3, fewer steps"), (0.3, "A larger --keep-general, fewer steps")]
+)
+def test_what_forgets_less_is_advised_by_what_was_tried(weight: float, advised: str) -> None:
+    report = full_report(general_after=3.4)
+    report["config"] = report["config"] | {"keep_general": weight}
+    assert f". {advised} or a lower learning rate forget less." in forgetting(report)[1]
+
+
+@pytest.mark.parametrize(
     ("rise", "spread", "word"),
     [
         (0.001, 0.01, "little"), (0.05, 0.05, "some"), (0.3, 0.2, "much"), (-0.1, 0.1, "nothing"),

@@ -95,7 +95,7 @@ def _rows_of(data: Any) -> Iterable[Any]:
             return rows
     is_table = hasattr(data, "columns") or hasattr(data, "itertuples")
     if is_table and callable(getattr(data, "to_dict", None)):  # pandas
-        check_columns(map(str, data.columns), "the table")
+        check_columns(map(str, getattr(data, "columns", ())), "the table")
         table: Iterable[Any] = data.to_dict("records")
         return table
     if not isinstance(data, Iterable) and hasattr(data, "__getitem__") and hasattr(data, "__len__"):  # torch

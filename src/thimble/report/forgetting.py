@@ -30,8 +30,14 @@ def forgetting(report: Mapping[str, Any]) -> tuple[str, str]:
     if rise < LITTLE:
         return "little", f"Forgot little or nothing: {change}."
     if rise < SOME:
-        return "some", f"Forgot some: {change}. Fewer steps or a lower learning rate forget less."
-    return "much", f"Forgot much: {change}. Fewer steps, a lower learning rate or a smaller rank forget less."
+        return "some", f"Forgot some: {change}. {_advice(report)}"
+    return "much", f"Forgot much: {change}. {_advice(report)}"
+
+
+def _advice(report: Mapping[str, Any]) -> str:
+    """What forgets less, the way that was measured to cost the task least first (docs/tuning.md)."""
+    keeping = "A larger --keep-general" if report["config"].get("keep_general") else "--keep-general 0.3"
+    return f"{keeping}, fewer steps or a lower learning rate forget less."
 
 
 def moved(report: Mapping[str, Any]) -> tuple[str, str]:
