@@ -37,7 +37,7 @@ setup: $(DEV)  ## install everything for work on Thimble into .venv
 demo: $(BASE)  ## teach a small model to call tools, and show what it learned
 	rm -rf demo/run
 	$(BIN)/python examples/01_tool_calling.py demo/data
-	$(BIN)/thimble train demo/data --out demo/run --eval-rows 200 $(DEMO_FLAGS)
+	$(BIN)/thimble train demo/data --out demo/run --eval-rows 200 --keep-general 0.3 $(DEMO_FLAGS)
 
 demo-image: $(BASE)  ## teach a network for photographs to read written digits, and show what it learned
 	$(PIP) -e .[models]
