@@ -128,9 +128,9 @@ def test_a_type_that_cannot_be_read_is_named_with_what_to_take(tmp_path):
     content = bytearray(TINY.read_bytes())
     info = open_tensors(TINY).tensors["blk.0.ffn_up.weight"]
     place = content.index(b"blk.0.ffn_up.weight") + len("blk.0.ffn_up.weight") + 4 + 8 * len(info.shape)
-    content[place : place + 4] = (23).to_bytes(4, "little")  # IQ4_XS
+    content[place : place + 4] = (21).to_bytes(4, "little")  # IQ3_S
     (tmp_path / "x.gguf").write_bytes(content)
-    with pytest.raises(BaseModelError, match=r"up_proj.weight is IQ4_XS, expected one of F32.*: take the same model"):
+    with pytest.raises(BaseModelError, match=r"up_proj.weight is IQ3_S, expected one of F32.*: take the same model"):
         open_base(tmp_path / "x.gguf")
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from thimble.server.bodies import Message
 from thimble.server.prepare import _message
+from thimble.server.service import Limits
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 HI = [{"role": "user", "content": "hi"}]
@@ -38,7 +39,7 @@ REFUSED = {
     "prompt_cache_options": {"mode": "implicit"}, "prompt_cache_retention": "24h", "reasoning_effort": "low",
     "stream_options": {"include_usage": True}, "verbosity": "low", "web_search_options": {},
 }  # fmt: skip
-OF_COMPLETIONS = {"echo": True, "best_of": 1, "logprobs": 1, "suffix": None}
+OF_COMPLETIONS = {"echo": True, "best_of": 1, "logprobs": 1, "suffix": ""}
 ITS_OWN = {"messages", "model", "prompt", "extra_headers", "extra_query", "extra_body", "timeout", "self"}
 
 
@@ -221,3 +222,14 @@ def test_a_connection_is_kept_and_a_client_that_asks_before_it_sends_is_told_to(
             while b"total_tokens" not in told or not told.endswith(b"}}"):
                 told += opened.recv(65536)
             assert told.startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
+def test_minus_one_sets_no_limit_of_its_own(run_server, name):
+    """llama.cpp and LM Studio write an answer of any length so; the OpenAI API refuses it."""
+    with run_server(limits=Limits(answer_tokens=20)) as running:
+        asked = {"model": "smollm2", "temperature": 0, "ignore_eos": True}
+        chat = running.post("/v1/chat/completions", {**asked, "messages": HI, name: -1}).json()
+        assert chat["usage"]["completion_tokens"] == 20
+        text = running.post("/v1/completions", {**asked, "prompt": "x", "max_tokens": -1}).json()
+        assert text["usage"]["completion_tokens"] == 20

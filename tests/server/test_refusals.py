@@ -53,6 +53,8 @@ def check(answer, status, param=None, code=None):
         ({"n": 17}, "n"),
         ({"n": 1.5}, "n"),
         ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": -2}, "max_tokens"),
+        ({"max_completion_tokens": -2}, "max_completion_tokens"),
         ({"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens"),
         ({"stop": ""}, "stop"),
         ({"stop": ["a", ""]}, "stop.1"),

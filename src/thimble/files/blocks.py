@@ -37,13 +37,21 @@ LAYOUTS: dict[str, np.dtype[Any]] = {
         [("scale", "<u2"), ("low", "<u2"), ("scales", "u1", 12), ("high", "u1", 32), ("quants", "u1", 128)]
     ),
     "Q6_K": np.dtype([("quants", "u1", 128), ("high", "u1", 64), ("scales", "i1", 16), ("scale", "<u2")]),
+    "Q2_K": np.dtype([("scales", "u1", 16), ("quants", "u1", 64), ("scale", "<u2"), ("low", "<u2")]),
+    "Q3_K": np.dtype([("high", "u1", 32), ("quants", "u1", 64), ("scales", "u1", 12), ("scale", "<u2")]),
+    "IQ4_NL": np.dtype([("scale", "<u2"), ("quants", "u1", 16)]),
+    "IQ4_XS": np.dtype([("scale", "<u2"), ("scales", "u1", 6), ("quants", "u1", 128)]),
 }
-_VALUES = {"F32": 1, "F16": 1, "BF16": 1, "Q4_K": 256, "Q5_K": 256, "Q6_K": 256}
+_VALUES = {name: 1 if name in ("F32", "F16", "BF16") else 256 if name.endswith(("_K", "_XS")) else 32
+           for name in LAYOUTS}  # fmt: skip
+
+# What the sixteen numbers of the types IQ4 stand for: closer together around zero, where most weights are.
+IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
 ONE_SCALE = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")  # types whose blocks have one step size
 
 # dtype -> (values in one block, bytes of one block)
-BLOCKS: dict[str, tuple[int, int]] = {name: (_VALUES.get(name, 32), one.itemsize) for name, one in LAYOUTS.items()}
+BLOCKS: dict[str, tuple[int, int]] = {name: (_VALUES[name], one.itemsize) for name, one in LAYOUTS.items()}
 
 # A row or block whose largest number is below this is stored as zeros: the reciprocal of its scale would overflow.
 TINY = np.float32(1e-36)
@@ -191,6 +199,45 @@ def _decode_q6_k(blocks: Blocks) -> Floats:
     return (_half(blocks["scale"]) * blocks["scales"].astype(np.float32))[..., None] * quants
 
 
+def _two_bits(blocks: Blocks) -> Bytes:
+    """q in 0..3, (n, 16, 16): 32 bytes hold 128 values, the lowest two bits of all first."""
+    pairs = blocks["quants"].reshape(-1, 2, 1, 32) >> np.array([0, 2, 4, 6], np.uint8)[:, None]
+    return (pairs & 3).reshape(-1, 16, 16)
+
+
+def _decode_q2_k(blocks: Blocks) -> Floats:
+    """w = scale · scalesᵢ · q - low · lowsᵢ for each run i of 16 values."""
+    scales, lows = (part.astype(np.float32) for part in (blocks["scales"] & 15, blocks["scales"] >> 4))
+    scales, lows = _half(blocks["scale"]) * scales, _half(blocks["low"]) * lows
+    return scales[..., None] * _two_bits(blocks).astype(np.float32) - lows[..., None]
+
+
+def _decode_q3_k(blocks: Blocks) -> Floats:
+    """w = scale · (scalesᵢ - 32) · (q - 4) for each run i of 16 values; the third bit of value j in each run of 32 is
+    one of high[j]. Bytes 0-7 hold four bits of two scales each, bytes 8-11 the upper two of all.
+    """
+    upper = (blocks["scales"][:, None, 8:] >> np.array([0, 2, 4, 6], np.uint8)[:, None]) & 3
+    scales = (_nibbles(blocks["scales"][:, :8]) | (upper.reshape(-1, 16) << 4)).astype(np.float32) - 32
+    third = (blocks["high"][:, None] >> np.arange(8, dtype=np.uint8)[:, None]) & 1
+    quants = (_two_bits(blocks) | (third.reshape(-1, 16, 16) << 2)).astype(np.float32) - 4
+    return (_half(blocks["scale"]) * scales)[..., None] * quants
+
+
+def _iq4_values(packed: Bytes) -> Floats:
+    """What the nibbles of (..., 16) bytes stand for: float32 (..., 32)."""
+    return np.array(IQ4_VALUES, np.float32)[_nibbles(packed)]
+
+
+def _decode_iq4_xs(blocks: Blocks) -> Floats:
+    """w = scale · (scalesᵢ - 32) · value for each run i of 32 values. Bytes 0-1 hold the upper two bits of the scales,
+    bytes 2-5 the lower four.
+    """
+    upper = (blocks["scales"][:, :2, None] >> np.array([0, 2, 4, 6], np.uint8)) & 3
+    lower = (blocks["scales"][:, 2:, None] >> np.array([0, 4], np.uint8)) & 15
+    scales = (lower.reshape(-1, 8) | (upper.reshape(-1, 8) << 4)).astype(np.float32) - 32
+    return (_half(blocks["scale"]) * scales)[..., None] * _iq4_values(blocks["quants"].reshape(-1, 8, 16))
+
+
 _DECODERS: dict[str, Callable[[Blocks], Floats]] = {
     "F32": lambda blocks: blocks["bits"].view(np.float32),
     "F16": lambda blocks: _half(blocks["bits"]),
@@ -202,7 +249,8 @@ _DECODERS: dict[str, Callable[[Blocks], Floats]] = {
     ),
     "Q5_0": lambda blocks: _half(blocks["scale"]) * (_five_bits(blocks) - 16),
     "Q5_1": lambda blocks: _half(blocks["scale"]) * _five_bits(blocks) + _half(blocks["low"]),
-    "Q4_K": _decode_q4_k, "Q5_K": _decode_q5_k, "Q6_K": _decode_q6_k,
+    "Q4_K": _decode_q4_k, "Q5_K": _decode_q5_k, "Q6_K": _decode_q6_k, "Q2_K": _decode_q2_k, "Q3_K": _decode_q3_k,
+    "IQ4_NL": lambda blocks: _half(blocks["scale"]) * _iq4_values(blocks["quants"]), "IQ4_XS": _decode_iq4_xs,
 }  # fmt: skip
 
 

@@ -8,13 +8,24 @@ not there, known or not: clients write out all that they have.
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
 MOST_CHOICES = 16
 MOST_STOPS, LONGEST_STOP = 16, 256  # strings, characters
 MOST_LOGPROBS = 20
 MOST_PROMPTS = 64
 INT64 = 2**63
+ENDLESS = -1  # as many tokens as there is room for, as llama.cpp and LM Studio say it
 
 Token = Annotated[int, Field(ge=0, lt=2**31)]
 
@@ -215,11 +226,20 @@ class StreamOptions(Body):
 Stop = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
 
 
+def _some_tokens(value: int) -> int:
+    if value < 1 and value != ENDLESS:
+        raise ValueError(f"expected at least 1, or {ENDLESS} for no limit, got {value}")
+    return value
+
+
+MostTokens = Annotated[int, AfterValidator(_some_tokens), WithJsonSchema({"type": "integer", "minimum": ENDLESS})]
+
+
 class Generation(Body):
     """What chat and completions have in common."""
 
     model: str | None = Field(None, description="The base or an adapter, by its name; default: the base.")
-    max_tokens: int | None = Field(None, ge=1)
+    max_tokens: MostTokens | None = Field(None, description=f"{ENDLESS} sets no limit but the context.")
     temperature: float | None = Field(None, ge=0)
     top_p: float | None = Field(None, ge=0, le=1)
     top_k: int | None = Field(None, ge=-1, description="0 and -1 set no limit.")
@@ -278,7 +298,7 @@ class ChatBody(Generation):
     """A request for the next message of a conversation."""
 
     messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: MostTokens | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
     tools: list[Tool] | None = Field(None, max_length=128)
@@ -322,7 +342,7 @@ class CompletionBody(Generation):
     logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
     echo: bool | None = None
     best_of: int | None = Field(None, description="Only as large as n: nothing is thrown away.")
-    suffix: None = None
+    suffix: Literal[""] | None = Field(None, description="Nothing is written between two texts.")
 
     @model_validator(mode="after")
     def _is_completion(self) -> Self:

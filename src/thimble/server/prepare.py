@@ -14,7 +14,7 @@ from thimble.errors import InputError
 from thimble.inference.batch import own_seed
 from thimble.inference.sampling import SamplingOptions
 from thimble.server.answer import Answer
-from thimble.server.bodies import ChatBody, CompletionBody, Generation, Message, NamedTool, Tool
+from thimble.server.bodies import ENDLESS, ChatBody, CompletionBody, Generation, Message, NamedTool, Tool
 from thimble.server.grammar import ANY_OBJECT, Grammar, from_choice, from_json_schema, from_regex, from_text
 from thimble.server.refusal import Refusal, bad_field, from_input_error
 from thimble.server.service import Service
@@ -48,7 +48,7 @@ def prepare_chat(service: Service, body: ChatBody) -> list[Part]:
     if body.max_tokens and longest != body.max_tokens:
         raise bad_field("max_tokens", f"expected {longest}, as in max_completion_tokens, or one of the two")
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    options = _options(service, body, longest, logprobs)
+    options = _options(service, body, _limit(longest), logprobs)
     names = [tool.function.name for tool in tools or ()]
 
     def reader() -> CallReader | None:
@@ -69,7 +69,7 @@ def prepare_completion(service: Service, body: CompletionBody) -> list[Part]:
         for place, prompt in enumerate(body.prompts)
     ]
     grammar = _grammar(service, body)
-    options = _options(service, body, body.max_tokens or COMPLETION_TOKENS, body.logprobs)
+    options = _options(service, body, _limit(body.max_tokens or COMPLETION_TOKENS), body.logprobs)
     return [
         Part(ids, _own(options, place * (body.n or 1) + choice, grammar), Answer(service.tokenizer, body.stops))
         for place, ids in enumerate(encoded)
@@ -241,6 +241,11 @@ def _schema(tool: Tool) -> Mapping[str, Any]:
 
 
 # ---- sampling --------------------------------------------------------------------------------------------------------
+
+
+def _limit(most: int | None) -> int | None:
+    """How many tokens an answer may have; None where only the context ends it."""
+    return None if most == ENDLESS else most
 
 
 def _options(service: Service, body: Generation, longest: int | None, logprobs: int | None) -> SamplingOptions:

@@ -9,8 +9,8 @@ rows stand beside.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from llvmlite import ir
@@ -18,25 +18,21 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, register_jitable
 
+from thimble.backends.torch.block_runs import FOUR, GROUP, ROWS, RUN, RUNS, WORDS, BlockOfRows, Rows, Run
 from thimble.backends.torch.compiled import address_of, compiled
 from thimble.backends.torch.dot_products import array_at, dots
 from thimble.backends.torch.fused import int8_scale
-from thimble.backends.torch.kernels import Block, nibbles, sub_scales
 from thimble.backends.torch.vectors import BYTE, FEATURES, FLOAT, INT, LONG, SHORT, Lanes, call, stored
-from thimble.files.blocks import LAYOUTS, block_of
+from thimble.files.blocks import block_of
 
-RUN = 32  # values of an activation that share a scale
-ROWS = 8  # of weights side by side
 TILE = 64  # rows of activations for which weights are unpacked once
-_FOUR = 4  # values of a row that lie together: the sum of their products is a lane of 32 bits
-_GROUP = ir.VectorType(BYTE, ROWS * _FOUR)
-_WORDS, _FLOATS = ir.VectorType(INT, ROWS), ir.VectorType(FLOAT, ROWS)
-_GROUPS = RUN // _FOUR  # of a run
+_FLOATS = ir.VectorType(FLOAT, ROWS)
+_GROUPS = RUN // FOUR  # of a run
 
 
 def form_of(dtype: str, is_int8: bool) -> str:
     """How products with weights of a type are made, if activations may be quantised for it."""
-    return whole_number_form() if is_int8 and dtype in _RUNS else "float"
+    return whole_number_form() if is_int8 and dtype in RUNS else "float"
 
 
 def is_multiplied_in_blocks(dtype: str) -> bool:
@@ -63,190 +59,30 @@ def quantize_run(x, q):
     return scale, np.float32(total) * scale
 
 
-# ---- a block of each of eight rows -----------------------------------------------------------------------------------
-
-
-class Rows(Lanes):
-    """Values of eight rows: each operation is done to every row, and lanes are numbered as in one row alone.
-
-    Of one value a row, row r is lane r; of more, value v of row r is lane 32 · (v // 4) + 4 · r + v % 4.
-    """
-
-    @property
-    def values(self) -> int:
-        """How many values of each row."""
-        return int(self.count) // ROWS
-
-    def _match(self, other: Any) -> ir.Value:
-        if isinstance(other, Sequence):
-            other = [other[value] for value, _ in _places(len(other))]
-        if isinstance(other, Rows) and other.values == 1 != self.values:
-            other = other.pick([0] * self.values)
-        return super()._match(other)
-
-    def pick(self, lanes: Sequence[int]) -> "Rows":
-        lane_of = {place: lane for lane, place in enumerate(_places(self.values))}
-        mask = [lane_of[lanes[value], row] for value, row in _places(len(lanes))]
-        return Rows(self.builder, super().pick(mask).value)
-
-    def lane(self, number: int) -> "Rows":
-        return self.pick([number])
-
-    def quiet(self) -> "Rows":
-        return self  # no bits of these numbers are rounded
-
-    def groups(self) -> list[ir.Value]:
-        """Registers of four values of each row."""
-        size = ROWS * _FOUR
-        return [Lanes.pick(self, range(at, at + size)).value for at in range(0, self.count, size)]
-
-
-def _places(values: int) -> list[tuple[int, int]]:
-    """Value and row of each lane."""
-    size = min(values, _FOUR)
-    return [(at + value, row) for at in range(0, values, size) for row in range(ROWS) for value in range(size)]
-
-
-class _BlockOfRows(Block):
-    """A block of each of eight rows in a program being written."""
-
-    def __init__(self, builder: ir.IRBuilder, starts: Sequence[ir.Value], dtype: str) -> None:
-        super().__init__(builder, starts[0], LAYOUTS[dtype], 1)
-        self._starts = starts
-
-    def _load(self, name: str, skip: int, kind: ir.Type) -> Lanes:
-        count = getattr(kind, "count", 1)
-        if count > 16:
-            parts = [self._load(name, skip + at, ir.VectorType(BYTE, 16)) for at in range(0, count, 16)]
-            return parts[0].join(parts[1])
-        word = ir.VectorType(INT, count // _FOUR) if count == 16 else INT if count == _FOUR else kind
-        loaded = [Block(self.builder, start, self.layout, 1)._load(name, skip, word) for start in self._starts]
-        if count == 16:
-            return Rows(self.builder, self.builder.bitcast(_turned(loaded).value, ir.VectorType(BYTE, ROWS * count)))
-        together = ir.Constant(ir.VectorType(word, ROWS), ir.Undefined)
-        for row, one in enumerate(loaded):
-            together = self.builder.insert_element(together, one.value, INT(row))
-        if count == _FOUR:
-            together = self.builder.bitcast(together, _GROUP)
-        return Rows(self.builder, together)
-
-
-def _turned(rows: Sequence[Lanes]) -> Lanes:
-    """Eight rows of four words as the first word of each row, the second, ..."""
-    pairs = [low.join(high) for low, high in zip(rows[:4], rows[4:], strict=True)]  # rows r and r + 4
-    lower, upper = _crossed(pairs[0], pairs[1], 1), _crossed(pairs[2], pairs[3], 1)
-    words = [word for a, b in zip(lower, upper, strict=True) for word in _crossed(a, b, 2)]
-    return words[0].join(words[1]).join(words[2].join(words[3]))
-
-
-def _crossed(a: Lanes, b: Lanes, size: int) -> Iterator[Lanes]:
-    """The first words of each half of a and b in turn, so many at a time; then the last ones."""
-    for first in (0, 2):
-        order = [half + first + at + side for half in (0, 4) for at in range(0, 2, size) for side in (0, ROWS)]
-        mask = ir.Constant(_WORDS, [place + more for place in order for more in range(size)])
-        yield Lanes(a.builder, a.builder.shuffle_vector(a.value, b.value, mask))
-
-
-# ---- a block -> its runs ---------------------------------------------------------------------------------------------
-
-
-class _Run(NamedTuple):
-    """A run of 32 weights of each row in a program being written."""
-
-    quants: Rows  # bytes
-    largest: int  # of the sizes of quants
-    scales: Sequence[Rows]  # float32, of equal shares of the run
-    low: Rows | None = None  # float32, added to every weight; with one, quants are not negative
-
-
-def _four(block: Block) -> Lanes:
-    low, high = nibbles(block.bytes("quants", 16))
-    return low.join(high)
-
-
-def _five(block: Block) -> Lanes:
-    bit = block.bytes("high", _FOUR).pick([lane // 8 for lane in range(RUN)]) & [1 << lane % 8 for lane in range(RUN)]
-    zero, sixteen = (ir.Constant(bit.value.type, [number] * bit.count) for number in (0, 16))
-    is_clear = block.builder.icmp_unsigned("==", bit.value, zero)
-    return _four(block) | Rows(block.builder, block.builder.select(is_clear, zero, sixteen))
-
-
-def _q8_0(block: Block) -> Iterator[_Run]:
-    yield _Run(block.bytes("quants", RUN), 128, [block.half("scale")])
-
-
-def _q4_0(block: Block) -> Iterator[_Run]:
-    scale = block.half("scale")
-    yield _Run(_four(block), 15, [scale], scale * -8.0)
-
-
-def _q4_1(block: Block) -> Iterator[_Run]:
-    yield _Run(_four(block), 15, [block.half("scale")], block.half("low"))
-
-
-def _q5_0(block: Block) -> Iterator[_Run]:
-    scale = block.half("scale")
-    yield _Run(_five(block), 31, [scale], scale * -16.0)
-
-
-def _q5_1(block: Block) -> Iterator[_Run]:
-    yield _Run(_five(block), 31, [block.half("scale")], block.half("low"))
-
-
-def _q4_k(block: Block) -> Iterator[_Run]:
-    scales, lows = sub_scales(block)
-    for run in range(8):
-        quants = nibbles(block.bytes("quants", RUN, run // 2 * RUN))[run % 2]
-        yield _Run(quants, 15, [scales.lane(run)], lows.lane(run) * -1.0)
-
-
-def _q5_k(block: Block) -> Iterator[_Run]:
-    scales, lows = sub_scales(block)
-    for run in range(8):
-        quants = nibbles(block.bytes("quants", RUN, run // 2 * RUN))[run % 2]
-        quants = quants | (((block.bytes("high", RUN) >> run) & 1) << 4)
-        yield _Run(quants, 31, [scales.lane(run)], lows.lane(run) * -1.0)
-
-
-def _q6_k(block: Block) -> Iterator[_Run]:
-    scales = block.bytes("scales", 16).widen_signed().to_float() * block.half("scale")
-    for run in range(8):
-        half, quarter = divmod(run, 4)
-        high = (block.bytes("high", RUN, RUN * half) >> (2 * quarter)) & 3
-        quants = nibbles(block.bytes("quants", RUN, 64 * half + quarter % 2 * RUN))[quarter // 2]
-        yield _Run((quants | (high << 4)) - 32, 32, [scales.lane(2 * run), scales.lane(2 * run + 1)])
-
-
-_RUNS: dict[str, Callable[[Block], Iterator[_Run]]] = {
-    "Q8_0": _q8_0, "Q4_0": _q4_0, "Q4_1": _q4_1, "Q5_0": _q5_0, "Q5_1": _q5_1, "Q4_K": _q4_k, "Q5_K": _q5_k,
-    "Q6_K": _q6_k,
-}  # fmt: skip
-
-
 # ---- sums of products of bytes ---------------------------------------------------------------------------------------
 
 
-def _sum(builder: ir.IRBuilder, run: _Run, part: slice, x: Sequence[ir.Value], form: str) -> Lanes:
+def _sum(builder: ir.IRBuilder, run: Run, part: slice, x: Sequence[ir.Value], form: str) -> Lanes:
     """Products of part of a run's groups with those of an activation: exact, int32, one sum a row."""
-    total, most = Lanes(builder, ir.Constant(_WORDS, None)), 32767 // (2 * 127 * run.largest)
+    total, most = Lanes(builder, ir.Constant(WORDS, None)), 32767 // (2 * 127 * run.largest)
     pairs: Lanes | None = None
     for number, (w, own) in enumerate(zip(run.quants.groups()[part], x[part], strict=True), 1):
         if form == "plain":
             total = total + _plain_sum(builder, w, own, run.low is None)
             continue
         if run.low is None:  # |q| times x with the sign of q
-            own = call(builder, "llvm.x86.avx2.psign.b", _GROUP, own, w)
-            w = call(builder, "llvm.abs.v32i8", _GROUP, w, ir.Constant(ir.IntType(1), 0))
+            own = call(builder, "llvm.x86.avx2.psign.b", GROUP, own, w)
+            w = call(builder, "llvm.abs.v32i8", GROUP, w, ir.Constant(ir.IntType(1), 0))
         if form == "vnni":
-            words = [builder.bitcast(value, _WORDS) for value in (w, own)]
-            total = Lanes(builder, call(builder, "llvm.x86.avx512.vpdpbusd.256", _WORDS, total.value, *words))
+            words = [builder.bitcast(value, WORDS) for value in (w, own)]
+            total = Lanes(builder, call(builder, "llvm.x86.avx512.vpdpbusd.256", WORDS, total.value, *words))
             continue
         halves = ir.VectorType(SHORT, ROWS * 2)
         two = Lanes(builder, call(builder, "llvm.x86.avx2.pmadd.ub.sw", halves, w, own))
         pairs = two if pairs is None else pairs + two
         if number % most == 0 or number == part.stop - part.start:  # more than 16 bits hold
             ones = ir.Constant(halves, [1] * (ROWS * 2))
-            total = total + Lanes(builder, call(builder, "llvm.x86.avx2.pmadd.wd", _WORDS, pairs.value, ones))
+            total = total + Lanes(builder, call(builder, "llvm.x86.avx2.pmadd.wd", WORDS, pairs.value, ones))
             pairs = None
     return total
 
@@ -254,7 +90,7 @@ def _sum(builder: ir.IRBuilder, run: _Run, part: slice, x: Sequence[ir.Value], f
 def _plain_sum(builder: ir.IRBuilder, w: ir.Value, x: ir.Value, is_signed: bool) -> Lanes:
     wide = Lanes(builder, w).widen_signed() if is_signed else Lanes(builder, w).widen()
     products = Lanes(builder, builder.mul(wide.value, Lanes(builder, x).widen_signed().value))
-    pairs = products.pick(range(0, ROWS * _FOUR, 2)) + products.pick(range(1, ROWS * _FOUR, 2))
+    pairs = products.pick(range(0, ROWS * FOUR, 2)) + products.pick(range(1, ROWS * FOUR, 2))
     return pairs.pick(range(0, ROWS * 2, 2)) + pairs.pick(range(1, ROWS * 2, 2))
 
 
@@ -264,7 +100,7 @@ def _plain_sum(builder: ir.IRBuilder, w: ir.Value, x: ir.Value, is_signed: bool)
 class _Kept:
     """The unpacked runs of a block of each of eight rows, in memory that LLVM turns into registers where they fit."""
 
-    def __init__(self, builder: ir.IRBuilder, runs: Sequence[_Run]) -> None:
+    def __init__(self, builder: ir.IRBuilder, runs: Sequence[Run]) -> None:
         self._builder, self._like = builder, runs[0]
         parts = [self._parts(run) for run in runs]
         self._places = [cgutils.alloca_once(builder, part.value.type, size=LONG(len(runs))) for part in parts[0]]
@@ -273,14 +109,14 @@ class _Kept:
                 builder.store(part.value, builder.gep(place, [LONG(number)]))
 
     @staticmethod
-    def _parts(run: _Run) -> list[Rows]:
+    def _parts(run: Run) -> list[Rows]:
         return [run.quants, *run.scales, *([] if run.low is None else [run.low])]
 
-    def run(self, number: ir.Value) -> _Run:
+    def run(self, number: ir.Value) -> Run:
         """One of them."""
         parts = [Rows(self._builder, self._builder.load(self._builder.gep(place, [number]))) for place in self._places]
         like = self._like
-        return _Run(parts[0], like.largest, parts[1 : 1 + len(like.scales)], None if like.low is None else parts[-1])
+        return Run(parts[0], like.largest, parts[1 : 1 + len(like.scales)], None if like.low is None else parts[-1])
 
 
 class _Activations(NamedTuple):
@@ -297,11 +133,11 @@ def _load(builder: ir.IRBuilder, address: ir.Value, number: ir.Value, kind: ir.T
     return Lanes(builder, builder.load(builder.gep(pointer, [number]), align=4))
 
 
-def _add_run(builder: ir.IRBuilder, run: _Run, form: str, x: _Activations, at: ir.Value, total: ir.Value) -> None:
+def _add_run(builder: ir.IRBuilder, run: Run, form: str, x: _Activations, at: ir.Value, total: ir.Value) -> None:
     """Add what a run of weights makes of run `at` of a token to its eight totals."""
     words = builder.mul(at, LONG(_GROUPS))
     own = [_load(builder, x.q, builder.add(words, LONG(group)), INT).spread(ROWS) for group in range(_GROUPS)]
-    own = [builder.bitcast(word.value, _GROUP) for word in own]
+    own = [builder.bitcast(word.value, GROUP) for word in own]
     scale, size = _load(builder, x.scales, at, FLOAT).spread(ROWS), _GROUPS // len(run.scales)
     found = Lanes(builder, builder.load(total, align=4))
     for number, factor in enumerate(run.scales):
@@ -325,7 +161,7 @@ def add_block(typing_context, dtype, form, starts, at, run, first, last, tokens,
         starts, at, run, first, last, tokens, q, scales, sums, totals = arguments[2:]
         places = [builder.add(_load(builder, starts, LONG(row), LONG).value, at) for row in range(ROWS)]
         pointers = [builder.inttoptr(place, BYTE.as_pointer()) for place in places]
-        runs = list(_RUNS[dtype.literal_value](_BlockOfRows(builder, pointers, dtype.literal_value)))
+        runs = list(RUNS[dtype.literal_value](BlockOfRows(builder, pointers, dtype.literal_value)))
         kept, x = _Kept(builder, runs), _Activations(q, scales, sums)
         with cgutils.for_range(builder, LONG(len(runs))) as each:
             own, begin = kept.run(each.index), builder.mul(builder.add(run, each.index), tokens)

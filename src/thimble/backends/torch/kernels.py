@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from thimble.backends.torch.compiled import compiled
 from thimble.backends.torch.threads import parallel_for
 from thimble.backends.torch.vectors import BYTE, FLOAT, INT, LONG, SHORT, Lanes, bits_of, from_bits, loaded, stored
-from thimble.files.blocks import LAYOUTS, TINY, block_of, row_bytes
+from thimble.files.blocks import IQ4_VALUES, LAYOUTS, TINY, block_of, row_bytes
 
 Array = NDArray[Any]
 
@@ -146,9 +146,71 @@ def _q6_k(block: Block) -> Program:
             yield (quants.widen() - 32).to_float() * scales.pick([run] * 16 + [run + 1] * 16)
 
 
+def two_bits(block: Block, run: int) -> Lanes:
+    """q of a run of 32 values of Q2_K and of the lower bits of Q3_K."""
+    return (block.bytes("quants", 32, run // 4 * 32) >> (run % 4 * 2)) & 3
+
+
+def _q2_k(block: Block) -> Program:
+    packed = block.bytes("scales", 16)
+    scales = (packed & 15).widen().to_float() * block.half("scale")
+    lows = (packed >> 4).widen().to_float() * block.half("low")
+    for run in range(8):
+        both = [2 * run] * 16 + [2 * run + 1] * 16
+        yield two_bits(block, run).widen().to_float() * scales.pick(both) - lows.pick(both)
+
+
+def q3_scales(block: Block) -> Lanes:
+    """Scales of the sixteen runs of a block of Q3_K, float32."""
+    first, second, upper = (block.bytes("scales", 4, skip) for skip in (0, 4, 8))
+    lower = first.join(second)
+    upper = (upper.pick([0, 1, 2, 3] * 4) >> [place // 4 * 2 for place in range(16)]) & 3
+    scales = (lower & 15).join(lower >> 4) | (upper << 4)
+    return (scales.widen() - 32).to_float() * block.half("scale")
+
+
+def three_bits(block: Block, run: int) -> Lanes:
+    """q in 0..7 of a run of 32 values of Q3_K."""
+    return two_bits(block, run) | (((block.bytes("high", 32) >> run) & 1) << 2)
+
+
+def _q3_k(block: Block) -> Program:
+    scales = q3_scales(block)
+    for run in range(8):
+        both = [2 * run] * 16 + [2 * run + 1] * 16
+        yield (three_bits(block, run).widen() - 4).to_float() * scales.pick(both)
+
+
+def iq4_values(block: Block, run: int = 0) -> tuple[Lanes, Lanes]:
+    """What the numbers of a run of 32 values of IQ4_NL or IQ4_XS stand for, signed bytes in two halves."""
+    low, high = nibbles(block.bytes("quants", 16, run * 16))
+    return low.look_up(IQ4_VALUES), high.look_up(IQ4_VALUES)
+
+
+def _iq4_nl(block: Block) -> Program:
+    scale = block.half("scale")
+    for values in iq4_values(block):
+        yield values.widen_signed().to_float() * scale
+
+
+def iq4_scales(block: Block) -> Lanes:
+    """Scales of the eight runs of a block of IQ4_XS, float32."""
+    upper = (block.bytes("scales", 4).pick([0] * 4 + [1] * 4) >> [0, 2, 4, 6] * 2) & 3
+    lower = (block.bytes("scales", 4, 2).pick([0, 0, 1, 1, 2, 2, 3, 3]) >> [0, 4] * 4) & 15
+    return ((lower | (upper << 4)).widen() - 32).to_float() * block.half("scale")
+
+
+def _iq4_xs(block: Block) -> Program:
+    scales = iq4_scales(block)
+    for run in range(8):
+        for values in iq4_values(block, run):
+            yield values.widen_signed().to_float() * scales.pick([run] * 16)
+
+
 DECODERS: dict[str, Callable[[Block], Program]] = {
     "F32": _f32, "F16": _f16, "BF16": _bf16, "Q8_0": _q8_0, "Q4_0": _q4_0, "Q4_1": _q4_1, "Q5_0": _q5_0,
-    "Q5_1": _q5_1, "Q4_K": _q4_k, "Q5_K": _q5_k, "Q6_K": _q6_k,
+    "Q5_1": _q5_1, "Q4_K": _q4_k, "Q5_K": _q5_k, "Q6_K": _q6_k, "Q2_K": _q2_k, "Q3_K": _q3_k, "IQ4_NL": _iq4_nl,
+    "IQ4_XS": _iq4_xs,
 }  # fmt: skip
 
 

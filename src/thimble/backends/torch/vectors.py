@@ -113,6 +113,29 @@ class Lanes:
         mask = ir.Constant(ir.VectorType(INT, 2 * self.count), list(range(2 * self.count)))
         return self._new(self.builder.shuffle_vector(self.value, other.value, mask))
 
+    def look_up(self, table: Sequence[int]) -> Self:
+        """Bytes from 0 to 15 -> the signed bytes of a table of 16; sixteen lanes, or a multiple of them."""
+        size = 32 if "avx2" in FEATURES and self.count % 32 == 0 else 16
+        kind = ir.VectorType(BYTE, size)
+        parts = [Lanes.pick(self, range(at, at + size)) for at in range(0, self.count, size)]
+        if "ssse3" in FEATURES:
+            name = "llvm.x86.avx2.pshuf.b" if size == 32 else "llvm.x86.ssse3.pshuf.b.128"
+            bytes_of = ir.Constant(kind, list(table) * (size // 16))
+            parts = [Lanes(self.builder, call(self.builder, name, kind, bytes_of, part.value)) for part in parts]
+        else:
+            parts = [part._chosen(table) for part in parts]
+        while len(parts) > 1:
+            parts = [low.join(high) for low, high in zip(parts[::2], parts[1::2], strict=True)]
+        return self._new(parts[0].value)
+
+    def _chosen(self, table: Sequence[int]) -> Self:
+        """The same by choices between halves of the table, one for each bit."""
+        halves = [self._new(self._match(number)) for number in table]
+        for bit in range(4):
+            is_clear = self._new(self.builder.icmp_signed("==", ((self >> bit) & 1).value, self._match(0)))
+            halves = [is_clear.choose(zero, one) for zero, one in zip(halves[::2], halves[1::2], strict=True)]
+        return halves[0]
+
     def widen(self) -> Self:
         """Unsigned whole numbers -> int32."""
         return self._new(self.builder.zext(self.value, self._typed(INT)))
