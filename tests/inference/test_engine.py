@@ -201,3 +201,52 @@ def test_a_batch_is_fed_as_slots_fall_free_and_gives_every_request_its_own_answe
     assert sorted(written) == list(range(100, 112))
     for number, prompt in enumerate(prompts):
         assert written[100 + number] == alone(session, prompt, adapters[1], SamplingOptions(2 + number % 4))
+
+
+def shares_of(session, ids, adapter):
+    """Log-probabilities after each token, float64 (T, vocabulary)."""
+    logits = session.logits(np.array(ids, np.int32), adapter).astype(np.float64)
+    logits -= logits.max(1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(1, keepdims=True))
+
+
+@pytest.mark.parametrize("is_interactive", [True, False])
+@pytest.mark.parametrize("keeps_prefixes", [True, False])
+def test_log_probabilities_of_prompts_are_those_of_reading_them_alone(
+    session, adapters, is_interactive, keeps_prefixes, monkeypatch
+):
+    """Beside others, in several parts, again where an earlier request had read them, and before any option."""
+    monkeypatch.setattr("thimble.inference.engine.TOLD_TOKENS", 16)
+    engine = Engine(session, 2, 4, is_interactive=is_interactive, keeps_prefixes=keeps_prefixes)
+    ids = RANDOM.integers(3, 290, 70).astype(np.int32)
+    prompts = [ids, ids[:1], ids, ids[:40], ids[:2], ids, ids[30:]]
+    told = SamplingOptions(3, temperature=0.5, seed=1, logit_bias={7: 100.0}, logprobs=2, prompt_logprobs=2)
+    kinds = [SamplingOptions(5), told, told, told, told, told, SamplingOptions(5, logprobs=0)]
+    numbers = [
+        engine.add(prompt, options, adapters[number % 3])
+        for number, (prompt, options) in enumerate(zip(prompts, kinds, strict=True))
+    ]
+    tokens = []
+    while not engine.is_idle:
+        tokens += engine.step()
+    for place, (number, prompt, options) in enumerate(zip(numbers, prompts, kinds, strict=True)):
+        own = [token for token in tokens if token.request == number]
+        assert [token.prompt is not None for token in own] == [options is told] + [False] * (len(own) - 1)
+        if options is not told:
+            continue
+        shares = shares_of(session, prompt, adapters[place % 3])
+        assert len(own[0].prompt) == len(prompt) - 1
+        for row, token, found in zip(shares, prompt[1:], own[0].prompt, strict=False):
+            assert found.chosen == pytest.approx(row[token], abs=1e-4)
+            assert [value for _, value in found.top] == pytest.approx(np.sort(row)[::-1][:2], abs=1e-4)
+        assert own[0].id == 7  # by its bias
+        assert own[0].logprobs.chosen == pytest.approx(shares[-1][7], abs=1e-4)
+
+
+def test_a_token_that_ends_an_answer_is_told_with_its_log_probability(session, adapters):
+    engine = Engine(session)
+    engine.add(IDS[:5], SamplingOptions(3, stop_ids=frozenset(range(320)), logprobs=0), adapters[0])
+    (token,) = engine.step()
+    shares = shares_of(session, IDS[:5], adapters[0])[-1]
+    assert (token.id, token.finish, token.stopped_by) == (None, "stop", int(shares.argmax()))
+    assert token.logprobs.chosen == pytest.approx(shares.max(), abs=1e-4)

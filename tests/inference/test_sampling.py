@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from thimble.inference.sampling import NothingAllowedError, Sampler, SamplingOptions
+from thimble.inference.sampling import NothingAllowedError, Sampler, SamplingOptions, log_probs
 
 LOGITS = np.random.default_rng(0).standard_normal(1000).astype(np.float32) * 3
 
@@ -160,16 +160,11 @@ def test_a_mask_that_allows_nothing_is_told():
 
 
 @pytest.mark.parametrize("count", [0, 1, 5])
-def test_log_probabilities_are_those_of_the_model_before_any_option(count):
+def test_log_probabilities_are_those_of_a_softmax_with_the_likeliest_first(count):
     import torch
 
     expected = torch.tensor(LOGITS).double().log_softmax(-1).numpy()
-    options = SamplingOptions(9, temperature=0.3, top_k=3, logit_bias={11: 100.0}, logprobs=count)
-    found = Sampler(options).log_probs(LOGITS, 11)
+    found = log_probs(LOGITS, 11, count)
     assert found.chosen == pytest.approx(expected[11], abs=1e-5)
     assert [token for token, _ in found.top] == np.argsort(-LOGITS)[:count].tolist()
     np.testing.assert_allclose([value for _, value in found.top], np.sort(expected)[::-1][:count], atol=1e-5)
-
-
-def test_log_probabilities_are_told_where_they_are_asked_for_alone():
-    assert Sampler(SamplingOptions(9)).log_probs(LOGITS, 3) is None

@@ -161,6 +161,52 @@ def test_echo_puts_the_prompt_in_front(server):
     assert streamed == echoed.choices[0].text
 
 
+def loglikelihoods(answer, contexts):
+    """As lm-evaluation-harness reads them (models/openai_completions.py, parse_logprobs)."""
+    found = []
+    for choice, context in zip(sorted(answer.choices, key=lambda choice: choice.index), contexts, strict=True):
+        told = choice.logprobs
+        values, tops = told.token_logprobs[context:-1], told.top_logprobs[context:-1]
+        found.append((sum(values), all(value == max(top.values()) for value, top in zip(values, tops, strict=True))))
+    return found
+
+
+@pytest.mark.parametrize("bias", [{}, {"314": 100}])
+def test_continuations_are_scored_by_echo_with_log_probabilities(server, bias):
+    """What lm-evaluation-harness asks for; with a bias the answer ends before its first token."""
+    texts = ["the cat sat", "a dog"]
+    ids = [server.post("/tokenize", {"prompt": text}).json()["tokens"] for text in texts]
+    asked = {"temperature": 0, "max_tokens": 1, "logprobs": 1, "echo": True, "seed": 1, "logit_bias": bias}
+    answer = server.complete(ids, **asked)
+    found = loglikelihoods(answer, [2, 1])
+    for choice, own, (value, _), context in zip(answer.choices, ids, found, [2, 1], strict=True):
+        told = choice.logprobs
+        assert len(told.tokens) == len(told.token_logprobs) == len(told.text_offset) == len(own) + 1
+        assert (told.token_logprobs[0], told.top_logprobs[0], told.text_offset[0]) == (None, None, 0)
+        expected = 0.0
+        for place in range(context, len(own)):  # token by token, each forced to be the next one
+            forced = server.complete(own[:place], max_tokens=1, logprobs=0, logit_bias={str(own[place]): 100})
+            expected += forced.choices[0].logprobs.token_logprobs[0]
+        assert value == pytest.approx(expected, abs=1e-3)
+    assert server.complete(ids, **asked).choices[0].logprobs == answer.choices[0].logprobs  # kept prefixes or none
+    assert answer.usage.completion_tokens == (0 if bias else 2)
+
+
+def test_a_prompt_alone_is_scored_without_an_answer(server):
+    asked = {"echo": True, "logprobs": 2}
+    scored, longer = server.complete(max_tokens=0, **asked), server.complete(max_tokens=4, **asked)
+    choice, other = scored.choices[0], longer.choices[0]
+    assert (choice.text, choice.finish_reason, scored.usage.completion_tokens) == ("the cat", "length", 0)
+    assert choice.logprobs.token_logprobs == other.logprobs.token_logprobs[: len(choice.logprobs.tokens)]
+    assert other.logprobs.text_offset[len(choice.logprobs.tokens)] == len("the cat")
+    assert server.complete(max_tokens=0, echo=True).choices[0].text == "the cat"
+    texts, places = "", []
+    for chunk in server.complete(max_tokens=4, stream=True, **asked):
+        texts += chunk.choices[0].text
+        places += chunk.choices[0].logprobs.token_logprobs if chunk.choices[0].logprobs else []
+    assert (texts, places) == (other.text, other.logprobs.token_logprobs)
+
+
 def test_logit_bias_and_stop_tokens_reach_the_sampler(server):
     forced = server.complete(logit_bias={"65": 100}, logprobs=0).choices[0]
     assert len(set(forced.logprobs.tokens)) == 1

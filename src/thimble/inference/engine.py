@@ -5,6 +5,7 @@ pass is a request: its tokens, its blocks of the key-value cache, its position a
 runs; a session runs it. Knows nothing of text.
 """
 
+import itertools
 import time
 from collections import deque
 from collections.abc import Hashable, Iterator, Sequence
@@ -23,10 +24,11 @@ from thimble.inference.fair_queue import READ_COST, WRITTEN_COST, FairQueue
 from thimble.inference.pace import Pace
 from thimble.inference.prefixes import Prefixes
 from thimble.inference.request import ActiveRequest, Token
-from thimble.inference.sampling import NothingAllowedError, Sampler, SamplingOptions
+from thimble.inference.sampling import NothingAllowedError, Sampler, SamplingOptions, log_probs
 from thimble.inference.speculation import Speculation
 
 PREFILL_TOKENS = 1024  # read in one pass on a worker
+TOLD_TOKENS = 128  # read in one pass where log-probabilities of all are told: their logits take up to 0.5 MB each
 MAX_SLOTS = 64  # answers written in parallel: a step costs little more for many rows than for few
 ADMITTED_TOGETHER = 8  # prompts read at once while answers wait for them
 
@@ -185,7 +187,7 @@ class Engine:
             request.begun = time.perf_counter()
             running.append(request)
             self._reading.append(request)
-            if self._prefixes and request.labels is None:
+            if self._prefixes and request.labels is None and not request.tells_prompt:
                 self._prefixes.begin(request)
 
     def _blocks_of(self, request: ActiveRequest) -> int:
@@ -218,17 +220,23 @@ class Engine:
 
     def _passes(self) -> Iterator[list[Part]]:
         """Requests to read now, one group a worker, and how much of each: whole prompts, or part of one."""
-        left = deque(self._ready())
+        left, most = deque(self._ready()), self._most_read
         for _ in range(self._num_workers):
             if not left:
                 return
-            parts = [(left[0], min(left.popleft().unread, self._prefill_tokens))]
+            parts = [(left[0], min(left.popleft().unread, most))]
             if not parts[0][0].read and parts[0][1] == parts[0][0].unread:
                 tokens = parts[0][1]
-                while left and not left[0].read and tokens + left[0].unread <= self._prefill_tokens:
+                while left and not left[0].read and tokens + left[0].unread <= most:
                     tokens += left[0].unread
                     parts.append((left[0], left.popleft().unread))
             yield parts
+
+    @property
+    def _most_read(self) -> int:
+        """Most tokens of prompts that a pass reads now."""
+        is_told = any(request.tells_prompt for request in self._reading)
+        return min(self._prefill_tokens, TOLD_TOKENS) if is_told else self._prefill_tokens
 
     def _ready(self) -> list[ActiveRequest]:
         """Requests whose prompts are read now; of those that begin alike, the first one alone."""
@@ -236,7 +244,7 @@ class Engine:
 
     def _beside(self, most: int) -> list[Part]:
         """Parts of prompts to read beside answers: even shares, so that a short prompt does not wait for a long one."""
-        left, parts = min(most, self._prefill_tokens), []
+        left, parts = min(most, self._most_read), []
         ready = sorted(self._ready(), key=lambda request: request.unread)
         for place, request in enumerate(ready):
             if size := min(request.unread, -(-left // (len(ready) - place))):
@@ -269,8 +277,7 @@ class Engine:
             ids.append(np.array(request.guessed, np.int32))
             if is_scored:
                 labels.append(np.full(size, IGNORED, np.int32) if request.labels is None else request.labels[place])
-            if (end := request.next_place(size)) is not None:
-                ends += range(start + end, start + end + 1 + len(request.guessed))
+            ends += [start + place for place in request.wanted_places(size)]
             start += size
         rows = [request.row(size) for request, size in parts]
         return Pass(np.concatenate(ids), rows, ends, np.concatenate(labels) if is_scored else None)
@@ -287,11 +294,14 @@ class Engine:
                 tokens += self._after_guess(request, rows)
                 continue
             has_next = request.next_place(size) is not None
+            if request.tells_prompt:
+                request.note_prompt(itertools.islice(rows, size - has_next))
             request.read += size
             if self._prefixes and request.chain:
                 self._prefixes.note(request)
             if has_next:
-                request.next = self._chosen(request, next(rows))
+                told = request.prompt_log_probs if request.tells_prompt else None
+                request.next = self._chosen(request, next(rows))._replace(prompt=told)
             if request.unread <= 0:
                 tokens += self._told(request, request is scored)
         return tokens
@@ -332,9 +342,10 @@ class Engine:
         except Exception as error:  # a mask is the caller's own program: what it raises ends this answer alone
             return Token(number, finish="error", usage=request.usage, error=f"{type(error).__name__}: {error}")
         seconds = time.perf_counter() - request.begun if len(written) == 1 else None
+        logprobs = None if options.logprobs is None else log_probs(logits, token, options.logprobs)
         if token in options.stop_ids:
-            return Token(number, finish="stop", usage=request.usage, prefill_seconds=seconds)
+            end = Token(number, None, "stop", logprobs=logprobs, stopped_by=token)
+            return end._replace(usage=request.usage, prefill_seconds=seconds)
         finish = None if len(written) < options.max_new_tokens else "length"
-        logprobs = request.sampler.log_probs(logits, token)
         usage = request.usage if finish or len(written) == 1 else None
         return Token(number, token, finish, logprobs=logprobs, usage=usage, prefill_seconds=seconds)

@@ -1,6 +1,6 @@
 """A request on its way through the engine: what is known of it, and what it is told."""
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from thimble.backends.session import ActiveAdapter, ForwardRow
 from thimble.core.metrics import LossSum
-from thimble.inference.sampling import LogProbs, Sampler, SamplingOptions
+from thimble.inference.sampling import LogProbs, Sampler, SamplingOptions, log_probs
 
 
 class Usage(NamedTuple):
@@ -38,6 +38,9 @@ class Token(NamedTuple):
         usage: What the request took so far, told with the first token and with the end.
         error: Why it ended in an error: what its mask raised.
         prefill_seconds: From when it began to its first token, told with that.
+        prompt: What the model thought of each token of the prompt behind the first, where that is asked for; told with
+            the first token.
+        stopped_by: The token that ended it, which is not part of it.
     """
 
     request: int
@@ -48,6 +51,8 @@ class Token(NamedTuple):
     usage: Usage | None = None
     error: str | None = None
     prefill_seconds: float | None = None
+    prompt: Sequence[LogProbs] | None = None
+    stopped_by: int | None = None
 
 
 @dataclass(eq=False)
@@ -70,6 +75,7 @@ class ActiveRequest:
         loss: Of what was read so far; the first of a group has that of all.
         next: The latest token that was chosen.
         guessed: Tokens that may follow it, read with it in the next pass.
+        prompt_log_probs: Of the tokens of the prompt behind the first that were read so far, if they are to be told.
         begun: When it got a place, on the clock of `time.perf_counter`.
     """
 
@@ -88,6 +94,7 @@ class ActiveRequest:
     loss: LossSum = field(default_factory=LossSum)
     next: Token = Token(0)
     guessed: list[int] = field(default_factory=list)
+    prompt_log_probs: list[LogProbs] = field(default_factory=list)
     begun: float = 0.0
 
     @property
@@ -99,6 +106,11 @@ class ActiveRequest:
     def unread(self) -> int:
         """Tokens that are still to be read before it writes."""
         return len(self.ids) - self.read
+
+    @property
+    def tells_prompt(self) -> bool:
+        """Whether log-probabilities of its prompt are still to be told."""
+        return self.options.prompt_logprobs is not None and not self.sampler.written
 
     @property
     def usage(self) -> Usage:
@@ -113,6 +125,19 @@ class ActiveRequest:
             return None  # it was chosen, and only what is scored behind the prompt is still to be read
         place = self.prompt_tokens + len(self.sampler.written) - 1 - self.read
         return place if place < size else None
+
+    def wanted_places(self, size: int) -> range:
+        """After which of its next `size` tokens, and of those guessed behind them, logits are wanted."""
+        place = self.next_place(size)
+        if self.tells_prompt:
+            return range(size)
+        return range(0) if place is None else range(place, place + 1 + len(self.guessed))
+
+    def note_prompt(self, rows: Iterable[NDArray[np.float32]]) -> None:
+        """Take note of the logits after the next tokens of the prompt, float32 (vocabulary,) each."""
+        count = self.options.prompt_logprobs or 0
+        told = zip(rows, self.ids[self.read + 1 : self.prompt_tokens].tolist(), strict=False)
+        self.prompt_log_probs += [log_probs(logits, token, count) for logits, token in told]
 
     def forget_scored(self) -> None:
         """Go on behind the prompt, once what is scored has been read."""

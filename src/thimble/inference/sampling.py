@@ -38,6 +38,8 @@ class SamplingOptions:
         mask: Which tokens may come next, as a grammar says it; None allows all of them.
         logprobs: How many of the likeliest tokens are told at each place, with the log-probability of the chosen one;
             None tells nothing. They are those of the model, before any of these options.
+        prompt_logprobs: The same of each token of the prompt behind the first, which is then read anew, whatever an
+            earlier request had read of it.
     """
 
     max_new_tokens: int
@@ -53,6 +55,7 @@ class SamplingOptions:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     mask: Mask | None = None
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
 
 class LogProbs(NamedTuple):
@@ -105,18 +108,6 @@ class Sampler:
         self._counts[token] = self._counts.get(token, 0) + 1
         self.written.append(token)
         return token
-
-    def log_probs(self, logits: NDArray[np.float32], token: int) -> LogProbs | None:
-        """What is told of a place: float32 (vocabulary,) and the token chosen there."""
-        count = self._options.logprobs
-        if count is None:
-            return None
-        top = float(logits.max())
-        log_sum = top + float(np.log(np.exp(logits.astype(np.float64) - top).sum()))
-        likeliest = _sorted(logits, min(count, len(logits))) if count else np.empty(0, np.int64)
-        return LogProbs(
-            float(logits[token]) - log_sum, tuple((int(other), float(logits[other]) - log_sum) for other in likeliest)
-        )
 
     def _adjusted(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
         """Logits after mask, bias and penalties; the very same array where none of them is set."""
@@ -173,6 +164,16 @@ class Sampler:
         else:
             tokens = np.arange(len(weights))
         return tokens[weights[tokens] >= options.min_p] if options.min_p else tokens  # the likeliest weighs 1
+
+
+def log_probs(logits: NDArray[np.float32], token: int, count: int) -> LogProbs:
+    """What is told of a place: float32 (vocabulary,), the token that stands there, and how many of the likeliest."""
+    top = float(logits.max())
+    log_sum = top + float(np.log(np.exp(logits.astype(np.float64) - top).sum()))
+    likeliest = _sorted(logits, min(count, len(logits))) if count else np.empty(0, np.int64)
+    return LogProbs(
+        float(logits[token]) - log_sum, tuple((int(other), float(logits[other]) - log_sum) for other in likeliest)
+    )
 
 
 def _sorted(weights: NDArray[np.floating], count: int) -> NDArray[np.int64]:

@@ -339,8 +339,9 @@ class CompletionBody(Generation):
             ("lists of tokens", _is_list_of(list)), ("tokens", _is_list_of(int)), ("texts", _is_list), ("text", bool)
         ),
     ]  # fmt: skip
+    max_tokens: int | None = Field(None, ge=ENDLESS, description=f"{ENDLESS} sets no limit; 0 only with echo.")
     logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
-    echo: bool | None = None
+    echo: bool | None = Field(None, description="The prompt stands before the answer; with logprobs, so do its own.")
     best_of: int | None = Field(None, description="Only as large as n: nothing is thrown away.")
     suffix: Literal[""] | None = Field(None, description="Nothing is written between two texts.")
 
@@ -348,8 +349,8 @@ class CompletionBody(Generation):
     def _is_completion(self) -> Self:
         if self.best_of not in (None, self.n or 1):
             raise ValueError(f"best_of: expected {self.n or 1}, as many as n")
-        if self.echo and self.logprobs is not None:
-            raise ValueError("echo: not with logprobs, since those of the prompt are not measured")
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError(f"max_tokens: expected at least 1, {ENDLESS} for no limit, or 0 with echo")
         return self
 
     @property

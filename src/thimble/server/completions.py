@@ -8,7 +8,7 @@ from typing import Any
 from thimble.server.answer import Place, completion_log_probs
 from thimble.server.bodies import CompletionBody
 from thimble.server.generation import Generation
-from thimble.server.prepare import Part, prepare_completion
+from thimble.server.prepare import prepare_completion
 from thimble.server.replies import Events, Query, Reply
 from thimble.server.service import Service
 
@@ -21,7 +21,7 @@ async def answer_completion(service: Service, query: Query[CompletionBody]) -> R
     generation = Generation(service, parts, chosen, query.log)
     head = {"id": f"cmpl-{secrets.token_hex(12)}", "object": "text_completion", "created": int(time.time()),
             "model": chosen.name, "system_fingerprint": chosen.fingerprint}  # fmt: skip
-    echoed = _echoed(service, body, parts)
+    echoed = [part.echo for part in parts]
     if body.stream:
         has_usage = bool(body.stream_options and body.stream_options.include_usage)
         return Events(_chunks(service, generation, head, echoed, has_usage), generation.close)
@@ -29,14 +29,6 @@ async def answer_completion(service: Service, query: Query[CompletionBody]) -> R
         return await _whole(service, generation, head, echoed, body.logprobs is not None)
     finally:
         generation.close()
-
-
-def _echoed(service: Service, body: CompletionBody, parts: Sequence[Part]) -> list[str]:
-    """What stands before each answer: its prompt, if that is asked for."""
-    if not body.echo:
-        return [""] * len(parts)
-    texts = [prompt if isinstance(prompt, str) else service.tokenizer.decode(prompt) for prompt in body.prompts]
-    return [text for text in texts for _ in range(body.n or 1)]
 
 
 async def _chunks(

@@ -13,7 +13,7 @@ from thimble.data.rows import Record
 from thimble.errors import InputError
 from thimble.inference.batch import own_seed
 from thimble.inference.sampling import SamplingOptions
-from thimble.server.answer import Answer
+from thimble.server.answer import Answer, Echo
 from thimble.server.bodies import ENDLESS, ChatBody, CompletionBody, Generation, Message, NamedTool, Tool
 from thimble.server.grammar import ANY_OBJECT, Grammar, from_choice, from_json_schema, from_regex, from_text
 from thimble.server.refusal import Refusal, bad_field, from_input_error
@@ -32,6 +32,7 @@ class Part(NamedTuple):
     prompt: Ids
     options: SamplingOptions
     answer: Answer
+    echo: str = ""  # stands before the answer
 
 
 def prepare_chat(service: Service, body: ChatBody) -> list[Part]:
@@ -69,12 +70,21 @@ def prepare_completion(service: Service, body: CompletionBody) -> list[Part]:
         for place, prompt in enumerate(body.prompts)
     ]
     grammar = _grammar(service, body)
-    options = _options(service, body, _limit(body.max_tokens or COMPLETION_TOKENS), body.logprobs)
-    return [
-        Part(ids, _own(options, place * (body.n or 1) + choice, grammar), Answer(service.tokenizer, body.stops))
-        for place, ids in enumerate(encoded)
-        for choice in range(body.n or 1)
-    ]
+    longest = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
+    options = _options(service, body, _limit(longest or 1), body.logprobs)
+    if body.echo:
+        options = replace(options, prompt_logprobs=body.logprobs)
+    parts: list[Part] = []
+    for ids, prompt in zip(encoded, body.prompts, strict=True):
+        echo = _echo(service, ids, prompt) if body.echo else None
+        for _ in range(body.n or 1):
+            answer = Answer(service.tokenizer, body.stops, echo=echo, is_empty=longest == 0)
+            parts.append(Part(ids, _own(options, len(parts), grammar), answer, echo.text if echo else ""))
+    return parts
+
+
+def _echo(service: Service, ids: Ids, prompt: str | Sequence[int]) -> Echo:
+    return Echo(ids.tolist(), prompt if isinstance(prompt, str) else service.tokenizer.decode(prompt))
 
 
 # ---- tokens ----------------------------------------------------------------------------------------------------------
