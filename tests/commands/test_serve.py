@@ -26,9 +26,11 @@ from thimble.models.base import open_base
 
 @pytest.fixture
 def runs(tiny_base, tmp_path):
-    """A folder with runs: two finished ones, one without an adapter, and one of another base."""
+    """A folder with runs: two finished ones, one that is called as the base, one without an adapter, and one of another
+    base.
+    """
     base = open_base(tiny_base)
-    for name in ("tickets-1", "poems-1"):
+    for name in ("tickets-1", "poems-1", "base"):
         save_adapter(make_adapter(base), tmp_path / "runs" / name / "adapter")
     (tmp_path / "runs" / "stopped-1").mkdir()
     other = open_base(tiny_base.replace("smollm2", "qwen3"))
@@ -55,6 +57,7 @@ def test_it_serves_what_lies_under_runs_and_prints_a_line_that_works(tiny_base, 
     try:
         assert "adapters: poems-1, tickets-1" in told
         assert re.search(r"warning: .*other-1", told)
+        assert re.search(r"warning: not served: runs/base.* is called as the base is: name it with", told)
         assert "stopped-1" not in told
         curl = next(line for line in told.splitlines() if line.startswith("curl "))
         if shutil.which("curl"):
@@ -173,6 +176,12 @@ def test_a_port_that_is_taken_is_told_before_the_base_is_read(thimble, tiny_base
         code, _, err = thimble("serve", "--base", tiny_base, "--port", port)
     assert code == 2
     assert f"--port {port}: cannot be listened at" in err
+
+
+def test_a_server_that_is_refused_leaves_no_log(thimble, tiny_base, tmp_path):
+    code, _, _ = thimble("serve", "--base", tiny_base, "--log", tmp_path / "log.jsonl", "--max-running", "0")
+    assert code == 2
+    assert not (tmp_path / "log.jsonl").exists()
 
 
 def test_it_is_a_function_too(tiny_base, tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ from thimble.config.serve import ServeConfig
 from thimble.data.model import Model, base_with_adapters, log_base, model_with_adapters, open_model
 from thimble.errors import EXTRAS, ConfigError, MissingPackageError, Problems, as_word, install_line, listing
 from thimble.events import Event, EventLog, OnEvent, ShouldStop, ignore, never
-from thimble.inference.adapters import AdapterRegistry
+from thimble.inference.adapters import BASE_NAME, AdapterRegistry
 from thimble.inference.engine import Engine
 from thimble.inference.warm_up import warm_up
 from thimble.models.cost import cache_token_bytes, int8_cache_token_bytes
@@ -109,10 +109,13 @@ def check_packages() -> None:
 
 
 def _check_log(path: str) -> None:
-    """Refuse a file to add lines to that cannot be written, before the base is read."""
+    """Refuse a file to add lines to that cannot be written, before the base is read; a new one is not kept yet."""
     try:
+        is_new = not os.path.lexists(path)
         with open(path, "a", encoding="utf-8"):
             pass
+        if is_new:
+            os.unlink(path)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         why = getattr(error, "strerror", None) or error
         raise ConfigError(f"--log {path}: cannot be written ({why}): name another file") from None
@@ -143,7 +146,7 @@ def _open(config: ServeConfig, problems: Problems, log: EventLog) -> tuple[Model
     for name, path in list(found.items()) if model else ():
         unfit = Problems()
         base_with_adapters(config.base, [path], unfit, EventLog(ignore))
-        if model and name == served_name(model.base):
+        if model and name in (BASE_NAME, served_name(model.base)):
             unfit.add(f"{path} is called as the base is: name it with --adapter other={as_word(path)}")
         if unfit.found:
             del found[name]
