@@ -37,7 +37,7 @@ TUNING_SEEDS, SEEDS = (100, 101), range(8)
 STEPS, EVAL_EVERY, CALIBRATION_STEPS, BETA2 = 24, 8, 4, 0.95
 UNTOUCHED = (200, 10_000)  # most rows that choose nothing, and their tokens
 # Longest row, tokens of a step, and tokens of the validation rows that are watched.
-SHAPES = {"mapping": (128, 192, 400), "documentation": (48, 128, 800), "tool calls": (512, 512, 1500)}
+SHAPES = {"mapping": (128, 192, 400), "documentation": (48, 128, 800), "tool calls": (512, 256, 1000)}
 PASSES = {"inputs": 0.4, "gradients": 2.0}  # cost of a calibration token, in tokens that are learned from
 SAME = 0.02  # losses that differ by less than this share count as equal
 DRAWS = 10_000  # of the bootstrap
