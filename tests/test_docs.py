@@ -135,7 +135,7 @@ def fault_of(line: str) -> str:
         return check(words[1:])
     return (
         ""
-        if words[0] in ("git", "cd", ".", "llama-server", "curl", "ollama", "vllm")
+        if words[0] in ("git", "cd", ".", "llama-server", "curl", "ollama", "vllm", "lm_eval")
         else f"{words[0]} is no command a reader of these pages needs"
     )
 

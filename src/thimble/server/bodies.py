@@ -8,17 +8,7 @@ not there, known or not: clients write out all that they have.
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    WithJsonSchema,
-    field_validator,
-    model_validator,
-)
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 MOST_CHOICES = 16
 MOST_STOPS, LONGEST_STOP = 16, 256  # strings, characters
@@ -227,12 +217,12 @@ Stop = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
 
 
 def _some_tokens(value: int) -> int:
-    if value < 1 and value != ENDLESS:
-        raise ValueError(f"expected at least 1, or {ENDLESS} for no limit, got {value}")
+    if not value:
+        raise ValueError(f"expected at least 1, or {ENDLESS} for no limit")
     return value
 
 
-MostTokens = Annotated[int, AfterValidator(_some_tokens), WithJsonSchema({"type": "integer", "minimum": ENDLESS})]
+MostTokens = Annotated[int, Field(ge=ENDLESS), AfterValidator(_some_tokens)]
 
 
 class Generation(Body):
