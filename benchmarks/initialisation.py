@@ -7,8 +7,8 @@ float32, on the original base; pieces of one text count as one row. What a start
 the column of tokens.
 
 Results are kept after every run, so it may be stopped at any time and goes on where it was (`timeout 20m python
-benchmarks/initialisation.py`). By arithmetic, on two cores with AVX2 the contests take about 30, 30, 60, 30 and 20
-minutes, in their order. Writes initialisation.json, its chart and its part of RESULTS.md from those that are complete.
+benchmarks/initialisation.py`): about five hours of one core with AVX2. Writes
+initialisation.json, its chart and its part of RESULTS.md from those that are complete.
 """
 
 import argparse
@@ -272,7 +272,8 @@ def draw(study: Study, lines: list[dict[str, Any]]) -> None:
                 and (run["task"], run.get("contest"), run["arm"]) == (task, title, line["arm"])
             )  # fmt: skip
             rates.plot(*zip(*tried, strict=True), "o-", markersize=3)
-        curves.set(title=f"{task}, {title}: mean of seeds", xlabel="thousand tokens", ylabel="validation loss")
+        curves.set(title=f"{task}, {title}: mean of seeds", xlabel="thousand tokens", ylabel="validation loss",
+                   yscale="log")  # fmt: skip
         rates.set(title="one seed", xlabel="learning rate", ylabel="final validation loss", xscale="log", yscale="log")
         for side in (curves, rates):
             side.spines[["top", "right"]].set_visible(False)
