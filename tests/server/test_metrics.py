@@ -67,6 +67,21 @@ def test_memory_of_keys_and_values_is_told_with_what_of_it_is_kept(run_server, s
         assert evicted > 0
 
 
+def test_a_step_is_counted_before_anybody_hears_of_it(run_server):
+    with run_server() as running:
+        thread, loads = running.service.engine, []
+        post = thread._post
+
+        def note_load(function, *arguments):
+            loads.append(thread.load)
+            post(function, *arguments)
+
+        thread._post = note_load
+        running.chat(max_tokens=1)
+        assert [(load.waiting, load.running) for load in loads] == [(0, 0)]
+        assert loads[0].unused_tokens > 0
+
+
 def test_adapters_are_counted_as_they_are_read_and_make_room(run_server):
     with run_server() as running:
         registry = running.service.adapters

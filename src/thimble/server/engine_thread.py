@@ -99,7 +99,9 @@ class EngineThread:
                 continue
             self._step_began = time.monotonic()
             try:
-                self._tell([(*self._streams[token.request], token) for token in self._engine.step()])
+                tokens = self._engine.step()
+                self.load = self._engine.load  # before anybody hears of the step: who asks then finds it counted
+                self._tell([(*self._streams[token.request], token) for token in tokens])
             except Exception as error:  # whatever it is, the next request must find an engine that works
                 self._give_up(error)
             self._step_began = None
