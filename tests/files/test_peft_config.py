@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 
 import numpy as np
 import pytest
@@ -78,3 +79,40 @@ def test_an_adapter_in_double_precision_is_read_as_peft_reads_it(tmp_path):
     assert (read.A.dtype, read.B.dtype) == (np.float32, np.float32)
     assert np.array_equal(read.A, layers["q_proj"].A)
     assert np.array_equal(read.B, layers["q_proj"].B)
+
+
+EXPRESSIONS = (
+    r".*layers\.1\..*", "(q_proj|k_proj)", r"model\.layers\.[0-9]+\.self_attn\.q_proj", "[]a-b.]+", "(a*)*b", "", ".+",
+    r"layers.\d{2}.self_attn.q_proj", r"^model.layers.(?:1|[2-9]\d?)\..*", "q_proj|^blocks.1.1", "^a|b$", r"[^.]*proj",
+    r"\w+_proj", "(.*1.*)?", ".*?[qk]_proj", "(^model.*|a).*", r"x\.blocks.*|\S*-q_proj",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("key", EXPRESSIONS)
+def test_an_expression_names_the_layers_that_it_names_for_peft(key):
+    pattern = Pattern({key: 1})
+    assert not pattern.unread
+    for layer in LAYERS:
+        is_match = re.match(rf"(.*\.)?({key})$", layer) is not None  # what PEFT's get_pattern_key asks
+        assert pattern.of(layer, 0) == is_match, layer
+
+
+def test_the_first_that_matches_counts_whether_it_is_a_name_or_an_expression():
+    for keys in itertools.permutations(["q_proj", ".*1.*", "(a|blocks).*"]):
+        pattern = Pattern({key: number for number, key in enumerate(keys)})
+        for layer in LAYERS:
+            key = get_pattern_key(keys, layer)
+            assert pattern.of(layer, "none") == (keys.index(key) if key in keys else "none"), (keys, layer)
+
+
+@pytest.mark.parametrize(
+    "key", [r"(a)\1", "(?=a)", "(?i)a", r"\bq_proj", "a(", "a**", "^*", "[b-a]", "(" * 500, "((a{9}){9}){9}"]
+)
+def test_an_expression_that_cannot_be_read_is_told(key):
+    assert Pattern({key: 1}).unread == {key: 1}
+
+
+@pytest.mark.parametrize("key", ["(a|a)*x", "((.*)*)*x", "(a*)*" * 50 + "x", "(.*.*.*)*" * 20 + "x"])
+def test_an_expression_that_python_runs_forever_ends(key):
+    pattern = Pattern({key: 1})
+    assert (pattern.of("a" * 500, 0), pattern.of("a" * 500 + "x", 0)) == (0, 1)

@@ -1,8 +1,8 @@
 """What `adapter_config.json` says of an adapter, checked before a tensor is read.
 
 The file comes from anybody. What changes the function of the adapter is understood or refused by name; every other
-field is ignored. Nothing that it names is imported, and its patterns are never run as regular expressions, which can
-be made to run forever.
+field is ignored. Nothing that it names is imported, and its patterns are not run as Python runs regular expressions,
+which can be made to run forever.
 """
 
 import re
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from thimble.core.lowrank import scale
 from thimble.core.method import MOST_SCALE
 from thimble.errors import AdapterError
+from thimble.files.path_patterns import PathPattern
 from thimble.files.untrusted import read_json_object, shown, some
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -22,6 +23,7 @@ MAX_RANK = 2048  # twice the largest anybody trains: a delta form is kept as one
 MOST_ALPHA = MOST_SCALE * MAX_RANK
 MOST_ENTRIES = 20_000  # of a pattern
 MOST_SHAPES = 500  # of keys of a pattern: models have some dozens
+MOST_EXPRESSIONS = 100  # among the keys of a pattern
 MOST_PATH_CHARACTERS = 1024
 
 # Fields of PEFT with which an adapter computes something else than scale · B A; unset or empty they mean nothing.
@@ -57,24 +59,37 @@ class Pattern:
     """Numbers of some layers, from `rank_pattern` or `alpha_pattern`.
 
     PEFT reads each key as a regular expression for the end of a path (`get_pattern_key`), and the first that matches
-    counts. Keys that are names, with or without the marks that people put around them (`^`, `.*`, `$`, `\\.`), are read
-    here to the same effect, so a dot stands for any character; those that are not are kept in `unread`.
+    counts. Keys that are names, with or without the marks that people put around them (`^`, `.*`, `$`, `\\.`), are
+    looked up to the same effect, so a dot stands for any character; others are tried one by one, and those that cannot
+    be read are kept in `unread`.
     """
 
     def __init__(self, entries: Mapping[str, Any]) -> None:
         self._shapes: dict[Shape, dict[str, tuple[int, Any]]] = {}
+        self._others: list[tuple[PathPattern, tuple[int, Any]]] = []
         self.unread: dict[str, Any] = {}
         for number, (key, value) in enumerate(entries.items()):
             shape, text = _parsed(key)
             if not text or (shape not in self._shapes and len(self._shapes) == MOST_SHAPES):
-                self.unread[key] = value
+                try:
+                    self._others.append((_expression(key, len(self._others)), (number, value)))
+                except ValueError:
+                    self.unread[key] = value
             else:
                 self._shapes.setdefault(shape, {}).setdefault(text, (number, value))
 
     def of(self, layer: str, default: Any) -> Any:
         """The number of the first entry that names this layer, or the default."""
         found = [keys.get(_seen(layer, shape)) for shape, keys in self._shapes.items()]
+        found += [entry for pattern, entry in self._others if pattern.matches(layer)]
         return min((entry for entry in found if entry), default=(0, default), key=lambda entry: entry[0])[1]
+
+
+def _expression(key: str, before: int) -> PathPattern:
+    """A key that is no name, of which there are so many before it; a ValueError if it cannot be read."""
+    if before >= MOST_EXPRESSIONS:
+        raise ValueError("there are too many")
+    return PathPattern(key)
 
 
 def _parsed(key: str) -> tuple[Shape, str]:
@@ -216,8 +231,8 @@ def _check_patterns(config: Mapping[str, Any]) -> list[str]:
         ]
         if name == "alpha_pattern":
             problems += [
-                f"{name} names layers by the regular expression {shown(key)}, which is not run: write out the names "
-                "of the layers"
+                f"{name} names layers by the regular expression {shown(key)}, which cannot be read: write out the "
+                "names of the layers"
                 for key in Pattern(pattern).unread
             ]
     return problems
