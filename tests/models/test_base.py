@@ -272,6 +272,8 @@ def write_gguf(path, **tensors):
     for key in ("block_count", "embedding_length", "feed_forward_length", "head_count"):
         getattr(writer, f"add_{key}")({"head_count": 4096, "block_count": 1024}.get(key, 1 << 14))
     writer.add_key_length(8192)
+    writer.add_context_length(128)
+    writer.add_layer_norm_rms_eps(1e-5)
     for name, array in tensors.items():
         writer.add_tensor(name.replace("__", "."), array)
     writer.write_header_to_file()

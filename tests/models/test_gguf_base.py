@@ -14,24 +14,30 @@ WHOLE = open_base(TINY)
 
 def split(folder, tensors_per_file=7, no_tensor_first=False):
     """The tiny base in parts, as llama.cpp's own package writes them."""
+    copy(folder / "big.gguf", split_max_tensors=tensors_per_file, small_first_shard=no_tensor_first)
+    return sorted(folder.glob("*.gguf"))
+
+
+def copy(path, more=(), without=(), **options):
+    """The tiny base with more tensors, without some metadata."""
     reader = gguf.GGUFReader(TINY)
     arch = bytes(reader.fields["general.architecture"].parts[-1]).decode()
-    writer = gguf.GGUFWriter(
-        folder / "big.gguf", arch, split_max_tensors=tensors_per_file, small_first_shard=no_tensor_first
-    )
+    writer = gguf.GGUFWriter(path, arch, **options)
     for name, field in reader.fields.items():
-        if name.startswith("GGUF.") or name == "general.architecture":
+        if name.startswith("GGUF.") or name in ("general.architecture", *without):
             continue
         kind = field.types[0]
         inner = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
         writer.add_key_value(name, field.contents(), kind, inner)
     for tensor in reader.tensors:
         writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    for name in more:
+        writer.add_tensor(name, np.full(1, 2, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return sorted(folder.glob("*.gguf"))
+    return path
 
 
 @pytest.mark.parametrize("no_tensor_first", [False, True])
@@ -154,3 +160,26 @@ def test_opening_a_file_decodes_no_vocabulary(monkeypatch):
 
     monkeypatch.setattr("thimble.files.gguf._Array.decode", decoded)
     assert open_base(TINY).spec.family == WHOLE.spec.family
+
+
+def test_factors_by_which_llama_cpp_multiplies_are_not_left_out_in_silence(tmp_path):
+    with pytest.raises(BaseModelError, match="holds blk.0.attn_q.scale, by which llama.cpp multiplies"):
+        open_base(copy(tmp_path / "x.gguf", ["blk.0.attn_q.scale"]))
+
+
+@pytest.mark.parametrize(
+    "name", ["blk.0.attn_sinks.weight", "blk.0.attn_norm.bias", "blk.9.attn_q.weight", "cls.weight"]
+)
+def test_tensors_that_llama_cpp_would_not_load_are_told(name, tmp_path):
+    (told,) = open_base(copy(tmp_path / "x.gguf", [name])).warnings
+    assert f"x.gguf holds {name}, which a llama does not read" in told
+
+
+def test_factors_of_inputs_that_llama_cpp_passes_over_are_no_reason_for_a_warning(tmp_path):
+    assert not open_base(copy(tmp_path / "x.gguf", ["blk.0.attn_q.input_scale"])).warnings
+
+
+@pytest.mark.parametrize("key", ["llama.context_length", "llama.attention.layer_norm_rms_epsilon"])
+def test_metadata_that_llama_cpp_needs_is_not_made_up(key, tmp_path):
+    with pytest.raises(BaseModelError, match=f"the GGUF lacks {key}, as llama.cpp needs too: convert it again"):
+        open_base(copy(tmp_path / "x.gguf", without=[key]))

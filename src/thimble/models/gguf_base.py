@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from thimble.errors import BaseModelError, listing
 from thimble.files.tensor_info import TensorInfo
 from thimble.files.tensors import TensorFile, open_tensors
+from thimble.files.untrusted import printable
 from thimble.models.spec import DecoderSpec, spec_from_gguf
 from thimble.models.weights import Base, Weight, check_complete
 
@@ -29,6 +30,7 @@ ROPE_DIVISORS, MOST_DIVISORS = ("rope_freqs.weight", "rope_factors_long.weight",
 INTERLEAVED = ("llama", "smollm3")
 PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 MOST_PARTS = 1000
+INPUT_FACTOR = ".input_scale"  # end of what llama.cpp reads and multiplies nothing by, if inputs stay floats
 # GGUF files that hold no language model, by `general.type` or `general.architecture`.
 OTHERS = {
     "adapter": "an adapter, not a base: name the model file that it was trained on",
@@ -60,7 +62,26 @@ def open_gguf(path: Path, file: TensorFile) -> Base:
         if ours:
             weights[ours] = Weight(holder, info, row_order(ours, info.shape, arch, spec))
     notes = (f"the base is read from all {len(parts)} parts of {first.path.name}",) if len(parts) > 1 else ()
-    return Base(first.path.name, first.path, spec, check_complete(path, spec, weights), first.metadata, notes=notes)
+    used = check_complete(path, spec, weights)
+    told = _check_unread(path, [name for name in placed if from_gguf_name(name, spec) not in used], arch)
+    return Base(first.path.name, first.path, spec, used, first.metadata, notes=notes, warnings=told)
+
+
+def _check_unread(path: Path, names: list[str], arch: str) -> tuple[str, ...]:
+    """Refuse factors of matrices among tensors that the decoder does not read; a warning of others that matter."""
+    factors = [printable(name) for name in names if name.endswith(".scale")]
+    if factors:
+        raise BaseModelError(
+            f"{path} holds {listing(factors, 3)}, by which llama.cpp multiplies what a matrix makes: that is not "
+            "supported; take the same model in one of the other types, such as Q8_0"
+        )
+    others = [printable(name) for name in names if name not in ROPE_DIVISORS and not name.endswith(INPUT_FACTOR)]
+    if not others:
+        return ()
+    return (
+        f"{path.name} holds {listing(others, 3)}, which a {arch} does not read: they are left out, and llama.cpp "
+        "refuses such a file; if they belong to the model, it is another one: convert it again, or take another file",
+    )
 
 
 def _parts_of(path: Path, file: TensorFile) -> list[TensorFile]:

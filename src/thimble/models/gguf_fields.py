@@ -30,6 +30,7 @@ HONOURED = (
     *FIELDS, "rope.dimension_count", "rope.scaling.type", "rope.scaling.factor", "rope.scale_linear",
     "rope.scaling.attn_factor", "attention.value_length", "attention.scale",
 )  # fmt: skip
+REQUIRED = ("context_length", "attention.layer_norm_rms_epsilon")  # beside sizes, without which nothing can be read
 # What llama.cpp takes where a file says nothing.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "smollm3": {"no_rope_layer_interval": 4},
@@ -112,6 +113,8 @@ def fields_of(family: str, metadata: Mapping[str, Any], has_long: bool) -> tuple
     """
     names = [key for key in metadata if key.startswith(f"{family}.")]  # to ask for the others would decode a vocabulary
     own = {key.removeprefix(f"{family}."): metadata[key] for key in names}
+    if lacking := [f"{family}.{key}" for key in REQUIRED if key not in own]:
+        raise BaseModelError(f"the GGUF lacks {listing(lacking)}, as llama.cpp needs too: convert it again")
     given = {field: _uniform(family, own, key) for key, field in FIELDS.items() if key in own}
     fields = {**DEFAULTS.get(family, {}), **given, "use_sliding_window": False, "hidden_act": "silu"}
     notes = []
