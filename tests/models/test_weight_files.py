@@ -249,3 +249,15 @@ def test_a_head_that_is_missing_is_not_made_up(ties, folder):
     edit(folder / "config.json", tie_word_embeddings=ties)
     with pytest.raises(BaseModelError, match="lacks lm_head.weight: it is not complete, or config.json should say"):
         open_base(folder)
+
+
+@pytest.mark.parametrize("around", ["", "base_model.model."])
+def test_a_model_with_an_adapter_in_it_that_is_not_merged_is_named_as_one(around, folder):
+    file = open_tensors(folder / WHOLE)
+    tensors = {around + name.replace("q_proj.", "q_proj.base_layer."): file.read(name) for name in file.tensors}
+    (folder / WHOLE).unlink()
+    write_safetensors(folder / WHOLE, tensors, {"format": "pt"})
+    with pytest.raises(
+        BaseModelError, match=r"an adapter in it that is not merged, as .*base_layer.weight shows: .*merge"
+    ):
+        open_base(folder)

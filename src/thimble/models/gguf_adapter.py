@@ -22,6 +22,10 @@ from thimble.models.hub_cache import HUB_ADDRESS, is_hub_form
 
 SIDES = (".lora_a", ".lora_b")
 MOST_BYTES = 1 << 32  # of the numbers of an adapter
+_MERGE = (
+    "load the adapter that it was converted from with PEFT and write the merged model (merge_and_unload, then "
+    "save_pretrained), a folder for --base"
+)
 
 
 def is_gguf(path: str | Path) -> bool:
@@ -119,14 +123,14 @@ def _pairs(file: TensorFile, base: Base) -> dict[str, tuple[str, str, GgufName]]
     outside = sorted(name for name in names if name not in known)
     single = sorted(name for name in names if any(name + side not in file.tensors for side in SIDES))
     problems = (
-        [f"adapter {file.path} holds {listing(map(printable, other), 2)}: expected lora_a and lora_b alone"]
+        [f"adapter {file.path} holds {listing(map(printable, other), 2)}: expected lora_a and lora_b alone; {_MERGE}"]
         if other
         else []
     )
     if outside:
         problems.append(
             f"adapter {file.path} adapts {listing(map(printable, outside), 2)}: only the linear layers of the blocks "
-            f"of {base.name} can be adapted here"
+            f"of {base.name} can be adapted here; {_MERGE}"
         )
     if single:
         problems.append(f"adapter {file.path} has only one side of {listing(map(printable, single), 2)}")

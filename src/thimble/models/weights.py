@@ -189,7 +189,14 @@ def check_complete(path: Path, spec: DecoderSpec, weights: dict[str, Weight]) ->
 
 
 def _why_missing(missing: Sequence[str], given: Collection[str]) -> str:
-    """Why tensors are missing: something was put in front of all names, or they are not there."""
+    """Why tensors are missing: names have something of PEFT in or around them, or they are not there."""
+    inside = [name for name in given if any(part in name for part in (".base_layer.", ".original_module."))]
+    if inside:
+        return (
+            f"it was saved with an adapter in it that is not merged, as {printable(inside[0])} shows: save it again "
+            "from where it was trained, with PEFT's model.merge_and_unload().save_pretrained(folder); or save the "
+            "adapter alone, with model.save_pretrained(folder), and name the base that it was trained on"
+        )
     for name in given:
         prefix = name.removesuffix(missing[0])
         if name != prefix and all(f"{prefix}{other}" in given for other in missing):
