@@ -205,9 +205,9 @@ HOSTILE = {
     "patterns in a list": (with_config(rank_pattern=["q_proj"]), "rank_pattern is .'q_proj'."),
     "a pattern with text": (with_config(alpha_pattern={"q_proj": "8"}), "alpha_pattern gives 'q_proj' the value '8'"),
     "a pattern with rank 0": (with_config(rank_pattern={"q_proj": 0}), "rank_pattern gives 'q_proj' the value 0"),
-    "a pattern that only going back can match": (
-        with_config(alpha_pattern={"(a|a)*$": 8, "(a+)\\1": 9}),
-        "regular expression '.a\\+.*1', which cannot be read",
+    "a pattern that could take long": (
+        with_config(alpha_pattern={"(a|a)*$": 8, "((.*)*)*x": 9}),
+        "regular expression '.a.a..\\$', which is not run",
     ),
     "another method": (with_config(peft_type="LOHA"), "only LORA adapters are supported; if PEFT can merge it"),
     "learned prompts": (

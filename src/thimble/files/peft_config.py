@@ -1,10 +1,11 @@
 """What `adapter_config.json` says of an adapter, checked before a tensor is read.
 
 The file comes from anybody. What changes the function of the adapter is understood or refused by name; every other
-field is ignored. Nothing that it names is imported, and its patterns are not run as Python runs regular expressions,
-which can be made to run forever.
+field is ignored. Nothing that it names is imported, and of its regular expressions only those are run that cannot be
+made to run forever.
 """
 
+import contextlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +15,6 @@ from typing import Any, NamedTuple
 from thimble.core.lowrank import scale
 from thimble.core.method import MOST_SCALE
 from thimble.errors import AdapterError
-from thimble.files.path_patterns import PathPattern
 from thimble.files.untrusted import read_json_object, shown, some
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -23,7 +23,9 @@ MAX_RANK = 2048  # twice the largest anybody trains: a delta form is kept as one
 MOST_ALPHA = MOST_SCALE * MAX_RANK
 MOST_ENTRIES = 20_000  # of a pattern
 MOST_SHAPES = 500  # of keys of a pattern: models have some dozens
-MOST_EXPRESSIONS = 100  # among the keys of a pattern
+MOST_EXPRESSIONS, MOST_EXPRESSION_CHARACTERS = 20, 500  # among the keys of a pattern that are no names
+MOST_REPEATS = 3  # signs in an expression of how often a part comes: trying takes as many loops over a path
+MOST_TRIED_CHARACTERS = 128  # of such a path
 MOST_PATH_CHARACTERS = 1024
 
 # Fields of PEFT with which an adapter computes something else than scale · B A; unset or empty they mean nothing.
@@ -44,6 +46,8 @@ BIASES = ("none", "all", "lora_only")
 _CONTROL = re.compile("[\\x00-\\x08\\x0b\\x0c\\x0e-\\x1f\\x7f-\\x9f]")  # but for tabs and ends of lines
 MODEL_CLASS, PARENT_LIBRARY = "base_model_class", "parent_library"  # of auto_mapping
 _DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+_LITERAL = re.compile(r"\\[^1-9]|\[\^?\]?(\\.|[^\]\\])*\]|\(\?[:=!]")  # characters and sets, and how brackets begin
+_REPEATED = re.compile(r".[*+?{]")  # a part, or the bracket that ends it, and how often it comes
 _NAME = re.compile(r"[A-Za-z0-9_\-][A-Za-z0-9_.\-]*")
 
 
@@ -66,14 +70,15 @@ class Pattern:
 
     def __init__(self, entries: Mapping[str, Any]) -> None:
         self._shapes: dict[Shape, dict[str, tuple[int, Any]]] = {}
-        self._others: list[tuple[PathPattern, tuple[int, Any]]] = []
+        self._others: list[tuple[re.Pattern[str], tuple[int, Any]]] = []
         self.unread: dict[str, Any] = {}
         for number, (key, value) in enumerate(entries.items()):
             shape, text = _parsed(key)
             if not text or (shape not in self._shapes and len(self._shapes) == MOST_SHAPES):
-                try:
-                    self._others.append((_expression(key, len(self._others)), (number, value)))
-                except ValueError:
+                expression = _expression(key) if len(self._others) < MOST_EXPRESSIONS else None
+                if expression:
+                    self._others.append((expression, (number, value)))
+                else:
                     self.unread[key] = value
             else:
                 self._shapes.setdefault(shape, {}).setdefault(text, (number, value))
@@ -81,15 +86,32 @@ class Pattern:
     def of(self, layer: str, default: Any) -> Any:
         """The number of the first entry that names this layer, or the default."""
         found = [keys.get(_seen(layer, shape)) for shape, keys in self._shapes.items()]
-        found += [entry for pattern, entry in self._others if pattern.matches(layer)]
+        found += self._matching(layer)
         return min((entry for entry in found if entry), default=(0, default), key=lambda entry: entry[0])[1]
 
+    def _matching(self, layer: str) -> list[tuple[int, Any]]:
+        """The entries whose regular expression matches a path, or its end behind a dot."""
+        if self._others and len(layer) > MOST_TRIED_CHARACTERS:
+            raise AdapterError(
+                f"layer {shown(layer)} has more than {MOST_TRIED_CHARACTERS} characters, with which regular "
+                "expressions are not tried: write out the names of the layers in rank_pattern and alpha_pattern"
+            )
+        starts = [0, *(place + 1 for place, letter in enumerate(layer) if letter == ".")]
+        return [entry for pattern, entry in self._others if any(pattern.fullmatch(layer, start) for start in starts)]
 
-def _expression(key: str, before: int) -> PathPattern:
-    """A key that is no name, of which there are so many before it; a ValueError if it cannot be read."""
-    if before >= MOST_EXPRESSIONS:
-        raise ValueError("there are too many")
-    return PathPattern(key)
+
+def _expression(key: str) -> re.Pattern[str] | None:
+    """A key as a regular expression; None if it is none, or if trying it could take long: no brackets may come many
+    times, and few other parts.
+    """
+    bare = _LITERAL.sub("a", key)
+    repeated = _REPEATED.findall(bare)
+    is_short = len(key) <= MOST_EXPRESSION_CHARACTERS and len(repeated) <= MOST_REPEATS
+    if not is_short or "\\" in bare or any(part[0] == ")" and part != ")?" for part in repeated):
+        return None
+    with contextlib.suppress(re.error):
+        return re.compile(f"(?:{key})")
+    return None
 
 
 def _parsed(key: str) -> tuple[Shape, str]:
@@ -231,8 +253,8 @@ def _check_patterns(config: Mapping[str, Any]) -> list[str]:
         ]
         if name == "alpha_pattern":
             problems += [
-                f"{name} names layers by the regular expression {shown(key)}, which cannot be read: write out the "
-                "names of the layers"
+                f"{name} names layers by the regular expression {shown(key)}, which is not run: write out the names "
+                "of the layers"
                 for key in Pattern(pattern).unread
             ]
     return problems
