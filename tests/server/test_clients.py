@@ -1,14 +1,20 @@
 """Clients that leave, that do not read, that send half of what they should, and that are too many."""
 
+import asyncio
 import json
 import socket
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
+import served
 from thimble.inference.engine import Engine
+from thimble.inference.request import Token
+from thimble.inference.sampling import SamplingOptions
 from thimble.server import engine_thread, run, sending
+from thimble.server.engine_thread import EngineThread, Heard
 from thimble.server.service import Limits
 
 LONG = {"messages": [{"role": "user", "content": "go on"}], "max_tokens": 900, "ignore_eos": True}
@@ -47,6 +53,18 @@ class CountingEngine(Engine):
         super().cancel(number)
 
 
+class HeldEngine(Engine):
+    """An engine that begins no step before it may, however slow the machine is that asks it meanwhile."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.may_go_on = threading.Event()
+
+    def step(self):
+        self.may_go_on.wait(served.SECONDS)
+        return super().step()
+
+
 @pytest.fixture
 def counted(run_server, session):
     """A server whose engine counts; not too fast, so that there is something to leave."""
@@ -70,11 +88,33 @@ def test_an_answer_whose_client_left_is_forgotten(counted, is_streamed, wait_unt
     connection.close()
     wait_until(lambda: len(engine.cancelled) == 2)
     wait_until(lambda: engine.is_idle)
-    assert engine.tokens < 400  # of 1,800
+    assert engine.tokens < 1800
+    wait_until(lambda: counted.log)  # the last that is done
     assert counted.service.engine.requests == 0
-    entry = counted.log[-1]
+    (entry,) = counted.log
     assert (entry["is_gone"], entry["finish"]) == (True, "abort,abort")
     assert entry["status"] == (200 if is_streamed else 499)
+
+
+@pytest.mark.parametrize("turns", range(4))
+def test_one_that_leaves_in_the_moment_in_which_a_token_comes_is_noticed(turns):
+    """What waits for the token is cancelled so many turns of the event loop after it came."""
+
+    async def is_noticed():
+        stream = EngineThread(lambda: SimpleNamespace(load=None), 1).stream(1, 60)
+        place = stream.add(None, SamplingOptions(9), None)
+        waiting = asyncio.create_task(stream.next(60))
+        for _ in range(3):
+            await asyncio.sleep(0)
+        stream.put(Heard(place, Token(1, 5)))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        was_over = waiting.done()
+        waiting.cancel()
+        await asyncio.wait([waiting])
+        return was_over or waiting.cancelled()
+
+    assert asyncio.run(is_noticed())
 
 
 def test_one_that_leaves_while_its_request_waits_is_forgotten_too(counted, wait_until):
@@ -88,10 +128,11 @@ def test_one_that_leaves_while_its_request_waits_is_forgotten_too(counted, wait_
 
 def test_a_client_that_does_not_read_is_dropped_and_holds_up_nobody(run_server, session, monkeypatch, wait_until):
     monkeypatch.setattr(engine_thread, "MOST_BUFFERED", 50)
+    monkeypatch.setattr(sending, "UNREAD_SECONDS", 1000.0)  # which is not what drops it
     with run_server() as running:
         slow = opened_with(running, {**LONG, "n": 8, "stream": True, "logprobs": True, "top_logprobs": 20}, rcvbuf=2048)
         assert running.chat(max_tokens=30).usage.completion_tokens == 30
-        wait_until(lambda: running.service.engine.requests == 0, 20)
+        wait_until(lambda: running.service.engine.requests == 0)
         slow.close()
 
 
@@ -99,7 +140,7 @@ def test_a_client_that_takes_nothing_at_all_is_left(run_server, monkeypatch, wai
     monkeypatch.setattr(sending, "UNREAD_SECONDS", 0.3)
     with run_server() as running:
         slow = opened_with(running, {**LONG, "n": 8, "stream": True, "logprobs": True, "top_logprobs": 20}, rcvbuf=2048)
-        wait_until(lambda: any(entry.get("path") == "/v1/chat/completions" for entry in running.log), 30)
+        wait_until(lambda: any(entry.get("path") == "/v1/chat/completions" for entry in running.log))
         assert running.service.engine.requests == 0
         slow.close()
 
@@ -124,7 +165,7 @@ def test_an_answer_ends_when_its_time_is_over(run_server, session, wait_until):
         engine.pause = 0.05
         return engine
 
-    with run_server(limits=Limits(seconds=0.6), make_engine=make_engine) as running:
+    with run_server(limits=Limits(seconds=2.0), make_engine=make_engine) as running:
         # What is compiled at first use takes longer than an answer may.
         wait_until(lambda: "choices" in running.post("/v1/chat/completions", {**LONG, "max_tokens": 1}).json())
         answer = running.post("/v1/chat/completions", LONG).json()
@@ -136,13 +177,10 @@ def test_an_answer_ends_when_its_time_is_over(run_server, session, wait_until):
 
 
 def test_a_request_that_never_began_is_asked_to_come_again(run_server, session):
-    def make_engine():
-        engine = CountingEngine(session, 1, 8)
-        engine.pause = 1.0
-        return engine
-
-    with run_server(limits=Limits(seconds=0.2), make_engine=make_engine) as running:
+    engine = HeldEngine(session, 1, 8)
+    with run_server(limits=Limits(seconds=0.2), make_engine=lambda: engine) as running:
         answer = running.post("/v1/chat/completions", LONG)
+        engine.may_go_on.set()
         assert (answer.status_code, answer.headers["retry-after"]) == (429, "5")
 
 
@@ -189,7 +227,7 @@ def test_health_answers_while_many_are_answered(counted, wait_until):
     connections = [opened_with(counted, {**LONG, "stream": True}) for _ in range(8)]
     wait_until(lambda: counted.engines[0].tokens > 20)
     for _ in range(20):
-        assert counted.http.get("/health", timeout=2).status_code == 200
+        assert counted.http.get("/health", timeout=20).status_code == 200
     for connection in connections:
         connection.close()
 
@@ -198,12 +236,8 @@ def test_health_answers_while_many_are_answered(counted, wait_until):
 
 
 def test_a_server_that_stops_ends_what_was_begun_and_begins_nothing(run_server, session, wait_until):
-    def make_engine():
-        engine = CountingEngine(session, 1, 8)
-        engine.pause = 0.02
-        return engine
-
-    with run_server(make_engine=make_engine, drain_seconds=30) as running:
+    engine = HeldEngine(session, 1, 8)
+    with run_server(make_engine=lambda: engine, drain_seconds=served.SECONDS) as running:
         answers = []
         asking = threading.Thread(
             target=lambda: answers.append(running.post("/v1/chat/completions", {**LONG, "max_tokens": 40}))
@@ -216,9 +250,10 @@ def test_a_server_that_stops_ends_what_was_begun_and_begins_nothing(run_server, 
         assert (late.status_code, late.headers["retry-after"]) == (503, "10")
         assert running.http.get("/ready").status_code == 503
         assert running.http.get("/health").status_code == 200
-        asking.join(30)
+        engine.may_go_on.set()
+        asking.join(served.SECONDS)
         assert answers[0].json()["usage"]["completion_tokens"] == 40
-        running.thread.join(10)
+        running.thread.join(served.SECONDS)
         assert not running.thread.is_alive()
 
 

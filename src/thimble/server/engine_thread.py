@@ -210,7 +210,8 @@ class Stream:
         left = self._deadline - time.monotonic()
         if not self._news.is_set() and left > 0:
             try:
-                await asyncio.wait_for(self._news.wait(), min(seconds, left))
+                async with asyncio.timeout(min(seconds, left)):  # before Python 3.12 wait_for may swallow a cancellation
+                    await self._news.wait()
             except TimeoutError:
                 left = self._deadline - time.monotonic()
         if self._error:
