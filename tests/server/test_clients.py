@@ -14,7 +14,7 @@ from thimble.inference.engine import Engine
 from thimble.inference.request import Token
 from thimble.inference.sampling import SamplingOptions
 from thimble.server import engine_thread, run, sending
-from thimble.server.engine_thread import EngineThread, Heard
+from thimble.server.engine_thread import EngineThread, Heard, Stream
 from thimble.server.service import Limits
 
 LONG = {"messages": [{"role": "user", "content": "go on"}], "max_tokens": 900, "ignore_eos": True}
@@ -101,7 +101,7 @@ def test_one_that_leaves_in_the_moment_in_which_a_token_comes_is_noticed(turns):
     """What waits for the token is cancelled so many turns of the event loop after it came."""
 
     async def is_noticed():
-        stream = EngineThread(lambda: SimpleNamespace(load=None), 1).stream(1, 60)
+        stream = Stream(EngineThread(lambda: SimpleNamespace(load=None), 1), 1, time.monotonic() + 60)
         place = stream.add(None, SamplingOptions(9), None)
         waiting = asyncio.create_task(stream.next(60))
         for _ in range(3):
@@ -201,6 +201,33 @@ def test_an_engine_that_fails_is_told_of_and_begins_anew(counted, wait_until):
     wait_until(lambda: len(counted.engines) == 2)
     assert counted.chat(max_tokens=3).usage.completion_tokens == 3
     assert counted.http.get("/health").status_code == 200
+
+
+def test_an_engine_that_failed_is_replaced_before_anybody_hears_of_it(counted):
+    """Who asks for figures right after finds none of those that were left."""
+    thread, loads, post = counted.service.engine, [], counted.service.engine._post
+    thread._post = lambda *what: (loads.append((len(counted.engines), thread.load.running)), post(*what))
+
+    def fail():
+        raise MemoryError("no room")
+
+    counted.engines[0].step = fail
+    assert counted.post("/v1/chat/completions", LONG).status_code == 500
+    assert loads == [(2, 0)]
+
+
+def test_one_that_cannot_be_replaced_is_told_too_and_takes_no_more(counted, wait_until, monkeypatch):
+    monkeypatch.setattr(threading, "excepthook", lambda what: None)
+
+    def fail():
+        raise MemoryError("no room")
+
+    counted.service.engine._make_engine = counted.engines[0].step = fail
+    answer = counted.post("/v1/chat/completions", LONG)
+    assert (answer.status_code, "no room" in answer.text) == (500, True)
+    wait_until(lambda: counted.http.get("/health").status_code == 503)
+    answer = counted.post("/v1/chat/completions", LONG)
+    assert (answer.status_code, "start the server again" in answer.text) == (503, True)
 
 
 def test_half_a_request_is_not_waited_for_without_end(run_server, monkeypatch):

@@ -3,6 +3,7 @@
 from typing import Any
 
 from thimble.server.bodies import DetokenizeBody, LoadAdapterBody, TokenizeBody, UnloadAdapterBody
+from thimble.server.engine_thread import ENDED
 from thimble.server.prepare import encode_chat, encode_prompt
 from thimble.server.refusal import Refusal, bad_field
 from thimble.server.replies import Query, Reply, Text
@@ -86,7 +87,7 @@ async def detokenize(service: Service, query: Query[DetokenizeBody]) -> Reply:
 async def health(service: Service, query: Query[None]) -> Reply:
     """Whether the engine runs."""
     if not service.engine.is_alive:
-        raise Refusal(503, "the engine does not run any more: start the server again")
+        raise Refusal(503, ENDED)
     return {"status": "ok"}
 
 

@@ -25,6 +25,7 @@ from thimble.server.refusal import Refusal, from_input_error
 
 MOST_BUFFERED = 2048  # tokens of one client that it has not taken yet
 STUCK_SECONDS = 300.0  # of one step, after which the engine counts as dead
+ENDED = "the engine does not run any more: start the server again"
 RETRY_SECONDS = 5  # that a client is asked to wait when all places are taken
 
 
@@ -51,6 +52,7 @@ class EngineThread:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._is_stopping = False
+        self._is_broken = False  # no engine could be made in place of one that failed
         self._step_began: float | None = None
         self.load: Load = self._engine.load  # as it was a moment ago
         self.requests = 0  # answers under way; the event loop's own, as is the next
@@ -71,11 +73,15 @@ class EngineThread:
     @property
     def is_alive(self) -> bool:
         """Whether the thread runs, and no step takes as long as none can."""
-        began = self._step_began
-        return self._thread.is_alive() and (began is None or time.monotonic() - began < STUCK_SECONDS)
+        began, runs = self._step_began, self._thread.is_alive() and not self._is_broken
+        return runs and (began is None or time.monotonic() - began < STUCK_SECONDS)
 
     def stream(self, answers: int, seconds: float) -> "Stream":
-        """Take up a client that wants some answers, in so many seconds at most; a Refusal if there is no place."""
+        """Take up a client that wants some answers, in so many seconds at most; a Refusal if there is no place, or if
+        nothing would come.
+        """
+        if not self.is_alive:
+            raise Refusal(503, ENDED)
         if self.requests + answers > self._most_requests:
             raise Refusal(
                 429, f"all {self._most_requests} places are taken: try again in {RETRY_SECONDS} seconds",
@@ -140,13 +146,20 @@ class EngineThread:
         self._post(_deliver, told)
 
     def _give_up(self, error: Exception) -> None:
-        """Tell all requests that the engine failed, and begin anew with another one."""
+        """Begin anew with another engine, and tell all requests that this one failed."""
         self.error = f"{type(error).__name__}: {error}"
-        refusal = Refusal(500, f"the engine failed, and was started again: {self.error}")
-        for stream in dict.fromkeys(stream for stream, _ in self._streams.values()):
-            self._post(stream.fail, refusal)
+        streams = dict.fromkeys(stream for stream, _ in self._streams.values())
         self._streams.clear()
-        self._engine = self._make_engine()
+        try:
+            self._engine = self._make_engine()
+        except Exception:
+            self._is_broken = True
+            self._post(self.end_all, Refusal(500, f"the engine failed: {self.error}; {ENDED}"))
+            raise
+        self.load = self._engine.load
+        refusal = Refusal(500, f"the engine failed, and was started again: {self.error}")
+        for stream in streams:
+            self._post(stream.fail, refusal)
 
     def _post(self, function: Callable[..., None], *arguments: Any) -> None:
         if self._loop is not None and not self._loop.is_closed():
@@ -210,7 +223,7 @@ class Stream:
         left = self._deadline - time.monotonic()
         if not self._news.is_set() and left > 0:
             try:
-                async with asyncio.timeout(min(seconds, left)):  # before Python 3.12 wait_for may swallow a cancellation
+                async with asyncio.timeout(min(seconds, left)):  # wait_for of Python 3.11 may swallow a cancellation
                     await self._news.wait()
             except TimeoutError:
                 left = self._deadline - time.monotonic()
