@@ -504,6 +504,7 @@ def test_a_folder_of_runs_is_answered_with_one_of_them(tmp_path):
         ([], "nowhere", "nowhere does not exist: expected a folder"),
         ([WEIGHTS_FILE], ".", "adapter_config.json is missing"),
         ([WEIGHTS_FILE], WEIGHTS_FILE, "adapter_config.json is missing"),
+        (["snapshots"], ".", "holds snapshots: expected a folder with"),
     ],
 )  # fmt: skip
 def test_what_is_no_adapter_folder_is_answered_with_what_it_is(tmp_path, files, named, said):

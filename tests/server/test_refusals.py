@@ -347,6 +347,18 @@ def test_a_server_for_others_takes_any_name_but_pages_of_its_own_alone(run_serve
         check(running.http.get("/v1/models", headers={**headers, "Origin": "https://evil.com"}), 403, "Origin")
 
 
+def test_log_probabilities_of_more_prompts_than_memory_is_for_are_refused(server):
+    """A body of 200 KB could otherwise have the server keep gigabytes of them."""
+    body = {"prompt": [[5] * 1000] * 64, "n": 16, "echo": True, "logprobs": 20, "max_tokens": 0}
+    said = check(server.post(TEXT, body), 400, "logprobs")
+    assert said == (
+        "logprobs: echo asks for 21,504,000 log-probabilities of prompts: expected 2,000,000 at most; send fewer "
+        "prompts at a time, or a smaller logprobs"
+    )
+    body = {"prompt": [[5] * 1000] * 2, "echo": True, "logprobs": 20, "max_tokens": 0}
+    assert server.post(TEXT, body).status_code == 200
+
+
 # ---- what is told ----------------------------------------------------------------------------------------------------
 
 

@@ -56,7 +56,7 @@ def what_lies_there(path: Path, found: Collection[str]) -> str:
     if not os.path.lexists(path):
         name = str(path)
         return f"one on the hub is fetched by hf download {name}, which prints the folder to name" * _is_hub_form(name)
-    if "snapshots" in found:  # of the hub's cache
+    if (path / "snapshots").is_dir():  # of the hub's cache
         path, found = path / "snapshots", sorted(os.listdir(path / "snapshots"))
     for kind, inner in (("run folders", "adapter"), ("folders", "")):
         places = [name for name in found if all(os.path.lexists(path / name / inner / part) for part in PARTS)]

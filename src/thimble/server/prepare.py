@@ -20,6 +20,7 @@ from thimble.server.refusal import Refusal, bad_field, from_input_error
 from thimble.server.service import Service
 from thimble.server.tool_calls import CallForm, CallReader, calls_grammar
 
+MOST_ECHOED = 2_000_000  # log-probabilities of the prompts of a request, each of which takes about 0.1 KB
 COMPLETION_TOKENS = 16  # of a continuation for which no length is asked, as in the OpenAI API
 FEW_CHARACTERS = 16  # a token: texts of less than so many times the context are encoded without a look at their length
 
@@ -73,6 +74,7 @@ def prepare_completion(service: Service, body: CompletionBody) -> list[Part]:
     longest = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
     options = _options(service, body, _limit(longest or 1), body.logprobs)
     if body.echo:
+        _check_echoed(encoded, body)
         options = replace(options, prompt_logprobs=body.logprobs)
     parts: list[Part] = []
     for ids, prompt in zip(encoded, body.prompts, strict=True):
@@ -81,6 +83,18 @@ def prepare_completion(service: Service, body: CompletionBody) -> list[Part]:
             answer = Answer(service.tokenizer, body.stops, echo=echo, is_empty=longest == 0)
             parts.append(Part(ids, _own(options, len(parts), grammar), answer, echo.text if echo else ""))
     return parts
+
+
+def _check_echoed(prompts: Sequence[Ids], body: CompletionBody) -> None:
+    """Refuse log-probabilities that are too many to be kept until all of them are told."""
+    places = sum(map(len, prompts)) * (body.n or 1)
+    told = 0 if body.logprobs is None else places * (1 + body.logprobs)
+    if told > MOST_ECHOED:
+        raise bad_field(
+            "logprobs",
+            f"echo asks for {told:,} log-probabilities of prompts: expected {MOST_ECHOED:,} at most; send fewer "
+            "prompts at a time, or a smaller logprobs",
+        )
 
 
 def _echo(service: Service, ids: Ids, prompt: str | Sequence[int]) -> Echo:
