@@ -138,11 +138,13 @@ def test_without_the_extra_it_says_what_to_install(thimble, tiny_base, monkeypat
     assert re.fullmatch(r"thimble: thimble serve needs packages .*\(uvicorn\): pip install .*\n", err)
 
 
-def test_an_adapter_that_would_hide_behind_the_base_is_refused(thimble, tiny_base, tmp_path):
-    save_adapter(make_adapter(open_base(tiny_base)), tmp_path / "smollm2")
-    code, _, err = thimble("serve", "--base", tiny_base, "--adapter", tmp_path / "smollm2", "--port", "0")
+@pytest.mark.parametrize("name", ["smollm2", "smollm2.gguf"])
+def test_an_adapter_that_would_hide_behind_the_base_is_refused(thimble, tiny_base, tmp_path, name):
+    save_adapter(make_adapter(open_base(tiny_base)), tmp_path / name)
+    refused = ("--port", "0", "--log", tmp_path)  # in any case
+    code, _, err = thimble("serve", "--base", tiny_base, "--adapter", tmp_path / name, *refused)
     assert code == 2
-    assert f"--adapter {tmp_path / 'smollm2'}: smollm2 is the name of the base: give it one of its own, as in" in err
+    assert f"--adapter {tmp_path / name}: {name} is the name of the base: give it one of its own, as in" in err
 
 
 @pytest.mark.parametrize(

@@ -130,23 +130,24 @@ def _keys(variable: str, given: str | Sequence[str] | None) -> list[str]:
 def _open(config: ServeConfig, problems: Problems, log: EventLog) -> tuple[Model | None, dict[str, str]]:
     """The base, and the adapters by their names; those that are found without being named may be left out."""
     from thimble.server.adapters import find_adapters
-    from thimble.server.service import served_name
+    from thimble.server.service import means_base
 
     named = find_adapters(config.adapter, problems)
     if config.adapter:
         model, _ = model_with_adapters(config.base, list(named.values()), problems, log)
-        if model and (path := named.get(served_name(model.base))):
-            problems.add(
-                f"--adapter {as_word(path)}: {served_name(model.base)} is the name of the base: give it one of its "
-                f"own, as in --adapter other={as_word(path)}"
-            )
+        for name, path in named.items():
+            if model and means_base(name, model.base):
+                problems.add(
+                    f"--adapter {as_word(path)}: {name} is the name of the base: give it one of its own, as in "
+                    f"--adapter other={as_word(path)}"
+                )
         return model, named
     model = problems.attempt(open_model, config.base)
     found = find_adapters([RUNS], Problems()) if Path(RUNS).is_dir() else {}
     for name, path in list(found.items()) if model else ():
         unfit = Problems()
         base_with_adapters(config.base, [path], unfit, EventLog(ignore))
-        if model and name in (BASE_NAME, served_name(model.base)):
+        if model and (name == BASE_NAME or means_base(name, model.base)):
             unfit.add(f"{path} is called as the base is: name it with --adapter other={as_word(path)}")
         if unfit.found:
             del found[name]

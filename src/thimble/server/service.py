@@ -32,6 +32,11 @@ def served_name(base: Base) -> str:
     return base.name.removesuffix(".gguf")
 
 
+def means_base(name: str, base: Base) -> bool:
+    """Whether requests by a name mean the base, with the suffix of its file or without."""
+    return name.removesuffix(".gguf") == served_name(base)
+
+
 class CacheRoom(NamedTuple):
     """How large the key-value cache may become.
 
@@ -137,7 +142,7 @@ class Service:
 
     def is_base(self, name: str | None) -> bool:
         """Whether a name means the base."""
-        return not name or name.removesuffix(".gguf") == self.base_name
+        return not name or means_base(name, self.model.base)
 
     def own_name(self, name: str) -> str:
         """The name of an adapter, which may stand behind that of the base: `base:adapter`."""
