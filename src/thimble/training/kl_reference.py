@@ -111,8 +111,8 @@ def described(config: TrainConfig) -> str:
 def kl_pass_tokens(config: TrainConfig) -> int:
     """About so many tokens of texts beside a step that keeps answers; 0 if none does.
 
-    With one step of four that is 3 % of what steps of 512 tokens and more read. Labels, 24 steps of 512, weight 0.3:
-    64 tokens keep as much as 256 (KL 0.59 and 0.58, plain 1.23), for 1.10 instead of 1.45 of a plain run's time.
+    With one step of four that is at most 3 % of what steps of 512 tokens and more read. Labels, 24 steps of 512, weight
+    0.3: 64 tokens keep as much as 256 (KL 0.59 and 0.58, plain 1.23), for 1.10 instead of 1.45 of a plain run's time.
     """
     return min(MOST_PASS, max(LEAST_PASS, config.batch_tokens // PASS_SHARE)) if config.keep_general else 0
 

@@ -63,7 +63,7 @@ def test_every_phase_sees_what_the_last_one_wrote(threads, monkeypatch):
 
 def test_a_thread_that_comes_is_counted_in(monkeypatch):
     monkeypatch.setattr(gang, "usable_threads", lambda: 2)
-    assert any(run(3000)[1].max() == 2 for _ in range(20))
+    assert any(run(3000)[1].max() == 2 for _ in range(2000))  # on a busy machine it comes late
 
 
 def test_nobody_waits_for_threads_that_are_at_work_elsewhere(monkeypatch):
