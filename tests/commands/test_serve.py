@@ -17,7 +17,7 @@ import pytest
 
 import thimble
 from samples import make_adapter
-from thimble.commands.serve import ServeReport, _told, serve
+from thimble.commands.serve import ServeReport, _keys, _told, serve
 from thimble.config.serve import ServeConfig
 from thimble.events import Event, EventLog
 from thimble.files.peft import save_adapter
@@ -129,6 +129,12 @@ def test_a_log_that_finds_no_room_costs_no_answer():
     [warning] = log.messages["warning"]
     assert warning.startswith("--log /dev/full: cannot be written any more (No space left on device): requests are")
     assert [event.kind for event in events].count("request") == 2
+
+
+def test_keys_of_the_environment_are_separated_as_those_of_the_line_are(monkeypatch):
+    monkeypatch.setenv("THIMBLE_API_KEY", "one, two,")
+    assert _keys("THIMBLE_API_KEY", ()) == ["one", "two"]
+    assert _keys("THIMBLE_API_KEY", ("three",)) == ["three"]
 
 
 def test_without_the_extra_it_says_what_to_install(thimble, tiny_base, monkeypatch):

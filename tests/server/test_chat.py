@@ -255,6 +255,32 @@ def test_an_answer_follows_a_grammar(server, form, allowed):
         assert choice.finish_reason == "stop"
 
 
+@pytest.mark.parametrize("word", ["path", "password", "binary", "json-string"])
+def test_a_format_that_names_no_known_form_is_a_note(server, word):
+    schema = {
+        "type": "object", "required": ["format"], "additionalProperties": False,
+        "properties": {"format": {"type": "string", "format": word, "maxLength": 1}},
+    }  # fmt: skip
+    asked = {"type": "json_schema", "json_schema": {"name": "file", "schema": schema}}
+    text = server.chat(response_format=asked, max_tokens=90, temperature=1, seed=3).choices[0].message.content
+    assert len(json.loads(text)["format"]) <= 1
+    tool = {"type": "function", "function": {"name": "read", "parameters": schema}}
+    assert server.chat(tools=[tool], tool_choice="required", max_tokens=2).choices[0].finish_reason == "length"
+
+
+def test_a_format_among_values_stays_as_it_is(server):
+    schema = {"enum": [{"format": "path"}], "default": {"format": "path"}}
+    asked = {"type": "json_schema", "json_schema": {"name": "file", "schema": schema}}
+    text = server.chat(response_format=asked, max_tokens=90).choices[0].message.content
+    assert json.loads(text) == {"format": "path"}
+
+
+def test_a_format_that_is_known_holds(server):
+    asked = {"type": "json_schema", "json_schema": {"name": "day", "schema": {"type": "string", "format": "date"}}}
+    text = server.chat(response_format=asked, max_tokens=30, temperature=1, seed=3).choices[0].message.content
+    assert re.fullmatch(r'"\d{4}-\d\d-\d\d"', text)
+
+
 def test_json_object_gives_an_object(server):
     answer = server.chat(response_format={"type": "json_object"}, max_tokens=60)
     assert answer.choices[0].message.content.lstrip().startswith("{")

@@ -233,3 +233,35 @@ def test_minus_one_sets_no_limit_of_its_own(run_server, name):
         assert chat["usage"]["completion_tokens"] == 20
         text = running.post("/v1/completions", {**asked, "prompt": "x", "max_tokens": -1}).json()
         assert text["usage"]["completion_tokens"] == 20
+
+
+@pytest.mark.parametrize("target", ["http://localhost{}?v=1", "HTTP://LOCALHOST:80{}", "https://127.0.0.1{}"])
+def test_a_whole_address_may_be_asked_for_as_by_a_proxy(server, target):
+    assert ask(server, f"GET {target.format('/v1/models')} HTTP/1.1\r\nHost: localhost").startswith("HTTP/1.1 200 ")
+
+
+def test_the_name_in_a_whole_address_is_the_one_that_is_checked(server):
+    told = ask(server, "GET http://evil.com/v1/models HTTP/1.1\r\nHost: localhost")
+    assert told.startswith("HTTP/1.1 403 ")
+    assert "evil.com" in told
+
+
+def test_a_probe_of_http_1_0_needs_no_name(server):
+    assert ask(server, "GET /health HTTP/1.0\r\nX-Probe: 1").startswith("HTTP/1.1 200 ")
+
+
+@pytest.mark.parametrize("word", ["Identity", ""])
+def test_a_body_that_is_said_to_be_as_it_is_is_read(server, word):
+    assert server.post(TEXT, {"prompt": "x", "max_tokens": 1}, **{"Content-Encoding": word}).status_code == 200
+
+
+def test_a_mark_of_byte_order_before_a_body_is_passed_over(server):
+    assert server.post(TEXT, b'\xef\xbb\xbf{"prompt": "x", "max_tokens": 1}').status_code == 200
+
+
+def ask(server, head):
+    """What is answered to a head as it goes over the wire."""
+    host, port = server.address.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=60) as opened:
+        opened.sendall(f"{head}\r\nConnection: close\r\n\r\n".encode())
+        return b"".join(iter(lambda: opened.recv(65536), b"")).decode()

@@ -174,6 +174,10 @@ def test_all_that_is_wrong_is_told_at_once(server):
         ({"messages": [{"role": "user", "content": "x", "refusal": "no"}]}, "refusal: expected null, got text"),
         ({"repeat_penalty": 1.1}, "repeat_penalty: this field is not supported; use repetition_penalty"),
         ({"functions": [{"name": "f"}]}, "functions: this field is not supported; use tools"),
+        (
+            {"response_format": {"type": "json_object", "schema": {}}},
+            "response_format.schema: this field is not supported; use response_format.json_schema",
+        ),
     ],
 )
 def test_what_was_expected_and_what_came_is_said_in_plain_words(server, change, said):

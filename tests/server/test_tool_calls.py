@@ -2,13 +2,15 @@
 
 import json
 
+import llguidance
 import pytest
 
 from fixtures.tiny_tokenizers import CHATML
 from thimble.data.template import ChatTemplate
 from thimble.server.stop_text import StopText
-from thimble.server.tool_calls import CallReader, call_form
+from thimble.server.tool_calls import CallForm, CallReader, call_form, calls_grammar
 
+BYTES = llguidance.LLTokenizer("byte")
 CALL = '<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>'
 OTHER = '<tool_call>{"name": "g", "arguments": {}}</tool_call>'
 QWEN = (
@@ -112,3 +114,24 @@ def test_the_first_of_several_stop_strings_ends_the_text():
     stop = StopText(["bc", "abcd", "d"])
     assert [stop.add(piece) for piece in ("xa", "b", "c")] == ["x", "", "a"]
     assert stop.end() == ""
+
+
+def test_arguments_refer_to_what_stands_in_their_own_schema():
+    """Nested classes come as `$ref` to `$defs` of the schema of one tool, whatever the others have there."""
+    tools = [
+        {
+            "name": name,
+            "parameters": {
+                "type": "object", "properties": {"to": {"$ref": "#/$defs/To"}, "again": {"$ref": "#"}},
+                "required": ["to"], "additionalProperties": False, "$defs": {"To": {"enum": [value]}},
+            },
+        }
+        for name, value in (("send", "mail"), ("call", "phone"))
+    ]  # fmt: skip
+    grammar = calls_grammar(tools, CallForm("<tool_call>", "</tool_call>", "arguments"), is_single=True, is_free=False)
+    assert llguidance.LLMatcher.validate_grammar(grammar) == ""
+    for name, value, is_right in [("send", "mail", True), ("send", "phone", False), ("call", "phone", True)]:
+        inner = {"to": value, "again": {"to": value}}
+        text = f"<tool_call>{json.dumps({'name': name, 'arguments': inner})}</tool_call>"
+        matcher = llguidance.LLMatcher(BYTES, grammar)
+        assert (matcher.try_consume_tokens(list(text.encode())) == len(text)) is is_right, text

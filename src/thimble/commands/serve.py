@@ -122,9 +122,9 @@ def _check_log(path: str) -> None:
 
 
 def _keys(variable: str, given: str | Sequence[str] | None) -> list[str]:
-    """Keys as they were given, else as the environment has them."""
+    """Keys as they were given, else as the environment has them, separated by commas."""
     given = [given] if isinstance(given, str) else given
-    return list(given or filter(None, [os.environ.get(variable, "")]))
+    return list(given or filter(None, map(str.strip, os.environ.get(variable, "").split(","))))
 
 
 def _open(config: ServeConfig, problems: Problems, log: EventLog) -> tuple[Model | None, dict[str, str]]:

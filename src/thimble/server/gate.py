@@ -23,6 +23,7 @@ from thimble.server.sending import send_refusal, send_text
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 GONE = 499  # what the log says of a client that left, as nginx does
 ASKED_AGAIN_SECONDS = 600  # after which a browser asks again whether a page may come
+_WHOLE_ADDRESS = re.compile(r"https?://(?P<host>[^/?#]*)(?P<path>(/.*)?)", re.IGNORECASE | re.DOTALL)
 _REQUEST_ID = re.compile(r"[\w.-]{1,64}", re.ASCII)
 
 OnRequest = Callable[[dict[str, Any]], None]
@@ -80,7 +81,7 @@ class Gate:
         """Answer a request, or refuse it."""
         if scope["type"] != "http":
             return
-        headers, began = Headers(scope=scope), time.monotonic()
+        headers, began = Headers(scope=_as_asked_here(scope)), time.monotonic()
         given = headers.get("x-request-id", "")
         name = given if _REQUEST_ID.fullmatch(given) else f"req_{secrets.token_hex(8)}"
         log: dict[str, Any] = {
@@ -117,13 +118,24 @@ class Gate:
     def _check_names(self, headers: Headers) -> None:
         """Refuse a request that was sent to another name, or from a page of another site."""
         host = _host_of(f"//{headers.get('host', '')}")
-        if self._hosts is not None and host not in self._hosts:
+        # No browser leaves the name out; probes in HTTP/1.0 do.
+        if self._hosts is not None and "host" in headers and host not in self._hosts:
             raise Refusal(403, f"this server is not called {host or 'that'}: name it with --allowed-host", "Host")
         origin = headers.get("origin")
         if origin is not None and _host_of(origin) not in (self._hosts or {host}):
             raise Refusal(
                 403, f"pages of {origin[:100]} may not use this server: name it with --allowed-host", "Origin"
             )
+
+
+def _as_asked_here(scope: Scope) -> Scope:
+    """A request for a whole address, as clients send it by a proxy: its name is that of `Host`, as RFC 9112 has it."""
+    if "://" in scope["path"] and (found := _WHOLE_ADDRESS.fullmatch(scope["path"])):
+        others = [(name, value) for name, value in scope["headers"] if name != b"host"]
+        scope["headers"] = [*others, (b"host", found["host"].encode())]
+        scope["path"] = found["path"] or "/"
+        scope["raw_path"] = scope["path"].encode()
+    return scope
 
 
 def _for_pages(headers: Headers) -> list[tuple[bytes, bytes]]:

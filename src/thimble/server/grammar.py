@@ -17,6 +17,8 @@ from thimble.server.refusal import bad_field
 # on with it for ever.
 WHITESPACE = r"(\n[ ]{0,16}|[ ]?)"
 ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
+FORMATS = frozenset("date-time date time duration email hostname ipv4 ipv6 uuid uri".split())  # llguidance has these
+_VALUES = frozenset({"const", "enum", "default", "examples"})  # what stands there is no schema
 
 
 class Grammars:
@@ -100,10 +102,23 @@ class GrammarState:
 def from_json_schema(schema: Mapping[str, Any], param: str) -> str:
     """The grammar of the JSON that a schema allows."""
     try:
-        text = json.dumps(schema, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(without_notes(schema), ensure_ascii=False, allow_nan=False)
         return llguidance.LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_pattern": WHITESPACE})
     except ValueError as error:
         raise bad_field(param, f"it is not a JSON schema: {error}") from None
+
+
+def without_notes(schema: Any) -> Any:
+    """A schema without formats that demand nothing: to JSON Schema those it does not know are notes, such as `path`."""
+    if isinstance(schema, list):
+        return [without_notes(inner) for inner in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {
+        name: inner if name in _VALUES else without_notes(inner)
+        for name, inner in schema.items()
+        if name != "format" or not isinstance(inner, str) or inner in FORMATS
+    }
 
 
 def from_regex(regex: str) -> str:

@@ -19,7 +19,8 @@ _INSTEAD = {
         "max_tokens": "num_predict n_predict max_new_tokens max_length", "stop": "stop_sequences",
         "response_format": "format", "structured_outputs": "grammar json_schema guided_json guided_regex "
         "guided_choice guided_grammar", "chat_template_kwargs": "enable_thinking think thinking",
-        "reasoning_effort": "reasoning", "lora": "adapter adapters adapter_id lora_name lora_path",
+        "reasoning_effort": "reasoning", "response_format.json_schema": "response_format.schema",
+        "lora": "adapter adapters adapter_id lora_name lora_path",
     }.items()
     for other in others.split()
 }  # fmt: skip

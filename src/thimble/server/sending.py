@@ -1,6 +1,7 @@
 """Bodies in and replies out, on the wire: JSON within limits, whole replies, and events while a client reads them."""
 
 import asyncio
+import codecs
 import json
 from typing import Any
 
@@ -22,7 +23,8 @@ _EVENT_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 async def read_json(headers: Headers, receive: Receive, most_bytes: int) -> Any:
     """The body of a request as plain data; a Refusal if it is packed, too long, too slow, too deep, or no JSON."""
-    if (packed := headers.get("content-encoding", "identity")) != "identity":
+    packed = headers.get("content-encoding", "")
+    if packed.lower() not in ("", "identity"):
         raise Refusal(415, f"the body is packed ({packed[:40]}): send it as plain JSON", "Content-Encoding")
     try:
         async with asyncio.timeout(BODY_SECONDS):
@@ -30,7 +32,7 @@ async def read_json(headers: Headers, receive: Receive, most_bytes: int) -> Any:
     except TimeoutError:
         raise Refusal(408, f"the body was not here after {BODY_SECONDS:g} seconds") from None
     try:
-        value = pydantic_core.from_json(data, allow_inf_nan=False)
+        value = pydantic_core.from_json(data.removeprefix(codecs.BOM_UTF8), allow_inf_nan=False)
     except ValueError as error:
         raise Refusal(400, f"the body is not JSON: {error}") from None
     if _is_deeper(value, MOST_NESTED):

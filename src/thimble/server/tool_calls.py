@@ -15,7 +15,7 @@ import llguidance
 from thimble.core.metrics import parse_tool_calls
 from thimble.data.template import ChatTemplate
 from thimble.data.tool_text import call_text
-from thimble.server.grammar import WHITESPACE
+from thimble.server.grammar import WHITESPACE, without_notes
 from thimble.server.stop_text import StopText
 
 OPENING, CLOSING = "<tool_call>", "</tool_call>"
@@ -83,11 +83,11 @@ def calls_grammar(tools: Sequence[Mapping[str, Any]], form: CallForm, is_single:
     alternatives = [
         {
             "type": "object",
-            "properties": {"name": {"const": tool["name"]}, form.key: tool.get("parameters") or {"type": "object"}},
+            "properties": {"name": {"const": tool["name"]}, form.key: _parameters(tool, place)},
             "required": ["name", form.key],
             "additionalProperties": False,
         }
-        for tool in tools
+        for place, tool in enumerate(tools)
     ]
     before, behind = (json.dumps(text) if text else "" for text in (form.before, form.behind))
     schema = {"anyOf": alternatives, "x-guidance": {"whitespace_pattern": WHITESPACE}}
@@ -98,6 +98,11 @@ def calls_grammar(tools: Sequence[Mapping[str, Any]], form: CallForm, is_single:
         more = "" if is_single or not form.has_mark else ' ("\\n" call)*'
         rules += [f"start: call{more}", f"call: {before} body {behind}"]
     return llguidance.LLMatcher.grammar_from_lark("\n".join(rules))
+
+
+def _parameters(tool: Mapping[str, Any], place: int) -> Mapping[str, Any]:
+    """The schema of the arguments, with a name of its own: what it refers to (`#/$defs/...`) is looked for inside."""
+    return {"$id": f"urn:tool:{place}", **without_notes(tool.get("parameters") or {"type": "object"})}
 
 
 class CallReader:
