@@ -93,6 +93,15 @@ def test_a_package_that_cannot_be_loaded_is_not_our_fault():
     assert cli._explained(ImportError("cannot import name x", name="thimble.x"))[1] == 1
 
 
+def test_memory_that_torch_was_not_given_is_not_our_fault():
+    """It tells so as a RuntimeError, wherever a command happens to be: before the plan too, where speed is measured."""
+    said = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to"
+    told, code = cli._explained(RuntimeError(f"{said} allocate 67108864 bytes. Error code 12 (Cannot allocate memory)"))
+    assert (told[0].split(" (")[0], code) == ("memory ran out", 3)
+    assert "67108864" in told[0]
+    assert cli._explained(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))[1] == 1
+
+
 @pytest.mark.parametrize("term", ["xterm", "dumb"])
 @pytest.mark.parametrize("width", [20, 40, 200])
 def test_the_moving_line_fits_the_terminal_and_is_left_out_where_nothing_moves(term, width, monkeypatch):

@@ -53,7 +53,8 @@ def _explained(error: Exception) -> tuple[Sequence[str], int]:
     if isinstance(error, OSError):
         is_full = error.errno == errno.ENOSPC
         return [f"the disk is full ({error.filename or error})" if is_full else str(error)], 3
-    if isinstance(error, MemoryError):
+    # torch has no error of its own for memory that it was not given.
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error)):
         return [f"memory ran out ({error}): free some, or take a smaller base or shorter rows"], 3
     if isinstance(error, ImportError) and not (error.name or "").startswith("thimble"):
         why = f"{error.name or 'a package'} cannot be loaded ({error})"
