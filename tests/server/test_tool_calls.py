@@ -135,3 +135,20 @@ def test_arguments_refer_to_what_stands_in_their_own_schema():
         text = f"<tool_call>{json.dumps({'name': name, 'arguments': inner})}</tool_call>"
         matcher = llguidance.LLMatcher(BYTES, grammar)
         assert (matcher.try_consume_tokens(list(text.encode())) == len(text)) is is_right, text
+
+
+@pytest.mark.parametrize(
+    "draft", ["http://json-schema.org/draft-07/schema#", "http://json-schema.org/draft-04/schema#"]
+)
+def test_a_schema_of_an_older_draft_may_be_a_reference_alone(draft):
+    """As zod-to-json-schema writes a named object; a list of `items` still says what stands at each place."""
+    pair = {"type": "array", "items": [{"const": 1}, {"const": 2}], "minItems": 2, "maxItems": 2}
+    inner = {"type": "object", "properties": {"pair": pair}, "required": ["pair"], "additionalProperties": False}
+    schema = {"$ref": "#/definitions/A", "definitions": {"A": inner}, "$schema": draft}
+    form = CallForm("<tool_call>", "</tool_call>", "arguments")
+    grammar = calls_grammar([{"name": "f", "parameters": schema}], form, is_single=True, is_free=False)
+    assert llguidance.LLMatcher.validate_grammar(grammar) == ""
+    for value, is_right in [([1, 2], True), ([2, 1], False)]:
+        text = f"<tool_call>{json.dumps({'name': 'f', 'arguments': {'pair': value}})}</tool_call>"
+        matcher = llguidance.LLMatcher(BYTES, grammar)
+        assert (matcher.try_consume_tokens(list(text.encode())) == len(text)) is is_right, text

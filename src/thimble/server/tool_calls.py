@@ -101,8 +101,12 @@ def calls_grammar(tools: Sequence[Mapping[str, Any]], form: CallForm, is_single:
 
 
 def _parameters(tool: Mapping[str, Any], place: int) -> Mapping[str, Any]:
-    """The schema of the arguments, with a name of its own: what it refers to (`#/$defs/...`) is looked for inside."""
-    return {"$id": f"urn:tool:{place}", **without_notes(tool.get("parameters") or {"type": "object"})}
+    """The schema of the arguments, with a name of its own: what it refers to (`#/$defs/...`) is looked for inside.
+
+    Its draft is left out, since older ones overlook a name beside a reference.
+    """
+    given = without_notes(tool.get("parameters") or {"type": "object"})
+    return {"$id": f"urn:tool:{place}", **{name: value for name, value in given.items() if name != "$schema"}}
 
 
 class CallReader:
