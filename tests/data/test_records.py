@@ -726,12 +726,12 @@ def test_a_quote_that_does_not_fit_is_told_with_its_line(tmp_path):
 
 def test_a_problem_that_differs_in_the_value_alone_is_told_once(tmp_path):
     lines = [json.dumps({"prompt": "p", "completion": number}) for number in range(30)]
-    lines += [json.dumps({"prompt": word, "completion": [word]}) for word in ("one", "two")]
+    lines += [json.dumps({"prompt": [word], "completion": "c"}) for word in ("one", "two")]
     (tmp_path / "mine.jsonl").write_text("\n".join(lines))
     with pytest.raises(DataError) as caught:
         read_dataset(tmp_path / "mine.jsonl")
     first, second = caught.value.problems
     assert first.startswith("mine.jsonl line 1: completion is 0: ")
     assert "29 more rows" in first
-    assert second.startswith('mine.jsonl line 31: completion 1 is "one"')
+    assert second.startswith('mine.jsonl line 31: prompt 1 is "one"')
     assert "1 more row," in second

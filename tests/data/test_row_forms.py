@@ -247,7 +247,11 @@ def test_texts_in_turn_are_a_conversation_that_the_user_begins(column):
 
 
 def test_one_message_is_an_answer():
-    for row in ({"input": [ASK], "output": ANSWER}, {"input": "Hi", "output": {"from": "gpt", "value": "Hello"}}):
+    for row in (
+        {"input": [ASK], "output": ANSWER},
+        {"input": "Hi", "output": {"from": "gpt", "value": "Hello"}},
+        {"prompt": ASK, "completion": "Hello"},
+    ):
         assert said(row) == [("user", "Hi"), ("assistant", "Hello")]
     named = said({"prompt": "Hi", "chosen": ANSWER}, prompt="prompt", completion="chosen")
     assert named == [("user", "Hi"), ("assistant", "Hello")]
@@ -257,6 +261,44 @@ def test_the_first_of_several_targets_is_learned():
     parsed = parse_row({"inputs": "q", "targets": ["a", "b"]}, "")
     assert parsed.record.completion == "a"
     assert parsed.left.filled == ["targets behind the first"]
+
+
+@pytest.mark.parametrize("column", ["output", "response", "completion"])
+def test_several_texts_as_an_answer_are_no_conversation(column):
+    parsed = parse_row({"instruction": "q", column: ["a", "b"]}, "")
+    assert [(turn["role"], turn["content"]) for turn in parsed.record.messages] == [("user", "q"), ("assistant", "a")]
+    assert parsed.left.filled == [f"{column} behind the first"]
+    assert said({"instruction": "q", column: ["a"]}) == [("user", "q"), ("assistant", "a")]
+    assert said({"instruction": "q", column: [json.dumps(ANSWER)]}) == [("user", "q"), ("assistant", "Hello")]
+
+
+def test_texts_in_turn_that_end_with_an_answer_are_no_prompt():
+    assert said({"prompt": ["Hi", "Hello", "Who?"], "completion": "Me."})[-2:] == [
+        ("user", "Who?"),
+        ("assistant", "Me."),
+    ]
+    assert "prompt is a list of 2 texts: expected a text, or messages" in problem(
+        {"prompt": ["a", "b"], "completion": "c"}
+    )
+
+
+@pytest.mark.parametrize("named", [{}, {"prompt": "prompt", "completion": "completion"}])
+def test_messages_of_a_prompt_may_be_json_in_a_text(named):
+    """As cells of CSV hold them."""
+    prompt = json.dumps([{"role": "system", "content": "Be brief."}, ASK])
+    expected = [("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello")]
+    for completion in ("Hello", json.dumps([ANSWER])):
+        assert said({"prompt": prompt, "completion": completion}, **named) == expected
+
+
+@pytest.mark.parametrize(
+    "prompt", ['[{"from": "Oslo", "to": "Rome"}]', json.dumps([ASK, ANSWER]), '[{"role": "user"}]']
+)
+def test_json_that_asks_nothing_is_text(prompt):
+    assert said({"prompt": prompt, "completion": json.dumps([ANSWER])}) == [
+        ("user", prompt),
+        ("assistant", json.dumps([ANSWER])),
+    ]
 
 
 def test_what_a_question_is_about_stands_in_the_advice_too():

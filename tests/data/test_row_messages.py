@@ -268,3 +268,15 @@ def test_tools_in_a_column_and_others_in_a_message_are_refused():
     other = {"type": "function", "function": {**TOOL["function"], "name": "other"}}
     with pytest.raises(DataError, match="tools are defined differently in two places of the row"):
         parse_row(row | {"tools": [other]}, "")
+
+
+@pytest.mark.parametrize("half", [{"a": "\ud83d"}, {"\ud83d": 1}, '{"a": "\\ud83d"}'])
+def test_half_of_a_character_in_a_call_is_refused_in_its_row(half):
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": half}}]}
+    assert "messages 2 tool_calls 1 has half of a character" in problem(ASK, call)
+
+
+def test_half_of_a_character_in_a_definition_or_a_name_is_refused_in_its_row():
+    with pytest.raises(DataError, match="tools 1 has half of a character"):
+        read(ASK, ANSWER, tools=[{"name": "f", "description": "\ud83d"}])
+    assert "messages 1 name has half of a character" in problem({**ASK, "name": "\ud83d"}, ANSWER)

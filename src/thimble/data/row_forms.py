@@ -14,13 +14,16 @@ from thimble.data.row_messages import (
     ROLES,
     Message,
     are_messages,
+    are_texts,
     as_messages,
+    asked_messages,
     content_text,
     in_turn,
     is_message,
     read_messages,
     refuse_media,
     roles_of,
+    written_messages,
 )
 from thimble.data.row_values import cell_text, describe, is_filled, loaded, shown, sole, text_of, yes_or_no
 from thimble.errors import DataError, Problems, listing
@@ -125,7 +128,7 @@ def _pair(fields: Fields, left: Left, is_there: Callable[[str], bool]) -> Form |
         _refuse_other_uses(fields)
         asked = (_with_contexts(fields, prompt, contexts), fields.shown(prompt))
         answer = fields.take(completion), fields.shown(completion)
-        if completion in ("answer", "answers", "target", "targets"):
+        if completion in ("answer", "answers", "target", "targets") or are_texts(answer[0]):
             answer = _first_answer(*answer, left), answer[1]
         record = _asked(fields, left, asked, answer)
         return {"messages": record["messages"]} if is_alpaca else record
@@ -167,7 +170,9 @@ def _text(text: str, column: str) -> dict[str, Any]:
 
 def _asked(fields: Fields, left: Left, prompt: tuple[Any, str], completion: tuple[Any, str]) -> dict[str, Any]:
     """Messages of a prompt and what is learned, each a text or messages, and the name of its column."""
-    prompt, completion = ((as_messages(value), column) for value, column in (prompt, completion))
+    prompt = asked_messages(prompt[0]), prompt[1]
+    is_chat = isinstance(prompt[0], list | tuple)
+    completion = (written_messages if is_chat else as_messages)(completion[0]), completion[1]
     if isinstance(completion[0], list | tuple):
         replies = read_messages(*completion, left)
     else:
@@ -177,7 +182,9 @@ def _asked(fields: Fields, left: Left, prompt: tuple[Any, str], completion: tupl
         replies = [{"role": "assistant", "content": text}]
     if replies[0] == {"role": "user", "content": prompt[0]}:
         replies = replies[1:]  # as in pairs of whole conversations
-    if isinstance(prompt[0], list | tuple):
+    if is_chat:
+        if are_texts(prompt[0]) and len(prompt[0]) % 2 == 0:
+            raise DataError(f"{prompt[1]} is a list of {len(prompt[0])} texts: expected a text, or messages with roles")
         # Only the completion is learned, though the prompt may hold assistant turns too.
         turns = [
             {**turn, "weight": turn.get("weight", 0)} if turn["role"] == "assistant" else turn
@@ -214,7 +221,7 @@ def _asking_option(fields: Fields, prompt: str) -> str:
 
 def _with_contexts(fields: Fields, prompt: str, contexts: Sequence[str]) -> Any:
     """A prompt with the columns that belong to it below, such as the text that a question is about."""
-    value = fields.take(prompt)
+    value = asked_messages(fields.take(prompt))
     if isinstance(value, list | tuple):
         return value  # messages, which say it all
     parts = [text_of(value or "", fields.shown(prompt))]

@@ -9,7 +9,7 @@ from typing import Any
 
 from thimble.data.columns import Fields, Left, folded
 from thimble.data.content_blocks import KINDS, unfolded
-from thimble.data.row_values import describe, is_filled, loaded, printed, text_of, yes_or_no
+from thimble.data.row_values import describe, is_filled, loaded, printed, refuse_halves, text_of, yes_or_no
 from thimble.errors import DataError, Problems, listing
 
 CALL = "call"  # a role of its own in some tools: an assistant message that is a call
@@ -60,11 +60,15 @@ def read_messages(turns: Any, key: str, left: Left) -> list[Message]:
 
 def in_turn(turns: Any) -> Any:
     """Messages of texts that two speakers say in turn, the user first, as LIMA has them; others as they are."""
-    if not isinstance(turns, list | tuple) or len(turns) < 2 or not all(isinstance(turn, str) for turn in turns):
-        return turns
-    if any(isinstance(loaded(turn), Mapping) for turn in turns):  # messages as JSON
+    if not are_texts(turns) or len(turns) < 2:
         return turns
     return [{"role": ("user", "assistant")[number % 2], "content": text} for number, text in enumerate(turns)]
+
+
+def are_texts(value: Any) -> bool:
+    """Whether a value is a list of texts, none of which is a message as JSON."""
+    is_list = isinstance(value, list | tuple) and bool(value) and all(isinstance(text, str) for text in value)
+    return is_list and not any(isinstance(loaded(text), Mapping) for text in value)
 
 
 def _in_rows(turns: Any) -> Any:
@@ -98,8 +102,34 @@ def are_messages(value: Any) -> bool:
 
 def as_messages(value: Any) -> Any:
     """A list of the message that stands alone where several may; any other value as it is."""
-    is_one = isinstance(value, Mapping) and any(value.keys() >= set(keys) for keys in PLAIN_KEYS)
-    return [value] if is_one else value
+    return [value] if _is_plain(value) else value
+
+
+def asked_messages(value: Any) -> Any:
+    """The messages of a prompt: one or several, or these as JSON in a text, as in CSV; any other value as it is.
+
+    JSON that ends with an answer asks nothing, and may well be what a question is about.
+    """
+    turns = written_messages(value)
+    is_answered = isinstance(value, str) and isinstance(turns, list) and _role_of(turns[-1]) not in ("user", "tool")
+    return value if is_answered else turns
+
+
+def written_messages(value: Any) -> Any:
+    """One or several messages that stand in a text as JSON; any other text is one, and any other value as it is."""
+    turns = as_messages(loaded(value))
+    if not isinstance(value, str):
+        return turns
+    is_chat = isinstance(turns, list) and bool(turns) and all(_is_plain(turn) and _role_of(turn) for turn in turns)
+    return turns if is_chat else value
+
+
+def _role_of(turn: Mapping[str, Any]) -> str | None:
+    return ROLES.get(folded(str(turn.get("role") or turn.get("from"))))
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, Mapping) and any(value.keys() >= set(keys) for keys in PLAIN_KEYS)
 
 
 def _message(turn: Any, where: str, column: str, left: Left) -> Message:
@@ -123,6 +153,7 @@ def _message(turn: Any, where: str, column: str, left: Left) -> Message:
         message["tools"] = tools  # of the row, as it is defined there
     for key, name in (("name", "name"), ("toolcallid", "tool_call_id")):
         message |= {name: fields.take(key)} if key in fields else {}
+        refuse_halves(message.get(name), f"{where} {name}")
     fields.leave(left)
     return message | ({"weight": int(learned)} if learned is not None else {})
 
@@ -263,7 +294,9 @@ def _call(call: Any, where: str, left: Left) -> Message:
     for fields in {id(outer): outer, id(function): function}.values():
         fields.leave(left)
     identified = {"id": str(identity)} if identity else {}
-    return {"type": "function", **identified, "function": {"name": name, "arguments": dict(arguments)}}
+    read = {"type": "function", **identified, "function": {"name": name, "arguments": dict(arguments)}}
+    refuse_halves(read, where)
+    return read
 
 
 def read_tools(fields: Fields, left: Left) -> tuple[Message, ...]:
@@ -294,6 +327,7 @@ def _tool(tool: Any, where: str, left: Left) -> Message:
     schema = next((key for key in function if folded(str(key)) == "inputschema"), None)  # Anthropic's name, and MCP's
     if schema is not None and "parameters" not in function:
         function = {"parameters" if key == schema else key: value for key, value in function.items()}
+    refuse_halves(function, where)
     return {"type": "function", "function": dict(function)}
 
 

@@ -67,13 +67,19 @@ def text_of(value: Any, where: str) -> str:
     """A value that must be text already."""
     if not isinstance(value, str):
         raise DataError(f"{where} is {describe(value)}: expected text")
+    refuse_halves(value, where)
+    return value
+
+
+def refuse_halves(value: Any, where: str) -> None:
+    """Refuse half of a character, which nothing can write, in a text or anywhere in another value."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     try:
-        value.encode()
+        text.encode()
     except UnicodeEncodeError as error:
         raise DataError(
             f"{where} has half of a character at position {error.start} (a lone surrogate): expected whole characters"
         ) from error
-    return value
 
 
 def sole(value: Any) -> Any:

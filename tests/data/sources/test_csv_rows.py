@@ -63,6 +63,7 @@ def test_a_table_is_read_as_the_csv_module_reads_it_with_the_right_dialect(tmp_p
         ("prompt;completion\na, b;c, d\ne, f, g;h\n", [("a, b", "c, d"), ("e, f, g", "h")]),
         ("prompt,completion\na;b;c,d\ne;f,g;h\n", [("a;b;c", "d"), ("e;f", "g;h")]),
         ("\ufeff\ufeffprompt,completion\na,b\n", [("a", "b")]),
+        ("prompt,completion\na,b\n\ufeffc,d\n", [("a", "b"), ("c", "d")]),
         ("Unnamed: 0;prompt;completion\n0;a;b\n", [("a", "b")]),
     ],
 )
@@ -226,3 +227,16 @@ def test_spaces_behind_the_commas_of_the_header_are_no_part_of_the_cells(tmp_pat
     assert "mine.csv is read without the spaces behind commas" in data.notes
     kept = read(tmp_path, "prompt,completion\nsay a, a\nsay b, b\n")  # whose header has none: they may be meant
     assert [record.completion for record in kept.train] == [" a", " b"]
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_a_header_that_is_repeated_is_no_row_and_told(tmp_path, mark):
+    """As programs leave it that append to a table, and as cat does."""
+    part = f"{mark}prompt,completion\r\na,b\r\n"
+    data = read(tmp_path, part * 3)
+    assert pairs(data) == [("a", "b")] * 3
+    assert data.notes == ("mine.csv repeats its header 2 times, first in line 3: these lines are no rows",)
+
+
+def test_a_single_column_may_hold_its_own_name(tmp_path):
+    assert [record.text for record in read(tmp_path, "text\nthe\ntext\n").train] == ["the", "text"]

@@ -189,7 +189,9 @@ def test_the_rows_below_a_card_are_read_and_not_the_card(tmp_path):
         (["alpaca_train.jsonl", "alpaca_eval.jsonl"], (6, 6, 0)), (["math.jsonl", "math_test.jsonl"], (6, 0, 6)),
         (["train.jsonl", "train.jsonl.gz", "test.jsonl.gz"], (6, 0, 6)),
         (["train.jsonl", "train.csv", "test.csv"], (6, 0, 6)), (["a.csv", "a.jsonl", "b.csv"], (12, 0, 0)),
-        (["training.jsonl", "testing.jsonl"], (6, 0, 6)), (["a_train.jsonl", "b_train.jsonl"], (12, 0, 0)),
+        (["training.jsonl", "testing.jsonl"], (6, 0, 6)),
+        (["my_trainset.jsonl", "TestData.jsonl", "devset.jsonl"], (6, 6, 6)),
+        (["a_train.jsonl", "b_train.jsonl"], (12, 0, 0)),
         (["train.jsonl", "._train.jsonl", "~$train.csv", "__MACOSX/._train.jsonl", ".DS_Store"], (6, 0, 0)),
     ],
 )  # fmt: skip

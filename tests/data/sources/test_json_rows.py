@@ -191,3 +191,9 @@ def test_a_command_for_an_array_of_any_name_can_be_typed(tmp_path):
     assert caught.value.problems[0].endswith(
         """jq -c '.["it'"'"'s one/two"][]' 'my rows.json' > 'it'"'"'s one-two.jsonl'"""
     )
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_files_with_byte_order_marks_may_be_put_one_behind_the_other(tmp_path, name):
+    content = "".join(f"\ufeff{line}" for line in LINES.splitlines(keepends=True))
+    assert pairs(read(tmp_path, content, name).train) == ROWS

@@ -10,7 +10,7 @@ from typing import Any
 from thimble.data.sources.dialect import LARGEST_CELL, Dialect, cells_of, find_dialect, separator_line
 from thimble.data.sources.raw import RawRow, Told, check_columns
 from thimble.data.sources.text import Open, checked, strict_lines
-from thimble.errors import DataError, listing
+from thimble.errors import DataError, listing, plural
 
 SAMPLE_LINES, SAMPLE_CHARS = 500, 1 << 17  # by which the dialect is found
 LONGEST_NAME = 300  # characters of a column's name
@@ -38,7 +38,7 @@ def read_csv(open_file: Open, name: str, told: Told) -> Iterator[RawRow]:
     with _large_cells():
         dialect = find_dialect(sample, delimiter, is_whole)
         _tell(dialect, name, told)
-        yield from _rows(itertools.chain(sample, below), dialect, name, first)
+        yield from _rows(itertools.chain(sample, below), dialect, name, first, told)
 
 
 def _filled(lines: Iterator[tuple[int, str]]) -> tuple[int, str]:
@@ -67,15 +67,18 @@ def _tell(dialect: Dialect, name: str, told: Told) -> None:
         told.note(f"{name} is read {' and '.join(ways)}")
 
 
-def _rows(lines: Iterator[str], dialect: Dialect, name: str, first: int) -> Iterator[RawRow]:
+def _rows(lines: Iterator[str], dialect: Dialect, name: str, first: int, told: Told) -> Iterator[RawRow]:
     rows = _numbered_cells(lines, dialect, name, first)
     line, cells = next(rows)
     header = _header(cells, f"{name} line {line}")
     named = max((place for place, title in enumerate(header, start=1) if title), default=0)
     titles = [title or f"Unnamed: {place}" for place, title in enumerate(header)]  # as pandas calls them
-    count = 0
+    count, repeated = 0, []
     for line, cells in rows:
         if not any(cells):
+            continue
+        if named > 1 and cells[0].strip() == header[0] and [cell.strip() for cell in cells] == header:
+            repeated.append(line)
             continue
         count += 1
         source = f"{name} line {line}"
@@ -85,6 +88,9 @@ def _rows(lines: Iterator[str], dialect: Dialect, name: str, first: int) -> Iter
             yield RawRow(None, source, f"{source} holds a NUL character, which no text has: take it away.")
         else:
             yield RawRow({title: cell for title, cell in zip(titles, cells, strict=False) if cell}, source)
+    if repeated:  # as programs leave it that append to a table
+        times = plural(len(repeated), "time")
+        told.note(f"{name} repeats its header {times}, first in line {repeated[0]}: these lines are no rows")
     if not count:
         raise DataError(
             f"{name} has a header and no rows: expected at least one row below {listing(filter(None, header))}."

@@ -26,9 +26,9 @@ def label_of(relative: PurePath, plain_name: str) -> str:
 
 
 def meaning_of(label: str) -> str:
-    """The split that a label means: `train_sft` and `squad-train` are train; nothing if it holds no such word."""
-    words = re.split(r"[^a-z]+", label.lower())
-    return next((SPLITS[word] for word in reversed(words) if word in SPLITS), "")
+    """The split that a label means: `train_sft` and `trainset` are train; nothing if it holds no such word."""
+    words = (word.removesuffix("set").removesuffix("data") for word in re.split(r"[^a-z]+", label.lower()))
+    return next((SPLITS[word] for word in reversed(list(words)) if word in SPLITS), "")
 
 
 def place(labelled: Mapping[str, list[T]], root: Path, ways: Mapping[str, Path], told: Told) -> dict[str, list[T]]:

@@ -67,6 +67,7 @@ def _utf16_without_mark(head: bytes) -> str | None:
 def numbered_lines(file: IO[bytes], encoding: str, name: str) -> Iterator[tuple[int, str]]:
     """Numbered lines without their ends, which are those of Unix, Windows or old Macs.
 
+    Files put one behind the other have a byte order mark in front of lines further down too; it is no part of them.
     Not `splitlines()`: text may hold U+2028, which that takes for the end of a line. Bytes that are not UTF-8 come as
     lone surrogates; see `checked`.
     """
@@ -77,7 +78,7 @@ def numbered_lines(file: IO[bytes], encoding: str, name: str) -> Iterator[tuple[
         for number, line in enumerate(iter(lambda: lines.readline(most + 1), ""), start=1):
             if len(line) > most:
                 raise DataError(f"{name} line {number} is longer than {most:,} bytes: expected one example a line.")
-            yield number, line.removesuffix("\n")
+            yield number, line.removesuffix("\n").lstrip("\ufeff")
     except UnicodeError as error:
         raise DataError(f"{name} is damaged {encoding.upper()}: {error}. Copy or save the file again.") from None
     finally:
