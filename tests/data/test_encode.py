@@ -590,3 +590,10 @@ def test_rows_beyond_the_context_are_told(smollm, smollm_template):
     encoder = Encoder(smollm, smollm_template, 128, context_tokens=128)
     encoder.encode(Record(text="Once upon a time. " * 100))
     assert encoder.context_warnings == []
+
+
+def test_results_that_hold_their_tags_already_get_no_others():
+    """As in the data of Hermes."""
+    result = {"role": "tool", "content": "<tool_response>\n3\n</tool_response>"}
+    written = write_tools([user(), answer("<tool_call>...</tool_call>"), result, {**RESULT, "content": "4"}], None)
+    assert written[-1]["content"] == "<tool_response>\n3\n</tool_response>\n<tool_response>\n4\n</tool_response>"

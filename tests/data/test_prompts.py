@@ -240,3 +240,14 @@ def test_prompts_may_be_any_table_that_training_takes():
 
 def test_an_answer_that_is_a_number_is_a_reference_too():
     assert [parse_prompt({"prompt": "2 - 2?", "answer": answer}, "here")[1] for answer in (0, 1.5)] == ["0", "1.5"]
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [[{"role": "user", "content": "Hi"}], [{"role": "assistant", "content": "Hi"}], [{"from": "Oslo", "to": "Rome"}]],
+)
+def test_json_in_a_prompt_is_asked_as_it_is_learned(turns):
+    row = {"prompt": json.dumps(turns), "completion": "b"}
+    record, reference = parse_prompt(row, "")
+    assert record.messages == parse_row(row, "").record.messages[:-1]
+    assert reference == "b"

@@ -280,3 +280,14 @@ def test_half_of_a_character_in_a_definition_or_a_name_is_refused_in_its_row():
     with pytest.raises(DataError, match="tools 1 has half of a character"):
         read(ASK, ANSWER, tools=[{"name": "f", "description": "\ud83d"}])
     assert "messages 1 name has half of a character" in problem({**ASK, "name": "\ud83d"}, ANSWER)
+
+
+def test_parts_of_definitions_and_calls_may_be_json_in_a_text():
+    """As data sets write them whose tables would give every tool the fields of all others."""
+    schema = {"type": "object", "properties": {"a": {"type": "string"}}}
+    function = {"name": "f", "parameters": schema}
+    for given in ({"name": "f", "parameters": json.dumps(schema)}, json.dumps(function)):
+        parsed = parse_row({"messages": [ASK, ANSWER], "tools": [{"type": "function", "function": given}]}, "")
+        assert parsed.record.tools == ({"type": "function", "function": function},)
+    call = {"role": "assistant", "tool_calls": [{"function": json.dumps({"name": "f", "arguments": {"a": "b"}})}]}
+    assert read(ASK, call)[1]["tool_calls"][0]["function"] == {"name": "f", "arguments": {"a": "b"}}

@@ -17,7 +17,7 @@ from thimble.config.groups import ColumnOptions
 from thimble.data.columns import Fields, NamedColumns, folded
 from thimble.data.records import Skipped
 from thimble.data.row_forms import ALSO_CHATS, CHATS, COMPLETIONS, HISTORIES, PROMPTS, SYSTEMS
-from thimble.data.row_messages import are_messages, in_turn
+from thimble.data.row_messages import are_messages, asked_messages, in_turn
 from thimble.data.row_values import is_filled, is_missing
 from thimble.data.rows import Record, RowReader, parse_row
 from thimble.data.sources.find import find_files
@@ -197,8 +197,8 @@ def _said(turn: Mapping[str, Any]) -> str:
 def _asked(row: Mapping[str, Any], answers: Iterable[str], source: str) -> Record | None:
     """The prompt of a row, if it becomes an example by an answer in one of these columns."""
     faults = []
-    loaded = {name: _loaded(value) for name, value in row.items() if folded(name) in PROMPTS}
-    turns = {name: value for name, value in loaded.items() if _are_turns(value)}
+    asked = {name: asked_messages(value) for name, value in row.items() if folded(name) in PROMPTS}
+    turns = {name: value for name, value in asked.items() if _are_turns(value)}
     for name in answers:
         try:
             record = parse_row({**row, **turns, name: [PENDING] if turns else PENDING_TEXT}, source).record

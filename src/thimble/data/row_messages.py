@@ -277,7 +277,7 @@ def _calls(calls: Any, where: str, left: Left) -> list[Message]:
 
 def _call(call: Any, where: str, left: Left) -> Message:
     outer = Fields(call if isinstance(call, Mapping) else {}, "tool_calls")
-    inner = outer.take("function") if "function" in outer else None
+    inner = loaded(outer.take("function")) if "function" in outer else None
     function = Fields(inner, "tool_calls.function") if isinstance(inner, Mapping) else outer
     name = function.take("name")
     if not isinstance(name, str) or not name:
@@ -314,7 +314,7 @@ def read_tools(fields: Fields, left: Left) -> tuple[Message, ...]:
 
 def _tool(tool: Any, where: str, left: Left) -> Message:
     outer = Fields(tool if isinstance(tool, Mapping) else {}, "tools")
-    function = outer.take("function") if "function" in outer else tool
+    function = loaded(outer.take("function")) if "function" in outer else tool
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise DataError(
             f"{where} is {describe(tool)}: expected a tool definition with name, description and parameters"
@@ -327,6 +327,8 @@ def _tool(tool: Any, where: str, left: Left) -> Message:
     schema = next((key for key in function if folded(str(key)) == "inputschema"), None)  # Anthropic's name, and MCP's
     if schema is not None and "parameters" not in function:
         function = {"parameters" if key == schema else key: value for key, value in function.items()}
+    if isinstance(schema := loaded(function.get("parameters")), Mapping):
+        function = {**function, "parameters": schema}
     refuse_halves(function, where)
     return {"type": "function", "function": dict(function)}
 

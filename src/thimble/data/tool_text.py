@@ -28,7 +28,11 @@ def write_tools(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] 
     written: list[dict[str, Any]] = []
     for before, message in zip([None, *messages], messages, strict=False):
         if message["role"] == "tool":
-            block = f"<tool_response>\n{message['content']}\n</tool_response>"
+            said = message["content"]
+            # Data in this very form already hold the tags.
+            block = (
+                said if said.lstrip().startswith("<tool_response>") else f"<tool_response>\n{said}\n</tool_response>"
+            )
             if before and before["role"] == "tool":
                 written[-1]["content"] += "\n" + block
             else:

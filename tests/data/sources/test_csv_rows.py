@@ -240,3 +240,10 @@ def test_a_header_that_is_repeated_is_no_row_and_told(tmp_path, mark):
 
 def test_a_single_column_may_hold_its_own_name(tmp_path):
     assert [record.text for record in read(tmp_path, "text\nthe\ntext\n").train] == ["the", "text"]
+
+
+def test_a_header_further_down_in_another_order_is_refused(tmp_path):
+    assert refusal(tmp_path, "prompt,completion\na,b\ncompletion,prompt\nd,c\n") == (
+        "mine.csv line 3 is a header with the columns in another order than line 1: expected one table. Write the rows "
+        "below it to a file of their own."
+    )

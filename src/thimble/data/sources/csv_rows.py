@@ -69,15 +69,15 @@ def _tell(dialect: Dialect, name: str, told: Told) -> None:
 
 def _rows(lines: Iterator[str], dialect: Dialect, name: str, first: int, told: Told) -> Iterator[RawRow]:
     rows = _numbered_cells(lines, dialect, name, first)
-    line, cells = next(rows)
-    header = _header(cells, f"{name} line {line}")
+    top, cells = next(rows)
+    header = _header(cells, f"{name} line {top}")
     named = max((place for place, title in enumerate(header, start=1) if title), default=0)
     titles = [title or f"Unnamed: {place}" for place, title in enumerate(header)]  # as pandas calls them
     count, repeated = 0, []
     for line, cells in rows:
         if not any(cells):
             continue
-        if named > 1 and cells[0].strip() == header[0] and [cell.strip() for cell in cells] == header:
+        if named > 1 and cells[0].strip() in header and _is_header(cells, header, f"{name} line {line}", top):
             repeated.append(line)
             continue
         count += 1
@@ -108,6 +108,17 @@ def _header(cells: list[str], source: str) -> list[str]:
             "such as prompt,completion"
         )
     return header
+
+
+def _is_header(cells: list[str], header: list[str], source: str, top: int) -> bool:
+    """Whether a row is the header once more; a DataError if it has the same columns in another order."""
+    titles = [cell.strip() for cell in cells]
+    if titles != header and sorted(titles) == sorted(header):
+        raise DataError(
+            f"{source} is a header with the columns in another order than line {top}: expected one table. Write the "
+            "rows below it to a file of their own."
+        )
+    return titles == header
 
 
 def _misfit(source: str, cells: list[str], header: list[str], dialect: Dialect) -> str:
