@@ -230,8 +230,18 @@ def _parsed(raw: RawRow, reader: Reader[R], skipped: Skipped) -> Parsed[R] | Non
             return reader.parse(raw.value, raw.source)
         skipped.add(raw.source, raw.problem)
     except DataError as error:
-        skipped.add(raw.source, *error.problems)
+        skipped.add(raw.source, *_problems(raw, reader, error))
     return None
+
+
+def _problems(raw: RawRow, reader: Reader[R], error: DataError) -> Sequence[str]:
+    """What is wrong with a row; an empty cell is told as one, and not as a table without its column."""
+    with_empty = {**dict.fromkeys(raw.empty), **raw.value} if raw.empty else raw.value
+    try:
+        reader.parse(with_empty, raw.source)
+    except DataError as told:
+        return told.problems
+    return error.problems
 
 
 def _packed(record: Record) -> bytes:

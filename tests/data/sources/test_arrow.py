@@ -230,3 +230,9 @@ def test_rows_that_take_no_bytes_are_refused(tmp_path, is_stream):
             out.write_table(table)
         with pytest.raises(DataError, match=r"100,000 rows in \d+ bytes"):
             read_dataset(tmp_path / "a.arrow")
+
+
+def test_an_empty_cell_is_told_as_one_and_not_as_a_table_of_other_columns(tmp_path):
+    write_file(tmp_path / "x.arrow", pyarrow.table({"prompt": ["a", "b"], "completion": [None, "c"]}))
+    with pytest.raises(DataError, match="x.arrow row 1: completion is missing: expected text"):
+        read_dataset(tmp_path / "x.arrow")

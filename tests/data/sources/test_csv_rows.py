@@ -247,3 +247,14 @@ def test_a_header_further_down_in_another_order_is_refused(tmp_path):
         "mine.csv line 3 is a header with the columns in another order than line 1: expected one table. Write the rows "
         "below it to a file of their own."
     )
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("prompt,completion\na,\n", "mine.csv line 2: completion is missing: expected text"),
+        ("text,note\n,a\n", "mine.csv line 2: text is missing: expected text"),
+    ],
+)
+def test_an_empty_cell_is_told_as_one_and_not_as_a_table_of_other_columns(tmp_path, content, expected):
+    assert refusal(tmp_path, content) == expected

@@ -45,7 +45,8 @@ def read_arrow(source: Source, told: Told, has_media: bool = False) -> Iterator[
             size = MEDIA_AT_A_TIME if has_media else max(1, batch.num_rows)
             for part in (batch.slice(begin, size) for begin in range(0, batch.num_rows, size)):
                 for row in _rows(part, source, told, has_media):
-                    yield RawRow(row, f"{source.name} row {next(number)}")
+                    empty = tuple(name for name in part.schema.names if name not in row)
+                    yield RawRow(row, f"{source.name} row {next(number)}", empty=empty)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError, OverflowError, MemoryError) as error:
         kind = "Parquet" if source.kind == ".parquet" else "Arrow"
         reason = str(error) or "it asks for more memory than there is"

@@ -87,7 +87,9 @@ def _rows(lines: Iterator[str], dialect: Dialect, name: str, first: int, told: T
         elif any("\0" in cell for cell in cells):
             yield RawRow(None, source, f"{source} holds a NUL character, which no text has: take it away.")
         else:
-            yield RawRow({title: cell for title, cell in zip(titles, cells, strict=False) if cell}, source)
+            empty = tuple(title for title, cell in zip(header, cells, strict=False) if title and not cell)
+            row = {title: cell for title, cell in zip(titles, cells, strict=False) if cell}
+            yield RawRow(row, source, empty=empty)
     if repeated:  # as programs leave it that append to a table
         times = plural(len(repeated), "time")
         told.note(f"{name} repeats its header {times}, first in line {repeated[0]}: these lines are no rows")

@@ -15,6 +15,7 @@ class RawRow(NamedTuple):
     value: Any
     source: str  # "train.jsonl line 12"
     problem: str = ""  # why it cannot be read; then there is no value
+    empty: tuple[str, ...] = ()  # columns of its table that are not in the value, as it has nothing there
 
 
 class Source(NamedTuple):
