@@ -116,6 +116,13 @@ def test_the_first_of_several_stop_strings_ends_the_text():
     assert stop.end() == ""
 
 
+def is_allowed(grammar, text):
+    """Whether a grammar can be followed, and allows a text to begin so."""
+    if llguidance.LLMatcher.validate_grammar(grammar):
+        return False
+    return llguidance.LLMatcher(BYTES, grammar).try_consume_tokens(list(text.encode())) == len(text)
+
+
 def test_arguments_refer_to_what_stands_in_their_own_schema():
     """Nested classes come as `$ref` to `$defs` of the schema of one tool, whatever the others have there."""
     tools = [
@@ -129,12 +136,10 @@ def test_arguments_refer_to_what_stands_in_their_own_schema():
         for name, value in (("send", "mail"), ("call", "phone"))
     ]  # fmt: skip
     grammar = calls_grammar(tools, CallForm("<tool_call>", "</tool_call>", "arguments"), is_single=True, is_free=False)
-    assert llguidance.LLMatcher.validate_grammar(grammar) == ""
     for name, value, is_right in [("send", "mail", True), ("send", "phone", False), ("call", "phone", True)]:
         inner = {"to": value, "again": {"to": value}}
         text = f"<tool_call>{json.dumps({'name': name, 'arguments': inner})}</tool_call>"
-        matcher = llguidance.LLMatcher(BYTES, grammar)
-        assert (matcher.try_consume_tokens(list(text.encode())) == len(text)) is is_right, text
+        assert is_allowed(grammar, text) is is_right, text
 
 
 @pytest.mark.parametrize(
@@ -147,8 +152,25 @@ def test_a_schema_of_an_older_draft_may_be_a_reference_alone(draft):
     schema = {"$ref": "#/definitions/A", "definitions": {"A": inner}, "$schema": draft}
     form = CallForm("<tool_call>", "</tool_call>", "arguments")
     grammar = calls_grammar([{"name": "f", "parameters": schema}], form, is_single=True, is_free=False)
-    assert llguidance.LLMatcher.validate_grammar(grammar) == ""
     for value, is_right in [([1, 2], True), ([2, 1], False)]:
         text = f"<tool_call>{json.dumps({'name': 'f', 'arguments': {'pair': value}})}</tool_call>"
-        matcher = llguidance.LLMatcher(BYTES, grammar)
-        assert (matcher.try_consume_tokens(list(text.encode())) == len(text)) is is_right, text
+        assert is_allowed(grammar, text) is is_right, text
+
+
+PRICE = {
+    "type": "object", "required": ["price", "tags"], "additionalProperties": False,
+    "properties": {
+        "price": {"type": "string", "pattern": r"^(?!^[-+.]*$)[+-]?0*\d*\.?\d*$"},  # as pydantic has Decimal
+        "tags": {"type": "array", "items": {"type": "string"}, "uniqueItems": True},  # and sets
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("is_strict", [False, True])
+def test_what_no_grammar_can_demand_is_left_out_unless_the_tool_is_strict(is_strict):
+    form = CallForm("<tool_call>", "</tool_call>", "arguments")
+    tools = [{"name": "f", "parameters": PRICE, "strict": is_strict}]
+    grammar = calls_grammar(tools, form, is_single=True, is_free=False)
+    assert is_allowed(grammar, '<tool_call>{"name": "f", "arguments": {"price": "1.5", "tags": []}}') is not is_strict
+    if not is_strict:
+        assert not is_allowed(grammar, '<tool_call>{"name": "f", "arguments": {"tags": []')

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from thimble.server.refusal import bad_field
 WHITESPACE = r"(\n[ ]{0,16}|[ ]?)"
 ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
 FORMATS = frozenset("date-time date time duration email hostname ipv4 ipv6 uuid uri".split())  # llguidance has these
+_LOOKS_AROUND = re.compile(r"\(\?<?[=!]")
 _VALUES = frozenset({"const", "enum", "default", "examples"})  # what stands there is no schema
 
 
@@ -99,25 +101,35 @@ class GrammarState:
         return np.unpackbits(bits, count=self._vocab_size, bitorder="little").view(np.bool_)
 
 
-def from_json_schema(schema: Mapping[str, Any], param: str) -> str:
-    """The grammar of the JSON that a schema allows."""
+def from_json_schema(schema: Mapping[str, Any], param: str, is_strict: bool = True) -> str:
+    """The grammar of the JSON that a schema allows; see `for_grammars`."""
     try:
-        text = json.dumps(without_notes(schema), ensure_ascii=False, allow_nan=False)
-        return llguidance.LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_pattern": WHITESPACE})
+        read = {**for_grammars(schema, is_strict), "x-guidance": schema_options(is_strict)}
+        return llguidance.LLMatcher.grammar_from_json_schema(json.dumps(read, ensure_ascii=False, allow_nan=False))
     except ValueError as error:
         raise bad_field(param, f"it is not a JSON schema: {error}") from None
 
 
-def without_notes(schema: Any) -> Any:
-    """A schema without formats that demand nothing: to JSON Schema those it does not know are notes, such as `path`."""
+def schema_options(is_strict: bool) -> dict[str, Any]:
+    """How llguidance reads a schema: parts of it that no grammar can demand are refused, or else left out."""
+    return {"whitespace_pattern": WHITESPACE, "lenient": not is_strict}
+
+
+def for_grammars(schema: Any, is_strict: bool) -> Any:
+    """A schema without formats that demand nothing: to JSON Schema those it does not know are notes, such as `path`.
+
+    Unless it is strict, it is also without patterns that look around, as pydantic writes them for decimal numbers.
+    """
     if isinstance(schema, list):
-        return [without_notes(inner) for inner in schema]
+        return [for_grammars(inner, is_strict) for inner in schema]
     if not isinstance(schema, dict):
         return schema
     return {
-        name: inner if name in _VALUES else without_notes(inner)
+        name: inner if name in _VALUES else for_grammars(inner, is_strict)
         for name, inner in schema.items()
-        if name != "format" or not isinstance(inner, str) or inner in FORMATS
+        if not isinstance(inner, str)
+        or not (name == "format" and inner not in FORMATS)
+        and not (name == "pattern" and not is_strict and _LOOKS_AROUND.search(inner))
     }
 
 

@@ -231,7 +231,7 @@ def _grammar(service: Service, body: Generation) -> Grammar | None:
         text = from_json_schema(ANY_OBJECT, param)
     elif form and form.json_schema:
         param = "response_format.json_schema.schema"
-        text = from_json_schema(form.json_schema.schema_, param)
+        text = from_json_schema(form.json_schema.schema_, param, bool(form.json_schema.strict))
     elif outputs:
         kind = next(name for name in ("json_", "regex", "choice", "grammar") if getattr(outputs, name) is not None)
         param = f"structured_outputs.{kind.rstrip('_')}"
@@ -261,7 +261,8 @@ def _calls_grammar(body: ChatBody, form: CallForm) -> str:
 
 
 def _schema(tool: Tool) -> Mapping[str, Any]:
-    return {"name": tool.function.name, "parameters": tool.function.parameters}
+    called = tool.function
+    return {"name": called.name, "parameters": called.parameters, "strict": bool(called.strict)}
 
 
 # ---- sampling --------------------------------------------------------------------------------------------------------

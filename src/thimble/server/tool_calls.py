@@ -15,7 +15,7 @@ import llguidance
 from thimble.core.metrics import parse_tool_calls
 from thimble.data.template import ChatTemplate
 from thimble.data.tool_text import call_text
-from thimble.server.grammar import WHITESPACE, without_notes
+from thimble.server.grammar import for_grammars, schema_options
 from thimble.server.stop_text import StopText
 
 OPENING, CLOSING = "<tool_call>", "</tool_call>"
@@ -78,19 +78,21 @@ def call_form(template: ChatTemplate, special_tokens: Sequence[str]) -> CallForm
 def calls_grammar(tools: Sequence[Mapping[str, Any]], form: CallForm, is_single: bool, is_free: bool) -> str:
     """A grammar of calls of some tools, each `{"name": ..., "parameters": schema}`.
 
-    It allows nothing else; or, if `is_free`, also text, but after the mark of a call only a valid one.
+    It allows nothing else; or, if `is_free`, also text, but after the mark of a call only a valid one. Where no tool is
+    `strict`, what no grammar can demand of a schema is left out.
     """
+    is_strict = any(tool.get("strict") for tool in tools)
     alternatives = [
         {
             "type": "object",
-            "properties": {"name": {"const": tool["name"]}, form.key: _parameters(tool, place)},
+            "properties": {"name": {"const": tool["name"]}, form.key: _parameters(tool, place, is_strict)},
             "required": ["name", form.key],
             "additionalProperties": False,
         }
         for place, tool in enumerate(tools)
     ]
     before, behind = (json.dumps(text) if text else "" for text in (form.before, form.behind))
-    schema = {"anyOf": alternatives, "x-guidance": {"whitespace_pattern": WHITESPACE}}
+    schema = {"anyOf": alternatives, "x-guidance": schema_options(is_strict)}
     rules = [f"body: %json {json.dumps(schema)}"]
     if is_free:  # a lazy lexeme ends where the mark does, so that no text can hold it
         rules += ["start: call* TEXT", f"call: mark body {behind}", f"mark[lazy]: TEXT {before}", r"TEXT: /(.|\n)*/"]
@@ -100,12 +102,12 @@ def calls_grammar(tools: Sequence[Mapping[str, Any]], form: CallForm, is_single:
     return llguidance.LLMatcher.grammar_from_lark("\n".join(rules))
 
 
-def _parameters(tool: Mapping[str, Any], place: int) -> Mapping[str, Any]:
+def _parameters(tool: Mapping[str, Any], place: int, is_strict: bool) -> Mapping[str, Any]:
     """The schema of the arguments, with a name of its own: what it refers to (`#/$defs/...`) is looked for inside.
 
     Its draft is left out, since older ones overlook a name beside a reference.
     """
-    given = without_notes(tool.get("parameters") or {"type": "object"})
+    given = for_grammars(tool.get("parameters") or {"type": "object"}, is_strict)
     return {"$id": f"urn:tool:{place}", **{name: value for name, value in given.items() if name != "$schema"}}
 
 
