@@ -521,6 +521,14 @@ def test_an_adapter_of_the_hub_is_not_fetched_but_how_is_said():
         find_adapter("owner/name")
 
 
+def test_a_slip_in_the_name_of_a_run_is_not_taken_for_a_name_of_the_hub(tmp_path, monkeypatch):
+    (tmp_path / "runs" / "tickets").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(AdapterError) as caught:
+        find_adapter("runs/ticket")
+    assert "hf download" not in str(caught.value)
+
+
 @pytest.mark.parametrize("name", ["lora_unet_mid_attn.lora_down.weight", "unet.mid.attn.lora_A.weight"])
 def test_a_lora_of_pictures_is_known_by_its_tensors(tmp_path, name):
     safetensors.numpy.save_file({name: np.ones((2, 4), "f4")}, tmp_path / "style.safetensors")

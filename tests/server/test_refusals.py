@@ -84,6 +84,7 @@ def check(answer, status, param=None, code=None):
         ({"structured_outputs": {"grammar": "@@"}}, "structured_outputs.grammar"),
         ({"structured_outputs": {"json": {"$ref": "#/nowhere"}}}, "structured_outputs.json"),
         ({"lora": [{"id": 9}]}, "lora.0.id"),
+        ({"lora": [{"id": 0, "scale": 1e308}]}, "lora.0.scale"),
         ({"lora": [{"id": "tickets"}], "model": "poems"}, "lora"),
         ({"model": 3}, "model"),
     ],

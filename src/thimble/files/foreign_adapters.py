@@ -54,8 +54,8 @@ def what_lies_there(path: Path, found: Collection[str]) -> str:
     if MLX_FILE in found or path.name == MLX_FILE:
         return _MLX
     if not os.path.lexists(path):
-        name = str(path)
-        return f"one on the hub is fetched by hf download {name}, which prints the folder to name" * _is_hub_form(name)
+        is_of_hub = _is_hub_form(str(path)) and not path.parent.is_dir()  # else it lies beside others, or should
+        return f"one on the hub is fetched by hf download {path}, which prints the folder to name" * is_of_hub
     if (path / "snapshots").is_dir():  # of the hub's cache
         path, found = path / "snapshots", sorted(os.listdir(path / "snapshots"))
     for kind, inner in (("run folders", "adapter"), ("folders", "")):

@@ -111,10 +111,7 @@ def fields_of(family: str, metadata: Mapping[str, Any], has_long: bool) -> tuple
     Raises:
         BaseModelError: Naming each key that changes what is computed and is not honoured.
     """
-    names = [key for key in metadata if key.startswith(f"{family}.")]  # to ask for the others would decode a vocabulary
-    own = {key.removeprefix(f"{family}."): metadata[key] for key in names}
-    if lacking := [f"{family}.{key}" for key in REQUIRED if key not in own]:
-        raise BaseModelError(f"the GGUF lacks {listing(lacking)}, as llama.cpp needs too: convert it again")
+    own = _own(family, metadata)
     given = {field: _uniform(family, own, key) for key, field in FIELDS.items() if key in own}
     fields = {**DEFAULTS.get(family, {}), **given, "use_sliding_window": False, "hidden_act": "silu"}
     notes = []
@@ -143,6 +140,15 @@ def fields_of(family: str, metadata: Mapping[str, Any], has_long: bool) -> tuple
     if unknown:
         notes.append(f"the GGUF has metadata that no {family} reads: {listing(map(shown, unknown))}")
     return fields, tuple(notes)
+
+
+def _own(family: str, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of an architecture, without its name in front."""
+    names = [key for key in metadata if key.startswith(f"{family}.")]  # to ask for the others would decode a vocabulary
+    own = {key.removeprefix(f"{family}."): metadata[key] for key in names}
+    if lacking := [f"{family}.{key}" for key in REQUIRED if key not in own]:
+        raise BaseModelError(f"the GGUF lacks {listing(lacking)}, as llama.cpp needs too: convert it again")
+    return own
 
 
 def _uniform(family: str, own: Mapping[str, Any], key: str) -> Any:

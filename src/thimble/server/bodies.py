@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
+from thimble.core.method import MOST_SCALE
+
 MOST_CHOICES = 16
 MOST_STOPS, LONGEST_STOP = 16, 256  # strings, characters
 MOST_LOGPROBS = 20
@@ -203,7 +205,7 @@ class LoraScale(Body):
         Annotated[int, Field(ge=0), Tag("number")] | Annotated[str, Tag("name")],
         _kind_of(("number", lambda value: isinstance(value, int)), ("name", bool)),
     ] = Field(description="Its name, or its place in the list of adapters of /v1/models, counted from 0.")
-    scale: float = 1.0
+    scale: float = Field(1.0, ge=-MOST_SCALE, le=MOST_SCALE)
 
 
 class StreamOptions(Body):
