@@ -230,6 +230,18 @@ def test_one_that_cannot_be_replaced_is_told_too_and_takes_no_more(counted, wait
     assert (answer.status_code, "start the server again" in answer.text) == (503, True)
 
 
+def test_an_engine_that_fails_between_steps_leaves_nobody_waiting(counted, monkeypatch):
+    monkeypatch.setattr(threading, "excepthook", lambda what: None)
+
+    def fail(*what):
+        raise MemoryError("no room")
+
+    counted.engines[0].add = fail
+    answer = counted.post("/v1/chat/completions", LONG)
+    assert (answer.status_code, "no room" in answer.text) == (500, True)
+    assert counted.post("/v1/chat/completions", LONG).status_code == 503
+
+
 def test_half_a_request_is_not_waited_for_without_end(run_server, monkeypatch):
     monkeypatch.setattr(sending, "BODY_SECONDS", 0.3)
     monkeypatch.setattr(run, "HEAD_SECONDS", 0.3)

@@ -52,7 +52,7 @@ class EngineThread:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._is_stopping = False
-        self._is_broken = False  # no engine could be made in place of one that failed
+        self._is_broken = False  # the thread ends by an error: no engine could be made in place of one that failed
         self._step_began: float | None = None
         self.load: Load = self._engine.load  # as it was a moment ago
         self.requests = 0  # answers under way; the event loop's own, as is the next
@@ -98,6 +98,15 @@ class EngineThread:
     # ---- in the engine's thread -------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        try:
+            self._work()
+        except Exception as error:
+            self._is_broken = True
+            self.error = _named(error.__context__ or error)  # what failed first, if it could not be mended
+            self._post(self.end_all, Refusal(500, f"the engine failed: {self.error}; {ENDED}"))
+            raise
+
+    def _work(self) -> None:
         while not self._is_stopping:
             self._carry_out(is_waiting=self._engine.is_idle)
             self.load = self._engine.load
@@ -147,15 +156,10 @@ class EngineThread:
 
     def _give_up(self, error: Exception) -> None:
         """Begin anew with another engine, and tell all requests that this one failed."""
-        self.error = f"{type(error).__name__}: {error}"
+        self.error = _named(error)
         streams = dict.fromkeys(stream for stream, _ in self._streams.values())
         self._streams.clear()
-        try:
-            self._engine = self._make_engine()
-        except Exception:
-            self._is_broken = True
-            self._post(self.end_all, Refusal(500, f"the engine failed: {self.error}; {ENDED}"))
-            raise
+        self._engine = self._make_engine()
         self.load = self._engine.load
         refusal = Refusal(500, f"the engine failed, and was started again: {self.error}")
         for stream in streams:
@@ -164,6 +168,10 @@ class EngineThread:
     def _post(self, function: Callable[..., None], *arguments: Any) -> None:
         if self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(function, *arguments)
+
+
+def _named(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _deliver(told: list[tuple["Stream", int, Token]]) -> None:
