@@ -192,6 +192,14 @@ def test_continuations_are_scored_by_echo_with_log_probabilities(server, bias):
     assert answer.usage.completion_tokens == (0 if bias else 2)
 
 
+def test_the_token_itself_is_among_the_likeliest_that_are_told(server):
+    """As OpenAI and vLLM have it: up to one more than were asked for."""
+    told = server.complete(max_tokens=1, logprobs=1, logit_bias={"200": 100}).choices[0].logprobs
+    (top,) = told.top_logprobs
+    assert top[told.tokens[0]] == told.token_logprobs[0] < max(top.values())
+    assert len(top) == 2
+
+
 def test_a_prompt_alone_is_scored_without_an_answer(server):
     asked = {"echo": True, "logprobs": 2}
     scored, longer = server.complete(max_tokens=0, **asked), server.complete(max_tokens=4, **asked)

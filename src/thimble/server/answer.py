@@ -137,13 +137,14 @@ def chat_log_probs(places: Sequence[Place], tokenizer: Tokenizer) -> dict[str, A
 
 
 def completion_log_probs(places: Sequence[Place], tokenizer: Tokenizer) -> dict[str, Any]:
-    """As completions tell them."""
+    """As completions tell them: the token itself is among the likeliest, too, even if it is none of them."""
+
+    def likeliest(place: Place, found: LogProbs) -> dict[str, float]:
+        return {tokenizer.piece(token): value for token, value in (*found.top, (place.id, found.chosen))}
+
     return {
         "tokens": [tokenizer.piece(place.id) for place in places],
         "token_logprobs": [place.log_probs and place.log_probs.chosen for place in places],
-        "top_logprobs": [
-            place.log_probs and {tokenizer.piece(token): value for token, value in place.log_probs.top}
-            for place in places
-        ],
+        "top_logprobs": [place.log_probs and likeliest(place, place.log_probs) for place in places],
         "text_offset": [place.offset for place in places],
     }  # fmt: skip
