@@ -136,3 +136,15 @@ def test_this_machine_is_measured_again_when_that_is_asked_for(examples, tiny_ba
     assert len(races) == 1
     thimble.plan(examples, base=tiny_base, remeasure=True)
     assert len(races) == 2, "once, not for every alternative"
+
+
+@pytest.mark.parametrize("targets", ["", []])
+def test_a_run_that_adapts_nothing_is_refused(tiny_base, targets):
+    with pytest.raises(InputError, match="--targets '': names no layer to adapt"):
+        thimble.plan([{"prompt": "a", "completion": "b"}] * 3, base=tiny_base, targets=targets)
+
+
+def test_a_warm_up_that_is_longer_than_the_run_is_told(tiny_base):
+    rows = [{"prompt": f"a {n}", "completion": "b"} for n in range(9)]
+    found = thimble.plan(rows, base=tiny_base, max_steps=2, warmup_steps=50)
+    assert any("--warmup-steps is 50, more than the 2 steps of the run" in text for text in found.messages["warning"])

@@ -1,5 +1,7 @@
 """Options: declared once, converted by their type, all problems at once, in groups."""
 
+import datetime
+
 import pytest
 
 from thimble.commands import COMMANDS
@@ -40,6 +42,8 @@ def test_a_choice_may_be_written_in_other_letters():
         ("compute", "bf61", "did you mean bf16?"),
         ("memory_budget", "lots", "--memory-budget lots: expected a size such as 4GB or 500MB"),
         ("seed", -1, "--seed -1: expected at least 0"),
+        ("seed", 2**63, "--seed 9223372036854775808: expected at most 9223372036854775807"),  # of 64 bits with a sign
+        ("rank", datetime.date(2026, 11, 30), "--rank 2026-11-30: expected a whole number"),  # as YAML reads a date
         ("resume", "perhaps", "--resume perhaps: expected true or false"),
         ("out", ["a", "b"], "--out a,b: expected text"),
         ("data", ["a"], "DATA a: expected text"),

@@ -7,9 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from thimble.core.metrics import LossSum
 from thimble.training import loop
 from thimble.training.guard import IN_A_ROW, MAX_ROLLBACKS
-from training.toy import NARROW, TRUTH, WIDE, MemorySink, ToySession, make_task, train
+from thimble.training.protocols import Scores
+from training.toy import NARROW, TRUTH, WIDE, MemorySink, ToySession, ToyTask, make_task, train
 
 
 def values(result):
@@ -347,3 +349,36 @@ def test_a_run_can_be_stopped_while_it_waits():
         should_wait=lambda: "rest" if paused or not paused.append(1) else "", should_stop=lambda: len(paused) > 0
     )
     assert result.status == "interrupted"
+
+
+def test_layers_of_a_run_that_went_back_to_its_start_are_not_said_to_have_had_no_gradient():
+    class Unmoved(ToySession):
+        def unmoved_layers(self, state):
+            return [] if state.mean.any() else ["layer"]
+
+    nan_from_two = Unmoved(loss_at=lambda step, loss: loss if step == 1 else math.nan)
+    result, _, messages = train(nan_from_two, steps=3)
+    assert (result.status, result.progress.guard.rollbacks, result.adapter.layers["layer"].A.any()) == (
+        "done",
+        1,
+        False,
+    )
+    assert not any("never had a gradient" in text for text in messages["warning"])
+
+
+@pytest.mark.parametrize(
+    ("rows", "told"), [(4, "on 4 rows compared one by one that may be chance"), (30, "fits the training rows and not")]
+)
+def test_a_rise_of_the_validation_loss_is_blamed_on_the_training_rows_if_it_is_clear(rows, told):
+    def scores(nats):
+        losses = {row: LossSum(nats + row / 100, 1) for row in range(rows)}
+        return Scores(nats, 1.0, row_losses=losses)
+
+    class Rising(ToyTask):
+        def evaluate(self, session, adapter, execution, control):
+            return scores(3.0 if adapter.any() else 2.0)
+
+    task = Rising(**vars(make_task()))
+    _, _, messages = train(task=task)
+    (warning,) = (text for text in messages["warning"] if "the validation loss rose" in text)
+    assert told in warning

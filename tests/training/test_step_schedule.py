@@ -47,3 +47,13 @@ def test_an_epoch_ends_where_every_row_has_been_seen():
     for step in range(3 * steps.steps_per_epoch):
         seen += len(steps.rows(step))
         assert steps.ends_epoch(step) == (seen % 300 == 0)
+
+
+def test_a_run_by_the_clock_takes_the_steps_of_warm_up_that_are_asked_for():
+    """Without a number the rate rises in 3 % of the minutes, and a config.yaml that repeats the run has none."""
+    named = schedule(max_minutes=10, warmup_steps=4, learning_rate=1e-3, schedule="constant")
+    assert [named.rate_at(step, 300.0) for step in range(5)] == [1.25e-4, 3.75e-4, 6.25e-4, 8.75e-4, 1e-3]
+    assert schedule(max_minutes=10, warmup_steps=0, learning_rate=1e-3).rate_at(0, 0.0) == 1e-3
+    usual = schedule(max_minutes=10, learning_rate=1e-3)
+    assert math.isclose(usual.rate_at(0, 9.0), 5e-4)
+    assert (named.resolved_warmup, usual.resolved_warmup, schedule(warmup_steps=4).resolved_warmup) == (4, None, 4)

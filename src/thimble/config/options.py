@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, Self
 
 from thimble.config.names import answer, our_name, plain
-from thimble.config.values import AUTO, Check, as_typed, at_least, flag, one_of, parse, parse_size
+from thimble.config.values import AUTO, Check, as_typed, flag, one_of, parse, parse_size
+from thimble.config.values import seed as check_seed
 from thimble.errors import as_word
 
 Field = dataclasses.Field[Any]
@@ -59,7 +60,7 @@ class Options:
 
     group: ClassVar[str] = "every command"
 
-    seed: int = option(0, "Seed of every random choice; the same seed gives the same run.", check=at_least(0))
+    seed: int = option(0, "Seed of every random choice; the same seed gives the same run.", check=check_seed)
     problems: tuple[str, ...] = field(default=(), repr=False, compare=False)
 
     @classmethod

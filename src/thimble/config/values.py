@@ -13,6 +13,7 @@ from thimble.errors import as_word
 
 AUTO = "auto"
 MOST_CORES = 1024  # of a machine
+MOST_SEED = 2**63 - 1
 NO_AUTO_INIT = (
     "Thimble does not choose an init, because the share of the gradient that an init captures does not foretell which "
     "one trains better (measured in benchmarks/initialisation.md); leave it out for --init kaiming, or see what each "
@@ -30,6 +31,11 @@ Check = Callable[[Any], str | None]  # what is wrong with a value, such as "expe
 def at_least(low: float) -> Check:
     """Make a check for numbers from `low` upwards."""
     return lambda value: None if value >= low else f"expected at least {low:g}"
+
+
+def seed(value: int) -> str | None:
+    """Check a seed: what draws from it keeps it in 64 bits, with a sign."""
+    return "expected at least 0" if value < 0 else f"expected at most {MOST_SEED}" if value > MOST_SEED else None
 
 
 def above(low: float) -> Check:
@@ -191,7 +197,7 @@ def parse_bool(value: object) -> bool:
 
 def parse_number(kind: type, value: Any) -> int | float:
     """Read an int or a float; YAML reads 1e-5 as text, so the type of the option decides. Raises a ValueError."""
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, TypeError):  # a TypeError: YAML reads 2026-11-30 as a date
         if not isinstance(value, bool | dict | list):
             number = float(value)
             if kind is float or number.is_integer():

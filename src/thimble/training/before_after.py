@@ -7,9 +7,12 @@ from typing import Any
 
 from thimble.backends.session import ActiveAdapter, TrainingSession, TrainState
 from thimble.core.metrics import goodness
+from thimble.core.significance import Paired, is_clear
 from thimble.errors import listing, plural
 from thimble.models.execution import ExecutionPlan
+from thimble.report.verdict import LOSS_MARGIN_NATS
 from thimble.training.answers import Answer, of_every_label
+from thimble.training.comparison import compare_losses
 from thimble.training.control import Control
 from thimble.training.protocols import Before, Scores, Task
 
@@ -47,12 +50,20 @@ def measure_after(
         )
     after = task.evaluate(session, active, execution, control)
     after = replace(after, divergence=task.divergence(session, active, execution, control))
-    if after.loss > before.loss:
-        control.log.warning(
-            f"the validation loss rose from {before.loss:.3f} to {after.loss:.3f}: the adapter fits the training rows "
-            "and not the task; use fewer --epochs, a lower --learning-rate or more rows"
-        )
+    if after.loss > before.loss + LOSS_MARGIN_NATS:
+        control.log.warning(_rise(before, after))
     return after
+
+
+def _rise(before: Before, after: Scores) -> str:
+    """What a validation loss that rose says: nothing, where so few rows rise by chance too."""
+    told = f"the validation loss rose from {before.loss:.3f} to {after.loss:.3f}"
+    rises = Paired(**compare_losses(after.row_losses, before.base.row_losses))  # the other way round: falls are rises
+    if rises.rows and not is_clear(rises):
+        rows = plural(rises.rows, "row")
+        return f"{told}: on {rows} compared one by one that may be chance; hold out more to tell, by --valid-split"
+    why = "the adapter fits the training rows and not the task"
+    return f"{told}: {why}; use fewer --epochs, a lower --learning-rate or more rows"
 
 
 def compare_answers(

@@ -151,7 +151,9 @@ class _Loop:
             return None
         try:
             active = self.state.active if self.strength == 1 else self.session.load(self.adapter())
-            found = active, self.session.unmoved_layers(self.state)
+            # Where a run went back to a state from before, that may have had no gradient yet.
+            unmoved = [] if self.progress.guard.rollbacks else self.session.unmoved_layers(self.state)
+            found = active, unmoved
             return measure_after(self.task, self.session, *found, before, self.progress.execution, self.control)
         except MemoryError as error:
             self.log.warning(

@@ -128,7 +128,7 @@ def plan_module_run(config: TrainConfig, task: str, log: EventLog, needs_folder:
     beta2 = config.adam_beta2 or default_beta2(steps)
     resolved = config.replace(
         task=task, out=str(folder), compute="fp32", store=execution.store, learning_rate=schedule.rate,
-        warmup_steps=schedule.warmup_steps, remeasure=False, answers=None, adam_beta2=beta2, targets=opened.targets,
+        warmup_steps=schedule.resolved_warmup, remeasure=False, answers=None, adam_beta2=beta2, targets=opened.targets,
         batch_rows=config.batch_rows or kind.step_rows, **length,
     )  # fmt: skip
     return ModulePlan(

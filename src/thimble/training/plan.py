@@ -183,6 +183,10 @@ def plan_sizes(config: TrainConfig, model: Model, folder: Path) -> dict[str, Siz
     spec, problems = model.base.spec, Problems()
     layers = problems.attempt(select_layers, config.targets, spec.linear_shapes())
     parameters = problems.attempt(select_parameters, config.target_parameters, list(spec.parameter_shapes()))
+    if not (config.targets or config.target_parameters):
+        problems.add(
+            "--targets '': names no layer to adapt; leave it out for all-linear, or name layers such as q_proj,v_proj"
+        )
     problems.add(*_unfit_for(parameters or (), config))
     layers, parameters = problems.required(layers, parameters)
     return check_init(parse_init(config.init), config, model, [*layers, *parameters], folder)
@@ -216,7 +220,7 @@ def _resolved(config: TrainConfig, cost: RunCost, folder: Path) -> TrainConfig:
     length = {} if config.epochs or schedule.minutes else {"max_steps": schedule.total_steps}
     return config.replace(
         out=str(folder), compute=cost.compute, store=cost.execution.store, learning_rate=schedule.rate,
-        warmup_steps=schedule.warmup_steps, remeasure=False, answers=None, **length,
+        warmup_steps=schedule.resolved_warmup, remeasure=False, answers=None, **length,
     )  # fmt: skip
 
 
@@ -305,6 +309,11 @@ def _log_step_schedule(schedule: StepSchedule, rows: int, log: EventLog) -> None
     else:
         passes = f"{schedule.epochs:.1f} passes over {plural(rows, 'row')}"
         log.decision(f"length: {plural(schedule.total_steps or 0, 'step')}, {passes}")
+    if schedule.total_steps and schedule.warmup_steps > schedule.total_steps:
+        log.warning(
+            f"--warmup-steps is {schedule.warmup_steps}, more than the {plural(schedule.total_steps, 'step')} of the "
+            "run: the rate rises to its peak in all of them and never falls; name fewer"
+        )
     if schedule.is_default_rate:
         derived = f"from the width of the base and {schedule.target_tokens:.0f} target tokens a step"
         times = "".join(f", times {factor:.2g} for {name}" for name, factor in schedule.rate_factors.items())

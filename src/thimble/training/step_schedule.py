@@ -82,11 +82,19 @@ class StepSchedule:
     def rate_at(self, step: int, seconds: float) -> float:
         """The learning rate of step `step`."""
         if self.minutes:
-            done, warmup = min(1.0, seconds / (self.minutes * 60)), WARMUP_SHARE
+            named = self._config.warmup_steps
+            if named is not None and step < named:
+                return self.rate * (step + 0.5) / named
+            done, warmup = min(1.0, seconds / (self.minutes * 60)), WARMUP_SHARE if named is None else 0.0
         else:
             total = max(1, self.total_steps or 1)
             done, warmup = (step + 0.5) / total, self.warmup_steps / total
         return learning_rate(self.rate, done, min(warmup, 1.0), self._config.schedule)
+
+    @property
+    def resolved_warmup(self) -> int | None:
+        """Steps of warm-up that repeat the run; None where its share of the minutes is what the rate rises in."""
+        return self._config.warmup_steps if self.minutes else self.warmup_steps
 
     @property
     def steps_per_epoch(self) -> int:
