@@ -335,3 +335,39 @@ def test_a_disk_without_room_for_features_is_told_and_the_run_goes_on(train, mon
     report = train("run", epochs=2.0, max_steps=None, targets=("last-1",))
     assert report.status == "done"
     assert any("are free on the disk" in text for text in report.messages["note"])
+
+
+def stopped(train, **options):
+    """A run that was stopped after two steps, with what was measured before them."""
+    taken = []
+    train(
+        "run", **options, on_event=lambda e: taken.append(e) if e.kind == "step" else None,
+        should_stop=lambda: len(taken) >= 2,
+    )  # fmt: skip
+
+
+def test_answers_that_are_measured_otherwise_when_a_run_goes_on_are_measured_otherwise_before_it_too(train, tmp_path):
+    (tmp_path / "mine.py").write_text("def long(answer, reference):\n    return len(answer) > 2\n")
+    whole = train("whole", eval_rows=2)
+    stopped(train, eval_rows=0, metric="none")
+    found = train("run", eval_rows=2, metric=f"{tmp_path}/mine.py:long", resume=True)
+    assert found.metrics_rows == 1
+    assert found.metrics_before.keys() == found.metrics_after.keys()
+    assert found.metrics_after
+    assert (found.loss_base, found.loss_before) == (whole.loss_base, whole.loss_before)
+    assert bytes_of(tmp_path / "whole") == bytes_of(tmp_path / "run")
+
+
+def test_a_run_that_goes_on_with_other_options_says_that_it_ends_otherwise(train):
+    stopped(train)
+    found = train("run", learning_rate=0.02, warmup_steps=3, max_steps=5, resume=True)
+    told = [text for text in found.messages["warning"] if "it counts from here on" in text]
+    assert [text.split(":")[0] for text in told] == [
+        "--learning-rate is 0.02, and the run began with 0.01", "--warmup-steps is 3, and the run began with 1",
+        "--max-steps is 5, and the run began with 6",
+    ]  # fmt: skip
+
+
+def test_a_run_that_goes_on_as_it_began_says_nothing_of_options(train):
+    stopped(train)
+    assert not any("it counts from here on" in text for text in train("run", resume=True).messages["warning"])

@@ -178,3 +178,19 @@ def test_a_set_of_cores_has_a_name(cores, quota, text, monkeypatch):
     monkeypatch.setattr(module.os, "sched_getaffinity", lambda pid: cores, raising=False)
     monkeypatch.setattr(module, "quota_cores", lambda: quota)
     assert module.core_set() == text
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"flops": {"fp32": -1}}, {"flops": {}}, {"flops": {"fp32": None}}, {"flops": 3}, {"copy_bytes": "x"},
+     {"copy_bytes": 0}, {"measured": "today"}, {"measured": None}, {"load": math.nan}, {"flops": {"fp32": math.inf}}],
+)  # fmt: skip
+def test_rates_that_are_none_are_measured_again(wrong, cache, monkeypatch):
+    monkeypatch.setattr(module.time, "time", lambda: 1e9 + 60)
+    remembered("key", measuring([]))
+    saved = json.loads(cache.read_text())
+    saved["machines"]["key"] |= wrong
+    cache.write_text(json.dumps(saved))
+    times = []
+    assert remembered("key", measuring(times)).flops == {"fp32": 1e11}
+    assert len(times) == 1

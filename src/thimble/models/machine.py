@@ -123,9 +123,17 @@ def _read(path: Path) -> dict[str, Machine]:
     found = {}
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         for key, values in json.loads(path.read_text())["machines"].items():
-            with contextlib.suppress(KeyError, TypeError):
-                found[key] = Machine(**{field.name: values[field.name] for field in fields(Machine)})
+            with contextlib.suppress(KeyError, TypeError, AttributeError):
+                machine = Machine(**{field.name: values[field.name] for field in fields(Machine)})
+                if _is_sound(machine):
+                    found[key] = machine
     return found
+
+
+def _is_sound(machine: Machine) -> bool:
+    """Whether rates can be reckoned with; a TypeError or an AttributeError if some are none."""
+    rates = (machine.flops["fp32"], *machine.flops.values(), machine.copy_bytes)
+    return all(0 < rate < math.inf for rate in rates) and 0 <= machine.load <= 1 and machine.measured < math.inf
 
 
 def _write(path: Path, machines: Mapping[str, Machine]) -> None:

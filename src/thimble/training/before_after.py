@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from thimble.backends.session import ActiveAdapter, TrainingSession, TrainState
+from thimble.backends.session import ActiveAdapter, TrainingSession
 from thimble.core.metrics import goodness
 from thimble.core.significance import Paired, is_clear
 from thimble.errors import listing, plural
@@ -21,7 +21,7 @@ INITIAL_NATS = 0.5  # that an initial adapter may be worse than the base
 
 
 def measure_before(
-    task: Task, session: TrainingSession, state: TrainState, execution: ExecutionPlan, control: Control
+    task: Task, session: TrainingSession, initial: ActiveAdapter, execution: ExecutionPlan, control: Control
 ) -> Before:
     """Measure the bare base and the initial adapter; raises RunError if the base cannot be trained on."""
     control.log.stage("measuring the base before training")
@@ -29,7 +29,7 @@ def measure_before(
     if control.should_stop():
         return Before(base, math.nan)
     task.check_base(base, control)
-    loss = task.initial_loss(session, state.active, base, execution, control)
+    loss = task.initial_loss(session, initial, base, execution, control)
     if loss > base.loss + INITIAL_NATS:  # adapters are made to begin where the base is
         control.log.warning(
             f"the initial adapter has a validation loss of {loss:.3f}, the base alone {base.loss:.3f}: lower --alpha "

@@ -140,7 +140,8 @@ class _Loop:
         """Measure the base before training, or read what an interrupted run measured."""
         if self.progress.steps and (saved := self.sink.saved_before()):
             return saved
-        before = measure_before(self.task, self.session, self.state, self.progress.execution, self.control)
+        active = self.session.load(self.plan.adapter) if self.progress.steps else self.state.active
+        before = measure_before(self.task, self.session, active, self.progress.execution, self.control)
         if not self.control.should_stop():
             self.sink.write_before(before)
         return before

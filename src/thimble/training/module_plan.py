@@ -30,7 +30,7 @@ from thimble.training.evidence import log_few, way_to_more
 from thimble.training.facts import RunFacts
 from thimble.training.metric import ChosenMetric
 from thimble.training.module_memory import ModuleCost, plan_memory
-from thimble.training.moved import log_new_places, missing_parts
+from thimble.training.moved import log_changed_options, log_new_places, missing_parts
 from thimble.training.plan import ADAPTER_FILES, RUN_FOLDER_BYTES
 from thimble.training.step_schedule import StepSchedule, rate_factors
 from thimble.training.tasks.kinds import KINDS, TaskKind
@@ -124,6 +124,7 @@ def plan_module_run(config: TrainConfig, task: str, log: EventLog, needs_folder:
     places = {"base": str(opened.base.path), "data": config.data}
     check_origin(began, origin, places, config.accept_changes, log)
     log_new_places(config, log)
+    log_changed_options(config, log)
     length = {} if config.epochs or schedule.minutes else {"max_steps": schedule.total_steps}
     beta2 = config.adam_beta2 or default_beta2(steps)
     resolved = config.replace(

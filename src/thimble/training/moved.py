@@ -20,6 +20,11 @@ from thimble.training.run_folder import hash_file, read_config, read_json
 from thimble.training.task_choice import TEXT
 from thimble.training.tasks.kinds import KINDS
 
+# Options that a run may go on with otherwise than it began, and then ends otherwise.
+CHANGING = (
+    "learning_rate", "schedule", "warmup_steps", "weight_decay", "adam_beta2", "lora_plus", "max_grad_norm", "patience",
+    "eval_every_steps",
+)  # fmt: skip
 PARTS = ("data", "base", "metric")  # what a run that goes on reads, beside its folder
 
 
@@ -51,6 +56,20 @@ def log_new_places(config: TrainConfig, log: EventLog) -> None:
         was, now = saved.get(name), getattr(config, name)
         if was and now and os.path.abspath(was) != os.path.abspath(now):
             log.note(f"{name}: {was} when the run began, {now} now")
+
+
+def log_changed_options(config: TrainConfig, log: EventLog) -> None:
+    """Say which options of a run that goes on are others than it began with, so that it ends otherwise."""
+    saved = read_config(Path(config.out)) if config.resume and config.out else {}
+    names = [name for name in CHANGING if name in saved and getattr(config, name) != saved[name]]
+    if any(saved.get(name) for name in LENGTHS):
+        names += [name for name in LENGTHS if getattr(config, name) and getattr(config, name) != saved.get(name)]
+    for name in names:
+        began = f"began with {as_typed(saved[name])}" if saved.get(name) is not None else "began without"
+        log.warning(
+            f"{flag(name)} is {as_typed(getattr(config, name))}, and the run {began}: it counts from here on, and the "
+            "run does not end as it would have"
+        )
 
 
 def _is_path(base: str) -> bool:

@@ -31,7 +31,7 @@ from thimble.training.initialise import check_init
 from thimble.training.kl_reference import described
 from thimble.training.memory_plan import RunCost, plan_cost
 from thimble.training.metric import ChosenMetric, choose_questions
-from thimble.training.moved import log_new_places, missing_parts
+from thimble.training.moved import log_changed_options, log_new_places, missing_parts
 from thimble.training.step_schedule import StepSchedule
 from thimble.training.strength import fixed_strength
 from thimble.training.watch import Watch, choose_watch, log_watch
@@ -142,6 +142,7 @@ def plan_run(config: TrainConfig, log: EventLog, needs_folder: bool = True) -> R
     places = {"base": str(model.base.path), "data": config.data}
     check_origin(began, origin, places, config.accept_changes, log)
     log_new_places(config, log)
+    log_changed_options(config, log)
     return RunPlan(
         config=_resolved(config, cost, folder), model=model, examples=examples, general=general_rows(model, config),
         sizes=sizes, watch=watch, strength=strength, step_schedule=cost.step_schedule,

@@ -45,6 +45,7 @@ class RunFolderSink:
         self._folder, self._origin = folder, origin
         self._data = {str(path): run_folder.hash_file(path) for path in data}
         self._steps: run_folder.StepLog  # from the beginning of the run on
+        self._measured: dict[str, Any] = {}  # how rows are answered and scored
         self._adapter: Path | None = None  # where the result is, once it is written
         clear_unfinished(folder)
 
@@ -55,6 +56,8 @@ class RunFolderSink:
         if not done_steps and self._is_of_another_base():
             (self._folder / BEFORE).unlink()  # with what is accepted now, it is measured again
         run_folder.write_config(self._folder, config)
+        metric = Path(str(config["metric"])).name  # a file of the user's own may lie elsewhere by then
+        self._measured = {"metric": metric, "rows": config["eval_rows"], "tokens": config["max_new_tokens"]}
         if skipped:
             lines = "".join(json.dumps(row) + "\n" for row in skipped)
             run_folder.write_text(self._folder / "skipped.jsonl", lines)
@@ -63,9 +66,9 @@ class RunFolderSink:
         self._steps = run_folder.StepLog(self._folder / run_folder.STEPS, done_steps)
 
     def saved_before(self) -> Before | None:
-        """What an interrupted run measured before its first step, if that was written down."""
+        """What an interrupted run measured before its first step, if that is known and measured as what is after."""
         saved = run_folder.read_json(self._folder / BEFORE)
-        if not saved:
+        if not saved or saved.get("measured", self._measured) != self._measured:
             return None
         answers = [Answer(**answer) for answer in saved["answers"]]
         losses, general = (
@@ -91,6 +94,7 @@ class RunFolderSink:
             "loss_base": base.loss, "loss_before": before.loss, "general_before": base.general_loss,
             "metrics_before": base.metrics, "metrics_rows": len(answers), "answers": answers,
             "origin": {name: self._origin[name] for name in NOTED if name in self._origin},
+            "measured": self._measured,
             "row_losses": [(row, loss.nats, loss.tokens) for row, loss in base.row_losses.items()],
             "general_rows": [(row, loss.nats, loss.tokens) for row, loss in base.general_rows.items()],
             "train_loss": None if math.isnan(base.train_loss) else base.train_loss,
