@@ -229,3 +229,11 @@ def test_always_writing_the_most_frequent_label_is_no_success() -> None:
     said = judge(report, steps(20))
     assert (said.tone, said.word) == ("mixed", "Partly")
     assert any("Always writing “a” would be right in 90" in text for text in said.cautions)
+
+
+@pytest.mark.parametrize(("rows", "is_told"), [(1, False), (7, False), (8, True)])
+def test_a_few_validation_rows_do_not_tell_that_training_rows_were_learned_by_heart(rows: int, is_told: bool) -> None:
+    apart = asdict(compare([-0.1] * rows))
+    report = full_report(loss_train_before=8.4, loss_train_after=2.9, loss_base=7.0, loss_before=7.0, loss_after=7.1,
+                         loss_comparison=apart)  # fmt: skip
+    assert any("learned the training rows by heart" in text for text in judge(report, steps(20)).cautions) == is_told

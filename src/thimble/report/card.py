@@ -16,7 +16,7 @@ from typing import Any
 from thimble.config.options import Options, as_command, options_of
 from thimble.config.paths import without_folders
 from thimble.config.train import TrainConfig
-from thimble.errors import escaped
+from thimble.errors import escaped, plural
 from thimble.report.formatting import is_number, number
 from thimble.report.verdict import score
 from thimble.report.words import TEXT, is_text, words_of
@@ -83,7 +83,7 @@ def is_ours(path: Path) -> bool:
 
 def training_card(about: About, report: Mapping[str, Any], data: Mapping[str, str]) -> str:
     """The card of what a run made, from its report and the SHA-256 of its data files."""
-    made = [f"{report['training_rows']:,} rows to learn from, {report['validation_rows']:,} held out"]
+    made = [f"{plural(report['training_rows'], 'row')} to learn from, {report['validation_rows']:,} held out"]
     made += [f"{_plain(os.path.basename(name))}, sha256 `{digest}`" for name, digest in list(data.items())[:MOST_FILES]]
     made += [f"and {len(data) - MOST_FILES} more files"] if len(data) > MOST_FILES else []
     facts = [("data", "; ".join(made)), ("steps", f"{report['steps']:,}")]

@@ -135,7 +135,8 @@ def _recall(report: Report) -> str:
     """Whether the training rows were learned by heart rather than what they have in common with others."""
     before, after = report.get("loss_train_before"), report.get("loss_train_after")
     values = (before, after, loss_before(report), report["loss_after"])
-    if not all(map(is_number, values)):
+    compared = report.get("loss_comparison") or {}
+    if not all(map(is_number, values)) or compared.get("rows", LEAST_ROWS) < LEAST_ROWS:
         return ""
     train, valid = before - after, loss_before(report) - report["loss_after"]
     if train < 10 * LOSS_MARGIN_NATS or valid > RECALL_SHARE * train:
