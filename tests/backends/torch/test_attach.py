@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import peft
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers.pytorch_utils import Conv1D
 
 import thimble
@@ -419,6 +421,29 @@ def test_code_that_reads_a_layers_own_fields_goes_on_working():
     thimble.attach(model, "all-conv", rank=2)
     assert model(torch.randn(2, 3, 40)).requires_grad
     assert type(model.wave) is nn.Conv1d
+
+
+@pytest.mark.parametrize("wrap", [lambda part: torch.compile(part, backend="eager"), checkpoint_wrapper])
+def test_parts_that_are_wrapped_have_the_names_that_the_plain_model_and_peft_know(wrap, tmp_path):
+    body = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
+    parts = {"body": body, "dense": nn.Linear(8, 8), "head": nn.Linear(8, 2)}
+    plain = nn.Sequential(OrderedDict(parts))
+
+    def wrapped():
+        return nn.Sequential(OrderedDict((name, wrap(copy.deepcopy(part))) for name, part in parts.items()))
+
+    model, x = wrapped(), torch.randn(3, 4)
+    found = thimble.attach(model, ["body.0", "dense"], rank=2, train_also=["head"], bias="all")
+    assert found.kept_norms == ["body.1"]
+    with torch.no_grad():
+        for parameter in found.trained.values():
+            parameter.add_(0.1)
+    thimble.save_adapter(thimble.adapter_of(model), tmp_path / "adapter")
+    expected = model.eval()(x)
+    again, there = wrapped().eval(), peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / "adapter").eval()
+    thimble.attach(again, adapter=tmp_path / "adapter")
+    torch.testing.assert_close(again(x), expected)
+    torch.testing.assert_close(there(x), expected)
 
 
 @pytest.mark.parametrize("wrap", [lambda model: torch.compile(model, backend="eager"), nn.DataParallel])

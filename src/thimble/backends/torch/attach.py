@@ -24,6 +24,7 @@ from thimble.backends.torch.attached_start import Start, read_options, start_fro
 from thimble.core.adapter import Adapter
 from thimble.errors import InputError, RunError, listing, plural
 from thimble.files.peft import load_adapter, named_for_text
+from thimble.files.torch_names import plainly
 
 _ATTRIBUTE = "_thimble_attachment"
 
@@ -149,7 +150,8 @@ def _put_on(model: nn.Module, start: Start) -> Attachment:
     """Change the model; nothing fails any more."""
     tensors, parameters = _tensors(model), dict(model.named_parameters())
     base_values = {name: tensors[name].detach().clone() for name in start.whole}
-    norms = [path for path, module in model.named_modules() if _has_statistics(module) and path not in start.modules]
+    modules = plainly(model.named_modules())
+    norms = [path for path, module in modules.items() if _has_statistics(module) and path not in start.modules]
     flags = {name: parameter.requires_grad for name, parameter in parameters.items()}
     found = Attachment(model, start.places, start.whole, start.left_out, norms, start.settings, base_values, flags)
     trained = {id(tensors[name]) for name in start.whole}
@@ -166,7 +168,7 @@ def _put_on(model: nn.Module, start: Start) -> Attachment:
             if place.is_beside
             else hook_within(place.called, place.inside, place.weight, place.child)
         )
-    found.hooks += [model.get_submodule(path).register_forward_pre_hook(_keep_statistics) for path in norms]
+    found.hooks += [modules[path].register_forward_pre_hook(_keep_statistics) for path in norms]
     found.hooks.append(model.register_forward_hook(_after_call))
     # PyTorch's encoder packs padded rows for a fast path that an adapted layer does not take, and then fails.
     found.nested = [module for module in model.modules() if getattr(module, "use_nested_tensor", False) is True]
@@ -180,8 +182,8 @@ def _put_on(model: nn.Module, start: Start) -> Attachment:
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers, of shared ones each name."""
     return {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
+        **plainly(model.named_parameters(remove_duplicate=False)),
+        **plainly(model.named_buffers(remove_duplicate=False)),
     }
 
 

@@ -16,6 +16,7 @@ from torch.nn.parameter import UninitializedParameter
 from thimble.backends.torch.attached_layers import CHILD, as_matrix, is_conv1d_of_transformers
 from thimble.core.lowrank import LINEAR, Layout
 from thimble.errors import escaped, listing, plural
+from thimble.files.torch_names import plain, plainly
 
 LINEARS, CONVOLUTIONS, EMBEDDINGS = "all-linear", "all-conv", "all-embedding"
 POINTWISE = "all-pointwise"  # convolutions that see one pixel, of which mobile networks are mostly made
@@ -64,11 +65,11 @@ class Survey:
     """The modules of a model by path, and who shares what with whom."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.modules = dict(model.named_modules())
+        self.modules = plainly(model.named_modules())
         self.root = self.modules.pop("")
         self.aliases: dict[str, str] = {}  # other paths of a module to its first
-        first = {id(module): path for path, module in self.modules.items()}
-        for path, module in model.named_modules(remove_duplicate=False):
+        first = {id(module): plain(path) for path, module in model.named_modules()}
+        for path, module in plainly(model.named_modules(remove_duplicate=False)).items():
             if path and path not in self.modules:
                 self.aliases[path] = first.get(id(module), "")
         self.packed = {

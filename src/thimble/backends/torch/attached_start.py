@@ -19,6 +19,7 @@ from thimble.errors import AdapterError, ConfigError, Problems, listing
 from thimble.files.peft import named_for_peft, named_for_text
 from thimble.files.peft_config import BIASES, MAX_RANK
 from thimble.files.peft_parameters import SETTING, in_order
+from thimble.files.torch_names import plainly
 
 PEFT_NAMES = {
     "r": "rank", "lora_alpha": "alpha", "target_modules": "targets", "modules_to_save": "train_also",
@@ -232,14 +233,16 @@ def _make(place: Place, init: Init, rank: int, factor: float, seed: int) -> Fact
 
 def _tensors_in(model: nn.Module, modules: list[str]) -> set[str]:
     """Names of the parameters and kept buffers in some modules; of shared ones, each name."""
-    return {name for name in model.state_dict() if any(name.startswith(module + ".") for module in modules)}
+    return {
+        name for name in plainly(model.state_dict().items()) if any(name.startswith(module + ".") for module in modules)
+    }
 
 
 def _biases(model: nn.Module, places: list[Place], which: str) -> set[str]:
     if which == "all":
-        return {name for name, _ in model.named_parameters() if name.rpartition(".")[2] == "bias"}
+        return {name for name in plainly(model.named_parameters()) if name.rpartition(".")[2] == "bias"}
     own = {f"{place.path}.bias" for place in places if which == "lora_only"}
-    return own & {name for name, _ in model.named_parameters()}
+    return own & plainly(model.named_parameters()).keys()
 
 
 def _settings(model: nn.Module, places: list[Place], bias: str) -> dict[str, Any]:
@@ -281,7 +284,7 @@ def start_from(model: nn.Module, adapter: Adapter, options: LoraOptions) -> Star
             places.append(place)
         if wrong:
             problems.add(f"the adapter's layer {path} {wrong}")
-    tensors = model.state_dict()
+    tensors = plainly(model.state_dict().items())
     for name, values in adapter.replaced.items():
         shape = tuple(tensors[name].shape) if name in tensors else None
         if shape != values.shape:

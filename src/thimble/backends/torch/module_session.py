@@ -33,6 +33,7 @@ from thimble.core.adapter import Adapter
 from thimble.core.method import Method
 from thimble.core.metrics import LossSum
 from thimble.files.tensors import write_safetensors
+from thimble.files.torch_names import plainly
 from thimble.models.execution import ExecutionPlan
 
 Tensors = Mapping[str, Tensor]
@@ -133,7 +134,7 @@ class ModuleTorchSession(FlatTraining, ModuleStart):
 
     def set_whole(self, values: Mapping[str, NDArray[Any]]) -> None:
         """Give what is trained whole other values, in the base too: a head that was fitted."""
-        tensors = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+        tensors = {**plainly(self.module.named_parameters()), **plainly(self.module.named_buffers())}
         for name, array in values.items():
             with torch.no_grad():
                 tensors[name].copy_(torch.from_numpy(np.asarray(array)))
@@ -142,7 +143,7 @@ class ModuleTorchSession(FlatTraining, ModuleStart):
 
     def set_head(self, weight: NDArray[np.float32], bias: NDArray[np.float32]) -> None:
         """Give the head other values: float32 (classes, width) and (classes,), which one without a bias cannot have."""
-        head = self.module.get_submodule(self.head)
+        head = plainly(self.module.named_modules())[self.head]
         self.set_whole({f"{self.head}.weight": weight} | ({} if head.bias is None else {f"{self.head}.bias": bias}))
 
     def save_merged(self, folder: Path) -> dict[str, float]:
@@ -156,7 +157,7 @@ class ModuleTorchSession(FlatTraining, ModuleStart):
         if hasattr(self.module, "save_pretrained"):
             self.module.save_pretrained(folder)
         else:
-            values = {name: tensor.numpy() for name, tensor in self.module.state_dict().items()}
+            values = {name: tensor.numpy() for name, tensor in plainly(self.module.state_dict().items()).items()}
             write_safetensors(folder / "model.safetensors", values)
         return moved
 
@@ -282,7 +283,7 @@ class ModuleTorchSession(FlatTraining, ModuleStart):
     @torch.no_grad()
     def _head_inputs(self, inputs: Tensors) -> NDArray[Any]:
         """What the module gives while its head gives back what comes to it, pooled as its logits are."""
-        handle = self.module.get_submodule(self.head).register_forward_hook(lambda _, args, output: args[0])
+        handle = plainly(self.module.named_modules())[self.head].register_forward_hook(lambda _, args, output: args[0])
         try:
             with self._values.using(self.load(None)):
                 found: NDArray[Any] = run(self.module, inputs, logits_of).float().numpy()

@@ -7,6 +7,7 @@ from torch import nn
 
 from thimble.backends.torch.attached_places import CONVOLUTIONS, LINEARS, POINTWISE, Survey
 from thimble.errors import InputError, plural
+from thimble.files.torch_names import plainly
 
 _LAST = re.compile(r"last-(\d+)")
 
@@ -59,7 +60,7 @@ def _last_blocks(survey: Survey, module: nn.Module, count: int, whole: Sequence[
     kind, _ = _suited(survey, whole)
     layers = [path for path in survey.modules if survey.is_of(kind, path) and not _is_inside(path, whole)]
     lists = dict[str, list[list[str]]]()  # the layers of each block
-    for path, blocks in module.named_modules():
+    for path, blocks in plainly(module.named_modules()).items():
         if isinstance(blocks, nn.ModuleList | nn.Sequential):
             names = [f"{path}.{name}".lstrip(".") for name, _ in blocks.named_children()]
             lists[path] = [held for name in names if (held := [layer for layer in layers if _is_inside(layer, [name])])]

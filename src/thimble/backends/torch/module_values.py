@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from thimble.backends.torch.attach import Attachment, adapter_off
 from thimble.core.adapter import Adapter
 from thimble.files.peft import named_for_peft
+from thimble.files.torch_names import plainly
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class ModuleValues:
 
     def __init__(self, module: nn.Module, attachment: Attachment) -> None:
         self._module, self._attachment = module, attachment
-        lora, tensors = attachment.lora.values(), dict(module.named_parameters(remove_duplicate=True))
+        lora, tensors = attachment.lora.values(), plainly(module.named_parameters(remove_duplicate=True))
         kinds: dict[str, list[nn.Parameter]] = {
             "A": [layer.A for layer in lora], "B": [layer.B for layer in lora],
             "magnitude": [layer.magnitude for layer in lora if layer.magnitude is not None],
@@ -63,7 +64,7 @@ class ModuleValues:
         if adapter is None:
             return ActiveValues(None, identity="base")
         paths, flat = named_for_peft(adapter), torch.empty_like(self.flat)
-        names = {id(parameter): name for name, parameter in self._module.named_parameters()}
+        names = {id(parameter): name for name, parameter in plainly(self._module.named_parameters()).items()}
         found = {id(side): values for path, layer in self._attachment.lora.items() for side, values in (
             (layer.A, paths[path].A), (layer.B, paths[path].B), (layer.magnitude, paths[path].magnitude),
         )}  # fmt: skip
