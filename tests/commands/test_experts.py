@@ -71,16 +71,36 @@ def test_what_experts_cannot_have_is_refused_by_name(run, thimble, words, messag
     assert message in err
 
 
+def test_a_gate_of_one_output_has_the_rank_that_it_can_have(run, thimble, tmp_path):
+    base, gate = folder_of("qwen2_moe"), "mlp.shared_expert_gate"
+    words = ["--base", base, "--rank", "4", "--eval-rows", "0", "--max-steps", "2"]
+    code, _, err = thimble("train", run / "mine.jsonl", *words, "--out", tmp_path / "run")
+    assert code == 0, err
+    assert f"rank: 4 is more than some layers can have, which get less: model.layers.0.{gate} 1" in err
+    layers = load_adapter(tmp_path / "run").layers
+    found = {path.rpartition(".")[2]: (factors.rank, factors.scale) for path, factors in layers.items()}
+    assert found.pop("shared_expert_gate") == (1, found["q_proj"][1])
+    assert {rank for rank, _ in found.values()} == {4}
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    opened = peft.PeftModel.from_pretrained(model, tmp_path / "run" / "adapter")
+    assert opened.get_submodule(f"base_model.model.model.layers.0.{gate}").scaling["default"] == found["q_proj"][1]
+    code, _, err = thimble("plan", run / "mine.jsonl", *words, "--rank-pattern", "shared_expert_gate=2")
+    assert code == 2
+    assert "--rank 2: expected at most 1 for model.layers.0.mlp.shared_expert_gate" in err
+
+
 def test_a_base_of_our_own_engine_has_no_such_parameters(run, thimble, tiny_base):
     code, _, err = thimble("plan", run / "mine.jsonl", "--base", tiny_base, "--target-parameters", "experts.down_proj")
     assert code == 2
     assert "the base has none but the weights of its layers" in err
 
 
-def test_merge_says_how_to_merge_them(run, thimble):
-    code, _, err = thimble("merge", run / "run", "--out", "merged")
-    assert code == 2
-    assert "thimble.merge(model)" in err
+def test_merge_and_export_say_how_to_merge_them(run, thimble):
+    for words in (["merge"], ["export"], ["export", "--to", "peft"]):
+        code, _, err = thimble(*words, run / "run", "--out", "merged")
+        assert code == 2
+        assert "thimble.merge(model)" in err
+        assert "thimble merge" not in err
 
 
 def test_a_row_of_numbers_with_three_axes_is_no_experts(tmp_path):

@@ -32,6 +32,7 @@ from thimble.exports.proof_model import ModelProof
 from thimble.exports.proof_weights import WeightsCheck
 from thimble.files.atomic import sync, write_atomic
 from thimble.files.peft import save_adapter
+from thimble.models.adapters import check_is_of_layers
 from thimble.models.dora import without_magnitudes
 from thimble.models.gguf_types import FILE_TYPES, check_file_type
 from thimble.report.card import derived_card
@@ -106,6 +107,9 @@ def _prepare(config: ExportConfig, log: EventLog) -> tuple[Model, Adapter | None
     model, adapters = model_with_adapters(config.base, paths, problems, log)
     adapter, whole = adapters.get(config.adapter), None
     if model and not model.base.is_own:
+        if adapter:  # else merging it would be the advice, which is refused too
+            problems.attempt(check_is_of_layers, config.adapter, adapter)
+        problems.required()
         problems.attempt(_check_own, config, model)
         problems.required()
     if adapter and config.approximate_rank and not adapter.has_magnitudes:

@@ -79,6 +79,7 @@ def check_init(init: Init, config: TrainConfig, model: Model, layers: Sequence[s
     plain = config.replace(rank_pattern=(), alpha_pattern=())
     sizes = sizes or _plan_sizes(plain, model.base.spec, layers)  # so that what else is wrong is reported too
     if config.rank is not None:
+        sizes = {**sizes, **narrowed(config.rank, init, sizes, model.base.spec)}
         problems.add(*_rank_problems(init, sizes, shapes))
     least = sum(sum(shapes[layer]) for layer in layers)
     if config.rank_budget is not None and config.rank_budget < least:
@@ -101,6 +102,22 @@ def _plan_sizes(config: TrainConfig, spec: ModelSpec, layers: Sequence[str]) -> 
     sizes = size_layers(layers, rank, config.alpha, ranks, alphas, config.use_rslora, spec.num_layers)
     experts = {path: shape[0] for path, shape in spec.parameter_shapes().items()}
     return {path: Size(size.rank * experts.get(path, 1), size.scale) for path, size in sizes.items()}
+
+
+def narrowed(rank: int, init: Init, sizes: Mapping[str, Size], spec: ModelSpec) -> dict[str, Size]:
+    """All that they can have for layers too narrow for the rank that others have, such as gates of one output.
+
+    Their scale is that of the others. A rank that no layer can have, or that a pattern gives, is left as it is.
+    """
+    shapes = {path: shape for path, shape in spec.linear_shapes().items() if path in sizes}
+    most = {path: init.most_rank(shape) for path, shape in shapes.items()}
+    if rank > max(most.values(), default=0):
+        return {}
+    return {
+        path: Size(init.allowed_rank(rank, shape), sizes[path].scale)
+        for path, shape in shapes.items()
+        if most[path] < rank and sizes[path].rank in (rank, init.allowed_rank(rank, shape))
+    }
 
 
 def _rank_problems(init: Init, sizes: Mapping[str, Size], shapes: Mapping[str, tuple[int, int]]) -> list[str]:

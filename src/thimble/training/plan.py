@@ -12,7 +12,7 @@ from thimble.core.targets import Size, select_layers, select_parameters
 from thimble.data.encode import Row
 from thimble.data.examples import Examples, general_rows, log_examples, open_data, skipped_rows, split_and_encode
 from thimble.data.model import Model, log_base, open_model
-from thimble.errors import Problems, plural
+from thimble.errors import Problems, listing, plural
 from thimble.events import EventLog
 from thimble.files.peft import load_adapter
 from thimble.models.adapter_base import difference
@@ -27,7 +27,7 @@ from thimble.training.evaluation import ValidationSet, rows_alone
 from thimble.training.evidence import log_evidence
 from thimble.training.facts import RunFacts
 from thimble.training.guard import EPOCHS_IN_A_ROW, MEMORISED_NATS
-from thimble.training.initialise import check_init
+from thimble.training.initialise import check_init, narrowed
 from thimble.training.kl_reference import described
 from thimble.training.memory_plan import RunCost, plan_cost
 from thimble.training.metric import ChosenMetric, choose_questions
@@ -126,6 +126,10 @@ def plan_run(config: TrainConfig, log: EventLog, needs_folder: bool = True) -> R
     if init.needs == "adapter" and not config.resume:
         if told := difference(init.path, load_adapter(init.path), model.base):
             log.warning(told)
+    rank = 0 if init.needs == "adapter" else config.rank or 0
+    if narrow := narrowed(rank, init, sizes, model.base.spec):
+        ranks = listing(f"{path} {size.rank}" for path, size in narrow.items())
+        log.note(f"rank: {rank} is more than some layers can have, which get less: {ranks}")
     log_examples(examples, log)
     ratio = log_evidence(examples, model.tokenizer, config.valid_split, log)
     checkpoint = latest_checkpoint(folder) if config.resume else None
