@@ -9,6 +9,7 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 
+from families import make_hf_folder
 from stress.foreign_files import CONFIGS as PLAIN_CONFIGS
 from stress.foreign_files import write_base
 from thimble.backends.tape import OPS
@@ -17,7 +18,7 @@ from thimble.core.lowrank import Factors
 from thimble.errors import AdapterError, BaseModelError
 from thimble.files.peft import load_adapter, save_adapter
 from thimble.files.tensors import open_tensors, write_safetensors
-from thimble.models.adapters import check_fits
+from thimble.models.adapters import check_fits, load_fitting
 from thimble.models.base import open_base
 from thimble.models.forward import Update, hidden, layout, logits
 from thimble.models.wrappers import OTHER_KINDS, WRAPPERS, plain_name, unwrap
@@ -128,6 +129,22 @@ def test_an_adapter_of_the_head_is_refused_as_one_and_not_as_that_of_another_bas
     with pytest.raises(AdapterError, match="adapts lm_head, the output head, .*merge_and_unload") as caught:
         check_fits("theirs", adapter, base)
     assert "does not belong" not in str(caught.value)
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_what_the_refusal_says_of_a_shared_weight_keeps_the_merged_model_what_it_was(target, tmp_path):
+    base = make_hf_folder("qwen3_tied", tmp_path / "base")
+    config = LoraConfig(r=2, target_modules=["q_proj", target], init_lora_weights=False, task_type="CAUSAL_LM")
+    trained = get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(base), config).eval()
+    trained.save_pretrained(tmp_path / "theirs")
+    with pytest.raises(AdapterError, match="merge_and_unload") as caught:
+        load_fitting(str(tmp_path / "theirs"), open_base(base))
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    exec(str(caught.value).partition("before PEFT loads the adapter: ")[2], {"torch": torch, "model": model})
+    PeftModel.from_pretrained(model, tmp_path / "theirs").merge_and_unload().save_pretrained(tmp_path / "merged")
+    ids = torch.arange(3, 20)[None]
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(merged(ids).logits, trained(ids).logits, atol=1e-4, rtol=1e-4)
 
 
 # --- names in files, by the version that wrote them

@@ -27,6 +27,12 @@ NOT_TEXT = (
     "vision_tower", "vision_model", "image_tower", "video_tower", "visual.", "audio_tower", "multi_modal_projector",
     "connector", "vision_embed", "mm_projector", "vision_projection", "embed_vision",
 )  # fmt: skip
+# PEFT merges into a weight that head and embedding share, and so changes both; its warning does not stop it.
+_UNTIED = (
+    ". Where head and embedding share a weight (tie_word_embeddings), merging changes both, so give the head its own "
+    "before PEFT loads the adapter: model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone()); "
+    "model.config.tie_word_embeddings = False"
+)
 
 
 def load_adapters(
@@ -119,6 +125,7 @@ def check_is_of_text(path: str, adapter: Adapter) -> None:
             f"adapter {path} holds {'; '.join(found)}, which no command runs, since they adapt linear layers of text "
             "models alone: load it on its base with PEFT and write the merged model (merge_and_unload, then "
             "save_pretrained), a folder for --base; or use it from Python, with thimble.attach(model, adapter=folder)"
+            f"{_UNTIED if embeddings else ''}"
         )
 
 
@@ -175,7 +182,7 @@ def _check_beside_layers(path: str, unknown: Sequence[str], shapes: Mapping[str,
         raise AdapterError(
             f"adapter {path} adapts lm_head, the output head, and Thimble runs updates of linear layers of the blocks "
             "alone: load both with PEFT and write the merged model (merge_and_unload, then save_pretrained), a folder "
-            "for --base, or train it again without lm_head among the target_modules"
+            f"for --base, or train it again without lm_head among the target_modules{_UNTIED}"
         )
     if named := [layer for layer in unknown if layer.removesuffix(".weight") in shapes]:
         raise AdapterError(
