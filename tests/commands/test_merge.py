@@ -201,6 +201,14 @@ def test_a_merged_folder_has_the_other_files_and_no_other_copy_of_the_weights(tm
         assert (tmp_path / "merged" / name).read_bytes() == (base / name).read_bytes()
 
 
+def test_an_adapter_beside_the_base_is_not_taken_along_where_transformers_would_load_it(tmp_path):
+    base = make_hf_folder("llama", tmp_path / "base")
+    write_adapter(base, open_base(base).spec.linear_shapes())
+    thimble.merge(base, base=str(base), out=str(tmp_path / "merged"))
+    assert CONFIG_FILE not in names_in(tmp_path / "merged")
+    assert load_hf(tmp_path / "merged")
+
+
 def test_a_merged_folder_takes_no_programs_and_nothing_from_outside_of_the_base(tmp_path):
     base = shard_folder("llama", tmp_path / "base")
     (base / "modeling_llama.py").write_text("import os")

@@ -15,7 +15,7 @@ from thimble.core.lowrank import Factors, merge, svd_of_update
 from thimble.errors import BaseModelError, RunError, as_word, listing, plural
 from thimble.files.block_encoders import quantize
 from thimble.files.blocks import dequantize
-from thimble.files.peft import save_adapter
+from thimble.files.peft import CONFIG_FILE, save_adapter
 from thimble.files.peft_config import MAX_RANK
 from thimble.files.tensors import open_tensors, rewrite_safetensors
 from thimble.files.untrusted import is_inside
@@ -274,7 +274,7 @@ def _write_changed(base: Base, rows: Mapping[str, Rows], folder: Path) -> None:
 
 
 def other_files(folder: Path) -> list[Path]:
-    """What describes a model in a Hugging Face folder: no weights, no programs.
+    """What describes a model in a Hugging Face folder: no weights, no programs, and no adapter that lies beside it.
 
     Of the files that a link brings in from outside of it, only those are taken that have the name of a description.
     """
@@ -282,7 +282,7 @@ def other_files(folder: Path) -> list[Path]:
     for path in sorted(folder.rglob("*")):
         parts = path.relative_to(folder).parts
         is_weight = path.suffix in WEIGHT_SUFFIXES or path.name.endswith(".bin.index.json")
-        if is_weight or path.suffix == ".py" or any(part.startswith(".") for part in parts):
+        if is_weight or path.suffix == ".py" or path.name == CONFIG_FILE or any(part.startswith(".") for part in parts):
             continue
         if path.is_file() and (path.name in DESCRIPTIONS or is_inside(path, folder)):
             files.append(path)
