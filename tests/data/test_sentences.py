@@ -6,10 +6,13 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from thimble.config.train import TrainConfig
 from thimble.data.columns import NamedColumns
 from thimble.data.sentence_split import split_sentences
 from thimble.data.sentences import Sentence, SentenceReader, guess_task, read_sentences, task_of, two_labels
 from thimble.errors import DataError
+from thimble.training.tasks.reading import Classes
+from thimble.training.tasks.sentences import measured_pairs
 
 
 def parsed(task, row, **named):
@@ -200,3 +203,24 @@ def test_texts_alone_are_enough_where_nothing_is_learned():
     assert parsed_alone("embed", {"Frage": "a"}, prompt="Frage", completion="Antwort").texts == ("a",)
     with pytest.raises(DataError, match="the columns are mood: expected one of the forms text; question; prompt"):
         parsed_alone("embed", {"mood": "a"})
+
+
+@pytest.mark.parametrize("row", [{"text": "c", "label": -1}, {"text": "c"}])
+def test_a_test_file_without_labels_is_passed_over(tmp_path, row):
+    """As GLUE has them on the hub, and contests: training needs none."""
+    write(tmp_path / "train.jsonl", [{"text": "a", "label": 0}, {"text": "b", "label": 1}])
+    write(tmp_path / "test.jsonl", [row] * 5)
+    found = read_sentences(tmp_path, "classify-text")
+    assert (len(found.train), len(found.test), found.skipped.count) == (2, 0, 0)
+    assert "no row for tests can be used (5 rows)" in found.warnings[0]
+    with pytest.raises(DataError, match="test.jsonl line 1"):
+        read_sentences(tmp_path, "classify-text", is_strict=True)
+
+
+def test_rows_to_measure_on_that_all_have_one_score_are_refused(tmp_path):
+    """As the test part of GLUE's STS-B: a correlation with them is none."""
+    row = {"sentence1": "a", "sentence2": "b", "label": -1.0}
+    path = write(tmp_path / "test.jsonl", [row, {**row, "sentence2": "c"}])
+    with pytest.raises(DataError, match="all 2 rows to measure on have the score -1, so they say no order"):
+        measured_pairs(TrainConfig(data=str(path)), Classes(()), True)
+    assert len(measured_pairs(TrainConfig(data=str(path)), Classes(()), False).sources) == 2

@@ -24,7 +24,8 @@ from thimble.data.unused import Unused
 from thimble.errors import DataError, Problems, escaped, listing, plural
 
 MOST_TOLD = 20  # problems of rows in one message
-_VALUES = re.compile(r'"[^"]*"|(?<= is )-?\d[\d.e+-]*|(?<= is )(True|False)')  # in which problems of a kind differ
+# What problems of a kind differ in.
+_VALUES = re.compile(r'"[^"]*"|(?<= is )-?\d[\d.e+-]*|(?<= is )(True|False)|(?<= names ).*(?=, which is)')
 MOST_KEPT = 10_000  # problems of rows that are remembered; the others are counted
 SKIPPED_SHARE = 0.1  # of the rows: more that cannot be used are no dirt but a wrong form
 MAX_VALIDATION_ROWS = 2000  # rows: more would say nothing new and take hours to measure
@@ -66,6 +67,19 @@ class Skipped:
                 "rather a wrong form than a slip."
             )
         raise DataError(*told)
+
+    def pass_over(self, rows: int, count: int, told: Told) -> None:
+        """Take back a test part, which began at these numbers, if no row of it can be used, and say so.
+
+        Contests and benchmarks give test files without answers, which are no reason not to train.
+        """
+        if self.is_strict or self.count == count or self.count - count < self.rows - rows:
+            return
+        first = "".join(self.found[count].problems[:1]) if count < len(self.found) else "as those before"
+        number = plural(self.rows - rows, "row")
+        told.warn(f"no row for tests can be used ({number}), and none is: they have no answers, perhaps: {first}")
+        self.rows, self.count = rows, count
+        del self.found[count:]
 
     def told(self) -> list[str]:
         """What is wrong, each problem once with the first row that has it."""
@@ -195,7 +209,10 @@ def checked_rows(
     """The rows of all files with their split; at the end a DataError says everything that is wrong, if too much is."""
     problems = Problems()
     for split, files in splits.items():
+        begin = skipped.rows, skipped.count
         yield from ((split, parsed) for parsed in _parsed_rows(files, reader, problems, told, skipped))
+        if split == "test" and len(splits) > 1:
+            skipped.pass_over(*begin, told)
     reader.check()
     problems.attempt(skipped.check)
     if problems.found:

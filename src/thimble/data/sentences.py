@@ -331,7 +331,10 @@ def _label(value: Any, where: str) -> str:
     if is_missing(value) or not label:
         raise DataError(f"{where} is {'missing' if is_missing(value) else 'empty'}: expected a label")
     if label in UNLABELLED:
-        raise DataError(f"{where} is {label}, which data sets write where there is no label")
+        raise DataError(
+            f"{where} is {label}, which data sets write where there is no label: if it is a class, write it as a word, "
+            'such as "negative"'
+        )
     return label
 
 

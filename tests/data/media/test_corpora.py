@@ -120,3 +120,12 @@ def test_several_parts_of_a_corpus_without_one_for_training_are_refused(tmp_path
     (tmp_path / "train.txt").rename(tmp_path / "test.txt")
     with pytest.raises(DataError, match="test, valid, and none for training"):
         find_media(tmp_path, "audio", needed="text")
+
+
+def test_libritts_has_its_texts_twice_of_which_the_normalised_ones_are_learned(tmp_path):
+    for number in range(2):
+        write_clip(tmp_path / "84" / f"84_1_{number}.wav", hertz=300 + number)
+        for kind, text in (("original", "Dr. No"), ("normalized", "Doctor No")):
+            (tmp_path / "84" / f"84_1_{number}.{kind}.txt").write_text(f"{text} {number}")
+    data = find_media(tmp_path, "audio", needed="text")
+    assert [item.text for item in data.train] == ["Doctor No 0", "Doctor No 1"]

@@ -630,3 +630,46 @@ def test_what_may_be_text_to_learn_from_is_text(tmp_path):
 def test_pictures_beside_a_table_of_names_without_suffix_are_guessed(pictures):
     write_table(pictures / "train.csv", "image_id,label", "0,cat", "1,dog")
     assert guess_kind(pictures) == "image"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes are of Unix")
+def test_a_named_pipe_is_no_picture_and_is_not_waited_for(tmp_path):
+    write_classes(tmp_path, {"cats": 10, "dogs": 10})
+    os.mkfifo(tmp_path / "cats" / "pipe.png")
+    data = find_media(tmp_path, "image")
+    assert len(data.train) == 20
+    assert "cats/pipe.png: cannot be read: it is no file, but a pipe" in data.skipped.told()[0]
+
+
+def test_files_for_tests_without_labels_are_no_reason_not_to_train(tmp_path):
+    """As contests give them."""
+    write_classes(tmp_path / "train", {"cats": 3, "dogs": 3})
+    for number in range(5):
+        write_picture(tmp_path / "test" / f"{number}.png", 20 + number)
+    data = find_media(tmp_path, "image")
+    assert (len(data.train), data.test) == (6, None)
+    assert "test has no folders of classes, and is not used: test/0.png" in data.warnings[0]
+    write_table(tmp_path / "train.csv", "file,label", *(f"train/{kind}/1.png,{kind}" for kind in ("cats", "dogs")))
+    write_table(tmp_path / "test.csv", "file", *(f"test/{number}.png" for number in range(5)))
+    data = find_media(tmp_path, "image")
+    assert (len(data.train), not data.test, data.skipped.count, data.skipped.rows) == (2, True, 0, 2)
+    assert "no row for tests can be used (5 rows)" in data.warnings[0]
+    assert "test.csv line 2: has no label" in problems_of(tmp_path, is_strict=True)[0]
+
+
+def test_rows_that_mean_a_piece_of_a_clip_are_refused(tmp_path):
+    """As manifests of NeMo have them: what is said in the piece is not what the whole clip says."""
+    write_clip(tmp_path / "long.wav", 2)
+    rows = [{"audio_filepath": "long.wav", "offset": at / 10, "text": f"word {at}"} for at in range(20)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    told = problems_of(tmp_path / "train.jsonl", "audio", needed="text")
+    assert "train.jsonl line 2: has the offset 0.1, so it is a piece of a longer clip" in told[0]
+    (tmp_path / "train.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    assert len(find_media(tmp_path / "train.jsonl", "audio", needed="text").train) == 1
+
+
+def test_paths_that_lead_nowhere_are_one_problem(tmp_path):
+    write_table(tmp_path / "t.csv", "path,label", *(f"data/{letter}.png,{letter}" for letter in "abcd"))
+    told = problems_of(tmp_path / "t.csv")
+    assert told[0].startswith("t.csv line 2: names data/a.png, which is not there: expected a file in ")
+    assert told[0].endswith("write the paths from there (likewise 3 more rows, up to t.csv line 5)")

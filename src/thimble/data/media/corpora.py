@@ -59,6 +59,8 @@ class Corpus:
         """The clips that have a text of the same name, beside them or elsewhere in the corpus; none if no clip has."""
         files = list(walk(self._path)) if self._path.is_dir() else []
         texts = {file.with_suffix(""): file for file in files if file.suffix.lower() == ".txt"}
+        normal = [file for file in files if file.name.lower().endswith(".normalized.txt")]  # as LibriTTS has it
+        texts |= {file.with_suffix("").with_suffix(""): file for file in normal}
         only: dict[str, Path | None] = {}  # the only text of a name
         for file in texts.values():
             only[file.stem] = None if file.stem in only else file

@@ -85,7 +85,7 @@ def _found(
     if tables or any(columns):
         reader = ManifestReader(kind, columns, needed, told, skipped)
         files = tuple(source.path for sources in tables.values() for source in sources)
-        return _from_tables(path, tables, reader, problems), files
+        return _from_tables(path, tables, reader, skipped, told, problems), files
     if is_corpus:
         return problems.attempt(_reading, path, _with_texts, path, corpus) or {}, ()
     found = problems.attempt(_reading, path, _from_folder, path, kind, needed, told) or {}
@@ -175,13 +175,17 @@ def _names_files(source: Source, kind: str, prompt_column: str) -> bool:
     return any(has_paths(row, kind, prompt_column) for row in rows)
 
 
-def _from_tables(path: Path, tables: Splits, reader: ManifestReader, problems: Problems) -> dict[str, list[Item]]:
+def _from_tables(
+    path: Path, tables: Splits, reader: ManifestReader, skipped: Skipped, told: Told, problems: Problems
+) -> dict[str, list[Item]]:
     if not tables:
         problems.add(f"{path} holds no table, of which --prompt-column or --completion-column could name a column.")
-    found = {
-        split: [row for source in sources for row in problems.attempt(reader.read, source) or ()]
-        for split, sources in tables.items()
-    }
+    found = {}
+    for split, sources in tables.items():
+        begin = skipped.rows, skipped.count
+        found[split] = [row for source in sources for row in problems.attempt(reader.read, source) or ()]
+        if split == "test" and len(tables) > 1:
+            skipped.pass_over(*begin, told)
     problems.attempt(reader.end)
     said = {value.lower() for value, _ in found.get("train", ())}
     if set(found) != {"train"} or not said <= set(SPLITS) or "train" not in {SPLITS[value] for value in said}:

@@ -76,6 +76,8 @@ def _of_split(top: Path, root: Path, kind: str, told: Told, with_labels: bool) -
     _tell(top, items, unused, deep, told, with_labels)
     if loose and (items or not with_labels):
         told.note(f"{plural(len(loose), NOUNS[kind][0])} of no class, not used: {listing(loose, 3)}")
+    elif loose and top != root and SPLITS.get(top.name.lower()) == "test":  # as contests have it
+        told.warn(f"{escaped(top.name)} has no folders of classes, and is not used: {listing(loose, 3)}")
     elif with_labels and not items:
         raise DataError(_nothing(top, kind, loose, unused))
     return items

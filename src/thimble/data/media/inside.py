@@ -29,8 +29,12 @@ MediaFile = Path | Inside
 
 
 def open_media(file: MediaFile) -> IO[bytes]:
-    """A file for reading, wherever it lies; an OSError if it cannot be read."""
-    return file.open() if isinstance(file, Inside) else file.open("rb", buffering=0)
+    """A file for reading, wherever it lies; an OSError if it cannot be read: a named pipe would wait for its writer."""
+    if isinstance(file, Inside):
+        return file.open()
+    if file.exists() and not file.is_file():
+        raise OSError("it is no file, but a pipe, a socket, a device or a folder")
+    return file.open("rb", buffering=0)
 
 
 def content_inside(value: Any) -> bytes | None:

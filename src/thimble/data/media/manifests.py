@@ -115,6 +115,7 @@ class ManifestReader:
         if column is None:
             raise DataError(self._no_column(fields))
         self._column = column
+        _check_whole(fields, self._kind)
         path = self._file(fields.cell(column) if self._path_column else fields.take(column), column, row, source)
         answers = {name: self._answer(fields, name) for name in ANSWERS}
         if self._needed and not answers[self._needed]:
@@ -175,12 +176,28 @@ class ManifestReader:
         place = self._places.setdefault(folder, Place(folder, self._kind))
         path = place.find(value.strip())
         if path is None:
-            raise DataError(f"names {value[:200]}, which is not there: expected a file in {escaped(str(folder))}")
+            raise DataError(
+                f"names {value[:200]}, which is not there: expected a file in {escaped(str(folder))}, the folder of "
+                "the table, where its paths begin; move the table, or write the paths from there"
+            )
         if not path.is_file():
             raise DataError(f"names {value[:200]}, which is no file")
         if place.is_outside(path):
             self._outside.append(value[:100])
         return path
+
+
+def _check_whole(fields: Fields, kind: str) -> None:
+    """Raise a DataError if a row means a piece of a longer clip, as manifests of NeMo may."""
+    try:
+        offset = float(fields.peek("offset") or 0) if kind == AUDIO else 0.0
+    except (TypeError, ValueError):
+        return
+    if offset > 0:
+        raise DataError(
+            f"has the offset {offset:g}, so it is a piece of a longer clip, and clips are heard from their beginning: "
+            "cut the pieces out first, as with: ffmpeg -ss OFFSET -t DURATION -i LONG.wav PIECE.wav"
+        )
 
 
 def _split_of(fields: Fields) -> str:

@@ -24,7 +24,7 @@ from thimble.data.sentences import (
     two_labels,
 )
 from thimble.data.spool import Chosen, Items
-from thimble.errors import BaseModelError, listing, plural
+from thimble.errors import BaseModelError, DataError, listing, plural
 from thimble.models.module_base import ModuleBase
 from thimble.training.tasks.labels import LabelAnswers, measured_rows, rows_of_labels, targets
 from thimble.training.tasks.pairs import PairReading, tokens_of
@@ -99,6 +99,11 @@ def measured_pairs(config: TrainConfig, classes: Classes, needs_answers: bool) -
     """Read pairs to measure a finished adapter on, or texts alone to be embedded by it."""
     found = read_sentences(config.data, EMBED, config.strict, NamedColumns.of(config), needs_answers)
     items = found.test or found.valid or found.train
+    if len(items) > 1 and (scores := {row.score for row in items} - {None}) and len(scores) == 1:
+        raise DataError(
+            f"{config.data}: all {len(items):,} rows to measure on have the score {scores.pop():g}, so they say no "
+            "order (test files of benchmarks have none): name a file of other rows, such as that for validation"
+        )
     return TaskRows(
         labels=(), sources=[row.source for row in items], digest=_digest(items),
         reading=partial(_pair_reading, Chosen(items, ()), items), files=found.files, unseen=first_of_each(items),
