@@ -110,7 +110,7 @@ def test_the_first_that_matches_counts_whether_it_is_a_name_or_an_expression():
     "key",
     [
         r"(a)\1", "(?i)a", "a(", "a**", "[b-a]", "(" * 600, "(a|a)*x", "((.*)*)*x", "(a+){9}x", ".*.*.*.*x", "a?" * 30,
-        r"(\))+x", r"([)])+x",
+        r"(\))+x", r"([)])+x", "(?:ab|a.)" * 30 + "x", "(?x:a#[\n(a|a)*b#]\n)", "(?#[)(a|a)*x(?#])",
     ],
 )  # fmt: skip
 def test_an_expression_that_cannot_be_read_or_could_take_long_is_told(key):

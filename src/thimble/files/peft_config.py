@@ -23,8 +23,9 @@ MAX_RANK = 2048  # twice the largest anybody trains: a delta form is kept as one
 MOST_ALPHA = MOST_SCALE * MAX_RANK
 MOST_ENTRIES = 20_000  # of a pattern
 MOST_SHAPES = 500  # of keys of a pattern: models have some dozens
-MOST_EXPRESSIONS, MOST_EXPRESSION_CHARACTERS = 20, 500  # among the keys of a pattern that are no names
+MOST_EXPRESSIONS, MOST_EXPRESSION_CHARACTERS = 20, 200  # among the keys of a pattern that are no names
 MOST_REPEATS = 3  # signs in an expression of how often a part comes: trying takes as many loops over a path
+MOST_WAYS = 4  # of these, and of brackets if there is a choice: all choices in them are tried with all others
 MOST_TRIED_CHARACTERS = 128  # of such a path
 MOST_PATH_CHARACTERS = 1024
 
@@ -102,12 +103,13 @@ class Pattern:
 
 def _expression(key: str) -> re.Pattern[str] | None:
     """A key as a regular expression; None if it is none, or if trying it could take long: no brackets may come many
-    times, and few other parts.
+    times, and few other parts; and nothing may change how the rest is read (`(?x:`, `(?#`).
     """
     bare = _LITERAL.sub("a", key)
     repeated = _REPEATED.findall(bare)
-    is_short = len(key) <= MOST_EXPRESSION_CHARACTERS and len(repeated) <= MOST_REPEATS
-    if not is_short or "\\" in bare or any(part[0] == ")" and part != ")?" for part in repeated):
+    ways = len(repeated) + bare.count(")") * ("|" in bare)
+    is_short = len(key) <= MOST_EXPRESSION_CHARACTERS and len(repeated) <= MOST_REPEATS and ways <= MOST_WAYS
+    if not is_short or "\\" in bare or "(?" in bare or any(part[0] == ")" and part != ")?" for part in repeated):
         return None
     with contextlib.suppress(re.error):
         return re.compile(f"(?:{key})")
